@@ -1,0 +1,276 @@
+"""Operators whose rows and columns are parameters, and those of them that a kernel computes."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curvop.kernels.gradient import gradient_and_loss
+from curvop.kernels.linearize import Engine, Kernel
+from curvop.kernels.objective import Objective
+from curvop.kernels.parameters import ParameterLayout, unknown_name
+from curvop.operator import BridgeLinearOperator, ProductCounter, Rows
+from curvop.progress import Progress
+
+if TYPE_CHECKING:
+    from curvop.damped import DampedLinearOperator
+
+__all__ = ["CurvatureLinearOperator", "ParameterLinearOperator", "Settings"]
+
+_TORCH = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+
+
+class ParameterLinearOperator(BridgeLinearOperator):
+    """An operator whose rows and columns are parameters; knows which entry belongs to which."""
+
+    def __init__(
+        self,
+        dtype: Any,
+        params: Mapping[str, Tensor],
+        rows: ParameterLayout,
+        cols: ParameterLayout,
+        counter: ProductCounter | None = None,
+    ) -> None:
+        super().__init__(dtype, (rows.size, cols.size), counter)
+        self._params = params
+        self._rows = rows
+        self._cols = cols
+
+    @property
+    def params_slices(self) -> dict[str, slice]:
+        """Where each parameter lies among the columns (for a rectangular block's rows: ``A.H.params_slices``)."""
+        return dict(self._cols.slices)
+
+    def ravel(self, params: Mapping[str, Any]) -> NDArray[Any]:
+        """Return a dict of tensors or arrays, one a column parameter, as one vector ``(N,)`` in the operator's dtype.
+
+        Raises
+        ------
+        ValueError
+            Where a parameter is missing, unknown, or of another shape.
+        """
+        for name in params:
+            if name not in self._cols.slices:
+                raise ValueError(unknown_name("params", name, self._cols.names))
+        vector = np.empty(self._cols.size, dtype=self.dtype)
+        for name, shape in zip(self._cols.names, self._cols.shapes, strict=True):
+            if name not in params:
+                raise ValueError(f"params lacks {name!r}")
+            value = torch.as_tensor(params[name]).detach()
+            if value.shape != shape:
+                raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, not {tuple(shape)}")
+            vector[self._cols.slices[name]] = value.reshape(-1).double().cpu().numpy()
+        return vector
+
+    def unravel(self, vector: Any) -> dict[str, Tensor]:
+        """Return a vector ``(N,)`` as a dict of tensors with the column parameters' shapes, dtype and device."""
+        if np.shape(vector) != (self._cols.size,):
+            raise ValueError(f"vector has shape {tuple(np.shape(vector))}, but A has {self._cols.size} columns")
+        like = self._params[self._cols.names[0]]
+        vector = vector.detach() if isinstance(vector, Tensor) else torch.from_numpy(np.array(vector))
+        vector = vector.to(like.device, like.dtype, copy=True)
+        return dict(zip(self._cols.names, self._cols.split(vector), strict=True))
+
+    @abc.abstractmethod
+    def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
+        """Return the operator of the block that the named parameters span, rows by columns."""
+
+    @abc.abstractmethod
+    def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
+        """Return the gradient with respect to the row parameters, and the loss."""
+
+    def blocks(self) -> Iterator[Self]:
+        """Yield the diagonal blocks, one a column parameter."""
+        for name in self._cols.names:
+            yield self.block(name)
+
+    def damped(self, damping: float) -> DampedLinearOperator:
+        """Return ``A + damping * I``, with everything that `A` has.
+
+        Parameters
+        ----------
+        damping : float
+            Finite; in the units of the eigenvalues.
+        """
+        from curvop.damped import DampedLinearOperator
+
+        return DampedLinearOperator(self, damping)
+
+    def _check_entries(self, x: Rows) -> None:
+        real = not x.is_complex() if isinstance(x, Tensor) else x.dtype.kind in "biuf"
+        if not real:
+            raise TypeError(f"x has dtype {x.dtype}, but A is real: multiply its real and imaginary parts apart")
+
+    def _block_of(
+        self, rows: NDArray[np.intp], cols: NDArray[np.intp]
+    ) -> tuple[Self, NDArray[np.intp], NDArray[np.intp]]:
+        """Return the smallest block that holds the rows and columns, and where they are in it."""
+        row_names, rows = _touched(self._rows, rows)
+        col_names, cols = _touched(self._cols, cols)
+        if (row_names, col_names) == (self._rows.names, self._cols.names):
+            return self, rows, cols
+        return self.block(row_names, col_names), rows, cols
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a curvature operator computes; the same for an operator and its blocks."""
+
+    dtype: Any
+    cache: int | str
+    engine: str
+    progress: Any
+
+    def __post_init__(self) -> None:
+        try:
+            dtype = np.dtype(self.dtype)
+        except TypeError:
+            dtype = None
+        if dtype not in _TORCH:
+            raise ValueError(f"dtype is {self.dtype!r}, but must be numpy.float32 or numpy.float64")
+        if self.cache != "auto" and not (isinstance(self.cache, int | float | np.number) and self.cache >= 0):
+            raise ValueError(f"cache is {self.cache!r}, but must be a number of bytes, 0 for none, or 'auto'")
+        if self.engine != "autograd":
+            raise ValueError(f"engine is {self.engine!r}, but must be 'autograd'")
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "progress", Progress(self.progress))
+
+
+class CurvatureLinearOperator(ParameterLinearOperator):
+    """An operator that a kernel computes from an objective.
+
+    Subclasses name the kernel and document the constructor.
+    """
+
+    _kernel: Callable[[Objective, Sequence[str], Sequence[str]], Kernel]
+
+    def _setup(
+        self,
+        objective: Objective,
+        settings: Settings,
+        rows: Sequence[str] | None = None,
+        cols: Sequence[str] | None = None,
+    ) -> None:
+        """Initialise; stands in for ``__init__``, which subclasses have of their own."""
+        rows = list(objective.params) if rows is None else rows
+        cols = list(objective.params) if cols is None else cols
+        kernel = type(self)._kernel(objective, rows, cols)
+        self._objective = objective
+        self._settings = settings
+        self._engine = Engine(kernel, settings.cache)
+        self._adjoint_engine = self._engine
+        if not kernel.symmetric or kernel.rows.names != kernel.cols.names:
+            self._adjoint_engine = Engine(kernel.adjoint(), settings.cache)
+        super().__init__(settings.dtype, objective.params, kernel.rows, kernel.cols)
+
+    def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
+        """Return the operator of the block that the named parameters span.
+
+        Only these parameters take part: layers that none of them influences are run once for each kept batch, and
+        no product goes through them again.
+
+        Parameters
+        ----------
+        rows : str or sequence of str
+            Names of parameters of `A`, in the order that the block shall have.
+        cols : str or sequence of str, optional
+            The same for the columns; by default those of `rows`.
+
+        Raises
+        ------
+        ValueError
+            For a name that is unknown (with the nearest that is known), or stands twice, or where there is none.
+        """
+        block = type(self).__new__(type(self))
+        row_names = _checked_names("rows", rows, self._rows)
+        col_names = _checked_names("cols", rows if cols is None else cols, self._cols)
+        block._setup(self._objective, self._settings, row_names, col_names)
+        return block
+
+    def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
+        """Return the gradient ``(M,)`` with respect to the row parameters, and the loss, in one pass over the data.
+
+        Both are weighted over the batches as the curvature is: ``cg(A.damped(lam), gradient)`` is a Newton step.
+        """
+        gradient = torch.zeros(self._rows.size, dtype=_TORCH[self.dtype], device=self._objective.device)
+        with torch.inference_mode(False):
+            loss = gradient_and_loss(self._objective, self._rows.names, gradient)
+        return gradient.cpu().numpy(), loss
+
+    def _adjoint(self) -> Self:
+        if self._adjoint_engine is self._engine:
+            return self
+        adjoint = copy.copy(self)  # shares the counter and both engines, with what they keep
+        adjoint._engine, adjoint._adjoint_engine = self._adjoint_engine, self._engine
+        adjoint._rows, adjoint._cols = self._cols, self._rows
+        adjoint.shape = self.shape[::-1]
+        return adjoint
+
+    def _apply(self, rows: Rows) -> Rows:
+        with torch.inference_mode(False):
+            return self._apply_tensor(rows) if isinstance(rows, Tensor) else self._apply_array(rows)
+
+    def _apply_tensor(self, rows: Tensor) -> Tensor:
+        here = self._objective.device
+        vectors = rows.to(here, self._objective.dtype).contiguous()
+        products = torch.empty(
+            len(rows), self.shape[0], device=here, dtype=torch.promote_types(rows.dtype, self._objective.dtype)
+        )
+        self._run(vectors, products)
+        return products.to(rows.device, rows.dtype)
+
+    def _apply_array(self, rows: NDArray[Any]) -> NDArray[Any]:
+        dtype = np.result_type(self.dtype, rows.dtype)
+        dtype = dtype if dtype in _TORCH else np.dtype(np.float64)  # torch knows no longdouble
+        here = self._objective.device
+        # Writeable and contiguous, as torch wants it; a copy is made only where the vector is not so already.
+        staged = np.require(rows, _stage_dtype(self._objective.dtype), ["C", "W"])
+        vectors = torch.from_numpy(staged).to(here, self._objective.dtype)
+        if here.type == "cpu":
+            array = np.empty((len(rows), self.shape[0]), dtype=dtype)
+            self._run(vectors, torch.from_numpy(array))
+            return array
+        products = torch.empty(len(rows), self.shape[0], device=here, dtype=_TORCH[dtype])
+        self._run(vectors, products)
+        return products.cpu().numpy()
+
+    def _run(self, vectors: Tensor, products: Tensor) -> None:
+        with self._settings.progress.of(len(vectors)) as tick:
+            self._engine.apply(vectors, products, tick)
+
+
+def _stage_dtype(dtype: torch.dtype) -> Any:
+    return np.float64 if dtype == torch.float64 else np.float32  # NumPy has no bfloat16
+
+
+def _checked_names(what: str, names: str | Sequence[str], layout: ParameterLayout) -> tuple[str, ...]:
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if not names:
+        raise ValueError(f"{what} names no parameter")
+    for name in names:
+        if name not in layout.slices:
+            raise ValueError(unknown_name(what, name, layout.names))
+        if names.count(name) > 1:
+            raise ValueError(f"{what} names {name!r} twice")
+    return names
+
+
+def _touched(layout: ParameterLayout, idxs: NDArray[np.intp]) -> tuple[tuple[str, ...], NDArray[np.intp]]:
+    """Return the parameters that the entries `idxs` belong to, and where the entries are among these alone."""
+    starts = np.array([where.start for where in layout.slices.values()])
+    sizes = np.array([shape.numel() for shape in layout.shapes])
+    owners = np.searchsorted(starts + sizes, idxs, side="right")
+    taken = np.zeros(len(starts), dtype=bool)
+    taken[owners] = True
+    if taken.all():
+        return layout.names, idxs
+    moved = np.cumsum(np.where(taken, sizes, 0)) - sizes
+    return tuple(np.array(layout.names)[taken]), idxs + (moved - starts)[owners]

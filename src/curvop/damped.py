@@ -1,0 +1,59 @@
+"""Damping: ``A + lambda I``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+from numpy.typing import NDArray
+
+from curvop.curvature import ParameterLinearOperator
+from curvop.operator import Rows
+
+__all__ = ["DampedLinearOperator"]
+
+
+class DampedLinearOperator(ParameterLinearOperator):
+    """``A + damping * I``, made by ``A.damped(damping)``.
+
+    Blocks and submatrices of it are those of the sum: an off-diagonal block is that of `A`, and a block whose rows and
+    columns share some of their parameters is damped on these.
+
+    Parameters
+    ----------
+    A : ParameterLinearOperator
+    damping : float
+        Finite.
+    """
+
+    def __init__(self, A: ParameterLinearOperator, damping: float) -> None:
+        if not math.isfinite(damping):
+            raise ValueError(f"damping is {damping}, but must be finite")
+        super().__init__(A.dtype, A._params, A._rows, A._cols, A._counter)
+        self._A = A
+        self.damping = float(damping)
+
+    def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
+        """Return the operator of the block of the sum that the named parameters span; see `A.block`."""
+        return type(self)(self._A.block(rows, cols), self.damping)
+
+    def damped(self, damping: float) -> DampedLinearOperator:
+        """Return ``A + (self.damping + damping) * I``."""
+        return type(self)(self._A, self.damping + damping)
+
+    def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
+        """Return the gradient and the loss of A's objective, without damping."""
+        return self._A.gradient_and_loss()
+
+    def _adjoint(self) -> Self:
+        adjoint = self._A.H
+        return self if adjoint is self._A else type(self)(adjoint, self.damping)
+
+    def _apply(self, rows: Rows) -> Rows:
+        products = self._A._apply(rows)
+        shifted: Any = products
+        for name in self._rows.names:
+            if name in self._cols.slices:
+                shifted[:, self._rows.slices[name]] += self.damping * rows[:, self._cols.slices[name]]
+        return products

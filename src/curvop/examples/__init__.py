@@ -1,0 +1,1 @@
+"""Reference computations that the documentation and the tests compare against."""

@@ -1,0 +1,133 @@
+"""The Hessian of a loss over a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
+
+import numpy as np
+from torch import Tensor, nn
+
+from curvop.curvature import CurvatureLinearOperator, Settings
+from curvop.kernels.hessian import HessianKernel
+from curvop.kernels.objective import BatchWeight, CallableObjective, ModelObjective
+
+__all__ = ["HessianLinearOperator"]
+
+
+class HessianLinearOperator(CurvatureLinearOperator):
+    r"""The Hessian of a model's loss over a data set, as a symmetric SciPy ``LinearOperator`` of shape ``(P, P)``.
+
+    .. math::
+
+        H = \nabla^2_\theta L(\theta), \qquad
+        L(\theta) = \frac{1}{W} \sum_b w_b \, \ell_b(\theta), \quad W = \sum_b w_b
+        \qquad \text{or} \qquad L(\theta) = \sum_b \ell_b(\theta),
+
+    for a loss that is a mean or a sum. The weights are such that H is the Hessian of the loss of the whole data set
+    evaluated as one batch, however it is cut into batches: each mean is weighted by its own divisor (elements, targets
+    that are not ignored, or the sum of their class weights).
+
+    Each batch is linearized at the first product, and kept within `cache`; a product then costs one more backward pass
+    through the graph of the gradient (double backward), about two gradients. The operator shows the parameters as they
+    are now: a change in place (an optimizer step, ``load_state_dict``) is noticed and what was kept is made anew.
+
+    Use it for sharpness and spectra (``eigsh``), Newton and influence-function systems (``cg``, ``minres`` on
+    ``H.damped(lam)``), and ``scipy.optimize`` (``hessp``). The Hessian is symmetric but in general indefinite.
+
+    Parameters
+    ----------
+    model : nn.Module or callable
+        A module, called with X alone, or ``(params_dict, X) -> prediction``. In evaluation mode, as a rule.
+    loss_function : nn.Module or callable
+        ``(prediction, y) -> scalar``. Its attribute ``reduction`` says whether it is a 'mean' (also where it has none)
+        or a 'sum'.
+    params : dict of str to Tensor, or list of the model's own parameters
+        Any of the model's parameters, in the order of rows and columns: real floating point, one dtype, one device,
+        requiring grad. Their values are used, even where they differ from the module's own.
+    data : iterable of (X, y)
+        Read once or more per operator, so no one-shot iterator: a list, a ``DataLoader``. X and y are tensors, or
+        (nested) mappings, lists and tuples of tensors; they are moved to the parameters' device.
+    dtype : numpy.float64 or numpy.float32
+        Of the vectors that SciPy sees. Products are computed in the parameters' own dtype.
+    cache : int or 'auto'
+        Bytes that linearizations may retain between products; 'auto' is half of what is free on the device at the
+        first product. What does not fit is linearized anew in each product.
+    engine : 'autograd'
+    batch_weight : callable, optional
+        ``batch -> w_b``, given ``(X, y)``, in place of the divisor of a mean. By default torch's own losses are weighted
+        by their divisor, others by the batch size, the first dimension of X.
+    progress : bool or tqdm
+        Count products on a bar: one of the operator's own, or yours.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument that cannot be used. Constructing costs no pass over the data, so that what is wrong with
+        it is raised by the first product.
+
+    References
+    ----------
+    Pearlmutter (1994), "Fast exact multiplication by the Hessian", Neural Computation 6(1), eq. (2).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from scipy.sparse.linalg import eigsh
+    >>> X, y = torch.eye(3, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+    >>> model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    >>> H = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), [(X, y)])
+    >>> H @ [3.0, 0.0, 0.0]
+    array([2., 0., 0.])
+    """
+
+    _kernel = HessianKernel
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+        loss_function: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor] | Iterable[Tensor],
+        data: Iterable[Any],
+        *,
+        dtype: Any = np.float64,
+        cache: int | str = "auto",
+        engine: str = "autograd",
+        batch_weight: BatchWeight | None = None,
+        progress: Any = False,
+    ) -> None:
+        objective = ModelObjective(model, loss_function, params, data, batch_weight)
+        self._setup(objective, Settings(dtype, cache, engine, progress))
+
+    @classmethod
+    def from_objective(
+        cls,
+        objective: Callable[[dict[str, Tensor], Any], Tensor],
+        params: Mapping[str, Tensor],
+        data: Iterable[Any],
+        *,
+        dtype: Any = np.float64,
+        cache: int | str = "auto",
+        engine: str = "autograd",
+        batch_weight: BatchWeight | None = None,
+        progress: Any = False,
+    ) -> Self:
+        """Return the Hessian of any objective that torch differentiates twice.
+
+        For models that compute their own loss, regularised losses, losses that hold derivatives.
+
+        Parameters
+        ----------
+        objective : callable
+            ``(params_dict, batch) -> scalar``, a mean over the batch unless its attribute ``reduction`` is 'sum'.
+        params : dict of str to Tensor
+        data : iterable of batches
+            Each of any kind that `objective` takes; tensors are moved to the parameters' device.
+        batch_weight : callable, optional
+            ``batch -> w_b``; by default the first dimension that all tensors of the batch share.
+        dtype, cache, engine, progress
+            As for the class.
+        """
+        self = cls.__new__(cls)
+        self._setup(CallableObjective(objective, params, data, batch_weight), Settings(dtype, cache, engine, progress))
+        return self

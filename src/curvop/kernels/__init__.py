@@ -1,0 +1,1 @@
+"""Floor 1: what is differentiated and how its products are computed. Knows torch only."""

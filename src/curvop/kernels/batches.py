@@ -1,0 +1,61 @@
+"""Batches as trees: tensors in (nested) mappings, lists and tuples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["batch_size", "leaves", "signature", "to_device"]
+
+
+def leaves(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors of `tree`, depth first."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from leaves(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from leaves(value)
+
+
+def to_device(tree: Any, device: torch.device) -> Any:
+    """Return `tree` with every tensor on `device`; nothing is copied that is there already, `tree` itself stays.
+
+    Mappings keep their type (a Hugging Face ``BatchEncoding`` stays one), so do lists, tuples and named tuples; any
+    other object that has a method ``to`` (a ``PackedSequence``, a graph batch) is asked to move itself.
+    """
+    if isinstance(tree, Tensor):
+        tree = tree.to(device)
+        # Autograd cannot save a tensor made under inference mode; a clone made outside of it can be saved.
+        return tree.clone() if tree.is_inference() else tree
+    if isinstance(tree, MutableMapping):
+        moved = copy.copy(tree)
+        for key, value in tree.items():
+            moved[key] = to_device(value, device)
+        return moved
+    if isinstance(tree, Mapping):
+        return {key: to_device(value, device) for key, value in tree.items()}
+    if hasattr(tree, "to"):
+        return tree.to(device)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(to_device(value, device) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(to_device(value, device) for value in tree)
+    return tree
+
+
+def signature(tree: Any) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+    """Return the shapes and dtypes of the tensors of `tree`: batches that share it retain the same memory."""
+    return tuple((leaf.shape, leaf.dtype) for leaf in leaves(tree))
+
+
+def batch_size(tree: Any) -> int | None:
+    """Return the leading dimension that all tensors of `tree` share, or None where there is no such number."""
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves(tree)}
+    return sizes.pop() if len(sizes) == 1 else None

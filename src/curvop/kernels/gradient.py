@@ -1,0 +1,35 @@
+"""The gradient and the loss, weighted over the batches as the curvature is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from curvop.kernels.objective import Objective
+from curvop.kernels.parameters import ParameterLayout
+
+__all__ = ["gradient_and_loss"]
+
+
+def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -> float:
+    """Write the gradient with respect to the parameters `names` into `out` ``(N,)`` and return the loss; one pass."""
+    leaves = objective.leaves(names)
+    parts = ParameterLayout(objective.params, names).split(out.zero_())
+    losses, weights = [], []
+    for index, batch in objective.batches():
+        loss, weight = objective.evaluate(leaves, index, batch)
+        weights.append(weight)
+        if not weight:
+            continue
+        losses.append(weight * loss.item())
+        if loss.requires_grad:
+            gradient = torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
+            for part, value in zip(parts, gradient, strict=True):
+                if value is not None:
+                    part.add_(value, alpha=weight)
+    divisor = objective.divisor(weights)
+    out.div_(divisor)
+    return math.fsum(losses) / divisor

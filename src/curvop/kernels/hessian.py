@@ -1,0 +1,65 @@
+r"""The Hessian by reverse over reverse: the graph of the gradient is kept, a product is one more backward pass.
+
+With :math:`g_C(\theta) = \partial L / \partial \theta_C` the block with rows R and columns C acts as
+
+.. math:: H_{RC} v = \frac{\partial}{\partial \theta_R} \langle g_C(\theta), v \rangle,
+
+which is linear in `v` and needs no forward-mode derivative (double backward; Pearlmutter, 1994, "Fast exact
+multiplication by the Hessian", has the forward-mode twin). The gradient is differentiated anew for each `v` along the
+same graph, so everything that does not depend on `v` is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from curvop.kernels.linearize import Kernel, Linearization
+
+__all__ = ["HessianKernel"]
+
+
+class HessianKernel(Kernel):
+    """Linearizes batches for products with the Hessian block of the parameters `rows` and `cols`."""
+
+    symmetric = True
+
+    def adjoint(self) -> HessianKernel:
+        """Return the kernel of the block mirrored at the diagonal."""
+        return HessianKernel(self.objective, self.cols.names, self.rows.names)
+
+    def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
+        """Return the linearization of one batch: the retained graph of its gradient."""
+        loss, weight = self.objective.evaluate(leaves, index, batch)
+        edges: list[GradientEdge] = []
+        positions: list[int] = []
+        # A batch of weight 0, such as one whose targets are all ignored, has a loss of 0/0: it is left out, not added.
+        if weight and loss.requires_grad:
+            columns = [leaves[name] for name in self.cols.names]
+            gradient = torch.autograd.grad(loss, columns, create_graph=True, allow_unused=True)
+            for position, part in enumerate(gradient):
+                if part is not None and part.requires_grad:
+                    # The edge is all a product needs; the gradient's own memory, as large as the parameters, is freed.
+                    edges.append(get_gradient_edge(part))
+                    positions.append(position)
+        return _RetainedGraph(loss.detach(), weight, edges, positions, [leaves[name] for name in self.rows.names])
+
+
+class _RetainedGraph(Linearization):
+    def __init__(
+        self, loss: Tensor, weight: float, edges: list[GradientEdge], positions: list[int], rows: list[Tensor]
+    ) -> None:
+        super().__init__(loss, weight)
+        self._edges = edges
+        self._positions = positions
+        self._rows = rows
+
+    def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        if not self._edges:
+            return [None] * len(self._rows)
+        seeds = [tangents[position] for position in self._positions]
+        return torch.autograd.grad(self._edges, self._rows, seeds, retain_graph=True, allow_unused=True)

@@ -1,0 +1,255 @@
+r"""What is being differentiated: a loss over a data set, as a function of named parameters.
+
+.. math::
+
+    L(\theta) = \frac{1}{W} \sum_b w_b \, \ell_b(\theta), \quad W = \sum_b w_b \quad \text{(reduction 'mean')}, \qquad
+    L(\theta) = \sum_b \ell_b(\theta) \quad \text{(reduction 'sum')}.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvop.kernels.batches import batch_size, to_device
+from curvop.kernels.parameters import checked_params, checksum
+from curvop.kernels.weights import loss_divisor, loss_reduction
+
+__all__ = ["BatchWeight", "CallableObjective", "ModelObjective", "Objective"]
+
+#: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
+BatchWeight = Callable[[Any], float]
+
+
+class Objective(abc.ABC):
+    """A loss over a data set; subclasses say how one batch's loss is computed.
+
+    Attributes
+    ----------
+    params : dict of str to Tensor
+        The user's tensors, never written to. They are read anew at every linearization.
+    reduction : {'mean', 'sum'}
+    device : torch.device
+    dtype : torch.dtype
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        params: dict[str, Tensor],
+        data: Iterable[Any],
+        reduction: str,
+        batch_weight: BatchWeight | None,
+    ) -> None:
+        if not isinstance(data, Iterable):
+            raise TypeError(f"data is a {type(data).__name__}: pass an iterable of batches, a list or a DataLoader")
+        if isinstance(data, Iterator):
+            raise TypeError(
+                "data is a one-shot iterator, but every product reads it again: pass list(data) or a DataLoader"
+            )
+        if batch_weight is not None and reduction == "sum":
+            raise ValueError("batch_weight has no meaning with reduction='sum': leave it out")
+        self.params = params
+        self.reduction = reduction
+        self.device = next(iter(params.values())).device
+        self.dtype = next(iter(params.values())).dtype
+        self._modules = tuple(modules)
+        self._data = data
+        self._batch_weight = batch_weight
+        self._generators: list[Tensor] | None = None
+
+    @abc.abstractmethod
+    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None]:
+        """Return the batch's loss and, for a mean, the divisor of that mean (None where it is not known)."""
+
+    def __len__(self) -> int:
+        """Return the number of batches where `data` knows it, else 0."""
+        try:
+            return len(self._data)  # type: ignore[arg-type]
+        except TypeError:
+            return 0
+
+    def batches(self) -> Iterator[tuple[int, Any]]:
+        """Yield ``(index, batch)`` with the batch on the parameters' device, from private streams of random numbers.
+
+        Loaders and models that draw random numbers leave torch's global generators as they found them, yet draw other
+        numbers in every pass, so that randomness in the objective shows itself instead of being frozen by accident.
+        """
+        index = -1
+        with self._private_generators():
+            for index, batch in enumerate(self._data):
+                yield index, to_device(batch, self.device)
+        if index < 0:
+            raise ValueError("data is empty: it yields no batch, so there is nothing to differentiate")
+
+    def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return all parameters cut off from the user's graph, those of `names` ready to be differentiated."""
+        names = set(names)
+        return {name: value.detach().requires_grad_(name in names) for name, value in self.params.items()}
+
+    def evaluate(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> tuple[Tensor, float]:
+        """Return the loss of batch number `index` and its weight ``w_b``, differentiable twice in `leaves`.
+
+        Attention runs on its math backend (the fused ones have no second derivative), recurrent layers without cuDNN
+        (neither has that), buffers of modules in training mode are copies.
+        """
+        recurrent = any(isinstance(part, nn.RNNBase) for module in self._modules for part in module.modules())
+        cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), cudnn:
+            loss, divisor = self._loss(leaves, batch)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the loss of batch {index} is a {type(loss).__name__}, not a tensor")
+        if loss.ndim != 0 or not loss.is_floating_point():
+            raise ValueError(
+                f"the loss of batch {index} has shape {tuple(loss.shape)} and dtype {loss.dtype}, but must be a real "
+                "scalar: reduce it, by mean() or sum()"
+            )
+        return loss, self._weight(index, batch, divisor)
+
+    def divisor(self, weights: Iterable[float]) -> float:
+        """Return what the weighted sum over batches is divided by: ``W`` for a mean, 1 for a sum."""
+        if self.reduction == "sum":
+            return 1.0
+        total = math.fsum(weights)
+        if total == 0:
+            raise ValueError("data has total weight 0 (every target is ignored): the mean of no losses is not defined")
+        return total
+
+    def state(self) -> tuple[object, ...]:
+        """Return a token that changes whenever the objective does, at the cost of one pass over the parameters.
+
+        Writing to a tensor moves its version counter, save through ``.data``; so `params`, which such code means, are
+        summed bit by bit besides.
+        """
+        token: list[object] = []
+        for module in self._modules:
+            for part in module.modules():
+                token.append(part.training)
+                token += [_version(tensor) for tensor in (*part._parameters.values(), *part._buffers.values())]
+        token += [_version(value) for value in self.params.values()]
+        token += torch.stack([checksum(value) for value in self.params.values()]).tolist()
+        return tuple(token)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor that exists for the objective anyway, whether anything is kept or not."""
+        yield from self.params.values()
+        for module in self._modules:
+            yield from module.parameters()
+            yield from module.buffers()
+
+    def _weight(self, index: int, batch: Any, divisor: float | None) -> float:
+        if self.reduction == "sum":
+            return 1.0
+        if self._batch_weight is not None:
+            weight = float(self._batch_weight(batch))
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(
+                    f"batch_weight returned {weight} for batch {index}: it must be finite and not negative"
+                )
+            return weight
+        if divisor is None:
+            if len(self) == 1:  # the weight of an only batch cancels
+                return 1.0
+            raise ValueError(
+                f"the batch size of batch {index} cannot be told, as its tensors differ in their first dimension, and "
+                "batches of a mean-reduced loss are weighted by it: pass batch_weight=, a function of the batch"
+            )
+        return divisor
+
+    @contextlib.contextmanager
+    def _private_generators(self) -> Iterator[None]:
+        cuda = self.device.type == "cuda"
+        outside = _generators(self.device, cuda)
+        if self._generators is not None:
+            _set_generators(self._generators, self.device, cuda)
+        try:
+            yield
+        finally:
+            self._generators = _generators(self.device, cuda)
+            _set_generators(outside, self.device, cuda)
+
+
+class ModelObjective(Objective):
+    """``loss_function(model(X), y)`` over batches ``(X, y)``; see `curvop.HessianLinearOperator` for the arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+        loss_function: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor] | Iterable[Tensor],
+        data: Iterable[Any],
+        batch_weight: BatchWeight | None = None,
+    ) -> None:
+        for name, value in (("model", model), ("loss_function", loss_function)):
+            if not callable(value):
+                raise TypeError(f"{name} is a {type(value).__name__}, which cannot be called")
+        modules = [part for part in (model, loss_function) if isinstance(part, nn.Module)]
+        super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
+        self._model = model
+        self._loss_function = loss_function
+        self._divisor = loss_divisor(loss_function)
+
+    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None]:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
+        X, y = batch
+        prediction = self._predict(leaves, X)
+        loss = self._loss_function(prediction, y)
+        with torch.no_grad():
+            needed = self.reduction == "mean" and self._batch_weight is None
+            return loss, self._divisor(prediction, X, y) if needed else None
+
+    def _predict(self, leaves: Mapping[str, Tensor], X: Any) -> Any:
+        if not isinstance(self._model, nn.Module):
+            return self._model(dict(leaves), X)
+        # Everything that is not differentiated is cut off, so that nothing is saved for layers below a block.
+        own = dict(self._model.named_parameters(remove_duplicate=False))
+        selected = {id(own[name]) for name in leaves}
+        values = {name: value.detach() for name, value in self._model.named_parameters() if id(value) not in selected}
+        if any(part.training for part in self._model.modules()):
+            values |= {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        return torch.func.functional_call(self._model, values | dict(leaves), (X,))
+
+
+class CallableObjective(Objective):
+    """``objective(params, batch) -> scalar`` over batches of any kind."""
+
+    def __init__(
+        self,
+        objective: Callable[[dict[str, Tensor], Any], Tensor],
+        params: Mapping[str, Tensor],
+        data: Iterable[Any],
+        batch_weight: BatchWeight | None = None,
+    ) -> None:
+        if not callable(objective):
+            raise TypeError(f"objective is a {type(objective).__name__}, which cannot be called")
+        modules = [objective] if isinstance(objective, nn.Module) else []
+        super().__init__(modules, checked_params(None, params), data, loss_reduction(objective), batch_weight)
+        self._objective = objective
+
+    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None]:
+        return self._objective(dict(leaves), batch), batch_size(batch)
+
+
+def _version(tensor: Tensor | None) -> object:
+    """Return what changes when `tensor` is written to, or replaced."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _generators(device: torch.device, cuda: bool) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if cuda else [])]
+
+
+def _set_generators(states: list[Tensor], device: torch.device, cuda: bool) -> None:
+    torch.set_rng_state(states[0])
+    if cuda:
+        torch.cuda.set_rng_state(states[1], device)

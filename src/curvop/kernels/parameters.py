@@ -1,0 +1,145 @@
+"""The parameters that span rows and columns: which they are, and where each lies in a vector."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ParameterLayout", "checked_params", "checksum", "unknown_name"]
+
+
+class ParameterLayout:
+    """How the parameters `names` follow each other in a vector.
+
+    Parameters
+    ----------
+    params : dict of str to Tensor
+        All parameters.
+    names : sequence of str
+        Those that take part, in the order of the vector.
+
+    Attributes
+    ----------
+    names : tuple of str
+    shapes : list of torch.Size
+    slices : dict of str to slice
+    size : int
+        Entries of the vector.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.shapes = [params[name].shape for name in self.names]
+        self._sizes = [shape.numel() for shape in self.shapes]
+        stops = list(itertools.accumulate(self._sizes))
+        starts = [0, *stops][: len(stops)]
+        self.slices = {
+            name: slice(*span) for name, span in zip(self.names, zip(starts, stops, strict=True), strict=True)
+        }
+        self.size = sum(self._sizes)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Return views of `vector` ``(size,)``, one of each parameter's shape."""
+        return [part.view(shape) for part, shape in zip(vector.split(self._sizes), self.shapes, strict=True)]
+
+
+def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return `params` as a dict in its own order, after checking that they can span a curvature matrix.
+
+    Parameters
+    ----------
+    model : nn.Module or callable
+        Where it is a module, every parameter must be one of its own by name and shape, its value may differ.
+    params : dict of str to Tensor, or iterable of the module's own parameters
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the parameter and the remedy.
+    """
+    own: dict[str, Tensor] | None = None
+    if isinstance(model, nn.Module):
+        own = dict(model.named_parameters(remove_duplicate=False))
+    if isinstance(params, Tensor):
+        raise TypeError("params is one tensor: pass a dict of names to parameters, {'weight': model.weight}")
+    named = dict(params) if isinstance(params, Mapping) else _named(own, params)
+    if not named:
+        raise ValueError("params is empty: pass at least one parameter, such as dict(model.named_parameters())")
+    for name, value in named.items():
+        _check_one(own, name, value)
+    _check_together(own, named)
+    return named
+
+
+def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
+    """Return the sentence that says that `name` is not among `known`, with the nearest that are."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(map(repr, known[:10]))}"
+    return f"{what}: no parameter is named {name!r}; {hint}"
+
+
+def _named(own: dict[str, Tensor] | None, params: Iterable[Tensor]) -> dict[str, Tensor]:
+    if own is None:
+        raise TypeError("params must be a dict of names to tensors where the model is not an nn.Module")
+    names = {id(value): name for name, value in reversed(own.items())}
+    named = {}
+    for index, value in enumerate(params):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"params[{index}] is a {type(value).__name__}, not a parameter: pass dict(model.named_parameters()) "
+                "or list(model.parameters())"
+            )
+        if id(value) not in names:
+            raise ValueError(
+                f"params[{index}] is not one of the model's own parameters: pass a dict of names to tensors"
+            )
+        if names[id(value)] in named:
+            raise ValueError(f"params[{index}] stands in the list twice: {names[id(value)]!r}")
+        named[names[id(value)]] = value
+    return named
+
+
+def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> None:
+    if own is not None and name not in own:
+        raise ValueError(unknown_name("params", name, own))
+    if not isinstance(value, Tensor):
+        raise TypeError(f"params[{name!r}] is a {type(value).__name__}, not a tensor")
+    if own is not None and value.shape != own[name].shape:
+        raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, the model's has {tuple(own[name].shape)}")
+    if not value.is_floating_point():
+        raise ValueError(
+            f"params[{name!r}] has dtype {value.dtype}: only real floating-point parameters have curvature"
+        )
+    if not value.requires_grad:
+        raise ValueError(f"params[{name!r}] does not require grad: call requires_grad_(True) on it, or leave it out")
+
+
+def _check_together(own: Mapping[str, Tensor] | None, named: Mapping[str, Tensor]) -> None:
+    first, *rest = named
+    for name in rest:
+        for attribute in ("device", "dtype"):
+            here, there = getattr(named[first], attribute), getattr(named[name], attribute)
+            if here != there:
+                raise ValueError(
+                    f"params must share one {attribute}, but {first!r} has {here} and {name!r} has {there}: "
+                    "move or cast the model, or study them apart"
+                )
+    seen: dict[int, str] = {}
+    for name, value in named.items():
+        for identity in {id(value), id(value if own is None else own[name])}:
+            if seen.setdefault(identity, name) != name:
+                raise ValueError(
+                    f"params {seen[identity]!r} and {name!r} are one tied tensor: pass one of the two names"
+                )
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Return the sum of the tensor's bit patterns as integers: it moves with any change of any one entry."""
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.element_size()]
+    return tensor.detach().view(integer).sum()

@@ -1,0 +1,165 @@
+"""The one bridge between SciPy's vectors and torch's: kinds of arrays, shapes, columns, counting.
+
+SciPy hands over ``(N,)``, ``(N, 1)``, ``(N, K)`` and, from 1.18 on, stacks of them; users hand over tensors besides.
+All of it ends in one method, `BridgeLinearOperator._apply`, that multiplies a ``(K, N)`` array or tensor row by row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from curvop.submatrix import SubmatrixLinearOperator
+
+__all__ = ["BridgeLinearOperator", "ProductCounter"]
+
+Rows = NDArray[Any] | Tensor
+
+
+class ProductCounter:
+    """Counts products; shared by an operator and its adjoint."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+
+class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
+    """A linear operator that takes NumPy arrays and torch tensors alike.
+
+    Subclasses implement `_apply`, and `_adjoint` and `_transpose` where they are not real and symmetric.
+    """
+
+    def __init__(self, dtype: Any, shape: tuple[int, int], counter: ProductCounter | None = None) -> None:
+        super().__init__(dtype, shape)
+        self._counter = ProductCounter() if counter is None else counter
+
+    @property
+    def num_products(self) -> int:
+        """Columns multiplied so far, those of the adjoint included."""
+        return self._counter.total
+
+    def submatrix(self, rows: Any, cols: Any = None) -> SubmatrixLinearOperator:
+        """Return ``A[rows, :][:, cols]`` as an operator; see `curvop.SubmatrixLinearOperator`.
+
+        Parameters
+        ----------
+        rows, cols : slice, range, list, integer or boolean array, or integer tensor
+            Without `cols`, the principal submatrix with ``cols = rows``.
+        """
+        from curvop.submatrix import SubmatrixLinearOperator
+
+        return SubmatrixLinearOperator(self, rows, rows if cols is None else cols)
+
+    def __getitem__(self, key: Any) -> SubmatrixLinearOperator:
+        """Return ``A[rows, :]``, ``A[:, cols]`` or ``A[rows, cols]`` where one of the two is a slice."""
+        rows, cols = key if isinstance(key, tuple) else (key, slice(None))
+        if not isinstance(rows, slice) and not isinstance(cols, slice):
+            raise IndexError(
+                "A[rows, cols] with two index arrays means single entries to NumPy: use A[rows, :][:, cols] or "
+                "A.submatrix(rows, cols) for the submatrix"
+            )
+        return self.submatrix(rows, cols)
+
+    # What SciPy calls, after checking shapes.
+
+    def _matvec(self, x: Any) -> NDArray[Any]:
+        """Multiply ``(N,)``, ``(N, 1)`` or, from SciPy 1.18 on, a stack ``(..., N)``."""
+        x = np.asarray(x)
+        if x.ndim == 2 and x.shape == (self.shape[1], 1):  # for N = 1 a column and a stack of rows are the same
+            return self._matmat(x)
+        return cast("NDArray[Any]", self._along_last(x))
+
+    def _matmat(self, X: Any) -> NDArray[Any]:
+        """Multiply ``(N, K)`` or, from SciPy 1.18 on, a stack ``(..., N, K)``."""
+        return cast("NDArray[Any]", self._along_last(np.asarray(X).swapaxes(-1, -2)).swapaxes(-1, -2))
+
+    def _adjoint(self) -> LinearOperator:
+        return self
+
+    def _transpose(self) -> LinearOperator:
+        return self._adjoint()
+
+    def _apply(self, rows: Rows) -> Rows:
+        """Return the products with the rows of a ``(K, N)`` array or tensor, K and N not 0, as fresh ``(K, M)``."""
+        raise NotImplementedError
+
+    def _along_last(self, x: Rows) -> Rows:
+        """Multiply all vectors that lie along the last axis of `x`."""
+        self._check_entries(x)
+        (size, length), stack = self.shape, tuple(x.shape[:-1])
+        count = math.prod(stack)
+        if 0 in (count, length, size):
+            return self._zeros((*stack, size), x)
+        self._counter.total += count
+        return self._apply(x.reshape(count, length)).reshape(*stack, size)
+
+    def _check_entries(self, x: Rows) -> None:
+        """Refuse vectors whose entries the operator cannot multiply."""
+
+    def _zeros(self, shape: tuple[int, ...], like: Rows) -> Rows:
+        if isinstance(like, Tensor):
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return np.zeros(shape, dtype=np.result_type(self.dtype, like.dtype))
+
+    # Tensors never reach SciPy, which would make arrays of them; a wrong length is told with both shapes.
+
+    def dot(self, x: Any) -> Any:
+        """Multiply by a vector ``(N,)``, a matrix ``(N, K)``, a scalar or an operator, as ``A @ x`` does.
+
+        A tensor gives a tensor on its own device and in its own dtype; gradients do not flow through it.
+        """
+        if not isinstance(x, LinearOperator) and not np.isscalar(x):
+            self._check_shape(x, x_is_vector=np.ndim(x) == 1)
+        return self._tensor_product(x) if isinstance(x, Tensor) else super().dot(x)
+
+    def matvec(self, x: Any) -> Any:
+        """Multiply by a vector ``(N,)`` or ``(N, 1)``."""
+        self._check_shape(x, x_is_vector=np.shape(x) != (self.shape[1], 1))
+        return self._tensor_product(x) if isinstance(x, Tensor) else super().matvec(x)
+
+    def matmat(self, X: Any) -> Any:
+        """Multiply by a matrix ``(N, K)``."""
+        self._check_shape(X, x_is_vector=False)
+        return self._tensor_product(X) if isinstance(X, Tensor) else super().matmat(X)
+
+    def rmatvec(self, x: Any) -> Any:
+        """Multiply the adjoint by a vector ``(M,)`` or ``(M, 1)``."""
+        return self.H.matvec(x)
+
+    def rmatmat(self, X: Any) -> Any:
+        """Multiply the adjoint by a matrix ``(M, K)``."""
+        return self.H.matmat(X)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        """Multiply from the right, ``x @ A``."""
+        if not isinstance(other, Tensor):
+            return super().__rmatmul__(other)
+        return self.T.dot(other) if other.ndim == 1 else self.T.dot(other.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+    def __rmul__(self, other: Any) -> Any:
+        """Scale, or multiply from the right."""
+        return self.__rmatmul__(other) if isinstance(other, Tensor) and other.ndim else super().__rmul__(other)
+
+    def _tensor_product(self, x: Tensor) -> Tensor:
+        if not (x.is_floating_point() or x.is_complex()):
+            x = x.to(torch.promote_types(x.dtype, torch.float64 if self.dtype == np.float64 else torch.float32))
+        if x.ndim == 1:
+            return cast("Tensor", self._along_last(x.detach()))
+        return cast("Tensor", self._along_last(x.detach().swapaxes(-1, -2)).swapaxes(-1, -2))
+
+    def _check_shape(self, x: Any, x_is_vector: bool) -> None:
+        """Refuse what does not fit `A` with both shapes; SciPy says only that there is a mismatch."""
+        shape = np.shape(x)
+        length = shape[-1] if x_is_vector and shape else shape[-2] if len(shape) > 1 else None
+        if length != self.shape[1]:
+            raise ValueError(
+                f"x has shape {tuple(shape)}, but A has shape {self.shape}: "
+                f"x must be ({self.shape[1]},) or ({self.shape[1]}, K)"
+            )

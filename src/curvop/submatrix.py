@@ -1,0 +1,189 @@
+"""Rows and columns of any linear operator, by scatter and gather."""
+
+from __future__ import annotations
+
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvop.curvature import ParameterLinearOperator
+from curvop.operator import BridgeLinearOperator, Rows
+
+__all__ = ["SubmatrixLinearOperator"]
+
+
+class SubmatrixLinearOperator(BridgeLinearOperator):
+    """``A[row_idxs, :][:, col_idxs]`` with NumPy's meaning, over any SciPy ``LinearOperator``.
+
+    A product scatters the vector into zeros, multiplies by A once, and gathers. Over an operator of this package only
+    the parameters that the rows and columns touch take part: the submatrix is taken inside ``A.block(...)``, and costs
+    what the block costs.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        Of any shape, real or complex. A submatrix of a submatrix composes the indices and stays one level deep.
+    row_idxs, col_idxs : slice, range, list, tuple, integer or boolean array, or integer or boolean tensor on any device
+        Negative indices count from the end. Repeats are allowed: a repeated row repeats, a repeated column adds.
+        Empty selections give an operator without rows or columns, whose products are empty or zero.
+
+    Raises
+    ------
+    IndexError
+        For an index out of range, naming it and the bound, and for a mask of the wrong length.
+    TypeError
+        For indices that are not integers, such as floats, and for an `A` that is no ``LinearOperator``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy.sparse.linalg import aslinearoperator
+    >>> A = aslinearoperator(np.arange(12.0).reshape(3, 4))
+    >>> SubmatrixLinearOperator(A, [0, -1], slice(1, 3)) @ np.eye(2)
+    array([[ 1.,  2.],
+           [ 9., 10.]])
+    """
+
+    def __init__(self, A: LinearOperator, row_idxs: Any, col_idxs: Any) -> None:
+        if not isinstance(A, LinearOperator):
+            raise TypeError(
+                f"A is a {type(A).__name__}, not a LinearOperator: wrap it, scipy.sparse.linalg.aslinearoperator(A)"
+            )
+        if len(A.shape) != 2:
+            raise ValueError(f"A has shape {A.shape}: a stack of operators has no submatrix, take one of them")
+        rows, cols = _indices("row_idxs", row_idxs, A.shape[0]), _indices("col_idxs", col_idxs, A.shape[1])
+        if isinstance(A, SubmatrixLinearOperator):
+            A, rows, cols = A._A, A._rows.idxs[rows], A._cols.idxs[cols]
+        if isinstance(A, ParameterLinearOperator) and rows.size and cols.size:
+            A, rows, cols = A._block_of(rows, cols)
+        self._setup(A, _Selection(rows, A.shape[0]), _Selection(cols, A.shape[1]))
+
+    def _setup(self, A: LinearOperator, rows: _Selection, cols: _Selection) -> None:
+        self._A = A
+        self._rows = rows
+        self._cols = cols
+        super().__init__(A.dtype, (rows.idxs.size, cols.idxs.size))
+
+    def _like(self, A: LinearOperator, rows: _Selection, cols: _Selection) -> Self:
+        """Return the submatrix of `A` whose indices are known to be good."""
+        submatrix = type(self).__new__(type(self))
+        submatrix._setup(A, rows, cols)
+        submatrix._counter = self._counter
+        return submatrix
+
+    def _adjoint(self) -> Self:
+        A = self._A
+        if isinstance(A, BridgeLinearOperator) and A.H is A and np.array_equal(self._rows.idxs, self._cols.idxs):
+            return self
+        return self._like(A.H, self._cols, self._rows)
+
+    def _transpose(self) -> Self:
+        real = self.dtype is not None and self.dtype.kind != "c"
+        return self._adjoint() if real else self._like(self._A.T, self._cols, self._rows)
+
+    def _apply(self, rows: Rows) -> Rows:
+        if isinstance(self._A, BridgeLinearOperator):
+            whole = rows if self._cols.everything else self._cols.scatter(rows)
+            products = self._A._along_last(whole)
+            return products if self._rows.everything else self._rows.gather(products)
+        if isinstance(rows, Tensor):
+            raise TypeError(f"A, a {type(self._A).__name__}, takes NumPy arrays only: pass x.numpy(force=True)")
+        if self.dtype is not None:
+            rows = rows.astype(np.result_type(self.dtype, rows.dtype), copy=False)
+        whole = cast("NDArray[Any]", self._cols.scatter(rows))
+        products = self._A.matvec(whole[0])[None] if len(whole) == 1 else self._A.matmat(whole.T).T
+        return self._rows.gather(np.asarray(products))
+
+
+class _Selection:
+    """Indices into an axis, all of them within ``[0, length)``.
+
+    Attributes
+    ----------
+    idxs : ndarray of intp
+    everything : bool
+        Whether they are the whole axis in its order.
+    """
+
+    def __init__(self, idxs: NDArray[np.intp], length: int) -> None:
+        self.idxs = idxs
+        self._length = length
+        self._slice = _as_slice(idxs)
+        self.everything = self._slice == slice(0, length)
+        seen = np.zeros(length, dtype=bool)
+        seen[idxs] = True
+        self._distinct = np.count_nonzero(seen) == idxs.size
+        self._on_device: Tensor | None = None
+
+    def scatter(self, rows: Rows) -> Rows:
+        """Return ``(K, length)`` zeros with the entries of `rows` ``(K, idxs.size)`` added at the indices."""
+        if isinstance(rows, Tensor):
+            whole = rows.new_zeros(len(rows), self._length)
+            if self._distinct:
+                whole[:, self._where(rows)] = rows
+                return whole
+            return whole.index_add_(1, self._tensor(rows.device), rows)
+        array = np.zeros((len(rows), self._length), dtype=rows.dtype)
+        if self._distinct:
+            array[:, self._where(rows)] = rows
+        else:
+            for target, row in zip(array, rows, strict=True):
+                np.add.at(target, self.idxs, row)
+        return array
+
+    def gather(self, rows: Rows) -> Rows:
+        """Return the entries of `rows` ``(K, length)`` at the indices, in memory of their own."""
+        taken = rows[:, self._where(rows)]
+        if self._slice is None:
+            return taken
+        return taken.clone() if isinstance(taken, Tensor) else taken.copy()
+
+    def _where(self, rows: Rows) -> Any:
+        if self._slice is not None:
+            return self._slice
+        return self._tensor(rows.device) if isinstance(rows, Tensor) else self.idxs
+
+    def _tensor(self, device: torch.device) -> Tensor:
+        if self._on_device is None or self._on_device.device != device:
+            self._on_device = torch.from_numpy(self.idxs).to(device)
+        return self._on_device
+
+
+def _as_slice(idxs: NDArray[np.intp]) -> slice | None:
+    """Return the slice that consecutive indices are, which copies faster than an index array; else None."""
+    if idxs.size and idxs[-1] - idxs[0] == idxs.size - 1 and (idxs[1:] - idxs[:-1] == 1).all():
+        return slice(int(idxs[0]), int(idxs[-1]) + 1)
+    return None
+
+
+def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
+    """Return `idxs` as an array of its own, checked and free of negative numbers."""
+    if isinstance(idxs, slice):
+        return np.arange(*idxs.indices(length), dtype=np.intp)
+    if isinstance(idxs, range):
+        array = np.arange(idxs.start, idxs.stop, idxs.step)
+    else:
+        array = idxs.numpy(force=True) if isinstance(idxs, Tensor) else np.asarray(idxs)
+        if array.size == 0 and isinstance(idxs, list | tuple):
+            array = array.astype(np.intp)
+    if array.ndim != 1:
+        raise IndexError(
+            f"{what} has shape {array.shape}, but must be one-dimensional: write [i] for the single index i"
+        )
+    if array.dtype == bool:
+        if array.size != length:
+            raise IndexError(f"{what} is a mask of length {array.size}, but the axis has length {length}")
+        return np.flatnonzero(array)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{what} has dtype {array.dtype}, but indices must be integers or a boolean mask")
+    if array.size and (array.min() < -length or array.max() >= length):
+        worst = array[(array < -length) | (array >= length)][0]
+        raise IndexError(f"{what} holds {worst}, which is out of bounds for an axis of length {length}")
+    array = array.astype(np.intp)
+    if array.size and array.min() < 0:
+        array[array < 0] += length
+    return array
