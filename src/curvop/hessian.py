@@ -55,8 +55,8 @@ class HessianLinearOperator(CurvatureLinearOperator):
         first product. What does not fit is linearized anew in each product.
     engine : 'autograd'
     batch_weight : callable, optional
-        ``batch -> w_b``, given ``(X, y)``, in place of the divisor of a mean. By default torch's own losses are weighted
-        by their divisor, others by the batch size, the first dimension of X.
+        ``batch -> w_b``, given ``(X, y)``, in place of the divisor of a mean. By default torch's own losses are
+        weighted by their divisor, others by the batch size, the first dimension of X.
     progress : bool or tqdm
         Count products on a bar: one of the operator's own, or yours.
 

@@ -1,0 +1,317 @@
+"""The engine: batches are linearized once, kept within the budget, and made anew when anything changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import Problem, cut, loss_problem, mlp, seeded
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from curvop import HessianLinearOperator, NonDeterministicObjectiveError, NonFiniteProductError
+from curvop.kernels.hessian import HessianKernel
+from curvop.kernels.memory import free_bytes, retained_bytes
+from curvop.kernels.objective import ModelObjective
+
+
+class Counting(nn.Module):
+    """Counts how often the model runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.runs = 0
+
+    def forward(self, X):
+        self.runs += 1
+        return self.model(X)
+
+
+@seeded
+def counting_problem(sizes: tuple[int, ...] = (4, 4, 4)) -> Problem:
+    model = Counting(mlp())
+    return Problem(model, nn.MSELoss(), cut(torch.randn(sum(sizes), 4), torch.randn(sum(sizes), 3), sizes))
+
+
+def hessian(problem: Problem, **options) -> HessianLinearOperator:
+    return HessianLinearOperator(problem.model, problem.loss_function, problem.params, problem.data, **options)
+
+
+def dense(problem: Problem) -> np.ndarray:
+    H = hessian(problem, cache=0)
+    return H @ np.eye(H.shape[1])
+
+
+def batch_bytes(problem: Problem) -> int:
+    """What a linearization of the first batch retains, as the engine measures it."""
+    objective = ModelObjective(problem.model, problem.loss_function, problem.params, problem.data)
+    leaves, names = objective.leaves(problem.params), list(problem.params)
+    kernel = HessianKernel(objective, names, names)
+    return retained_bytes(lambda: kernel.linearize(leaves, 0, problem.data[0]), objective.tensors())
+
+
+class TestCache:
+    def test_construction_costs_no_pass(self) -> None:
+        problem = counting_problem()
+        hessian(problem)
+        assert problem.model.runs == 0
+
+    def test_what_is_kept_is_linearized_once(self) -> None:
+        problem = counting_problem()
+        H = hessian(problem)
+        H @ np.ones(43)
+        first = problem.model.runs
+        assert first == 3 + 1  # one more, to measure what batches of this shape retain
+        for _ in range(5):
+            H @ np.ones(43)
+        assert problem.model.runs == first
+
+    def test_nothing_kept_linearizes_each_batch_once_for_all_columns(self) -> None:
+        problem = counting_problem()
+        H = hessian(problem, cache=0)
+        H @ np.eye(43)
+        assert problem.model.runs == 3
+        H @ np.eye(43)
+        assert problem.model.runs == 6
+
+    @pytest.mark.parametrize("kept", [0, 1, 2, 3])
+    def test_the_budget_in_bytes_decides_how_many_are_kept(self, kept: int) -> None:
+        problem = counting_problem()
+        expected = dense(problem)
+        budget = kept * batch_bytes(problem)
+        H = hessian(problem, cache=budget)
+        np.testing.assert_allclose(H @ np.eye(43), expected, rtol=1e-12, atol=1e-14)
+        problem.model.runs = 0
+        np.testing.assert_allclose(H @ np.eye(43), expected, rtol=1e-12, atol=1e-14)
+        assert problem.model.runs == 3 - kept
+
+    def test_batches_of_other_sizes_are_measured_apart(self) -> None:
+        problem = counting_problem((16, 2, 2))
+        H = hessian(problem, cache=batch_bytes(problem) - 1)  # the large one does not fit, the small ones do
+        H @ np.ones(43)
+        problem.model.runs = 0
+        H @ np.ones(43)
+        assert problem.model.runs == 1
+
+    @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's count of resident pages")
+    def test_what_a_batch_retains_is_what_the_process_gets_back(self) -> None:
+        def resident() -> int:
+            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        model = nn.Sequential(nn.Linear(4, 5_000), nn.Tanh())
+        data = [(torch.randn(2_000, 4), torch.randn(2_000, 5_000))]
+        # The targets are not saved by this loss, so that all that is retained is new: some 40 MB a tensor.
+        problem = Problem(model, lambda z, y: ((z - y) ** 2).mean(), data)
+        measured = batch_bytes(problem)
+        H = hessian(problem, cache=2 * measured)
+        H @ np.ones(25_000)
+        holding = resident()
+        del H
+        assert measured > 100e6
+        assert holding - resident() == pytest.approx(measured, rel=0.02)
+
+    def test_parameters_and_their_gradient_are_not_retained(self) -> None:
+        wide = Problem(
+            nn.Linear(4, 10_000, bias=False), lambda z, y: (z.sum(1) ** 2).mean(), [(torch.randn(2, 4), torch.ones(2))]
+        )
+        assert batch_bytes(wide) < 4 * 4 * 10_000  # less than one more copy of the parameters
+
+    def test_auto_leaves_memory_free(self) -> None:
+        assert 0 < free_bytes(torch.device("cpu")) < 2**50
+
+
+class TestChangesAreNoticed:
+    @pytest.fixture
+    def problem(self) -> Problem:
+        return loss_problem("ce")
+
+    def check(self, problem: Problem, change) -> None:
+        H = hessian(problem)
+        before = H @ np.eye(H.shape[1])
+        change()
+        after = H @ np.eye(H.shape[1])
+        assert np.abs(after - before).max() > 1e-6
+        np.testing.assert_allclose(after, dense(problem), rtol=1e-12, atol=1e-14)
+
+    def test_an_optimizer_step(self, problem: Problem) -> None:
+        optimizer = torch.optim.SGD(problem.model.parameters(), lr=1.0)
+
+        def step() -> None:
+            (X, y), *_ = problem.data
+            problem.loss_function(problem.model(X), y).backward()
+            optimizer.step()
+
+        self.check(problem, step)
+
+    def test_load_state_dict(self, problem: Problem) -> None:
+        other = {name: torch.randn_like(value) for name, value in problem.model.state_dict().items()}
+        self.check(problem, lambda: problem.model.load_state_dict(other))
+
+    def test_writing_through_data(self, problem: Problem) -> None:
+        self.check(problem, lambda: problem.model[0].weight.data.add_(1.0))
+
+    def test_replacing_data(self, problem: Problem) -> None:
+        vector = torch.randn(43, dtype=torch.float64)
+        self.check(problem, lambda: nn.utils.vector_to_parameters(vector, problem.model.parameters()))
+
+    def test_parameters_that_do_not_take_part(self, problem: Problem) -> None:
+        problem.params = {"2.weight": problem.params["2.weight"]}
+        self.check(problem, lambda: nn.init.ones_(problem.model[0].weight))
+
+    def test_buffers_and_class_weights(self) -> None:
+        problem = loss_problem("ce-weights")
+        self.check(problem, lambda: problem.loss_function.weight.fill_(2.0)[0].fill_(0.1))
+
+    def test_training_flags(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+        problem = Problem(model, nn.MSELoss(), [(torch.randn(8, 4).double(), torch.randn(8, 3).double())])
+        self.check(problem, lambda: model.train())
+
+    def test_data_that_is_kept(self, problem: Problem) -> None:
+        self.check(problem, lambda: problem.data[0][0].mul_(3.0))
+
+
+class TestTheModelIsLeftAsFound:
+    def test_buffers_gradients_flags_and_random_numbers(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)).double().train()
+        frozen = model[3].bias.requires_grad_(False)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        data = DataLoader(
+            TensorDataset(torch.randn(8, 4).double(), torch.randn(8, 3).double()), batch_size=4, shuffle=True
+        )
+        params = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        state = torch.get_rng_state()
+        HessianLinearOperator(model, nn.MSELoss(), params, data) @ np.ones(sum(p.numel() for p in params.values()))
+        assert torch.equal(state, torch.get_rng_state())
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert all(value.grad is None for value in model.parameters())
+        assert model.training
+        assert not frozen.requires_grad
+        assert all(value.requires_grad for value in params.values())
+
+    def test_the_batch_is_not_changed(self) -> None:
+        batch = {"X": torch.randn(2, 4).double()}
+        model = mlp().double()
+        data = [(batch, torch.randn(2, 3).double())]
+        H = HessianLinearOperator(
+            lambda params, X: torch.func.functional_call(model, params, (X.pop("X"),)),
+            nn.MSELoss(),
+            dict(model.named_parameters()),
+            data,
+            cache=0,
+        )
+        assert (H @ np.ones(43)).any()
+        assert list(batch) == ["X"]
+        assert (H @ np.ones(43)).any()
+
+
+class TestRandomness:
+    @seeded
+    def loader(self, shuffle: bool = True) -> tuple[Problem, np.ndarray]:
+        X, y = torch.randn(10, 4), torch.randn(10, 3)
+        problem = Problem(mlp(), nn.MSELoss(), [(X, y)])
+        expected = dense(problem)
+        problem.data = DataLoader(TensorDataset(X, y), batch_size=4, shuffle=shuffle)
+        return problem, expected
+
+    @pytest.mark.parametrize("cache", [0, 10**9])
+    def test_a_shuffling_loader_gives_the_same_matrix(self, cache: int) -> None:
+        problem, expected = self.loader()
+        H = hessian(problem, cache=cache)
+        for _ in range(3):
+            np.testing.assert_allclose(H @ np.eye(43), expected, rtol=1e-10, atol=1e-14)
+
+    def test_where_only_some_batches_fit_a_shuffling_loader_is_linearized_whole_with_a_warning(self) -> None:
+        problem, expected = self.loader()
+        budget = 2 * batch_bytes(Problem(problem.model, problem.loss_function, [next(iter(problem.data))]))
+        H = hessian(problem, cache=budget)
+        np.testing.assert_allclose(H @ np.eye(43), expected, rtol=1e-10, atol=1e-14)
+        with pytest.warns(RuntimeWarning, match="shuffle=False"):
+            product = H @ np.eye(43)
+        np.testing.assert_allclose(product, expected, rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(H @ np.eye(43), expected, rtol=1e-10, atol=1e-14)
+
+    def test_dropout_in_training_mode_is_told(self) -> None:
+        problem = loss_problem("mse")
+        problem.model.insert(2, nn.Dropout(0.5)).train()
+        problem.params = dict(problem.model.named_parameters())
+        H = hessian(problem, cache=0)
+        H @ np.ones(43)
+        with pytest.raises(NonDeterministicObjectiveError, match=r"dropout.*model.eval\(\)"):
+            H @ np.ones(43)
+        problem.model.eval()
+        assert np.isfinite(H @ np.ones(43)).all()
+
+
+class TestNonFiniteProducts:
+    def test_the_batch_and_the_parameter_are_named(self) -> None:
+        problem = loss_problem("mse")
+        problem.data[1][0][0, 0] = torch.nan
+        H = hessian(problem)
+        with pytest.raises(NonFiniteProductError, match=r"batch 1 in parameter '0.weight' \(the loss .* is nan"):
+            H @ np.ones(43)
+
+    def test_a_vector_that_is_not_finite(self) -> None:
+        H = hessian(loss_problem("mse"))
+        with pytest.raises(NonFiniteProductError, match="vector handed in"):
+            H @ np.full(43, np.inf)
+        assert np.isfinite(H @ np.ones(43)).all()
+
+
+class TestFailuresLeaveTheOperatorUsable:
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+    def test_an_exception_in_the_middle_of_the_first_pass(self, error: type[BaseException]) -> None:
+        problem = loss_problem("mse")
+        expected = dense(problem)
+        fail = [True]
+
+        def loss_function(prediction, y):
+            if len(y) == 3 and fail[0]:
+                raise error("stop")
+            return nn.functional.mse_loss(prediction, y)
+
+        H = HessianLinearOperator(problem.model, loss_function, problem.params, problem.data)
+        state = torch.get_rng_state()
+        with pytest.raises(error, match="stop"):
+            H @ np.ones(43)
+        assert torch.equal(state, torch.get_rng_state())
+        fail[0] = False
+        np.testing.assert_allclose(H @ np.eye(43), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_products_inside_no_grad_and_inference_mode(mode) -> None:
+    problem = loss_problem("ce")
+    expected = dense(problem)
+    H = hessian(problem)
+    with mode():
+        np.testing.assert_allclose(H @ np.eye(43), expected, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(H @ torch.eye(43, dtype=torch.float64), expected, rtol=1e-12, atol=1e-14)
+        X, y = (part.clone() for part in problem.data[0])  # inference tensors, in the second mode
+    made_inside = HessianLinearOperator(problem.model, problem.loss_function, problem.params, [(X, y)])
+    alone = HessianLinearOperator(problem.model, problem.loss_function, problem.params, problem.data[:1])
+    np.testing.assert_allclose(made_inside @ np.ones(43), alone @ np.ones(43), rtol=1e-12, atol=1e-14)
+
+
+def test_last_layer_blocks_never_run_the_layers_below_again() -> None:
+    problem = counting_problem()
+    block = hessian(problem).block(["model.2.weight", "model.2.bias"])
+    block @ np.ones(18)
+    runs = problem.model.runs
+    nodes: set[str] = set()
+    (linearization, *_), engine = block._engine._first.kept.values(), block._engine
+    stack = [edge.node for edge in linearization._edges]
+    while stack:
+        node = stack.pop()
+        nodes.add(node.name())
+        stack += [parent for parent, _ in node.next_functions if parent is not None]
+    block @ np.ones(18)
+    assert problem.model.runs == runs
+    assert engine._first is not None
+    assert not any("Tanh" in name for name in nodes)  # nothing below the last layer is in its graph
