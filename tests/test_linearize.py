@@ -158,6 +158,24 @@ class TestChangesAreNoticed:
         vector = torch.randn(43, dtype=torch.float64)
         self.check(problem, lambda: nn.utils.vector_to_parameters(vector, problem.model.parameters()))
 
+    def test_casting_the_model(self) -> None:
+        problem = loss_problem("ce")
+        problem.data = [(problem.model[0](X).float().detach(), y) for X, y in problem.data]
+        model = problem.model[1:].float()
+        H = HessianLinearOperator(
+            lambda params, X: torch.func.functional_call(model, params, (X.to(dtype),)),
+            problem.loss_function,
+            dict(model.named_parameters()),
+            problem.data,
+        )
+        dtype = torch.float32
+        single = H @ np.eye(18)
+        dtype = torch.float64
+        model.double()
+        double = H @ np.eye(18)
+        assert 0 < np.abs(single - double).max() < 1e-6
+        np.testing.assert_allclose(double, double.T, rtol=1e-13, atol=1e-15)
+
     def test_parameters_that_do_not_take_part(self, problem: Problem) -> None:
         problem.params = {"2.weight": problem.params["2.weight"]}
         self.check(problem, lambda: nn.init.ones_(problem.model[0].weight))

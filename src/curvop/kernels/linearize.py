@@ -215,12 +215,12 @@ class Engine:
 
     def _retained(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> int:
         """Return the bytes that a linearization of `batch` retains, measured once for batches of equal shapes."""
-        shapes = signature(batch)
-        if shapes not in self._bytes:
-            self._bytes[shapes] = retained_bytes(
+        like = (self._objective.dtype, signature(batch))
+        if like not in self._bytes:
+            self._bytes[like] = retained_bytes(
                 lambda: self.kernel.linearize(leaves, index, batch), self._objective.tensors()
             )
-        return self._bytes[shapes]
+        return self._bytes[like]
 
     def _blame(self, vectors: Tensor) -> str:
         """Say where a product that is not finite went wrong, by making it once more, batch by batch."""

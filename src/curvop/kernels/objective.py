@@ -9,9 +9,9 @@ r"""What is being differentiated: a loss over a data set, as a function of named
 from __future__ import annotations
 
 import abc
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,8 +36,6 @@ class Objective(abc.ABC):
     params : dict of str to Tensor
         The user's tensors, never written to. They are read anew at every linearization.
     reduction : {'mean', 'sum'}
-    device : torch.device
-    dtype : torch.dtype
     """
 
     def __init__(
@@ -58,12 +56,20 @@ class Objective(abc.ABC):
             raise ValueError("batch_weight has no meaning with reduction='sum': leave it out")
         self.params = params
         self.reduction = reduction
-        self.device = next(iter(params.values())).device
-        self.dtype = next(iter(params.values())).dtype
         self._modules = tuple(modules)
         self._data = data
         self._batch_weight = batch_weight
         self._generators: list[Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are now: a model may be moved or cast after the operator is made."""
+        return next(iter(self.params.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are now."""
+        return next(iter(self.params.values())).dtype
 
     @abc.abstractmethod
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None]:
@@ -101,8 +107,7 @@ class Objective(abc.ABC):
         (neither has that), buffers of modules in training mode are copies.
         """
         recurrent = any(isinstance(part, nn.RNNBase) for module in self._modules for part in module.modules())
-        cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), cudnn:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _without_cudnn() if recurrent else nullcontext():
             loss, divisor = self._loss(leaves, batch)
         if not isinstance(loss, Tensor):
             raise TypeError(f"the loss of batch {index} is a {type(loss).__name__}, not a tensor")
@@ -163,7 +168,7 @@ class Objective(abc.ABC):
             )
         return divisor
 
-    @contextlib.contextmanager
+    @contextmanager
     def _private_generators(self) -> Iterator[None]:
         cuda = self.device.type == "cuda"
         outside = _generators(self.device, cuda)
@@ -243,6 +248,17 @@ def _version(tensor: Tensor | None) -> object:
     if tensor is None:
         return None
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    # The attribute, not cudnn.flags(), which writes the TF32 settings too.
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 def _generators(device: torch.device, cuda: bool) -> list[Tensor]:
