@@ -59,13 +59,21 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
 
     def __getitem__(self, key: Any) -> SubmatrixLinearOperator:
         """Return ``A[rows, :]``, ``A[:, cols]`` or ``A[rows, cols]`` where one of the two is a slice."""
-        rows, cols = key if isinstance(key, tuple) else (key, slice(None))
+        keys = list(key) if isinstance(key, tuple) else [key]
+        if any(part is Ellipsis for part in keys):
+            where = next(index for index, part in enumerate(keys) if part is Ellipsis)
+            keys[where : where + 1] = [slice(None)] * (3 - len(keys))
+        if not 1 <= len(keys) <= 2:
+            raise IndexError(f"A has two axes, but {len(keys)} indices were given")
+        rows, cols = (*keys, slice(None))[:2]
         if not isinstance(rows, slice) and not isinstance(cols, slice):
             raise IndexError(
                 "A[rows, cols] with two index arrays means single entries to NumPy: use A[rows, :][:, cols] or "
                 "A.submatrix(rows, cols) for the submatrix"
             )
         return self.submatrix(rows, cols)
+
+    __iter__ = None  # not a sequence of rows: without this, iteration would end at once and yield nothing
 
     # What SciPy calls, after checking shapes.
 
@@ -120,9 +128,15 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
         return self._tensor_product(x) if isinstance(x, Tensor) else super().dot(x)
 
     def matvec(self, x: Any) -> Any:
-        """Multiply by a vector ``(N,)`` or ``(N, 1)``."""
-        self._check_shape(x, x_is_vector=np.shape(x) != (self.shape[1], 1))
-        return self._tensor_product(x) if isinstance(x, Tensor) else super().matvec(x)
+        """Multiply by a vector ``(N,)`` or ``(N, 1)``, or by a stack of vectors ``(..., N)``."""
+        column = np.shape(x) == (self.shape[1], 1)
+        self._check_shape(x, x_is_vector=not column)
+        if column and isinstance(x, Tensor):
+            return self._tensor_product(x)
+        if isinstance(x, Tensor):
+            return self._along_last(self._floating(x))
+        # SciPy multiplies stacks from 1.18 on.
+        return super().matvec(x) if column or np.ndim(x) == 1 else self._along_last(np.asarray(x))
 
     def matmat(self, X: Any) -> Any:
         """Multiply by a matrix ``(N, K)``."""
@@ -148,11 +162,16 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
         return self.__rmatmul__(other) if isinstance(other, Tensor) and other.ndim else super().__rmul__(other)
 
     def _tensor_product(self, x: Tensor) -> Tensor:
-        if not (x.is_floating_point() or x.is_complex()):
-            x = x.to(torch.promote_types(x.dtype, torch.float64 if self.dtype == np.float64 else torch.float32))
+        x = self._floating(x)
         if x.ndim == 1:
-            return cast("Tensor", self._along_last(x.detach()))
-        return cast("Tensor", self._along_last(x.detach().swapaxes(-1, -2)).swapaxes(-1, -2))
+            return cast("Tensor", self._along_last(x))
+        return cast("Tensor", self._along_last(x.swapaxes(-1, -2)).swapaxes(-1, -2))
+
+    def _floating(self, x: Tensor) -> Tensor:
+        """Return `x` cut off from its graph, integers in the operator's dtype."""
+        if x.is_floating_point() or x.is_complex():
+            return x.detach()
+        return x.to(torch.float64 if self.dtype == np.float64 else torch.float32)
 
     def _check_shape(self, x: Any, x_is_vector: bool) -> None:
         """Refuse what does not fit `A` with both shapes; SciPy says only that there is a mismatch."""

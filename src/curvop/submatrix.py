@@ -76,24 +76,30 @@ class SubmatrixLinearOperator(BridgeLinearOperator):
         return submatrix
 
     def _adjoint(self) -> Self:
-        A = self._A
-        if isinstance(A, BridgeLinearOperator) and A.H is A and np.array_equal(self._rows.idxs, self._cols.idxs):
+        adjoint = self._A.H
+        if adjoint is self._A and np.array_equal(self._rows.idxs, self._cols.idxs):
             return self
-        return self._like(A.H, self._cols, self._rows)
+        return self._like(adjoint, self._cols, self._rows)
 
     def _transpose(self) -> Self:
         real = self.dtype is not None and self.dtype.kind != "c"
         return self._adjoint() if real else self._like(self._A.T, self._cols, self._rows)
+
+    def _check_entries(self, x: Rows) -> None:
+        if isinstance(self._A, BridgeLinearOperator):
+            self._A._check_entries(x)
+        elif isinstance(x, Tensor):
+            raise TypeError(f"A, a {type(self._A).__name__}, takes NumPy arrays only: pass x.numpy(force=True)")
 
     def _apply(self, rows: Rows) -> Rows:
         if isinstance(self._A, BridgeLinearOperator):
             whole = rows if self._cols.everything else self._cols.scatter(rows)
             products = self._A._along_last(whole)
             return products if self._rows.everything else self._rows.gather(products)
-        if isinstance(rows, Tensor):
-            raise TypeError(f"A, a {type(self._A).__name__}, takes NumPy arrays only: pass x.numpy(force=True)")
-        if self.dtype is not None:
-            rows = rows.astype(np.result_type(self.dtype, rows.dtype), copy=False)
+        # Repeated columns add, so integers need room where A has no dtype to promote to.
+        array = cast("NDArray[Any]", rows)
+        room = self.dtype if self.dtype is not None else np.dtype(np.intp) if array.dtype.kind in "biu" else array.dtype
+        rows = array.astype(np.result_type(room, array.dtype), copy=False)
         whole = cast("NDArray[Any]", self._cols.scatter(rows))
         products = self._A.matvec(whole[0])[None] if len(whole) == 1 else self._A.matmat(whole.T).T
         return self._rows.gather(np.asarray(products))
@@ -165,9 +171,17 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
     if isinstance(idxs, slice):
         return np.arange(*idxs.indices(length), dtype=np.intp)
     if isinstance(idxs, range):
-        array = np.arange(idxs.start, idxs.stop, idxs.step)
+        # No range stays within the axis for longer; what is too long is told without memory taken for all of it.
+        idxs = idxs[: 2 * length + 1]
+        if idxs and not -length <= idxs[0] < length:
+            raise _out_of_bounds(what, idxs[0], length)
+        array = np.arange(idxs.start, idxs.stop, idxs.step) if idxs else np.empty(0, np.intp)
+    elif isinstance(idxs, Tensor):
+        if idxs.is_floating_point() or idxs.is_complex():
+            raise TypeError(f"{what} has dtype {idxs.dtype}, but indices must be integers or a boolean mask")
+        array = idxs.numpy(force=True)
     else:
-        array = idxs.numpy(force=True) if isinstance(idxs, Tensor) else np.asarray(idxs)
+        array = np.asarray(idxs)
         if array.size == 0 and isinstance(idxs, list | tuple):
             array = array.astype(np.intp)
     if array.ndim != 1:
@@ -178,12 +192,18 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
         if array.size != length:
             raise IndexError(f"{what} is a mask of length {array.size}, but the axis has length {length}")
         return np.flatnonzero(array)
-    if array.dtype.kind not in "iu":
+    if array.dtype == object and all(isinstance(index, int) for index in array):
+        pass  # integers beyond 64 bits: out of bounds, told below
+    elif array.dtype.kind not in "iu":
         raise TypeError(f"{what} has dtype {array.dtype}, but indices must be integers or a boolean mask")
     if array.size and (array.min() < -length or array.max() >= length):
         worst = array[(array < -length) | (array >= length)][0]
-        raise IndexError(f"{what} holds {worst}, which is out of bounds for an axis of length {length}")
+        raise _out_of_bounds(what, worst, length)
     array = array.astype(np.intp)
     if array.size and array.min() < 0:
         array[array < 0] += length
     return array
+
+
+def _out_of_bounds(what: str, index: int, length: int) -> IndexError:
+    return IndexError(f"{what} holds {index}, which is out of bounds for an axis of length {length}")

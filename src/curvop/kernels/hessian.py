@@ -46,7 +46,29 @@ class HessianKernel(Kernel):
                     # The edge is all a product needs; the gradient's own memory, as large as the parameters, is freed.
                     edges.append(get_gradient_edge(part))
                     positions.append(position)
+        _check_differentiable(edges)
         return _RetainedGraph(loss.detach(), weight, edges, positions, [leaves[name] for name in self.rows.names])
+
+
+def _check_differentiable(edges: Sequence[GradientEdge]) -> None:
+    """Refuse a gradient that cannot be differentiated again.
+
+    A function marked ``once_differentiable`` leaves a node of this name in the graph of its gradient, off the path to
+    the parameters, where a product would pass it by and silently lack its part.
+    """
+    seen = {edge.node for edge in edges}
+    stack = list(seen)
+    while stack:
+        node = stack.pop()
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "the model uses an autograd function that is once_differentiable: it has a gradient, but no Hessian. "
+                "Write its backward with differentiable operations, or take a block above it"
+            )
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
 
 
 class _RetainedGraph(Linearization):

@@ -1,0 +1,267 @@
+"""Problems to study: the built-in digits classifier, and a user's own, named on the command line.
+
+A problem is a dictionary with the four things that every operator of this package is built from: ``model``,
+``loss_function``, ``params`` and ``data``.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import math
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["ProblemError", "describe_error", "digits", "load"]
+
+_KEYS = ("model", "loss_function", "params", "data")
+_FORMS = "'digits', 'path/to/file.py:function' or 'package.module:function'"
+
+
+class ProblemError(ValueError):
+    """A problem that cannot be loaded or evaluated; its message is one line."""
+
+
+def digits(seed: int = 0) -> dict[str, Any]:
+    """Train a small network on scikit-learn's handwritten digits.
+
+    Parameters
+    ----------
+    seed : int, optional
+        Fixes the initial weights and the order of the training images. The global random state is neither used nor
+        changed.
+
+    Returns
+    -------
+    dict
+        ``model``, a trained 64-32-10 network with tanh in double precision on the CPU; ``loss_function``, the mean
+        cross-entropy; ``params``, all 2,410 parameters; ``data``, the 1,797 images of the training set as two
+        unequal batches.
+
+    Raises
+    ------
+    ImportError
+        If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError('the digits problem needs scikit-learn: pip install "curvop[demo]"') from error
+
+    pixels, labels = load_digits(return_X_y=True)
+    inputs, targets = torch.from_numpy(pixels / 16.0), torch.from_numpy(labels)
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(_linear(64, 32, generator), nn.Tanh(), _linear(32, 10, generator))
+    loss_function = nn.CrossEntropyLoss()
+    _train(model, loss_function, inputs, targets, generator)
+    return {
+        "model": model,
+        "loss_function": loss_function,
+        "params": dict(model.named_parameters()),
+        "data": list(zip(inputs.split(1000), targets.split(1000), strict=True)),
+    }
+
+
+def _linear(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.Linear:
+    """Initialise a layer as ``nn.Linear`` does, but from a generator: its constructor knows only the global state."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, dtype=torch.float64)
+    bound = 1.0 / math.sqrt(fan_in)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-bound, bound, generator=generator)
+    return layer
+
+
+def _train(
+    model: nn.Module,
+    loss_function: nn.Module,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    epochs: int = 40,
+    batch_size: int = 128,
+) -> None:
+    """Train with Adam, the learning rate falling along a cosine so that the run ends near a stationary point."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(inputs), generator=generator).split(batch_size):
+            optimizer.zero_grad()
+            loss_function(model(inputs[rows]), targets[rows]).backward()
+            optimizer.step()
+        scheduler.step()
+    model.zero_grad()
+    model.eval()
+
+
+def load(spec: str) -> dict[str, Any]:
+    """Load a problem by name.
+
+    Parameters
+    ----------
+    spec : str
+        ``'digits'``, ``'path/to/file.py:function'`` or ``'package.module:function'``. The function is called
+        without arguments and returns the problem's dictionary. As for a script, the file's own folder can be
+        imported from (the current directory for a module) and stays so, because models and data may import late.
+
+    Returns
+    -------
+    dict
+        With the keys ``model``, ``loss_function``, ``params`` and ``data``, in this order.
+
+    Raises
+    ------
+    ProblemError
+        If there is no such problem, if it fails, or if it returns something else.
+    """
+    if spec == "digits":
+        try:
+            return digits()
+        except ImportError as error:
+            raise ProblemError(str(error)) from error
+    source, colon, name = spec.rpartition(":")
+    if not colon or not source or not name:
+        hint = _nearest(spec, ["digits"]) or (
+            f" (name its function: '{spec}:function')" if spec.endswith(".py") else ""
+        )
+        raise ProblemError(f"no problem {spec!r}{hint}; a problem is {_FORMS}")
+    module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
+    problem = _call(_find_function(module, name, source), spec)
+    return _validated(problem, spec)
+
+
+def describe_error(error: BaseException) -> str:
+    """Describe an exception in one line: its type, its message, and where it was raised.
+
+    The place is the last line of code that belongs to neither this package nor an installed one, as that is where
+    a user can act; where there is none, the very last outside this package.
+
+    Parameters
+    ----------
+    error : BaseException
+        A caught exception.
+
+    Returns
+    -------
+    str
+        Such as ``"KeyError: 'x' (problem.py:12)"``.
+    """
+    name, message = type(error).__name__, _one_line(error)
+    text = f"{name}: {message}" if message else name
+    if isinstance(error, SyntaxError):  # raised by the compiler: the place is in the message already
+        return text
+    here = str(Path(__file__).parent) + os.sep
+    installed = tuple(sysconfig.get_path(kind) + os.sep for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((here, "<frozen"))]
+    frames = [f for f in frames if not f.filename.startswith(installed)] or frames
+    return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text
+
+
+def _one_line(error: BaseException) -> str:
+    """Return the message of an exception without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+    """Return a remark that names the most similar candidate, empty where none is similar."""
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.4)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Execute a Python file as a module."""
+    if not path.is_file():
+        siblings = (sibling.name for sibling in path.parent.glob("*.py"))
+        raise ProblemError(f"no file {str(path)!r}{_nearest(path.name, siblings)}")
+    path = path.resolve()
+    # Under its own name, a class of the file can be pickled for the worker processes of a DataLoader; another
+    # module that is loaded already must not be replaced.
+    taken = sys.modules.get(path.stem)
+    name = path.stem if taken is None or getattr(taken, "__file__", None) == str(path) else f"curvop_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise ProblemError(f"cannot import {str(path)!r}")
+    module = importlib.util.module_from_spec(module_spec)
+    _make_importable(path.parent)
+    sys.modules[name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ProblemError(f"importing {str(path)!r} failed: {describe_error(error)}") from error
+    return module
+
+
+def _load_module(name: str) -> ModuleType:
+    """Import a module by its dotted name."""
+    _make_importable(Path.cwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Only where the module itself is missing; one that it imports in vain is the next case.
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise ProblemError(f"no module named {name!r}; a problem is {_FORMS}") from error
+        raise ProblemError(f"importing {name!r} failed: {describe_error(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise ProblemError(f"importing {name!r} failed: {describe_error(error)}") from error
+
+
+def _make_importable(folder: Path) -> None:
+    """Put a folder first on the import path."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    # A module written since the folder was last listed must be seen.
+    importlib.invalidate_caches()
+
+
+def _find_function(module: ModuleType, name: str, source: str) -> Callable[..., object]:
+    """Return the function called `name` of a module."""
+    if not hasattr(module, name):
+        functions = [key for key, value in vars(module).items() if callable(value)]
+        raise ProblemError(f"no function {name!r} in {source!r}{_nearest(name, functions)}")
+    function = getattr(module, name)
+    if not callable(function):
+        raise ProblemError(f"{name!r} in {source!r} is not a function but of type {type(function).__name__}")
+    checked: Callable[..., object] = function
+    return checked
+
+
+def _call(function: Callable[..., object], spec: str) -> object:
+    """Call a user's function without arguments."""
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ProblemError(f"{spec!r} must be callable without arguments: {_one_line(error)}") from error
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        raise ProblemError(f"{spec!r} failed: {describe_error(error)}") from error
+
+
+def _validated(problem: object, spec: str) -> dict[str, Any]:
+    """Check the keys of what a user's function returned; the values are the operators' to check."""
+    expected = "it must be a dict with the keys " + ", ".join(_KEYS)
+    if not isinstance(problem, Mapping):
+        raise ProblemError(f"{spec!r} returned an object of type {type(problem).__name__}; {expected}")
+    unknown = [key for key in problem if key not in _KEYS]
+    if unknown:
+        hint = _nearest(str(unknown[0]), (key for key in _KEYS if key not in problem))
+        raise ProblemError(f"{spec!r} returned the unknown key {unknown[0]!r}{hint}; {expected}")
+    missing = [key for key in _KEYS if key not in problem]
+    if missing:
+        remedy = "; for all parameters: params=dict(model.named_parameters())" if missing == ["params"] else ""
+        raise ProblemError(f"{spec!r} returned no {missing[0]!r}{remedy}; {expected}")
+    checked = {key: problem[key] for key in _KEYS}
+    if isinstance(checked["params"], Iterator):  # model.parameters(): more than one reader is to come
+        checked["params"] = list(checked["params"])
+    return checked
