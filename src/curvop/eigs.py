@@ -1,7 +1,4 @@
-"""The study behind ``curvop eigs``: extreme eigenvalues of a Hessian, checked, and one damped solve.
-
-The steps are independent of how they are shown: `study` yields each result as soon as it is there.
-"""
+"""The study behind ``curvop eigs``, apart from how it is shown: `study` yields each result as soon as it is there."""
 
 import os
 import time
@@ -23,8 +20,7 @@ __all__ = ["Cost", "End", "Result", "Setup", "Solve", "Spectrum", "last_layer", 
 
 Array = npt.NDArray[Any]
 
-_MAX_RESTARTS = 1000
-"""Of each `eigsh`, 10,000 products and more; SciPy's 10 N would let a large problem run for ever."""
+_MAX_RESTARTS = 1000  # of each `eigsh`, 10,000 products and more; SciPy's 10 N would let a large problem run for ever
 
 
 @dataclass

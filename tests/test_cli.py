@@ -1,0 +1,510 @@
+"""The ``curvop`` command: what it prints, saves, checks and refuses."""
+
+import functools
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+
+import curvop
+from curvop import eigs
+from curvop.cli import main
+from curvop.examples.functorch import functorch_hessian
+from curvop.problems import load
+
+PROBLEMS = """
+import itertools
+import torch
+from torch import nn
+
+def network(dtype=torch.float64, hidden=4):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, hidden), nn.Tanh(), nn.Linear(hidden, 2)).to(dtype)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator))
+    X = torch.randn(20, 3, generator=generator).to(dtype)
+    y = torch.randint(2, (20,), generator=generator)
+    params = dict(model.named_parameters())
+    return dict(model=model, loss_function=nn.CrossEntropyLoss(), params=params, data=[(X[:7], y[:7]), (X[7:], y[7:])])
+
+def small():
+    return network()
+
+def single():
+    return network(torch.float32)
+
+def large():
+    return network(torch.float64, 1000)
+
+def listed():
+    problem = network()
+    return problem | dict(params=problem["model"].parameters())
+
+def functional():
+    # Other values than the model's own, and a model that is no module.
+    problem = network()
+    params = {name.replace(".", "_"): 0.5 * param.detach() for name, param in problem["params"].items()}
+    def model(params, X):
+        hidden = torch.tanh(X @ params["0_weight"].T + params["0_bias"])
+        return hidden @ params["2_weight"].T + params["2_bias"]
+    return problem | dict(model=model, params={name: param.requires_grad_() for name, param in params.items()})
+
+def chatty():
+    print("so much to say")
+    return network()
+
+def indefinite():
+    problem = network()
+    for param in problem["params"].values():
+        param.data *= 3
+    return problem
+
+def not_additive():
+    # The square of a mean is no mean over batches, whatever their weights.
+    return network() | dict(loss_function=lambda prediction, y: prediction.mean() ** 2)
+
+def ragged():
+    # Sequences of two lengths: they cannot be joined into the one batch that the dense route wants.
+    class Pooled(nn.Linear):
+        def forward(self, X):
+            return super().forward(X).tanh().mean(1)
+    model = Pooled(3, 2).double()
+    data = [(torch.ones(4, length, 3).double(), torch.zeros(4, 2).double()) for length in (2, 5)]
+    return dict(model=model, loss_function=nn.MSELoss(), params=dict(model.named_parameters()), data=data)
+
+def failing(calls, error):
+    problem = network()
+    problem["data"] = problem["data"][:1]
+    count = itertools.count(1)
+    class Failing(nn.Sequential):
+        def forward(self, X):
+            if next(count) > calls:
+                raise error
+            return super().forward(X)
+    problem["model"] = Failing(*problem["model"])
+    return problem | dict(params=dict(problem["model"].named_parameters()))
+
+def fails_at_once():
+    return failing(0, RuntimeError("no second floor\\n  in this house"))
+
+def fails_later():
+    return failing(3, RuntimeError("out of luck"))
+
+def interrupted():
+    return failing(2, KeyboardInterrupt())
+
+def not_finite():
+    problem = network()
+    problem["data"][0][0][0, 0] = torch.nan
+    return problem
+
+def no_data():
+    return network() | dict(data=[])
+
+def one_shot():
+    problem = network()
+    return problem | dict(data=iter(problem["data"]))
+
+def no_reduction():
+    return network() | dict(loss_function=nn.CrossEntropyLoss(reduction="none"))
+
+def frozen():
+    problem = network()
+    problem["params"]["0.bias"].requires_grad_(False)
+    return problem
+
+def linear():
+    return network() | dict(loss_function=lambda prediction, y: prediction[:, 0].mean())
+"""
+
+P = 26
+
+
+@pytest.fixture
+def spec(tmp_path, monkeypatch):
+    """Write the problems to a file; return how the command names one of them."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "cli_problems.py"
+    path.write_text(PROBLEMS)
+    yield lambda name: f"{path}:{name}"
+    sys.modules.pop("cli_problems", None)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command; return its exit code and what it printed."""
+
+    def run_command(*argv: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+@pytest.fixture
+def run_json(run):
+    def run_command(*argv: object) -> tuple[int, dict]:
+        code, out, _ = run("eigs", *argv, "--json")
+        return code, json.loads(out)
+
+    return run_command
+
+
+def dense_eigenvalues(problem: dict) -> np.ndarray:
+    return np.linalg.eigvalsh(functorch_hessian(**problem).double().numpy())
+
+
+class TestDigits:
+    def test_the_console_entry(self):
+        """The real thing: a process of its own, all 2,410 parameters."""
+        command = [sys.executable, "-W", "error", "-m", "curvop.cli", "eigs", "digits", "--json"]
+        source = Path(curvop.__file__).parents[1]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert (result["problem"], result["P"], result["N"], result["dtype"]) == ("digits", 2410, 2410, "float64")
+        assert result["which"] == ["LA"] * 10 + ["SA"] * 5
+        assert result["eigenvalues"][:10] == sorted(result["eigenvalues"][:10], reverse=True)
+        assert result["eigenvalues"][10:] == sorted(result["eigenvalues"][10:])
+        assert result["converged"]
+        assert max(result["residuals"]) < 1e-13
+        assert result["dense"]["done"]
+        assert result["dense"]["agrees"]
+        assert result["dense"]["difference"] < 1e-13
+        assert result["cg"]["block"] == ["2.weight", "2.bias"]
+        assert result["cg"]["converged"]
+        assert result["cg"]["residual"] < 1e-9
+        assert result["products"] > result["cg"]["products"] > 0
+        assert result["seconds"] > 0
+        assert re.search(r"cg: [\d]+ products \[", done.stderr)
+
+    def test_the_report(self, run):
+        code, out, err = run("eigs", "digits", "--block", "0.weight", "--block", "0.bias")
+        assert code == 0
+        assert "Hessian of digits" in out
+        assert "P = 2,410 (float64 on cpu)" in out
+        assert "N = 2,080 (0.weight, 0.bias)" in out
+        assert "10 eigenvalues, largest (LA)" in out
+        assert "5 eigenvalues, smallest (SA)" in out
+        assert len(re.findall(r"^ +\d+ +-?\d\.\d{10}e[+-]\d\d +\d\.\de[+-]\d\d$", out, re.MULTILINE)) == 15
+        assert re.search(r"^  agrees$", out, re.MULTILINE)
+        assert "B the block of 0.weight, 0.bias" in out
+        assert re.search(r"true relative residual  \d\.\de-1\d ", out)
+        assert re.search(r"\d+ products in \d+\.\d\d s \([\d,]+ products/s\)", out)
+        assert "products/s]" in err
+        assert "products/s]" not in out
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("name", ["small", "single", "listed", "functional"])
+    def test_the_ends_of_the_spectrum(self, run_json, spec, name):
+        code, result = run_json(spec(name), "--k", 4)
+        dense = dense_eigenvalues(load(spec(name)))
+        assert code == 0
+        assert (result["P"], result["N"], result["block"]) == (P, P, None)
+        assert result["which"] == ["LA"] * 4 + ["SA"] * 4
+        atol = 1e-5 if name == "single" else 1e-12
+        np.testing.assert_allclose(result["eigenvalues"], [*dense[:-5:-1], *dense[:4]], rtol=0, atol=atol)
+        assert max(result["residuals"]) < atol
+        np.testing.assert_allclose(result["dense"]["spectral_norm"], np.abs(dense).max())
+
+    @pytest.mark.parametrize(
+        ("which", "expected"),
+        [
+            ("LA", lambda dense: dense[:-4:-1]),
+            ("SA", lambda dense: dense[:3]),
+            ("LM", lambda dense: dense[np.argsort(-np.abs(dense))[:3]]),
+            ("SM", lambda dense: dense[np.argsort(np.abs(dense))[:3]]),
+            ("BE", lambda dense: dense[[0, -2, -1]]),
+        ],
+    )
+    def test_which(self, run_json, spec, which, expected):
+        # The first layer alone: its spectrum has no zeros, among which the smallest would be a matter of rounding.
+        block = ("--block", "0.weight", "--block", "0.bias")
+        code, result = run_json(spec("small"), "--which", which, "--k", 3, *block)
+        problem = load(spec("small"))
+        problem["params"] = {name: problem["params"][name] for name in ("0.weight", "0.bias")}
+        assert code == 0
+        assert result["which"] == [which] * 3
+        np.testing.assert_allclose(result["eigenvalues"], expected(dense_eigenvalues(problem)), rtol=0, atol=1e-13)
+
+    @pytest.mark.parametrize("name", ["small", "functional"])
+    def test_a_block_in_its_own_order(self, run_json, spec, name, tmp_path):
+        problem = load(spec(name))
+        names = list(problem["params"])
+        chosen = [names[3], names[0]]
+        file = tmp_path / "block.npz"
+        code, result = run_json(spec(name), *(f"--block={each}" for each in chosen), "--k", 3, "--out", file)
+        assert code == 0
+        assert (result["P"], result["N"], result["block"], result["cg"]["block"]) == (P, 14, chosen, chosen)
+        whole = functorch_hessian(**problem).numpy()
+        rows = [*range(24, 26), *range(12)]
+        dense = np.linalg.eigvalsh(whole[np.ix_(rows, rows)])
+        np.testing.assert_allclose(result["eigenvalues"], [*dense[:-4:-1], *dense[:3]], rtol=0, atol=1e-13)
+        saved = np.load(file, allow_pickle=False)
+        assert saved["param_names"].tolist() == chosen
+        assert saved["param_slices"].tolist() == [[0, 2], [2, 14]]
+
+    def test_vectors_in_single_precision(self, run_json, spec):
+        code, result = run_json(spec("small"), "--dtype", "float32", "--k", 3)
+        assert code == 0
+        assert (result["dtype"], result["model_dtype"]) == ("float32", "float64")
+        assert 1e-9 < max(result["residuals"]) < 1e-5
+        assert result["dense"]["allowed"] < 1e-4
+
+    def test_a_looser_tolerance_takes_fewer_products(self, run_json, spec):
+        argv = (spec("large"), "--block", "2.weight", "--which", "SA", "--k", 5)
+        few = run_json(*argv, "--tol", 1e-1)[1]
+        many = run_json(*argv)[1]
+        assert few["products"] < many["products"]
+        assert few["dense"]["allowed"] == pytest.approx(1e-1)
+
+    def test_runs_repeat(self, run_json, spec):
+        one, two = (run_json(spec("small"), "--k", 3)[1] for _ in range(2))
+        for result in (one, two):
+            del result["seconds"], result["cg"]["seconds"], result["dense"]["seconds"]
+        assert one == two
+
+    def test_cg_solves_with_the_damped_last_layer(self, run_json, spec):
+        code, result = run_json(spec("small"), "--k", 3, "--damping", 0.5)
+        assert code == 0
+        assert result["cg"]["block"] == ["2.weight", "2.bias"]
+        assert (result["cg"]["N"], result["cg"]["damping"]) == (10, 0.5)
+        assert result["cg"]["residual"] < 1e-9
+
+    def test_the_last_layer_of_params_without_modules_is_all_of_them(self):
+        assert eigs.last_layer(["w", "b"]) == ("w", "b")
+        assert eigs.last_layer(["a.w", "a.b", "a.c.w", "a.c.b"]) == ("a.c.w", "a.c.b")
+
+    def test_above_the_limit_the_dense_check_is_not_done(self, run, spec):
+        code, out, _ = run("eigs", spec("large"), "--which", "LA", "--k", 2)
+        assert code == 0
+        assert "dense check: not done; the matrix has 6,002 rows, and it is formed for 5,000 at most" in out
+
+    def test_where_the_dense_route_fails_it_says_why(self, run, run_json, spec):
+        code, out, _ = run("eigs", spec("ragged"), "--k", 2)
+        assert code == 0
+        assert re.search(
+            r"^dense check: not done; the dense matrix cannot be formed: ValueError: .+$", out, re.MULTILINE
+        )
+        result = run_json(spec("ragged"), "--k", 2)[1]
+        assert not result["dense"]["done"]
+        assert "cannot be joined" in result["dense"]["reason"]
+
+
+class TestFailures:
+    """What is computed but cannot be trusted is printed, and the exit code is 1."""
+
+    def test_a_dense_matrix_that_disagrees(self, run, run_json, spec):
+        code, out, _ = run("eigs", spec("not_additive"), "--k", 3)
+        assert code == 1
+        assert "DOES NOT AGREE" in out
+        code, result = run_json(spec("not_additive"), "--k", 3)
+        assert code == 1
+        assert not result["dense"]["agrees"]
+
+    def test_eigenvalues_that_do_not_converge(self, run, run_json, spec, monkeypatch):
+        monkeypatch.setattr(eigs, "_MAX_RESTARTS", 1)
+        argv = (spec("large"), "--block", "2.weight", "--which", "SA", "--k", 6)
+        code, out, _ = run("eigs", *argv)
+        assert code == 1
+        assert re.search(r"\d of 6 NOT CONVERGED", out)
+        code, result = run_json(*argv)
+        assert code == 1
+        assert not result["converged"]
+        assert len(result["eigenvalues"]) < 6
+
+    def test_cg_that_does_not_converge(self, run, spec, monkeypatch):
+        monkeypatch.setattr(eigs, "cg", functools.partial(scipy.sparse.linalg.cg, maxiter=1))
+        code, out, _ = run("eigs", spec("small"), "--k", 3)
+        assert code == 1
+        assert "NOT CONVERGED" in out
+
+    def test_a_model_that_fails_halfway(self, run, spec):
+        code, out, err = run("eigs", spec("fails_later"), "--k", 3)
+        assert code == 1
+        assert "largest (LA)" in out
+        assert re.fullmatch(r"curvop: error: RuntimeError: out of luck \(.+cli_problems.py:\d+\)", err.splitlines()[-1])
+        assert "Traceback" not in err
+
+    def test_ctrl_c(self, run, spec):
+        code, _, err = run("eigs", spec("interrupted"), "--k", 3)
+        assert code == 130
+        assert err.splitlines()[-1] == "curvop: interrupted"
+        assert "Traceback" not in err
+
+
+class TestOut:
+    def test_the_file(self, run_json, spec, tmp_path):
+        file = tmp_path / "study.npz"
+        file.write_text("what an earlier run left")
+        code, result = run_json(spec("small"), "--k", 4, "--out", file)
+        assert code == 0
+        saved = np.load(file, allow_pickle=False)
+        problem = load(spec("small"))
+        dense = functorch_hessian(**problem).numpy()
+        values, vectors = saved["eigenvalues"], saved["eigenvectors"]
+        assert vectors.shape == (P, 8)
+        assert values.tolist() == result["eigenvalues"]
+        assert saved["which"].tolist() == result["which"]
+        np.testing.assert_allclose(dense @ vectors, vectors * values, atol=1e-12)
+        np.testing.assert_allclose(saved["residuals"], result["residuals"])
+        np.testing.assert_allclose(saved["dense_eigenvalues"], np.linalg.eigvalsh(dense), atol=1e-13)
+        assert saved["param_names"].tolist() == list(problem["params"])
+        assert saved["param_slices"].tolist() == [[0, 12], [12, 16], [16, 24], [24, 26]]
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["cli_problems.py", "study.npz"]
+
+    def test_the_report_names_it(self, run, spec, tmp_path):
+        file = tmp_path / "study.npz"
+        assert f"eigenpairs: {file}" in run("eigs", spec("small"), "--k", 3, "--out", file)[1]
+
+    def test_without_a_dense_check_it_has_no_dense_eigenvalues(self, run, spec, tmp_path):
+        run("eigs", spec("ragged"), "--k", 2, "--out", tmp_path / "study.npz")
+        assert "dense_eigenvalues" not in np.load(tmp_path / "study.npz", allow_pickle=False)
+
+    def test_a_file_that_cannot_be_written_leaves_nothing_behind(self, run, spec, tmp_path, monkeypatch):
+        def full(*args: object, **kwargs: object) -> None:
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(np, "savez", full)
+        file = tmp_path / "study.npz"
+        file.write_text("what an earlier run left")
+        code, out, err = run("eigs", spec("small"), "--k", 3, "--out", file)
+        assert code == 1
+        assert "largest (LA)" in out
+        assert "OSError: no space left on device" in err
+        assert file.read_text() == "what an earlier run left"
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["cli_problems.py", "study.npz"]
+
+
+class TestOutput:
+    def test_a_problem_that_prints_does_not_spoil_the_json(self, run, spec):
+        code, out, err = run("eigs", spec("chatty"), "--k", 3, "--json")
+        assert code == 0
+        assert json.loads(out)["problem"] == spec("chatty")
+        assert "so much to say" in err
+
+    def test_progress_on_a_terminal_is_wiped_off_in_the_end(self, spec, monkeypatch):
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert main(["eigs", spec("small"), "--k", "3"]) == 0
+        text = terminal.getvalue()
+        for step in ("eigsh LA", "eigsh SA", "residuals", "dense check", "cg"):
+            assert re.search(rf"{step}: \d+ products \[", text)
+        assert "\n" not in text
+        assert text.endswith("\r")
+        assert text.rstrip("\r").rpartition("\r")[2].strip() == ""
+
+    def test_progress_in_a_log_ends_with_a_line_break(self, run, spec):
+        assert run("eigs", spec("small"), "--k", 3)[2].endswith("\n")
+
+    def test_a_module_in_the_current_directory(self, run, spec, tmp_path, monkeypatch):
+        spec("small")
+        monkeypatch.chdir(tmp_path)
+        code, out, _ = run("eigs", "cli_problems:small", "--k", 3)
+        assert code == 0
+        assert "Hessian of cli_problems:small" in out
+
+    @pytest.mark.parametrize("argv", [["--help"], ["eigs", "--help"]])
+    def test_help(self, run, argv):
+        code, out, err = run(*argv)
+        assert (code, err) == (0, "")
+        assert "usage: curvop" in out
+
+    def test_version(self, run):
+        code, out, err = run("--version")
+        assert (code, err) == (0, "")
+        assert re.fullmatch(r"curvop .+\n", out)
+
+    def test_alone_it_prints_its_help(self, run):
+        code, out, _ = run()
+        assert code == 2
+        assert "eigs" in out
+
+
+class TestBadArguments:
+    """One clear line on stderr, nothing on stdout, exit code 2."""
+
+    @pytest.fixture
+    def refused(self, run):
+        def line(*argv: object) -> str:
+            code, out, err = run(*argv)
+            assert (code, out) == (2, "")
+            assert len(err.splitlines()) == 1, err
+            assert err.startswith("curvop: error: ")
+            assert "Traceback" not in err
+            return err.removeprefix("curvop: error: ").strip()
+
+        return line
+
+    @pytest.mark.parametrize(
+        ("argv", "said"),
+        [
+            (["eig", "digits"], "invalid choice: 'eig'"),
+            (["--verbose"], "--verbose"),
+            (["eigs"], "required: PROBLEM"),
+            (["eigs", "digits", "--seed", "3"], "unrecognized arguments: --seed"),
+            (["eigs", "digits", "--bloc", "0.weight"], "unrecognized arguments: --bloc"),
+            (["eigs", "digits", "more"], "unrecognized arguments: more"),
+            (["eigs", "digits", "--k", "0"], "argument --k: must be 1 or more, not 0"),
+            (["eigs", "digits", "--k", "-3"], "argument --k: must be 1 or more, not -3"),
+            (["eigs", "digits", "--k", "2.5"], "argument --k: '2.5' is not a whole number"),
+            (["eigs", "digits", "--k"], "argument --k: expected one argument"),
+            (["eigs", "digits", "--which", "XL"], "argument --which: invalid choice: 'XL'"),
+            (["eigs", "digits", "--which", "BE", "--k", "1"], "argument --k: must be 2 or more with --which BE"),
+            (["eigs", "digits", "--tol=-1e-3"], "argument --tol: must be finite and 0 or more, not -1e-3"),
+            (["eigs", "digits", "--tol", "nan"], "argument --tol: must be finite and 0 or more, not nan"),
+            (["eigs", "digits", "--tol", "small"], "argument --tol: 'small' is not a number"),
+            (["eigs", "digits", "--damping", "inf"], "argument --damping: must be finite and 0 or more, not inf"),
+            (["eigs", "digits", "--damping", "-1"], "argument --damping: must be finite and 0 or more, not -1"),
+            (["eigs", "digits", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+            (["eigs", "digits", "--out", "no/such/folder/x.npz"], "argument --out: no folder 'no/such/folder'"),
+            (["eigs", "digits", "--out", "x.npy"], "argument --out: 'x.npy' does not end in .npz"),
+            (["eigs", "digts"], "did you mean 'digits'?"),
+            (["eigs", "no_such_file.py:problem"], "no file 'no_such_file.py'"),
+            (["eigs", "no_such_module:problem"], "no module named 'no_such_module'"),
+        ],
+    )
+    def test_before_anything_is_computed(self, refused, argv, said):
+        assert said in refused(*argv)
+
+    def test_a_folder_as_the_file(self, refused, tmp_path):
+        (tmp_path / "x.npz").mkdir()
+        assert "argument --out: cannot write" in refused("eigs", "digits", "--out", tmp_path / "x.npz")
+
+    def test_the_file_is_checked_before_the_problem_is_loaded(self, refused, spec):
+        assert "argument --out" in refused("eigs", spec("chatty"), "--out", "x.txt")
+
+    @pytest.mark.parametrize(
+        ("name", "options", "said"),
+        [
+            ("smal", [], "(did you mean 'small'?)"),
+            ("small", ["--k", "26"], "k = 26 is too large: eigsh finds at most N - 1 eigenvalues, and here N = 26"),
+            ("small", ["--k", "2", "--block", "2.bias"], "k = 2 is too large"),
+            ("small", ["--block", "0.weigth"], "block: no parameter is named '0.weigth'; did you mean '0.weight'"),
+            ("small", ["--block", "2.bias", "--block", "2.bias"], "block: names '2.bias' twice"),
+            ("fails_at_once", [], "the problem cannot be evaluated: RuntimeError: no second floor in this house ("),
+            ("not_finite", [], "the problem cannot be evaluated: NonFiniteProductError"),
+            ("no_data", [], "data is empty"),
+            ("one_shot", [], "data is a one-shot iterator"),
+            ("no_reduction", [], "reduction"),
+            ("frozen", [], "params['0.bias'] does not require grad"),
+            ("linear", ["--k", "1", "--block", "2.weight"], "the matrix is zero: the loss is linear"),
+        ],
+    )
+    def test_in_the_light_of_the_problem(self, refused, spec, name, options, said):
+        assert said in refused("eigs", spec(name), *options)
