@@ -288,7 +288,7 @@ def _differentiable(device: torch.device) -> Iterator[None]:
     # no_grad concerns what surrounds torch.func's own derivatives: parameters that were not chosen leave no graph.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _ByDefinition(), random_state, warnings.catch_warnings():
         # torch.func's own, on first use and for operations that vmap loops over; nothing that a caller could act on.
-        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
         warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
         try:
             # Attributes, not the flags() managers, which write the TF32 settings too and warn about them.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from curvop.kernels.objective import Objective
@@ -20,16 +19,13 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
     parts = ParameterLayout(objective.params, names).split(out.zero_())
     losses, weights = [], []
     for index, batch in objective.batches():
-        loss, weight = objective.evaluate(leaves, index, batch)
-        weights.append(weight)
-        if not weight:
-            continue
-        losses.append(weight * loss.item())
-        if loss.requires_grad:
-            gradient = torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
-            for part, value in zip(parts, gradient, strict=True):
-                if value is not None:
-                    part.add_(value, alpha=weight)
+        loss = objective.evaluate(leaves, index, batch)
+        weights.append(loss.weight)
+        if loss.weight:
+            losses.append(loss.weight * loss.value.item())
+        for part, value in zip(parts, loss.gradient([leaves[name] for name in names]), strict=True):
+            if value is not None:
+                part.add_(value, alpha=loss.weight)
     divisor = objective.divisor(weights)
     out.div_(divisor)
     return math.fsum(losses) / divisor

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvop.kernels.linearize import Kernel, Linearization
+from curvop.kernels.objective import BatchLoss
 
 __all__ = ["HessianKernel"]
 
@@ -34,20 +35,17 @@ class HessianKernel(Kernel):
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of one batch: the retained graph of its gradient."""
-        loss, weight = self.objective.evaluate(leaves, index, batch)
+        loss = self.objective.evaluate(leaves, index, batch)
         edges: list[GradientEdge] = []
         positions: list[int] = []
-        # A batch of weight 0, such as one whose targets are all ignored, has a loss of 0/0: it is left out, not added.
-        if weight and loss.requires_grad:
-            columns = [leaves[name] for name in self.cols.names]
-            gradient = torch.autograd.grad(loss, columns, create_graph=True, allow_unused=True)
-            for position, part in enumerate(gradient):
-                if part is not None and part.requires_grad:
-                    # The edge is all a product needs; the gradient's own memory, as large as the parameters, is freed.
-                    edges.append(get_gradient_edge(part))
-                    positions.append(position)
+        gradient = loss.gradient([leaves[name] for name in self.cols.names], create_graph=True)
+        for position, part in enumerate(gradient):
+            if part is not None and part.requires_grad:
+                # The edge is all a product needs; the gradient's own memory, as large as the parameters, is freed.
+                edges.append(get_gradient_edge(part))
+                positions.append(position)
         _check_differentiable(edges)
-        return _RetainedGraph(loss.detach(), weight, edges, positions, [leaves[name] for name in self.rows.names])
+        return _RetainedGraph(loss, edges, positions, [leaves[name] for name in self.rows.names])
 
 
 def _check_differentiable(edges: Sequence[GradientEdge]) -> None:
@@ -72,10 +70,8 @@ def _check_differentiable(edges: Sequence[GradientEdge]) -> None:
 
 
 class _RetainedGraph(Linearization):
-    def __init__(
-        self, loss: Tensor, weight: float, edges: list[GradientEdge], positions: list[int], rows: list[Tensor]
-    ) -> None:
-        super().__init__(loss, weight)
+    def __init__(self, loss: BatchLoss, edges: list[GradientEdge], positions: list[int], rows: list[Tensor]) -> None:
+        super().__init__(loss.value, loss.weight)
         self._edges = edges
         self._positions = positions
         self._rows = rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -143,7 +144,7 @@ class Engine:
             )
             self._sum(vectors, out, tick)
         # NaN and infinity survive a sum, so one reduction clears the whole product; only a suspect is looked through.
-        if not torch.isfinite(out.sum()) and not torch.isfinite(out).all():
+        if not math.isfinite(out.sum().item()) and not torch.isfinite(out).all():
             raise NonFiniteProductError(self._blame(vectors))
 
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:

@@ -9,6 +9,7 @@ r"""What is being differentiated: a loss over a data set, as a function of named
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,13 +20,44 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvop.kernels.batches import batch_size, to_device
+from curvop.kernels.closed_forms import loss_derivative
+from curvop.kernels.generators import Generators
 from curvop.kernels.parameters import checked_params, checksum
 from curvop.kernels.weights import loss_divisor, loss_reduction
 
-__all__ = ["BatchWeight", "CallableObjective", "ModelObjective", "Objective"]
+__all__ = ["BatchLoss", "BatchWeight", "CallableObjective", "ModelObjective", "Objective"]
 
 #: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
 BatchWeight = Callable[[Any], float]
+
+
+@dataclasses.dataclass
+class BatchLoss:
+    """One batch's loss at one point.
+
+    Attributes
+    ----------
+    value : Tensor
+        The loss, a scalar, detached.
+    weight : float
+        The batch's weight ``w_b``.
+    output, derivative : Tensor, Tensor or None
+        What is differentiated, and the loss's derivative by it where it is not the loss itself.
+    """
+
+    value: Tensor
+    weight: float
+    output: Tensor
+    derivative: Tensor | None
+
+    def gradient(self, params: Sequence[Tensor], create_graph: bool = False) -> Sequence[Tensor | None]:
+        """Return the gradient by `params`, None for what the loss does not reach.
+
+        A batch of weight 0, such as one whose targets are all ignored, has a loss of 0/0: it is left out, not added.
+        """
+        if not self.weight or not self.output.requires_grad:
+            return [None] * len(params)
+        return torch.autograd.grad(self.output, params, self.derivative, create_graph=create_graph, allow_unused=True)
 
 
 class Objective(abc.ABC):
@@ -59,7 +91,7 @@ class Objective(abc.ABC):
         self._modules = tuple(modules)
         self._data = data
         self._batch_weight = batch_weight
-        self._generators: list[Tensor] | None = None
+        self._generators = Generators()
 
     @property
     def device(self) -> torch.device:
@@ -72,8 +104,8 @@ class Objective(abc.ABC):
         return next(iter(self.params.values())).dtype
 
     @abc.abstractmethod
-    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None]:
-        """Return the batch's loss and, for a mean, the divisor of that mean (None where it is not known)."""
+    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
+        """Return the batch's loss, the divisor of its mean (None where it is not known), `output` and `derivative`."""
 
     def __len__(self) -> int:
         """Return the number of batches where `data` knows it, else 0."""
@@ -89,7 +121,7 @@ class Objective(abc.ABC):
         numbers in every pass, so that randomness in the objective shows itself instead of being frozen by accident.
         """
         index = -1
-        with self._private_generators():
+        with self._generators.private(self.device):
             for index, batch in enumerate(self._data):
                 yield index, to_device(batch, self.device)
         if index < 0:
@@ -100,15 +132,15 @@ class Objective(abc.ABC):
         names = set(names)
         return {name: value.detach().requires_grad_(name in names) for name, value in self.params.items()}
 
-    def evaluate(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> tuple[Tensor, float]:
-        """Return the loss of batch number `index` and its weight ``w_b``, differentiable twice in `leaves`.
+    def evaluate(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> BatchLoss:
+        """Return the loss of batch number `index`, differentiable twice in `leaves`.
 
         Attention runs on its math backend (the fused ones have no second derivative), recurrent layers without cuDNN
         (neither has that), buffers of modules in training mode are copies.
         """
         recurrent = any(isinstance(part, nn.RNNBase) for module in self._modules for part in module.modules())
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _without_cudnn() if recurrent else nullcontext():
-            loss, divisor = self._loss(leaves, batch)
+            loss, divisor, output, derivative = self._loss(leaves, batch)
         if not isinstance(loss, Tensor):
             raise TypeError(f"the loss of batch {index} is a {type(loss).__name__}, not a tensor")
         if loss.ndim != 0 or not loss.is_floating_point():
@@ -116,7 +148,7 @@ class Objective(abc.ABC):
                 f"the loss of batch {index} has shape {tuple(loss.shape)} and dtype {loss.dtype}, but must be a real "
                 "scalar: reduce it, by mean() or sum()"
             )
-        return loss, self._weight(index, batch, divisor)
+        return BatchLoss(loss.detach(), self._weight(index, batch, divisor), output, derivative)
 
     def divisor(self, weights: Iterable[float]) -> float:
         """Return what the weighted sum over batches is divided by: ``W`` for a mean, 1 for a sum."""
@@ -168,18 +200,6 @@ class Objective(abc.ABC):
             )
         return divisor
 
-    @contextmanager
-    def _private_generators(self) -> Iterator[None]:
-        cuda = self.device.type == "cuda"
-        outside = _generators(self.device, cuda)
-        if self._generators is not None:
-            _set_generators(self._generators, self.device, cuda)
-        try:
-            yield
-        finally:
-            self._generators = _generators(self.device, cuda)
-            _set_generators(outside, self.device, cuda)
-
 
 class ModelObjective(Objective):
     """``loss_function(model(X), y)`` over batches ``(X, y)``; see `curvop.HessianLinearOperator` for the arguments."""
@@ -199,17 +219,23 @@ class ModelObjective(Objective):
         super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
         self._model = model
         self._loss_function = loss_function
-        self._divisor = loss_divisor(loss_function)
+        self._mean_divisor = loss_divisor(loss_function)
+        self._derivative = loss_derivative(loss_function)
 
-    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None]:
+    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
         X, y = batch
         prediction = self._predict(leaves, X)
+        if self._derivative is not None:
+            with torch.no_grad():
+                loss, divisor = self._loss_function(prediction, y), self._mean_divisor(prediction, X, y)
+            derivative = self._derivative(prediction, y, divisor)
+            if derivative is not None:
+                return loss, divisor, prediction, derivative
         loss = self._loss_function(prediction, y)
         with torch.no_grad():
-            needed = self.reduction == "mean" and self._batch_weight is None
-            return loss, self._divisor(prediction, X, y) if needed else None
+            return loss, self._mean_divisor(prediction, X, y), loss, None
 
     def _predict(self, leaves: Mapping[str, Tensor], X: Any) -> Any:
         if not isinstance(self._model, nn.Module):
@@ -239,8 +265,9 @@ class CallableObjective(Objective):
         super().__init__(modules, checked_params(None, params), data, loss_reduction(objective), batch_weight)
         self._objective = objective
 
-    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None]:
-        return self._objective(dict(leaves), batch), batch_size(batch)
+    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
+        loss = self._objective(dict(leaves), batch)
+        return loss, batch_size(batch), loss, None
 
 
 def _version(tensor: Tensor | None) -> object:
@@ -259,13 +286,3 @@ def _without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.enabled = enabled
-
-
-def _generators(device: torch.device, cuda: bool) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if cuda else [])]
-
-
-def _set_generators(states: list[Tensor], device: torch.device, cuda: bool) -> None:
-    torch.set_rng_state(states[0])
-    if cuda:
-        torch.cuda.set_rng_state(states[1], device)

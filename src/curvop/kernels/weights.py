@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from curvop.kernels.batches import batch_size
 
-__all__ = ["Divisor", "loss_divisor", "loss_reduction"]
+__all__ = ["Divisor", "loss_divisor", "loss_kind", "loss_reduction", "loss_setting"]
 
 #: ``(prediction, X, y) -> w_b``; None where the batch does not tell.
 Divisor = Callable[[Any, Any, Any], float | None]
@@ -63,7 +63,7 @@ def loss_reduction(loss_function: Callable[..., Any]) -> str:
     ValueError
         For ``reduction='none'`` and anything else that is neither a mean nor a sum.
     """
-    reduction = _setting(loss_function, "reduction", "mean")
+    reduction = loss_setting(loss_function, "reduction", "mean")
     if reduction == "batchmean":
         return "mean"
     if reduction not in ("mean", "sum"):
@@ -75,19 +75,21 @@ def loss_reduction(loss_function: Callable[..., Any]) -> str:
 
 
 def loss_divisor(loss_function: Callable[..., Any]) -> Divisor:
-    """Return the function that computes the divisor of `loss_function`'s mean over a batch.
+    """Return the function that computes the divisor of `loss_function`'s mean over a batch, 1 for a sum.
 
     The ``torch.nn`` losses and their functional forms (bare, or a ``functools.partial`` with keywords) are known; for
     any other callable, also a subclass that computes its loss its own way, the divisor is the batch size.
     """
-    kind = _kind(loss_function)
+    kind = loss_kind(loss_function)
+    if loss_reduction(loss_function) == "sum":
+        return lambda prediction, X, y: 1.0
     if kind is None:
         return lambda prediction, X, y: batch_size(X)
-    setting = functools.partial(_setting, loss_function)
+    setting = functools.partial(loss_setting, loss_function)
     if issubclass(kind, nn.KLDivLoss) and setting("reduction", "mean") == "batchmean":
         return lambda prediction, X, y: float(prediction.shape[0])
     if issubclass(kind, _BY_CLASS):
-        return functools.partial(_class_divisor, setting("weight", None), setting("ignore_index", -100))
+        return functools.partial(_class_divisor, setting)
     if issubclass(kind, _WEIGHTED_MEAN) and setting("weight", None) is not None:
         return lambda prediction, X, y: None
     return _element_divisor
@@ -97,14 +99,14 @@ def _element_divisor(prediction: Tensor, X: Any, y: Tensor) -> float:
     return float(math.prod(torch.broadcast_shapes(prediction.shape, y.shape)))
 
 
-def _class_divisor(weight: Tensor | None, ignore_index: int, prediction: Tensor, X: Any, y: Tensor) -> float:
+def _class_divisor(setting: Callable[[str, Any], Any], prediction: Tensor, X: Any, y: Tensor) -> float:
     if y.is_floating_point():  # class probabilities: torch averages over the positions, whatever the class weights
         return prediction.numel() / prediction.shape[min(1, prediction.ndim - 1)]
-    counted = y[y != ignore_index]
+    weight, counted = setting("weight", None), y[y != setting("ignore_index", -100)]
     return float(counted.numel()) if weight is None else weight[counted].double().sum().item()
 
 
-def _kind(loss_function: Callable[..., Any]) -> type[nn.Module] | None:
+def loss_kind(loss_function: Callable[..., Any]) -> type[nn.Module] | None:
     """Return the ``torch.nn`` loss that `loss_function` computes, None where it is none of those known here."""
     if isinstance(loss_function, functools.partial):
         return None if loss_function.args else _FUNCTIONS.get(loss_function.func)
@@ -119,7 +121,8 @@ def _kind(loss_function: Callable[..., Any]) -> type[nn.Module] | None:
         return None
 
 
-def _setting(loss_function: Callable[..., Any], name: str, default: Any) -> Any:
+def loss_setting(loss_function: Callable[..., Any], name: str, default: Any) -> Any:
+    """Return a loss module's attribute or a partial function's keyword as it is now."""
     if isinstance(loss_function, functools.partial):
-        return loss_function.keywords.get(name, _setting(loss_function.func, name, default))
+        return loss_function.keywords.get(name, loss_setting(loss_function.func, name, default))
     return getattr(loss_function, name, default)
