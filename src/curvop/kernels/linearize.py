@@ -19,7 +19,7 @@ from torch import Tensor
 from curvop.kernels.batches import leaves as tensor_leaves
 from curvop.kernels.batches import signature
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
-from curvop.kernels.memory import free_bytes, retained_bytes
+from curvop.kernels.memory import free_bytes, keep_freed_memory, retained_bytes
 from curvop.kernels.objective import Objective
 from curvop.kernels.parameters import ParameterLayout
 
@@ -148,37 +148,43 @@ class Engine:
             raise NonFiniteProductError(self._blame(vectors))
 
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
+        linearizations = self._linearizations()
+        # After the first pass the divisor is known, and a pass over the product saved.
+        divisor = 1.0 if self._first is None else self._objective.divisor(self._first.weights)
         out.zero_()
         tangents = [self.kernel.cols.split(vector) for vector in vectors]
         totals = [self.kernel.rows.split(vector) for vector in out]
         steps = len(self._objective) * len(tangents)
         done = 0
         weights = []
-        for linearization in self._linearizations():
+        for linearization in linearizations:
+            share = linearization.weight / divisor
             for tangent, total in zip(tangents, totals, strict=True):
                 for part, cotangent in zip(total, linearization.apply(tangent), strict=True):
                     if cotangent is not None:
-                        part.add_(cotangent, alpha=linearization.weight)
+                        part.add_(cotangent, alpha=share)
                 done += 1
                 if tick is not None and steps:
                     tick(done / steps)
             weights.append(linearization.weight)
-        divisor = self._objective.divisor(weights)
-        if divisor != 1:
-            out.div_(divisor)
+        rest = self._objective.divisor(weights) / divisor
+        if rest != 1:
+            out.div_(rest)
 
     def _linearizations(self) -> Iterator[Linearization]:
+        """Begin a pass over the batches: the first one where there was none since anything changed."""
         state = self._objective.state()
-        if self._first is None or self._first.stale(state):
+        if self._first is not None and self._first.stale(state):
             self._first = None  # what was kept is freed before anything new is made
-            yield from self._first_pass(state)
-        elif len(self._first.kept) == len(self._first.losses):
-            yield from self._first.kept.values()
-        else:
-            yield from self._next_pass(self._first)
+        if self._first is None:
+            return self._first_pass(state)
+        if len(self._first.kept) == len(self._first.losses):
+            return iter(self._first.kept.values())
+        return self._next_pass(self._first)
 
     def _first_pass(self, state: tuple[object, ...]) -> Iterator[Linearization]:
         first = _Pass(state, self._objective.leaves({*self.kernel.rows.names, *self.kernel.cols.names}))
+        keep_freed_memory()
         budget = free_bytes(self._objective.device) // 2 if self._cache == "auto" else int(self._cache)
         for index, batch in self._objective.batches():
             kept = budget > 0 and self._retained(first.leaves, index, batch) <= budget

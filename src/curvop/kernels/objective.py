@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvop.kernels.batches import batch_size, to_device
 from curvop.kernels.closed_forms import loss_derivative
 from curvop.kernels.generators import Generators
-from curvop.kernels.parameters import checked_params, checksum
+from curvop.kernels.parameters import bits, checked_params, checksums
 from curvop.kernels.weights import loss_divisor, loss_reduction
 
 __all__ = ["BatchLoss", "BatchWeight", "CallableObjective", "ModelObjective", "Objective"]
@@ -92,6 +92,8 @@ class Objective(abc.ABC):
         self._data = data
         self._batch_weight = batch_weight
         self._generators = Generators()
+        self._token: list[object] | None = None
+        self._bits: list[Tensor] = []
 
     @property
     def device(self) -> torch.device:
@@ -165,14 +167,18 @@ class Objective(abc.ABC):
         Writing to a tensor moves its version counter, save through ``.data``; so `params`, which such code means, are
         summed bit by bit besides.
         """
-        token: list[object] = []
+        token: list[object] = [_version(value) for value in self.params.values()]
         for module in self._modules:
             for part in module.modules():
                 token.append(part.training)
-                token += [_version(tensor) for tensor in (*part._parameters.values(), *part._buffers.values())]
-        token += [_version(value) for value in self.params.values()]
-        token += torch.stack([checksum(value) for value in self.params.values()]).tolist()
-        return tuple(token)
+                token += [_version(tensor) for tensor in part._parameters.values()]
+                token += [_version(tensor) for tensor in part._buffers.values()]
+        if token != self._token:
+            self._token, self._bits = token, [bits(value) for value in self.params.values()]
+        return (*token, *checksums(self._bits))
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_token": None, "_bits": []}  # views of the parameters
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that exists for the objective anyway, whether anything is kept or not."""

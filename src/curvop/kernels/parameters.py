@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ParameterLayout", "checked_params", "checksum", "unknown_name"]
+__all__ = ["ParameterLayout", "bits", "checked_params", "checksums", "unknown_name"]
 
 
 class ParameterLayout:
@@ -140,11 +140,16 @@ def _check_together(own: Mapping[str, Tensor] | None, named: Mapping[str, Tensor
                 )
 
 
-def checksum(tensor: Tensor) -> Tensor:
-    """Return the sum of the tensor's bit patterns as integers: it moves with any change of any one entry.
+def bits(tensor: Tensor) -> Tensor:
+    """Return a view of the tensor's memory as integers."""
+    return tensor.detach().view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.element_size()])
+
+
+def checksums(patterns: Sequence[Tensor]) -> list[int]:
+    """Return the sum of each tensor of integers: it moves with any change of any one entry.
 
     A sum in the integers' own width wraps around, which does not matter, and is forty times faster than one that
     widens them first; the 16 bits of half precision alone would meet by chance too often.
     """
-    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.element_size()]
-    return tensor.detach().view(integer).sum(dtype=integer if integer.itemsize >= 4 else torch.int64)
+    sums = [each.sum(dtype=each.dtype if each.itemsize >= 4 else torch.int64) for each in patterns]
+    return [int(one) for one in sums] if sums[0].is_cpu else torch.stack(sums).tolist()
