@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,12 @@ def tied() -> nn.Module:
 CONSTRUCTION = {
     "no parameters": (dict(params={}), ValueError, "params is empty"),
     "no parameters in a list": (dict(params=[]), ValueError, "params is empty"),
+    "nothing": (dict(params=None), TypeError, r"params is a NoneType: pass dict\(model.named_parameters"),
+    "a parameter without a shape": (
+        dict(model=nn.LazyLinear(3), params=dict(nn.LazyLinear(3).named_parameters())),
+        ValueError,
+        "'weight'.*no shape yet: call the model once",
+    ),
     "one tensor": (dict(params=PARAMS["0.weight"]), TypeError, "params is one tensor"),
     "a pair": (
         dict(params=MODEL.named_parameters()),
@@ -82,6 +89,12 @@ CONSTRUCTION = {
         ValueError,
         "reduction='none'.*reduction='mean'",
     ),
+    "a mean by a keyword of old": (
+        dict(loss_function=functools.partial(F.mse_loss, size_average=False)),
+        ValueError,
+        "loss_function has size_average=.*use reduction=",
+    ),
+    "a batch weight that is no function": (dict(batch_weight=3), TypeError, "batch_weight is a int: pass a function"),
     "data that is no iterable": (dict(data=3), TypeError, "data is a int"),
     "a one-shot iterator": (dict(data=iter(DATA)), TypeError, "one-shot iterator.*list"),
     "a generator": (dict(data=(batch for batch in DATA)), TypeError, "one-shot iterator"),
@@ -150,6 +163,11 @@ def test_at_the_first_product(case: str) -> None:
             H @ np.ones(43)
 
 
+def test_an_unlimited_cache() -> None:
+    H = HessianLinearOperator(MODEL, nn.MSELoss(), PARAMS, DATA, cache=np.inf)
+    assert (H @ np.ones(43)).any()
+
+
 def test_an_only_batch_needs_no_batch_size() -> None:
     def model(params, tree):
         return torch.func.functional_call(MODEL, params, (tree[0],))
@@ -193,6 +211,14 @@ class TestVectors:
 
 
 class TestBlockNames:
+    def test_what_is_no_name(self, H) -> None:
+        with pytest.raises(TypeError, match="rows is a int: pass the name of a parameter"):
+            H.block(0)
+
+    def test_a_rectangular_block_has_no_diagonal_blocks(self, H) -> None:
+        with pytest.raises(ValueError, match=r"no diagonal blocks: use A.block"):
+            H.block("0.bias", "2.bias").blocks()
+
     @pytest.mark.parametrize(
         ("rows", "cols", "message"),
         [

@@ -17,7 +17,9 @@ STUDIES = {"cli", "dense", "eigs", "problems", "spectrum", "journal", "distribut
 
 
 def floor(module: str) -> int:
-    """Return 1 for kernels, 2 for operators, 3 for studies and for the references that are compared with."""
+    """Return 1 for kernels, 2 for operators, 3 for studies and the references to compare with, 4 for the face."""
+    if module == "curvop":
+        return 4
     first, second, *_ = [*module.split(".")[1:], "", ""]
     if first == "kernels":
         return 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvop import HessianLinearOperator, NonDeterministicObjectiveError, NonFiniteProductError
+from curvop.kernels.graph import nodes
 from curvop.kernels.hessian import HessianKernel
-from curvop.kernels.memory import free_bytes, retained_bytes
+from curvop.kernels.memory import free_bytes, measured
 from curvop.kernels.objective import ModelObjective
 
 
@@ -51,7 +54,7 @@ def batch_bytes(problem: Problem) -> int:
     objective = ModelObjective(problem.model, problem.loss_function, problem.params, problem.data)
     leaves, names = objective.leaves(problem.params), list(problem.params)
     kernel = HessianKernel(objective, names, names)
-    return retained_bytes(lambda: kernel.linearize(leaves, 0, problem.data[0]), objective.tensors())
+    return measured(lambda: kernel.linearize(leaves, 0, problem.data[0]), objective.tensors())[1]
 
 
 class TestCache:
@@ -120,6 +123,95 @@ class TestCache:
         )
         assert batch_bytes(wide) < 4 * 4 * 10_000  # less than one more copy of the parameters
 
+    @pytest.mark.parametrize("cache", ["auto", 0])
+    def test_an_objective_that_uses_torch_func_is_kept_too(self, cache) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+        runs = []
+
+        def residual(params, points):
+            runs.append(1)
+            value = torch.func.grad(lambda x: torch.func.functional_call(model, params, (x,)).sum())
+            return ((torch.func.vmap(value)(points) - 1) ** 2).mean()
+
+        params = dict(model.named_parameters())
+        H = HessianLinearOperator.from_objective(residual, params, [torch.randn(6, 1).double()], cache=cache)
+        matrix = H @ np.eye(16)
+        np.testing.assert_allclose(matrix, matrix.T, rtol=1e-10, atol=1e-13)
+        first = len(runs)
+        H @ np.ones(16)
+        assert len(runs) == first + (cache == 0)
+        assert cache == 0 or H._engine._first.bytes > 6 * 5 * 8
+
+    def test_sparse_gradients(self) -> None:
+        torch.manual_seed(0)
+        dense_one = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Tanh(), nn.Linear(6, 2)).double()
+        sparse_one = nn.Sequential(nn.Embedding(5, 3, sparse=True), *dense_one[1:]).double()
+        sparse_one.load_state_dict(dense_one.state_dict())
+        data = [(torch.randint(0, 5, (4, 2)), torch.randn(4, 2).double())]
+        problems = [Problem(model, nn.MSELoss(), data) for model in (dense_one, sparse_one)]
+        for problem in problems:
+            problem.params = {"3.weight": problem.params["3.weight"]}
+        np.testing.assert_allclose(*(hessian(problem) @ np.eye(12) for problem in problems), rtol=1e-12)
+
+    def test_batches_that_are_views_of_one_tensor_are_not_the_whole_tensor_each(self) -> None:
+        X, y = torch.randn(10_000, 4), torch.randn(10_000, 3)
+        views = Problem(mlp(), nn.MSELoss(), list(zip(X.split(10), y.split(10), strict=True)))
+        copies = Problem(mlp(), nn.MSELoss(), [(X.clone(), y.clone()) for X, y in views.data[:1]])
+        assert batch_bytes(views) == batch_bytes(copies)
+
+    def test_a_loaders_batches_are_not_held_beside_the_budget(self) -> None:
+        class Loader:
+            def __init__(self) -> None:
+                self.made: list[weakref.ref[torch.Tensor]] = []
+
+            def __iter__(self):
+                for seed in range(4):
+                    X = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)).double()
+                    self.made.append(weakref.ref(X))
+                    yield X, torch.ones(8, 3).double()
+
+        problem = counting_problem()
+        data = problem.data = Loader()
+        block = hessian(problem).block("model.2.bias")
+        block @ np.ones(3)
+        assert len(block._engine._first.kept) == 4
+        assert not [ref for ref in data.made if ref() is not None]
+
+    @pytest.mark.parametrize("kept", [0, 1])
+    def test_one_graph_at_a_time_beside_those_kept(self, kept: int, monkeypatch) -> None:
+        alive: list[weakref.ref] = []
+        most = []
+        linearize = HessianKernel.linearize
+
+        def watching(self, point, index, batch):
+            most.append(sum(ref() is not None for ref in alive))
+            linearization = linearize(self, point, index, batch)
+            alive.append(weakref.ref(linearization))
+            return linearization
+
+        monkeypatch.setattr(HessianKernel, "linearize", watching)
+        H = hessian(counting_problem(), cache=kept * batch_bytes(counting_problem()))
+        alive.clear()
+        most.clear()
+        for _ in range(3):
+            H @ np.ones((43, 2))
+        assert len(H._engine._first.kept) == kept
+        assert len(most) >= 6
+        assert max(most) == kept
+
+    def test_an_operator_and_its_adjoint_share_the_budget(self) -> None:
+        problem = counting_problem()
+        A = hessian(problem, cache=2 * batch_bytes(problem)).block("model.0.weight", "model.2.weight")
+        A @ np.ones(15)
+        A.H @ np.ones(20)
+        engines = A._engine, A.H._engine
+        spent = sum(engine._first.bytes for engine in engines)
+        assert 0 < spent <= 2 * batch_bytes(problem)
+        problem.model.model[0].bias.data.add_(1.0)  # both begin anew, with the whole budget between them
+        np.testing.assert_allclose(A @ np.eye(15), (A.H @ np.eye(20)).T, rtol=1e-12, atol=1e-14)
+        assert sum(engine._first.bytes for engine in engines) <= 2 * batch_bytes(problem)
+
     def test_auto_leaves_memory_free(self) -> None:
         assert 0 < free_bytes(torch.device("cpu")) < 2**50
 
@@ -151,8 +243,80 @@ class TestChangesAreNoticed:
         other = {name: torch.randn_like(value) for name, value in problem.model.state_dict().items()}
         self.check(problem, lambda: problem.model.load_state_dict(other))
 
-    def test_writing_through_data(self, problem: Problem) -> None:
-        self.check(problem, lambda: problem.model[0].weight.data.add_(1.0))
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda weight: weight[0].add_(1.0),
+            lambda weight: weight.neg_(),
+            lambda weight: weight.copy_(weight.flip(0)),
+            lambda weight: weight[0, 0].add_(1e-3),
+        ],
+        ids=["add", "negate", "permute", "one-entry"],
+    )
+    @pytest.mark.parametrize("layer", [0, 2])
+    @pytest.mark.parametrize("takes_part", ["0.weight", "2.weight"])
+    def test_writing_through_data(self, problem: Problem, change, layer: int, takes_part: str) -> None:
+        problem.params = {takes_part: problem.params[takes_part]}
+        self.check(problem, lambda: change(problem.model[layer].weight.data))
+
+    def test_writing_through_data_to_what_is_not_contiguous(self) -> None:
+        torch.manual_seed(0)
+        model = (
+            nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten()).double().to(memory_format=torch.channels_last)
+        )
+        problem = Problem(model, nn.MSELoss(), [(torch.randn(2, 2, 3, 3).double(), torch.randn(2, 12).double())])
+        self.check(problem, lambda: model[0].weight.data.neg_())
+
+    def test_scaling_by_two_which_only_counts_exponents_up(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64, bias=False).double()
+        problem = Problem(model, lambda z, y: (z**4).mean(), [(torch.randn(2, 64).double(), torch.zeros(2))])
+        H = hessian(problem)
+        before = H @ np.ones(4096)
+        model.weight.data.mul_(2.0)
+        np.testing.assert_allclose(H @ np.ones(4096), 4 * before, rtol=1e-12)
+
+    def test_a_buffer_replaced_again_and_again_at_recycled_addresses(self) -> None:
+        class Shifted(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.mlp = mlp(4, 300).double()
+                self.register_buffer("shift", torch.zeros(300, dtype=torch.float64))
+
+            def forward(self, X):
+                return (self.mlp(X) + self.shift) ** 2
+
+        torch.manual_seed(0)
+        problem = Problem(Shifted(), nn.MSELoss(), [(torch.randn(2, 4).double(), torch.randn(2, 300).double())])
+        H = hessian(problem)
+        x = np.ones(H.shape[1])
+        for _ in range(10):
+            H @ x
+            for _ in range(2):
+                problem.model.shift = torch.randn(300, dtype=torch.float64)
+            np.testing.assert_allclose(H @ x, hessian(problem) @ x, rtol=1e-12, atol=1e-12)
+
+    def test_a_parameter_that_another_replaced_is_an_error(self, problem: Problem) -> None:
+        H = hessian(problem)
+        H @ np.ones(43)
+        other = {name: torch.randn_like(value) for name, value in problem.model.state_dict().items()}
+        problem.model.load_state_dict(other, assign=True)
+        with pytest.raises(RuntimeError, match=r"params\['0.weight'\] was the model's own.*make a new operator"):
+            H @ np.ones(43)
+
+    def test_a_batch_added_and_a_batch_replaced(self, problem: Problem) -> None:
+        X, y = problem.data[0]
+        self.check(problem, lambda: problem.data.append((3 * X, y)))
+        self.check(problem, lambda: problem.data.__setitem__(0, (2 * X, y)))
+
+    def test_autocast(self, problem: Problem) -> None:
+        problem.model.float()
+        problem.data = [(X.float(), y) for X, y in problem.data]
+        H = hessian(problem)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = H @ np.ones(43)
+        np.testing.assert_array_equal(H @ np.ones(43), hessian(problem) @ np.ones(43))
+        assert np.abs(low - H @ np.ones(43)).max() > 1e-5
 
     def test_replacing_data(self, problem: Problem) -> None:
         vector = torch.randn(43, dtype=torch.float64)
@@ -205,13 +369,24 @@ class TestTheModelIsLeftAsFound:
         )
         params = {name: value for name, value in model.named_parameters() if value.requires_grad}
         state = torch.get_rng_state()
-        HessianLinearOperator(model, nn.MSELoss(), params, data) @ np.ones(sum(p.numel() for p in params.values()))
+        H = HessianLinearOperator(model, nn.MSELoss(), params, data, cache=0)
+        H @ np.ones(H.shape[1])
         assert torch.equal(state, torch.get_rng_state())
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         assert all(value.grad is None for value in model.parameters())
         assert model.training
         assert not frozen.requires_grad
         assert all(value.requires_grad for value in params.values())
+
+    def test_an_embedding_that_renormalises_its_weight(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.1), nn.Tanh(), nn.Linear(3, 2)).double()
+        before = model[0].weight.detach().clone()
+        problem = Problem(model, nn.MSELoss(), [(torch.arange(5), torch.randn(5, 2).double())])
+        product = hessian(problem) @ np.ones(23)
+        assert torch.equal(model[0].weight, before)
+        model(problem.data[0][0])  # the model does it to itself
+        np.testing.assert_allclose(hessian(problem) @ np.ones(23), product, rtol=1e-12)
 
     def test_the_batch_is_not_changed(self) -> None:
         batch = {"X": torch.randn(2, 4).double()}
@@ -255,7 +430,32 @@ class TestRandomness:
         np.testing.assert_allclose(product, expected, rtol=1e-10, atol=1e-14)
         np.testing.assert_allclose(H @ np.eye(43), expected, rtol=1e-10, atol=1e-14)
 
-    def test_dropout_in_training_mode_is_told(self) -> None:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_batches_of_equal_losses_are_told_apart(self, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        model = mlp().to(dtype)
+        nn.init.zeros_(model[2].weight)
+        nn.init.zeros_(model[2].bias)
+        X, y = torch.randn(40, 4, dtype=dtype), torch.randint(0, 3, (40,))
+        whole = Problem(model, nn.CrossEntropyLoss(), [(X, y)])
+        loader = DataLoader(TensorDataset(X, y), batch_size=10, shuffle=True)
+        problem = Problem(model, nn.CrossEntropyLoss(), loader)
+        budget = 3 * batch_bytes(Problem(model, nn.CrossEntropyLoss(), [next(iter(loader))]))
+        H = hessian(problem, cache=budget)
+        tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-14}
+        np.testing.assert_allclose(H @ np.ones(43), dense(whole) @ np.ones(43), **tolerance)
+        with pytest.warns(RuntimeWarning, match="shuffle=False"):
+            product = H @ np.ones(43)
+        np.testing.assert_allclose(product, dense(whole) @ np.ones(43), **tolerance)
+
+    def test_dropout_in_training_mode_is_told_at_the_first_product(self) -> None:
+        problem = loss_problem("mse")
+        problem.model.insert(2, nn.Dropout(0.5)).train()
+        problem.params = dict(problem.model.named_parameters())
+        with pytest.raises(NonDeterministicObjectiveError, match=r"dropout.*model.eval\(\)"):
+            hessian(problem) @ np.ones(43)
+
+    def test_dropout_in_training_mode_is_told_where_nothing_is_kept(self) -> None:
         problem = loss_problem("mse")
         problem.model.insert(2, nn.Dropout(0.5)).train()
         problem.params = dict(problem.model.named_parameters())
@@ -274,6 +474,18 @@ class TestNonFiniteProducts:
         H = hessian(problem)
         with pytest.raises(NonFiniteProductError, match=r"batch 1 in parameter '0.weight' \(the loss .* is nan"):
             H @ np.ones(43)
+
+    def test_the_batch_is_named_though_the_loader_shuffles(self) -> None:
+        X, y = torch.randn(10, 4).double(), torch.randn(10, 3).double()
+        X[3, 0] = torch.inf
+        problem = Problem(mlp().double(), nn.MSELoss(), DataLoader(TensorDataset(X, y), batch_size=2, shuffle=True))
+        budget = 2 * batch_bytes(Problem(problem.model, problem.loss_function, [(X[:2], y[:2])]))
+        for seed in range(5):
+            torch.manual_seed(seed)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "data yields other batches")
+                with pytest.raises(NonFiniteProductError, match="batch"):
+                    hessian(problem, cache=budget) @ np.ones(43)
 
     def test_a_vector_that_is_not_finite(self) -> None:
         H = hessian(loss_problem("mse"))
@@ -322,14 +534,9 @@ def test_last_layer_blocks_never_run_the_layers_below_again() -> None:
     block = hessian(problem).block(["model.2.weight", "model.2.bias"])
     block @ np.ones(18)
     runs = problem.model.runs
-    nodes: set[str] = set()
-    (linearization, *_), engine = block._engine._first.kept.values(), block._engine
-    stack = [edge.node for edge in linearization._edges]
-    while stack:
-        node = stack.pop()
-        nodes.add(node.name())
-        stack += [parent for parent, _ in node.next_functions if parent is not None]
+    (linearization, *_) = block._engine._first.kept.values()
+    names = {node.name() for node in nodes(linearization.roots)}
     block @ np.ones(18)
     assert problem.model.runs == runs
-    assert engine._first is not None
-    assert not any("Tanh" in name for name in nodes)  # nothing below the last layer is in its graph
+    assert names
+    assert not any("Tanh" in name for name in names)  # nothing below the last layer is in its graph

@@ -12,10 +12,10 @@ from cases import Problem, loss_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import LinearOperator, aslinearoperator, eigsh
 from tqdm import tqdm
 
-from curvop import HessianLinearOperator
+from curvop import DampedLinearOperator, HessianLinearOperator
 
 P = 43
 DEVICES = [
@@ -250,8 +250,23 @@ class TestDamped:
         with pytest.raises(ValueError, match="damping"):
             H.damped(damping)
 
+    def test_only_of_operators_of_parameters(self) -> None:
+        with pytest.raises(TypeError, match=r"A is a MatrixLinearOperator: .* A \+ damping \* identity"):
+            DampedLinearOperator(aslinearoperator(np.eye(3)), 1.0)
+
 
 class TestParameterDicts:
+    def test_arrays_of_any_layout(self, H, problem) -> None:
+        arrays = {name: value.detach().numpy() for name, value in problem.params.items()}
+        reversed_twice = {name: np.flip(np.flip(value).copy()) for name, value in arrays.items()}
+        for value in reversed_twice.values():
+            value.flags.writeable = False
+        close(H.ravel(reversed_twice), H.ravel(arrays))
+
+    def test_complex_vectors_have_no_parameters(self, H) -> None:
+        with pytest.raises(TypeError, match="vector is complex"):
+            H.unravel(1j * np.ones(P))
+
     def test_ravel_and_unravel_are_inverse(self, H, problem) -> None:
         vector = np.arange(float(P))
         tree = H.unravel(vector)
@@ -322,6 +337,14 @@ class TestBookkeeping:
             again = pickle.loads(pickle.dumps(A))
             close(again @ np.eye(P), expected)
             close(A @ np.eye(P), expected)
+
+    @pytest.mark.parametrize(
+        "loss", ["mse", "mse-sum", "ce-everything", "bce-weights", "f-partial", "f-partial-sum", "callable", "subclass"]
+    )
+    def test_pickles_with_every_kind_of_loss(self, loss) -> None:
+        H = hessian(loss_problem(loss))
+        expected = H @ np.ones(P)
+        close(pickle.loads(pickle.dumps(H)) @ np.ones(P), expected)
 
     @pytest.mark.parametrize("cache", [0, "auto"])
     def test_progress_counts_products(self, problem, cache) -> None:

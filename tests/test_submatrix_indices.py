@@ -145,6 +145,7 @@ class TestBadIndices:
             ([10**30], 10**30, 200),
             (range(2**70, 2**70 + 2), 2**70, 200),
             (range(10**15), 200, 200),
+            (range(0, 2**80, 2**70), 2**70, 200),
         ],
         ids=lambda value: repr(value)[:30],
     )
@@ -185,6 +186,14 @@ class TestBadIndices:
         with pytest.raises(TypeError, match=r"row_idxs.*integers"):
             SubmatrixLinearOperator(A, selection, [0])
 
+    @pytest.mark.parametrize("selection", [{0, 1}, (index for index in (0, 1)), "01"])
+    def test_what_is_no_sequence_is_a_type_error(self, selection):
+        with pytest.raises(TypeError, match=f"row_idxs is a {type(selection).__name__}: pass a list"):
+            SubmatrixLinearOperator(A, selection, [0])
+
+    def test_a_range_of_one_index_and_a_huge_step(self):
+        assert_array_equal(SubmatrixLinearOperator(A, range(1, 2, 2**70), [0]) @ [1.0], (A @ np.eye(200)[0])[1:2])
+
     @pytest.mark.parametrize("wrap", [np.array, list, torch.tensor])
     @pytest.mark.parametrize("length", [1, 199, 201, 300])
     def test_a_mask_must_be_as_long_as_the_axis(self, wrap, length):
@@ -205,6 +214,10 @@ class TestSubscripts:
             for key in (([0], [1]), (np.array([0, 1]), torch.tensor([1, 0])), (range(2), (0, 1))):
                 with pytest.raises(IndexError, match=r"A\[rows, :\]\[:, cols\]"):
                     S[key]
+
+    def test_numpys_open_mesh_means_the_submatrix(self, H):
+        mesh = np.ix_([0, 3, 3], [1, -1])
+        assert_array_equal(H[mesh] @ np.eye(2), (H @ np.eye(8))[mesh])
 
     def test_one_index_is_for_the_rows(self, H):
         dense = H @ np.eye(8)

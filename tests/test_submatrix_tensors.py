@@ -33,6 +33,19 @@ class TestTensors:
                 torch.testing.assert_close(product.double(), expected @ x.double(), rtol=tolerance, atol=tolerance)
                 assert torch.equal(x, before)
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float16])
+    def test_columns_that_repeat_add_in_the_operators_precision(self, dtype):
+        S, dense = H[:, [0, 0, 1]], DENSE[:, [0, 0, 1]]
+        x = torch.tensor([100, 100, 3]).to(dtype)
+        assert_allclose(S @ x.numpy(), dense @ x.double().numpy(), rtol=1e-12, atol=1e-14)
+        product = S @ x
+        rtol = 8 * torch.finfo(product.dtype).eps
+        assert_allclose(product.double(), dense @ x.double().numpy(), rtol=rtol, atol=rtol)
+
+    def test_a_sum_of_columns_beyond_the_vectors_range(self):
+        x = np.full(50, 2000, np.float16)
+        assert_allclose(H[:, [0] * 50] @ x, 100_000 * DENSE[:, 0], rtol=1e-12)
+
     def test_from_the_left_and_through_the_adjoint(self):
         S, expected = H.submatrix(ROWS, COLS), torch.from_numpy(part(DENSE, ROWS, COLS))
         y, Y = torch.randn(4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)

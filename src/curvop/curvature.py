@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import abc
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from curvop.kernels.gradient import gradient_and_loss
 from curvop.kernels.linearize import Engine, Kernel
+from curvop.kernels.memory import Budget
 from curvop.kernels.objective import Objective
 from curvop.kernels.parameters import ParameterLayout, unknown_name
 from curvop.operator import BridgeLinearOperator, ProductCounter, Rows
@@ -64,7 +64,8 @@ class ParameterLinearOperator(BridgeLinearOperator):
         for name, shape in zip(self._cols.names, self._cols.shapes, strict=True):
             if name not in params:
                 raise ValueError(f"params lacks {name!r}")
-            value = torch.as_tensor(params[name]).detach()
+            value = params[name]
+            value = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
             if value.shape != shape:
                 raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, not {tuple(shape)}")
             vector[self._cols.slices[name]] = value.reshape(-1).double().cpu().numpy()
@@ -76,21 +77,30 @@ class ParameterLinearOperator(BridgeLinearOperator):
             raise ValueError(f"vector has shape {tuple(np.shape(vector))}, but A has {self._cols.size} columns")
         like = self._params[self._cols.names[0]]
         vector = vector.detach() if isinstance(vector, Tensor) else torch.from_numpy(np.array(vector))
+        if vector.is_complex():
+            raise TypeError("vector is complex, but parameters are real: unravel its real and imaginary parts apart")
         vector = vector.to(like.device, like.dtype, copy=True)
         return dict(zip(self._cols.names, self._cols.split(vector), strict=True))
 
-    @abc.abstractmethod
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
         """Return the operator of the block that the named parameters span, rows by columns."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
         """Return the gradient with respect to the row parameters, and the loss."""
+        raise NotImplementedError
 
     def blocks(self) -> Iterator[Self]:
-        """Yield the diagonal blocks, one a column parameter."""
-        for name in self._cols.names:
-            yield self.block(name)
+        """Iterate over the diagonal blocks, one a parameter.
+
+        Raises
+        ------
+        ValueError
+            For a block whose rows and columns are different parameters.
+        """
+        if set(self._rows.names) != set(self._cols.names):
+            raise ValueError("A has other parameters for rows than for columns, so no diagonal blocks: use A.block")
+        return map(self.block, self._cols.names)
 
     def damped(self, damping: float) -> DampedLinearOperator:
         """Return ``A + damping * I``, with everything that `A` has.
@@ -125,7 +135,7 @@ class Settings:
     """How a curvature operator computes; the same for an operator and its blocks."""
 
     dtype: Any
-    cache: int | str
+    cache: float | str
     engine: str
     progress: Any
 
@@ -165,10 +175,11 @@ class CurvatureLinearOperator(ParameterLinearOperator):
         kernel = type(self)._kernel(objective, rows, cols)
         self._objective = objective
         self._settings = settings
-        self._engine = Engine(kernel, settings.cache)
+        budget = Budget(settings.cache)
+        self._engine = Engine(kernel, budget)
         self._adjoint_engine = self._engine
         if not kernel.symmetric or kernel.rows.names != kernel.cols.names:
-            self._adjoint_engine = Engine(kernel.adjoint(), settings.cache)
+            self._adjoint_engine = Engine(kernel.adjoint(), budget)
         super().__init__(settings.dtype, objective.params, kernel.rows, kernel.cols)
 
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
@@ -252,6 +263,8 @@ def _stage_dtype(dtype: torch.dtype) -> Any:
 
 
 def _checked_names(what: str, names: str | Sequence[str], layout: ParameterLayout) -> tuple[str, ...]:
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{what} is a {type(names).__name__}: pass the name of a parameter, or several")
     names = (names,) if isinstance(names, str) else tuple(names)
     if not names:
         raise ValueError(f"{what} names no parameter")

@@ -28,6 +28,8 @@ class DampedLinearOperator(ParameterLinearOperator):
     """
 
     def __init__(self, A: ParameterLinearOperator, damping: float) -> None:
+        if not isinstance(A, ParameterLinearOperator):
+            raise TypeError(f"A is a {type(A).__name__}: add damping to it as SciPy does, A + damping * identity")
         if not math.isfinite(damping):
             raise ValueError(f"damping is {damping}, but must be finite")
         super().__init__(A.dtype, A._params, A._rows, A._cols, A._counter)

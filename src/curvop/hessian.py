@@ -32,6 +32,8 @@ class HessianLinearOperator(CurvatureLinearOperator):
     through the graph of the gradient (double backward), about two gradients. The operator shows the parameters as they
     are now: a change in place (an optimizer step, ``load_state_dict``) is noticed and what was kept is made anew.
 
+    Several threads may use it one after another, but not at once: torch substitutes parameters in the module itself.
+
     Use it for sharpness and spectra (``eigsh``), Newton and influence-function systems (``cg``, ``minres`` on
     ``H.damped(lam)``), and ``scipy.optimize`` (``hessp``). The Hessian is symmetric but in general indefinite.
 
@@ -50,9 +52,9 @@ class HessianLinearOperator(CurvatureLinearOperator):
         (nested) mappings, lists and tuples of tensors; they are moved to the parameters' device.
     dtype : numpy.float64 or numpy.float32
         Of the vectors that SciPy sees. Products are computed in the parameters' own dtype.
-    cache : int or 'auto'
-        Bytes that linearizations may retain between products; 'auto' is half of what is free on the device at the
-        first product. What does not fit is linearized anew in each product.
+    cache : float or 'auto'
+        Bytes that linearizations may retain between products, 0 for none; 'auto' is half of what is free on the device
+        at the first product. What does not fit is linearized anew in each product. A block has a budget of its own.
     engine : 'autograd'
     batch_weight : callable, optional
         ``batch -> w_b``, given ``(X, y)``, in place of the divisor of a mean. By default torch's own losses are
@@ -91,7 +93,7 @@ class HessianLinearOperator(CurvatureLinearOperator):
         data: Iterable[Any],
         *,
         dtype: Any = np.float64,
-        cache: int | str = "auto",
+        cache: float | str = "auto",
         engine: str = "autograd",
         batch_weight: BatchWeight | None = None,
         progress: Any = False,
@@ -107,7 +109,7 @@ class HessianLinearOperator(CurvatureLinearOperator):
         data: Iterable[Any],
         *,
         dtype: Any = np.float64,
-        cache: int | str = "auto",
+        cache: float | str = "auto",
         engine: str = "autograd",
         batch_weight: BatchWeight | None = None,
         progress: Any = False,

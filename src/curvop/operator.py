@@ -66,6 +66,8 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
         if not 1 <= len(keys) <= 2:
             raise IndexError(f"A has two axes, but {len(keys)} indices were given")
         rows, cols = (*keys, slice(None))[:2]
+        if isinstance(rows, np.ndarray) and isinstance(cols, np.ndarray) and rows.shape[1:] == cols.shape[:-1] == (1,):
+            return self.submatrix(rows[:, 0], cols[0])  # as numpy.ix_ makes them
         if not isinstance(rows, slice) and not isinstance(cols, slice):
             raise IndexError(
                 "A[rows, cols] with two index arrays means single entries to NumPy: use A[rows, :][:, cols] or "

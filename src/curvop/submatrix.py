@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Self, cast
 
 import numpy as np
@@ -93,16 +94,27 @@ class SubmatrixLinearOperator(BridgeLinearOperator):
 
     def _apply(self, rows: Rows) -> Rows:
         if isinstance(self._A, BridgeLinearOperator):
+            kind: Any = rows.dtype
+            if not self._cols.distinct:  # columns that repeat add, in A's own precision at least
+                rows = self._widened(rows)
             whole = rows if self._cols.everything else self._cols.scatter(rows)
             products = self._A._along_last(whole)
-            return products if self._rows.everything else self._rows.gather(products)
-        # Repeated columns add, so integers need room where A has no dtype to promote to.
+            products = products if self._rows.everything else self._rows.gather(products)
+            return products.to(kind) if isinstance(products, Tensor) else products
+        # As above, and integers need room where A has no dtype to promote to.
         array = cast("NDArray[Any]", rows)
         room = self.dtype if self.dtype is not None else np.dtype(np.intp) if array.dtype.kind in "biu" else array.dtype
         rows = array.astype(np.result_type(room, array.dtype), copy=False)
         whole = cast("NDArray[Any]", self._cols.scatter(rows))
         products = self._A.matvec(whole[0])[None] if len(whole) == 1 else self._A.matmat(whole.T).T
         return self._rows.gather(np.asarray(products))
+
+    def _widened(self, rows: Rows) -> Rows:
+        if isinstance(rows, Tensor):
+            return rows.to(
+                torch.promote_types(rows.dtype, torch.float64 if self.dtype == np.float64 else torch.float32)
+            )
+        return rows.astype(np.result_type(self.dtype, rows.dtype), copy=False)
 
 
 class _Selection:
@@ -113,6 +125,8 @@ class _Selection:
     idxs : ndarray of intp
     everything : bool
         Whether they are the whole axis in its order.
+    distinct : bool
+        Whether none of them repeats.
     """
 
     def __init__(self, idxs: NDArray[np.intp], length: int) -> None:
@@ -122,19 +136,19 @@ class _Selection:
         self.everything = self._slice == slice(0, length)
         seen = np.zeros(length, dtype=bool)
         seen[idxs] = True
-        self._distinct = np.count_nonzero(seen) == idxs.size
+        self.distinct = np.count_nonzero(seen) == idxs.size
         self._on_device: Tensor | None = None
 
     def scatter(self, rows: Rows) -> Rows:
         """Return ``(K, length)`` zeros with the entries of `rows` ``(K, idxs.size)`` added at the indices."""
         if isinstance(rows, Tensor):
             whole = rows.new_zeros(len(rows), self._length)
-            if self._distinct:
+            if self.distinct:
                 whole[:, self._where(rows)] = rows
                 return whole
             return whole.index_add_(1, self._tensor(rows.device), rows)
         array = np.zeros((len(rows), self._length), dtype=rows.dtype)
-        if self._distinct:
+        if self.distinct:
             array[:, self._where(rows)] = rows
         else:
             for target, row in zip(array, rows, strict=True):
@@ -175,7 +189,9 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
         idxs = idxs[: 2 * length + 1]
         if idxs and not -length <= idxs[0] < length:
             raise _out_of_bounds(what, idxs[0], length)
-        array = np.arange(idxs.start, idxs.stop, idxs.step) if idxs else np.empty(0, np.intp)
+        if len(idxs) > 1 and abs(idxs.step) > 2 * length:  # the step may not fit in 64 bits
+            raise _out_of_bounds(what, idxs[1], length)
+        array = np.arange(len(idxs)) * (idxs.step if len(idxs) > 1 else 1) + (idxs[0] if idxs else 0)
     elif isinstance(idxs, Tensor):
         if idxs.is_floating_point() or idxs.is_complex():
             raise TypeError(f"{what} has dtype {idxs.dtype}, but indices must be integers or a boolean mask")
@@ -184,6 +200,8 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
         array = np.asarray(idxs)
         if array.size == 0 and isinstance(idxs, list | tuple):
             array = array.astype(np.intp)
+    if array.ndim == 0 and isinstance(idxs, Iterable):
+        raise TypeError(f"{what} is a {type(idxs).__name__}: pass a list, an array or a slice")
     if array.ndim != 1:
         raise IndexError(
             f"{what} has shape {array.shape}, but must be one-dimensional: write [i] for the single index i"

@@ -18,14 +18,15 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
     leaves = objective.leaves(names)
     parts = ParameterLayout(objective.params, names).split(out.zero_())
     losses, weights = [], []
-    for index, batch in objective.batches():
-        loss = objective.evaluate(leaves, index, batch)
-        weights.append(loss.weight)
-        if loss.weight:
-            losses.append(loss.weight * loss.value.item())
-        for part, value in zip(parts, loss.gradient([leaves[name] for name in names]), strict=True):
-            if value is not None:
-                part.add_(value, alpha=loss.weight)
+    with objective.slow_backends():
+        for index, batch in objective.batches():
+            loss = objective.evaluate(leaves, index, batch)
+            weights.append(loss.weight)
+            if loss.weight:
+                losses.append(loss.weight * loss.value.item())
+            for part, value in zip(parts, loss.gradient([leaves[name] for name in names]), strict=True):
+                if value is not None:
+                    part.add_(value, alpha=loss.weight)
     divisor = objective.divisor(weights)
     out.div_(divisor)
     return math.fsum(losses) / divisor

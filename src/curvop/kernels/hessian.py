@@ -11,13 +11,14 @@ same graph, so everything that does not depend on `v` is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from curvop.kernels.graph import nodes
 from curvop.kernels.linearize import Kernel, Linearization
 from curvop.kernels.objective import BatchLoss
 
@@ -44,34 +45,27 @@ class HessianKernel(Kernel):
                 # The edge is all a product needs; the gradient's own memory, as large as the parameters, is freed.
                 edges.append(get_gradient_edge(part))
                 positions.append(position)
-        _check_differentiable(edges)
-        return _RetainedGraph(loss, edges, positions, [leaves[name] for name in self.rows.names])
+        linearization = _RetainedGraph(loss, edges, positions, [leaves[name] for name in self.rows.names])
+        _check_differentiable(linearization.roots)
+        return linearization
 
 
-def _check_differentiable(edges: Sequence[GradientEdge]) -> None:
+def _check_differentiable(roots: Iterable[Node]) -> None:
     """Refuse a gradient that cannot be differentiated again.
 
     A function marked ``once_differentiable`` leaves a node of this name in the graph of its gradient, off the path to
     the parameters, where a product would pass it by and silently lack its part.
     """
-    seen = {edge.node for edge in edges}
-    stack = list(seen)
-    while stack:
-        node = stack.pop()
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError(
-                "the model uses an autograd function that is once_differentiable: it has a gradient, but no Hessian. "
-                "Write its backward with differentiable operations, or take a block above it"
-            )
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
+    if any(node.name() == "torch::autograd::Error" for node in nodes(roots)):
+        raise RuntimeError(
+            "the model uses an autograd function that is once_differentiable: it has a gradient, but no Hessian. "
+            "Write its backward with differentiable operations, or take a block above it"
+        )
 
 
 class _RetainedGraph(Linearization):
     def __init__(self, loss: BatchLoss, edges: list[GradientEdge], positions: list[int], rows: list[Tensor]) -> None:
-        super().__init__(loss.value, loss.weight)
+        super().__init__(loss.value, loss.weight, [edge.node for edge in edges])
         self._edges = edges
         self._positions = positions
         self._rows = rows

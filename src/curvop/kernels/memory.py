@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
-__all__ = ["free_bytes", "keep_freed_memory", "retained_bytes"]
+from curvop.kernels.graph import nodes
+
+__all__ = ["Budget", "free_bytes", "graph_bytes", "keep_freed_memory", "measured"]
+
+T = TypeVar("T")
 
 # Where the system does not say how much memory is free: enough for small models, and harmless on any machine.
 _UNKNOWN = 2**30
@@ -45,11 +52,16 @@ class _Saved:
         self.tensor = tensor
 
 
-def retained_bytes(linearize: Callable[[], object], shared: Iterable[Tensor]) -> int:
-    """Return the bytes that the graph made by `linearize()` holds, `shared` tensors left out.
+def measured(make: Callable[[], T], shared: Iterable[Tensor]) -> tuple[T, int]:
+    """Return ``make()`` and the bytes that its graph holds, `shared` tensors left out.
 
-    The graph is made under saved-tensor hooks, counted and thrown away: a hook is called at every use of a saved
-    tensor, which would slow down each product if the counted graph itself were kept.
+    The graph is made under saved-tensor hooks: a hook is called at every use of a saved tensor, which slows down each
+    product, so this graph is for counting only.
+
+    Raises
+    ------
+    RuntimeError
+        Where `make` takes derivatives of its own with ``torch.func``, which refuses hooks: see `graph_bytes`.
     """
     alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
@@ -59,12 +71,70 @@ def retained_bytes(linearize: Callable[[], object], shared: Iterable[Tensor]) ->
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        graph = linearize()
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (saved.tensor.untyped_storage() for saved in alive)}
-    for tensor in shared:
-        storages.pop(tensor.untyped_storage().data_ptr(), None)
-    del graph
-    return sum(storages.values())
+        graph = make()
+    return graph, _bytes((saved.tensor for saved in alive), shared)
+
+
+def graph_bytes(roots: Iterable[Node], shared: Iterable[Tensor]) -> int:
+    """Return the bytes that the nodes of a graph say they hold; those of C++ extensions may not say."""
+    saved = []
+    for node in nodes(roots):
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                value = getattr(node, name)
+                saved += [part for part in (value if isinstance(value, tuple) else [value]) if isinstance(part, Tensor)]
+    return _bytes(saved, shared)
+
+
+def _bytes(tensors: Iterable[Tensor], shared: Iterable[Tensor]) -> int:
+    known = {part.untyped_storage().data_ptr() for tensor in shared for part in _dense(tensor)}
+    views: dict[int, dict[int, int]] = defaultdict(dict)
+    sizes = {}
+    for tensor in tensors:
+        for part in _dense(tensor):
+            storage = part.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            view = views[storage.data_ptr()]
+            view[part.data_ptr()] = max(view.get(part.data_ptr(), 0), part.numel() * part.element_size())
+    # A small view of a large storage: that is the data set, which the batches are cut from and which is there anyway.
+    return sum(min(sizes[where], sum(view.values())) for where, view in views.items() if where not in known)
+
+
+def _dense(tensor: Tensor) -> list[Tensor]:
+    if tensor.layout == torch.strided:
+        return [tensor]
+    return [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else []
+
+
+class Budget:
+    """Bytes that may be retained, shared by engines.
+
+    Parameters
+    ----------
+    limit : float or 'auto'
+        ``'auto'`` is half of what is free on the device when the first bytes are taken.
+    """
+
+    def __init__(self, limit: float | str) -> None:
+        self._limit = limit
+        self._fixed: float | None = None
+        self._spent = 0
+
+    def open(self, device: torch.device) -> bool:
+        """Fix the limit where nothing is spent yet; return whether there is anything to spend."""
+        if self._fixed is None or not self._spent:
+            self._fixed = free_bytes(device) // 2 if self._limit == "auto" else float(self._limit)
+        return self._fixed > 0
+
+    def take(self, count: int) -> bool:
+        """Spend `count` bytes, unless they are more than are left."""
+        fits = self._spent + count <= (self._fixed or 0)
+        self._spent += count if fits else 0
+        return fits
+
+    def give_back(self, count: int) -> None:
+        """Take `count` bytes as free again."""
+        self._spent -= count
 
 
 def _available() -> int | None:

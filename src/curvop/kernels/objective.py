@@ -12,17 +12,18 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvop.kernels.batches import batch_size, to_device
 from curvop.kernels.closed_forms import loss_derivative
+from curvop.kernels.differentiable import ByDefinition, slow_backends
 from curvop.kernels.generators import Generators
-from curvop.kernels.parameters import bits, checked_params, checksums
+from curvop.kernels.parameters import checked_params
+from curvop.kernels.state import Watch
 from curvop.kernels.weights import loss_divisor, loss_reduction
 
 __all__ = ["BatchLoss", "BatchWeight", "CallableObjective", "ModelObjective", "Objective"]
@@ -84,6 +85,8 @@ class Objective(abc.ABC):
             raise TypeError(
                 "data is a one-shot iterator, but every product reads it again: pass list(data) or a DataLoader"
             )
+        if batch_weight is not None and not callable(batch_weight):
+            raise TypeError(f"batch_weight is a {type(batch_weight).__name__}: pass a function of the batch")
         if batch_weight is not None and reduction == "sum":
             raise ValueError("batch_weight has no meaning with reduction='sum': leave it out")
         self.params = params
@@ -92,8 +95,10 @@ class Objective(abc.ABC):
         self._data = data
         self._batch_weight = batch_weight
         self._generators = Generators()
-        self._token: list[object] | None = None
-        self._bits: list[Tensor] = []
+        self._watch = Watch(self._modules, params, data)
+        parts = [part for module in modules for part in module.modules()]
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
+        self._renormalised = any(getattr(part, "max_norm", None) is not None for part in parts)
 
     @property
     def device(self) -> torch.device:
@@ -132,16 +137,22 @@ class Objective(abc.ABC):
     def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return all parameters cut off from the user's graph, those of `names` ready to be differentiated."""
         names = set(names)
-        return {name: value.detach().requires_grad_(name in names) for name, value in self.params.items()}
+        # An embedding with `max_norm` writes to its weight in the forward pass: let it write to a copy.
+        values = {name: value.detach() for name, value in self.params.items()}
+        if self._renormalised:
+            values = {name: value.clone() for name, value in values.items()}
+        return {name: value.requires_grad_(name in names) for name, value in values.items()}
+
+    def slow_backends(self) -> AbstractContextManager[None]:
+        """Choose backends that can be differentiated twice, for as long as the context lasts."""
+        return slow_backends(self._recurrent)
 
     def evaluate(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> BatchLoss:
-        """Return the loss of batch number `index`, differentiable twice in `leaves`.
+        """Return the loss of batch number `index`, differentiable twice in `leaves` within `slow_backends`.
 
-        Attention runs on its math backend (the fused ones have no second derivative), recurrent layers without cuDNN
-        (neither has that), buffers of modules in training mode are copies.
+        Buffers of modules in training mode are copies.
         """
-        recurrent = any(isinstance(part, nn.RNNBase) for module in self._modules for part in module.modules())
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _without_cudnn() if recurrent else nullcontext():
+        with torch.enable_grad(), ByDefinition():
             loss, divisor, output, derivative = self._loss(leaves, batch)
         if not isinstance(loss, Tensor):
             raise TypeError(f"the loss of batch {index} is a {type(loss).__name__}, not a tensor")
@@ -162,23 +173,8 @@ class Objective(abc.ABC):
         return total
 
     def state(self) -> tuple[object, ...]:
-        """Return a token that changes whenever the objective does, at the cost of one pass over the parameters.
-
-        Writing to a tensor moves its version counter, save through ``.data``; so `params`, which such code means, are
-        summed bit by bit besides.
-        """
-        token: list[object] = [_version(value) for value in self.params.values()]
-        for module in self._modules:
-            for part in module.modules():
-                token.append(part.training)
-                token += [_version(tensor) for tensor in part._parameters.values()]
-                token += [_version(tensor) for tensor in part._buffers.values()]
-        if token != self._token:
-            self._token, self._bits = token, [bits(value) for value in self.params.values()]
-        return (*token, *checksums(self._bits))
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_token": None, "_bits": []}  # views of the parameters
+        """Return a token that changes whenever the objective does, at the cost of one pass over the parameters."""
+        return len(self), torch.is_autocast_enabled(self.device.type), *self._watch.token()
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that exists for the objective anyway, whether anything is kept or not."""
@@ -274,21 +270,3 @@ class CallableObjective(Objective):
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         loss = self._objective(dict(leaves), batch)
         return loss, batch_size(batch), loss, None
-
-
-def _version(tensor: Tensor | None) -> object:
-    """Return what changes when `tensor` is written to, or replaced."""
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    # The attribute, not cudnn.flags(), which writes the TF32 settings too.
-    enabled = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = enabled

@@ -7,10 +7,9 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-__all__ = ["ParameterLayout", "bits", "checked_params", "checksums", "unknown_name"]
+__all__ = ["ParameterLayout", "checked_params", "unknown_name"]
 
 
 class ParameterLayout:
@@ -66,6 +65,8 @@ def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) 
     own: dict[str, Tensor] | None = None
     if isinstance(model, nn.Module):
         own = dict(model.named_parameters(remove_duplicate=False))
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params is a {type(params).__name__}: pass dict(model.named_parameters()), or a part of it")
     if isinstance(params, Tensor):
         raise TypeError("params is one tensor: pass a dict of names to parameters, {'weight': model.weight}")
     named = dict(params) if isinstance(params, Mapping) else _named(own, params)
@@ -111,6 +112,8 @@ def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> No
         raise ValueError(unknown_name("params", name, own))
     if not isinstance(value, Tensor):
         raise TypeError(f"params[{name!r}] is a {type(value).__name__}, not a tensor")
+    if isinstance(value, nn.UninitializedParameter):
+        raise ValueError(f"params[{name!r}] has no shape yet: call the model once before it is wrapped")
     if own is not None and value.shape != own[name].shape:
         raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, the model's has {tuple(own[name].shape)}")
     if not value.is_floating_point():
@@ -138,18 +141,3 @@ def _check_together(own: Mapping[str, Tensor] | None, named: Mapping[str, Tensor
                 raise ValueError(
                     f"params {seen[identity]!r} and {name!r} are one tied tensor: pass one of the two names"
                 )
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Return a view of the tensor's memory as integers."""
-    return tensor.detach().view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.element_size()])
-
-
-def checksums(patterns: Sequence[Tensor]) -> list[int]:
-    """Return the sum of each tensor of integers: it moves with any change of any one entry.
-
-    A sum in the integers' own width wraps around, which does not matter, and is forty times faster than one that
-    widens them first; the 16 bits of half precision alone would meet by chance too often.
-    """
-    sums = [each.sum(dtype=each.dtype if each.itemsize >= 4 else torch.int64) for each in patterns]
-    return [int(one) for one in sums] if sums[0].is_cpu else torch.stack(sums).tolist()

@@ -63,6 +63,8 @@ def loss_reduction(loss_function: Callable[..., Any]) -> str:
     ValueError
         For ``reduction='none'`` and anything else that is neither a mean nor a sum.
     """
+    if isinstance(loss_function, functools.partial) and {"size_average", "reduce"} & set(loss_function.keywords):
+        raise ValueError("loss_function has size_average= or reduce=, which torch has replaced: use reduction=")
     reduction = loss_setting(loss_function, "reduction", "mean")
     if reduction == "batchmean":
         return "mean"
@@ -81,18 +83,38 @@ def loss_divisor(loss_function: Callable[..., Any]) -> Divisor:
     any other callable, also a subclass that computes its loss its own way, the divisor is the batch size.
     """
     kind = loss_kind(loss_function)
-    if loss_reduction(loss_function) == "sum":
-        return lambda prediction, X, y: 1.0
+    reduction = loss_setting(loss_function, "reduction", "mean")
+    if reduction == "sum":
+        return _one
     if kind is None:
-        return lambda prediction, X, y: batch_size(X)
+        return _batch_divisor
     setting = functools.partial(loss_setting, loss_function)
-    if issubclass(kind, nn.KLDivLoss) and setting("reduction", "mean") == "batchmean":
-        return lambda prediction, X, y: float(prediction.shape[0])
+    if issubclass(kind, nn.KLDivLoss) and reduction == "batchmean":
+        return _leading_divisor
     if issubclass(kind, _BY_CLASS):
         return functools.partial(_class_divisor, setting)
     if issubclass(kind, _WEIGHTED_MEAN) and setting("weight", None) is not None:
-        return lambda prediction, X, y: None
+        return _unknown
     return _element_divisor
+
+
+# Functions, not lambdas: operators are pickled.
+
+
+def _one(prediction: Any, X: Any, y: Any) -> float:
+    return 1.0
+
+
+def _unknown(prediction: Any, X: Any, y: Any) -> None:
+    return None
+
+
+def _batch_divisor(prediction: Any, X: Any, y: Any) -> float | None:
+    return batch_size(X)
+
+
+def _leading_divisor(prediction: Tensor, X: Any, y: Any) -> float:
+    return float(prediction.shape[0])
 
 
 def _element_divisor(prediction: Tensor, X: Any, y: Tensor) -> float:

@@ -1,0 +1,69 @@
+"""Operations whose fast implementation has no second derivative, or a wrong one, and what stands in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.backends import cuda, cudnn, mha
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["ByDefinition", "slow_backends"]
+
+
+@contextmanager
+def slow_backends(recurrent: bool) -> Iterator[None]:
+    """Run attention on its math backend and, if asked, recurrent layers without cuDNN; restore what was chosen.
+
+    The fused ones have no second derivative. Encoder layers leave their inference path besides, which they would take
+    where nothing below a block requires grad. Attributes and setters, not the context managers, which cost several
+    times as much or write the TF32 settings too.
+    """
+    chosen = (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        mha.get_fastpath_enabled(),
+        cudnn.enabled,
+    )
+    try:
+        _choose(False, False, False, True, False, chosen[-1] and not recurrent)
+        yield
+    finally:
+        _choose(*chosen)
+
+
+def _choose(flash: bool, efficient: bool, fused: bool, math: bool, fastpath: bool, cudnn_enabled: bool) -> None:
+    cuda.enable_flash_sdp(flash)
+    cuda.enable_mem_efficient_sdp(efficient)
+    cuda.enable_cudnn_sdp(fused)
+    cuda.enable_math_sdp(math)
+    mha.set_fastpath_enabled(fastpath)
+    if cudnn.enabled != cudnn_enabled:
+        cudnn.enabled = cudnn_enabled
+
+
+class ByDefinition(TorchFunctionMode):
+    """Computes by its definition what torch differentiates wrongly a second time."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call what stands in for `func`, or `func` itself."""
+        return _DEFINITIONS.get(func, func)(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return ``g v / ||v||``; the derivative of torch's fused one takes the norms that it saved for constants."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_DEFINITIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: _weight_norm}

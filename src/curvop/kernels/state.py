@@ -1,0 +1,141 @@
+"""Whether what an objective depends on is still what it was."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Fingerprint", "Watch"]
+
+_SECTION = 4096
+
+
+class Watch:
+    """Watches an objective's modules, parameters and list of batches for changes.
+
+    A replaced tensor has another identity; writing to one moves its version counter, save through ``.data``. As this
+    is what code that perturbs weights uses, all parameters are fingerprinted besides.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], params: Mapping[str, Tensor], data: Iterable[Any]) -> None:
+        self._modules = modules
+        self._params = params
+        self._data = data
+        own = {id(value) for module in modules for value in module.parameters()}
+        self._own = [name for name, value in params.items() if id(value) in own]
+        self._forget()
+
+    def _forget(self) -> None:
+        self._tensors: list[Tensor | None] = []  # held, so that no new tensor can have the identity of an old one
+        self._versions: list[object] = []
+        self._fingerprint = Fingerprint([])
+        self._batches: list[Any] = []
+        self._lists_seen = 0
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: self.__dict__[name] for name in ("_modules", "_params", "_data", "_own")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def token(self) -> tuple[object, ...]:
+        """Return what changes whenever the objective does; one pass over the parameters.
+
+        Raises
+        ------
+        RuntimeError
+            Where a parameter was the model's own and no longer is, so that its values are not the model's any more.
+        """
+        tensors: list[Tensor | None] = list(self._params.values())
+        flags = []
+        for module in self._modules:
+            for part in module.modules():
+                flags.append(part.training)
+                tensors += part._parameters.values()
+                tensors += part._buffers.values()
+        versions = [_version(tensor) for tensor in tensors]
+        if versions != self._versions:
+            self._look_again(tensors, versions)
+        if isinstance(self._data, list | tuple):
+            same = len(self._data) == len(self._batches) and all(map(operator.is_, self._data, self._batches))
+            if not same:
+                self._batches = list(self._data)
+                self._lists_seen += 1
+        return flags, versions, self._lists_seen, self._fingerprint()
+
+    def _look_again(self, tensors: list[Tensor | None], versions: list[object]) -> None:
+        parameters: dict[int, Tensor] = {id(value): value for module in self._modules for value in module.parameters()}
+        for name in self._own:
+            if id(self._params[name]) not in parameters:
+                raise RuntimeError(
+                    f"params[{name!r}] was the model's own parameter, but another took its place "
+                    "(load_state_dict(assign=True), a new layer): make a new operator of the model's parameters"
+                )
+        parameters |= {id(value): value for value in self._params.values()}
+        self._tensors, self._versions = tensors, versions
+        self._fingerprint = Fingerprint(parameters.values())
+
+
+class Fingerprint:
+    """Dot products of tensors' entries, section by section, with fixed random numbers.
+
+    They move with every change of the entries or of their order that their precision resolves. Views of the tensors
+    are kept between calls, so one call costs little more than reading the memory once.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._others: list[Tensor] = []
+        for tensor in tensors:
+            if tensor.layout != torch.strided or not tensor.numel() or tensor.device.type == "meta":
+                continue
+            if tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float64):
+                self._rows += _sections(tensor.detach().view(-1))
+            else:
+                self._others.append(tensor)
+
+    def __call__(self) -> list[float]:
+        """Return the fingerprint of the tensors as they are now."""
+        rows = self._rows
+        if self._others:
+            rows = [*rows, *(row for tensor in self._others for row in _sections(_real(tensor.detach()).reshape(-1)))]
+        sums = [torch.mv(matrix, numbers) for matrix, numbers in rows]
+        if len({one.device for one in sums}) == 1:
+            return torch.cat(sums).tolist()
+        return [entry for one in sums for entry in one.tolist()]
+
+
+def _sections(flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    numbers = _numbers(flat.dtype, flat.device)
+    whole = len(flat) // _SECTION * _SECTION
+    if whole:
+        yield flat[:whole].view(-1, _SECTION), numbers
+    if whole < len(flat):
+        yield flat[whole:].view(1, -1), numbers[: len(flat) - whole]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return the entries in a precision in which they can be summed."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.is_floating_point():
+        return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.double()
+
+
+@functools.cache
+def _numbers(dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(_SECTION)
+    return torch.randn(_SECTION, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def _version(tensor: Tensor | None) -> object:
+    if tensor is None:
+        return None
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
