@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvop.kernels.gradient import gradient_and_loss
-from curvop.kernels.linearize import Engine, Kernel
+from curvop.kernels.kernel import Kernel
+from curvop.kernels.linearize import Engine
 from curvop.kernels.memory import Budget
 from curvop.kernels.objective import Objective
 from curvop.kernels.parameters import ParameterLayout, unknown_name
@@ -137,6 +138,7 @@ class Settings:
     dtype: Any
     cache: float | str
     engine: str
+    columns: int | str
     progress: Any
 
     def __post_init__(self) -> None:
@@ -148,6 +150,8 @@ class Settings:
             raise ValueError(f"dtype is {self.dtype!r}, but must be numpy.float32 or numpy.float64")
         if self.cache != "auto" and not (isinstance(self.cache, int | float | np.number) and self.cache >= 0):
             raise ValueError(f"cache is {self.cache!r}, but must be a number of bytes, 0 for none, or 'auto'")
+        if self.columns != "auto" and not (isinstance(self.columns, int) and self.columns >= 1):
+            raise ValueError(f"columns is {self.columns!r}, but must be a number of columns from 1 on, or 'auto'")
         if self.engine != "autograd":
             raise ValueError(f"engine is {self.engine!r}, but must be 'autograd'")
         object.__setattr__(self, "dtype", dtype)
@@ -176,10 +180,10 @@ class CurvatureLinearOperator(ParameterLinearOperator):
         self._objective = objective
         self._settings = settings
         budget = Budget(settings.cache)
-        self._engine = Engine(kernel, budget)
+        self._engine = Engine(kernel, budget, settings.columns)
         self._adjoint_engine = self._engine
         if not kernel.symmetric or kernel.rows.names != kernel.cols.names:
-            self._adjoint_engine = Engine(kernel.adjoint(), budget)
+            self._adjoint_engine = Engine(kernel.adjoint(), budget, settings.columns)
         super().__init__(settings.dtype, objective.params, kernel.rows, kernel.cols)
 
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:

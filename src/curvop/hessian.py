@@ -56,6 +56,9 @@ class HessianLinearOperator(CurvatureLinearOperator):
         Bytes that linearizations may retain between products, 0 for none; 'auto' is half of what is free on the device
         at the first product. What does not fit is linearized anew in each product. A block has a budget of its own.
     engine : 'autograd'
+    columns : int or 'auto'
+        How many columns of a block ``H @ X`` are multiplied at once: 1, one by one; 'auto', what a short measurement on
+        the first columns finds fastest. A fixed number makes blocks repeat to the last bit in every run.
     batch_weight : callable, optional
         ``batch -> w_b``, given ``(X, y)``, in place of the divisor of a mean. By default torch's own losses are
         weighted by their divisor, others by the batch size, the first dimension of X.
@@ -95,11 +98,12 @@ class HessianLinearOperator(CurvatureLinearOperator):
         dtype: Any = np.float64,
         cache: float | str = "auto",
         engine: str = "autograd",
+        columns: int | str = "auto",
         batch_weight: BatchWeight | None = None,
         progress: Any = False,
     ) -> None:
         objective = ModelObjective(model, loss_function, params, data, batch_weight)
-        self._setup(objective, Settings(dtype, cache, engine, progress))
+        self._setup(objective, Settings(dtype, cache, engine, columns, progress))
 
     @classmethod
     def from_objective(
@@ -111,6 +115,7 @@ class HessianLinearOperator(CurvatureLinearOperator):
         dtype: Any = np.float64,
         cache: float | str = "auto",
         engine: str = "autograd",
+        columns: int | str = "auto",
         batch_weight: BatchWeight | None = None,
         progress: Any = False,
     ) -> Self:
@@ -127,9 +132,11 @@ class HessianLinearOperator(CurvatureLinearOperator):
             Each of any kind that `objective` takes; tensors are moved to the parameters' device.
         batch_weight : callable, optional
             ``batch -> w_b``; by default the first dimension that all tensors of the batch share.
-        dtype, cache, engine, progress
+        dtype, cache, engine, columns, progress
             As for the class.
         """
         self = cls.__new__(cls)
-        self._setup(CallableObjective(objective, params, data, batch_weight), Settings(dtype, cache, engine, progress))
+        self._setup(
+            CallableObjective(objective, params, data, batch_weight), Settings(dtype, cache, engine, columns, progress)
+        )
         return self

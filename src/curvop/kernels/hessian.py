@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvop.kernels.graph import nodes
-from curvop.kernels.linearize import Kernel, Linearization
+from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.objective import BatchLoss
 
 __all__ = ["HessianKernel"]
@@ -71,7 +71,15 @@ class _RetainedGraph(Linearization):
         self._rows = rows
 
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        return self._apply(tangents, batched=False)
+
+    def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        return self._apply(tangents, batched=True)
+
+    def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
         if not self._edges:
             return [None] * len(self._rows)
         seeds = [tangents[position] for position in self._positions]
-        return torch.autograd.grad(self._edges, self._rows, seeds, retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(
+            self._edges, self._rows, seeds, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )

@@ -6,68 +6,24 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from curvop.kernels.batches import leaves, signature
+from curvop.kernels.columns import Columns
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
+from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.memory import Budget, graph_bytes, keep_freed_memory, measured
-from curvop.kernels.objective import Objective
-from curvop.kernels.parameters import ParameterLayout
 from curvop.kernels.state import Fingerprint
 
-__all__ = ["Engine", "Kernel", "Linearization"]
-
-
-class Linearization(abc.ABC):
-    """One batch's curvature at one point, ready for products.
-
-    Attributes
-    ----------
-    loss : Tensor
-        The batch's loss, detached.
-    weight : float
-        The batch's weight ``w_b``; the engine applies it.
-    roots : sequence of Node
-        What it keeps of autograd's graph, to be measured.
-    """
-
-    def __init__(self, loss: Tensor, weight: float, roots: Sequence[Node] = ()) -> None:
-        self.loss = loss
-        self.weight = weight
-        self.roots = roots
-
-    @abc.abstractmethod
-    def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Multiply: one tangent a column parameter in, one cotangent a row parameter out, None for zero."""
-
-
-class Kernel(abc.ABC):
-    """How one kind of curvature matrix is linearized, for the block of the parameters `rows` and `cols`."""
-
-    symmetric: ClassVar[bool]
-
-    def __init__(self, objective: Objective, rows: Sequence[str], cols: Sequence[str]) -> None:
-        self.objective = objective
-        self.rows = ParameterLayout(objective.params, rows)
-        self.cols = ParameterLayout(objective.params, cols)
-
-    @abc.abstractmethod
-    def adjoint(self) -> Kernel:
-        """Return the kernel of the adjoint of the block."""
-
-    @abc.abstractmethod
-    def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
-        """Compute everything about batch number `index` that does not depend on the vector."""
+__all__ = ["Engine"]
 
 
 @dataclasses.dataclass
@@ -112,12 +68,15 @@ class Engine:
     kernel : Kernel
     budget : Budget
         Of the bytes that kept linearizations may retain. What does not fit is linearized anew in each sweep.
+    columns : int or 'auto'
+        How many columns are multiplied at once; see `Columns`.
     """
 
-    def __init__(self, kernel: Kernel, budget: Budget) -> None:
+    def __init__(self, kernel: Kernel, budget: Budget, columns: int | str = "auto") -> None:
         self.kernel = kernel
         self._objective = kernel.objective
         self._budget = budget
+        self._columns = Columns(columns)
         self._keeps = True
         self._first: _Pass | None = None
         self._bytes: dict[object, int] = {}
@@ -165,27 +124,51 @@ class Engine:
 
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
         out.zero_()
-        tangents = [self.kernel.cols.split(vector) for vector in vectors]
-        totals = [self.kernel.rows.split(vector) for vector in out]
-        steps = len(self._objective) * len(tangents)
+        steps = len(self._objective) * len(vectors)
         done = 0
+        chunks: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
         weights: list[float] = []
         unit = 0.0
         for linearization in self._linearizations():
             weights.append(linearization.weight)
             unit = unit or linearization.weight  # one batch, or equal ones, are not scaled at all
             share = linearization.weight / unit if unit else 0.0
-            for tangent, total in zip(tangents, totals, strict=True):
-                for part, cotangent in zip(total, linearization.apply(tangent), strict=True):
+            for start, stop in self._columns.chunks(len(vectors), self._room(), self._synchronize):
+                if (start, stop) not in chunks:
+                    which = start if stop == start + 1 else slice(start, stop)
+                    chunks[start, stop] = self.kernel.cols.split(vectors[which]), self.kernel.rows.split(out[which])
+                tangents, totals = chunks[start, stop]
+                for total, cotangent in zip(totals, self._multiply(linearization, tangents, stop - start), strict=True):
                     if cotangent is not None:
-                        part.add_(cotangent, alpha=share)
-                done += 1
+                        total.add_(cotangent, alpha=share)
+                done += stop - start
                 if tick is not None and steps:
                     tick(done / steps)
             del linearization  # one batch's graph at a time: this one is freed before the next is made
         rest = self._objective.divisor(weights) / (unit or 1.0)
         if rest != 1:
             out.div_(rest)
+
+    def _multiply(self, linearization: Linearization, tangents: list[Tensor], count: int) -> Sequence[Tensor | None]:
+        if count == 1:
+            return linearization.apply(tangents)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")  # measured, so nothing to tell
+                return linearization.apply_many(tangents)
+        except (RuntimeError, NotImplementedError):  # an operation that cannot be batched, or too little memory
+            self._columns.one_by_one()
+        products = zip(*(linearization.apply(one) for one in zip(*tangents, strict=True)), strict=True)
+        return [None if parts[0] is None else torch.stack(cast("tuple[Tensor, ...]", parts)) for parts in products]
+
+    def _room(self) -> int:
+        """Return for how many columns at once there is memory; each needs about what its batch retains."""
+        largest = max(self._bytes.values(), default=0)
+        return int(min(self._budget.left // largest, 2**31)) if largest else 1
+
+    def _synchronize(self) -> None:
+        if self._objective.device.type == "cuda":
+            torch.cuda.synchronize(self._objective.device)
 
     def _linearizations(self) -> Iterator[Linearization]:
         """Begin a pass over the batches: the first one where there was none since anything changed."""

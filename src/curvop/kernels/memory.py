@@ -126,9 +126,14 @@ class Budget:
             self._fixed = free_bytes(device) // 2 if self._limit == "auto" else float(self._limit)
         return self._fixed > 0
 
+    @property
+    def left(self) -> float:
+        """Bytes that are not spent."""
+        return (self._fixed or 0) - self._spent
+
     def take(self, count: int) -> bool:
         """Spend `count` bytes, unless they are more than are left."""
-        fits = self._spent + count <= (self._fixed or 0)
+        fits = count <= self.left
         self._spent += count if fits else 0
         return fits
 

@@ -43,9 +43,13 @@ class ParameterLayout:
         self.size = sum(self._sizes)
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Return views of `vector` ``(size,)``, one of each parameter's shape."""
-        parts = vector.split(self._sizes)
-        return [part if len(shape) == 1 else part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        """Return views of `vector` ``(size,)``, or of several ``(K, size)``, one of each parameter's shape."""
+        parts = vector.split(self._sizes, -1)
+        several = vector.shape[:-1]
+        return [
+            part if len(shape) == 1 else part.view(*several, *shape)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        ]
 
 
 def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:

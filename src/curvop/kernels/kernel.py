@@ -1,0 +1,61 @@
+"""What an engine asks of a kernel: linearize a batch once, apply the linearization to many vectors."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from curvop.kernels.objective import Objective
+from curvop.kernels.parameters import ParameterLayout
+
+__all__ = ["Kernel", "Linearization"]
+
+
+class Linearization(abc.ABC):
+    """One batch's curvature at one point, ready for products.
+
+    Attributes
+    ----------
+    loss : Tensor
+        The batch's loss, detached.
+    weight : float
+        The batch's weight ``w_b``; the engine applies it.
+    roots : sequence of Node
+        What it keeps of autograd's graph, to be measured.
+    """
+
+    def __init__(self, loss: Tensor, weight: float, roots: Sequence[Node] = ()) -> None:
+        self.loss = loss
+        self.weight = weight
+        self.roots = roots
+
+    @abc.abstractmethod
+    def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Multiply: one tangent a column parameter in, one cotangent a row parameter out, None for zero."""
+
+    @abc.abstractmethod
+    def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Multiply several vectors at once: tangents and cotangents have one more dimension, the first."""
+
+
+class Kernel(abc.ABC):
+    """How one kind of curvature matrix is linearized, for the block of the parameters `rows` and `cols`."""
+
+    symmetric: ClassVar[bool]
+
+    def __init__(self, objective: Objective, rows: Sequence[str], cols: Sequence[str]) -> None:
+        self.objective = objective
+        self.rows = ParameterLayout(objective.params, rows)
+        self.cols = ParameterLayout(objective.params, cols)
+
+    @abc.abstractmethod
+    def adjoint(self) -> Kernel:
+        """Return the kernel of the adjoint of the block."""
+
+    @abc.abstractmethod
+    def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
+        """Compute everything about batch number `index` that does not depend on the vector."""

@@ -1,0 +1,5 @@
+"""One torch thread: the models are small, and threads that wait for each other slow a busy machine down tenfold."""
+
+import torch
+
+torch.set_num_threads(1)
