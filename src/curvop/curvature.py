@@ -1,134 +1,31 @@
-"""Operators whose rows and columns are parameters, and those of them that a kernel computes."""
+"""Operators that a kernel computes from an objective."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvop.cost import Cost, median_seconds
 from curvop.kernels.gradient import gradient_and_loss
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.linearize import Engine
-from curvop.kernels.memory import Budget
+from curvop.kernels.memory import Budget, peak_rise
 from curvop.kernels.objective import Objective
 from curvop.kernels.parameters import ParameterLayout, unknown_name
-from curvop.operator import BridgeLinearOperator, ProductCounter, Rows
+from curvop.operator import Rows
+from curvop.parameters import ParameterLinearOperator
 from curvop.progress import Progress
 
-if TYPE_CHECKING:
-    from curvop.damped import DampedLinearOperator
-
-__all__ = ["CurvatureLinearOperator", "ParameterLinearOperator", "Settings"]
+__all__ = ["CurvatureLinearOperator", "Settings"]
 
 _TORCH = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
-
-
-class ParameterLinearOperator(BridgeLinearOperator):
-    """An operator whose rows and columns are parameters; knows which entry belongs to which."""
-
-    def __init__(
-        self,
-        dtype: Any,
-        params: Mapping[str, Tensor],
-        rows: ParameterLayout,
-        cols: ParameterLayout,
-        counter: ProductCounter | None = None,
-    ) -> None:
-        super().__init__(dtype, (rows.size, cols.size), counter)
-        self._params = params
-        self._rows = rows
-        self._cols = cols
-
-    @property
-    def params_slices(self) -> dict[str, slice]:
-        """Where each parameter lies among the columns (for a rectangular block's rows: ``A.H.params_slices``)."""
-        return dict(self._cols.slices)
-
-    def ravel(self, params: Mapping[str, Any]) -> NDArray[Any]:
-        """Return a dict of tensors or arrays, one a column parameter, as one vector ``(N,)`` in the operator's dtype.
-
-        Raises
-        ------
-        ValueError
-            Where a parameter is missing, unknown, or of another shape.
-        """
-        for name in params:
-            if name not in self._cols.slices:
-                raise ValueError(unknown_name("params", name, self._cols.names))
-        vector = np.empty(self._cols.size, dtype=self.dtype)
-        for name, shape in zip(self._cols.names, self._cols.shapes, strict=True):
-            if name not in params:
-                raise ValueError(f"params lacks {name!r}")
-            value = params[name]
-            value = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-            if value.shape != shape:
-                raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, not {tuple(shape)}")
-            vector[self._cols.slices[name]] = value.reshape(-1).double().cpu().numpy()
-        return vector
-
-    def unravel(self, vector: Any) -> dict[str, Tensor]:
-        """Return a vector ``(N,)`` as a dict of tensors with the column parameters' shapes, dtype and device."""
-        if np.shape(vector) != (self._cols.size,):
-            raise ValueError(f"vector has shape {tuple(np.shape(vector))}, but A has {self._cols.size} columns")
-        like = self._params[self._cols.names[0]]
-        vector = vector.detach() if isinstance(vector, Tensor) else torch.from_numpy(np.array(vector))
-        if vector.is_complex():
-            raise TypeError("vector is complex, but parameters are real: unravel its real and imaginary parts apart")
-        vector = vector.to(like.device, like.dtype, copy=True)
-        return dict(zip(self._cols.names, self._cols.split(vector), strict=True))
-
-    def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
-        """Return the operator of the block that the named parameters span, rows by columns."""
-        raise NotImplementedError
-
-    def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
-        """Return the gradient with respect to the row parameters, and the loss."""
-        raise NotImplementedError
-
-    def blocks(self) -> Iterator[Self]:
-        """Iterate over the diagonal blocks, one a parameter.
-
-        Raises
-        ------
-        ValueError
-            For a block whose rows and columns are different parameters.
-        """
-        if set(self._rows.names) != set(self._cols.names):
-            raise ValueError("A has other parameters for rows than for columns, so no diagonal blocks: use A.block")
-        return map(self.block, self._cols.names)
-
-    def damped(self, damping: float) -> DampedLinearOperator:
-        """Return ``A + damping * I``, with everything that `A` has.
-
-        Parameters
-        ----------
-        damping : float
-            Finite; in the units of the eigenvalues.
-        """
-        from curvop.damped import DampedLinearOperator
-
-        return DampedLinearOperator(self, damping)
-
-    def _check_entries(self, x: Rows) -> None:
-        real = not x.is_complex() if isinstance(x, Tensor) else x.dtype.kind in "biuf"
-        if not real:
-            raise TypeError(f"x has dtype {x.dtype}, but A is real: multiply its real and imaginary parts apart")
-
-    def _block_of(
-        self, rows: NDArray[np.intp], cols: NDArray[np.intp]
-    ) -> tuple[Self, NDArray[np.intp], NDArray[np.intp]]:
-        """Return the smallest block that holds the rows and columns, and where they are in it."""
-        row_names, rows = _touched(self._rows, rows)
-        col_names, cols = _touched(self._cols, cols)
-        if (row_names, col_names) == (self._rows.names, self._cols.names):
-            return self, rows, cols
-        return self.block(row_names, col_names), rows, cols
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +117,20 @@ class CurvatureLinearOperator(ParameterLinearOperator):
             loss = gradient_and_loss(self._objective, self._rows.names, gradient)
         return gradient.cpu().numpy(), loss
 
+    def cost(self, repeats: int = 5) -> Cost:
+        """Measure what a product costs, in time and memory; it takes `repeats` products and gradients, not counted.
+
+        Returns
+        -------
+        Cost
+            Prints as one sentence.
+        """
+        vector = np.ones((1, self.shape[1]), dtype=self.dtype)
+        self._apply(vector)  # what is kept is made here
+        peak = peak_rise(lambda: self._apply(vector), self._objective.device)
+        product, gradient = median_seconds([lambda: self._apply(vector), self.gradient_and_loss], repeats)
+        return Cost(product, product / gradient, *self._engine.kept(), peak)
+
     def _adjoint(self) -> Self:
         if self._adjoint_engine is self._engine:
             return self
@@ -278,16 +189,3 @@ def _checked_names(what: str, names: str | Sequence[str], layout: ParameterLayou
         if names.count(name) > 1:
             raise ValueError(f"{what} names {name!r} twice")
     return names
-
-
-def _touched(layout: ParameterLayout, idxs: NDArray[np.intp]) -> tuple[tuple[str, ...], NDArray[np.intp]]:
-    """Return the parameters that the entries `idxs` belong to, and where the entries are among these alone."""
-    starts = np.array([where.start for where in layout.slices.values()])
-    sizes = np.array([shape.numel() for shape in layout.shapes])
-    owners = np.searchsorted(starts + sizes, idxs, side="right")
-    taken = np.zeros(len(starts), dtype=bool)
-    taken[owners] = True
-    if taken.all():
-        return layout.names, idxs
-    moved = np.cumsum(np.where(taken, sizes, 0)) - sizes
-    return tuple(np.array(layout.names)[taken]), idxs + (moved - starts)[owners]

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
-from curvop.curvature import ParameterLinearOperator
 from curvop.operator import Rows
+from curvop.parameters import ParameterLinearOperator
 
 __all__ = ["DampedLinearOperator"]
 

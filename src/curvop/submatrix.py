@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvop.curvature import ParameterLinearOperator
 from curvop.operator import BridgeLinearOperator, Rows
+from curvop.parameters import ParameterLinearOperator
 
 __all__ = ["SubmatrixLinearOperator"]
 

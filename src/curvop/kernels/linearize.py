@@ -116,6 +116,12 @@ class Engine:
                 )
                 self._checked_sum(vectors, out, tick)
 
+    def kept(self) -> tuple[int, float]:
+        """Return the bytes that are kept, and the share of the batches they are for, as of the last product."""
+        if self._first is None:
+            return 0, 0.0
+        return self._first.bytes, len(self._first.kept) / len(self._first.losses)
+
     def _checked_sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
         self._sum(vectors, out, tick)
         # NaN and infinity survive a sum, so one reduction clears the whole product; only a suspect is looked through.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
 from collections import defaultdict
@@ -15,7 +16,7 @@ from torch.autograd.graph import Node
 
 from curvop.kernels.graph import nodes
 
-__all__ = ["Budget", "free_bytes", "graph_bytes", "keep_freed_memory", "measured"]
+__all__ = ["Budget", "free_bytes", "graph_bytes", "keep_freed_memory", "measured", "peak_rise"]
 
 T = TypeVar("T")
 
@@ -41,6 +42,28 @@ def keep_freed_memory() -> None:
     under other allocators.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
+def peak_rise(function: Callable[[], object], device: torch.device) -> int | None:
+    """Return by how many bytes memory rose at most while `function()` ran; None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:  # Linux with glibc
+        ctypes.CDLL(None).malloc_trim(0)  # what the C library holds for later would hide the rise
+        Path("/proc/self/clear_refs").write_text("5")  # let the peak of resident memory begin anew
+        before = _resident("VmRSS")
+    except (OSError, AttributeError, StopIteration):
+        return None
+    function()
+    return _resident("VmHWM") - before
+
+
+def _resident(what: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 class _Saved:
