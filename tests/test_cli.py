@@ -17,6 +17,7 @@ import torch
 import curvop
 from curvop import eigs
 from curvop.cli import main
+from curvop.dense import dense_check
 from curvop.examples.functorch import functorch_hessian
 from curvop.problems import load
 
@@ -26,7 +27,7 @@ from torch import nn
 
 def network(dtype=torch.float64, hidden=4):
     generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, hidden), nn.Tanh(), nn.Linear(hidden, 2)).to(dtype)
+    model = nn.Sequential(nn.Linear(3, hidden), nn.Tanh(), nn.Linear(hidden, 2)).to(dtype).eval()
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(torch.randn(param.shape, generator=generator))
@@ -74,6 +75,34 @@ def not_additive():
     # The square of a mean is no mean over batches, whatever their weights.
     return network() | dict(loss_function=lambda prediction, y: prediction.mean() ** 2)
 
+def training():
+    # Its batches are normalised one by one, and not all as one.
+    problem = network()
+    model = nn.Sequential(nn.BatchNorm1d(3), *problem["model"]).double()
+    return problem | dict(model=model, params=dict(model.named_parameters()))
+
+class Direction(torch.autograd.Function):
+    # x / |x|, whose backward takes the norm for a constant.
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x / x.norm()
+    @staticmethod
+    def backward(ctx, along):
+        x, = ctx.saved_tensors
+        norm = x.detach().norm()
+        return along / norm - x * (x * along).sum() / norm**3
+
+def wrong_derivative():
+    problem = network()
+    loss = problem["loss_function"]
+    return problem | dict(loss_function=lambda prediction, y: loss(Direction.apply(prediction), y))
+
+def dropout():
+    problem = network(hidden=20)
+    model = nn.Sequential(nn.Dropout(), *problem["model"])
+    return problem | dict(model=model, params=dict(model.named_parameters()))
+
 def ragged():
     # Sequences of two lengths: they cannot be joined into the one batch that the dense route wants.
     class Pooled(nn.Linear):
@@ -99,6 +128,14 @@ def fails_at_once():
 
 def fails_later():
     return failing(RuntimeError("out of luck"), always=False)
+
+def not_finite_later():
+    class Later(nn.Sequential):
+        def forward(self, X):
+            return super().forward(X) * (1 if self[0].weight.requires_grad else torch.nan)
+    problem = network()
+    model = Later(*problem["model"])
+    return problem | dict(model=model, params=dict(model.named_parameters()))
 
 def interrupted():
     return failing(KeyboardInterrupt(), always=False)
@@ -296,10 +333,6 @@ class TestNumbers:
         assert (result["cg"]["N"], result["cg"]["damping"]) == (10, 0.5)
         assert result["cg"]["residual"] < 1e-9
 
-    def test_the_last_layer_of_params_without_modules_is_all_of_them(self):
-        assert eigs.last_layer(["w", "b"]) == ("w", "b")
-        assert eigs.last_layer(["a.w", "a.b", "a.c.w", "a.c.b"]) == ("a.c.w", "a.c.b")
-
     def test_above_the_limit_the_dense_check_is_not_done(self, run, spec):
         code, out, _ = run("eigs", spec("large"), "--which", "LA", "--k", 2)
         assert code == 0
@@ -322,10 +355,57 @@ class TestFailures:
     def test_a_dense_matrix_that_disagrees(self, run, run_json, spec):
         code, out, _ = run("eigs", spec("not_additive"), "--k", 3)
         assert code == 1
-        assert "DOES NOT AGREE" in out
+        assert re.search(r"^  DOES NOT AGREE$", out, re.MULTILINE)
         code, result = run_json(spec("not_additive"), "--k", 3)
         assert code == 1
         assert not result["dense"]["agrees"]
+
+    def test_modules_in_training_mode_are_the_likely_reason(self, run, spec):
+        code, out, _ = run("eigs", spec("training"), "--k", 3)
+        assert code == 1
+        assert re.search(r"^  DOES NOT AGREE; modules in training mode .+: call model\.eval\(\)$", out, re.MULTILINE)
+
+    def test_there_is_no_dense_matrix_to_agree_with(self, run, run_json, spec):
+        code, out, _ = run("eigs", spec("wrong_derivative"), "--k", 3)
+        assert code == 1
+        assert re.search(r"^dense check: not done; the Hessian is wrong, for it is not symmetric", out, re.MULTILINE)
+        code, result = run_json(spec("wrong_derivative"), "--k", 3)
+        assert code == 1
+        assert not result["dense"]["done"]
+
+    def test_a_random_loss_fails_the_dense_check(self, spec):
+        problem = load(spec("dropout"))
+        check = dense_check(problem, list(problem["params"]), [], 1.0)
+        assert not check.ok
+        assert check.reason.startswith("the loss is random")
+
+    def test_eigenpairs_that_only_eigsh_believes_in(self, run, run_json, spec, monkeypatch):
+        def second_off(*args, **options):
+            values, vectors = scipy.sparse.linalg.eigsh(*args, **options)
+            vectors[:, 1] += 1e-6
+            return values, vectors
+
+        monkeypatch.setattr(eigs, "eigsh", second_off)
+        argv = (spec("small"), "--which", "SA", "--k", 3)
+        code, out, _ = run("eigs", *argv)
+        assert code == 1
+        assert re.findall(r"^ +(\d) .+  MISSED \(allowed: \d\.\de-1\d\)$", out, re.MULTILINE) == ["2"]
+        assert "NOT CONVERGED" not in out
+        code, result = run_json(*argv)
+        assert code == 1
+        assert not result["converged"]
+        assert [r > a for r, a in zip(result["residuals"], result["allowed_residuals"], strict=True)] == [0, 1, 0]
+
+    def test_a_solution_that_only_cg_believes_in(self, run, run_json, spec, monkeypatch):
+        def off(*args, **options):
+            x, info = scipy.sparse.linalg.cg(*args, **options)
+            return x * (1 + 1e-6), info
+
+        monkeypatch.setattr(eigs, "cg", off)
+        code, out, _ = run("eigs", spec("small"), "--k", 3)
+        assert code == 1
+        assert re.search(r"residual  1\.0e-06 \(allowed: .+\)\n  NOT CONVERGED", out)
+        assert not run_json(spec("small"), "--k", 3)[1]["cg"]["converged"]
 
     def test_eigenvalues_that_do_not_converge(self, run, run_json, spec, monkeypatch):
         monkeypatch.setattr(eigs, "_MAX_RESTARTS", 1)
@@ -349,6 +429,12 @@ class TestFailures:
         assert code == 1
         assert "largest (LA)" in out
         assert re.fullmatch(r"curvop: error: RuntimeError: out of luck \(.+cli_problems.py:\d+\)", err.splitlines()[-1])
+        assert "Traceback" not in err
+
+    def test_a_product_that_is_not_finite_halfway(self, run, spec):
+        code, _, err = run("eigs", spec("not_finite_later"), "--k", 3)
+        assert code == 2
+        assert err.splitlines()[-1].startswith("curvop: error: the problem cannot be evaluated: NonFiniteProductError")
         assert "Traceback" not in err
 
     def test_ctrl_c(self, run, spec):
@@ -442,7 +528,7 @@ class TestOutput:
     def test_version(self, run):
         code, out, err = run("--version")
         assert (code, err) == (0, "")
-        assert re.fullmatch(r"curvop .+\n", out)
+        assert out == f"curvop {curvop.__version__}\n"
 
     def test_alone_it_prints_its_help(self, run):
         code, out, _ = run()
@@ -509,12 +595,13 @@ class TestBadArguments:
         ("name", "options", "said"),
         [
             ("smal", [], "(did you mean 'small'?)"),
-            ("small", ["--k", "26"], "k = 26 is too large: eigsh finds at most N - 1 eigenvalues, and here N = 26"),
-            ("small", ["--k", "2", "--block", "2.bias"], "k = 2 is too large"),
-            ("small", ["--block", "0.weigth"], "block: no parameter is named '0.weigth'; did you mean '0.weight'"),
-            ("small", ["--block", "2.bias", "--block", "2.bias"], "block: names '2.bias' twice"),
+            ("small", ["--k", "26"], "--k = 26 is too large: eigsh finds at most N - 1 eigenvalues, and here N = 26"),
+            ("small", ["--k", "2", "--block", "2.bias"], "--k = 2 is too large"),
+            ("small", ["--block", "0.weigth"], "--block: no parameter is named '0.weigth'; did you mean '0.weight'"),
+            ("small", ["--block", "2.bias", "--block", "2.bias"], "--block: names '2.bias' twice"),
             ("fails_at_once", [], "the problem cannot be evaluated: RuntimeError: no second floor in this house ("),
             ("not_finite", [], "the problem cannot be evaluated: NonFiniteProductError"),
+            ("dropout", [], "the problem cannot be evaluated: NonDeterministicObjectiveError"),
             ("no_data", [], "data is empty"),
             ("one_shot", [], "data is a one-shot iterator"),
             ("no_reduction", [], "reduction"),
@@ -524,3 +611,7 @@ class TestBadArguments:
     )
     def test_in_the_light_of_the_problem(self, refused, spec, name, options, said):
         assert said in refused("eigs", spec(name), *options)
+
+    @pytest.mark.parametrize("name", ["not_finite", "dropout"])
+    def test_no_place_is_named_that_is_not_the_users(self, refused, spec, name):
+        assert ".py:" not in refused("eigs", spec(name))

@@ -120,3 +120,16 @@ def test_what_cannot_be_batched_goes_column_by_column() -> None:
 def test_the_setting_is_checked(columns) -> None:
     with pytest.raises(ValueError, match=r"columns is .* but must be a number of columns"):
         hessian(loss_problem("ce"), columns=columns)
+
+
+def test_scalar_parameters() -> None:
+    gain = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    shift = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    H = HessianLinearOperator.from_objective(
+        lambda p, X: (p["gain"] * X + p["shift"]).pow(2).sum(),
+        {"gain": gain, "shift": shift},
+        [torch.tensor([1.0, 3.0])],
+    )
+    expected = [[20.0, 2.0, 6.0], [2.0, 2.0, 0.0], [6.0, 0.0, 2.0]]
+    np.testing.assert_allclose(H @ np.eye(3), expected, rtol=1e-12)
+    np.testing.assert_allclose(H @ np.eye(3)[:, 0], expected[0], rtol=1e-12)

@@ -1,5 +1,6 @@
 """`functorch_hessian` is the Hessian of the loss of the whole data set, whatever the model."""
 
+import warnings
 from collections import UserDict, namedtuple
 from types import MappingProxyType
 
@@ -186,6 +187,122 @@ class TestAgreesWithDoubleBackward:
         assert_agrees_with_double_backward(model, nn.CrossEntropyLoss(), X, y)
 
 
+def weight_norms(old=False):
+    """A stack of normalised layers with several dims: the norm's own second derivative is in the matrix."""
+    norm = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        parts = [norm(nn.Linear(FEATURES, 4), dim=1), nn.Tanh(), norm(nn.Linear(4, 3)), nn.Tanh()]
+        # The norm of all entries has no forward-mode derivative in torch 2.13: reverse mode takes over.
+        return nn.Sequential(*parts, norm(nn.Linear(3, CLASSES), dim=None if old else 0))
+
+
+def weight_normed_convolution():
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(STEPS, 3, 2), dim=2)
+    return over_time(lambda m, X: m.conv(X).tanh(), 3, conv=conv)
+
+
+def numerical(model, loss, X, y):
+    """Differentiate the plain gradient by central differences: nothing of torch's second derivatives is in it."""
+    params = list(model.parameters())
+    theta, step = nn.utils.parameters_to_vector(params).detach(), 1e-5
+
+    def gradient(at):
+        nn.utils.vector_to_parameters(at, params)
+        return nn.utils.parameters_to_vector(torch.autograd.grad(loss(model(X), y), params))
+
+    steps = step * torch.eye(len(theta))
+    hessian = torch.stack([(gradient(theta + e) - gradient(theta - e)) / (2 * step) for e in steps], dim=1)
+    nn.utils.vector_to_parameters(theta, params)
+    return hessian
+
+
+class TestAgreesWithFiniteDifferences:
+    """Where torch's second derivative is wrong, double backward may be wrong in the same way as the reference."""
+
+    @pytest.mark.parametrize(
+        ("make_model", "loss"),
+        [
+            (weight_norms, MSE),
+            (lambda: weight_norms(old=True), MSE),
+            (weight_normed_convolution, MSE),
+            (mlp, nn.CrossEntropyLoss()),
+            (MODELS["layer norm"], MSE),
+            (MODELS["multi-head"], MSE),
+            (MODELS["fused attention"], MSE),
+            (MODELS["batch norm, evaluation"], MSE),
+        ],
+        ids=[
+            "weight norm",
+            "old weight norm",
+            "convolution",
+            "mlp",
+            "layer norm",
+            "multi-head",
+            "attention",
+            "batch norm",
+        ],
+    )
+    def test_models(self, make_model, loss):
+        model, (X, y) = make_model(), regression_data()
+        if isinstance(model, Model):
+            X = torch.randn(EXAMPLES, STEPS, 4)
+        if isinstance(loss, nn.CrossEntropyLoss):
+            y = y.argmax(1)
+        expected = numerical(model, loss, X, y)
+        error = hessian(model, loss, *unequal_batches(X, y)) - expected
+        assert error.norm() < 1e-8 * expected.norm()
+
+
+class Direction(torch.autograd.Function):
+    """``x / |x|``, whose backward takes the norm for a constant, as that of torch's fused weight norm does."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(lambda x: x / x.norm())
+    setup_context = staticmethod(lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+    @staticmethod
+    def backward(ctx, along):
+        (x,) = ctx.saved_tensors
+        norm = x.detach().norm()
+        return along / norm - x * (x * along).sum() / norm**3
+
+
+class TestWrongDerivatives:
+    """What torch gets wrong is refused, and rounding is not."""
+
+    def test_a_matrix_that_is_not_symmetric(self):
+        model, X, y = make("mlp")
+        wrong = Model(lambda m, X: Direction.apply(m.inner(X)), inner=model)
+        with pytest.raises(RuntimeError, match=r"not symmetric .* wrong derivative"):
+            hessian(wrong, MSE, (X, y))
+
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_a_forward_mode_that_reverse_mode_contradicts(self, in_place):
+        index = torch.arange(4).remainder(2).expand(EXAMPLES, 4)
+
+        def products(m, X):
+            start, hidden = torch.ones(EXAMPLES, CLASSES), m.layer(X)
+            scatter = start.scatter_reduce_ if in_place else start.scatter_reduce
+            return scatter(1, index, hidden, "prod")
+
+        model = Model(products, layer=nn.Linear(FEATURES, 4))
+        with pytest.raises(RuntimeError, match="forward and reverse mode disagree"):
+            hessian(model, MSE, regression_data())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_a_matrix_of_rounding_errors_alone(self, dtype):
+        # A softmax sums to one whatever the parameters are.
+        model, (X, y) = mlp(nn.LayerNorm(4)).to(dtype), (part.to(dtype) for part in regression_data())
+        matrix = hessian(model, lambda p, y: (p.softmax(-1).sum(-1) + y[:, 0] ** 2).mean(), (X, y))
+        assert matrix.abs().max() < 100 * torch.finfo(dtype).eps
+
+    def test_single_precision_inside_a_double_model(self):
+        model, (X, y) = mlp(), regression_data()
+        actual = hessian(model, lambda p, y: MSE(p.float(), y.float()), (X, y))
+        torch.testing.assert_close(actual, hessian(model, MSE, (X, y)), rtol=0, atol=1e-5)
+
+
 class TestParams:
     @pytest.mark.parametrize("chosen", [("3.bias", "0.weight", "1.weight"), ("3.weight",), ("1.bias", "1.weight")])
     def test_a_subset_in_any_order_is_a_submatrix(self, chosen):
@@ -195,7 +312,8 @@ class TestParams:
         index = torch.cat([places[name] for name in chosen])
         actual = functorch_hessian(model, MSE, {name: own[name] for name in chosen}, [(X, y)])
         assert_same(actual, full[index][:, index])
-        assert torch.equal(functorch_hessian(model, MSE, [own[name] for name in chosen], [(X, y)]), actual)
+        for listed in ([own[name] for name in chosen], (own[name] for name in chosen)):
+            assert torch.equal(functorch_hessian(model, MSE, listed, [(X, y)]), actual)
 
     def test_values_given_are_used_by_modules_and_callables(self):
         model, X, y = make("layer norm")

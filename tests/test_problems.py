@@ -1,13 +1,15 @@
 """Problems: the built-in digits classifier, and those that a user names."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scipy.sparse.linalg import aslinearoperator
 from torch import nn
 
-from curvop.problems import ProblemError, describe_error, digits, load
+from curvop.problems import ProblemError, describe_error, digits, last_layer, load
 
 KEYS = ["model", "loss_function", "params", "data"]
 
@@ -232,6 +234,26 @@ class TestRefusals:
     )
     def test_what_is_not_a_problems_dictionary(self, tmp_path, returned, said):
         assert said in error_of(write(tmp_path, f"def problem():\n    return {returned}\n") + ":problem")
+
+
+@pytest.mark.parametrize(
+    ("call", "described"),
+    [
+        (lambda: json.loads("]"), "JSONDecodeError: Expecting value: line 1 column 1 (char 0)"),
+        (lambda: aslinearoperator("text"), "TypeError: type not understood"),
+    ],
+    ids=["standard library", "installed"],
+)
+def test_a_place_inside_a_library_is_not_named(call, described):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call()
+    frames = caught.tb.tb_next.tb_next  # without those of this file
+    assert describe_error(caught.value.with_traceback(frames)) == described
+
+
+def test_the_last_layer_of_params_without_modules_is_all_of_them():
+    assert last_layer(["w", "b"]) == ("w", "b")
+    assert last_layer(["a.w", "a.b", "a.c.w", "a.c.b"]) == ("a.c.w", "a.c.b")
 
 
 def test_an_error_of_this_package_is_described_without_a_place():

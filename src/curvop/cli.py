@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from curvop import NonDeterministicObjectiveError, NonFiniteProductError, __version__
 from curvop.dense import DenseCheck
 from curvop.eigs import Cost, End, Result, Setup, Spectrum, save, study
 from curvop.problems import ProblemError, describe_error, load
@@ -36,8 +36,8 @@ The problem is 'digits' (a small network trained on scikit-learn's handwritten d
 'package.module:function': a function that returns dict(model=..., loss_function=..., params=..., data=...)."""
 
 _EPILOG = """\
-exit codes: 0 all is well; 1 an eigenvalue or the solve did not converge, or the dense check disagrees; 2 a bad
-argument or problem; 130 interrupted"""
+exit codes: 0 all is well; 1 an eigenvalue or the solve did not converge in its true residual, or the dense check
+disagrees; 2 a bad argument or problem; 130 interrupted"""
 
 
 class _UsageError(ValueError):
@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except (_UsageError, ProblemError) as error:
         return _fail(str(error), 2)
+    except (NonDeterministicObjectiveError, NonFiniteProductError) as error:  # in a later pass than the first
+        return _fail(f"the problem cannot be evaluated: {describe_error(error)}", 2)
     except KeyboardInterrupt:
         print("curvop: interrupted", file=sys.stderr)
         return 130
@@ -93,7 +95,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="curvop", description="Curvature matrices of PyTorch models as SciPy operators.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"curvop {_version()}")
+    parser.add_argument("--version", action="version", version=f"curvop {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     eigs = commands.add_parser(
         "eigs", help="extreme eigenvalues of a Hessian", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False
@@ -109,22 +111,11 @@ def _parser() -> _Parser:
     eigs.add_argument(
         "--dtype", choices=("float32", "float64"), default="float64", help="of the vectors (default: float64)"
     )
-    eigs.add_argument(
-        "--block", metavar="NAME", action="append", help="study the block of this parameter only; can be repeated"
-    )
-    eigs.add_argument(
-        "--damping", type=_nonnegative, default=1e-2, help="the lambda of (B + lambda I) x = g (default: 0.01)"
-    )
+    eigs.add_argument("--block", metavar="NAME", action="append", help="study this parameter's block; can be repeated")
+    eigs.add_argument("--damping", type=_nonnegative, default=1e-2, help="in (B + damping I) x = g (default: 0.01)")
     eigs.add_argument("--out", metavar="FILE.npz", type=Path, help="save eigenvalues and eigenvectors in this file")
     eigs.add_argument("--json", action="store_true", help="print JSON instead of the report")
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("curvop")
-    except PackageNotFoundError:  # run from a source tree
-        return "(not installed)"
 
 
 def _count(text: str) -> int:
@@ -242,7 +233,7 @@ def _report(result: Result, options: argparse.Namespace) -> Iterator[str]:
     elif isinstance(result, Spectrum):
         for end in result.ends:
             yield from _table(end)
-        if not result.ok:
+        if any(len(end.values) < end.wanted for end in result.ends):
             yield "Clustered eigenvalues, such as the zeros of a singular matrix, converge slowly or not at all."
         yield f"residuals: {_text(result.residual_cost)}"
     elif isinstance(result, DenseCheck):
@@ -252,12 +243,13 @@ def _report(result: Result, options: argparse.Namespace) -> Iterator[str]:
             yield f"dense check: numpy.linalg.eigvalsh of the dense matrix in {result.seconds:.2f} s"
             yield f"  spectral norm                       {result.spectral_norm:.6g}"
             yield f"  largest difference / spectral norm  {result.difference:.1e} (allowed: {result.allowed:.1e})"
-            yield f"  {'agrees' if result.ok else 'DOES NOT AGREE'}"
+            hint = "; modules in training mode are the usual reason: call model.eval()" if result.training else ""
+            yield "  agrees" if result.ok else f"  DOES NOT AGREE{hint}"
     else:
         yield f"solve (B + {result.damping:g} I) x = g with cg, B the block of {', '.join(result.block)}"
         yield f"  unknowns                N = {result.N:,}"
         yield f"  cg                      {_text(result.cost)}"
-        yield f"  true relative residual  {result.residual:.1e} (tolerance: {result.rtol:.1e})"
+        yield f"  true relative residual  {result.residual:.1e} (allowed: {result.allowed:.1e})"
         yield "  converged" if result.ok else "  NOT CONVERGED; where B is indefinite, a larger --damping helps"
 
 
@@ -267,8 +259,9 @@ def _table(end: End) -> Iterator[str]:
     missing = "" if found == end.wanted else f", {end.wanted - found} of {end.wanted} NOT CONVERGED"
     yield f"{end.wanted} eigenvalues, {_ENDS[end.which]} ({end.which}){missing}: {_text(end.cost)}"
     yield f"  {'':>4}  {'lambda':>18}  {'||Hv - lambda v||':>17}"
-    for i, (value, residual) in enumerate(zip(end.values, end.residuals, strict=True), start=1):
-        yield f"  {i:>4}  {value:>18.10e}  {residual:>17.1e}"
+    for i, value in enumerate(end.values):
+        remark = "" if end.residuals[i] <= end.allowed[i] else f"  MISSED (allowed: {end.allowed[i]:.1e})"
+        yield f"  {i + 1:>4}  {value:>18.10e}  {end.residuals[i]:>17.1e}{remark}"
     yield ""
 
 
@@ -280,13 +273,13 @@ def _as_json(options: argparse.Namespace, results: Sequence[Any], seconds: float
     return {
         "problem": options.problem,
         **{name: getattr(setup, name) for name in ("P", "N", "block", "dtype", "model_dtype", "loss", "gradient_norm")},
-        **{name: joined[name].tolist() for name in ("eigenvalues", "residuals", "which")},
+        **{name: joined[name].tolist() for name in ("eigenvalues", "residuals", "allowed_residuals", "which")},
         "converged": spectrum.ok,
         "dense": {"done": False, "reason": dense.reason}
         if dense.reason
         else {"done": True, "agrees": dense.ok, **checked},
         "cg": {
-            **{name: getattr(solve, name) for name in ("block", "N", "damping", "rtol", "residual")},
+            **{name: getattr(solve, name) for name in ("block", "N", "damping", "rtol", "allowed", "residual")},
             "converged": solve.ok,
             **asdict(solve.cost),
         },

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from curvop.examples.functorch import functorch_hessian
+from curvop.examples.functorch import NoHessianError, functorch_hessian
 from curvop.problems import describe_error
 
 __all__ = ["DENSE_LIMIT", "DenseCheck", "accuracy", "dense_check", "largest_difference"]
@@ -27,7 +27,8 @@ class DenseCheck:
     """The comparison with the dense matrix; not done where `reason` says why.
 
     `difference`, the largest one, and `allowed` are relative to `spectral_norm`; `values` holds all eigenvalues in
-    ascending order.
+    ascending order. `exists` is False where the reason is that there is no such matrix, and nothing can be trusted;
+    `training` says whether modules are in training mode.
     """
 
     reason: str | None = None
@@ -36,11 +37,13 @@ class DenseCheck:
     difference: float = 0.0
     allowed: float = 0.0
     seconds: float = 0.0
+    exists: bool = True
+    training: bool = False
 
     @property
     def ok(self) -> bool:
         """Whether nothing was found to disagree."""
-        return self.difference <= self.allowed
+        return self.exists and self.difference <= self.allowed
 
 
 def accuracy(*dtypes: str) -> float:
@@ -81,12 +84,15 @@ def dense_check(
     model = problem["model"] if len(params) == len(problem["params"]) else _with_others_fixed(problem, params)
     try:
         matrix = functorch_hessian(model, problem["loss_function"], params, problem["data"])
+    except NoHessianError as error:
+        return DenseCheck(reason=str(error), exists=False)
     except Exception as error:  # whatever a model does that this route cannot follow
         return DenseCheck(reason=f"the dense matrix cannot be formed: {describe_error(error)}")
     values = np.linalg.eigvalsh(matrix.detach().to("cpu", torch.float64).numpy())
     norm = float(np.abs(values).max())
     difference = max(largest_difference(*end, values) for end in found) / max(norm, np.finfo(float).tiny)
-    return DenseCheck(None, values, norm, difference, allowed, time.perf_counter() - start)
+    training = isinstance(problem["model"], nn.Module) and any(m.training for m in problem["model"].modules())
+    return DenseCheck(None, values, norm, difference, allowed, time.perf_counter() - start, training=training)
 
 
 def largest_difference(which: str, wanted: int, found: Array, dense: Array) -> float:

@@ -14,9 +14,9 @@ from scipy.sparse.linalg import ArpackNoConvergence, cg, eigsh
 
 from curvop.dense import DenseCheck, accuracy, dense_check
 from curvop.hessian import HessianLinearOperator
-from curvop.problems import ProblemError, describe_error
+from curvop.problems import ProblemError, describe_error, last_layer, one_line
 
-__all__ = ["Cost", "End", "Result", "Setup", "Solve", "Spectrum", "last_layer", "save", "study"]
+__all__ = ["Cost", "End", "Result", "Setup", "Solve", "Spectrum", "save", "study"]
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +35,8 @@ class Cost:
 class Setup:
     """The matrix that is studied, N rows of a Hessian with P; `cost` is that of the first pass over the data.
 
-    `slices` are the rows of each parameter in the matrix; `block` names the parameters where they are not all.
+    `slices` are the rows of each parameter in the matrix; `block` names the parameters where they are not all. `norm`
+    is the norm of the matrix times a standard normal vector, which estimates the matrix's Frobenius norm.
     """
 
     P: int
@@ -47,6 +48,7 @@ class Setup:
     device: str
     loss: float
     gradient_norm: float
+    norm: float
     cost: Cost
     ok: bool = True
 
@@ -55,7 +57,8 @@ class Setup:
 class End:
     """The eigenvalues from one call of `eigsh`: `wanted` many, of which those that converged are here.
 
-    `values` has shape (n,), `vectors` (N, n), and `residuals`, the norms of ``H v - lambda v``, (n,).
+    `values` has shape (n,), `vectors` (N, n); `residuals`, the norms of ``H v - lambda v``, and what is `allowed` of
+    them, (n,).
     """
 
     which: str
@@ -63,6 +66,7 @@ class End:
     values: Array
     vectors: Array
     residuals: Array
+    allowed: Array
     cost: Cost
 
 
@@ -75,16 +79,17 @@ class Spectrum:
 
     @property
     def ok(self) -> bool:
-        """Whether all eigenvalues converged."""
-        return all(len(end.values) == end.wanted for end in self.ends)
+        """Whether all eigenvalues converged, in their true residuals too."""
+        return all(len(end.values) == end.wanted and (end.residuals <= end.allowed).all() for end in self.ends)
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """The ends joined: eigenvalues (n,), eigenvectors (N, n), residuals (n,), and which end each belongs to."""
+        """The ends joined: eigenvalues (n,), eigenvectors (N, n), residuals (n,) and those allowed, and their ends."""
         return {
             "eigenvalues": np.concatenate([end.values for end in self.ends]),
             "eigenvectors": np.concatenate([end.vectors for end in self.ends], axis=1),
             "residuals": np.concatenate([end.residuals for end in self.ends]),
+            "allowed_residuals": np.concatenate([end.allowed for end in self.ends]),
             "which": np.concatenate([np.full(len(end.values), end.which, dtype="U2") for end in self.ends]),
         }
 
@@ -93,13 +98,15 @@ class Spectrum:
 class Solve:
     """The solution of ``(B + damping I) x = g``: `residual` is the true one, relative to the norm of g.
 
-    `rtol` is what `cg` was to reach in its own, recursive, residual, and `ok` whether it did.
+    `rtol` is what `cg` was to reach in its own, recursive, residual, and `ok` whether it did and the true one is
+    within `allowed`.
     """
 
     block: tuple[str, ...]
     N: int
     damping: float
     rtol: float
+    allowed: float
     residual: float
     ok: bool
     cost: Cost
@@ -150,7 +157,7 @@ def study(
     hessian, operator = _wrap(problem, dtype, block, bar)
     N, most = operator.shape[0], max(count for _, count in ends)
     if most >= N:
-        raise ProblemError(f"k = {most} is too large: eigsh finds at most N - 1 eigenvalues, and here N = {N:,}")
+        raise ProblemError(f"--k = {most} is too large: eigsh finds at most N - 1 eigenvalues, and here N = {N:,}")
     # Parameters given as a list get their names from the operator, which keeps their order.
     values = problem["params"].values() if isinstance(problem["params"], Mapping) else problem["params"]
     problem = {**problem, "params": dict(zip(hessian.params_slices, values, strict=True))}
@@ -158,7 +165,7 @@ def study(
     yield setup
 
     precision = accuracy(setup.dtype, setup.model_dtype)
-    spectrum = _spectrum(operator, ends, tol, bar)
+    spectrum = _spectrum(operator, ends, tol, precision * setup.norm, bar)
     yield spectrum
 
     bar.set_description_str("dense check")
@@ -167,12 +174,6 @@ def study(
 
     part = operator if setup.block else hessian.block(last_layer(list(setup.slices)))
     yield _solve(part, damping, precision, bar)
-
-
-def last_layer(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the parameters in the same module as the last one."""
-    module = names[-1].rpartition(".")[0]
-    return tuple(name for name in names if name.rpartition(".")[0] == module)
 
 
 def save(path: Path, setup: Setup, spectrum: Spectrum, dense: DenseCheck) -> None:
@@ -212,11 +213,11 @@ def _wrap(problem: dict[str, Any], dtype: str, block: Sequence[str] | None, bar:
     try:
         hessian = HessianLinearOperator(**problem, dtype=np.dtype(dtype), progress=bar)
     except (ValueError, TypeError) as error:
-        raise ProblemError(" ".join(str(error).split())) from error
+        raise ProblemError(one_line(error)) from error
     try:
         return hessian, hessian if block is None else hessian.block(block)
     except ValueError as error:  # the operator calls this argument 'rows'
-        raise ProblemError(f"block: {str(error).removeprefix('rows').lstrip(': ')}") from error
+        raise ProblemError(f"--block: {str(error).removeprefix('rows').lstrip(': ')}") from error
 
 
 def _first_pass(problem: dict[str, Any], hessian: Any, operator: Any, block: Sequence[str] | None) -> Setup:
@@ -224,7 +225,7 @@ def _first_pass(problem: dict[str, Any], hessian: Any, operator: Any, block: Seq
     with _measured(operator) as cost:
         try:
             gradient, loss = operator.gradient_and_loss()
-            product = operator @ _start(operator, np.random.default_rng(0))
+            product = operator @ np.random.default_rng(0).standard_normal(operator.shape[0])
         except Exception as error:  # the user's model, loss and data run here for the first time
             raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
     if not product.any():  # ARPACK would complain of its starting vector
@@ -240,12 +241,13 @@ def _first_pass(problem: dict[str, Any], hessian: Any, operator: Any, block: Seq
         device=str(first.device),
         loss=loss,
         gradient_norm=float(np.linalg.norm(gradient.astype(np.float64))),
+        norm=float(np.linalg.norm(product)),
         cost=cost,
     )
 
 
-def _spectrum(operator: Any, ends: Sequence[tuple[str, int]], tol: float, bar: Any) -> Spectrum:
-    """Find the ends of the spectrum, and the residuals of all eigenpairs with one block product."""
+def _spectrum(operator: Any, ends: Sequence[tuple[str, int]], tol: float, rounding: float, bar: Any) -> Spectrum:
+    """Find the ends of the spectrum, and the residuals of all eigenpairs, up to `rounding`, with one block product."""
     pairs = []
     for which, wanted in ends:
         bar.set_description_str(f"eigsh {which}")
@@ -255,20 +257,19 @@ def _spectrum(operator: Any, ends: Sequence[tuple[str, int]], tol: float, bar: A
     bar.set_description_str("residuals")
     with _measured(operator) as residual_cost:
         images = operator @ np.concatenate([vectors for *_, vectors, _ in pairs], axis=1)
-    found, column = [], 0
-    for which, wanted, values, vectors, cost in pairs:
-        image = images[:, column : column + len(values)]
-        column += len(values)
+    found, starts = [], np.cumsum([len(values) for _, _, values, _, _ in pairs])[:-1]
+    for (which, wanted, values, vectors, cost), image in zip(pairs, np.split(images, starts, axis=1), strict=True):
         # In double precision, as the eigenvalues are: in single, the subtraction would add an error of its own.
         residuals = np.linalg.norm(image.astype(np.float64) - vectors * values, axis=0)
-        found.append(End(which, wanted, values, vectors, residuals, cost))
+        allowed = 2 * tol * np.abs(values) + rounding  # ARPACK promises tol |lambda|, by an estimate of its own
+        found.append(End(which, wanted, values, vectors, residuals, allowed, cost))
     return Spectrum(tuple(found), residual_cost)
 
 
 def _eigsh(operator: Any, which: str, wanted: int, tol: float) -> tuple[Array, Array]:
     """Return the eigenpairs that converged, the outermost (for SM the smallest in magnitude) first."""
     rng = np.random.default_rng(0)
-    start = _start(operator, rng)
+    start = rng.standard_normal(operator.shape[0]).astype(operator.dtype, copy=False)  # the same in every run
     # At a crowded end, SciPy's own 20 vectors for a few eigenvalues take twice as many products (digits: 1,840 to 860).
     basis = min(len(start), max(2 * wanted + 1, 30))
     options = {"tol": tol, "v0": start, "ncv": basis, "rng": rng, "maxiter": min(10 * len(start), _MAX_RESTARTS)}
@@ -282,11 +283,6 @@ def _eigsh(operator: Any, which: str, wanted: int, tol: float) -> tuple[Array, A
     return values[order], vectors[:, order]
 
 
-def _start(operator: Any, rng: np.random.Generator) -> Any:
-    """Return a random vector, the same in every run."""
-    return rng.standard_normal(operator.shape[0]).astype(operator.dtype, copy=False)
-
-
 def _solve(block: Any, damping: float, rtol: float, bar: Any) -> Solve:
     """Solve with the damped block for its own gradient."""
     bar.set_description_str("cg")
@@ -297,4 +293,6 @@ def _solve(block: Any, damping: float, rtol: float, bar: Any) -> Solve:
         difference = gradient.astype(np.float64) - (damped @ x).astype(np.float64)
     norm = float(np.linalg.norm(gradient.astype(np.float64)))
     residual = float(np.linalg.norm(difference)) / norm if norm else 0.0
-    return Solve(tuple(block.params_slices), block.shape[0], damping, rtol, residual, info == 0, cost)
+    allowed = 10 * rtol  # rounding adds to the true residual what the recursive one does not see
+    ok = info == 0 and residual <= allowed
+    return Solve(tuple(block.params_slices), block.shape[0], damping, rtol, allowed, residual, ok, cost)

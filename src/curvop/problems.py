@@ -13,7 +13,7 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ProblemError", "describe_error", "digits", "load"]
+__all__ = ["ProblemError", "describe_error", "digits", "last_layer", "load", "one_line"]
 
 _KEYS = ("model", "loss_function", "params", "data")
 _FORMS = "'digits', 'path/to/file.py:function' or 'package.module:function'"
@@ -140,11 +140,17 @@ def load(spec: str) -> dict[str, Any]:
     return _validated(problem, spec)
 
 
+def last_layer(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the parameters in the same module as the last one."""
+    module = names[-1].rpartition(".")[0]
+    return tuple(name for name in names if name.rpartition(".")[0] == module)
+
+
 def describe_error(error: BaseException) -> str:
     """Describe an exception in one line: its type, its message, and where it was raised.
 
     The place is the last line of code that belongs to neither this package nor an installed one, as that is where
-    a user can act; where there is none, the very last outside this package.
+    a user can act; where there is none, no place is named.
 
     Parameters
     ----------
@@ -156,18 +162,22 @@ def describe_error(error: BaseException) -> str:
     str
         Such as ``"KeyError: 'x' (problem.py:12)"``.
     """
-    name, message = type(error).__name__, _one_line(error)
+    name, message = type(error).__name__, one_line(error)
     text = f"{name}: {message}" if message else name
     if isinstance(error, SyntaxError):  # raised by the compiler: the place is in the message already
         return text
-    here = str(Path(__file__).parent) + os.sep
-    installed = tuple(sysconfig.get_path(kind) + os.sep for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((here, "<frozen"))]
-    frames = [f for f in frames if not f.filename.startswith(installed)] or frames
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_the_users(frame.filename)]
     return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text
 
 
-def _one_line(error: BaseException) -> str:
+def _is_the_users(filename: str) -> bool:
+    """Return whether a file is neither of this package, nor installed, nor code that was made while running."""
+    folders = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib")] + [str(Path(__file__).parent)]
+    installed = not {"site-packages", "dist-packages"}.isdisjoint(Path(filename).parts)
+    return not (installed or filename.startswith(("<", *(folder + os.sep for folder in folders))))
+
+
+def one_line(error: BaseException) -> str:
     """Return the message of an exception without its line breaks."""
     return " ".join(str(error).split())
 
@@ -241,7 +251,7 @@ def _call(function: Callable[..., object], spec: str) -> object:
     try:
         inspect.signature(function).bind()
     except TypeError as error:
-        raise ProblemError(f"{spec!r} must be callable without arguments: {_one_line(error)}") from error
+        raise ProblemError(f"{spec!r} must be callable without arguments: {one_line(error)}") from error
     try:
         return function()
     except (Exception, SystemExit) as error:

@@ -4,12 +4,10 @@ The reference that the operators are tested against. It shares no code with them
 batch, and the gradient is differentiated in forward mode where the operators differentiate it in reverse mode.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,19 +15,22 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["functorch_hessian"]
+__all__ = ["NoHessianError", "functorch_hessian"]
 
 _WORKSPACE_BYTES = 1 << 28
+
+
+class NoHessianError(RuntimeError):
+    """The loss is random, or torch's derivatives of it contradict each other."""
 
 
 @torch.inference_mode(mode=False)
 def functorch_hessian(
     model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
     loss_function: Callable[[Any, Any], Tensor],
-    params: Mapping[str, Tensor] | Sequence[Tensor],
+    params: Mapping[str, Tensor] | Iterable[Tensor],
     data: Iterable[tuple[Any, Any]],
 ) -> Tensor:
     r"""Compute the Hessian of the loss of a whole data set as a dense matrix.
@@ -46,18 +47,17 @@ def functorch_hessian(
         parameters are constants; its flags and buffers are used as they are and left as they are.
     loss_function : callable
         ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
-    params : dict of str to torch.Tensor, or sequence of torch.nn.Parameter
+    params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
         Any of the module's parameters by name, in the order of rows and columns; the values given are used, even where
-        they differ from the module's own. Or a list of the module's own parameters. All on one device.
+        they differ from the module's own. Or some of the module's own parameters. All on one device.
     data : iterable of (X, y)
-        Batches, iterated over once. X and y are tensors with the examples along their first dimension, or (nested)
-        mappings, lists and tuples of such tensors, joined leaf by leaf and moved to the parameters' device.
+        Batches, iterated over once. X and y are tensors with the examples along dimension 0, or (nested) mappings,
+        lists and tuples of them, joined leaf by leaf and moved to the parameters' device.
 
     Returns
     -------
     torch.Tensor, shape (P, P)
-        In the parameters' dtype, on their device. Rows and columns of a parameter that the loss does not reach are
-        zero.
+        In the parameters' dtype, on their device; zero where the loss does not reach a parameter.
 
     Raises
     ------
@@ -66,16 +66,17 @@ def functorch_hessian(
         is empty, spread over devices or not the model's; if the loss is not a scalar.
     TypeError
         If X or y holds what is neither a tensor nor a collection of tensors.
-    RuntimeError
-        If two evaluations of the loss differ, as they do with dropout in training mode: there is no one Hessian then.
+    NoHessianError
+        If two evaluations of the loss differ, as they do with dropout in training mode, or if the matrix is wrong
+        beyond rounding: not symmetric, or not what the gradient gives when it is differentiated in reverse mode.
 
     Notes
     -----
     Column i is ``jvp(grad(f))`` along the i-th basis vector, the directional derivative of the gradient (Pearlmutter
     1994, "Fast exact multiplication by the Hessian", Neural Computation 6, p. 147: ``R_v{grad} = H v``), as many
-    columns at a time as about 256 MiB hold. Where `vmap` cannot batch the model, columns are computed one by one;
-    where an operation has no forward-mode derivative, the gradient is differentiated in reverse mode. The row of an
-    embedding's `padding_idx` is a constant in the embedding, as PyTorch's gradient has it.
+    columns at a time as about 256 MiB hold. Columns that `vmap` cannot batch are computed one by one; where an
+    operation has no forward-mode derivative, the gradient is differentiated in reverse mode. An embedding's row at
+    `padding_idx` is a constant, as in PyTorch's gradient.
 
     Examples
     --------
@@ -89,14 +90,14 @@ def functorch_hessian(
     """
     named = _named(model, params)
     theta = torch.cat([value.detach().reshape(-1) for value in named.values()])
-    X, y = _one_batch(data, theta.device)
+    batches = [(X, y) for X, y in data]
+    if not batches:
+        raise ValueError("data holds no batches (an iterator that was used before is empty)")
+    X, y = (_joined([batch[i] for batch in batches], theta.device, name) for i, name in enumerate("Xy"))
 
     def f(vector: Tensor) -> Tensor:
-        pieces = torch.split(vector, [value.numel() for value in named.values()])
-        state = {
-            name: piece.view(value.shape).to(value.dtype)
-            for (name, value), piece in zip(named.items(), pieces, strict=True)
-        }
+        pieces = zip(named.items(), vector.split([value.numel() for value in named.values()]), strict=True)
+        state = {name: piece.view(value.shape).to(value.dtype) for (name, value), piece in pieces}
         if not isinstance(model, nn.Module):
             return loss_function(model(state, X), y)
         # Batch norm writes into its buffers: let it write into copies, which torch.func also insists on.
@@ -104,19 +105,22 @@ def functorch_hessian(
         return loss_function(functional_call(model, buffers | state, (X,)), y)
 
     with _differentiable(theta.device):
-        return _dense_hessian(f, theta, _columns_at_a_time(f, theta))
+        hessian = _dense_hessian(f, theta, _columns_at_a_time(f, theta))
+        _check(hessian, f, theta, max(torch.finfo(value.dtype).eps for value in named.values()))
+        return hessian
 
 
-def _named(model: object, params: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
+def _named(model: object, params: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
     """Return the parameters by name, in the order given, or say what is wrong with them."""
     own = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
     if isinstance(params, Mapping):
         named = dict(params)
     else:
         names = {id(parameter): name for name, parameter in reversed(own.items())}
-        if any(id(parameter) not in names for parameter in params):
+        chosen = list(params)
+        if any(id(parameter) not in names for parameter in chosen):
             raise ValueError("a list of params must hold the module's own parameters; otherwise pass a dict by name")
-        named = {names[id(parameter)]: parameter for parameter in params}
+        named = {names[id(parameter)]: parameter for parameter in chosen}
     if not named:
         raise ValueError("params is empty: there is nothing to differentiate with respect to")
     if isinstance(model, nn.Module) and (unknown := [name for name in named if name not in own]):
@@ -124,13 +128,6 @@ def _named(model: object, params: Mapping[str, Tensor] | Sequence[Tensor]) -> di
     if len(devices := {value.device for value in named.values()}) > 1:
         raise ValueError(f"params must be on one device, not on {', '.join(sorted(map(str, devices)))}")
     return named
-
-
-def _one_batch(data: Iterable[tuple[Any, Any]], device: torch.device) -> tuple[Any, Any]:
-    batches = [(X, y) for X, y in data]
-    if not batches:
-        raise ValueError("data holds no batches (an iterator that was used before is empty)")
-    return _joined([X for X, _ in batches], device, "X"), _joined([y for _, y in batches], device, "y")
 
 
 def _joined(parts: list[Any], device: torch.device, where: str) -> Any:
@@ -143,19 +140,16 @@ def _joined(parts: list[Any], device: torch.device, where: str) -> Any:
         return torch.cat([part.to(device) for part in parts]) if shapes[0] else first.to(device)
     if any(type(part) is not type(first) for part in parts):
         raise _cannot_join(where, f"of types {sorted({type(part).__name__ for part in parts})}")
-    if isinstance(first, PackedSequence):
+    if isinstance(first, nn.utils.rnn.PackedSequence):
         if len(parts) > 1:
             raise _cannot_join(where, "packed")
         return first.to(device)  # type: ignore[arg-type]
     if isinstance(first, Mapping):
         if any(set(part) != set(first) for part in parts):
             raise _cannot_join(where, "mappings with different keys")
-        items = {key: _joined([part[key] for part in parts], device, f"{where}[{key!r}]") for key in first}
-        if not isinstance(first, MutableMapping):
-            return items
         # A copy keeps what a constructor may not take: Hugging Face's BatchEncoding, a default factory.
-        mapping = copy.copy(first)
-        mapping.update(items)
+        mapping: MutableMapping[Any, Any] = copy.copy(first) if isinstance(first, MutableMapping) else {}
+        mapping.update({key: _joined([part[key] for part in parts], device, f"{where}[{key!r}]") for key in first})
         return mapping
     if isinstance(first, list | tuple):
         if len({len(part) for part in parts}) > 1:
@@ -190,55 +184,56 @@ def _columns_at_a_time(f: Callable[[Tensor], Tensor], theta: Tensor) -> int:
     again = f(theta)
     # The square root of the precision is far above what a reordered sum changes, and far below what dropout does.
     if not torch.isclose(value, again, rtol=torch.finfo(value.dtype).eps ** 0.5, equal_nan=True):
-        raise RuntimeError(
-            f"the loss is random: {value.item():.6g} at first, then {again.item():.6g} at the same parameters. Put "
-            "dropout and the like into evaluation mode"
+        raise NoHessianError(
+            f"the loss is random: {value.item():.6g}, then {again.item():.6g}. Dropout, for one, needs evaluation mode"
         )
     # A column holds tangents of what a gradient saves, their cotangents, and temporaries: measured, 6 to 12 times.
     return max(1, _WORKSPACE_BYTES // (8 * (sum(saved.values()) + theta.nbytes)))
 
 
 def _dense_hessian(f: Callable[[Tensor], Tensor], theta: Tensor, columns_at_a_time: int) -> Tensor:
-    def column(tangent: Tensor) -> Tensor:
-        product: Tensor = jvp(grad(f), (theta,), (tangent,))[1]
-        return product
+    identity = torch.eye(theta.numel(), dtype=theta.dtype, device=theta.device).split(columns_at_a_time)
+
+    def column(tangent: Tensor) -> Any:
+        return jvp(grad(f), (theta,), (tangent,))[1]
 
     # vmap stays outermost. Inside the forward-mode derivative (as in jvp(jacrev(f))) it freezes the statistics that
     # LayerNorm, InstanceNorm and BatchNorm save, and the result is wrong without a word.
     together = vmap(column, out_dims=1, randomness="same")
     for columns in (together, lambda basis: torch.stack([column(e) for e in basis], dim=1)):
         try:
-            return _assembled(columns, theta, columns_at_a_time)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            # No batching rule, or no forward-mode derivative: the next way needs less of torch.func.
-            continue
-    return _assembled(_double_backward(f, theta), theta, columns_at_a_time)
+            return torch.cat([columns(basis) for basis in identity], dim=1)
+        except RuntimeError as error:  # no batching rule, or no forward-mode derivative: the next way needs less
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+    return torch.cat([_double_backward(f, theta, basis) for basis in identity], dim=1)
 
 
-def _assembled(columns: Callable[[Tensor], Tensor], theta: Tensor, columns_at_a_time: int) -> Tensor:
-    hessian = theta.new_empty(theta.numel(), theta.numel())
-    for start in range(0, theta.numel(), columns_at_a_time):
-        stop = min(start + columns_at_a_time, theta.numel())
-        basis = theta.new_zeros(stop - start, theta.numel())
-        basis[:, start:stop].fill_diagonal_(1)
-        hessian[:, start:stop] = columns(basis)
-    return hessian
-
-
-def _double_backward(f: Callable[[Tensor], Tensor], theta: Tensor) -> Callable[[Tensor], Tensor]:
+def _double_backward(f: Callable[[Tensor], Tensor], theta: Tensor, basis: Tensor) -> Tensor:
     leaf = theta.clone().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(f(leaf), leaf, create_graph=True, materialize_grads=True)
+    if not gradient.requires_grad:
+        return torch.zeros_like(basis.T)
+    products = [torch.autograd.grad(gradient, leaf, e, retain_graph=True, materialize_grads=True)[0] for e in basis]
+    return torch.stack(products, dim=1)
 
-    def columns(basis: Tensor) -> Tensor:
-        if not gradient.requires_grad:
-            return torch.zeros_like(basis.T)
-        products = [torch.autograd.grad(gradient, leaf, e, retain_graph=True, materialize_grads=True)[0] for e in basis]
-        return torch.stack(products, dim=1)
 
-    return columns
+def _check(hessian: Tensor, f: Callable[[Tensor], Tensor], theta: Tensor, eps: float) -> None:
+    """Refuse a matrix that is not symmetric, or that reverse mode contradicts (torch 2.13: scatter_reduce's 'prod')."""
+    # Far above rounding, also that of TF32 or of single precision inside a double model, and below what a wrong formula
+    # does. A matrix of nothing but rounding errors is small beside the loss, for parameters of order one.
+    allowed = max(1e-4, eps ** (1 / 3)) * hessian.norm() + eps**0.5 * f(theta).abs()
+    wrong = {"it is not symmetric": hessian - hessian.T}
+    with suppress(RuntimeError):  # an operation without a second derivative in reverse mode leaves nothing to compare
+        signs = torch.randn_like(theta).sign()
+        wrong["forward and reverse mode disagree"] = hessian @ signs - _double_backward(f, theta, signs[None])[:, 0]
+    for what, difference in wrong.items():
+        if difference.norm() > allowed:
+            raise NoHessianError(
+                f"the Hessian is wrong, for {what} (by {difference.norm() / hessian.norm():.1e} of its norm): an "
+                "operation of the model or the loss has a wrong derivative, in torch or in an autograd.Function"
+            )
 
 
 class _ByDefinition(TorchFunctionMode):
@@ -271,10 +266,16 @@ def _embedding(indices: Tensor, weight: Tensor, padding_idx: int | None = None, 
     return torch.where((indices == padding_idx % weight.shape[0]).unsqueeze(-1), rows.detach(), rows)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    # The derivative of the fused kernel's gradient takes the norms for constants, in both modes.
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 _REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
     functional.mse_loss: _mse_loss,
     functional.huber_loss: _huber_loss,
     functional.embedding: _embedding,
+    torch._weight_norm: _weight_norm,
 }
 
 
@@ -288,8 +289,7 @@ def _differentiable(device: torch.device) -> Iterator[None]:
     # no_grad concerns what surrounds torch.func's own derivatives: parameters that were not chosen leave no graph.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _ByDefinition(), random_state, warnings.catch_warnings():
         # torch.func's own, on first use and for operations that vmap loops over; nothing that a caller could act on.
-        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
-        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated|There is a performance drop")
         try:
             # Attributes, not the flags() managers, which write the TF32 settings too and warn about them.
             for backend in backends:

@@ -170,7 +170,7 @@ class Engine:
     def _room(self) -> int:
         """Return for how many columns at once there is memory; each needs about what its batch retains."""
         largest = max(self._bytes.values(), default=0)
-        return int(min(self._budget.left // largest, 2**31)) if largest else 1
+        return int(min(self._budget.left / largest, 2**31)) if largest else 1
 
     def _synchronize(self) -> None:
         if self._objective.device.type == "cuda":

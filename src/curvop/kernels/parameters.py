@@ -47,7 +47,7 @@ class ParameterLayout:
         parts = vector.split(self._sizes, -1)
         several = vector.shape[:-1]
         return [
-            part if len(shape) == 1 else part.view(*several, *shape)
+            part if len(shape) == 1 else part.view((*several, *shape))
             for part, shape in zip(parts, self.shapes, strict=True)
         ]
 
