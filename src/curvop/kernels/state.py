@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -86,27 +87,34 @@ class Fingerprint:
     """Dot products of tensors' entries, section by section, with fixed random numbers.
 
     They move with every change of the entries or of their order that their precision resolves. Views of the tensors
-    are kept between calls, so one call costs little more than reading the memory once.
+    are kept between calls, and small tensors are joined, so one call costs little more than reading the memory once.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._rows: list[tuple[Tensor, Tensor]] = []
+        self._small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
         self._others: list[Tensor] = []
         for tensor in tensors:
             if tensor.layout != torch.strided or not tensor.numel() or tensor.device.type == "meta":
                 continue
             if tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float64):
-                self._rows += _sections(tensor.detach().view(-1))
+                flat = tensor.detach().view(-1)
+                if len(flat) < _SECTION:
+                    self._small[flat.dtype, flat.device].append(flat)
+                else:
+                    self._rows += _sections(flat)
             else:
                 self._others.append(tensor)
 
     def __call__(self) -> list[float]:
         """Return the fingerprint of the tensors as they are now."""
-        rows = self._rows
-        if self._others:
-            rows = [*rows, *(row for tensor in self._others for row in _sections(_real(tensor.detach()).reshape(-1)))]
+        rows = self._rows.copy()
+        for tensors in self._small.values():
+            rows += _sections(torch.cat(tensors))
+        for tensor in self._others:
+            rows += _sections(_real(tensor.detach()).reshape(-1))
         sums = [torch.mv(matrix, numbers) for matrix, numbers in rows]
-        if len({one.device for one in sums}) == 1:
+        if len(sums) > 1 and len({one.device for one in sums}) == 1:
             return torch.cat(sums).tolist()
         return [entry for one in sums for entry in one.tolist()]
 
