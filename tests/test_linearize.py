@@ -18,7 +18,7 @@ from curvop import HessianLinearOperator, NonDeterministicObjectiveError, NonFin
 from curvop.kernels.graph import nodes
 from curvop.kernels.hessian import HessianKernel
 from curvop.kernels.memory import free_bytes, measured
-from curvop.kernels.objective import ModelObjective
+from curvop.kernels.model_objective import ModelObjective
 
 
 class Counting(nn.Module):

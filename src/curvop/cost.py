@@ -27,6 +27,8 @@ class Cost:
         The share of the batches that is kept; the others are linearized anew in every product.
     peak_bytes : int or None
         How far memory rises above what is kept while a product is made; None where it cannot be told.
+    compile_seconds : float
+        What compiling took so far, 0 for the autograd engine.
     """
 
     seconds: float
@@ -34,12 +36,14 @@ class Cost:
     kept_bytes: int
     kept_share: float
     peak_bytes: int | None
+    compile_seconds: float
 
     def __str__(self) -> str:
         peak = "" if self.peak_bytes is None else f", {self.peak_bytes / 1e6:.1f} MB more at the peak"
+        compiled = f"; compiling took {self.compile_seconds:.1f} s" if self.compile_seconds else ""
         return (
             f"a product takes {self.seconds * 1e3:.3g} ms, {self.gradients:.2f} gradients; "
-            f"{self.kept_share:.0%} of the batches are kept, in {self.kept_bytes / 1e6:.1f} MB{peak}"
+            f"{self.kept_share:.0%} of the batches are kept, in {self.kept_bytes / 1e6:.1f} MB{peak}{compiled}"
         )
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvop.cost import Cost, median_seconds
+from curvop.kernels.compiled import CompiledKernel
 from curvop.kernels.gradient import gradient_and_loss
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.linearize import Engine
@@ -49,8 +50,8 @@ class Settings:
             raise ValueError(f"cache is {self.cache!r}, but must be a number of bytes, 0 for none, or 'auto'")
         if self.columns != "auto" and not (isinstance(self.columns, int) and self.columns >= 1):
             raise ValueError(f"columns is {self.columns!r}, but must be a number of columns from 1 on, or 'auto'")
-        if self.engine != "autograd":
-            raise ValueError(f"engine is {self.engine!r}, but must be 'autograd'")
+        if self.engine not in ("autograd", "compiled"):
+            raise ValueError(f"engine is {self.engine!r}, but must be 'autograd' or 'compiled'")
         object.__setattr__(self, "dtype", dtype)
         object.__setattr__(self, "progress", Progress(self.progress))
 
@@ -74,6 +75,8 @@ class CurvatureLinearOperator(ParameterLinearOperator):
         rows = list(objective.params) if rows is None else rows
         cols = list(objective.params) if cols is None else cols
         kernel = type(self)._kernel(objective, rows, cols)
+        if settings.engine == "compiled":
+            kernel = CompiledKernel(kernel)
         self._objective = objective
         self._settings = settings
         budget = Budget(settings.cache)
@@ -129,7 +132,7 @@ class CurvatureLinearOperator(ParameterLinearOperator):
         self._apply(vector)  # what is kept is made here
         peak = peak_rise(lambda: self._apply(vector), self._objective.device)
         product, gradient = median_seconds([lambda: self._apply(vector), self.gradient_and_loss], repeats)
-        return Cost(product, product / gradient, *self._engine.kept(), peak)
+        return Cost(product, product / gradient, *self._engine.kept(), peak, self._engine.kernel.seconds)
 
     def _adjoint(self) -> Self:
         if self._adjoint_engine is self._engine:

@@ -34,6 +34,23 @@ class HessianKernel(Kernel):
         """Return the kernel of the block mirrored at the diagonal."""
         return HessianKernel(self.objective, self.cols.names, self.rows.names)
 
+    def product(
+        self, leaves: Mapping[str, Tensor], loss: Tensor, tangents: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Return one product from the beginning, by double backward."""
+        columns, rows = ([leaves[name] for name in layout.names] for layout in (self.cols, self.rows))
+        gradient = torch.autograd.grad(loss, columns, create_graph=True, allow_unused=True)
+        pairs = [
+            (part, tangent)
+            for part, tangent in zip(gradient, tangents, strict=True)
+            if part is not None and part.requires_grad
+        ]
+        if not pairs:
+            return [None] * len(rows)
+        parts, seeds = zip(*pairs, strict=True)
+        _check_differentiable([get_gradient_edge(part).node for part in parts])
+        return torch.autograd.grad(parts, rows, seeds, allow_unused=True)
+
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of one batch: the retained graph of its gradient."""
         loss = self.objective.evaluate(leaves, index, batch)

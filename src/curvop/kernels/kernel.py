@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -26,12 +26,15 @@ class Linearization(abc.ABC):
         The batch's weight ``w_b``; the engine applies it.
     roots : sequence of Node
         What it keeps of autograd's graph, to be measured.
+    tensors : sequence of Tensor
+        What it keeps besides, to be measured.
     """
 
-    def __init__(self, loss: Tensor, weight: float, roots: Sequence[Node] = ()) -> None:
+    def __init__(self, loss: Tensor, weight: float, roots: Sequence[Node] = (), tensors: Sequence[Tensor] = ()) -> None:
         self.loss = loss
         self.weight = weight
         self.roots = roots
+        self.tensors = tensors
 
     @abc.abstractmethod
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -45,7 +48,9 @@ class Linearization(abc.ABC):
 class Kernel(abc.ABC):
     """How one kind of curvature matrix is linearized, for the block of the parameters `rows` and `cols`."""
 
-    symmetric: ClassVar[bool]
+    symmetric: bool
+    #: What compiling took so far.
+    seconds: float = 0.0
 
     def __init__(self, objective: Objective, rows: Sequence[str], cols: Sequence[str]) -> None:
         self.objective = objective
@@ -55,6 +60,12 @@ class Kernel(abc.ABC):
     @abc.abstractmethod
     def adjoint(self) -> Kernel:
         """Return the kernel of the adjoint of the block."""
+
+    @abc.abstractmethod
+    def product(
+        self, leaves: Mapping[str, Tensor], loss: Tensor, tangents: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Return one product from the beginning, for programs to be made of it; None for zero."""
 
     @abc.abstractmethod
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:

@@ -20,7 +20,7 @@ from curvop.kernels.batches import leaves, signature
 from curvop.kernels.columns import Columns
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.kernel import Kernel, Linearization
-from curvop.kernels.memory import Budget, graph_bytes, keep_freed_memory, measured
+from curvop.kernels.memory import Budget, graph_bytes, keep_freed_memory, measured, tensor_bytes
 from curvop.kernels.state import Fingerprint
 
 __all__ = ["Engine"]
@@ -256,6 +256,7 @@ class Engine:
             )
         except RuntimeError:
             return None, None
+        count += tensor_bytes(linearization.tensors, self._objective.tensors())
         self._bytes[like] = count
         return count, float(linearization.loss)
 

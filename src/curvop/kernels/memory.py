@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 
 from curvop.kernels.graph import nodes
 
-__all__ = ["Budget", "free_bytes", "graph_bytes", "keep_freed_memory", "measured", "peak_rise"]
+__all__ = ["Budget", "free_bytes", "graph_bytes", "keep_freed_memory", "measured", "peak_rise", "tensor_bytes"]
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ def measured(make: Callable[[], T], shared: Iterable[Tensor]) -> tuple[T, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         graph = make()
-    return graph, _bytes((saved.tensor for saved in alive), shared)
+    return graph, tensor_bytes((saved.tensor for saved in alive), shared)
 
 
 def graph_bytes(roots: Iterable[Node], shared: Iterable[Tensor]) -> int:
@@ -106,10 +106,11 @@ def graph_bytes(roots: Iterable[Node], shared: Iterable[Tensor]) -> int:
             if name.startswith("_saved_"):
                 value = getattr(node, name)
                 saved += [part for part in (value if isinstance(value, tuple) else [value]) if isinstance(part, Tensor)]
-    return _bytes(saved, shared)
+    return tensor_bytes(saved, shared)
 
 
-def _bytes(tensors: Iterable[Tensor], shared: Iterable[Tensor]) -> int:
+def tensor_bytes(tensors: Iterable[Tensor], shared: Iterable[Tensor]) -> int:
+    """Return the bytes of `tensors`, memory that they share counted once, that of `shared` tensors not at all."""
     known = {part.untyped_storage().data_ptr() for tensor in shared for part in _dense(tensor)}
     views: dict[int, dict[int, int]] = defaultdict(dict)
     sizes = {}

@@ -18,15 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvop.kernels.batches import batch_size, to_device
-from curvop.kernels.closed_forms import loss_derivative
+from curvop.kernels.batches import to_device
 from curvop.kernels.differentiable import ByDefinition, slow_backends
 from curvop.kernels.generators import Generators
-from curvop.kernels.parameters import checked_params
 from curvop.kernels.state import Watch
-from curvop.kernels.weights import loss_divisor, loss_reduction
 
-__all__ = ["BatchLoss", "BatchWeight", "CallableObjective", "ModelObjective", "Objective"]
+__all__ = ["BatchLoss", "BatchWeight", "Objective"]
 
 #: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
 BatchWeight = Callable[[Any], float]
@@ -114,6 +111,20 @@ class Objective(abc.ABC):
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         """Return the batch's loss, the divisor of its mean (None where it is not known), `output` and `derivative`."""
 
+    @abc.abstractmethod
+    def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return what the loss depends on besides `leaves` and the batch, as far as torch modules hold it."""
+
+    @abc.abstractmethod
+    def traced(
+        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
+    ) -> tuple[Tensor, Any]:
+        """Return a batch's loss and prediction as a function of its arguments alone, without reading their values."""
+
+    @abc.abstractmethod
+    def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
+        """Return the divisor of a batch's mean, of which the prediction's shape is asked; None if it is not known."""
+
     def __len__(self) -> int:
         """Return the number of batches where `data` knows it, else 0."""
         try:
@@ -163,6 +174,10 @@ class Objective(abc.ABC):
             )
         return BatchLoss(loss.detach(), self._weight(index, batch, divisor), output, derivative)
 
+    def weight(self, prediction: Any, index: int, batch: Any) -> float:
+        """Return the weight ``w_b`` of batch number `index`, of whose prediction the shape is asked."""
+        return self._weight(index, batch, self._mean_divisor(prediction, batch))
+
     def divisor(self, weights: Iterable[float]) -> float:
         """Return what the weighted sum over batches is divided by: ``W`` for a mean, 1 for a sum."""
         if self.reduction == "sum":
@@ -171,6 +186,11 @@ class Objective(abc.ABC):
         if total == 0:
             raise ValueError("data has total weight 0 (every target is ignored): the mean of no losses is not defined")
         return total
+
+    def mode(self) -> tuple[bool, ...]:
+        """Return the settings that change what the modules do."""
+        flags = [part.training for module in self._modules for part in module.modules()]
+        return torch.is_autocast_enabled(self.device.type), *flags
 
     def state(self) -> tuple[object, ...]:
         """Return a token that changes whenever the objective does, at the cost of one pass over the parameters."""
@@ -201,72 +221,3 @@ class Objective(abc.ABC):
                 "batches of a mean-reduced loss are weighted by it: pass batch_weight=, a function of the batch"
             )
         return divisor
-
-
-class ModelObjective(Objective):
-    """``loss_function(model(X), y)`` over batches ``(X, y)``; see `curvop.HessianLinearOperator` for the arguments."""
-
-    def __init__(
-        self,
-        model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
-        loss_function: Callable[[Any, Any], Tensor],
-        params: Mapping[str, Tensor] | Iterable[Tensor],
-        data: Iterable[Any],
-        batch_weight: BatchWeight | None = None,
-    ) -> None:
-        for name, value in (("model", model), ("loss_function", loss_function)):
-            if not callable(value):
-                raise TypeError(f"{name} is a {type(value).__name__}, which cannot be called")
-        modules = [part for part in (model, loss_function) if isinstance(part, nn.Module)]
-        super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
-        self._model = model
-        self._loss_function = loss_function
-        self._mean_divisor = loss_divisor(loss_function)
-        self._derivative = loss_derivative(loss_function)
-
-    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
-        X, y = batch
-        prediction = self._predict(leaves, X)
-        if self._derivative is not None:
-            with torch.no_grad():
-                loss, divisor = self._loss_function(prediction, y), self._mean_divisor(prediction, X, y)
-            derivative = self._derivative(prediction, y, divisor)
-            if derivative is not None:
-                return loss, divisor, prediction, derivative
-        loss = self._loss_function(prediction, y)
-        with torch.no_grad():
-            return loss, self._mean_divisor(prediction, X, y), loss, None
-
-    def _predict(self, leaves: Mapping[str, Tensor], X: Any) -> Any:
-        if not isinstance(self._model, nn.Module):
-            return self._model(dict(leaves), X)
-        # Everything that is not differentiated is cut off, so that nothing is saved for layers below a block.
-        own = dict(self._model.named_parameters(remove_duplicate=False))
-        selected = {id(own[name]) for name in leaves}
-        values = {name: value.detach() for name, value in self._model.named_parameters() if id(value) not in selected}
-        if any(part.training for part in self._model.modules()):
-            values |= {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        return torch.func.functional_call(self._model, values | dict(leaves), (X,))
-
-
-class CallableObjective(Objective):
-    """``objective(params, batch) -> scalar`` over batches of any kind."""
-
-    def __init__(
-        self,
-        objective: Callable[[dict[str, Tensor], Any], Tensor],
-        params: Mapping[str, Tensor],
-        data: Iterable[Any],
-        batch_weight: BatchWeight | None = None,
-    ) -> None:
-        if not callable(objective):
-            raise TypeError(f"objective is a {type(objective).__name__}, which cannot be called")
-        modules = [objective] if isinstance(objective, nn.Module) else []
-        super().__init__(modules, checked_params(None, params), data, loss_reduction(objective), batch_weight)
-        self._objective = objective
-
-    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
-        loss = self._objective(dict(leaves), batch)
-        return loss, batch_size(batch), loss, None

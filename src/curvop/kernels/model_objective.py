@@ -1,0 +1,91 @@
+"""The loss of a model and a loss function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvop.kernels.closed_forms import loss_derivative
+from curvop.kernels.objective import BatchWeight, Objective
+from curvop.kernels.parameters import checked_params
+from curvop.kernels.weights import loss_divisor, loss_reduction
+
+__all__ = ["ModelObjective"]
+
+
+class ModelObjective(Objective):
+    """``loss_function(model(X), y)`` over batches ``(X, y)``; see `curvop.HessianLinearOperator` for the arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+        loss_function: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor] | Iterable[Tensor],
+        data: Iterable[Any],
+        batch_weight: BatchWeight | None = None,
+    ) -> None:
+        for name, value in (("model", model), ("loss_function", loss_function)):
+            if not callable(value):
+                raise TypeError(f"{name} is a {type(value).__name__}, which cannot be called")
+        modules = [part for part in (model, loss_function) if isinstance(part, nn.Module)]
+        super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
+        self._model = model
+        self._loss_function = loss_function
+        self._divisor = loss_divisor(loss_function)
+        self._derivative = loss_derivative(loss_function)
+
+    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
+        X, y = batch
+        prediction = self._predict(leaves, X)
+        if self._derivative is not None:
+            with torch.no_grad():
+                loss, divisor = self._loss_function(prediction, y), self._mean_divisor(prediction, batch)
+            derivative = self._derivative(prediction, y, divisor)
+            if derivative is not None:
+                return loss, divisor, prediction, derivative
+        loss = self._loss_function(prediction, y)
+        with torch.no_grad():
+            return loss, self._mean_divisor(prediction, batch), loss, None
+
+    def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
+        return self._divisor(prediction, *batch)
+
+    def _predict(self, leaves: Mapping[str, Tensor], X: Any) -> Any:
+        if not isinstance(self._model, nn.Module):
+            return self._model(dict(leaves), X)
+        buffers = any(part.training for part in self._model.modules())
+        return torch.func.functional_call(self._model, self._others(leaves, buffers) | dict(leaves), (X,))
+
+    def _others(self, leaves: Mapping[str, Tensor], buffers: bool) -> dict[str, Tensor]:
+        """Return the model's other parameters, cut off so that nothing is saved for layers below a block."""
+        assert isinstance(self._model, nn.Module)
+        own = dict(self._model.named_parameters(remove_duplicate=False))
+        selected = {id(own[name]) for name in leaves}
+        values = {name: value.detach() for name, value in self._model.named_parameters() if id(value) not in selected}
+        if buffers:  # copies, as modules in training mode write to them
+            values |= {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        return values
+
+    def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return the model's other parameters, cut off, its buffers, and those of the loss function."""
+        model = self._others(leaves, buffers=True) if isinstance(self._model, nn.Module) else {}
+        loss = dict(self._loss_function.named_buffers()) if isinstance(self._loss_function, nn.Module) else {}
+        return {"model": model, "loss": loss}
+
+    def traced(
+        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
+    ) -> tuple[Tensor, Any]:
+        """Return a batch's loss and prediction."""
+        X, y = batch
+        if isinstance(self._model, nn.Module):
+            prediction = torch.func.functional_call(self._model, held["model"] | dict(leaves), (X,))
+        else:
+            prediction = self._model(dict(leaves), X)
+        if isinstance(self._loss_function, nn.Module):
+            return torch.func.functional_call(self._loss_function, held["loss"], (prediction, y)), prediction
+        return self._loss_function(prediction, y), prediction

@@ -1,0 +1,159 @@
+"""Programs: a product traced, split by its dependence on the vector, and compiled in two halves.
+
+What does not depend on the vector runs once a batch and leaves residuals behind; the rest runs once a product. Which
+values are worth keeping and which are cheaper computed again is what a minimal cut of the graph tells (the one by which
+``torch.compile`` splits training graphs into forward and backward; Chen et al., 2016, "Training deep nets with
+sublinear memory cost", have the trade). Both halves are compiled by Inductor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["Program", "compile_product"]
+
+#: ``(inputs, tangents) -> (extras, cotangents)``; extras are wanted of the first half, cotangents may be None.
+Product = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
+
+
+@dataclasses.dataclass
+class Program:
+    """A product in two halves.
+
+    Attributes
+    ----------
+    seconds : float
+        What tracing and compiling took.
+    """
+
+    seconds: float
+    _first: Callable[..., Sequence[Tensor]]
+    _second: Callable[..., Sequence[Tensor]]
+    _inputs: list[int]
+    _tangents: list[int]
+    _extras: int
+    _cotangents: list[int | None]
+
+    def linearize(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """Return the extras, and the residuals that `apply` needs."""
+        with torch.no_grad():
+            values = list(self._first(*(inputs[index] for index in self._inputs)))
+        return values[: self._extras], values[self._extras :]
+
+    def apply(self, residuals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the cotangents, None for zero."""
+        with torch.no_grad():
+            values = self._second(*residuals, *(tangents[index] for index in self._tangents))
+        return [None if where is None else values[where] for where in self._cotangents]
+
+
+def compile_product(product: Product, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Program:
+    """Trace `product` for tensors of these shapes, and compile it.
+
+    Raises
+    ------
+    Exception
+        Whatever torch says of an operation that cannot be traced, split or compiled.
+    """
+    from torch._inductor import compile as inductor
+
+    began = time.perf_counter()
+    with _quiet():
+        graph, extras, cotangents = _traced(product, inputs, tangents)
+        first, second = _split(graph, len(inputs), extras, [*inputs, *tangents])
+        used = [_number(node) for node in _placeholders(first)]
+        with torch.no_grad():
+            first_half = inductor(first, [inputs[index] for index in used])
+            residuals = list(first_half(*(inputs[index] for index in used)))[extras:]
+            needed = [_number(node) for node in _placeholders(second)[len(residuals) :]]
+            second_half = inductor(second, [*residuals, *(tangents[index] for index in needed)])
+    return Program(time.perf_counter() - began, first_half, second_half, used, needed, extras, cotangents)
+
+
+def _traced(
+    product: Product, inputs: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[fx.GraphModule, int, list[int | None]]:
+    """Return the graph of extras and cotangents, how many extras, and which output each cotangent is."""
+    import torch._inductor.lowering  # the decompositions of pooling look it up
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    extras = 0
+    cotangents: list[int | None] = []
+
+    def flat(inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+        nonlocal extras
+        wanted, products = product(inputs, tangents)
+        extras = len(wanted)
+        cotangents[:] = _numbered(products)
+        return [*wanted, *(part for part in products if part is not None)]
+
+    # In two steps, as nothing can require grad inside of `functionalize`, which takes writes in place out.
+    graph = make_fx(flat, tracing_mode="fake")(inputs, tangents)
+    functional = torch.func.functionalize(graph)
+    graph = make_fx(functional, tracing_mode="fake", decomposition_table=select_decomp_table())(inputs, tangents)
+    return graph, extras, cotangents
+
+
+def _numbered(products: Sequence[Tensor | None]) -> list[int | None]:
+    numbers: list[int | None] = []
+    count = 0
+    for part in products:
+        numbers.append(None if part is None else count)
+        count += part is not None
+    return numbers
+
+
+def _split(graph: fx.GraphModule, inputs: int, extras: int, examples: list[Tensor]) -> tuple[Any, Any]:
+    """Return the halves: inputs to extras and residuals, residuals and tangents to cotangents."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    nodes = list(graph.graph.nodes)
+    placeholders = _placeholders(graph)
+    for index, node in enumerate(placeholders):  # the names by which the partitioner tells them apart
+        number = index if index < inputs else index - inputs
+        node.name = node.target = f"{'primals' if index < inputs else 'tangents'}_{number + 1}"
+    on_vector = set(placeholders[inputs:])
+    for node in nodes:
+        if any(parent in on_vector for parent in node.all_input_nodes):
+            on_vector.add(node)
+    output = nodes[-1]
+    boundary = [
+        node
+        for node in nodes
+        if node.op == "call_function" and node not in on_vector and any(user in on_vector for user in node.users)
+    ]
+    # All that the second half touches is called an output of the first, so that the cut may lie anywhere before it.
+    wanted, products = list(output.args[0])[:extras], list(output.args[0])[extras:]
+    output.args = ((*wanted, *boundary, *products),)
+    graph.recompile()
+    first, second = min_cut_rematerialization_partition(graph, examples, num_fwd_outputs=extras + len(boundary))
+    ending = list(first.graph.nodes)[-1]
+    ending.args = ((*ending.args[0][:extras], *ending.args[0][extras + len(boundary) :]),)
+    first.graph.eliminate_dead_code()
+    first.recompile()
+    return first, second
+
+
+def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def _number(node: fx.Node) -> int:
+    return int(node.name.rsplit("_", 1)[1]) - 1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what Inductor says to those who call it themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,166 @@
+"""The compiled engine: the same matrix as the retained graph's, by programs made once for each shape of batch."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES, architecture_problem
+from cases import LOSSES, Problem, cut, loss_problem, mlp, sequences
+from torch import nn
+
+from curvop import HessianLinearOperator
+
+P = 43
+
+
+def hessian(problem: Problem, engine: str = "compiled", **options) -> HessianLinearOperator:
+    return HessianLinearOperator(
+        problem.model, problem.loss_function, problem.params, problem.data, engine=engine, **options
+    )
+
+
+def check(problem: Problem, **options) -> HessianLinearOperator:
+    """Compare with the autograd engine; what falls back warns, and warnings are errors."""
+    A, B = hessian(problem, "autograd"), hessian(problem, **options)
+    np.testing.assert_allclose(B @ np.eye(B.shape[1]), A @ np.eye(B.shape[1]), rtol=1e-10, atol=1e-13)
+    return B
+
+
+@pytest.fixture(scope="module")
+def compiled() -> tuple[Problem, HessianLinearOperator]:
+    problem = loss_problem("ce-everything")
+    return problem, check(problem)
+
+
+class TestPrograms:
+    def test_one_for_each_shape_of_batch(self, compiled) -> None:
+        problem, H = compiled
+        kernel = H._engine.kernel
+        assert len(kernel._programs) == 2  # batches of 6 and of 3
+        seconds = kernel.seconds
+        assert seconds > 0
+        assert H.cost().compile_seconds == seconds
+        problem.data.append(tuple(part.flip(0) for part in problem.data[1]))
+        check_again = hessian(problem, "autograd")
+        np.testing.assert_allclose(H @ np.ones(P), check_again @ np.ones(P), rtol=1e-10, atol=1e-13)
+        assert kernel.seconds == seconds  # the third batch has the shape of the second
+        problem.data.pop()
+
+    def test_serve_other_values_of_parameters_and_class_weights(self, compiled) -> None:
+        problem, H = compiled
+        seconds = H._engine.kernel.seconds
+        with torch.no_grad():
+            problem.model[0].weight.mul_(-0.5)
+            problem.loss_function.weight[0] = 5.0
+        np.testing.assert_allclose(H @ np.eye(P), hessian(problem, "autograd") @ np.eye(P), rtol=1e-10, atol=1e-13)
+        assert H._engine.kernel.seconds == seconds
+
+    @pytest.mark.parametrize("cache", [0, 3000])
+    def test_serve_whatever_is_kept(self, compiled, cache) -> None:
+        problem, H = compiled
+        again = hessian(problem, cache=cache)
+        again._engine.kernel._programs = H._engine.kernel._programs
+        for _ in range(2):
+            np.testing.assert_allclose(again @ np.ones((P, 3)), H @ np.ones((P, 3)), rtol=1e-12, atol=1e-15)
+        assert again._engine.kernel.seconds == H._engine.kernel.seconds
+
+    def test_pickle_without_programs(self, compiled) -> None:
+        _, H = compiled
+        assert pickle.loads(pickle.dumps(H))._engine.kernel._programs == {}
+
+    def test_residuals_are_counted(self, compiled) -> None:
+        _, H = compiled
+        H @ np.ones(P)
+        tensors = [tensor for kept in H._engine._first.kept.values() for tensor in kept.tensors]
+        assert 0 < H._engine._first.bytes <= sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_rectangular_blocks_and_their_adjoints() -> None:
+    problem = loss_problem("mse")
+    dense = hessian(problem, "autograd") @ np.eye(P)
+    H = hessian(problem)
+    rows, cols = H.params_slices["2.bias"], H.params_slices["0.weight"]
+    A = H.block("2.bias", "0.weight")
+    np.testing.assert_allclose(A @ np.eye(20), dense[rows, cols], rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(A.H @ np.eye(3), dense[rows, cols].T, rtol=1e-10, atol=1e-13)
+
+
+def test_training_mode_is_another_program_and_buffers_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+    problem = Problem(model, nn.MSELoss(), cut(torch.randn(6, 4).double(), torch.randn(6, 3).double(), (6,)))
+    H = check(problem)
+    model.train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    np.testing.assert_allclose(
+        H @ np.eye(H.shape[1]), hessian(problem, "autograd") @ np.eye(H.shape[1]), rtol=1e-9, atol=1e-12
+    )
+    assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
+    assert len(H._engine.kernel._programs) == 2
+
+
+def test_single_precision() -> None:
+    problem = loss_problem("ce")
+    problem.model.float()
+    problem.data = [(X.float(), y) for X, y in problem.data]
+    A, B = hessian(problem, "autograd"), hessian(problem)
+    np.testing.assert_allclose(B @ np.ones(P), A @ np.ones(P), rtol=1e-4, atol=1e-6)
+
+
+class TestFallingBack:
+    def check(self, H: HessianLinearOperator, expected: np.ndarray, reason: str) -> None:
+        with pytest.warns(RuntimeWarning, match=rf"falls back to 'autograd'.*{reason}") as caught:
+            np.testing.assert_allclose(H @ np.eye(P), expected, rtol=1e-10, atol=1e-13)
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            np.testing.assert_allclose(H @ np.eye(P), expected, rtol=1e-10, atol=1e-13)
+
+    def test_values_that_python_looks_at(self) -> None:
+        problem = loss_problem("mse")
+        expected = hessian(problem, "autograd") @ np.eye(P)
+
+        def loss_function(prediction, y):
+            return nn.functional.mse_loss(prediction, y) * (1.0 if prediction.detach().sum().item() < 1e9 else 2.0)
+
+        weights = {"batch_weight": lambda batch: batch[1].numel()}
+        problem.loss_function = loss_function
+        self.check(hessian(problem, **weights), expected, "DataDependent")
+
+    def test_tensors_that_a_function_holds(self) -> None:
+        model = mlp().double()
+        scale = torch.full((3,), 2.0, dtype=torch.float64)
+        data = [(torch.randn(5, 4).double(), torch.randn(5, 3).double())]
+
+        def scaled(params, X):
+            return scale * torch.func.functional_call(model, params, (X,))
+
+        problem = Problem(scaled, nn.MSELoss(), data, dict(model.named_parameters()))
+        self.check(hessian(problem), hessian(problem, "autograd") @ np.eye(P), "FakeTensor")
+
+    def test_the_users_own_error_comes_as_it_is(self) -> None:
+        problem = loss_problem("mse")
+        problem.data = [(X[:, :2], y) for X, y in problem.data]
+        with pytest.warns(RuntimeWarning, match="falls back"), pytest.raises(RuntimeError, match="shapes"):
+            hessian(problem) @ np.ones(P)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture(name: str) -> None:
+    check(architecture_problem(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss(name: str) -> None:
+    check(loss_problem(name))
+
+
+@pytest.mark.slow
+def test_sequences() -> None:
+    check(sequences())
