@@ -20,6 +20,9 @@ from torch import Tensor, fx
 
 __all__ = ["Program", "compile_product"]
 
+# Elementwise work may be done again however far from its first use: residuals are half as large, at no cost in time.
+_BANS = ("ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward")
+
 #: ``(inputs, tangents) -> (extras, cotangents)``; extras are wanted of the first half, cotangents may be None.
 Product = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
 
@@ -114,6 +117,7 @@ def _numbered(products: Sequence[Tensor | None]) -> list[int | None]:
 
 def _split(graph: fx.GraphModule, inputs: int, extras: int, examples: list[Tensor]) -> tuple[Any, Any]:
     """Return the halves: inputs to extras and residuals, residuals and tangents to cotangents."""
+    from torch._functorch import config
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     nodes = list(graph.graph.nodes)
@@ -135,7 +139,8 @@ def _split(graph: fx.GraphModule, inputs: int, extras: int, examples: list[Tenso
     wanted, products = list(output.args[0])[:extras], list(output.args[0])[extras:]
     output.args = ((*wanted, *boundary, *products),)
     graph.recompile()
-    first, second = min_cut_rematerialization_partition(graph, examples, num_fwd_outputs=extras + len(boundary))
+    with config.patch({name: False for name in _BANS if hasattr(config, name)}):
+        first, second = min_cut_rematerialization_partition(graph, examples, num_fwd_outputs=extras + len(boundary))
     ending = list(first.graph.nodes)[-1]
     ending.args = ((*ending.args[0][:extras], *ending.args[0][extras + len(boundary) :]),)
     first.graph.eliminate_dead_code()
