@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.sparse.linalg
-import torch
 
 import curvop
 from curvop import eigs
@@ -165,15 +164,6 @@ def linear():
 """
 
 P = 26
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Keep to one thread: several wait for each other by spinning, which takes minutes where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -615,3 +605,21 @@ class TestBadArguments:
     @pytest.mark.parametrize("name", ["not_finite", "dropout"])
     def test_no_place_is_named_that_is_not_the_users(self, refused, spec, name):
         assert ".py:" not in refused("eigs", spec(name))
+
+
+class TestCost:
+    def test_in_the_report_and_in_the_json(self, run, run_json, spec) -> None:
+        code, out, _ = run("eigs", spec("small"), "--cost")
+        assert code == 0
+        assert re.search(r"cost +a product takes .* gradients; 100% of the batches are kept", out)
+        _, result = run_json(spec("small"), "--cost")
+        assert result["cost"]["seconds"] > 0
+        assert result["cost"]["kept_share"] == 1
+
+    def test_only_where_asked(self, run_json, spec) -> None:
+        assert run_json(spec("small"))[1]["cost"] is None
+
+    def test_the_compiled_engine(self, run_json, spec) -> None:
+        code, result = run_json(spec("small"), "--engine", "compiled", "--cost")
+        assert code == 0
+        assert result["cost"]["compile_seconds"] > 0

@@ -13,7 +13,7 @@ import curvop
 
 SOURCE = Path(curvop.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
-STUDIES = {"cli", "dense", "eigs", "problems", "spectrum", "journal", "distributed"}
+STUDIES = {"cli", "dense", "eigs", "problems", "results", "spectrum", "journal", "distributed"}
 
 
 def floor(module: str) -> int:

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from curvop import NonDeterministicObjectiveError, NonFiniteProductError, __version__
 from curvop.dense import DenseCheck
-from curvop.eigs import Cost, End, Result, Setup, Spectrum, save, study
+from curvop.eigs import study
 from curvop.problems import ProblemError, describe_error, load
+from curvop.results import Cost, End, Result, Setup, Spectrum, save
 
 __all__ = ["main"]
 
@@ -111,6 +112,8 @@ def _parser() -> _Parser:
     eigs.add_argument(
         "--dtype", choices=("float32", "float64"), default="float64", help="of the vectors (default: float64)"
     )
+    eigs.add_argument("--engine", choices=("autograd", "compiled"), default="autograd", help="computes the products")
+    eigs.add_argument("--cost", action="store_true", help="measure and print what one product costs")
     eigs.add_argument("--block", metavar="NAME", action="append", help="study this parameter's block; can be repeated")
     eigs.add_argument("--damping", type=_nonnegative, default=1e-2, help="in (B + damping I) x = g (default: 0.01)")
     eigs.add_argument("--out", metavar="FILE.npz", type=Path, help="save eigenvalues and eigenvectors in this file")
@@ -166,6 +169,8 @@ def _eigs(options: argparse.Namespace) -> int:
                 ends=[(options.which, options.k)] if options.which else [("LA", options.k), ("SA", min(5, options.k))],
                 tol=options.tol,
                 dtype=options.dtype,
+                engine=options.engine,
+                cost=options.cost,
                 block=options.block,
                 damping=options.damping,
                 bar=bar,
@@ -230,6 +235,8 @@ def _report(result: Result, options: argparse.Namespace) -> Iterator[str]:
         yield f"  loss           {result.loss:.6g}"
         yield f"  gradient norm  {result.gradient_norm:.3g}"
         yield f"  first pass     {_text(result.cost)}"
+        if result.product:
+            yield f"  cost           {result.product}"
     elif isinstance(result, Spectrum):
         for end in result.ends:
             yield from _table(end)
@@ -283,6 +290,7 @@ def _as_json(options: argparse.Namespace, results: Sequence[Any], seconds: float
             "converged": solve.ok,
             **asdict(solve.cost),
         },
+        "cost": asdict(setup.product) if setup.product else None,
         "products": _num_products(results),
         "seconds": seconds,
     }

@@ -1,118 +1,21 @@
 """The study behind ``curvop eigs``, apart from how it is shown: `study` yields each result as soon as it is there."""
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.sparse.linalg import ArpackNoConvergence, cg, eigsh
 
-from curvop.dense import DenseCheck, accuracy, dense_check
+from curvop.dense import accuracy, dense_check
 from curvop.hessian import HessianLinearOperator
 from curvop.problems import ProblemError, describe_error, last_layer, one_line
+from curvop.results import Array, Cost, End, Result, Setup, Solve, Spectrum
 
-__all__ = ["Cost", "End", "Result", "Setup", "Solve", "Spectrum", "save", "study"]
-
-Array = npt.NDArray[Any]
+__all__ = ["study"]
 
 _MAX_RESTARTS = 1000  # of each `eigsh`, 10,000 products and more; SciPy's 10 N would let a large problem run for ever
-
-
-@dataclass
-class Cost:
-    """What a step took: the number of products (columns multiplied), and the time in seconds."""
-
-    products: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Setup:
-    """The matrix that is studied, N rows of a Hessian with P; `cost` is that of the first pass over the data.
-
-    `slices` are the rows of each parameter in the matrix; `block` names the parameters where they are not all. `norm`
-    is the norm of the matrix times a standard normal vector, which estimates the matrix's Frobenius norm.
-    """
-
-    P: int
-    N: int
-    slices: dict[str, slice]
-    block: tuple[str, ...] | None
-    dtype: str
-    model_dtype: str
-    device: str
-    loss: float
-    gradient_norm: float
-    norm: float
-    cost: Cost
-    ok: bool = True
-
-
-@dataclass(frozen=True)
-class End:
-    """The eigenvalues from one call of `eigsh`: `wanted` many, of which those that converged are here.
-
-    `values` has shape (n,), `vectors` (N, n); `residuals`, the norms of ``H v - lambda v``, and what is `allowed` of
-    them, (n,).
-    """
-
-    which: str
-    wanted: int
-    values: Array
-    vectors: Array
-    residuals: Array
-    allowed: Array
-    cost: Cost
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """All eigenvalues asked for, and the cost of the one block product for their residuals."""
-
-    ends: tuple[End, ...]
-    residual_cost: Cost
-
-    @property
-    def ok(self) -> bool:
-        """Whether all eigenvalues converged, in their true residuals too."""
-        return all(len(end.values) == end.wanted and (end.residuals <= end.allowed).all() for end in self.ends)
-
-    @property
-    def arrays(self) -> dict[str, Array]:
-        """The ends joined: eigenvalues (n,), eigenvectors (N, n), residuals (n,) and those allowed, and their ends."""
-        return {
-            "eigenvalues": np.concatenate([end.values for end in self.ends]),
-            "eigenvectors": np.concatenate([end.vectors for end in self.ends], axis=1),
-            "residuals": np.concatenate([end.residuals for end in self.ends]),
-            "allowed_residuals": np.concatenate([end.allowed for end in self.ends]),
-            "which": np.concatenate([np.full(len(end.values), end.which, dtype="U2") for end in self.ends]),
-        }
-
-
-@dataclass(frozen=True)
-class Solve:
-    """The solution of ``(B + damping I) x = g``: `residual` is the true one, relative to the norm of g.
-
-    `rtol` is what `cg` was to reach in its own, recursive, residual, and `ok` whether it did and the true one is
-    within `allowed`.
-    """
-
-    block: tuple[str, ...]
-    N: int
-    damping: float
-    rtol: float
-    allowed: float
-    residual: float
-    ok: bool
-    cost: Cost
-
-
-Result = Setup | Spectrum | DenseCheck | Solve
 
 
 def study(
@@ -121,6 +24,8 @@ def study(
     ends: Sequence[tuple[str, int]],
     tol: float,
     dtype: str,
+    engine: str,
+    cost: bool,
     block: Sequence[str] | None,
     damping: float,
     bar: Any,
@@ -137,6 +42,10 @@ def study(
         `eigsh`'s relative accuracy of an eigenvalue; 0 is machine precision.
     dtype : str
         Of the vectors: ``'float32'`` or ``'float64'``.
+    engine : str
+        ``'autograd'`` or ``'compiled'``.
+    cost : bool
+        Whether to measure what one product costs.
     block : sequence of str or None
         The parameters that the study is restricted to; None: all.
     damping : float
@@ -154,14 +63,14 @@ def study(
     ProblemError
         If the problem cannot be wrapped or evaluated, or is too small for the number of eigenvalues.
     """
-    hessian, operator = _wrap(problem, dtype, block, bar)
+    hessian, operator = _wrap(problem, dtype, engine, block, bar)
     N, most = operator.shape[0], max(count for _, count in ends)
     if most >= N:
         raise ProblemError(f"--k = {most} is too large: eigsh finds at most N - 1 eigenvalues, and here N = {N:,}")
     # Parameters given as a list get their names from the operator, which keeps their order.
     values = problem["params"].values() if isinstance(problem["params"], Mapping) else problem["params"]
     problem = {**problem, "params": dict(zip(hessian.params_slices, values, strict=True))}
-    setup = _first_pass(problem, hessian, operator, block)
+    setup = _first_pass(problem, hessian, operator, block, cost)
     yield setup
 
     precision = accuracy(setup.dtype, setup.model_dtype)
@@ -176,28 +85,6 @@ def study(
     yield _solve(part, damping, precision, bar)
 
 
-def save(path: Path, setup: Setup, spectrum: Spectrum, dense: DenseCheck) -> None:
-    """Write the eigenpairs to an ``.npz`` file, which appears only when it is complete.
-
-    It holds the arrays of `spectrum`, ``param_names`` and ``param_slices`` (start and stop of each parameter's rows),
-    and ``dense_eigenvalues`` (N,) where these were computed. None of them is a pickled object.
-    """
-    arrays = {
-        **spectrum.arrays,
-        "param_names": np.array(list(setup.slices), dtype=np.str_),
-        "param_slices": np.array([(rows.start, rows.stop) for rows in setup.slices.values()], dtype=np.int64),
-    }
-    if dense.values is not None:
-        arrays["dense_eigenvalues"] = dense.values
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @contextmanager
 def _measured(operator: Any) -> Iterator[Cost]:
     """Give a cost that is filled in at the end."""
@@ -208,10 +95,10 @@ def _measured(operator: Any) -> Iterator[Cost]:
         cost.products, cost.seconds = operator.num_products - products, time.perf_counter() - start
 
 
-def _wrap(problem: dict[str, Any], dtype: str, block: Sequence[str] | None, bar: Any) -> tuple[Any, Any]:
+def _wrap(problem: dict[str, Any], dtype: str, engine: str, block: Sequence[str] | None, bar: Any) -> tuple[Any, Any]:
     """Return the operators of the Hessian and of the part of it that is studied."""
     try:
-        hessian = HessianLinearOperator(**problem, dtype=np.dtype(dtype), progress=bar)
+        hessian = HessianLinearOperator(**problem, dtype=np.dtype(dtype), engine=engine, progress=bar)
     except (ValueError, TypeError) as error:
         raise ProblemError(one_line(error)) from error
     try:
@@ -220,7 +107,9 @@ def _wrap(problem: dict[str, Any], dtype: str, block: Sequence[str] | None, bar:
         raise ProblemError(f"--block: {str(error).removeprefix('rows').lstrip(': ')}") from error
 
 
-def _first_pass(problem: dict[str, Any], hessian: Any, operator: Any, block: Sequence[str] | None) -> Setup:
+def _first_pass(
+    problem: dict[str, Any], hessian: Any, operator: Any, block: Sequence[str] | None, measured: bool
+) -> Setup:
     """Evaluate the loss, its gradient and one product: what cannot be differentiated twice fails here and at once."""
     with _measured(operator) as cost:
         try:
@@ -243,6 +132,7 @@ def _first_pass(problem: dict[str, Any], hessian: Any, operator: Any, block: Seq
         gradient_norm=float(np.linalg.norm(gradient.astype(np.float64))),
         norm=float(np.linalg.norm(product)),
         cost=cost,
+        product=operator.cost() if measured else None,
     )
 
 

@@ -1,0 +1,132 @@
+"""What a study of eigenvalues finds, and the file it is saved in."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from curvop.cost import Cost as ProductCost
+from curvop.dense import DenseCheck
+
+__all__ = ["Array", "Cost", "End", "Result", "Setup", "Solve", "Spectrum", "save"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class Cost:
+    """What a step took: the number of products (columns multiplied), and the time in seconds."""
+
+    products: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The matrix that is studied, N rows of a Hessian with P; `cost` is that of the first pass over the data.
+
+    `slices` are the rows of each parameter in the matrix; `block` names the parameters where they are not all. `norm`
+    is the norm of the matrix times a standard normal vector, which estimates the matrix's Frobenius norm; `product`
+    tells what one product costs, where that was asked.
+    """
+
+    P: int
+    N: int
+    slices: dict[str, slice]
+    block: tuple[str, ...] | None
+    dtype: str
+    model_dtype: str
+    device: str
+    loss: float
+    gradient_norm: float
+    norm: float
+    cost: Cost
+    product: ProductCost | None
+    ok: bool = True
+
+
+@dataclass(frozen=True)
+class End:
+    """The eigenvalues from one call of `eigsh`: `wanted` many, of which those that converged are here.
+
+    `values` has shape (n,), `vectors` (N, n); `residuals`, the norms of ``H v - lambda v``, and what is `allowed` of
+    them, (n,).
+    """
+
+    which: str
+    wanted: int
+    values: Array
+    vectors: Array
+    residuals: Array
+    allowed: Array
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """All eigenvalues asked for, and the cost of the one block product for their residuals."""
+
+    ends: tuple[End, ...]
+    residual_cost: Cost
+
+    @property
+    def ok(self) -> bool:
+        """Whether all eigenvalues converged, in their true residuals too."""
+        return all(len(end.values) == end.wanted and (end.residuals <= end.allowed).all() for end in self.ends)
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The ends joined: eigenvalues (n,), eigenvectors (N, n), residuals (n,) and those allowed, and their ends."""
+        return {
+            "eigenvalues": np.concatenate([end.values for end in self.ends]),
+            "eigenvectors": np.concatenate([end.vectors for end in self.ends], axis=1),
+            "residuals": np.concatenate([end.residuals for end in self.ends]),
+            "allowed_residuals": np.concatenate([end.allowed for end in self.ends]),
+            "which": np.concatenate([np.full(len(end.values), end.which, dtype="U2") for end in self.ends]),
+        }
+
+
+@dataclass(frozen=True)
+class Solve:
+    """The solution of ``(B + damping I) x = g``: `residual` is the true one, relative to the norm of g.
+
+    `rtol` is what `cg` was to reach in its own, recursive, residual, and `ok` whether it did and the true one is
+    within `allowed`.
+    """
+
+    block: tuple[str, ...]
+    N: int
+    damping: float
+    rtol: float
+    allowed: float
+    residual: float
+    ok: bool
+    cost: Cost
+
+
+Result = Setup | Spectrum | DenseCheck | Solve
+
+
+def save(path: Path, setup: Setup, spectrum: Spectrum, dense: DenseCheck) -> None:
+    """Write the eigenpairs to an ``.npz`` file, which appears only when it is complete.
+
+    It holds the arrays of `spectrum`, ``param_names`` and ``param_slices`` (start and stop of each parameter's rows),
+    and ``dense_eigenvalues`` (N,) where these were computed. None of them is a pickled object.
+    """
+    arrays = {
+        **spectrum.arrays,
+        "param_names": np.array(list(setup.slices), dtype=np.str_),
+        "param_slices": np.array([(rows.start, rows.stop) for rows in setup.slices.values()], dtype=np.int64),
+    }
+    if dense.values is not None:
+        arrays["dense_eigenvalues"] = dense.values
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
