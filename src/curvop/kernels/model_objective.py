@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -74,7 +75,12 @@ class ModelObjective(Objective):
     def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the model's other parameters, cut off, its buffers, and those of the loss function."""
         model = self._others(leaves, buffers=True) if isinstance(self._model, nn.Module) else {}
-        loss = dict(self._loss_function.named_buffers()) if isinstance(self._loss_function, nn.Module) else {}
+        loss: dict[str, Tensor] = {}
+        if isinstance(self._loss_function, nn.Module):
+            loss = dict(self._loss_function.named_buffers())
+        elif isinstance(self._loss_function, functools.partial):
+            keywords = self._loss_function.keywords
+            loss = {name: value for name, value in keywords.items() if isinstance(value, Tensor)}
         return {"model": model, "loss": loss}
 
     def traced(
@@ -88,4 +94,4 @@ class ModelObjective(Objective):
             prediction = self._model(dict(leaves), X)
         if isinstance(self._loss_function, nn.Module):
             return torch.func.functional_call(self._loss_function, held["loss"], (prediction, y)), prediction
-        return self._loss_function(prediction, y), prediction
+        return self._loss_function(prediction, y, **held["loss"]), prediction
