@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, architecture_problem
-from cases import LOSSES, Problem, cut, loss_problem, mlp, sequences
+from cases import LOSSES, Problem, cut, input_problem, loss_problem, mlp, sequences
 from torch import nn
 
-from curvop import HessianLinearOperator
+from curvop import HessianLinearOperator, NonDeterministicObjectiveError
 
 P = 43
 
@@ -103,6 +103,24 @@ def test_training_mode_is_another_program_and_buffers_stay() -> None:
     assert len(H._engine.kernel._programs) == 2
 
 
+def test_settings_of_modules_are_part_of_the_program() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).double()
+    problem = Problem(model, nn.MSELoss(), [(torch.randn(6, 4).double(), torch.randn(6, 3).double())])
+    H = check(problem)
+    model[1].eps = 1.0
+    model[0].bias.data.add_(0.1)
+    np.testing.assert_allclose(H @ np.ones(21), hessian(problem, "autograd") @ np.ones(21), rtol=1e-10, atol=1e-13)
+
+
+def test_dropout_in_training_mode_is_told() -> None:
+    problem = loss_problem("mse")
+    problem.model.insert(2, nn.Dropout(0.5)).train()
+    problem.params = dict(problem.model.named_parameters())
+    with pytest.raises(NonDeterministicObjectiveError, match="dropout"):
+        hessian(problem) @ np.ones(P)
+
+
 def test_single_precision() -> None:
     problem = loss_problem("ce")
     problem.model.float()
@@ -141,6 +159,13 @@ class TestFallingBack:
 
         problem = Problem(scaled, nn.MSELoss(), data, dict(model.named_parameters()))
         self.check(hessian(problem), hessian(problem, "autograd") @ np.eye(P), "FakeTensor")
+
+    def test_batches_that_hide_their_tensors(self) -> None:
+        problem = input_problem("userdict")
+        H = hessian(problem)
+        expected = hessian(problem, "autograd") @ np.eye(P)
+        self.check(H, expected, "a batch holds a UserDict")
+        assert not H._engine.kernel._programs
 
     def test_the_users_own_error_comes_as_it_is(self) -> None:
         problem = loss_problem("mse")

@@ -58,10 +58,16 @@ class CompiledKernel(Kernel):
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of one batch."""
         inputs, structure = pytree.tree_flatten((dict(leaves), self.objective.held(leaves), batch))
-        key = (tuple(map(_like, inputs)), str(structure), self.objective.mode())
-        if key not in self._programs:
-            self._programs[key] = self._compiled(leaves, inputs, structure)
-        if (compiled := self._programs[key]) is None:
+        compiled = None
+        if unknown := [part for part in inputs if not isinstance(part, Tensor | int | float | str | None)]:
+            # What it holds, nobody can see: neither the tensors to trace nor the values that a program is good for.
+            self._warn(f"a batch holds a {type(unknown[0]).__name__}")
+        else:
+            key = (tuple(map(_like, inputs)), str(structure), self.objective.mode())
+            if key not in self._programs:
+                self._programs[key] = self._compiled(leaves, inputs, structure)
+            compiled = self._programs[key]
+        if compiled is None:
             return self._kernel.linearize(leaves, index, batch)
         program, prediction = compiled
         [loss], residuals = program.linearize([part.detach() for part in inputs if isinstance(part, Tensor)])
@@ -92,15 +98,13 @@ class CompiledKernel(Kernel):
         try:
             return compile_product(product, examples, tangents), shape
         except Exception as error:  # whatever torch cannot do; autograd says it again if the objective is at fault
-            if not self._warned:
-                self._warned = True
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                warnings.warn(
-                    f"engine='compiled' falls back to 'autograd', as the product could not be compiled: {reason[:300]}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            self._warn(" ".join(f"the product could not be compiled: {type(error).__name__}: {error}".split())[:300])
             return None
+
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"engine='compiled' falls back to 'autograd': {reason}", RuntimeWarning, stacklevel=2)
 
 
 class _Residuals(Linearization):
@@ -118,7 +122,7 @@ class _Residuals(Linearization):
 def _like(part: Any) -> object:
     """Return what one program is good for."""
     if not isinstance(part, Tensor):
-        return part if isinstance(part, int | float | str | None) else id(part)
+        return type(part), part
     return part.shape, part.stride(), part.dtype, part.device, part.requires_grad
 
 

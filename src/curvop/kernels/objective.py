@@ -187,10 +187,16 @@ class Objective(abc.ABC):
             raise ValueError("data has total weight 0 (every target is ignored): the mean of no losses is not defined")
         return total
 
-    def mode(self) -> tuple[bool, ...]:
-        """Return the settings that change what the modules do."""
-        flags = [part.training for module in self._modules for part in module.modules()]
-        return torch.is_autocast_enabled(self.device.type), *flags
+    def mode(self) -> tuple[object, ...]:
+        """Return the settings that change what the modules do: flags, and numbers such as ``eps``."""
+        settings = [
+            (name, value)
+            for module in self._modules
+            for part in module.modules()
+            for name, value in vars(part).items()
+            if isinstance(value, bool | int | float | str)
+        ]
+        return torch.is_autocast_enabled(self.device.type), *settings
 
     def state(self) -> tuple[object, ...]:
         """Return a token that changes whenever the objective does, at the cost of one pass over the parameters."""
