@@ -1,15 +1,21 @@
-"""The five problems of the benchmarks: model, loss and batches of random data, float32, evaluation mode."""
+"""The problems of the benchmarks: model, loss and batches of data, float32, evaluation mode."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
+import runpy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["PROBLEMS"]
+__all__ = ["PEER_PROBLEMS", "PROBLEMS", "tutorial"]
+
+TUTORIAL = Path(__file__).resolve().parents[1] / "docs" / "examples" / "submatrices.py"
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -75,17 +81,51 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """Four blocks of width 128 over 64 positions; scores ``[B, C, T]``."""
+    """Four blocks of width 128 over 64 positions; scores ``[B, C, T]``.
 
-    def __init__(self, tokens: int = 65, width: int = 128, length: int = 64, depth: int = 4) -> None:
+    Where the head is tied, it has no bias, and embeddings start as small as GPT-2's.
+    """
+
+    def __init__(
+        self, tokens: int = 65, width: int = 128, length: int = 64, depth: int = 4, heads: int = 4, tied: bool = False
+    ) -> None:
         super().__init__()
         self.embed, self.place = nn.Embedding(tokens, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Transformer(width, 4) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens)
+        self.blocks = nn.Sequential(*(Transformer(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens, bias=not tied)
+        if tied:
+            self.head.weight = self.embed.weight
+            for embedding in (self.embed, self.place):
+                nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens) + self.place.weight[: tokens.shape[1]]
         return self.head(self.norm(self.blocks(x))).transpose(1, 2)
+
+
+def gpt2() -> GPT:
+    """124 million parameters: GPT-2 (small) but for dropout."""
+    return GPT(tokens=50257, width=768, length=1024, depth=12, heads=12, tied=True)
+
+
+def tutorial() -> dict[str, Any]:
+    """Run the tutorial on submatrices, in silence, and return its variables."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return runpy.run_path(str(TUTORIAL))
+
+
+def tutorial_problem() -> dict[str, Any]:
+    script = tutorial()
+    return {name: script[name] for name in ("model", "loss_function", "params", "data")}
+
+
+def digits() -> dict[str, Any]:
+    """All images of scikit-learn's handwritten digits in three batches, for a network that is not trained."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    data = list(zip(torch.from_numpy(pixels / 16).float().split(599), torch.from_numpy(labels).split(599), strict=True))
+    return problem(mlp(64, 32, 10), (64,), 0, 0) | {"data": data}
 
 
 def problem(model: nn.Module, shape: tuple[int, ...], batch: int, count: int, tokens: int = 0) -> dict[str, Any]:
@@ -109,4 +149,11 @@ PROBLEMS = {
     "CNN 32x32": lambda: problem(cnn(), (3, 32, 32), 64, 2),
     "GPT 4 layers, d = 128": lambda: problem(GPT(), (64,), 4, 2, tokens=65),
     "ResNet-18 64x64, eval": lambda: problem(resnet18(), (3, 64, 64), 8, 2),
+}
+
+PEER_PROBLEMS = {
+    "tutorial MLP 7-5-5-3": tutorial_problem,
+    "MLP 64-32-10, digits": digits,
+    **{name: make for name, make in PROBLEMS.items() if name != "MLP 64-32-10"},
+    "GPT-2 124M": lambda: problem(gpt2(), (128,), 2, 1, tokens=50257),
 }

@@ -10,62 +10,23 @@ and the same block sliced from the whole.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
-import datetime
-import io
 import json
-import os
-import platform
 import resource
-import runpy
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
 import torch
-from models import PROBLEMS
+from environment import environment
+from models import PROBLEMS, tutorial
+from reference import exact, medians
 
-from curvop import HessianLinearOperator, __version__
+from curvop import HessianLinearOperator
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "overhead.json"
-TUTORIAL = HERE.parent / "docs" / "examples" / "submatrices.py"
+RESULTS = Path(__file__).resolve().parent / "results" / "overhead.json"
 SLICE_GOAL = 1.1
-
-
-def exact(problem: dict[str, Any], vector: np.ndarray) -> np.ndarray:
-    """Return the product in float64, by double backward without anything of this package."""
-    model = copy.deepcopy(problem["model"]).double()
-    params = list(model.parameters())
-    pieces = torch.from_numpy(vector).split([param.numel() for param in params])
-    seeds = [piece.view_as(param) for piece, param in zip(pieces, params, strict=True)]
-    total = torch.zeros(len(vector), dtype=torch.float64)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        for X, y in problem["data"]:
-            loss = problem["loss_function"](model(X.double() if X.is_floating_point() else X), y)
-            gradient = torch.autograd.grad(loss, params, create_graph=True)
-            product = torch.autograd.grad(gradient, params, seeds)
-            total += torch.cat([part.reshape(-1) for part in product]) / len(problem["data"])
-    return total.numpy()
-
-
-def medians(*functions: Callable[[], object], repeats: int) -> list[float]:
-    """Time functions in turns; return the median milliseconds of each."""
-    times: list[list[float]] = [[] for _ in functions]
-    for repeat in range(repeats + 2):
-        for function, own in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if repeat >= 2:  # the first two warm up
-                own.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(own) for own in times]
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
@@ -97,8 +58,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
 
 def measure_slice(repeats: int) -> dict[str, Any]:
     """Time the two operators of the tutorial that are the block of its first weight."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        script = runpy.run_path(str(TUTORIAL))
+    script = tutorial()
     restricted, sliced, x = script["H_param0"], script["H_sliced"], script["x"]
     # cpu() waits for a GPU to finish.
     restricted_ms, sliced_ms = medians(lambda: (restricted @ x).cpu(), lambda: (sliced @ x).cpu(), repeats=repeats)
@@ -109,23 +69,6 @@ def measure_slice(repeats: int) -> dict[str, Any]:
         "goal": SLICE_GOAL,
         "repeats": repeats,
     }
-
-
-def processor() -> str:
-    """Return the processor's name, as far as the system tells."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """Return the commit that is checked out, marked where files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True).stdout.strip()
-    return None
 
 
 def in_a_process_of_its_own(name: str) -> dict[str, Any]:
@@ -151,26 +94,14 @@ def main() -> None:
             f"  peak {row['peak_mb']:.0f} MB",
             flush=True,
         )
-    tutorial = in_a_process_of_its_own("tutorial")
+    sliced = in_a_process_of_its_own("tutorial")
     print(
-        f"{'tutorial, one weight':24s} restricted {tutorial['restricted_ms']:.3f} ms"
-        f"  sliced {tutorial['sliced_ms']:.3f} ms"
-        f"  = {tutorial['sliced_over_restricted']:.3f} times (goal: at most {SLICE_GOAL})"
+        f"{'tutorial, one weight':24s} restricted {sliced['restricted_ms']:.3f} ms"
+        f"  sliced {sliced['sliced_ms']:.3f} ms"
+        f"  = {sliced['sliced_over_restricted']:.3f} times (goal: at most {SLICE_GOAL})"
     )
-    environment = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "curvop": __version__,
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "scipy": scipy.__version__,
-        "numpy": np.__version__,
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    results = {"environment": environment, "rows": rows, "tutorial": tutorial}
+    results = {"environment": environment(), "rows": rows, "tutorial": sliced}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 

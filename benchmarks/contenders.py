@@ -1,0 +1,254 @@
+"""Who competes: each builds, of a problem and the work to do, what multiplies NumPy vectors.
+
+A contender returns a function of the vectors; for eigenvalues, a SciPy operator.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from reference import double_backward
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from curvop import HessianLinearOperator
+
+__all__ = ["CONTENDERS", "LARGE_EIGSH", "WORK", "Contender", "Work"]
+
+Problem = dict[str, Any]
+
+WHOLE = ("product", "nothing kept", "block of 8", "dense")
+BLOCKS = ("last layer", "off diagonal", "slice")
+LARGE_EIGSH = "eigsh k=1, float32"
+WORK = ("product", "nothing kept", "block of 8", "last layer", "off diagonal", "slice", "dense", "eigsh", LARGE_EIGSH)
+
+
+@dataclass
+class Work:
+    """What is to be multiplied: a block of the Hessian, by `vectors`; rows and columns None for the whole.
+
+    `dtype` is that of the vectors that an eigensolver keeps: in float64 those of large models would take most of the
+    time.
+    """
+
+    kind: str
+    rows: list[str] | None
+    cols: list[str] | None
+    vectors: np.ndarray
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of those vectors."""
+        return np.float32 if self.kind.startswith("eigsh") and len(self.vectors) > 10**7 else np.float64
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who competes, in which kinds of work.
+
+    A yardstick is timed beside the others, but does other work, which is not judged. What is compiled is compiled once,
+    not in every run.
+    """
+
+    build: Callable[[Problem, Work], Any]
+    kinds: Collection[str]
+    yardstick: bool = False
+    compiled: bool = False
+
+
+# This package.
+
+
+def curvop(problem: Problem, work: Work, engine: str = "autograd") -> Any:
+    cache = 0 if work.kind == "nothing kept" else np.inf
+    H = HessianLinearOperator(**problem, dtype=work.dtype, cache=cache, engine=engine)
+    if work.kind == "slice":
+        first = H.params_slices[work.rows[0]]
+        H = H[first, first]
+    elif work.rows:
+        H = H.block(work.rows, work.cols)
+    return H if work.kind.startswith("eigsh") else H.__matmul__
+
+
+def curvop_one_batch(problem: Problem, work: Work, engine: str = "autograd") -> Any:
+    return curvop(problem | {"data": [joined(problem)]}, work, engine)
+
+
+def curvop_restricted(problem: Problem, work: Work, engine: str = "autograd") -> Any:
+    """Take only the parameter of the slice, chosen by hand."""
+    params = {name: problem["params"][name] for name in work.rows}
+    return curvop(problem | {"params": params}, whole(work), engine)
+
+
+def curvop_whole(problem: Problem, work: Work, engine: str = "autograd") -> Any:
+    """Multiply with all parameters, whatever block the work is about."""
+    H = curvop(problem, whole(work), engine)
+    vector = np.random.default_rng(1).standard_normal(sum(value.numel() for value in problem["params"].values()))
+    return lambda _: H(vector)
+
+
+def whole(work: Work) -> Work:
+    return Work("product", None, None, work.vectors)
+
+
+# curvlinops-for-pytorch.
+
+
+def curvlinops_operator(problem: Problem, work: Work, compiled: bool = False) -> Any:
+    import curvlinops
+
+    H = curvlinops.HessianLinearOperator(
+        problem["model"],
+        problem["loss_function"],
+        list(problem["params"].values()),
+        problem["data"],
+        check_deterministic=False,
+    )
+    if compiled:
+        H.__dict__["_mp"] = traced(H._mp)
+    if work.rows:
+        where = slices(problem)
+        spans = [[i for name in names for i in range(*where[name])] for names in (work.rows, work.cols)]
+        H = curvlinops.SubmatrixLinearOperator(H, *spans)
+    return H
+
+
+def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile what the first call computes.
+
+    Given as it is, torch.compile breaks the graph of curvlinops' product at once and runs all of it eagerly.
+    """
+    made: list[Callable[..., Any]] = []
+
+    def call(*args: Tensor) -> Any:
+        if not made:
+            made.append(torch.compile(make_fx(function)(*args)))
+        return made[0](*args)
+
+    return call
+
+
+def curvlinops_scipy(problem: Problem, work: Work) -> Any:
+    H = curvlinops_operator(problem, work).to_scipy(work.dtype)
+    return H if work.kind == "eigsh" else H.__matmul__
+
+
+def curvlinops_eager(problem: Problem, work: Work) -> Any:
+    """Tensors in and out, without the way through NumPy."""
+    H, vectors = curvlinops_operator(problem, work), torch.from_numpy(work.vectors).float()
+    return lambda _: H @ vectors
+
+
+def curvlinops_compiled(problem: Problem, work: Work) -> Any:
+    return curvlinops_operator(problem, work, compiled=True).to_scipy().__matmul__
+
+
+# PyHessian. It works on the gradients that the model's parameters hold, hence a copy of the model.
+
+
+def pyhessian_single(problem: Problem, work: Work) -> Any:
+    """PyHessian's way with one batch: the gradient's graph is kept."""
+    from pyhessian import hessian
+    from pyhessian.utils import hessian_vector_product
+
+    H = hessian(copy.deepcopy(problem["model"]), problem["loss_function"], data=joined(problem), cuda=False)
+    multiply = by_column(problem, lambda parts: hessian_vector_product(H.gradsH, H.params, parts))
+    if work.kind != "eigsh":
+        return multiply
+    return LinearOperator(2 * work.vectors.shape, matvec=multiply, dtype=work.dtype)
+
+
+def pyhessian_loader(problem: Problem, work: Work) -> Any:
+    from pyhessian import hessian
+
+    H = hessian(copy.deepcopy(problem["model"]), problem["loss_function"], dataloader=problem["data"], cuda=False)
+    return by_column(problem, lambda parts: H.dataloader_hv_product(parts)[1])
+
+
+def by_column(problem: Problem, product: Callable[[list[Tensor]], Sequence[Tensor]]) -> Callable[..., np.ndarray]:
+    params = list(problem["params"].values())
+
+    def one(vector: np.ndarray) -> np.ndarray:
+        pieces = torch.from_numpy(vector).float().split([param.numel() for param in params])
+        parts = [piece.view_as(param) for piece, param in zip(pieces, params, strict=True)]
+        return torch.cat([part.reshape(-1) for part in product(parts)]).double().numpy(force=True)
+
+    return lambda x: one(x) if x.ndim == 1 else np.stack([one(column) for column in x.T.copy()], 1)
+
+
+# torch alone.
+
+
+def by_hand(problem: Problem, work: Work) -> Any:
+    """Double backward from the beginning in every product, as scripts do it."""
+
+    def multiply(vectors: np.ndarray) -> np.ndarray:
+        columns = list(torch.from_numpy(vectors.T).float().reshape(-1, len(vectors)))
+        products = double_backward(problem, work.rows, work.cols, columns).double().numpy()
+        return products[0] if vectors.ndim == 1 else products.T
+
+    return multiply
+
+
+def gradient(problem: Problem, work: Work) -> Any:
+    """Compute a plain gradient over the same data."""
+    params = list(problem["params"].values())
+
+    def run(_: np.ndarray) -> None:
+        for X, y in problem["data"]:
+            torch.autograd.grad(problem["loss_function"](problem["model"](X), y), params)
+
+    return run
+
+
+def joined(problem: Problem) -> tuple[Tensor, Tensor]:
+    X, y = (torch.cat(parts) for parts in zip(*problem["data"], strict=True))
+    return X, y
+
+
+def slices(problem: Problem) -> dict[str, tuple[int, int]]:
+    where, start = {}, 0
+    for name, value in problem["params"].items():
+        where[name] = (start, start + value.numel())
+        start += value.numel()
+    return where
+
+
+def own(engine: str) -> dict[str, Contender]:
+    """Return this package's contenders with an engine, none where there is no such engine."""
+    parameter = torch.zeros(1, requires_grad=True)
+    try:
+        HessianLinearOperator.from_objective(lambda p, _: p["a"].sum(), {"a": parameter}, [0], engine=engine)
+    except ValueError:
+        return {}
+    name, compiled = ("curvop", False) if engine == "autograd" else (f"curvop {engine}", True)
+
+    def contender(build: Callable[..., Any], *kinds: str, yardstick: bool = False) -> Contender:
+        return Contender(lambda problem, work: build(problem, work, engine), kinds, yardstick, compiled)
+
+    kinds = [*WHOLE, *BLOCKS, "eigsh"] if compiled else [*WHOLE, *BLOCKS, "eigsh", LARGE_EIGSH]
+    return {
+        name: contender(curvop, *kinds),
+        f"{name}, one batch": contender(curvop_one_batch, "product"),
+        f"{name}, restricted": contender(curvop_restricted, "slice"),
+        f"{name}, whole": contender(curvop_whole, "off diagonal", yardstick=True),
+    }
+
+
+CONTENDERS: dict[str, Contender] = {
+    **own("autograd"),
+    **own("compiled"),
+    "curvlinops to_scipy": Contender(curvlinops_scipy, [*WHOLE, *BLOCKS, "eigsh"]),
+    "curvlinops eager": Contender(curvlinops_eager, WHOLE),
+    "curvlinops compiled": Contender(curvlinops_compiled, ["product", "block of 8"], compiled=True),
+    "PyHessian single": Contender(pyhessian_single, ["product", "block of 8", "dense", "eigsh"]),
+    "PyHessian loader": Contender(pyhessian_loader, WHOLE),
+    "by hand": Contender(by_hand, [*WHOLE, *BLOCKS]),
+    "gradient": Contender(gradient, ["product"], yardstick=True),
+}

@@ -1,0 +1,276 @@
+"""Compare this package and its peers: the same work, in turns, with the error beside every time.
+
+Run ``python -m pip install -e ".[bench]" && python benchmarks/peers.py``; it writes ``benchmarks/results/peers.json``
+and ``peers.md``. Every pair of a model and a kind of work has a process of its own, in which the contenders take turns;
+a time is the median of its runs, an error is relative to double backward in float64, and what is wrong is not timed.
+Peak memory is that of a process that does nothing but build one contender and multiply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from contenders import CONTENDERS, LARGE_EIGSH, WORK, Work
+from environment import environment
+from goals import GOALS, reached
+from models import PEER_PROBLEMS
+from peak import Peak
+from reference import exact, medians
+from scipy.sparse.linalg import eigsh
+from tables import cell, document
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+RESULTS = Path(__file__).resolve().parent / "results"
+#: Beyond this relative error a contender is wrong in float32, however fast.
+WRONG = 1e-3
+GIB = 2**30
+EIGSH = {"eigsh": {"k": 10, "which": "LA", "tol": 1e-3}, LARGE_EIGSH: {"k": 1, "ncv": 6, "which": "LM", "tol": 1e-3}}
+#: Models of which a product and its peak are measured, by these contenders, and one eigenvalue.
+LARGE = ("GPT-2 124M",)
+LARGE_CONTENDERS = ("curvop", "curvop compiled", "curvlinops to_scipy", "PyHessian single", "by hand", "gradient")
+TINY = ("tutorial MLP 7-5-5-3",)
+#: What would take minutes more, to compile or to run.
+LEFT_OUT = {
+    ("ResNet-18 64x64, eval", "block of 8"): ("curvlinops compiled",),
+    ("GPT 4 layers, d = 128", "block of 8"): ("curvlinops compiled",),
+    ("ResNet-18 64x64, eval", "eigsh"): ("curvop compiled", "PyHessian single"),
+}
+#: What the peak of memory is measured of: in a table's words, the kind of work and the contender.
+PEAKS = {
+    name if kind == "product" else f"{name}, {kind}": (kind, name)
+    for kind, names in (("product", CONTENDERS), ("nothing kept", ("curvop", "curvop compiled")))
+    for name in names
+    if name in CONTENDERS
+    and kind in CONTENDERS[name].kinds
+    and not CONTENDERS[name].yardstick
+    and not name.endswith("one batch")
+}
+
+Problem = dict[str, Any]
+
+
+def kinds_of(model: str) -> list[str]:
+    if model in LARGE:
+        return ["product", LARGE_EIGSH]
+    return [kind for kind in WORK if kind != LARGE_EIGSH and (kind != "dense" or model in TINY)]
+
+
+def competing(model: str, kind: str) -> list[str]:
+    return [
+        name
+        for name, contender in CONTENDERS.items()
+        if kind in contender.kinds
+        and (model not in LARGE or name in LARGE_CONTENDERS)
+        and name not in LEFT_OUT.get((model, kind), ())
+    ]
+
+
+def layer(problem: Problem, name: str) -> list[str]:
+    """Return the names of a layer's parameters, the weight's `name` among them."""
+    prefix = name.rpartition(".")[0]
+    return [other for other in problem["params"] if other.rpartition(".")[0] == prefix]
+
+
+def work_of(kind: str, problem: Problem) -> Work:
+    """Return rows, columns and the vectors to multiply."""
+    weights = [name for name, value in problem["params"].items() if value.ndim > 1]
+    first, last = layer(problem, weights[0]), layer(problem, weights[-1])
+    rows, cols = {
+        "last layer": (last, last),
+        "off diagonal": (first, last),
+        "slice": (weights[:1], weights[:1]),
+    }.get(kind, (None, None))
+    width = sum(problem["params"][name].numel() for name in cols or problem["params"])
+    if kind == "dense":
+        return Work(kind, rows, cols, np.eye(width))
+    shape = (width, 8) if kind == "block of 8" else (width,)
+    return Work(kind, rows, cols, np.random.default_rng(0).standard_normal(shape))
+
+
+def solve(operator: Any, work: Work) -> tuple[np.ndarray, np.ndarray]:
+    v0 = np.ones(len(work.vectors), operator.dtype)
+    return eigsh(operator, v0=v0, **EIGSH[work.kind])
+
+
+def error_of(value: Any, problem: Problem, work: Work, reference: np.ndarray | None) -> float:
+    """Return the relative error of a product, or the relative residual of eigenpairs."""
+    if reference is None:
+        values, vectors = value
+        value, reference = vectors * values, exact(problem, vectors)
+    return float(np.linalg.norm(np.asarray(value) - reference) / np.linalg.norm(reference))
+
+
+def measure(model: str, kind: str, least: int, room: float) -> dict[str, Any]:
+    """Time all contenders on one kind of work, in turns."""
+    torch.manual_seed(0)
+    problem = PEER_PROBLEMS[model]()
+    work = work_of(kind, problem)
+    solving = kind in EIGSH
+    reference = None if solving else exact(problem, work.vectors, work.rows, work.cols)
+    results: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, Callable[[], Any]] = {}
+    for name in competing(model, kind):
+        contender, peak = CONTENDERS[name], Peak()
+        try:
+            start = time.perf_counter()
+            built = contender.build(problem, work)
+            value = solve(built, work) if solving else built(work.vectors)
+            results[name] = {"first_s": time.perf_counter() - start}
+            if kind == LARGE_EIGSH:
+                results[name]["peak_mb"] = peak.rise()
+            if not contender.yardstick:
+                if solving and not contender.compiled:
+                    built = None  # every run builds its own
+                results[name]["error"] = error_of(value, problem, work, reference)
+        except Exception as error:  # what a peer cannot do is a result, too
+            results[name] = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            continue
+        if solving:
+            results[name]["values"] = value[0].tolist()
+        if kind == LARGE_EIGSH:  # once is enough
+            results[name] |= {"ms": 1e3 * results[name]["first_s"], "runs": 1}
+        elif contender.yardstick or results[name]["error"] < WRONG:
+            tasks[name] = run_of(contender, built, problem, work)
+    for name, (taken, runs) in timed(tasks, least, room).items():
+        results[name] |= {"ms": taken, "runs": runs}
+    if len(problem["data"]) == 1:
+        results |= {f"{name}, one batch": results[name] for name in results if name.startswith("curvop")}
+    return {"P": sum(value.numel() for value in problem["params"].values()), "by": results}
+
+
+def run_of(contender: Any, built: Any, problem: Problem, work: Work) -> Callable[[], Any]:
+    if work.kind in EIGSH:
+        return lambda: solve(contender.build(problem, work) if built is None else built, work)
+    return lambda: built(work.vectors)
+
+
+def timed(tasks: dict[str, Callable[[], Any]], least: int, room: float) -> dict[str, tuple[float, int]]:
+    """Return the median milliseconds and the number of runs of each task: more than `least` where there is room."""
+    start, taken = time.perf_counter(), 1e-9
+    for task in tasks.values():
+        task()
+        taken = time.perf_counter() - start
+        if least * taken > room:
+            break
+    runs = max(least, min(300, int(room / taken)))
+    found = medians(*tasks.values(), repeats=runs, warm=0, fair=True)
+    return {name: (taken, runs) for name, taken in zip(tasks, found, strict=True)}
+
+
+def peak_of(model: str, kind: str, name: str) -> float:
+    torch.manual_seed(0)
+    problem = PEER_PROBLEMS[model]()
+    work = work_of(kind, problem)
+    gradient = CONTENDERS["gradient"].build(problem, work)
+    gradient(work.vectors)  # what torch's libraries take at their first use
+    peak = Peak()
+    built = CONTENDERS[name].build(problem, work)
+    for _ in range(2):
+        built(work.vectors)
+    return peak.rise()
+
+
+def child(options: argparse.Namespace, *what: str) -> Any:
+    """Run this file in a process of its own; return what it found, or why it found nothing."""
+    passed = [f"--{name}={getattr(options, name)}" for name in ("runs", "room", "memory")]
+    command = [sys.executable, __file__, "--child", *passed, *what]
+    own = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        try:
+            code = subprocess.run(command, stdout=out, stderr=err, timeout=options.limit, env=own).returncode
+        except subprocess.TimeoutExpired:
+            return {"failed": f"stopped after {options.limit:g} s"}
+        out.seek(0), err.seek(0)
+        if code < 0:
+            return {"failed": f"killed by {signal.Signals(-code).name}"}
+        if code:
+            return {"failed": (err.read().strip().splitlines() or [f"exit status {code}"])[-1][:300]}
+        return json.loads(out.read().splitlines()[-1])
+
+
+def in_child(options: argparse.Namespace) -> None:
+    warnings.simplefilter("ignore")
+    bytes_ = int(options.memory * GIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (bytes_, bytes_))  # an error in here, not the end of the machine
+    [model], [kind] = options.model, options.work
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        result = (
+            peak_of(model, kind, options.peak) if options.peak else measure(model, kind, options.runs, options.room)
+        )
+    print(json.dumps(result))
+
+
+def arguments() -> argparse.Namespace:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=list(PEER_PROBLEMS), action="append", help="only this; may be repeated")
+    parser.add_argument("--work", choices=WORK, action="append", help="only this, without peaks; may be repeated")
+    parser.add_argument("--runs", type=int, default=7, help="the least number of runs; 7")
+    parser.add_argument("--room", type=float, default=3.0, help="seconds for more runs than that; 3")
+    parser.add_argument("--limit", type=float, default=1200.0, help="seconds that one process may take; 1200")
+    parser.add_argument("--memory", type=float, default=0.6 * memory, help="GiB for one process; 60 %% of all there is")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results; benchmarks/results")
+    parser.add_argument("--peak", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    if options.child:
+        in_child(options)
+        return
+    start = time.perf_counter()
+    about = environment() | {"peers": {name: version(name) for name in ("curvlinops-for-pytorch", "PyHessian")}}
+    rows, peaks = [], []
+    for model in options.model or PEER_PROBLEMS:
+        for kind in [kind for kind in kinds_of(model) if kind in (options.work or WORK)]:
+            began = time.perf_counter()
+            row = {"model": model, "work": kind} | child(options, "--model", model, "--work", kind)
+            row["seconds"] = time.perf_counter() - began
+            rows.append(row)
+            write(options.out, about, time.perf_counter() - start, rows, peaks)
+            cells = [row["failed"]] if "failed" in row else [f"{name} {cell(own)}" for name, own in row["by"].items()]
+            print(f"{model}, {kind} [{row['seconds']:.0f} s]: " + "; ".join(cells), flush=True)
+        if not options.work:
+            found = {
+                label: child(options, "--model", model, "--work", kind, "--peak", name)
+                for label, (kind, name) in PEAKS.items()
+                if name in competing(model, "product")
+            }
+            peaks.append({"model": model, "peak_mb": found})
+            print(f"{model}, peak MB: {found}", flush=True)
+            write(options.out, about, time.perf_counter() - start, rows, peaks)
+
+
+def write(folder: Path, about: dict[str, Any], seconds: float, rows: list[Any], peaks: list[Any]) -> None:
+    results = {
+        "environment": about,
+        "seconds": seconds,
+        "wrong": WRONG,
+        "goals": [reached(goal, rows) for goal in GOALS],
+        "rows": rows,
+        "peaks": peaks,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "peers.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "peers.md").write_text(document(results))
+
+
+if __name__ == "__main__":
+    main()

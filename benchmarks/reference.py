@@ -1,0 +1,92 @@
+"""What the benchmarks judge by: double backward without anything of this package, and medians of interleaved runs."""
+
+from __future__ import annotations
+
+import copy
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["double_backward", "exact", "medians"]
+
+QUICK = 20.0
+"""Milliseconds below which caches matter."""
+
+
+def double_backward(
+    problem: dict[str, Any], rows: Sequence[str] | None, cols: Sequence[str] | None, vectors: Sequence[Tensor]
+) -> Tensor:
+    """Return the block of the Hessian times each of the vectors, ``(K, M)``; `rows` and `cols` None for all."""
+    params = dict(problem["model"].named_parameters())
+    left = [params[name] for name in rows or problem["params"]]
+    right = [params[name] for name in cols or problem["params"]]
+    seeds = [
+        [part.view_as(param) for part, param in zip(parts(vector, right), right, strict=True)] for vector in vectors
+    ]
+    total = torch.zeros(len(vectors), sum(param.numel() for param in left), dtype=left[0].dtype)
+    examples = sum(len(X) for X, _ in problem["data"])
+    for X, y in problem["data"]:
+        loss = problem["loss_function"](problem["model"](X), y)
+        gradient = torch.autograd.grad(loss, right, create_graph=True)
+        for index, seed in enumerate(seeds):
+            kept = index + 1 < len(seeds)
+            product = torch.autograd.grad(gradient, left, seed, retain_graph=kept, materialize_grads=True)
+            torch._foreach_add_(
+                list(parts(total[index], left)), [p.reshape(-1) for p in product], alpha=len(X) / examples
+            )
+            del product
+        del gradient, loss
+    return total
+
+
+def parts(vector: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
+    return vector.split([param.numel() for param in params])
+
+
+def exact(
+    problem: dict[str, Any],
+    vectors: np.ndarray,
+    rows: Sequence[str] | None = None,
+    cols: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Return the block times ``(N,)`` or ``(N, K)`` `vectors`, all in float64."""
+    double = problem | {
+        "model": copy.deepcopy(problem["model"]).double(),
+        "data": [tuple(map(as_double, batch)) for batch in problem["data"]],
+    }
+    columns = torch.from_numpy(np.array(vectors.T, np.float64, ndmin=2, order="C"))
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        products = double_backward(double, rows, cols, list(columns)).numpy()
+    return products[0] if vectors.ndim == 1 else products.T
+
+
+def as_double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def medians(*functions: Callable[[], object], repeats: int, warm: int = 2, fair: bool = False) -> list[float]:
+    """Time functions in turns; return the median milliseconds of each. The first `warm` turns do not count.
+
+    Where `fair`, every turn has an order of its own, and what is quick is called once more right before it is timed:
+    or else each is charged for the caches that the one before it leaves behind, which differ by the neighbour.
+    """
+    times: list[list[float]] = [[] for _ in functions]
+    order, shuffle = list(range(len(functions))), random.Random(0).shuffle
+    for repeat in range(repeats + warm):
+        if fair:
+            shuffle(order)
+        for index in order:
+            if fair and times[index] and times[index][-1] < QUICK:
+                functions[index]()
+            start = time.perf_counter()
+            functions[index]()
+            if repeat >= warm:
+                times[index].append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(own) for own in times]
