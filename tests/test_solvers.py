@@ -186,10 +186,12 @@ class TestRectangles:
         assert relative_residual(dense, x, b) < 1e-6
 
     def test_onenormest(self, A, dense):
-        np.random.seed(0)  # noqa: NPY002  (an estimate, drawn from NumPy's global generator)
-        norm = onenormest(A.H @ A, t=4)
+        estimates = []
+        for seed in range(4):  # an estimate from below, whose start is drawn from NumPy's global generator
+            np.random.seed(seed)  # noqa: NPY002
+            estimates.append(onenormest(A.H @ A, t=4))
         exact = np.abs(dense.T @ dense).sum(0).max()
-        assert 0.9 * exact < norm < (1 + 1e-10) * exact
+        assert_allclose(max(estimates), exact, rtol=1e-10)
 
 
 class TestFunctionsOfTheMatrix:
