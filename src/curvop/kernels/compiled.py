@@ -28,17 +28,13 @@ class CompiledKernel(Kernel):
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel.objective, kernel.rows.names, kernel.cols.names)
+        self.symmetric = kernel.symmetric
         self._kernel = kernel
         self._programs: dict[object, tuple[Program, Any] | None] = {}
         self._warned = False
 
     @property
-    def symmetric(self) -> bool:  # type: ignore[override]
-        """Whether the matrix of all parameters is."""
-        return self._kernel.symmetric
-
-    @property
-    def seconds(self) -> float:  # type: ignore[override]
+    def seconds(self) -> float:
         """What compiling took so far."""
         return sum(compiled[0].seconds for compiled in self._programs.values() if compiled is not None)
 

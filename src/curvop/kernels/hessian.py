@@ -12,7 +12,7 @@ same graph, so everything that does not depend on `v` is computed once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,31 +40,28 @@ class HessianKernel(Kernel):
         """Return one product from the beginning, by double backward."""
         columns, rows = ([leaves[name] for name in layout.names] for layout in (self.cols, self.rows))
         gradient = torch.autograd.grad(loss, columns, create_graph=True, allow_unused=True)
-        pairs = [
-            (part, tangent)
-            for part, tangent in zip(gradient, tangents, strict=True)
-            if part is not None and part.requires_grad
-        ]
-        if not pairs:
+        edges, positions = _edges(gradient)
+        if not edges:
             return [None] * len(rows)
-        parts, seeds = zip(*pairs, strict=True)
-        _check_differentiable([get_gradient_edge(part).node for part in parts])
-        return torch.autograd.grad(parts, rows, seeds, allow_unused=True)
+        seeds = [tangents[position] for position in positions]
+        return torch.autograd.grad(edges, rows, seeds, allow_unused=True)
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of one batch: the retained graph of its gradient."""
         loss = self.objective.evaluate(leaves, index, batch)
-        edges: list[GradientEdge] = []
-        positions: list[int] = []
         gradient = loss.gradient([leaves[name] for name in self.cols.names], create_graph=True)
-        for position, part in enumerate(gradient):
-            if part is not None and part.requires_grad:
-                # The edge is all a product needs; the gradient's own memory, as large as the parameters, is freed.
-                edges.append(get_gradient_edge(part))
-                positions.append(position)
-        linearization = _RetainedGraph(loss, edges, positions, [leaves[name] for name in self.rows.names])
-        _check_differentiable(linearization.roots)
-        return linearization
+        return _RetainedGraph(loss, *_edges(gradient), [leaves[name] for name in self.rows.names])
+
+
+def _edges(gradient: Sequence[Tensor | None]) -> tuple[list[GradientEdge], list[int]]:
+    """Return the edges of the parts of a gradient that are not constant, and which parts these are.
+
+    The edge is all a product needs; the gradient's own memory, as large as the parameters, is freed.
+    """
+    positions = [index for index, part in enumerate(gradient) if part is not None and part.requires_grad]
+    edges = [get_gradient_edge(cast("Tensor", gradient[position])) for position in positions]
+    _check_differentiable(edge.node for edge in edges)
+    return edges, positions
 
 
 def _check_differentiable(roots: Iterable[Node]) -> None:

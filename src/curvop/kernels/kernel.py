@@ -49,13 +49,16 @@ class Kernel(abc.ABC):
     """How one kind of curvature matrix is linearized, for the block of the parameters `rows` and `cols`."""
 
     symmetric: bool
-    #: What compiling took so far.
-    seconds: float = 0.0
 
     def __init__(self, objective: Objective, rows: Sequence[str], cols: Sequence[str]) -> None:
         self.objective = objective
         self.rows = ParameterLayout(objective.params, rows)
         self.cols = ParameterLayout(objective.params, cols)
+
+    @property
+    def seconds(self) -> float:
+        """What compiling took so far."""
+        return 0.0
 
     @abc.abstractmethod
     def adjoint(self) -> Kernel:

@@ -162,7 +162,7 @@ class Engine:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # measured, so nothing to tell
                 return linearization.apply_many(tangents)
-        except (RuntimeError, NotImplementedError):  # an operation that cannot be batched, or too little memory
+        except RuntimeError:  # not implemented, an operation that cannot be batched, or too little memory
             self._columns.one_by_one()
         products = zip(*(linearization.apply(one) for one in zip(*tangents, strict=True)), strict=True)
         return [None if parts[0] is None else torch.stack(cast("tuple[Tensor, ...]", parts)) for parts in products]

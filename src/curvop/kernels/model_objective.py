@@ -42,7 +42,8 @@ class ModelObjective(Objective):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
         X, y = batch
-        prediction = self._predict(leaves, X)
+        training = isinstance(self._model, nn.Module) and any(part.training for part in self._model.modules())
+        prediction = self._predict(leaves, self._others(leaves, buffers=training), X)
         if self._derivative is not None:
             with torch.no_grad():
                 loss, divisor = self._loss_function(prediction, y), self._mean_divisor(prediction, batch)
@@ -56,15 +57,15 @@ class ModelObjective(Objective):
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
         return self._divisor(prediction, *batch)
 
-    def _predict(self, leaves: Mapping[str, Tensor], X: Any) -> Any:
+    def _predict(self, leaves: Mapping[str, Tensor], others: dict[str, Tensor], X: Any) -> Any:
         if not isinstance(self._model, nn.Module):
             return self._model(dict(leaves), X)
-        buffers = any(part.training for part in self._model.modules())
-        return torch.func.functional_call(self._model, self._others(leaves, buffers) | dict(leaves), (X,))
+        return torch.func.functional_call(self._model, others | dict(leaves), (X,))
 
     def _others(self, leaves: Mapping[str, Tensor], buffers: bool) -> dict[str, Tensor]:
         """Return the model's other parameters, cut off so that nothing is saved for layers below a block."""
-        assert isinstance(self._model, nn.Module)
+        if not isinstance(self._model, nn.Module):
+            return {}
         own = dict(self._model.named_parameters(remove_duplicate=False))
         selected = {id(own[name]) for name in leaves}
         values = {name: value.detach() for name, value in self._model.named_parameters() if id(value) not in selected}
@@ -74,24 +75,20 @@ class ModelObjective(Objective):
 
     def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the model's other parameters, cut off, its buffers, and those of the loss function."""
-        model = self._others(leaves, buffers=True) if isinstance(self._model, nn.Module) else {}
         loss: dict[str, Tensor] = {}
         if isinstance(self._loss_function, nn.Module):
             loss = dict(self._loss_function.named_buffers())
         elif isinstance(self._loss_function, functools.partial):
             keywords = self._loss_function.keywords
             loss = {name: value for name, value in keywords.items() if isinstance(value, Tensor)}
-        return {"model": model, "loss": loss}
+        return {"model": self._others(leaves, buffers=True), "loss": loss}
 
     def traced(
         self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
     ) -> tuple[Tensor, Any]:
         """Return a batch's loss and prediction."""
         X, y = batch
-        if isinstance(self._model, nn.Module):
-            prediction = torch.func.functional_call(self._model, held["model"] | dict(leaves), (X,))
-        else:
-            prediction = self._model(dict(leaves), X)
+        prediction = self._predict(leaves, held["model"], X)
         if isinstance(self._loss_function, nn.Module):
             return torch.func.functional_call(self._loss_function, held["loss"], (prediction, y)), prediction
         return self._loss_function(prediction, y, **held["loss"]), prediction
