@@ -29,7 +29,7 @@ class Clock:
 
     def run(self, columns: Columns, count: int, room: int = 10**9) -> list[int]:
         sizes = []
-        for start, stop in columns.chunks(count, room, lambda: None):
+        for start, stop in columns.chunks(count, lambda: room, lambda: None):
             sizes.append(stop - start)
             self.now += self.seconds[stop - start]
         return sizes
@@ -45,7 +45,7 @@ class TestChunks:
     def test_cover_every_column_once_and_stay_within_the_room(self, counts, room, setting) -> None:
         columns = Columns(setting)
         for count in counts:
-            bounds = list(columns.chunks(count, room, lambda: None))
+            bounds = list(columns.chunks(count, lambda: room, lambda: None))
             assert [start for start, _ in bounds] == [0, *(stop for _, stop in bounds)][: len(bounds)]
             assert sum(stop - start for start, stop in bounds) == count
             assert all(stop - start <= max(1, room) for start, stop in bounds)

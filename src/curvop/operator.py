@@ -125,12 +125,16 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
 
         A tensor gives a tensor on its own device and in its own dtype; gradients do not flow through it.
         """
+        if self._is_plain(x):
+            return self._along_last(x)
         if not isinstance(x, LinearOperator) and not np.isscalar(x):
             self._check_shape(x, x_is_vector=np.ndim(x) == 1)
         return self._tensor_product(x) if isinstance(x, Tensor) else super().dot(x)
 
     def matvec(self, x: Any) -> Any:
         """Multiply by a vector ``(N,)`` or ``(N, 1)``, or by a stack of vectors ``(..., N)``."""
+        if self._is_plain(x):
+            return self._along_last(x)
         column = np.shape(x) == (self.shape[1], 1)
         self._check_shape(x, x_is_vector=not column)
         if column and isinstance(x, Tensor):
@@ -162,6 +166,10 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
     def __rmul__(self, other: Any) -> Any:
         """Scale, or multiply from the right."""
         return self.__rmatmul__(other) if isinstance(other, Tensor) and other.ndim else super().__rmul__(other)
+
+    def _is_plain(self, x: Any) -> bool:
+        """Whether `x` is an array ``(N,)``, as solvers hand over: it needs none of SciPy's preparations."""
+        return type(x) is np.ndarray and x.shape == self.shape[1:]
 
     def _tensor_product(self, x: Tensor) -> Tensor:
         x = self._floating(x)

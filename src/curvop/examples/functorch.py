@@ -236,7 +236,7 @@ def _check(hessian: Tensor, f: Callable[[Tensor], Tensor], theta: Tensor, eps: f
             )
 
 
-class _ByDefinition(TorchFunctionMode):
+class _TwiceDifferentiable(TorchFunctionMode):
     """Replace calls whose forward-mode derivative of the gradient is missing or wrong by others of the same value."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -287,7 +287,7 @@ def _differentiable(device: torch.device) -> Iterator[None]:
     cpu = device.type == "cpu"
     random_state = torch.random.fork_rng([] if cpu else [device], device_type="cuda" if cpu else device.type)
     # no_grad concerns what surrounds torch.func's own derivatives: parameters that were not chosen leave no graph.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _ByDefinition(), random_state, warnings.catch_warnings():
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable(), random_state, warnings.catch_warnings():
         # torch.func's own, on first use and for operations that vmap loops over; nothing that a caller could act on.
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated|There is a performance drop")
         try:

@@ -28,20 +28,23 @@ class Columns:
         self._prepared: set[int] = set()
         self._seconds: dict[int, float] = {}
 
-    def chunks(self, count: int, room: int, synchronize: Callable[[], None]) -> Iterator[tuple[int, int]]:
+    def chunks(self, count: int, room: Callable[[], int], synchronize: Callable[[], None]) -> Iterator[tuple[int, int]]:
         """Yield the bounds of chunks of `count` columns; what is done between one and the next is timed.
 
         Parameters
         ----------
-        room : int
-            Columns whose temporaries there is memory for.
+        room : callable
+            Returns for how many columns' temporaries there is memory.
         synchronize : callable
             Waits until the device has done what it was asked to.
         """
-        start = 0
+        if count == 1:
+            yield 0, 1
+            return
+        start, most = 0, room()
         while start < count:
             left = count - start
-            size = min(self._size(left, room), left)
+            size = min(self._size(left, most), left)
             measuring = left > 1 and size in self._sizes and size not in self._seconds
             if measuring:
                 synchronize()

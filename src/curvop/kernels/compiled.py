@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from curvop.kernels.differentiable import ByDefinition
+from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.tracing import Program, compile_product
 
@@ -84,7 +84,7 @@ class CompiledKernel(Kernel):
                 parts[position] = tensor
             values, held, batch = pytree.tree_unflatten(parts, structure)
             point = {name: value.detach().requires_grad_(name in chosen) for name, value in values.items()}
-            with torch.enable_grad(), ByDefinition():
+            with torch.enable_grad(), TwiceDifferentiable():
                 loss, prediction = self.objective.traced(point, held, batch)
                 shape = pytree.tree_map_only(Tensor, _shape, prediction)
                 return [loss.detach()], self._kernel.product(point, loss, tangents)

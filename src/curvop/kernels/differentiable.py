@@ -1,4 +1,4 @@
-"""Operations whose fast implementation has no second derivative, or a wrong one, and what stands in for them."""
+"""Operations whose second derivative torch lacks, gets wrong or wastes work on, and what stands in for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.backends import cuda, cudnn, mha
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["ByDefinition", "slow_backends"]
+from curvop.kernels.convolution import CONVOLUTIONS
+
+__all__ = ["TwiceDifferentiable", "slow_backends"]
 
 
 @contextmanager
@@ -47,8 +49,8 @@ def _choose(flash: bool, efficient: bool, fused: bool, math: bool, fastpath: boo
         cudnn.enabled = cudnn_enabled
 
 
-class ByDefinition(TorchFunctionMode):
-    """Computes by its definition what torch differentiates wrongly a second time."""
+class TwiceDifferentiable(TorchFunctionMode):
+    """Computes in another way what torch differentiates wrongly, or slowly, a second time."""
 
     def __torch_function__(
         self,
@@ -66,4 +68,4 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-_DEFINITIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: _weight_norm}
+_DEFINITIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: _weight_norm, **CONVOLUTIONS}

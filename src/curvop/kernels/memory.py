@@ -8,7 +8,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ T = TypeVar("T")
 # Where the system does not say how much memory is free: enough for small models, and harmless on any machine.
 _UNKNOWN = 2**30
 
+# Of glibc's <malloc.h>.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
 
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that are free on `device`; on the host, within the limits of this process's control group."""
@@ -34,14 +37,25 @@ def free_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what a product frees for the next one, up to 64 MiB.
+    """Let the C library keep what a product frees for the next one, up to half a gigabyte.
 
-    glibc hands the top of its heap back to the system where more is free than twice the largest block that was freed
-    so far, and every page that comes back costs a fault: a third of the time of some products. Freeing one block of
-    the largest size that counts (32 MiB; ``man mallopt``, M_MMAP_THRESHOLD), never touched, settles it. Harmless
-    under other allocators.
+    By default glibc hands large blocks, and the top of its heap, back to the system, and every page that comes back
+    costs a fault: a third of the time of some products. Whoever has tuned it from outside (``GLIBC_TUNABLES``,
+    ``MALLOC_..._``; ``man mallopt``) is left alone, and so are other C libraries.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(_c_library(), "mallopt", None)
+    if mallopt is not None:
+        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            mallopt(option, 2**29)
+
+
+def _c_library() -> Any:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):  # TypeError: Windows
+        return None
 
 
 def peak_rise(function: Callable[[], object], device: torch.device) -> int | None:
@@ -52,7 +66,7 @@ def peak_rise(function: Callable[[], object], device: torch.device) -> int | Non
         function()
         return torch.cuda.max_memory_allocated(device) - before
     try:  # Linux with glibc
-        ctypes.CDLL(None).malloc_trim(0)  # what the C library holds for later would hide the rise
+        _c_library().malloc_trim(0)  # what the C library holds for later would hide the rise
         Path("/proc/self/clear_refs").write_text("5")  # let the peak of resident memory begin anew
         before = _resident("VmRSS")
     except (OSError, AttributeError, StopIteration):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from curvop.kernels.batches import to_device
-from curvop.kernels.differentiable import ByDefinition, slow_backends
+from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
 from curvop.kernels.generators import Generators
 from curvop.kernels.state import Watch
 
@@ -163,7 +163,7 @@ class Objective(abc.ABC):
 
         Buffers of modules in training mode are copies.
         """
-        with torch.enable_grad(), ByDefinition():
+        with torch.enable_grad(), TwiceDifferentiable():
             loss, divisor, output, derivative = self._loss(leaves, batch)
         if not isinstance(loss, Tensor):
             raise TypeError(f"the loss of batch {index} is a {type(loss).__name__}, not a tensor")

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["ParameterLayout", "checked_params", "unknown_name"]
@@ -34,6 +35,7 @@ class ParameterLayout:
     def __init__(self, params: Mapping[str, Tensor], names: Sequence[str]) -> None:
         self.names = tuple(names)
         self.shapes = [params[name].shape for name in self.names]
+        self._views = [tuple(shape) for shape in self.shapes]  # quicker to hand over than a torch.Size
         self._sizes = [shape.numel() for shape in self.shapes]
         stops = list(itertools.accumulate(self._sizes))
         starts = [0, *stops][: len(stops)]
@@ -44,11 +46,11 @@ class ParameterLayout:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return views of `vector` ``(size,)``, or of several ``(K, size)``, one of each parameter's shape."""
-        parts = vector.split(self._sizes, -1)
-        several = vector.shape[:-1]
+        parts = torch.split_with_sizes(vector, self._sizes, -1)
+        several = tuple(vector.shape[:-1])
         return [
-            part if len(shape) == 1 else part.view((*several, *shape))
-            for part, shape in zip(parts, self.shapes, strict=True)
+            part if len(shape) == 1 else part.view(several + shape)
+            for part, shape in zip(parts, self._views, strict=True)
         ]
 
 

@@ -32,6 +32,9 @@ class Watch:
         self._forget()
 
     def _forget(self) -> None:
+        self._others = [value for name, value in self._params.items() if name not in self._own]
+        self._parts: list[nn.Module] = []
+        self._children: list[nn.Module | None] | None = None
         self._tensors: list[Tensor | None] = []  # held, so that no new tensor can have the identity of an old one
         self._versions: list[object] = []
         self._fingerprint = Fingerprint([])
@@ -53,13 +56,10 @@ class Watch:
         RuntimeError
             Where a parameter was the model's own and no longer is, so that its values are not the model's any more.
         """
-        tensors: list[Tensor | None] = list(self._params.values())
-        flags = []
-        for module in self._modules:
-            for part in module.modules():
-                flags.append(part.training)
-                tensors += part._parameters.values()
-                tensors += part._buffers.values()
+        flags, children, tensors = self._walk()
+        if children != self._children:  # a layer was replaced, added or removed
+            self._parts = list(dict.fromkeys(part for module in self._modules for part in module.modules()))
+            flags, self._children, tensors = self._walk()
         versions = [_version(tensor) for tensor in tensors]
         if versions != self._versions:
             self._look_again(tensors, versions)
@@ -69,6 +69,18 @@ class Watch:
                 self._batches = list(self._data)
                 self._lists_seen += 1
         return flags, versions, self._lists_seen, self._fingerprint()
+
+    def _walk(self) -> tuple[list[bool], list[nn.Module | None], list[Tensor | None]]:
+        """Return the modules' flags, the modules below each, and all tensors."""
+        flags: list[bool] = []
+        children: list[nn.Module | None] = []
+        tensors: list[Tensor | None] = list(self._others)
+        for part in self._parts:
+            flags.append(part.training)
+            children += part._modules.values()
+            tensors += part._parameters.values()
+            tensors += part._buffers.values()
+        return flags, children, tensors
 
     def _look_again(self, tensors: list[Tensor | None], versions: list[object]) -> None:
         parameters: dict[int, Tensor] = {id(value): value for module in self._modules for value in module.parameters()}

@@ -23,6 +23,9 @@ __all__ = ["Program", "compile_product"]
 # Elementwise work may be done again however far from its first use: residuals are half as large, at no cost in time.
 _BANS = ("ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward")
 
+# As torch lays it out itself: Inductor would have convolutions in channels_last, and copy the weights for each of them.
+_OPTIONS: dict[str, Any] = {"layout_optimization": False}
+
 #: ``(inputs, tangents) -> (extras, cotangents)``; extras are wanted of the first half, cotangents may be None.
 Product = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
 
@@ -74,10 +77,10 @@ def compile_product(product: Product, inputs: Sequence[Tensor], tangents: Sequen
         first, second = _split(graph, len(inputs), extras, [*inputs, *tangents])
         used = [_number(node) for node in _placeholders(first)]
         with torch.no_grad():
-            first_half = inductor(first, [inputs[index] for index in used])
+            first_half = inductor(first, [inputs[index] for index in used], options=_OPTIONS)
             residuals = list(first_half(*(inputs[index] for index in used)))[extras:]
             needed = [_number(node) for node in _placeholders(second)[len(residuals) :]]
-            second_half = inductor(second, [*residuals, *(tangents[index] for index in needed)])
+            second_half = inductor(second, [*residuals, *(tangents[index] for index in needed)], options=_OPTIONS)
     return Program(time.perf_counter() - began, first_half, second_half, used, needed, extras, cotangents)
 
 
@@ -142,10 +145,34 @@ def _split(graph: fx.GraphModule, inputs: int, extras: int, examples: list[Tenso
     with config.patch({name: False for name in _BANS if hasattr(config, name)}):
         first, second = min_cut_rematerialization_partition(graph, examples, num_fwd_outputs=extras + len(boundary))
     ending = list(first.graph.nodes)[-1]
-    ending.args = ((*ending.args[0][:extras], *ending.args[0][extras + len(boundary) :]),)
-    first.graph.eliminate_dead_code()
-    first.recompile()
+    residuals = ending.args[0][extras + len(boundary) :]
+    ending.args = ((*ending.args[0][:extras], *map(_as_number, residuals)),)
+    _from_numbers(second, len(residuals))
+    for half in (first, second):
+        half.graph.eliminate_dead_code()
+        half.recompile()
     return first, second
+
+
+def _as_number(residual: fx.Node) -> fx.Node:
+    """Return a truth value as a number, as large, but ten times faster for vectors to read on a CPU."""
+    if residual.meta["val"].dtype != torch.bool:
+        return residual
+    with residual.graph.inserting_before(list(residual.graph.nodes)[-1]):
+        return residual.graph.call_function(torch.ops.prims.convert_element_type.default, (residual, torch.uint8))
+
+
+def _from_numbers(half: fx.GraphModule, residuals: int) -> None:
+    placeholders = _placeholders(half)
+    for residual in placeholders[:residuals]:
+        if residual.meta["val"].dtype == torch.bool:
+            with half.graph.inserting_after(placeholders[-1]):
+                arguments = (residual, torch.float32)  # to compare bytes is as slow as to read truth values
+                number = half.graph.call_function(torch.ops.prims.convert_element_type.default, arguments)
+            with half.graph.inserting_after(number):
+                truth = half.graph.call_function(torch.ops.aten.ne.Scalar, (number, 0))
+            for user in set(residual.users) - {number}:
+                user.replace_input_with(residual, truth)
 
 
 def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:

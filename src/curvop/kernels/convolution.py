@@ -1,0 +1,163 @@
+r"""Convolutions whose second derivative does no more work than it must.
+
+A convolution is bilinear, :math:`y = x * W`, and so are its two derivatives. With cotangents `g` of `y`, and `u` and
+`V` of the two gradients,
+
+.. math:: (x, W) \mapsto x * W, \qquad (g, x, W) \mapsto (g \star W, \; x \star g),
+
+the second map's own derivative is :math:`(u * W + x * V, \; g \star V, \; u \star g)`: the first map twice, and the
+second map once, with other arguments. So these two functions are closed under differentiation, of any order. Torch's
+own second derivative computes what is asked of no one (the image's part in the first layer), and the part of the
+weights by a convolution with the gradient for a kernel, which is several times slower than the routine for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CONVOLUTIONS"]
+
+_Settings = tuple[list[int], list[int], list[int], bool, list[int], int]
+_Parts = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class _Convolution(torch.autograd.Function):
+    """``(x, W, b) -> y``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        return torch.convolution(x, weight, bias, *settings)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        x, weight = ctx.saved_tensors
+        return *_backward(grad, x, weight, ctx.settings, ctx.needs_input_grad[:3]), None
+
+
+class _Gradient(torch.autograd.Function):
+    """``(g, x, W) -> (gradients by x, W and b)``, None for those that `wanted` leaves out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, settings: _Settings, wanted: tuple[bool, bool, bool]
+    ) -> _Parts:
+        ctx.save_for_backward(grad, x, weight)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        return _gradient(grad, x, weight, settings, wanted)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, v: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, x, weight = ctx.saved_tensors
+        by_grad, by_x, by_weight = ctx.needs_input_grad[:3]
+        first = None
+        if by_grad:
+            if v is not None:
+                first = _forward(x, v, b, ctx.settings)
+            elif b is not None:
+                first = b.view(-1, *[1] * (grad.ndim - 2)).expand_as(grad)
+            if u is not None:
+                through = _forward(u, weight, None, ctx.settings)
+                first = through if first is None else first + through
+        # Which of the two there are depends on which of `u` and `V` there are; what is not there is not read.
+        wanted = (by_x and v is not None, by_weight and u is not None, False)
+        second: _Parts = (None, None, None)
+        if any(wanted):
+            second = _backward(grad, x if u is None else u, weight if v is None else v, ctx.settings, wanted)
+        return first, *second[:2], None, None
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
+    if torch.is_grad_enabled():
+        return _Convolution.apply(x, weight, bias, settings)  # type: ignore[no-any-return,no-untyped-call]
+    return torch.convolution(x, weight, bias, *settings)
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, settings: _Settings, wanted: tuple[bool, bool, bool]) -> _Parts:
+    if torch.is_grad_enabled():
+        return _Gradient.apply(grad, x, weight, settings, wanted)  # type: ignore[no-any-return,no-untyped-call]
+    return _gradient(grad, x, weight, settings, wanted)
+
+
+def _gradient(grad: Tensor, x: Tensor, weight: Tensor, settings: _Settings, wanted: tuple[bool, bool, bool]) -> _Parts:
+    *_, transposed, _, groups = settings
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    parts: _Parts = torch.ops.aten.convolution_backward(grad, x, weight, [channels], *settings, list(wanted))
+    return parts
+
+
+def _plain(
+    function: Callable[..., Tensor],
+    dimensions: int,
+    input: Tensor,  # noqa: A002  # torch's name
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    if isinstance(padding, str) or not _here(dimensions, input, weight, bias):
+        return function(input, weight, bias, stride, padding, dilation, groups)
+    each = functools.partial(_each, dimensions)
+    settings = each(stride), each(padding), each(dilation), False, each(0), groups
+    return _forward(input, weight, bias, settings)
+
+
+def _transposed(
+    function: Callable[..., Tensor],
+    dimensions: int,
+    input: Tensor,  # noqa: A002  # torch's name
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    if not _here(dimensions, input, weight, bias):
+        return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    each = functools.partial(_each, dimensions)
+    settings = each(stride), each(padding), each(dilation), True, each(output_padding), groups
+    return _forward(input, weight, bias, settings)
+
+
+def _each(dimensions: int, setting: int | Sequence[int]) -> list[int]:
+    """Return one number for each dimension."""
+    numbers = [setting] if isinstance(setting, int) else list(setting)
+    return numbers * dimensions if len(numbers) == 1 else numbers
+
+
+def _here(dimensions: int, *tensors: Tensor | None) -> bool:
+    """Whether a convolution is to be made here: of a batch, with a derivative, by nothing else in its own way."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return (
+        given[0].ndim == dimensions + 2
+        and torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in given)
+        and not any(tensor.is_complex() for tensor in given)
+        and not torch.is_autocast_enabled(given[0].device.type)
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+#: What stands in for torch's functions.
+CONVOLUTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    torch.conv1d: functools.partial(_plain, torch.conv1d, 1),
+    torch.conv2d: functools.partial(_plain, torch.conv2d, 2),
+    torch.conv3d: functools.partial(_plain, torch.conv3d, 3),
+    torch.conv_transpose1d: functools.partial(_transposed, torch.conv_transpose1d, 1),
+    torch.conv_transpose2d: functools.partial(_transposed, torch.conv_transpose2d, 2),
+    torch.conv_transpose3d: functools.partial(_transposed, torch.conv_transpose3d, 3),
+}
