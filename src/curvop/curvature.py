@@ -160,9 +160,9 @@ class CurvatureLinearOperator(ParameterLinearOperator):
         dtype = np.result_type(self.dtype, rows.dtype)
         dtype = dtype if dtype in _TORCH else np.dtype(np.float64)  # torch knows no longdouble
         here = self._objective.device
-        # Writeable and contiguous, as torch wants it; a copy is made only where the vector is not so already.
-        staged = np.require(rows, _stage_dtype(self._objective.dtype), ["C", "W"])
-        vectors = torch.from_numpy(staged).to(here, self._objective.dtype)
+        if not (rows.dtype in _TORCH and rows.flags.c_contiguous and rows.flags.writeable):  # as torch wants it
+            rows = np.require(rows, _stage_dtype(self._objective.dtype), ["C", "W"])
+        vectors = torch.from_numpy(rows).to(here, self._objective.dtype)  # by torch, which converts on all cores
         if here.type == "cpu":
             array = np.empty((len(rows), self.shape[0]), dtype=dtype)
             self._run(vectors, torch.from_numpy(array))
