@@ -11,6 +11,7 @@ import numpy as np
 __all__ = ["GOALS", "Goal", "reached"]
 
 TUTORIAL, DIGITS = ["tutorial MLP 7-5-5-3"], ["MLP 64-32-10, digits"]
+LARGE = ["ResNet-18 64x64, eval", "GPT 4 layers, d = 128", "GPT-2 124M"]
 DEEP = ["MLP 784-512-512-10", "ResNet-18 64x64, eval", "GPT 4 layers, d = 128"]
 
 
@@ -19,7 +20,8 @@ class Goal:
     """The time of one contender over that of another, both with the same kind of work.
 
     Judged is the geometric mean over the models that both were timed on, or the worst model where `worst`; it is to be
-    `target` or more, or that or less where `at_most`.
+    `target` or more, or that or less where `at_most`. Where `per_flop`, times are divided by floating-point operations:
+    those of a product, linearized, for the time above, those of a gradient for the time below.
     """
 
     what: str
@@ -30,6 +32,7 @@ class Goal:
     at_most: bool = False
     worst: bool = False
     models: Collection[str] | None = None
+    per_flop: bool = False
 
 
 def goals() -> list[Goal]:
@@ -39,6 +42,7 @@ def goals() -> list[Goal]:
     units = "one product in gradients"
     nothing = "nothing kept, against curvlinops to_scipy()"
     eigsh = "eigsh(k=10) against eigsh(curvlinops.to_scipy())"
+    limit = "distance to the limit: one product in gradients, both per floating-point operation"
     found = [
         Goal(against, "product", scipy, "curvop", 3.0),
         Goal(against, "product", scipy, "curvop", 1.7, worst=True),
@@ -48,6 +52,10 @@ def goals() -> list[Goal]:
         Goal(kept, "product", single, "curvop compiled, one batch", 1.3),
         Goal(units, "product", "curvop", "gradient", 2.0, at_most=True),
         Goal(units, "product", compiled, "gradient", 1.6, at_most=True),
+        Goal(limit, "product", "curvop", "gradient", 1.2, at_most=True, models=LARGE, per_flop=True),
+        Goal(limit, "product", "curvop", "gradient", 1.5, at_most=True, models=LARGE, per_flop=True, worst=True),
+        Goal(limit, "product", compiled, "gradient", 1.0, at_most=True, models=LARGE, per_flop=True),
+        Goal(limit, "product", compiled, "gradient", 1.25, at_most=True, models=LARGE, per_flop=True, worst=True),
         Goal(nothing, "nothing kept", scipy, "curvop", 1.0, worst=True),
         Goal(nothing, "nothing kept", scipy, compiled, 1.3),
     ]
@@ -75,7 +83,8 @@ def reached(goal: Goal, rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         above, below = (row.get("by", {}).get(name, {}).get("ms") for name in (goal.above, goal.below))
         if row["work"] == goal.kind and above and below and (goal.models is None or row["model"] in goal.models):
-            ratios[row["model"]] = above / below
+            work = row["flops"]["curvop"] / row["flops"]["gradient"] if goal.per_flop else 1.0
+            ratios[row["model"]] = above / below / work
     mean = float(np.exp(np.mean(np.log(list(ratios.values()))))) if ratios else None
     worst = (max if goal.at_most else min)(ratios.values(), default=None)
     judged = worst if goal.worst else mean

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["PEER_PROBLEMS", "PROBLEMS", "tutorial"]
+__all__ = ["LARGE_PROBLEMS", "PEER_PROBLEMS", "PROBLEMS", "tutorial"]
 
 TUTORIAL = Path(__file__).resolve().parents[1] / "docs" / "examples" / "submatrices.py"
 
@@ -103,9 +103,9 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x))).transpose(1, 2)
 
 
-def gpt2() -> GPT:
-    """124 million parameters: GPT-2 (small) but for dropout."""
-    return GPT(tokens=50257, width=768, length=1024, depth=12, heads=12, tied=True)
+def gpt2(width: int = 768, depth: int = 12) -> GPT:
+    """GPT-2 but for dropout: small, with 124 million parameters; medium has width 1024, depth 24 and 355 million."""
+    return GPT(tokens=50257, width=width, length=1024, depth=depth, heads=width // 64, tied=True)
 
 
 def tutorial() -> dict[str, Any]:
@@ -156,4 +156,9 @@ PEER_PROBLEMS = {
     "MLP 64-32-10, digits": digits,
     **{name: make for name, make in PROBLEMS.items() if name != "MLP 64-32-10"},
     "GPT-2 124M": lambda: problem(gpt2(), (128,), 2, 1, tokens=50257),
+}
+
+LARGE_PROBLEMS = {
+    "GPT-2 124M": PEER_PROBLEMS["GPT-2 124M"],
+    "GPT-2 medium 355M": lambda: problem(gpt2(1024, 24), (128,), 2, 1, tokens=50257),
 }
