@@ -23,13 +23,12 @@ def hessian(problem: Problem, **options) -> HessianLinearOperator:
 class Clock:
     """A machine on which a chunk of columns takes as long as it is told."""
 
-    def __init__(self, seconds: dict[int, float], monkeypatch) -> None:
+    def __init__(self, seconds: dict[int, float]) -> None:
         self.seconds, self.now = seconds, 0.0
-        monkeypatch.setattr("curvop.kernels.columns.time.perf_counter", lambda: self.now)
 
     def run(self, columns: Columns, count: int, room: int = 10**9) -> list[int]:
         sizes = []
-        for start, stop in columns.chunks(count, lambda: room, lambda: None):
+        for start, stop in columns.chunks(count, lambda: room, lambda: self.now):
             sizes.append(stop - start)
             self.now += self.seconds[stop - start]
         return sizes
@@ -45,26 +44,32 @@ class TestChunks:
     def test_cover_every_column_once_and_stay_within_the_room(self, counts, room, setting) -> None:
         columns = Columns(setting)
         for count in counts:
-            bounds = list(columns.chunks(count, lambda: room, lambda: None))
+            bounds = list(columns.chunks(count, lambda: room, lambda: 0.0))
             assert [start for start, _ in bounds] == [0, *(stop for _, stop in bounds)][: len(bounds)]
             assert sum(stop - start for start, stop in bounds) == count
             assert all(stop - start <= max(1, room) for start, stop in bounds)
 
-    def test_the_cheapest_size_is_found_and_stays(self, monkeypatch) -> None:
-        clock, columns = Clock({1: 1.0, 8: 4.0, 64: 16.0}, monkeypatch), Columns("auto")
+    def test_the_cheapest_size_is_found_and_stays(self) -> None:
+        clock, columns = Clock({1: 1.0, 8: 4.0, 64: 16.0}), Columns("auto")
         clock.run(columns, 200)
         assert clock.run(columns, 200) == [64, 64, 64, 8]
         assert clock.run(columns, 20) == [8, 8, 1, 1, 1, 1]
 
-    def test_no_larger_size_is_tried_where_batching_does_not_pay(self, monkeypatch) -> None:
-        clock, columns = Clock({1: 1.0, 8: 12.0}, monkeypatch), Columns("auto")
-        assert clock.run(columns, 100)[:5] == [1, 1, 8, 8, 1]
+    def test_no_larger_size_is_tried_where_batching_does_not_pay(self) -> None:
+        clock, columns = Clock({1: 1.0, 8: 12.0}), Columns("auto")
+        assert clock.run(columns, 100)[:7] == [1, 1, 1, 8, 8, 8, 1]
         assert clock.run(columns, 100) == [1] * 100
 
-    def test_single_columns_are_not_timed(self, monkeypatch) -> None:
-        clock, columns = Clock({1: 1.0}, monkeypatch), Columns("auto")
+    def test_no_larger_size_is_tried_where_columns_take_long(self) -> None:
+        clock, columns = Clock({1: 1.0, 8: 4.0}), Columns("auto", worth=0.4)
+        assert clock.run(columns, 20) == [1] * 20
+        clock, columns = Clock({1: 1.0, 8: 4.0}), Columns("auto", worth=1.0)
+        assert clock.run(columns, 20) == [1, 1, 1, 8, 8, 1]
+
+    def test_single_columns_are_not_timed(self) -> None:
+        clock, columns = Clock({1: 1.0}), Columns("auto")
         assert clock.run(columns, 1) == [1]
-        assert not columns._seconds
+        assert not columns._taken
 
 
 @pytest.mark.parametrize("columns", [1, 2, 7, 43, 1000, "auto"])

@@ -68,6 +68,17 @@ class TestPrograms:
             np.testing.assert_allclose(again @ np.ones((P, 3)), H @ np.ones((P, 3)), rtol=1e-12, atol=1e-15)
         assert again._engine.kernel.seconds == H._engine.kernel.seconds
 
+    @pytest.mark.parametrize("columns", ["auto", 4])
+    def test_serve_several_columns_at_once(self, compiled, columns) -> None:
+        problem, H = compiled
+        many = hessian(problem, columns=columns)
+        many._engine.kernel._programs = H._engine.kernel._programs
+        for K in (9, 6, P):  # in fours, a rest of 1, 2 and 3, which are padded
+            X = np.random.default_rng(K).standard_normal((P, K))
+            np.testing.assert_allclose(many @ X, hessian(problem, "autograd") @ X, rtol=1e-10, atol=1e-13)
+        sizes = {size for program, _ in H._engine.kernel._programs.values() for size in program._many}
+        assert sizes  # or else they went one by one
+
     def test_pickle_without_programs(self, compiled) -> None:
         _, H = compiled
         assert pickle.loads(pickle.dumps(H))._engine.kernel._programs == {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import time
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 __all__ = ["Columns"]
 
 _SIZES = (1, 8, 64)
+# Chunks of a size that are timed: the least of them counts, as a busy machine only ever adds to it.
+_MEASURED = 3
 
 
 class Columns:
@@ -21,22 +24,24 @@ class Columns:
     ----------
     setting : int or 'auto'
         The size of chunks, 1 for columns one by one, or ``'auto'`` to measure.
+    worth : float
+        Seconds that a column takes above which no larger size is tried.
     """
 
-    def __init__(self, setting: int | str) -> None:
+    def __init__(self, setting: int | str, worth: float = math.inf) -> None:
+        self._worth = worth
         self._sizes = _SIZES if setting == "auto" else (int(setting),)
-        self._prepared: set[int] = set()
-        self._seconds: dict[int, float] = {}
+        self._taken: dict[int, list[float]] = defaultdict(list)
 
-    def chunks(self, count: int, room: Callable[[], int], synchronize: Callable[[], None]) -> Iterator[tuple[int, int]]:
+    def chunks(self, count: int, room: Callable[[], int], clock: Callable[[], float]) -> Iterator[tuple[int, int]]:
         """Yield the bounds of chunks of `count` columns; what is done between one and the next is timed.
 
         Parameters
         ----------
         room : callable
             Returns for how many columns' temporaries there is memory.
-        synchronize : callable
-            Waits until the device has done what it was asked to.
+        clock : callable
+            Returns the seconds at which the device has done what it was asked to.
         """
         if count == 1:
             yield 0, 1
@@ -45,14 +50,11 @@ class Columns:
         while start < count:
             left = count - start
             size = min(self._size(left, most), left)
-            measuring = left > 1 and size in self._sizes and size not in self._seconds
-            if measuring:
-                synchronize()
-                began = time.perf_counter()
+            measuring = left > 1 and size in self._sizes and not self._known(size)
+            began = clock() if measuring else 0.0
             yield start, start + size
             if measuring:
-                synchronize()
-                self._record(size, time.perf_counter() - began)
+                self._taken[size].append((clock() - began) / size)
             start += size
 
     def one_by_one(self) -> None:
@@ -66,15 +68,16 @@ class Columns:
         for size in self._sizes:
             if size > min(left, room):
                 break
-            if size not in self._seconds:
-                return size
-            if self._seconds[size] > self._seconds[best]:
+            if not self._known(size):
+                return size if size == 1 or self._seconds(best) <= self._worth else best
+            if self._seconds(size) > self._seconds(best):
                 break
             best = size
         return best
 
-    def _record(self, size: int, seconds: float) -> None:
-        if size not in self._prepared:  # the first chunk of a size pays for what is prepared once
-            self._prepared.add(size)
-            return
-        self._seconds[size] = seconds / size
+    def _known(self, size: int) -> bool:
+        return len(self._taken[size]) == _MEASURED
+
+    def _seconds(self, size: int) -> float:
+        """Return what a column takes in chunks of `size`; the first chunk paid for what is prepared once."""
+        return min(self._taken[size][1:])

@@ -33,6 +33,8 @@ class CompiledKernel(Kernel):
         self._programs: dict[object, tuple[Program, Any] | None] = {}
         self._warned = False
 
+    worth_batching = 2e-3  # seconds a column; a longer product gains less than its compilation takes
+
     @property
     def seconds(self) -> float:
         """What compiling took so far."""
@@ -112,7 +114,7 @@ class _Residuals(Linearization):
         return self._program.apply(self.tensors, tangents)
 
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        raise NotImplementedError("programs are compiled for one column")
+        return self._program.apply_many(self.tensors, tangents)
 
 
 def _like(part: Any) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,8 @@ class Kernel(abc.ABC):
     """How one kind of curvature matrix is linearized, for the block of the parameters `rows` and `cols`."""
 
     symmetric: bool
+    #: Seconds that a column takes above which no batching of columns is tried.
+    worth_batching: float = math.inf
 
     def __init__(self, objective: Objective, rows: Sequence[str], cols: Sequence[str]) -> None:
         self.objective = objective

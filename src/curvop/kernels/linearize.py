@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -21,39 +20,10 @@ from curvop.kernels.columns import Columns
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.memory import Budget, graph_bytes, keep_freed_memory, measured, tensor_bytes
+from curvop.kernels.passes import Pass
 from curvop.kernels.state import Fingerprint
 
 __all__ = ["Engine"]
-
-
-@dataclasses.dataclass
-class _Pass:
-    """What the first pass over the data left behind."""
-
-    state: tuple[object, ...]
-    leaves: dict[str, Tensor]
-    kept: dict[int, Linearization] = dataclasses.field(default_factory=dict)
-    bytes: int = 0
-    watched: list[tuple[weakref.ref[Tensor], int]] = dataclasses.field(default_factory=list)
-    fingerprints: list[list[float]] = dataclasses.field(default_factory=list)
-    weights: list[float] = dataclasses.field(default_factory=list)
-    losses: list[float] = dataclasses.field(default_factory=list)
-
-    def record(self, linearization: Linearization) -> None:
-        """Note a batch's share of the objective; a batch of weight 0 has none, though its own mean is 0/0."""
-        self.weights.append(linearization.weight)
-        self.losses.append(linearization.weight * float(linearization.loss) if linearization.weight else 0.0)
-
-    def keep(self, index: int, linearization: Linearization, batch: Any, count: int) -> None:
-        self.kept[index] = linearization
-        self.bytes += count
-        # Weakly: tensors that the loader made for this batch alone need not be held to see that nobody changes them.
-        self.watched += [(weakref.ref(leaf), leaf._version) for leaf in leaves(batch)]
-
-    def stale(self, state: tuple[object, ...]) -> bool:
-        if self.state != state:
-            return True
-        return any((tensor := ref()) is not None and tensor._version != version for ref, version in self.watched)
 
 
 class _DataReorderedError(Exception):
@@ -76,9 +46,9 @@ class Engine:
         self.kernel = kernel
         self._objective = kernel.objective
         self._budget = budget
-        self._columns = Columns(columns)
+        self._columns = Columns(columns, kernel.worth_batching)
         self._keeps = True
-        self._first: _Pass | None = None
+        self._first: Pass | None = None
         self._bytes: dict[object, int] = {}
 
     def __getstate__(self) -> dict[str, object]:
@@ -139,7 +109,7 @@ class Engine:
             add = _add if unit else _set
             unit = unit or linearization.weight  # one batch, or equal ones, are not scaled at all
             share = linearization.weight / unit if unit else 0.0
-            for start, stop in self._columns.chunks(len(vectors), self._room, self._synchronize):
+            for start, stop in self._columns.chunks(len(vectors), self._room, self._clock):
                 if (start, stop) not in chunks:
                     which = start if stop == start + 1 else slice(start, stop)
                     chunks[start, stop] = self.kernel.cols.split(vectors[which]), self.kernel.rows.split(out[which])
@@ -171,9 +141,11 @@ class Engine:
         largest = max(self._bytes.values(), default=0)
         return int(min(self._budget.left / largest, 2**31)) if largest else 1
 
-    def _synchronize(self) -> None:
+    def _clock(self) -> float:
+        """Return the seconds until the device has done what it was asked to, those of compiling left out."""
         if self._objective.device.type == "cuda":
             torch.cuda.synchronize(self._objective.device)
+        return time.perf_counter() - self.kernel.seconds
 
     def _linearizations(self) -> Iterator[Linearization]:
         """Begin a pass over the batches: the first one where there was none since anything changed."""
@@ -194,7 +166,7 @@ class Engine:
 
     def _first_pass(self, state: tuple[object, ...]) -> Iterator[Linearization]:
         keep_freed_memory()
-        first = _Pass(state, self._objective.leaves({*self.kernel.rows.names, *self.kernel.cols.names}))
+        first = Pass(state, self._objective.leaves({*self.kernel.rows.names, *self.kernel.cols.names}))
         keeps = self._keeps and self._budget.open(self._objective.device)
         try:
             for index, batch in self._objective.batches():
@@ -218,8 +190,8 @@ class Engine:
             if self._first is not first:
                 self._budget.give_back(first.bytes)
 
-    def _next_pass(self, first: _Pass) -> Iterator[Linearization]:
-        this = _Pass(first.state, first.leaves)
+    def _next_pass(self, first: Pass) -> Iterator[Linearization]:
+        this = Pass(first.state, first.leaves)
         for index, batch in self._objective.batches():
             if first.kept and Fingerprint(leaves(batch))() not in first.fingerprints[index : index + 1]:
                 raise _DataReorderedError

@@ -8,6 +8,7 @@ sublinear memory cost", have the trade). Both halves are compiled by Inductor.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 import warnings
@@ -43,10 +44,12 @@ class Program:
     seconds: float
     _first: Callable[..., Sequence[Tensor]]
     _second: Callable[..., Sequence[Tensor]]
+    _linear: fx.GraphModule
     _inputs: list[int]
     _tangents: list[int]
     _extras: int
     _cotangents: list[int | None]
+    _many: dict[int, Callable[..., Sequence[Tensor]]] = dataclasses.field(default_factory=dict)
 
     def linearize(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
         """Return the extras, and the residuals that `apply` needs."""
@@ -60,6 +63,28 @@ class Program:
             values = self._second(*residuals, *(tangents[index] for index in self._tangents))
         return [None if where is None else values[where] for where in self._cotangents]
 
+    def apply_many(self, residuals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return several columns' cotangents; compiled once for each number of columns.
+
+        Raises
+        ------
+        RuntimeError
+            Where an operation cannot be batched.
+        """
+        count = len(tangents[0])
+        size = min((size for size in self._many if size >= count), default=count)
+        used = [_padded(tangents[index], size) for index in self._tangents]
+        with torch.no_grad():
+            if size not in self._many:
+                began = time.perf_counter()
+                try:
+                    self._many[size] = _batched(self._linear, residuals, used)
+                except Exception as error:
+                    raise RuntimeError(f"the product cannot be batched: {error}") from error
+                self.seconds += time.perf_counter() - began
+            values = self._many[size](*residuals, *used)
+        return [None if where is None else values[where][:count] for where in self._cotangents]
+
 
 def compile_product(product: Product, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Program:
     """Trace `product` for tensors of these shapes, and compile it.
@@ -69,19 +94,42 @@ def compile_product(product: Product, inputs: Sequence[Tensor], tangents: Sequen
     Exception
         Whatever torch says of an operation that cannot be traced, split or compiled.
     """
-    from torch._inductor import compile as inductor
-
     began = time.perf_counter()
     with _quiet():
         graph, extras, cotangents = _traced(product, inputs, tangents)
         first, second = _split(graph, len(inputs), extras, [*inputs, *tangents])
         used = [_number(node) for node in _placeholders(first)]
         with torch.no_grad():
-            first_half = inductor(first, [inputs[index] for index in used], options=_OPTIONS)
+            first_half = _inductor(first, [inputs[index] for index in used])
             residuals = list(first_half(*(inputs[index] for index in used)))[extras:]
             needed = [_number(node) for node in _placeholders(second)[len(residuals) :]]
-            second_half = inductor(second, [*residuals, *(tangents[index] for index in needed)], options=_OPTIONS)
-    return Program(time.perf_counter() - began, first_half, second_half, used, needed, extras, cotangents)
+            second_half = _inductor(second, [*residuals, *(tangents[index] for index in needed)])
+    return Program(time.perf_counter() - began, first_half, second_half, second, used, needed, extras, cotangents)
+
+
+def _inductor(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    from torch._inductor import compile as inductor
+
+    compiled: Callable[..., Sequence[Tensor]] = inductor(copy.deepcopy(graph), list(examples), options=_OPTIONS)
+    return compiled
+
+
+def _batched(
+    linear: fx.GraphModule, residuals: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> Callable[..., Sequence[Tensor]]:
+    """Return the second half for as many columns as `tangents` have."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    axes = (*(None for _ in residuals), *(0 for _ in tangents))
+    with _quiet():
+        graph = make_fx(torch.func.vmap(linear, axes), tracing_mode="fake")(*residuals, *tangents)
+        return _inductor(graph, [*residuals, *tangents])
+
+
+def _padded(tangents: Tensor, size: int) -> Tensor:
+    """Return `size` tangents, in the one layout that programs are compiled for."""
+    missing = size - len(tangents)
+    return torch.cat([tangents, tangents.new_zeros(missing, *tangents.shape[1:])]) if missing else tangents.contiguous()
 
 
 def _traced(

@@ -1,0 +1,56 @@
+"""What a pass over the data leaves behind: linearizations that are kept, and what tells whether they still hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+from curvop.kernels.batches import leaves
+from curvop.kernels.kernel import Linearization
+
+__all__ = ["Pass"]
+
+
+@dataclasses.dataclass
+class Pass:
+    """A pass over the data, under the objective's `state` and at the parameters `leaves`.
+
+    Attributes
+    ----------
+    kept : dict of int to Linearization
+        By the batch's number.
+    bytes : int
+        What these retain.
+    fingerprints, weights, losses : list
+        One of each batch, by which a later pass is compared with this one.
+    """
+
+    state: tuple[object, ...]
+    leaves: dict[str, Tensor]
+    kept: dict[int, Linearization] = dataclasses.field(default_factory=dict)
+    bytes: int = 0
+    watched: list[tuple[weakref.ref[Tensor], int]] = dataclasses.field(default_factory=list)
+    fingerprints: list[list[float]] = dataclasses.field(default_factory=list)
+    weights: list[float] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+
+    def record(self, linearization: Linearization) -> None:
+        """Note a batch's share of the objective; a batch of weight 0 has none, though its own mean is 0/0."""
+        self.weights.append(linearization.weight)
+        self.losses.append(linearization.weight * float(linearization.loss) if linearization.weight else 0.0)
+
+    def keep(self, index: int, linearization: Linearization, batch: Any, count: int) -> None:
+        """Keep a batch's linearization, which retains `count` bytes, for as long as nobody writes to the batch."""
+        self.kept[index] = linearization
+        self.bytes += count
+        # Weakly: tensors that the loader made for this batch alone need not be held to see that nobody changes them.
+        self.watched += [(weakref.ref(leaf), leaf._version) for leaf in leaves(batch)]
+
+    def stale(self, state: tuple[object, ...]) -> bool:
+        """Whether the objective is in another state now, or a batch was written to."""
+        if self.state != state:
+            return True
+        return any((tensor := ref()) is not None and tensor._version != version for ref, version in self.watched)
