@@ -1,7 +1,7 @@
 """Compare this package and its peers: the same work, in turns, with the error beside every time.
 
 Run ``python -m pip install -e ".[bench]" && python benchmarks/peers.py``; it writes ``benchmarks/results/peers.json``
-and ``peers.md``. Every pair of a model and a kind of work has a process of its own, in which the contenders take turns;
+and ``peers.md``, and takes about an hour. Every pair of a model and a kind of work has a process of its own, in which the contenders take turns;
 a time is the median of its runs, an error is relative to double backward in float64, and what is wrong is not timed.
 Peak memory is that of a process that does nothing but build one contender and multiply.
 """
@@ -198,7 +198,8 @@ def child(options: argparse.Namespace, *what: str) -> Any:
     """Run this file in a process of its own; return what it found, or why it found nothing."""
     passed = [f"--{name}={getattr(options, name)}" for name in ("runs", "room", "memory")]
     command = [sys.executable, __file__, "--child", *passed, *what]
-    own = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    # SciPy's BLAS on one thread: its others would wait actively, on the cores that torch computes on.
+    own = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         try:
             code = subprocess.run(command, stdout=out, stderr=err, timeout=options.limit, env=own).returncode
