@@ -1,9 +1,9 @@
 """Compare this package and its peers: the same work, in turns, with the error beside every time.
 
 Run ``python -m pip install -e ".[bench]" && python benchmarks/peers.py``; it writes ``benchmarks/results/peers.json``
-and ``peers.md``, and takes about an hour. Every pair of a model and a kind of work has a process of its own, in which the contenders take turns;
-a time is the median of its runs, an error is relative to double backward in float64, and what is wrong is not timed.
-Peak memory is that of a process that does nothing but build one contender and multiply.
+and ``peers.md``, and takes about an hour. Every pair of a model and a kind of work has a process of its own, in which
+the contenders take turns; a time is the median of its runs, an error is relative to double backward in float64, and
+what is wrong is not timed. Peak memory is that of a process that does nothing but build one contender and multiply.
 """
 
 from __future__ import annotations

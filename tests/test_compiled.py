@@ -30,6 +30,13 @@ def check(problem: Problem, **options) -> HessianLinearOperator:
     return B
 
 
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="module")
 def compiled() -> tuple[Problem, HessianLinearOperator]:
     problem = loss_problem("ce-everything")
@@ -128,7 +135,10 @@ def test_dropout_in_training_mode_is_told() -> None:
     problem = loss_problem("mse")
     problem.model.insert(2, nn.Dropout(0.5)).train()
     problem.params = dict(problem.model.named_parameters())
-    with pytest.raises(NonDeterministicObjectiveError, match="dropout"):
+    with (
+        pytest.warns(RuntimeWarning, match="the compiled loss differs"),
+        pytest.raises(NonDeterministicObjectiveError, match="dropout"),
+    ):
         hessian(problem) @ np.ones(P)
 
 
@@ -200,3 +210,185 @@ def test_every_loss(name: str) -> None:
 @pytest.mark.slow
 def test_sequences() -> None:
     check(sequences())
+
+
+class Table(nn.Module):
+    """Computes a table once and keeps it, in one of three ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.linear, self.way, self.table = nn.Linear(4, 3), way, None
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        table = getattr(self, "kept", None) if self.way == "buffer" else self.table
+        if table is None or len(table) < len(X):
+            table = torch.linspace(0, 1, len(X))[:, None]
+            if self.way == "buffer":
+                self.register_buffer("kept", table)
+            else:
+                self.table = table
+        z = self.linear(X) + table[: len(X)]
+        if self.way == "aside":
+            self.aside = z.square().mean()
+        return z.tanh()
+
+
+@pytest.mark.parametrize("way", ["attribute", "buffer", "aside"])
+@pytest.mark.filterwarnings("ignore:engine='compiled' falls back:RuntimeWarning")
+def test_what_a_model_computes_and_keeps_is_real(way) -> None:
+    X, y = torch.randn(6, 4), torch.randn(6, 3)
+    models = [Table(way), Table(way)]
+    models[1].load_state_dict(models[0].state_dict())
+    products = [
+        hessian(Problem(model, nn.MSELoss(), [(X, y), (X[:3], y[:3])]), engine) @ np.ones(15)
+        for model, engine in zip(models, ("autograd", "compiled"), strict=True)
+    ]
+    np.testing.assert_allclose(products[1], products[0], rtol=1e-10)
+    assert torch.isfinite(models[1](X)).all()
+    assert all(type(value) in (torch.Tensor, nn.Parameter) for value in models[1].state_dict(keep_vars=True).values())
+
+
+class Python(nn.Module):
+    """Depends on what no tensor holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.act, self.config, self.power = nn.Linear(4, 3), torch.tanh, {"scale": 1.0}, (2,)
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        return self.act(self.linear(X) * self.config["scale"]) ** self.power[0]
+
+
+CHANGES = {
+    "a function": lambda model: setattr(model, "act", torch.sigmoid),
+    "a dictionary": lambda model: model.config.update(scale=3.0),
+    "a tuple": lambda model: setattr(model, "power", (3,)),
+    "a hook": lambda model: model.linear.register_forward_hook(lambda module, args, z: 2 * z),
+    "a layer": lambda model: setattr(model, "linear", Doubled(model.linear)),
+}
+
+
+class Doubled(nn.Linear):
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(4, 3)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(X)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_besides_the_parameters_is_seen_with_them(change) -> None:
+    model = Python()
+    problem = Problem(model, nn.MSELoss(), [(torch.randn(6, 4), torch.randn(6, 3))])
+    H = hessian(problem)
+    H @ np.ones(15)
+    CHANGES[change](model)
+    with torch.no_grad():
+        model.linear.weight.mul_(1.1)
+    np.testing.assert_allclose(H @ np.eye(15), hessian(problem, "autograd") @ np.eye(15), rtol=1e-10, atol=1e-13)
+
+
+def test_a_regularisation_weight_is_seen_with_the_parameters() -> None:
+    params = {"theta": torch.randn(3, requires_grad=True)}
+    weight = {"decay": 1.0}
+
+    def objective(params: dict[str, torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        return (params["theta"] @ batch).cos() + weight["decay"] * params["theta"].square().sum()
+
+    data = [torch.randn(3)]
+    H = HessianLinearOperator.from_objective(objective, params, data, engine="compiled")
+    H @ np.ones(3)
+    weight["decay"] = 5.0
+    with torch.no_grad():
+        params["theta"].mul_(1.1)
+    expected = HessianLinearOperator.from_objective(objective, params, data) @ np.eye(3)
+    np.testing.assert_allclose(H @ np.eye(3), expected, rtol=1e-10)
+
+
+class Running(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        z = self.linear(X)
+        self.mean.mul_(0.9).add_(z.detach().mean(0), alpha=0.1)
+        return (z - self.mean).tanh()
+
+
+@pytest.mark.parametrize("cache", [0, "auto"])
+def test_a_buffer_that_is_written_to_is_written_to_once(cache) -> None:
+    X, y = torch.randn(6, 4), torch.randn(6, 3)
+    problem = Problem(Running(), nn.MSELoss(), [(X, y), (X + 1, y)])
+    expected = hessian(problem, "autograd", cache=cache) @ np.ones(15)
+    np.testing.assert_allclose(hessian(problem, cache=cache) @ np.ones(15), expected, rtol=1e-10)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 3), 0
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.linear(X).tanh()
+
+
+def test_a_model_whose_settings_change_in_every_batch_falls_back() -> None:
+    X, y = torch.randn(6, 4), torch.randn(6, 3)
+    problem = Problem(Counting(), nn.MSELoss(), [(X + shift, y) for shift in range(6)])
+    H = hessian(problem, cache=0)
+    with pytest.warns(RuntimeWarning, match="changes with every batch"):
+        product = H @ np.ones(15)
+    np.testing.assert_allclose(product, hessian(problem, "autograd") @ np.ones(15), rtol=1e-10)
+    assert len(H._engine.kernel._programs) <= 4
+
+
+def test_inputs_that_require_grad_and_numbers_are_told_apart() -> None:
+    layer = nn.Linear(4, 3)
+
+    def model(params, X):
+        X, number = X
+        scale = 2.0 if X.requires_grad else 1.0
+        return (torch.func.functional_call(layer, params, (X,)) * scale).tanh() * (1.0 + (str(number)[0] == "-"))
+
+    X, y = torch.randn(6, 4), torch.randn(6, 3)
+    data = [((X.clone().requires_grad_(), 0.0), y), ((X, -0.0), y), ((X + 1, 0.0), y)]
+    problem = Problem(model, nn.MSELoss(), data, dict(layer.named_parameters()))
+    weight = {"batch_weight": lambda batch: 6.0}
+    expected = hessian(problem, "autograd", **weight) @ np.eye(15)
+    np.testing.assert_allclose(hessian(problem, **weight) @ np.eye(15), expected, rtol=1e-10, atol=1e-13)
+
+
+def test_sparse_batches_fall_back() -> None:
+    layer = nn.Linear(4, 3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        data = [((torch.eye(6).to_sparse_csr(), torch.randn(6, 4)), torch.randn(6, 3))]
+        problem = Problem(
+            lambda params, X: (X[0] @ torch.func.functional_call(layer, params, (X[1],))).tanh(),
+            *(nn.MSELoss(), data, dict(layer.named_parameters())),
+        )
+        with pytest.warns(RuntimeWarning, match="falls back"):
+            product = hessian(problem, batch_weight=lambda batch: 1.0) @ np.ones(15)
+        expected = hessian(problem, "autograd", batch_weight=lambda batch: 1.0) @ np.ones(15)
+    np.testing.assert_allclose(product, expected, rtol=1e-10)
+
+
+def test_a_loss_that_is_no_scalar_is_refused_as_ever() -> None:
+    layer = nn.Linear(4, 3)
+    problem = Problem(
+        layer, lambda z, y: (z.tanh() - y).square().mean().reshape(1), [(torch.randn(6, 4), torch.ones(3))]
+    )
+    with pytest.warns(RuntimeWarning, match="falls back"), pytest.raises(ValueError, match="scalar"):
+        hessian(problem) @ np.ones(15)
+
+
+def test_blocks_that_the_loss_does_not_reach() -> None:
+    params = {"used": torch.ones(2, requires_grad=True), "idle": torch.ones(2, requires_grad=True)}
+    H = HessianLinearOperator.from_objective(
+        lambda params, _: params["used"].cos().sum(), params, [0], engine="compiled", batch_weight=lambda _: 1.0
+    )
+    assert not (H.block("idle") @ np.eye(2)).any()

@@ -158,3 +158,84 @@ def test_under_autocast_as_torch_computes_it() -> None:
     x = np.ones(H.shape[1])
     difference = np.linalg.norm(H @ x - exact @ x) / np.linalg.norm(exact @ x)
     assert 1e-4 < difference < 0.1  # three digits: bfloat16 it is
+
+
+def penalised(params: dict[str, Tensor], batch: tuple[Tensor, Tensor], own: dict[str, object], way: str) -> Tensor:
+    """Add the squared derivatives of the scores by the images, all at once or one by one."""
+    X = batch[0].clone().requires_grad_()
+    scores = torch.func.functional_call(own["model"], params, (X,))
+    total, directions = scores.sum(0), torch.eye(scores.shape[1])
+    if way == "at once":
+        (jacobian,) = torch.autograd.grad(total, X, directions, is_grads_batched=True, create_graph=True)
+    elif way == "vmap":
+        jacobian = torch.vmap(lambda v: torch.autograd.grad(total, X, v, create_graph=True)[0])(directions)
+    else:
+        jacobian = torch.stack([torch.autograd.grad(total, X, v, create_graph=True)[0] for v in directions])
+    return F.mse_loss(scores, batch[1]) + jacobian.square().mean()
+
+
+@pytest.mark.parametrize("way", ["at once", "vmap"])
+def test_losses_that_hold_batched_derivatives(way: str) -> None:
+    own = problem()
+
+    def product(way: str) -> np.ndarray:
+        H = HessianLinearOperator.from_objective(
+            lambda params, batch: penalised(params, batch, own, way), own["params"], own["data"]
+        )
+        return H @ np.ones(H.shape[1])
+
+    np.testing.assert_allclose(product(way), product("one by one"), rtol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
+@pytest.mark.parametrize("way", ["func", "dual"])
+def test_models_with_forward_mode_inside(way: str) -> None:
+    own = problem()
+
+    def derivative(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        def model(X: Tensor) -> Tensor:
+            return torch.func.functional_call(own["model"], params, (X,))
+
+        if way == "func":
+            return torch.func.jvp(model, (X,), (torch.ones_like(X),))[1]
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))
+            return torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+
+    def expected(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        X = X.clone().requires_grad_()
+        y = torch.func.functional_call(own["model"], params, (X,))
+        v = torch.zeros_like(y, requires_grad=True)
+        (gradient,) = torch.autograd.grad(y, X, v, create_graph=True)
+        return torch.autograd.grad(gradient, v, torch.ones_like(X), create_graph=True)[0]
+
+    products = []
+    for model in (derivative, expected):
+        H = HessianLinearOperator(model, own["loss_function"], own["params"], own["data"])
+        products.append(H @ np.ones(H.shape[1]))
+    np.testing.assert_allclose(*products, rtol=1e-8)
+
+
+def test_settings_of_any_kind_of_integer() -> None:
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3, dtype=torch.float64))
+    data = [(torch.randn(2, 3, 5, 5, dtype=torch.float64), torch.randn(2, 36, dtype=torch.float64))]
+
+    def product(stride: object, padding: object) -> np.ndarray:
+        def model(params: dict[str, Tensor], X: Tensor) -> Tensor:
+            return F.conv2d(X, params["weight"], stride=stride, padding=padding).flatten(1)
+
+        return HessianLinearOperator(model, nn.MSELoss(), {"weight": weight}, data) @ np.ones(108)
+
+    np.testing.assert_array_equal(product(np.int64(2), torch.tensor(1)), product(2, 1))
+
+
+def test_shapes_asked_of_the_meta_device() -> None:
+    probe = nn.Conv1d(4, 4, 1, device="meta")
+    params = {"weight": torch.randn(4, 3, dtype=torch.float64, requires_grad=True)}
+
+    def model(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        assert probe(X.float().to("meta")[:, :, None]).shape == (6, 4, 1)
+        return X @ params["weight"]
+
+    data = [(torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64))]
+    assert (HessianLinearOperator(model, nn.MSELoss(), params, data) @ np.ones(12)).any()

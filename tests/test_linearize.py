@@ -221,6 +221,28 @@ class TestCache:
         assert 0 < free_bytes(torch.device("cpu")) < 2**50
 
 
+class Moving(nn.Module):
+    """Its layers compute something else in the other container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList([nn.Linear(4, 4)])
+        self.second = nn.ModuleList([nn.Tanh()])
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        for layer in self.first:
+            X = X + layer(X).tanh()
+        for layer in self.second:
+            X = layer(X)
+        return self.head(X)
+
+
+@seeded
+def moving_problem() -> Problem:
+    return Problem(Moving(), nn.MSELoss(), [(torch.randn(6, 4), torch.randn(6, 4))])
+
+
 class TestChangesAreNoticed:
     @pytest.fixture
     def problem(self) -> Problem:
@@ -314,6 +336,59 @@ class TestChangesAreNoticed:
         self.check(problem, lambda: problem.data.append((3 * X, y)))
         self.check(problem, lambda: problem.data.__setitem__(0, (2 * X, y)))
 
+    def test_another_kind_of_layer(self, problem: Problem) -> None:
+        H = hessian(problem)
+        H @ np.ones(H.shape[1])
+        problem.model[1] = nn.Sigmoid()
+        expected = hessian(problem) @ np.ones(H.shape[1])
+        for _ in range(2):
+            np.testing.assert_allclose(H @ np.ones(H.shape[1]), expected, rtol=1e-12)
+
+    def test_a_layer_moved_from_one_container_to_the_next(self) -> None:
+        problem = moving_problem()
+        H = hessian(problem)
+        H @ np.ones(H.shape[1])
+        problem.model.first.append(problem.model.second.pop(0))
+        np.testing.assert_allclose(H @ np.ones(H.shape[1]), hessian(problem) @ np.ones(H.shape[1]), rtol=1e-12)
+
+    def test_parameters_that_change_places_or_shape_are_an_error(self) -> None:
+        problem = moving_problem()
+        H = hessian(problem)
+        one, other = problem.model.first[0], problem.model.head
+        one.weight, other.weight = other.weight, one.weight
+        with pytest.raises(RuntimeError, match="another took its place"):
+            H @ np.ones(H.shape[1])
+        one.weight, other.weight = other.weight, one.weight
+        H @ np.ones(H.shape[1])
+        one.bias.data = one.bias.data[:1]
+        with pytest.raises(RuntimeError, match=r"had shape \(4,\) and has \(1,\) now"):
+            H @ np.ones(H.shape[1])
+
+    def test_a_sparse_buffer(self) -> None:
+        problem = moving_problem()
+        problem.model.register_buffer("graph", torch.eye(3).to_sparse())
+        H = hessian(problem)
+        assert (H @ np.ones(H.shape[1])).any()
+
+    def test_autocasts_dtype(self) -> None:
+        problem = moving_problem()
+        problem.model.float()
+        problem.data = [(X.float(), y.float()) for X, y in problem.data]
+        H = hessian(problem)
+        x = np.ones(H.shape[1])
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                np.testing.assert_array_equal(H @ x, hessian(problem) @ x)
+
+    def test_missing_values_in_batches_are_no_change(self) -> None:
+        problem = moving_problem()
+        problem.data = [(X + shift, y.clone().fill_(torch.nan)) for X, y in problem.data for shift in range(4)]
+        problem.loss_function = lambda z, y: z.square().mean() + y.nan_to_num().mean()
+        H = hessian(problem, cache=2.5 * batch_bytes(problem))
+        x = np.ones(H.shape[1])
+        np.testing.assert_allclose(H @ x, H @ x, rtol=1e-12)
+        assert 0 < len(H._engine._first.kept) < 4
+
     def test_autocast(self, problem: Problem) -> None:
         problem.model.float()
         problem.data = [(X.float(), y) for X, y in problem.data]
@@ -392,6 +467,14 @@ class TestTheModelIsLeftAsFound:
         assert torch.equal(model[0].weight, before)
         model(problem.data[0][0])  # the model does it to itself
         np.testing.assert_allclose(hessian(problem) @ np.ones(23), product, rtol=1e-12)
+
+    def test_an_embedding_that_renormalises_its_weight_below_a_block(self) -> None:
+        model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.5), nn.Flatten(), nn.Linear(6, 2)).double()
+        before = model[0].weight.detach().clone()
+        data = [(torch.randint(0, 5, (7, 2)), torch.randn(7, 2, dtype=torch.float64))]
+        H = HessianLinearOperator(model, nn.MSELoss(), {"2.bias": model[2].bias}, data)
+        H @ np.ones(2)
+        assert torch.equal(model[0].weight, before)
 
     def test_the_batch_is_not_changed(self) -> None:
         batch = {"X": torch.randn(2, 4).double()}

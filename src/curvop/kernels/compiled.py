@@ -12,9 +12,13 @@ from torch.utils import _pytree as pytree
 
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.kernel import Kernel, Linearization
+from curvop.kernels.objective import check_loss
 from curvop.kernels.tracing import Program, compile_product
 
 __all__ = ["CompiledKernel"]
+
+# For batches of one shape; where settings of the model call for more, they never end.
+_MOST_PROGRAMS = 4
 
 
 class CompiledKernel(Kernel):
@@ -30,8 +34,9 @@ class CompiledKernel(Kernel):
         super().__init__(kernel.objective, kernel.rows.names, kernel.cols.names)
         self.symmetric = kernel.symmetric
         self._kernel = kernel
-        self._programs: dict[object, tuple[Program, Any] | None] = {}
+        self._programs: dict[tuple[object, ...], tuple[Program, Any] | None] = {}
         self._warned = False
+        self._gave_up = False
 
     worth_batching = 2e-3  # seconds a column; a longer product gains less than its compilation takes
 
@@ -53,25 +58,58 @@ class CompiledKernel(Kernel):
         """Return one product from the beginning, as the wrapped kernel makes it."""
         return self._kernel.product(leaves, loss, tangents)
 
+    def prepare(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> None:
+        """Compile what there is no program for."""
+        self._found(leaves, index, batch)
+
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of one batch."""
+        for _ in range(2):
+            found, is_new = self._found(leaves, index, batch)
+            if found is None:
+                return self._kernel.linearize(leaves, index, batch)
+            inputs, (program, prediction) = found
+            [loss], residuals = program.linearize([part.detach() for part in inputs if isinstance(part, Tensor)])
+            if not (is_new or index == 0) or self._same(loss, self._loss(leaves, batch)):
+                return _Residuals(loss, self.objective.weight(prediction, index, batch), program, residuals)
+            # Something has changed that no key tells: a dictionary, or what a function reads.
+            self._programs.clear()
+        self._give_up("the compiled loss differs from the objective's, by its random numbers or its own counting")
+        return self._kernel.linearize(leaves, index, batch)
+
+    def _found(
+        self, leaves: Mapping[str, Tensor], index: int, batch: Any
+    ) -> tuple[tuple[list[Any], tuple[Program, Any]] | None, bool]:
+        """Return the inputs and the program that is good for them, None where there is none; and whether it is new."""
         inputs, structure = pytree.tree_flatten((dict(leaves), self.objective.held(leaves), batch))
-        compiled = None
-        if unknown := [part for part in inputs if not isinstance(part, Tensor | int | float | str | None)]:
+        if unknown := [part for part in inputs if not _is_known(part)]:
             # What it holds, nobody can see: neither the tensors to trace nor the values that a program is good for.
             self._warn(f"a batch holds a {type(unknown[0]).__name__}")
-        else:
-            key = (tuple(map(_like, inputs)), str(structure), self.objective.mode())
-            if key not in self._programs:
-                self._programs[key] = self._compiled(leaves, inputs, structure)
-            compiled = self._programs[key]
-        if compiled is None:
-            return self._kernel.linearize(leaves, index, batch)
-        program, prediction = compiled
-        [loss], residuals = program.linearize([part.detach() for part in inputs if isinstance(part, Tensor)])
-        return _Residuals(loss, self.objective.weight(prediction, index, batch), program, residuals)
+            return None, False
+        like = (tuple(map(_like, inputs)), str(structure))
+        key = (*like, self.objective.mode())
+        is_new = key not in self._programs and not self._gave_up
+        if is_new and sum(known[:2] == like for known in self._programs) == _MOST_PROGRAMS:
+            self._give_up("a setting of the model changes with every batch")
+        if self._gave_up:
+            return None, False
+        if is_new:
+            self._programs[key] = self._compiled(leaves, index, batch, inputs, structure)
+        program = self._programs[key]
+        return (None if program is None else (inputs, program)), is_new
 
-    def _compiled(self, leaves: Mapping[str, Tensor], inputs: list[Any], structure: Any) -> tuple[Program, Any] | None:
+    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Return the loss as the objective itself computes it."""
+        with torch.no_grad():
+            return self.objective.traced(leaves, self.objective.held(leaves), batch)[0]
+
+    def _same(self, loss: Tensor, other: Tensor) -> bool:
+        difference = abs(float(loss) - float(other))
+        return not difference > abs(float(other)) * torch.finfo(loss.dtype).eps ** 0.5
+
+    def _compiled(
+        self, leaves: Mapping[str, Tensor], index: int, batch: Any, inputs: list[Any], structure: Any
+    ) -> tuple[Program, Any] | None:
         """Return the program for inputs like these, and the shape of the prediction; None where there is none."""
         where = [position for position, part in enumerate(inputs) if isinstance(part, Tensor)]
         chosen = {*self.rows.names, *self.cols.names}
@@ -83,21 +121,27 @@ class CompiledKernel(Kernel):
             nonlocal shape
             parts = list(inputs)
             for position, tensor in zip(where, tensors, strict=True):
-                parts[position] = tensor
+                parts[position] = tensor.detach().requires_grad_(inputs[position].requires_grad)
             values, held, batch = pytree.tree_unflatten(parts, structure)
             point = {name: value.detach().requires_grad_(name in chosen) for name, value in values.items()}
             with torch.enable_grad(), TwiceDifferentiable():
                 loss, prediction = self.objective.traced(point, held, batch)
+                check_loss(loss, index)
                 shape = pytree.tree_map_only(Tensor, _shape, prediction)
                 return [loss.detach()], self._kernel.product(point, loss, tangents)
 
-        examples = [inputs[position].detach() for position in where]
         tangents = [torch.ones_like(leaves[name], memory_format=torch.contiguous_format) for name in self.cols.names]
         try:
+            self._loss(leaves, batch)  # what the model computes once and keeps shall not be traced
+            examples = [_clone(inputs[position].detach()) for position in where]  # a program may write to them
             return compile_product(product, examples, tangents), shape
         except Exception as error:  # whatever torch cannot do; autograd says it again if the objective is at fault
             self._warn(" ".join(f"the product could not be compiled: {type(error).__name__}: {error}".split())[:300])
             return None
+
+    def _give_up(self, reason: str) -> None:
+        self._gave_up = True
+        self._warn(reason)
 
     def _warn(self, reason: str) -> None:
         if not self._warned:
@@ -117,11 +161,23 @@ class _Residuals(Linearization):
         return self._program.apply_many(self.tensors, tangents)
 
 
+def _is_known(part: Any) -> bool:
+    if isinstance(part, Tensor):
+        return part.layout == torch.strided
+    return isinstance(part, int | float | str | None)
+
+
 def _like(part: Any) -> object:
     """Return what one program is good for."""
     if not isinstance(part, Tensor):
-        return type(part), part
+        return type(part), repr(part)  # which tells -0.0 from 0.0
     return part.shape, part.stride(), part.dtype, part.device, part.requires_grad
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """Return a clone in the same layout; where that cannot be had, as of an expanded tensor, the tensor itself."""
+    clone = tensor.clone()
+    return clone if clone.stride() == tensor.stride() else tensor
 
 
 def _shape(tensor: Tensor) -> Tensor:

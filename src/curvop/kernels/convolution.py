@@ -78,13 +78,13 @@ class _Gradient(torch.autograd.Function):
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
-    if torch.is_grad_enabled():
+    if _own(x, weight, bias):
         return _Convolution.apply(x, weight, bias, settings)  # type: ignore[no-any-return,no-untyped-call]
     return torch.convolution(x, weight, bias, *settings)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, settings: _Settings, wanted: tuple[bool, bool, bool]) -> _Parts:
-    if torch.is_grad_enabled():
+    if _own(grad, x, weight):
         return _Gradient.apply(grad, x, weight, settings, wanted)  # type: ignore[no-any-return,no-untyped-call]
     return _gradient(grad, x, weight, settings, wanted)
 
@@ -135,20 +135,31 @@ def _transposed(
 
 def _each(dimensions: int, setting: int | Sequence[int]) -> list[int]:
     """Return one number for each dimension."""
-    numbers = [setting] if isinstance(setting, int) else list(setting)
+    numbers = list(setting) if isinstance(setting, Sequence) else [int(setting)]
     return numbers * dimensions if len(numbers) == 1 else numbers
 
 
 def _here(dimensions: int, *tensors: Tensor | None) -> bool:
     """Whether a convolution is to be made here: of a batch, with a derivative, by nothing else in its own way."""
     given = [tensor for tensor in tensors if tensor is not None]
+    device = given[0].device.type
     return (
         given[0].ndim == dimensions + 2
-        and torch.is_grad_enabled()
+        and _own(*tensors)
         and any(tensor.requires_grad for tensor in given)
         and not any(tensor.is_complex() for tensor in given)
-        and not torch.is_autocast_enabled(given[0].device.type)
+        and device != "meta"
+        and not torch.is_autocast_enabled(device)
+    )
+
+
+def _own(*tensors: Tensor | None) -> bool:
+    """Whether gradients are recorded, by backward mode alone: transforms and forward mode have torch's own rules."""
+    return (
+        torch.is_grad_enabled()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and not any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
     )
 
 

@@ -39,6 +39,8 @@ class HessianKernel(Kernel):
         self, leaves: Mapping[str, Tensor], loss: Tensor, tangents: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         """Return one product from the beginning, by double backward."""
+        if not loss.requires_grad:
+            return [None] * len(self.rows.names)
         columns, rows = ([leaves[name] for name in layout.names] for layout in (self.cols, self.rows))
         gradient = torch.autograd.grad(loss, columns, create_graph=True, allow_unused=True)
         edges, positions = _edges(gradient)

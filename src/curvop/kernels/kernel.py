@@ -73,6 +73,9 @@ class Kernel(abc.ABC):
     ) -> Sequence[Tensor | None]:
         """Return one product from the beginning, for programs to be made of it; None for zero."""
 
+    def prepare(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> None:  # noqa: B027  # most need not
+        """Do what `linearize` does once for batches of a shape."""
+
     @abc.abstractmethod
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Compute everything about batch number `index` that does not depend on the vector."""

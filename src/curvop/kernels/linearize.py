@@ -181,7 +181,7 @@ class Engine:
                         count = graph_bytes(linearization.roots, self._objective.tensors())
                     if self._budget.take(count):
                         first.keep(index, linearization, batch, count)
-                    first.fingerprints.append(Fingerprint(leaves(batch))())
+                    first.fingerprints.append(Fingerprint.of_data(leaves(batch)))
                 first.record(linearization)
                 yield linearization
                 del linearization
@@ -193,7 +193,7 @@ class Engine:
     def _next_pass(self, first: Pass) -> Iterator[Linearization]:
         this = Pass(first.state, first.leaves)
         for index, batch in self._objective.batches():
-            if first.kept and Fingerprint(leaves(batch))() not in first.fingerprints[index : index + 1]:
+            if first.kept and Fingerprint.of_data(leaves(batch)) not in first.fingerprints[index : index + 1]:
                 raise _DataReorderedError
             linearization = first.kept.get(index)
             if linearization is None:
@@ -221,6 +221,7 @@ class Engine:
         like = (self._objective.dtype, signature(batch))
         if like in self._bytes:
             return self._bytes[like], None
+        self.kernel.prepare(point, index, batch)
         try:
             linearization, count = measured(
                 lambda: self.kernel.linearize(point, index, batch), self._objective.tensors()

@@ -139,6 +139,8 @@ def tensor_bytes(tensors: Iterable[Tensor], shared: Iterable[Tensor]) -> int:
 
 
 def _dense(tensor: Tensor) -> list[Tensor]:
+    if tensor._is_zerotensor():  # forward mode's zeros, which have no memory
+        return []
     if tensor.layout == torch.strided:
         return [tensor]
     return [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else []

@@ -69,6 +69,8 @@ class ModelObjective(Objective):
         own = dict(self._model.named_parameters(remove_duplicate=False))
         selected = {id(own[name]) for name in leaves}
         values = {name: value.detach() for name, value in self._model.named_parameters() if id(value) not in selected}
+        if self._renormalised:
+            values = {name: value.clone() for name, value in values.items()}
         if buffers:  # copies, as modules in training mode write to them
             values |= {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         return values
@@ -78,6 +80,7 @@ class ModelObjective(Objective):
         loss: dict[str, Tensor] = {}
         if isinstance(self._loss_function, nn.Module):
             loss = dict(self._loss_function.named_buffers())
+            loss |= {name: value.detach() for name, value in self._loss_function.named_parameters()}
         elif isinstance(self._loss_function, functools.partial):
             keywords = self._loss_function.keywords
             loss = {name: value for name, value in keywords.items() if isinstance(value, Tensor)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,10 +24,24 @@ from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
 from curvop.kernels.generators import Generators
 from curvop.kernels.state import Watch
 
-__all__ = ["BatchLoss", "BatchWeight", "Objective"]
+__all__ = ["BatchLoss", "BatchWeight", "Objective", "check_loss"]
 
 #: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
 BatchWeight = Callable[[Any], float]
+
+
+_SETTINGS = (bool, int, float, str, tuple)
+
+
+def check_loss(loss: Any, index: int) -> None:
+    """Refuse what cannot be the loss of batch number `index`."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss of batch {index} is a {type(loss).__name__}, not a tensor")
+    if loss.ndim != 0 or not loss.is_floating_point():
+        raise ValueError(
+            f"the loss of batch {index} has shape {tuple(loss.shape)} and dtype {loss.dtype}, but must be a real "
+            "scalar: reduce it, by mean() or sum()"
+        )
 
 
 @dataclasses.dataclass
@@ -165,13 +180,7 @@ class Objective(abc.ABC):
         """
         with torch.enable_grad(), TwiceDifferentiable():
             loss, divisor, output, derivative = self._loss(leaves, batch)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"the loss of batch {index} is a {type(loss).__name__}, not a tensor")
-        if loss.ndim != 0 or not loss.is_floating_point():
-            raise ValueError(
-                f"the loss of batch {index} has shape {tuple(loss.shape)} and dtype {loss.dtype}, but must be a real "
-                "scalar: reduce it, by mean() or sum()"
-            )
+        check_loss(loss, index)
         return BatchLoss(loss.detach(), self._weight(index, batch, divisor), output, derivative)
 
     def weight(self, prediction: Any, index: int, batch: Any) -> float:
@@ -188,19 +197,25 @@ class Objective(abc.ABC):
         return total
 
     def mode(self) -> tuple[object, ...]:
-        """Return the settings that change what the modules do: flags, and numbers such as ``eps``."""
-        settings = [
-            (name, value)
-            for module in self._modules
-            for part in module.modules()
-            for name, value in vars(part).items()
-            if isinstance(value, bool | int | float | str)
-        ]
-        return torch.is_autocast_enabled(self.device.type), *settings
+        """Return what changes what the modules do, as far as it can be told: kinds, flags, numbers, hooks.
+
+        Dictionaries, and what a function holds, cannot.
+        """
+        settings: list[object] = []
+        for part in (part for module in self._modules for part in module.modules()):
+            settings += (type(part), *part._forward_pre_hooks.values(), *part._forward_hooks.values())
+            settings += ((name, repr(value)) for name, value in vars(part).items() if isinstance(value, _SETTINGS))
+            settings += (value for value in vars(part).values() if inspect.isroutine(value))
+        return self._autocast(), *settings
+
+    def _autocast(self) -> torch.dtype | None:
+        """Return the dtype of autocast, where it is enabled."""
+        kind = self.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def state(self) -> tuple[object, ...]:
         """Return a token that changes whenever the objective does, at the cost of one pass over the parameters."""
-        return len(self), torch.is_autocast_enabled(self.device.type), *self._watch.token()
+        return len(self), self._autocast(), *self._watch.token()
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that exists for the objective anyway, whether anything is kept or not."""

@@ -33,7 +33,7 @@ class Pass:
     kept: dict[int, Linearization] = dataclasses.field(default_factory=dict)
     bytes: int = 0
     watched: list[tuple[weakref.ref[Tensor], int]] = dataclasses.field(default_factory=list)
-    fingerprints: list[list[float]] = dataclasses.field(default_factory=list)
+    fingerprints: list[list[float | None]] = dataclasses.field(default_factory=list)
     weights: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,8 +28,9 @@ class Watch:
         self._modules = modules
         self._params = params
         self._data = data
-        own = {id(value) for module in modules for value in module.parameters()}
-        self._own = [name for name, value in params.items() if id(value) in own]
+        self._shapes = {name: value.shape for name, value in params.items()}
+        own = self._parameters()
+        self._own = [name for name, value in params.items() if own.get(name) is value]
         self._forget()
 
     def _forget(self) -> None:
@@ -42,7 +44,7 @@ class Watch:
         self._lists_seen = 0
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: self.__dict__[name] for name in ("_modules", "_params", "_data", "_own")}
+        return {name: self.__dict__[name] for name in ("_modules", "_params", "_data", "_own", "_shapes")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -68,7 +70,7 @@ class Watch:
             if not same:
                 self._batches = list(self._data)
                 self._lists_seen += 1
-        return flags, versions, self._lists_seen, self._fingerprint()
+        return flags, self._children, versions, self._lists_seen, self._fingerprint()
 
     def _walk(self) -> tuple[list[bool], list[nn.Module | None], list[Tensor | None]]:
         """Return the modules' flags, the modules below each, and all tensors."""
@@ -77,20 +79,34 @@ class Watch:
         tensors: list[Tensor | None] = list(self._others)
         for part in self._parts:
             flags.append(part.training)
-            children += part._modules.values()
+            children += (part, *part._modules.values())
             tensors += part._parameters.values()
             tensors += part._buffers.values()
         return flags, children, tensors
 
+    def _parameters(self) -> dict[str, Tensor]:
+        """Return the modules' parameters by name; the first module is the model, whose names `params` have."""
+        return {
+            f"{index}:{name}" if index else name: value
+            for index, module in enumerate(self._modules)
+            for name, value in module.named_parameters(remove_duplicate=False)
+        }
+
     def _look_again(self, tensors: list[Tensor | None], versions: list[object]) -> None:
-        parameters: dict[int, Tensor] = {id(value): value for module in self._modules for value in module.parameters()}
+        own = self._parameters()
         for name in self._own:
-            if id(self._params[name]) not in parameters:
+            if own.get(name) is not self._params[name]:
                 raise RuntimeError(
                     f"params[{name!r}] was the model's own parameter, but another took its place "
                     "(load_state_dict(assign=True), a new layer): make a new operator of the model's parameters"
                 )
-        parameters |= {id(value): value for value in self._params.values()}
+        for name, shape in self._shapes.items():
+            if self._params[name].shape != shape:
+                raise RuntimeError(
+                    f"params[{name!r}] had shape {tuple(shape)} and has {tuple(self._params[name].shape)} now: make a "
+                    "new operator"
+                )
+        parameters = {id(value): value for value in (*own.values(), *self._params.values())}
         self._tensors, self._versions = tensors, versions
         self._fingerprint = Fingerprint(parameters.values())
 
@@ -130,6 +146,11 @@ class Fingerprint:
             return torch.cat(sums).tolist()
         return [entry for one in sums for entry in one.tolist()]
 
+    @staticmethod
+    def of_data(tensors: Iterable[Tensor]) -> list[float | None]:
+        """Return the fingerprint of tensors that may hold NaN and infinity, as masks and missing values do."""
+        return [entry if math.isfinite(entry) else None for entry in Fingerprint(tensors)()]
+
 
 def _sections(flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     numbers = _numbers(flat.dtype, flat.device)
@@ -158,4 +179,5 @@ def _numbers(dtype: torch.dtype, device: torch.device) -> Tensor:
 def _version(tensor: Tensor | None) -> object:
     if tensor is None:
         return None
-    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    where = (tensor.data_ptr(), tensor.stride()) if tensor.layout == torch.strided else None
+    return id(tensor), tensor.shape, where, 0 if tensor.is_inference() else tensor._version
