@@ -49,6 +49,8 @@ TINY = ("tutorial MLP 7-5-5-3",)
 LEFT_OUT = {
     ("ResNet-18 64x64, eval", "block of 8"): ("curvlinops compiled",),
     ("GPT 4 layers, d = 128", "block of 8"): ("curvlinops compiled",),
+    ("ResNet-18 64x64, eval", "off diagonal"): ("curvop compiled", "curvop compiled, whole"),
+    ("ResNet-18 64x64, eval", "slice"): ("curvop compiled", "curvop compiled, restricted"),
     ("ResNet-18 64x64, eval", "eigsh"): ("curvop compiled", "PyHessian single"),
 }
 #: What the peak of memory is measured of: in a table's words, the kind of work and the contender.

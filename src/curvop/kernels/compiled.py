@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.objective import check_loss
-from curvop.kernels.tracing import Program, compile_product
+from curvop.kernels.tracing import Program, agree, compile_product
 
 __all__ = ["CompiledKernel"]
 
@@ -65,12 +65,12 @@ class CompiledKernel(Kernel):
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of one batch."""
         for _ in range(2):
-            found, is_new = self._found(leaves, index, batch)
+            found = self._found(leaves, index, batch)
             if found is None:
                 return self._kernel.linearize(leaves, index, batch)
             inputs, (program, prediction) = found
             [loss], residuals = program.linearize([part.detach() for part in inputs if isinstance(part, Tensor)])
-            if not (is_new or index == 0) or self._same(loss, self._loss(leaves, batch)):
+            if index or self._same(loss, self._loss(leaves, batch)):
                 return _Residuals(loss, self.objective.weight(prediction, index, batch), program, residuals)
             # Something has changed that no key tells: a dictionary, or what a function reads.
             self._programs.clear()
@@ -79,24 +79,23 @@ class CompiledKernel(Kernel):
 
     def _found(
         self, leaves: Mapping[str, Tensor], index: int, batch: Any
-    ) -> tuple[tuple[list[Any], tuple[Program, Any]] | None, bool]:
-        """Return the inputs and the program that is good for them, None where there is none; and whether it is new."""
+    ) -> tuple[list[Any], tuple[Program, Any]] | None:
+        """Return the inputs and the program that is good for them, None where there is none."""
         inputs, structure = pytree.tree_flatten((dict(leaves), self.objective.held(leaves), batch))
         if unknown := [part for part in inputs if not _is_known(part)]:
             # What it holds, nobody can see: neither the tensors to trace nor the values that a program is good for.
             self._warn(f"a batch holds a {type(unknown[0]).__name__}")
-            return None, False
+            return None
         like = (tuple(map(_like, inputs)), str(structure))
         key = (*like, self.objective.mode())
-        is_new = key not in self._programs and not self._gave_up
-        if is_new and sum(known[:2] == like for known in self._programs) == _MOST_PROGRAMS:
+        if key not in self._programs and sum(known[:2] == like for known in self._programs) == _MOST_PROGRAMS:
             self._give_up("a setting of the model changes with every batch")
         if self._gave_up:
-            return None, False
-        if is_new:
+            return None
+        if key not in self._programs:
             self._programs[key] = self._compiled(leaves, index, batch, inputs, structure)
         program = self._programs[key]
-        return (None if program is None else (inputs, program)), is_new
+        return None if program is None else (inputs, program)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return the loss as the objective itself computes it."""
@@ -130,11 +129,17 @@ class CompiledKernel(Kernel):
                 shape = pytree.tree_map_only(Tensor, _shape, prediction)
                 return [loss.detach()], self._kernel.product(point, loss, tangents)
 
-        tangents = [torch.ones_like(leaves[name], memory_format=torch.contiguous_format) for name in self.cols.names]
+        numbers = torch.arange(self.cols.size, dtype=torch.float32, device=self.objective.device).sin()
+        tangents = [part.contiguous() for part in self.cols.split(numbers.to(self.objective.dtype))]
         try:
             self._loss(leaves, batch)  # what the model computes once and keeps shall not be traced
             examples = [_clone(inputs[position].detach()) for position in where]  # a program may write to them
-            return compile_product(product, examples, tangents), shape
+            program = compile_product(product, examples, tangents)
+            _, residuals = program.linearize([_clone(inputs[position].detach()) for position in where])
+            expected = self._kernel.linearize(leaves, index, batch).apply(tangents)
+            if not agree(program.apply(residuals, tangents), expected):
+                raise RuntimeError("the compiled product differs from autograd's")
+            return program, shape
         except Exception as error:  # whatever torch cannot do; autograd says it again if the objective is at fault
             self._warn(" ".join(f"the product could not be compiled: {type(error).__name__}: {error}".split())[:300])
             return None

@@ -14,12 +14,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Program", "compile_product"]
+__all__ = ["Program", "agree", "compile_product"]
 
 # Elementwise work may be done again however far from its first use: residuals are half as large, at no cost in time.
 _BANS = ("ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward")
@@ -69,7 +69,7 @@ class Program:
         Raises
         ------
         RuntimeError
-            Where an operation cannot be batched.
+            Where an operation cannot be batched, or is compiled to something else than it is for one column.
         """
         count = len(tangents[0])
         size = min((size for size in self._many if size >= count), default=count)
@@ -78,12 +78,31 @@ class Program:
             if size not in self._many:
                 began = time.perf_counter()
                 try:
-                    self._many[size] = _batched(self._linear, residuals, used)
+                    program = _batched(self._linear, residuals, used)
                 except Exception as error:
                     raise RuntimeError(f"the product cannot be batched: {error}") from error
+                singles = zip(*(self._second(*residuals, *one) for one in zip(*used, strict=True)), strict=True)
+                if not agree(program(*residuals, *used), [torch.stack(parts) for parts in singles]):
+                    raise RuntimeError("the batched product is compiled wrongly")
+                self._many[size] = program
                 self.seconds += time.perf_counter() - began
             values = self._many[size](*residuals, *used)
         return [None if where is None else values[where][:count] for where in self._cotangents]
+
+
+def agree(these: Sequence[Tensor | None], those: Sequence[Tensor | None]) -> bool:
+    """Whether two products are the same up to rounding, parameter by parameter."""
+    pairs = [(one, other) for one, other in zip(these, those, strict=True) if one is not None or other is not None]
+    total = sum((float(torch.linalg.vector_norm(other)) for _, other in pairs if other is not None), 0.0)
+    for one, other in pairs:
+        part = other if one is None else one
+        eps = torch.finfo(cast("Tensor", part).dtype).eps
+        difference = part if one is None or other is None else one - other
+        size = 0.0 if other is None else float(torch.linalg.vector_norm(other))
+        # What is not finite differs from nothing: the engine tells it.
+        if float(torch.linalg.vector_norm(cast("Tensor", difference))) > eps**0.5 * size + 100 * eps * (total + eps):
+            return False
+    return True
 
 
 def compile_product(product: Product, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Program:
