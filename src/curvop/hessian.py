@@ -32,7 +32,9 @@ class HessianLinearOperator(CurvatureLinearOperator):
 
     Each batch is linearized at the first product, and kept within `cache`; a product then costs one more backward pass
     through the graph of the gradient (double backward), about two gradients. The operator shows the parameters as they
-    are now: a change in place (an optimizer step, ``load_state_dict``) is noticed and what was kept is made anew.
+    are now: a change in place (an optimizer step, ``load_state_dict``) is noticed and what was kept is made anew. So are
+    other layers, buffers and training flags, and batches replaced in a list. What else the loss depends on (a layer's
+    slope, a number that a function reads, a tensor replaced within a batch) is not watched: make a new operator.
 
     Several threads may use it one after another, but not at once: torch substitutes parameters in the module itself.
 
@@ -60,7 +62,8 @@ class HessianLinearOperator(CurvatureLinearOperator):
     engine : 'autograd' or 'compiled'
         'autograd' keeps the graph of the gradient. 'compiled' traces a product once for each shape of batch, splits it
         into what depends on the vector and what does not, and compiles both: seconds to a minute at the first product,
-        then faster. Where the product cannot be compiled, it falls back to 'autograd' with a warning that says why.
+        then faster. Each program is compared with 'autograd' once. Where the product cannot be compiled, or comes out
+        different, it falls back to 'autograd' with a warning that says why.
     columns : int or 'auto'
         How many columns of a block ``H @ X`` are multiplied at once: 1, one by one; 'auto', what a short measurement on
         the first columns finds fastest. A fixed number makes blocks repeat to the last bit in every run.

@@ -31,7 +31,8 @@ def to_device(tree: Any, device: torch.device) -> Any:
     other object that has a method ``to`` (a ``PackedSequence``, a graph batch) is asked to move itself.
     """
     if isinstance(tree, Tensor):
-        tree = tree.to(device)
+        # From pinned memory the copy to a GPU is only queued; in the other direction one would read too early.
+        tree = tree.to(device, non_blocking=device.type == "cuda")
         # Autograd cannot save a tensor made under inference mode; a clone made outside of it can be saved.
         return tree.clone() if tree.is_inference() else tree
     if isinstance(tree, MutableMapping):
