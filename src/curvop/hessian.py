@@ -30,11 +30,12 @@ class HessianLinearOperator(CurvatureLinearOperator):
     evaluated as one batch, however it is cut into batches: each mean is weighted by its own divisor (elements, targets
     that are not ignored, or the sum of their class weights).
 
-    Each batch is linearized at the first product, and kept within `cache`; a product then costs one more backward pass
-    through the graph of the gradient (double backward), about two gradients. The operator shows the parameters as they
-    are now: a change in place (an optimizer step, ``load_state_dict``) is noticed and what was kept is made anew, and so
-    are other layers, buffers and training flags, and batches replaced in a list. What else the loss depends on (a
-    layer's slope, a number that a function reads, a tensor replaced within a batch) is not watched: make a new operator.
+    Each batch is linearized at the first product, and kept within `cache`; a product then costs one more backward
+    pass through the graph of the gradient (double backward), about two gradients. The operator shows the parameters
+    as they are now: a change in place (an optimizer step, ``load_state_dict``) is noticed and what was kept is made
+    anew, and so are other layers, buffers and training flags, and batches replaced in a list. What else the loss
+    depends on (a layer's slope, a number that a function reads, a tensor replaced within a batch) is not watched:
+    make a new operator.
 
     Several threads may use it one after another, but not at once: torch substitutes parameters in the module itself.
 
