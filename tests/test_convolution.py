@@ -187,7 +187,7 @@ def test_losses_that_hold_batched_derivatives(way: str) -> None:
     np.testing.assert_allclose(product(way), product("one by one"), rtol=1e-10)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by its own forward mode
 @pytest.mark.parametrize("way", ["func", "dual"])
 def test_models_with_forward_mode_inside(way: str) -> None:
     own = problem()
