@@ -20,8 +20,8 @@ class Cost:
         Median time of a product with one vector, everything kept that the budget lets be kept.
     gradients : float
         The same in units of one gradient over the same data, as `gradient_and_loss` computes it. Counted in matrix
-        products the limit is 2.0 for a
-        linearization that is kept and 3.0 for one made anew (less where the first layer is large).
+        products the limit is 2.0 for a linearization that is kept and 3.0 for one made anew (less where the first layer
+        is large).
     kept_bytes : int
         What kept linearizations retain.
     kept_share : float

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.objective import check_loss
+from curvop.kernels.passes import same
 from curvop.kernels.tracing import Program, agree, compile_product
 
 __all__ = ["CompiledKernel"]
@@ -30,6 +31,8 @@ class CompiledKernel(Kernel):
         Whose products are compiled.
     """
 
+    worth_batching = 2e-3  # seconds a column; a longer product gains less than its compilation takes
+
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel.objective, kernel.rows.names, kernel.cols.names)
         self.symmetric = kernel.symmetric
@@ -37,8 +40,6 @@ class CompiledKernel(Kernel):
         self._programs: dict[tuple[object, ...], tuple[Program, Any] | None] = {}
         self._warned = False
         self._gave_up = False
-
-    worth_batching = 2e-3  # seconds a column; a longer product gains less than its compilation takes
 
     @property
     def seconds(self) -> float:
@@ -70,7 +71,7 @@ class CompiledKernel(Kernel):
                 return self._kernel.linearize(leaves, index, batch)
             inputs, (program, prediction) = found
             [loss], residuals = program.linearize([part.detach() for part in inputs if isinstance(part, Tensor)])
-            if index or self._same(loss, self._loss(leaves, batch)):
+            if index or same([float(loss)], [float(self._loss(leaves, batch))], loss.dtype):
                 return _Residuals(loss, self.objective.weight(prediction, index, batch), program, residuals)
             # Something has changed that no key tells: a dictionary, or what a function reads.
             self._programs.clear()
@@ -102,10 +103,6 @@ class CompiledKernel(Kernel):
         with torch.no_grad():
             return self.objective.traced(leaves, self.objective.held(leaves), batch)[0]
 
-    def _same(self, loss: Tensor, other: Tensor) -> bool:
-        difference = abs(float(loss) - float(other))
-        return not difference > abs(float(other)) * torch.finfo(loss.dtype).eps ** 0.5
-
     def _compiled(
         self, leaves: Mapping[str, Tensor], index: int, batch: Any, inputs: list[Any], structure: Any
     ) -> tuple[Program, Any] | None:
@@ -129,13 +126,15 @@ class CompiledKernel(Kernel):
                 shape = pytree.tree_map_only(Tensor, _shape, prediction)
                 return [loss.detach()], self._kernel.product(point, loss, tangents)
 
+        def clones() -> list[Tensor]:  # a program may write to what it is given
+            return [_clone(inputs[position].detach()) for position in where]
+
         numbers = torch.arange(self.cols.size, dtype=torch.float32, device=self.objective.device).sin()
         tangents = [part.contiguous() for part in self.cols.split(numbers.to(self.objective.dtype))]
         try:
             self._loss(leaves, batch)  # what the model computes once and keeps shall not be traced
-            examples = [_clone(inputs[position].detach()) for position in where]  # a program may write to them
-            program = compile_product(product, examples, tangents)
-            _, residuals = program.linearize([_clone(inputs[position].detach()) for position in where])
+            program = compile_product(product, clones(), tangents)
+            _, residuals = program.linearize(clones())
             expected = self._kernel.linearize(leaves, index, batch).apply(tangents)
             if not agree(program.apply(residuals, tangents), expected):
                 raise RuntimeError("the compiled product differs from autograd's")

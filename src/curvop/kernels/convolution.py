@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -96,41 +96,19 @@ def _gradient(grad: Tensor, x: Tensor, weight: Tensor, settings: _Settings, want
     return parts
 
 
-def _plain(
-    function: Callable[..., Tensor],
-    dimensions: int,
-    input: Tensor,  # noqa: A002  # torch's name
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    if isinstance(padding, str) or not _here(dimensions, input, weight, bias):
-        return function(input, weight, bias, stride, padding, dilation, groups)
-    each = functools.partial(_each, dimensions)
-    settings = each(stride), each(padding), each(dilation), False, each(0), groups
-    return _forward(input, weight, bias, settings)
-
-
-def _transposed(
-    function: Callable[..., Tensor],
-    dimensions: int,
-    input: Tensor,  # noqa: A002  # torch's name
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    output_padding: int | Sequence[int] = 0,
-    groups: int = 1,
-    dilation: int | Sequence[int] = 1,
-) -> Tensor:
-    if not _here(dimensions, input, weight, bias):
-        return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    each = functools.partial(_each, dimensions)
-    settings = each(stride), each(padding), each(dilation), True, each(output_padding), groups
-    return _forward(input, weight, bias, settings)
+def _stand_in(function: Callable[..., Any], dimensions: int, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+    """Call torch's `function`, whose arguments have these `names`, by the two maps where they are good for it."""
+    if len(args) > len(names) or kwargs.keys() - set(names[len(args) :]):
+        return function(*args, **kwargs)  # torch says what is wrong
+    given: dict[str, Any] = _DEFAULTS | dict(zip(names, args, strict=False)) | kwargs
+    tensors = [given.get(name) for name in names[:3]]
+    if isinstance(given["padding"], str) or not _here(dimensions, *tensors):
+        return function(*args, **kwargs)
+    stride, padding, dilation, output_padding = (
+        _each(dimensions, given[name]) for name in ("stride", "padding", "dilation", "output_padding")
+    )
+    x, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", tensors)
+    return _forward(x, weight, bias, (stride, padding, dilation, names is _TRANSPOSED, output_padding, given["groups"]))
 
 
 def _each(dimensions: int, setting: int | Sequence[int]) -> list[int]:
@@ -141,7 +119,9 @@ def _each(dimensions: int, setting: int | Sequence[int]) -> list[int]:
 
 def _here(dimensions: int, *tensors: Tensor | None) -> bool:
     """Whether a convolution is to be made here: of a batch, with a derivative, by nothing else in its own way."""
-    given = [tensor for tensor in tensors if tensor is not None]
+    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if len(given) < 2:
+        return False
     device = given[0].device.type
     return (
         given[0].ndim == dimensions + 2
@@ -163,12 +143,17 @@ def _own(*tensors: Tensor | None) -> bool:
     )
 
 
+_PLAIN = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
+_FUNCTIONS: dict[Sequence[str], tuple[Any, ...]] = {
+    _PLAIN: (torch.conv1d, torch.conv2d, torch.conv3d),
+    _TRANSPOSED: (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+}
+
 #: What stands in for torch's functions.
-CONVOLUTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    torch.conv1d: functools.partial(_plain, torch.conv1d, 1),
-    torch.conv2d: functools.partial(_plain, torch.conv2d, 2),
-    torch.conv3d: functools.partial(_plain, torch.conv3d, 3),
-    torch.conv_transpose1d: functools.partial(_transposed, torch.conv_transpose1d, 1),
-    torch.conv_transpose2d: functools.partial(_transposed, torch.conv_transpose2d, 2),
-    torch.conv_transpose3d: functools.partial(_transposed, torch.conv_transpose3d, 3),
+CONVOLUTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    function: functools.partial(_stand_in, function, dimensions, names)
+    for names, functions in _FUNCTIONS.items()
+    for dimensions, function in enumerate(functions, start=1)
 }

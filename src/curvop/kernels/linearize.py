@@ -20,7 +20,7 @@ from curvop.kernels.columns import Columns
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.memory import Budget, graph_bytes, keep_freed_memory, measured, tensor_bytes
-from curvop.kernels.passes import Pass
+from curvop.kernels.passes import Pass, same
 from curvop.kernels.state import Fingerprint
 
 __all__ = ["Engine"]
@@ -172,7 +172,7 @@ class Engine:
             for index, batch in self._objective.batches():
                 count, loss = self._measure(first.leaves, index, batch) if keeps else (None, None)
                 linearization = self.kernel.linearize(first.leaves, index, batch)
-                if loss is not None and not self._same([float(linearization.loss)], [loss]):
+                if loss is not None and not same([float(linearization.loss)], [loss], self._objective.dtype):
                     raise NonDeterministicObjectiveError(
                         _random(f"the loss of batch {index}", loss, linearization.loss)
                     )
@@ -201,17 +201,11 @@ class Engine:
             this.record(linearization)
             yield linearization
             del linearization
-        if not self._same(this.losses, first.losses) or not self._same(this.weights, first.weights):
+        dtype = self._objective.dtype
+        if not same(this.losses, first.losses, dtype) or not same(this.weights, first.weights, dtype):
             raise NonDeterministicObjectiveError(
                 _random("the loss summed over the data", sum(first.losses), sum(this.losses))
             )
-
-    def _same(self, these: Sequence[float], those: Sequence[float]) -> bool:
-        """Whether two passes sum to the same up to rounding; a mere reordering of the batches does."""
-        scale = sum(map(abs, those))
-        difference = abs(sum(these) - sum(those))
-        # A loss that is not finite is not random: the product that it spoils says so.
-        return not difference > scale * torch.finfo(self._objective.dtype).eps ** 0.5
 
     def _measure(self, point: Mapping[str, Tensor], index: int, batch: Any) -> tuple[int | None, float | None]:
         """Return the bytes that a linearization of `batch` retains, and its loss where it was made to see that.

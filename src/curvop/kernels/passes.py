@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvop.kernels.batches import leaves
 from curvop.kernels.kernel import Linearization
 
-__all__ = ["Pass"]
+__all__ = ["Pass", "same"]
 
 
 @dataclasses.dataclass
@@ -54,3 +56,11 @@ class Pass:
         if self.state != state:
             return True
         return any((tensor := ref()) is not None and tensor._version != version for ref, version in self.watched)
+
+
+def same(these: Sequence[float], those: Sequence[float], dtype: torch.dtype) -> bool:
+    """Whether two passes sum to the same up to rounding; a mere reordering of the batches does."""
+    scale = sum(map(abs, those))
+    difference = abs(sum(these) - sum(those))
+    # A loss that is not finite is not random: the product that it spoils says so.
+    return not difference > scale * torch.finfo(dtype).eps ** 0.5
