@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import environment
+from environment import environment, peak_mb
 from models import GPT, cnn, mlp, problem, resnet18
-from peak import Peak
 from reference import medians
 
 from curvop import HessianLinearOperator
@@ -62,10 +61,12 @@ def measure_peak(name: str, cache: float) -> float:
     H = HessianLinearOperator(**own, cache=cache)
     vector = np.random.default_rng(0).standard_normal(H.shape[1])
     H.gradient_and_loss()  # what torch's libraries take at their first use
-    peak = Peak()
-    for _ in range(3):
-        H @ vector
-    return peak.rise()
+
+    def run() -> None:
+        for _ in range(3):
+            H @ vector
+
+    return peak_mb(run)
 
 
 def in_a_process_of_its_own(*arguments: str) -> Any:

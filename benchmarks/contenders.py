@@ -30,11 +30,7 @@ WORK = ("product", "nothing kept", "block of 8", "last layer", "off diagonal", "
 
 @dataclass
 class Work:
-    """What is to be multiplied: a block of the Hessian, by `vectors`; rows and columns None for the whole.
-
-    `dtype` is that of the vectors that an eigensolver keeps: in float64 those of large models would take most of the
-    time.
-    """
+    """What is to be multiplied: a block of the Hessian, by `vectors`; rows and columns None for the whole."""
 
     kind: str
     rows: list[str] | None
@@ -43,8 +39,8 @@ class Work:
 
     @property
     def dtype(self) -> Any:
-        """The dtype of those vectors."""
-        return np.float32 if self.kind == "eigsh" and len(self.vectors) > 10**7 else np.float64
+        """The dtype of the vectors, also of those that an eigensolver keeps."""
+        return self.vectors.dtype
 
 
 @dataclass(frozen=True)
@@ -176,7 +172,8 @@ def by_column(problem: Problem, product: Callable[[list[Tensor]], Sequence[Tenso
     def one(vector: np.ndarray) -> np.ndarray:
         pieces = torch.from_numpy(vector).float().split([param.numel() for param in params])
         parts = [piece.view_as(param) for piece, param in zip(pieces, params, strict=True)]
-        return torch.cat([part.reshape(-1) for part in product(parts)]).double().numpy(force=True)
+        joined = torch.cat([part.reshape(-1) for part in product(parts)])
+        return joined.numpy(force=True).astype(vector.dtype, copy=False)
 
     return lambda x: one(x) if x.ndim == 1 else np.stack([one(column) for column in x.T.copy()], 1)
 
@@ -189,7 +186,7 @@ def by_hand(problem: Problem, work: Work) -> Any:
 
     def multiply(vectors: np.ndarray) -> np.ndarray:
         columns = list(torch.from_numpy(vectors.T).float().reshape(-1, len(vectors)))
-        products = double_backward(problem, work.rows, work.cols, columns).double().numpy()
+        products = double_backward(problem, work.rows, work.cols, columns).numpy().astype(vectors.dtype, copy=False)
         return products[0] if vectors.ndim == 1 else products.T
 
     return multiply

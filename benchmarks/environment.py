@@ -1,4 +1,4 @@
-"""What a benchmark was run on."""
+"""What a benchmark was run on, and how much of its memory something took."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import scipy
 import torch
 
 from curvop import __version__
+from curvop.kernels.memory import peak_rise
 
-__all__ = ["environment"]
+__all__ = ["environment", "peak_mb"]
 
 
 def environment() -> dict[str, Any]:
@@ -42,6 +44,14 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def peak_mb(function: Callable[[], object]) -> float:
+    """Return by how many megabytes the host's memory rose at most while `function()` ran."""
+    rise = peak_rise(function, torch.device("cpu"))
+    if rise is None:
+        raise RuntimeError("this system does not tell the peak of memory")
+    return rise / 1e6
 
 
 def commit() -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from environment import environment
 from models import LARGE_PROBLEMS
-from peak import Peak
 from reference import exact, medians
 from scipy.sparse.linalg import eigsh
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,11 +34,11 @@ GOALS = {"GPT-2 124M": (12.0, True), "GPT-2 medium 355M": (20.0, False)}
 
 def measure(name: str, repeats: int, file: str) -> dict[str, Any]:
     torch.manual_seed(0)
-    peak = Peak()
     problem = LARGE_PROBLEMS[name]()
     H = HessianLinearOperator(**problem, dtype=np.float32)
     vector = np.random.default_rng(0).standard_normal(H.shape[1], dtype=np.float32)
     np.save(file, H @ vector)
+    first = peak_gib()  # cost() lets the peak begin anew
     found = {"model": name, "P": H.shape[1], "kept_mb": H.cost(repeats=1).kept_bytes / 1e6}
     params = list(problem["params"].values())
 
@@ -50,13 +50,17 @@ def measure(name: str, repeats: int, file: str) -> dict[str, Any]:
     taken = medians(gradient, lambda: H @ vector, repeats=repeats, warm=0)
     found["gradient_s"], found["product_s"] = (1e-3 * own for own in taken)
     found["product_in_gradients"] = found["product_s"] / found["gradient_s"]
-    found["product_peak_gib"] = peak.now("VmHWM") / 2**20
+    found["product_peak_gib"] = max(first, peak_gib())
     if GOALS[name][1]:
         start = time.perf_counter()
         values, vectors = eigsh(H, k=1, ncv=6, v0=np.ones(H.shape[1], np.float32), tol=1e-3)
         found |= {"eigsh_s": time.perf_counter() - start, "eigenvalue": float(values[0])}
         found["residual"] = float(np.linalg.norm(H @ vectors[:, 0] - values[0] * vectors[:, 0]) / abs(values[0]))
-    return found | {"peak_gib": peak.now("VmHWM") / 2**20}
+    return found | {"peak_gib": max(first, peak_gib())}
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def judge(name: str, file: str) -> dict[str, Any]:

@@ -85,8 +85,8 @@ Ratios of median times; what was wrong or failed has no time and is left out of 
 
 Median milliseconds, and in parentheses the error relative to double backward in float64. "wrong": above \
 {results["wrong"]:g} (eigenpairs, whose error is their residual: {results["wrong_eigenpairs"]:g}), not timed. \
-"gradient" and "whole" are yardsticks, not judged. "eigsh" takes the operator's construction in, but no compilation; \
-its vectors are float32 from 10 million parameters on. SciPy's BLAS has one thread. \
+"gradient" and "whole" are yardsticks, not judged. "eigsh" takes the operator's construction in, but no compilation. \
+Vectors are float32 from 10 million entries on, float64 below. SciPy's BLAS has one thread. \
 Left out: {"; ".join(results["left_out"])}.
 
 {times(results["rows"])}

@@ -130,13 +130,13 @@ class CompiledKernel(Kernel):
             return [_clone(inputs[position].detach()) for position in where]
 
         numbers = torch.arange(self.cols.size, dtype=torch.float32, device=self.objective.device).sin()
-        tangents = [part.contiguous() for part in self.cols.split(numbers.to(self.objective.dtype))]
+        vector = numbers.to(self.objective.dtype)
         try:
             self._loss(leaves, batch)  # what the model computes once and keeps shall not be traced
-            program = compile_product(product, clones(), tangents)
+            program = compile_product(product, clones(), vector, self.cols, self.rows)
             _, residuals = program.linearize(clones())
-            expected = self._kernel.linearize(leaves, index, batch).apply(tangents)
-            if not agree(program.apply(residuals, tangents), expected):
+            expected = self._kernel.linearize(leaves, index, batch).apply(self.cols.split(vector))
+            if not agree(self.rows.split(program.apply(residuals, vector)), expected):
                 raise RuntimeError("the compiled product differs from autograd's")
             return program, shape
         except Exception as error:  # whatever torch cannot do; autograd says it again if the objective is at fault
@@ -154,15 +154,17 @@ class CompiledKernel(Kernel):
 
 
 class _Residuals(Linearization):
+    whole = True
+
     def __init__(self, loss: Tensor, weight: float, program: Program, residuals: Sequence[Tensor]) -> None:
         super().__init__(loss, weight, tensors=residuals)
         self._program = program
 
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        return self._program.apply(self.tensors, tangents)
+        return [self._program.apply(self.tensors, *tangents)]
 
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        return self._program.apply_many(self.tensors, tangents)
+        return [self._program.apply_many(self.tensors, *tangents)]
 
 
 def _is_known(part: Any) -> bool:

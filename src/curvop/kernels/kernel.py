@@ -29,7 +29,11 @@ class Linearization(abc.ABC):
         What it keeps of autograd's graph, to be measured.
     tensors : sequence of Tensor
         What it keeps besides, to be measured.
+    whole : bool
+        Whether it takes and gives vectors as a whole, a list of one, and not a tensor for each parameter.
     """
+
+    whole = False
 
     def __init__(self, loss: Tensor, weight: float, roots: Sequence[Node] = (), tensors: Sequence[Tensor] = ()) -> None:
         self.loss = loss

@@ -101,7 +101,7 @@ class Engine:
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
         steps = len(self._objective) * len(vectors)
         done = 0
-        chunks: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
+        chunks: dict[tuple[int, int, bool], tuple[list[Tensor], list[Tensor]]] = {}
         weights: list[float] = []
         unit = 0.0
         for linearization in self._linearizations():
@@ -110,10 +110,11 @@ class Engine:
             unit = unit or linearization.weight  # one batch, or equal ones, are not scaled at all
             share = linearization.weight / unit if unit else 0.0
             for start, stop in self._columns.chunks(len(vectors), self._room, self._clock):
-                if (start, stop) not in chunks:
+                chunk = start, stop, linearization.whole
+                if chunk not in chunks:
                     which = start if stop == start + 1 else slice(start, stop)
-                    chunks[start, stop] = self.kernel.cols.split(vectors[which]), self.kernel.rows.split(out[which])
-                tangents, totals = chunks[start, stop]
+                    chunks[chunk] = self._parts(vectors[which], out[which], linearization.whole)
+                tangents, totals = chunks[chunk]
                 if share:
                     add(totals, self._multiply(linearization, tangents, stop - start), share)
                 done += stop - start
@@ -123,6 +124,9 @@ class Engine:
         rest = self._objective.divisor(weights) / (unit or 1.0)
         if rest != 1:
             out.div_(rest)
+
+    def _parts(self, vector: Tensor, total: Tensor, whole: bool) -> tuple[list[Tensor], list[Tensor]]:
+        return ([vector], [total]) if whole else (self.kernel.cols.split(vector), self.kernel.rows.split(total))
 
     def _multiply(self, linearization: Linearization, tangents: list[Tensor], count: int) -> Sequence[Tensor | None]:
         if count == 1:
@@ -232,9 +236,11 @@ class Engine:
             return f"the vector handed in is not finite (as {self._objective.dtype}, the parameters' dtype)"
         for index, linearization in enumerate(self._linearizations()):
             for vector in vectors:
-                cotangents = linearization.apply(self.kernel.cols.split(vector))
-                for name, cotangent in zip(self.kernel.rows.names, cotangents, strict=True):
-                    if cotangent is not None and not torch.isfinite(cotangent).all():
+                product = vector.new_empty(self.kernel.rows.size)
+                tangents, parts = self._parts(vector, product, linearization.whole)
+                _set(parts, linearization.apply(tangents), 1.0)
+                for name, part in zip(self.kernel.rows.names, self.kernel.rows.split(product), strict=True):
+                    if not torch.isfinite(part).all():
                         return (
                             f"the product is not finite at batch {index} in parameter {name!r} "
                             f"(the loss of that batch is {float(linearization.loss):.6g})"

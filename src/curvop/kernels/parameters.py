@@ -53,6 +53,11 @@ class ParameterLayout:
             for part, shape in zip(parts, self._views, strict=True)
         ]
 
+    def join(self, parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
+        """Return the vector of one part a parameter, None for zero, in the dtype and on the device of `like`."""
+        pairs = zip(parts, self._sizes, strict=True)
+        return torch.cat([like.new_zeros(size) if part is None else part.reshape(-1) for part, size in pairs])
+
 
 def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
     """Return `params` as a dict in its own order, after checking that they can span a curvature matrix.

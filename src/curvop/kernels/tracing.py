@@ -19,6 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from curvop.kernels.parameters import ParameterLayout
+
 __all__ = ["Program", "agree", "compile_product"]
 
 # Elementwise work may be done again however far from its first use: residuals are half as large, at no cost in time.
@@ -35,6 +37,8 @@ Product = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor],
 class Program:
     """A product in two halves.
 
+    Vectors go in and come out whole: to cut them up inside costs nothing, and each part is written to its place.
+
     Attributes
     ----------
     seconds : float
@@ -46,9 +50,8 @@ class Program:
     _second: Callable[..., Sequence[Tensor]]
     _linear: fx.GraphModule
     _inputs: list[int]
-    _tangents: list[int]
     _extras: int
-    _cotangents: list[int | None]
+    _rows: ParameterLayout
     _many: dict[int, Callable[..., Sequence[Tensor]]] = dataclasses.field(default_factory=dict)
 
     def linearize(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
@@ -57,37 +60,35 @@ class Program:
             values = list(self._first(*(inputs[index] for index in self._inputs)))
         return values[: self._extras], values[self._extras :]
 
-    def apply(self, residuals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return the cotangents, None for zero."""
+    def apply(self, residuals: Sequence[Tensor], vector: Tensor) -> Tensor:
+        """Return the product with a vector ``(N,)``."""
         with torch.no_grad():
-            values = self._second(*residuals, *(tangents[index] for index in self._tangents))
-        return [None if where is None else values[where] for where in self._cotangents]
+            return self._second(*residuals, vector)[0]
 
-    def apply_many(self, residuals: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return several columns' cotangents; compiled once for each number of columns.
+    def apply_many(self, residuals: Sequence[Tensor], vectors: Tensor) -> Tensor:
+        """Return the products with vectors ``(K, N)``; compiled once for each K.
 
         Raises
         ------
         RuntimeError
             Where an operation cannot be batched, or is compiled to something else than it is for one column.
         """
-        count = len(tangents[0])
+        count = len(vectors)
         size = min((size for size in self._many if size >= count), default=count)
-        used = [_padded(tangents[index], size) for index in self._tangents]
+        padded = _padded(vectors, size)
         with torch.no_grad():
             if size not in self._many:
                 began = time.perf_counter()
                 try:
-                    program = _batched(self._linear, residuals, used)
+                    program = _batched(self._linear, residuals, padded)
                 except Exception as error:
                     raise RuntimeError(f"the product cannot be batched: {error}") from error
-                singles = zip(*(self._second(*residuals, *one) for one in zip(*used, strict=True)), strict=True)
-                if not agree(program(*residuals, *used), [torch.stack(parts) for parts in singles]):
+                singles = torch.stack([self.apply(residuals, vector) for vector in padded])
+                if not agree(self._rows.split(program(*residuals, padded)[0]), self._rows.split(singles)):
                     raise RuntimeError("the batched product is compiled wrongly")
                 self._many[size] = program
                 self.seconds += time.perf_counter() - began
-            values = self._many[size](*residuals, *used)
-        return [None if where is None else values[where][:count] for where in self._cotangents]
+            return self._many[size](*residuals, padded)[0][:count]
 
 
 def agree(these: Sequence[Tensor | None], those: Sequence[Tensor | None]) -> bool:
@@ -105,8 +106,10 @@ def agree(these: Sequence[Tensor | None], those: Sequence[Tensor | None]) -> boo
     return True
 
 
-def compile_product(product: Product, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Program:
-    """Trace `product` for tensors of these shapes, and compile it.
+def compile_product(
+    product: Product, inputs: Sequence[Tensor], vector: Tensor, cols: ParameterLayout, rows: ParameterLayout
+) -> Program:
+    """Trace `product` for tensors of these shapes, and compile it for vectors laid out as `cols` and `rows`.
 
     Raises
     ------
@@ -115,15 +118,14 @@ def compile_product(product: Product, inputs: Sequence[Tensor], tangents: Sequen
     """
     began = time.perf_counter()
     with _quiet():
-        graph, extras, cotangents = _traced(product, inputs, tangents)
-        first, second = _split(graph, len(inputs), extras, [*inputs, *tangents])
+        graph, extras = _traced(product, inputs, vector, cols, rows)
+        first, second = _split(graph, len(inputs), extras, [*inputs, vector])
         used = [_number(node) for node in _placeholders(first)]
         with torch.no_grad():
             first_half = _inductor(first, [inputs[index] for index in used])
             residuals = list(first_half(*(inputs[index] for index in used)))[extras:]
-            needed = [_number(node) for node in _placeholders(second)[len(residuals) :]]
-            second_half = _inductor(second, [*residuals, *(tangents[index] for index in needed)])
-    return Program(time.perf_counter() - began, first_half, second_half, second, used, needed, extras, cotangents)
+            second_half = _inductor(second, [*residuals, vector])
+    return Program(time.perf_counter() - began, first_half, second_half, second, used, extras, rows)
 
 
 def _inductor(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
@@ -133,60 +135,47 @@ def _inductor(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[...
     return compiled
 
 
-def _batched(
-    linear: fx.GraphModule, residuals: Sequence[Tensor], tangents: Sequence[Tensor]
-) -> Callable[..., Sequence[Tensor]]:
-    """Return the second half for as many columns as `tangents` have."""
+def _batched(linear: fx.GraphModule, residuals: Sequence[Tensor], vectors: Tensor) -> Callable[..., Sequence[Tensor]]:
+    """Return the second half for as many columns as there are vectors."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    axes = (*(None for _ in residuals), *(0 for _ in tangents))
+    axes = (*(None for _ in residuals), 0)
     with _quiet():
-        graph = make_fx(torch.func.vmap(linear, axes), tracing_mode="fake")(*residuals, *tangents)
-        return _inductor(graph, [*residuals, *tangents])
+        graph = make_fx(torch.func.vmap(linear, axes), tracing_mode="fake")(*residuals, vectors)
+        return _inductor(graph, [*residuals, vectors])
 
 
-def _padded(tangents: Tensor, size: int) -> Tensor:
-    """Return `size` tangents, in the one layout that programs are compiled for."""
-    missing = size - len(tangents)
-    return torch.cat([tangents, tangents.new_zeros(missing, *tangents.shape[1:])]) if missing else tangents.contiguous()
+def _padded(vectors: Tensor, size: int) -> Tensor:
+    """Return `size` vectors, in the one layout that programs are compiled for."""
+    missing = size - len(vectors)
+    return torch.cat([vectors, vectors.new_zeros(missing, vectors.shape[1])]) if missing else vectors.contiguous()
 
 
 def _traced(
-    product: Product, inputs: Sequence[Tensor], tangents: Sequence[Tensor]
-) -> tuple[fx.GraphModule, int, list[int | None]]:
-    """Return the graph of extras and cotangents, how many extras, and which output each cotangent is."""
+    product: Product, inputs: Sequence[Tensor], vector: Tensor, cols: ParameterLayout, rows: ParameterLayout
+) -> tuple[fx.GraphModule, int]:
+    """Return the graph of extras and the product, and how many extras there are."""
     import torch._inductor.lowering  # the decompositions of pooling look it up
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
     extras = 0
-    cotangents: list[int | None] = []
 
-    def flat(inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+    def whole(inputs: Sequence[Tensor], vector: Tensor) -> list[Tensor]:
         nonlocal extras
-        wanted, products = product(inputs, tangents)
+        wanted, cotangents = product(inputs, cols.split(vector))
         extras = len(wanted)
-        cotangents[:] = _numbered(products)
-        return [*wanted, *(part for part in products if part is not None)]
+        return [*wanted, rows.join(cotangents, vector)]
 
     # In two steps, as nothing can require grad inside of `functionalize`, which takes writes in place out.
-    graph = make_fx(flat, tracing_mode="fake")(inputs, tangents)
+    graph = make_fx(whole, tracing_mode="fake")(inputs, vector)
     functional = torch.func.functionalize(graph)
-    graph = make_fx(functional, tracing_mode="fake", decomposition_table=select_decomp_table())(inputs, tangents)
-    return graph, extras, cotangents
-
-
-def _numbered(products: Sequence[Tensor | None]) -> list[int | None]:
-    numbers: list[int | None] = []
-    count = 0
-    for part in products:
-        numbers.append(None if part is None else count)
-        count += part is not None
-    return numbers
+    graph = make_fx(functional, tracing_mode="fake", decomposition_table=select_decomp_table())(inputs, vector)
+    return graph, extras
 
 
 def _split(graph: fx.GraphModule, inputs: int, extras: int, examples: list[Tensor]) -> tuple[Any, Any]:
-    """Return the halves: inputs to extras and residuals, residuals and tangents to cotangents."""
+    """Return the halves: inputs to extras and residuals, residuals and vector to product."""
     from torch._functorch import config
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
