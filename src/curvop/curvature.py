@@ -23,6 +23,7 @@ from curvop.kernels.parameters import ParameterLayout, unknown_name
 from curvop.operator import Rows
 from curvop.parameters import ParameterLinearOperator
 from curvop.progress import Progress
+from curvop.staging import Staging
 
 __all__ = ["CurvatureLinearOperator", "Settings"]
 
@@ -79,6 +80,7 @@ class CurvatureLinearOperator(ParameterLinearOperator):
             kernel = CompiledKernel(kernel)
         self._objective = objective
         self._settings = settings
+        self._staging = Staging()
         budget = Budget(settings.cache)
         self._engine = Engine(kernel, budget, settings.columns)
         self._adjoint_engine = self._engine
@@ -162,14 +164,15 @@ class CurvatureLinearOperator(ParameterLinearOperator):
         here = self._objective.device
         if not (rows.dtype in _TORCH and rows.flags.c_contiguous and rows.flags.writeable):  # as torch wants it
             rows = np.require(rows, _stage_dtype(self._objective.dtype), ["C", "W"])
-        vectors = torch.from_numpy(rows).to(here, self._objective.dtype)  # by torch, which converts on all cores
         if here.type == "cpu":
             array = np.empty((len(rows), self.shape[0]), dtype=dtype)
+            vectors = torch.from_numpy(rows).to(self._objective.dtype)  # by torch, which converts on all cores
             self._run(vectors, torch.from_numpy(array))
             return array
+        vectors = self._staging.to_device(rows, here, self._objective.dtype)
         products = torch.empty(len(rows), self.shape[0], device=here, dtype=_TORCH[dtype])
         self._run(vectors, products)
-        return products.cpu().numpy()
+        return self._staging.to_array(products)
 
     def _run(self, vectors: Tensor, products: Tensor) -> None:
         with self._settings.progress.of(len(vectors)) as tick:

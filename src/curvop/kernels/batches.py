@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["batch_size", "leaves", "signature", "to_device"]
+__all__ = ["batch_size", "leaves", "on_device", "signature"]
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
@@ -49,6 +50,36 @@ def to_device(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(to_device(value, device) for value in tree)
     return tree
+
+
+def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """Yield the batches on `device`; to a GPU, each is copied while it computes with the one before."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield to_device(batch, device)
+        return
+    stream = _copying_stream(device)
+    coming: list[tuple[Any, torch.cuda.Event]] = []
+    for batch in batches:
+        # Before it copies, the stream waits for what was computed with the batch before last. So no copy is written to
+        # memory of a batch that was freed but is still being read, and none of its tensors needs record_stream.
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            coming.append((to_device(batch, device), stream.record_event()))
+        if len(coming) > 1:
+            yield _arrived(*coming.pop(0), device)
+    for last in coming:
+        yield _arrived(*last, device)
+
+
+def _arrived(batch: Any, copied: torch.cuda.Event, device: torch.device) -> Any:
+    torch.cuda.current_stream(device).wait_event(copied)
+    return batch
+
+
+@functools.cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def signature(tree: Any) -> tuple[tuple[torch.Size, torch.dtype], ...]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvop.kernels.batches import to_device
+from curvop.kernels.batches import on_device
 from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
 from curvop.kernels.generators import Generators
 from curvop.kernels.state import Watch
@@ -155,8 +155,8 @@ class Objective(abc.ABC):
         """
         index = -1
         with self._generators.private(self.device):
-            for index, batch in enumerate(self._data):
-                yield index, to_device(batch, self.device)
+            for index, batch in enumerate(on_device(self._data, self.device)):
+                yield index, batch
         if index < 0:
             raise ValueError("data is empty: it yields no batch, so there is nothing to differentiate")
 

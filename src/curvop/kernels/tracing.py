@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from curvop.kernels.parameters import ParameterLayout
+from curvop.kernels.replay import Recorder
 
 __all__ = ["Program", "agree", "compile_product"]
 
@@ -43,6 +44,8 @@ class Program:
     ----------
     seconds : float
         What tracing and compiling took.
+    recorder : Recorder
+        Of products on a GPU.
     """
 
     seconds: float
@@ -52,6 +55,7 @@ class Program:
     _inputs: list[int]
     _extras: int
     _rows: ParameterLayout
+    recorder: Recorder = dataclasses.field(default_factory=Recorder)
     _many: dict[int, Callable[..., Sequence[Tensor]]] = dataclasses.field(default_factory=dict)
 
     def linearize(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:

@@ -1,0 +1,157 @@
+"""On a GPU: the same products as on the CPU, recorded, staged and prefetched."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES, architecture_problem
+from cases import Problem
+from torch.utils.data import DataLoader, TensorDataset
+
+from curvop import HessianLinearOperator, staging
+from curvop.kernels.batches import on_device
+from curvop.kernels.replay import Recorder
+from curvop.staging import Staging
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+ENGINES = ["autograd", "compiled"]
+
+
+def pair(name: str, **options) -> tuple[HessianLinearOperator, HessianLinearOperator]:
+    """Return a problem's operator on the GPU and, by autograd, on the CPU."""
+    problem = architecture_problem(name)
+    model = copy.deepcopy(problem.model).cuda()
+    there = Problem(model, problem.loss_function, problem.data)
+    return hessian(there, **options), hessian(problem)
+
+
+def hessian(problem: Problem, **options) -> HessianLinearOperator:
+    return HessianLinearOperator(problem.model, problem.loss_function, problem.params, problem.data, **options)
+
+
+def vectors(H: HessianLinearOperator, count: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(H.shape[1], count))
+
+
+def close(actual, expected) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_products_are_the_cpus(name: str, engine: str) -> None:
+    there, here = pair(name, engine=engine)
+    for x in vectors(here, 4).T:
+        close(there @ x, here @ x)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("columns", [1, 8, "auto"])
+def test_blocks_are_the_cpus(engine: str, columns) -> None:
+    there, here = pair("conv", engine=engine, columns=columns)
+    X = vectors(here, 20)
+    for _ in range(3):
+        close(there @ X, here @ X)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_changed_parameters_are_noticed(engine: str) -> None:
+    there, here = pair("conv", engine=engine)
+    X = vectors(here, 3)
+    for step in range(2):
+        for x in X.T:
+            close(there @ x, here @ x)
+        with torch.no_grad():
+            for H in (there, here):
+                for value in H._objective.params.values():
+                    value += 0.1 * (step + 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tensors_stay_there(engine: str) -> None:
+    there, here = pair("conv", engine=engine)
+    x = vectors(here, 1)[:, 0]
+    product = there @ torch.from_numpy(x).cuda()
+    assert product.is_cuda
+    close(product.cpu(), here @ x)
+
+
+class TestRecording:
+    def test_is_used_from_the_third_product_on(self) -> None:
+        there, here = pair("conv", engine="compiled")
+        x = vectors(here, 1)[:, 0]
+        for _ in range(3):
+            there @ x
+        assert all(one._replay is not None for one in there._engine._first.kept.values())
+
+    def test_one_product_does_not_overwrite_another(self) -> None:
+        run = Recorder().record(lambda x: 2 * x, torch.ones(3, device="cuda"), 2 * torch.ones(3, device="cuda"))
+        first, second = run(torch.ones(3, device="cuda")), run(torch.zeros(3, device="cuda"))
+        assert first.tolist() == [2, 2, 2]
+        assert second.tolist() == [0, 0, 0]
+
+    def test_products_of_several_batches_share_memory(self) -> None:
+        recorder, x = Recorder(), torch.ones(1000, device="cuda")
+        runs = [recorder.record(lambda x, a=a: (a * x).sin(), x, (a * x).sin()) for a in range(5)]
+        y = torch.rand(1000, device="cuda")
+        for a, run in enumerate(runs):
+            torch.testing.assert_close(run(y), (a * y).sin())
+
+    def test_what_cannot_be_recorded_runs_as_it_is(self) -> None:
+        recorder, x = Recorder(), torch.ones(3, device="cuda")
+        with pytest.warns(RuntimeWarning, match="not recorded"):
+            assert recorder.record(lambda x: x * float(x.sum()), x, 3 * x) is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert recorder.record(lambda x: x, x, x) is None
+
+    def test_what_differs_is_not_used(self) -> None:
+        x = torch.ones(3, device="cuda")
+        with pytest.warns(RuntimeWarning, match="differs"):
+            assert Recorder().record(lambda x: 2 * x, x, x) is None
+
+
+class TestStaging:
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @pytest.mark.parametrize("most", [2**29, 0])
+    def test_there_and_back(self, monkeypatch, dtype, most) -> None:
+        monkeypatch.setattr(staging, "_MOST", most)
+        stage = Staging()
+        for size in (3, 1000, 10):
+            array = np.random.default_rng(size).normal(size=(2, size)).astype(dtype)
+            moved = stage.to_device(array, torch.device("cuda"), torch.float64)
+            assert (moved.is_cuda, moved.dtype) == (True, torch.float64)
+            back = stage.to_array(moved)
+            np.testing.assert_array_equal(back, array)
+            stage.to_array(torch.zeros_like(moved))
+            np.testing.assert_array_equal(back, array)  # a copy of its own
+
+
+class TestPrefetching:
+    @pytest.mark.parametrize("pinned", [False, True])
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("cache", [0, np.inf])
+    def test_loaders(self, pinned: bool, workers: int, cache: float) -> None:
+        problem = architecture_problem("conv")
+        X, y = (torch.cat(parts) for parts in zip(*problem.data, strict=True))
+        expected = hessian(problem) @ np.ones(sum(value.numel() for value in problem.params.values()))
+        loader = DataLoader(TensorDataset(X, y), batch_size=2, num_workers=workers, pin_memory=pinned)
+        H = hessian(Problem(problem.model.cuda(), problem.loss_function, loader), cache=cache)
+        for _ in range(3):
+            close(H @ np.ones(H.shape[1]), expected)
+
+    def test_batches_arrive_whole_and_in_order(self) -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        batches = [(torch.full((1000, 1000), float(index)).pin_memory(), {"y": index}) for index in range(20)]
+        for index, (X, rest) in enumerate(on_device(batches, device)):
+            assert X.device == device
+            assert rest == {"y": index}
+            busy = X
+            for _ in range(20):  # still at work when the next batch is copied
+                busy = busy @ torch.eye(1000, device=device)
+            assert bool((busy == index).all())
+            del X, busy
