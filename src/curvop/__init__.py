@@ -2,8 +2,13 @@
 
 from curvop.damped import DampedLinearOperator
 from curvop.examples.functorch import functorch_hessian
+from curvop.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
+from curvop.ggn import GGNLinearOperator
 from curvop.hessian import HessianLinearOperator
+from curvop.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
+from curvop.selection import select
+from curvop.solvers import SolveResult, solve
 from curvop.submatrix import SubmatrixLinearOperator
 from curvop.utils import allclose_report
 
@@ -11,10 +16,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DampedLinearOperator",
+    "EFLinearOperator",
+    "FisherLinearOperator",
+    "GGNLinearOperator",
+    "GradientCovarianceLinearOperator",
     "HessianLinearOperator",
+    "JacobianLinearOperator",
     "NonDeterministicObjectiveError",
     "NonFiniteProductError",
+    "SolveResult",
     "SubmatrixLinearOperator",
+    "TransposedJacobianLinearOperator",
     "allclose_report",
     "functorch_hessian",
+    "select",
+    "solve",
 ]

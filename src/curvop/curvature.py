@@ -1,69 +1,29 @@
-"""Operators that a kernel computes from an objective."""
+"""Curvature matrices: operators whose rows and columns are parameters of an objective."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
-import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from curvop.cost import Cost, median_seconds
-from curvop.kernels.compiled import CompiledKernel
-from curvop.kernels.gradient import gradient_and_loss
+from curvop.computed import ComputedLinearOperator, Settings
 from curvop.kernels.kernel import Kernel
-from curvop.kernels.linearize import Engine
-from curvop.kernels.memory import Budget, peak_rise
+from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.objective import Objective
-from curvop.kernels.parameters import ParameterLayout, unknown_name
-from curvop.operator import Rows
+from curvop.kernels.parameters import unknown_name
 from curvop.parameters import ParameterLinearOperator
-from curvop.progress import Progress
-from curvop.staging import Staging
 
-__all__ = ["CurvatureLinearOperator", "Settings"]
-
-_TORCH = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+__all__ = ["CurvatureLinearOperator", "checked_names"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a curvature operator computes; the same for an operator and its blocks."""
-
-    dtype: Any
-    cache: float | str
-    engine: str
-    columns: int | str
-    progress: Any
-
-    def __post_init__(self) -> None:
-        try:
-            dtype = np.dtype(self.dtype)
-        except TypeError:
-            dtype = None
-        if dtype not in _TORCH:
-            raise ValueError(f"dtype is {self.dtype!r}, but must be numpy.float32 or numpy.float64")
-        if self.cache != "auto" and not (isinstance(self.cache, int | float | np.number) and self.cache >= 0):
-            raise ValueError(f"cache is {self.cache!r}, but must be a number of bytes, 0 for none, or 'auto'")
-        if self.columns != "auto" and not (isinstance(self.columns, int) and self.columns >= 1):
-            raise ValueError(f"columns is {self.columns!r}, but must be a number of columns from 1 on, or 'auto'")
-        if self.engine not in ("autograd", "compiled"):
-            raise ValueError(f"engine is {self.engine!r}, but must be 'autograd' or 'compiled'")
-        object.__setattr__(self, "dtype", dtype)
-        object.__setattr__(self, "progress", Progress(self.progress))
-
-
-class CurvatureLinearOperator(ParameterLinearOperator):
-    """An operator that a kernel computes from an objective.
+class CurvatureLinearOperator(ComputedLinearOperator, ParameterLinearOperator):
+    """A curvature matrix that a kernel computes from an objective.
 
     Subclasses name the kernel and document the constructor.
     """
 
-    _kernel: Callable[[Objective, Sequence[str], Sequence[str]], Kernel]
+    _kernel: Callable[[Any, Sequence[str], Sequence[str]], Kernel]
 
     def _setup(
         self,
@@ -75,18 +35,9 @@ class CurvatureLinearOperator(ParameterLinearOperator):
         """Initialise; stands in for ``__init__``, which subclasses have of their own."""
         rows = list(objective.params) if rows is None else rows
         cols = list(objective.params) if cols is None else cols
-        kernel = type(self)._kernel(objective, rows, cols)
-        if settings.engine == "compiled":
-            kernel = CompiledKernel(kernel)
-        self._objective = objective
-        self._settings = settings
-        self._staging = Staging()
-        budget = Budget(settings.cache)
-        self._engine = Engine(kernel, budget, settings.columns)
-        self._adjoint_engine = self._engine
-        if not kernel.symmetric or kernel.rows.names != kernel.cols.names:
-            self._adjoint_engine = Engine(kernel.adjoint(), budget, settings.columns)
-        super().__init__(settings.dtype, objective.params, kernel.rows, kernel.cols)
+        layouts = ParameterLayout(objective.params, rows), ParameterLayout(objective.params, cols)
+        ParameterLinearOperator.__init__(self, settings.dtype, objective.params, *layouts)
+        self._compute(self._kernel(objective, rows, cols), settings)
 
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
         """Return the operator of the block that the named parameters span.
@@ -107,8 +58,9 @@ class CurvatureLinearOperator(ParameterLinearOperator):
             For a name that is unknown (with the nearest that is known), or stands twice, or where there is none.
         """
         block = type(self).__new__(type(self))
-        row_names = _checked_names("rows", rows, self._rows)
-        col_names = _checked_names("cols", rows if cols is None else cols, self._cols)
+        block._kernel = self._kernel
+        row_names = checked_names("rows", rows, self._rows)
+        col_names = checked_names("cols", rows if cols is None else cols, self._cols)
         block._setup(self._objective, self._settings, row_names, col_names)
         return block
 
@@ -117,73 +69,18 @@ class CurvatureLinearOperator(ParameterLinearOperator):
 
         Both are weighted over the batches as the curvature is: ``cg(A.damped(lam), gradient)`` is a Newton step.
         """
-        gradient = torch.zeros(self._rows.size, dtype=_TORCH[self.dtype], device=self._objective.device)
-        with torch.inference_mode(False):
-            loss = gradient_and_loss(self._objective, self._rows.names, gradient)
+        gradient, loss = self._gradient()
         return gradient.cpu().numpy(), loss
 
-    def cost(self, repeats: int = 5) -> Cost:
-        """Measure what a product costs, in time and memory; it takes `repeats` products and gradients, not counted.
-
-        Returns
-        -------
-        Cost
-            Prints as one sentence.
-        """
-        vector = np.ones((1, self.shape[1]), dtype=self.dtype)
-        self._apply(vector)  # what is kept is made here
-        peak = peak_rise(lambda: self._apply(vector), self._objective.device)
-        product, gradient = median_seconds([lambda: self._apply(vector), self.gradient_and_loss], repeats)
-        return Cost(product, product / gradient, *self._engine.kept(), peak, self._engine.kernel.seconds)
-
     def _adjoint(self) -> Self:
-        if self._adjoint_engine is self._engine:
-            return self
-        adjoint = copy.copy(self)  # shares the counter and both engines, with what they keep
-        adjoint._engine, adjoint._adjoint_engine = self._adjoint_engine, self._engine
-        adjoint._rows, adjoint._cols = self._cols, self._rows
-        adjoint.shape = self.shape[::-1]
+        adjoint = super()._adjoint()
+        if adjoint is not self:
+            adjoint._rows, adjoint._cols = self._cols, self._rows
         return adjoint
 
-    def _apply(self, rows: Rows) -> Rows:
-        with torch.inference_mode(False):
-            return self._apply_tensor(rows) if isinstance(rows, Tensor) else self._apply_array(rows)
 
-    def _apply_tensor(self, rows: Tensor) -> Tensor:
-        here = self._objective.device
-        vectors = rows.to(here, self._objective.dtype).contiguous()
-        products = torch.empty(
-            len(rows), self.shape[0], device=here, dtype=torch.promote_types(rows.dtype, self._objective.dtype)
-        )
-        self._run(vectors, products)
-        return products.to(rows.device, rows.dtype)
-
-    def _apply_array(self, rows: NDArray[Any]) -> NDArray[Any]:
-        dtype = np.result_type(self.dtype, rows.dtype)
-        dtype = dtype if dtype in _TORCH else np.dtype(np.float64)  # torch knows no longdouble
-        here = self._objective.device
-        if not (rows.dtype in _TORCH and rows.flags.c_contiguous and rows.flags.writeable):  # as torch wants it
-            rows = np.require(rows, _stage_dtype(self._objective.dtype), ["C", "W"])
-        if here.type == "cpu":
-            array = np.empty((len(rows), self.shape[0]), dtype=dtype)
-            vectors = torch.from_numpy(rows).to(self._objective.dtype)  # by torch, which converts on all cores
-            self._run(vectors, torch.from_numpy(array))
-            return array
-        vectors = self._staging.to_device(rows, here, self._objective.dtype)
-        products = torch.empty(len(rows), self.shape[0], device=here, dtype=_TORCH[dtype])
-        self._run(vectors, products)
-        return self._staging.to_array(products)
-
-    def _run(self, vectors: Tensor, products: Tensor) -> None:
-        with self._settings.progress.of(len(vectors)) as tick:
-            self._engine.apply(vectors, products, tick)
-
-
-def _stage_dtype(dtype: torch.dtype) -> Any:
-    return np.float64 if dtype == torch.float64 else np.float32  # NumPy has no bfloat16
-
-
-def _checked_names(what: str, names: str | Sequence[str], layout: ParameterLayout) -> tuple[str, ...]:
+def checked_names(what: str, names: str | Sequence[str], layout: ParameterLayout) -> tuple[str, ...]:
+    """Return the names of parameters of `layout`, or say what is wrong with them."""
     if not isinstance(names, Iterable):
         raise TypeError(f"{what} is a {type(names).__name__}: pass the name of a parameter, or several")
     names = (names,) if isinstance(names, str) else tuple(names)

@@ -8,7 +8,8 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor, nn
 
-from curvop.curvature import CurvatureLinearOperator, Settings
+from curvop.computed import Settings
+from curvop.curvature import CurvatureLinearOperator
 from curvop.kernels.callable_objective import CallableObjective
 from curvop.kernels.hessian import HessianKernel
 from curvop.kernels.model_objective import ModelObjective

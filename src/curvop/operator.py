@@ -100,6 +100,12 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
         """Return the products with the rows of a ``(K, N)`` array or tensor, K and N not 0, as fresh ``(K, M)``."""
         raise NotImplementedError
 
+    def _block_of(
+        self, rows: NDArray[np.intp], cols: NDArray[np.intp]
+    ) -> tuple[BridgeLinearOperator, NDArray[np.intp], NDArray[np.intp]]:
+        """Return the smallest operator that holds the rows and columns, and where they are in it."""
+        return self, rows, cols
+
     def _along_last(self, x: Rows) -> Rows:
         """Multiply all vectors that lie along the last axis of `x`."""
         self._check_entries(x)

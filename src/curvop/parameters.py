@@ -10,16 +10,66 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvop.kernels.parameters import ParameterLayout, unknown_name
+from curvop.kernels.layout import ParameterLayout
+from curvop.kernels.parameters import unknown_name
 from curvop.operator import BridgeLinearOperator, ProductCounter, Rows
 
 if TYPE_CHECKING:
     from curvop.damped import DampedLinearOperator
 
-__all__ = ["ParameterLinearOperator"]
+__all__ = ["ParameterLinearOperator", "ParameterVectors", "touched"]
 
 
-class ParameterLinearOperator(BridgeLinearOperator):
+class ParameterVectors:
+    """Vectors with an entry for every entry of some parameters."""
+
+    _params: Mapping[str, Tensor]
+    dtype: Any
+
+    @property
+    def _layout(self) -> ParameterLayout:
+        raise NotImplementedError
+
+    @property
+    def params_slices(self) -> dict[str, slice]:
+        """Where each parameter lies among the columns (for a rectangular block's rows: ``A.H.params_slices``)."""
+        return dict(self._layout.slices)
+
+    def ravel(self, params: Mapping[str, Any]) -> NDArray[Any]:
+        """Return a dict of tensors or arrays, one a column parameter, as one vector ``(N,)`` in the operator's dtype.
+
+        Raises
+        ------
+        ValueError
+            Where a parameter is missing, unknown, or of another shape.
+        """
+        for name in params:
+            if name not in self._layout.slices:
+                raise ValueError(unknown_name("params", name, self._layout.names))
+        vector = np.empty(self._layout.size, dtype=self.dtype)
+        for name, shape in zip(self._layout.names, self._layout.shapes, strict=True):
+            if name not in params:
+                raise ValueError(f"params lacks {name!r}")
+            value = params[name]
+            value = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+            if value.shape != shape:
+                raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, not {tuple(shape)}")
+            vector[self._layout.slices[name]] = value.reshape(-1).double().cpu().numpy()
+        return vector
+
+    def unravel(self, vector: Any) -> dict[str, Tensor]:
+        """Return a vector ``(N,)`` as a dict of tensors with the column parameters' shapes, dtype and device."""
+        if np.shape(vector) != (self._layout.size,):
+            raise ValueError(f"vector has shape {tuple(np.shape(vector))}, but A has {self._layout.size} columns")
+        like = self._params[self._layout.names[0]]
+        vector = vector.detach() if isinstance(vector, Tensor) else torch.from_numpy(np.array(vector))
+        if vector.is_complex():
+            raise TypeError("vector is complex, but parameters are real: unravel its real and imaginary parts apart")
+        vector = vector.to(like.device, like.dtype, copy=True)
+        return dict(zip(self._layout.names, self._layout.split(vector), strict=True))
+
+
+class ParameterLinearOperator(ParameterVectors, BridgeLinearOperator):
     """An operator whose rows and columns are parameters; knows which entry belongs to which."""
 
     def __init__(
@@ -36,42 +86,8 @@ class ParameterLinearOperator(BridgeLinearOperator):
         self._cols = cols
 
     @property
-    def params_slices(self) -> dict[str, slice]:
-        """Where each parameter lies among the columns (for a rectangular block's rows: ``A.H.params_slices``)."""
-        return dict(self._cols.slices)
-
-    def ravel(self, params: Mapping[str, Any]) -> NDArray[Any]:
-        """Return a dict of tensors or arrays, one a column parameter, as one vector ``(N,)`` in the operator's dtype.
-
-        Raises
-        ------
-        ValueError
-            Where a parameter is missing, unknown, or of another shape.
-        """
-        for name in params:
-            if name not in self._cols.slices:
-                raise ValueError(unknown_name("params", name, self._cols.names))
-        vector = np.empty(self._cols.size, dtype=self.dtype)
-        for name, shape in zip(self._cols.names, self._cols.shapes, strict=True):
-            if name not in params:
-                raise ValueError(f"params lacks {name!r}")
-            value = params[name]
-            value = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-            if value.shape != shape:
-                raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, not {tuple(shape)}")
-            vector[self._cols.slices[name]] = value.reshape(-1).double().cpu().numpy()
-        return vector
-
-    def unravel(self, vector: Any) -> dict[str, Tensor]:
-        """Return a vector ``(N,)`` as a dict of tensors with the column parameters' shapes, dtype and device."""
-        if np.shape(vector) != (self._cols.size,):
-            raise ValueError(f"vector has shape {tuple(np.shape(vector))}, but A has {self._cols.size} columns")
-        like = self._params[self._cols.names[0]]
-        vector = vector.detach() if isinstance(vector, Tensor) else torch.from_numpy(np.array(vector))
-        if vector.is_complex():
-            raise TypeError("vector is complex, but parameters are real: unravel its real and imaginary parts apart")
-        vector = vector.to(like.device, like.dtype, copy=True)
-        return dict(zip(self._cols.names, self._cols.split(vector), strict=True))
+    def _layout(self) -> ParameterLayout:
+        return self._cols
 
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
         """Return the operator of the block that the named parameters span, rows by columns."""
@@ -114,14 +130,14 @@ class ParameterLinearOperator(BridgeLinearOperator):
         self, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> tuple[Self, NDArray[np.intp], NDArray[np.intp]]:
         """Return the smallest block that holds the rows and columns, and where they are in it."""
-        row_names, rows = _touched(self._rows, rows)
-        col_names, cols = _touched(self._cols, cols)
+        row_names, rows = touched(self._rows, rows)
+        col_names, cols = touched(self._cols, cols)
         if (row_names, col_names) == (self._rows.names, self._cols.names):
             return self, rows, cols
         return self.block(row_names, col_names), rows, cols
 
 
-def _touched(layout: ParameterLayout, idxs: NDArray[np.intp]) -> tuple[tuple[str, ...], NDArray[np.intp]]:
+def touched(layout: ParameterLayout, idxs: NDArray[np.intp]) -> tuple[tuple[str, ...], NDArray[np.intp]]:
     """Return the parameters that the entries `idxs` belong to, and where the entries are among these alone."""
     starts = np.array([where.start for where in layout.slices.values()])
     sizes = np.array([shape.numel() for shape in layout.shapes])

@@ -12,7 +12,6 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvop.operator import BridgeLinearOperator, Rows
-from curvop.parameters import ParameterLinearOperator
 
 __all__ = ["SubmatrixLinearOperator"]
 
@@ -59,7 +58,7 @@ class SubmatrixLinearOperator(BridgeLinearOperator):
         rows, cols = _indices("row_idxs", row_idxs, A.shape[0]), _indices("col_idxs", col_idxs, A.shape[1])
         if isinstance(A, SubmatrixLinearOperator):
             A, rows, cols = A._A, A._rows.idxs[rows], A._cols.idxs[cols]
-        if isinstance(A, ParameterLinearOperator) and rows.size and cols.size:
+        if isinstance(A, BridgeLinearOperator) and rows.size and cols.size:
             A, rows, cols = A._block_of(rows, cols)
         self._setup(A, _Selection(rows, A.shape[0]), _Selection(cols, A.shape[1]))
 

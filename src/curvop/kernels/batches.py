@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["batch_size", "leaves", "on_device", "signature"]
+__all__ = ["batch_size", "leaves", "map_leaves", "on_device", "signature"]
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
@@ -25,31 +25,46 @@ def leaves(tree: Any) -> Iterator[Tensor]:
             yield from leaves(value)
 
 
-def to_device(tree: Any, device: torch.device) -> Any:
-    """Return `tree` with every tensor on `device`; nothing is copied that is there already, `tree` itself stays.
+def _is_tensor(tree: Any) -> bool:
+    return isinstance(tree, Tensor)
 
-    Mappings keep their type (a Hugging Face ``BatchEncoding`` stays one), so do lists, tuples and named tuples; any
-    other object that has a method ``to`` (a ``PackedSequence``, a graph batch) is asked to move itself.
+
+def map_leaves(function: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any], bool] = _is_tensor) -> Any:
+    """Return `tree` with `function` applied to its leaves; `tree` itself stays.
+
+    Mappings keep their type (a Hugging Face ``BatchEncoding`` stays one), so do lists, tuples and named tuples.
     """
-    if isinstance(tree, Tensor):
-        # From pinned memory the copy to a GPU is only queued; in the other direction one would read too early.
-        tree = tree.to(device, non_blocking=device.type == "cuda")
-        # Autograd cannot save a tensor made under inference mode; a clone made outside of it can be saved.
-        return tree.clone() if tree.is_inference() else tree
+    if is_leaf(tree):
+        return function(tree)
     if isinstance(tree, MutableMapping):
-        moved = copy.copy(tree)
+        mapped = copy.copy(tree)
         for key, value in tree.items():
-            moved[key] = to_device(value, device)
-        return moved
+            mapped[key] = map_leaves(function, value, is_leaf)
+        return mapped
     if isinstance(tree, Mapping):
-        return {key: to_device(value, device) for key, value in tree.items()}
-    if hasattr(tree, "to"):
-        return tree.to(device)
+        return {key: map_leaves(function, value, is_leaf) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(to_device(value, device) for value in tree))
+        return type(tree)(*(map_leaves(function, value, is_leaf) for value in tree))
     if isinstance(tree, list | tuple):
-        return type(tree)(to_device(value, device) for value in tree)
+        return type(tree)(map_leaves(function, value, is_leaf) for value in tree)
     return tree
+
+
+def to_device(tree: Any, device: torch.device) -> Any:
+    """Return `tree` with every tensor on `device`; nothing is copied that is there already.
+
+    Any other object that has a method ``to`` (a ``PackedSequence``, a graph batch) is asked to move itself.
+    """
+
+    def move(part: Any) -> Any:
+        if not isinstance(part, Tensor):
+            return part.to(device)
+        # From pinned memory the copy to a GPU is only queued; in the other direction one would read too early.
+        moved = part.to(device, non_blocking=device.type == "cuda")
+        # Autograd cannot save a tensor made under inference mode; a clone made outside of it can be saved.
+        return moved.clone() if moved.is_inference() else moved
+
+    return map_leaves(move, tree, lambda part: hasattr(part, "to") and not isinstance(part, Mapping))
 
 
 def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from curvop.kernels.weights import loss_kind, loss_setting
 
-__all__ = ["LossDerivative", "loss_derivative"]
+__all__ = ["LossDerivative", "class_targets", "loss_derivative"]
 
 #: ``(prediction, y, divisor) -> r``, differentiable in the prediction; None where the pair asks for the general way.
 LossDerivative = Callable[[Any, Any, float | None], Tensor | None]
@@ -85,9 +85,18 @@ def _cross_entropy(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> Te
     weight, smoothing = setting("weight", None), setting("label_smoothing", 0.0)
     if not y.is_floating_point() and not smoothing:
         return _hard_cross_entropy(weight, setting("ignore_index", -100), z, y.long().unsqueeze(axis), divisor)
-    classes = z.shape[axis]
+    targets = class_targets(setting, z, y)[0].detach() / divisor
+    derivative: Tensor = z.softmax(axis) * targets.sum(axis, keepdim=True) - targets
+    return derivative
+
+
+def class_targets(setting: Setting, z: Tensor, y: Tensor) -> tuple[Tensor, Any]:
+    """Return the targets `T` of cross-entropy as a tensor like the prediction `z`, and the divisor of its mean."""
+    axis = min(1, z.ndim - 1)
+    weight, smoothing, classes = setting("weight", None), setting("label_smoothing", 0.0), z.shape[axis]
+    divisor: Any
     if y.is_floating_point():
-        targets = y * (1 - smoothing) + smoothing / classes
+        targets, divisor = y * (1 - smoothing) + smoothing / classes, z.numel() / classes
     else:
         counted = (y != setting("ignore_index", -100)).unsqueeze(axis)
         index = torch.where(counted, y.long().unsqueeze(axis), 0)
@@ -95,11 +104,10 @@ def _cross_entropy(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> Te
             axis, index, torch.full_like(index, 1 - smoothing, dtype=z.dtype)
         )
         targets = targets * counted
+        divisor = counted.sum() if weight is None else (weight[index] * counted).sum()
     if weight is not None:
         targets = targets * weight.view(-1, *[1] * (z.ndim - 1 - axis))
-    targets = targets.detach() / divisor
-    derivative: Tensor = z.softmax(axis) * targets.sum(axis, keepdim=True) - targets
-    return derivative
+    return targets, divisor
 
 
 def _hard_cross_entropy(weight: Tensor | None, ignore: int, z: Tensor, y: Tensor, divisor: float) -> Tensor:

@@ -35,8 +35,8 @@ class CompiledKernel(Kernel):
     worth_batching = 2e-3  # seconds a column; a longer product gains less than its compilation takes
 
     def __init__(self, kernel: Kernel) -> None:
-        super().__init__(kernel.objective, kernel.rows.names, kernel.cols.names)
-        self.symmetric = kernel.symmetric
+        self.objective, self.rows, self.cols = kernel.objective, kernel.rows, kernel.cols
+        self.symmetric, self.by_batch = kernel.symmetric, kernel.by_batch
         self._kernel = kernel
         self._programs: dict[tuple[object, ...], tuple[Program, Any] | None] = {}
         self._warned = False
@@ -54,11 +54,23 @@ class CompiledKernel(Kernel):
         """Return the compiled kernel of the adjoint."""
         return CompiledKernel(self._kernel.adjoint())
 
+    def share(self, weight: float) -> float:
+        """Return by what a batch's matrix counts, as for the wrapped kernel."""
+        return self._kernel.share(weight)
+
+    def check_count(self, count: int) -> None:
+        """Refuse data of another number of batches, as the wrapped kernel does."""
+        self._kernel.check_count(count)
+
+    def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
+        """Return what a product depends on, as for the wrapped kernel."""
+        return self._kernel.held(leaves, index, batch)
+
     def product(
-        self, leaves: Mapping[str, Tensor], loss: Tensor, tangents: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
-        """Return one product from the beginning, as the wrapped kernel makes it."""
-        return self._kernel.product(leaves, loss, tangents)
+        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, tangents: Sequence[Tensor]
+    ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
+        """Return a product from the beginning, as the wrapped kernel makes it."""
+        return self._kernel.product(leaves, held, batch, tangents)
 
     def prepare(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> None:
         """Compile what there is no program for."""
@@ -83,7 +95,7 @@ class CompiledKernel(Kernel):
         self, leaves: Mapping[str, Tensor], index: int, batch: Any
     ) -> tuple[list[Any], tuple[Program, Any]] | None:
         """Return the inputs and the program that is good for them, None where there is none."""
-        inputs, structure = pytree.tree_flatten((dict(leaves), self.objective.held(leaves), batch))
+        inputs, structure = pytree.tree_flatten((dict(leaves), self.held(leaves, index, batch), batch))
         if unknown := [part for part in inputs if not _is_known(part)]:
             # What it holds, nobody can see: neither the tensors to trace nor the values that a program is good for.
             self._warn(f"a batch holds a {type(unknown[0]).__name__}")
@@ -122,16 +134,16 @@ class CompiledKernel(Kernel):
             values, held, batch = pytree.tree_unflatten(parts, structure)
             point = {name: value.detach().requires_grad_(name in chosen) for name, value in values.items()}
             with torch.enable_grad(), TwiceDifferentiable():
-                loss, prediction = self.objective.traced(point, held, batch)
+                loss, prediction, cotangents = self._kernel.product(point, held, batch, tangents)
                 check_loss(loss, index)
                 shape = pytree.tree_map_only(Tensor, _shape, prediction)
-                return [loss.detach()], self._kernel.product(point, loss, tangents)
+                return [loss.detach()], cotangents
 
         def clones() -> list[Tensor]:  # a program may write to what it is given
             return [_clone(inputs[position].detach()) for position in where]
 
         numbers = torch.arange(self.cols.size, dtype=torch.float32, device=self.objective.device).sin()
-        vector = numbers.to(self.objective.dtype)
+        vector = self.cols.at(numbers.to(self.objective.dtype), index).contiguous()
         try:
             self._loss(leaves, batch)  # what the model computes once and keeps shall not be traced
             program = compile_product(product, clones(), vector, self.cols, self.rows)

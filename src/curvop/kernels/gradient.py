@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.objective import Objective
-from curvop.kernels.parameters import ParameterLayout
 
 __all__ = ["gradient_and_loss"]
 

@@ -11,15 +11,13 @@ same graph, so everything that does not depend on `v` is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from curvop.kernels.graph import nodes
+from curvop.kernels.graph import LinearMap
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.objective import BatchLoss
 
@@ -31,89 +29,30 @@ class HessianKernel(Kernel):
 
     symmetric = True
 
-    def adjoint(self) -> HessianKernel:
-        """Return the kernel of the block mirrored at the diagonal."""
-        return HessianKernel(self.objective, self.cols.names, self.rows.names)
-
     def product(
-        self, leaves: Mapping[str, Tensor], loss: Tensor, tangents: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
-        """Return one product from the beginning, by double backward."""
-        if not loss.requires_grad:
-            return [None] * len(self.rows.names)
-        columns, rows = ([leaves[name] for name in layout.names] for layout in (self.cols, self.rows))
-        gradient = torch.autograd.grad(loss, columns, create_graph=True, allow_unused=True)
-        edges, positions = _edges(gradient)
-        if not edges:
-            return [None] * len(rows)
-        seeds = [tangents[position] for position in positions]
-        return torch.autograd.grad(edges, rows, seeds, allow_unused=True)
+        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, tangents: Sequence[Tensor]
+    ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
+        """Return a batch's loss and prediction, and one product by double backward."""
+        loss, prediction = self.objective.traced(leaves, held, batch)
+        gradient: Sequence[Tensor | None] = [None] * len(tangents)
+        if loss.requires_grad:
+            gradient = torch.autograd.grad(loss, self.cols.of(leaves), create_graph=True, allow_unused=True)
+        return loss, prediction, LinearMap(gradient, self.rows.of(leaves)).check_differentiable()(tangents)
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of one batch: the retained graph of its gradient."""
         loss = self.objective.evaluate(leaves, index, batch)
-        gradient = loss.gradient([leaves[name] for name in self.cols.names], create_graph=True)
-        return _RetainedGraph(loss, *_edges(gradient), [leaves[name] for name in self.rows.names])
-
-
-def _edges(gradient: Sequence[Tensor | None]) -> tuple[list[GradientEdge], list[int]]:
-    """Return the edges of the parts of a gradient that are not constant, and which parts these are.
-
-    The edge is all a product needs; the gradient's own memory, as large as the parameters, is freed.
-    """
-    positions = [index for index, part in enumerate(gradient) if part is not None and part.requires_grad]
-    edges = [get_gradient_edge(cast("Tensor", gradient[position])) for position in positions]
-    _check_differentiable(edge.node for edge in edges)
-    return edges, positions
-
-
-def _check_differentiable(roots: Iterable[Node]) -> None:
-    """Refuse a gradient that cannot be differentiated again.
-
-    A function marked ``once_differentiable`` leaves a node of this name in the graph of its gradient, off the path to
-    the parameters, where a product would pass it by and silently lack its part.
-    """
-    if any(node.name() == "torch::autograd::Error" for node in nodes(roots)):
-        raise RuntimeError(
-            "the model uses an autograd function that is once_differentiable: it has a gradient, but no Hessian. "
-            "Write its backward with differentiable operations, or take a block above it"
-        )
-
-
-def _backward(
-    edges: Sequence[GradientEdge], seeds: Sequence[Tensor], rows: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
-    """Do as ``torch.autograd.grad(edges, rows, seeds, retain_graph=True, allow_unused=True)``.
-
-    Without its checks of the seeds, which are known to fit here, and take a seventh of a small model's product.
-    """
-    keep_graph, create_graph, allow_unreachable, accumulate = True, False, True, False
-    run = Variable._execution_engine.run_backward
-    products: Sequence[Tensor | None] = run(
-        tuple(edges), tuple(seeds), keep_graph, create_graph, tuple(rows), allow_unreachable, accumulate
-    )
-    return products
+        gradient = loss.gradient(self.cols.of(leaves), create_graph=True)
+        return _RetainedGraph(loss, LinearMap(gradient, self.rows.of(leaves)).check_differentiable())
 
 
 class _RetainedGraph(Linearization):
-    def __init__(self, loss: BatchLoss, edges: list[GradientEdge], positions: list[int], rows: list[Tensor]) -> None:
-        super().__init__(loss.value, loss.weight, [edge.node for edge in edges])
-        self._edges = edges
-        self._positions = positions
-        self._rows = rows
+    def __init__(self, loss: BatchLoss, product: LinearMap) -> None:
+        super().__init__(loss.value, loss.weight, product.roots)
+        self._product = product
 
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        return self._apply(tangents, batched=False)
+        return self._product(tangents)
 
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        return self._apply(tangents, batched=True)
-
-    def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
-        if not self._edges:
-            return [None] * len(self._rows)
-        seeds = [tangents[position] for position in self._positions]
-        if not batched:
-            return _backward(self._edges, seeds, self._rows)
-        return torch.autograd.grad(
-            self._edges, self._rows, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
+        return self._product(tangents, batched=True)

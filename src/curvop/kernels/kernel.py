@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from curvop.kernels.layout import Layout, ParameterLayout
 from curvop.kernels.objective import Objective
-from curvop.kernels.parameters import ParameterLayout
 
 __all__ = ["Kernel", "Linearization"]
 
@@ -54,28 +55,43 @@ class Kernel(abc.ABC):
     """How one kind of curvature matrix is linearized, for the block of the parameters `rows` and `cols`."""
 
     symmetric: bool
+    #: Whether rows or columns are what the batches yield, one batch after another.
+    by_batch = False
     #: Seconds that a column takes above which no batching of columns is tried.
     worth_batching: float = math.inf
 
     def __init__(self, objective: Objective, rows: Sequence[str], cols: Sequence[str]) -> None:
         self.objective = objective
-        self.rows = ParameterLayout(objective.params, rows)
-        self.cols = ParameterLayout(objective.params, cols)
+        self.rows: Layout = ParameterLayout(objective.params, rows)
+        self.cols: Layout = ParameterLayout(objective.params, cols)
 
     @property
     def seconds(self) -> float:
         """What compiling took so far."""
         return 0.0
 
-    @abc.abstractmethod
     def adjoint(self) -> Kernel:
-        """Return the kernel of the adjoint of the block."""
+        """Return the kernel of the adjoint of the block: as the whole is symmetric, of its mirror image."""
+        mirrored = copy.copy(self)
+        mirrored.rows, mirrored.cols = self.cols, self.rows
+        return mirrored
+
+    def share(self, weight: float) -> float:
+        """Return by what a batch's matrix counts, before the sum over the batches is divided by their weights."""
+        return weight
+
+    def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
+        """Return what a product of batch number `index` depends on besides `leaves` and the batch."""
+        return self.objective.held(leaves)
 
     @abc.abstractmethod
     def product(
-        self, leaves: Mapping[str, Tensor], loss: Tensor, tangents: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
-        """Return one product from the beginning, for programs to be made of it; None for zero."""
+        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, tangents: Sequence[Tensor]
+    ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
+        """Return a batch's loss, its prediction, and one product, for programs to be made of it; None for zero."""
+
+    def check_count(self, count: int) -> None:  # noqa: B027  # most take any
+        """Refuse data of `count` batches where rows or columns were made for another number."""
 
     def prepare(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> None:  # noqa: B027  # most need not
         """Do what `linearize` does once for batches of a shape."""

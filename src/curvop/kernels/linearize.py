@@ -26,6 +26,12 @@ from curvop.kernels.state import Fingerprint
 __all__ = ["Engine"]
 
 
+_REORDERED = (
+    "data yields other batches, or in another order, than in the first pass, but the predictions are rows or columns "
+    "in the order of the data: pass shuffle=False to the DataLoader"
+)
+
+
 class _DataReorderedError(Exception):
     """The batches come in another order than in the first pass, so those kept cannot be told from the others."""
 
@@ -75,6 +81,8 @@ class Engine:
             try:
                 self._checked_sum(vectors, out, tick)
             except _DataReorderedError:
+                if self.kernel.by_batch:
+                    raise NonDeterministicObjectiveError(_REORDERED) from None
                 self._keeps = False
                 self._forget()
                 warnings.warn(
@@ -104,16 +112,21 @@ class Engine:
         chunks: dict[tuple[int, int, bool], tuple[list[Tensor], list[Tensor]]] = {}
         weights: list[float] = []
         unit = 0.0
-        for linearization in self._linearizations():
+        for linearization in self._linearizations():  # not enumerated, which holds on to what it has yielded
+            index = len(weights)
             weights.append(linearization.weight)
-            add = _add if unit else _set
-            unit = unit or linearization.weight  # one batch, or equal ones, are not scaled at all
-            share = linearization.weight / unit if unit else 0.0
+            share = self.kernel.share(linearization.weight)
+            first = self.kernel.by_batch and not self.kernel.rows.names  # then each batch has rows of its own
+            add = _set if first or not unit else _add
+            unit = unit or share  # one batch, or equal ones, are not scaled at all
+            share = share / unit if unit else 0.0
+            if self.kernel.by_batch:
+                chunks.clear()
             for start, stop in self._columns.chunks(len(vectors), self._room, self._clock):
                 chunk = start, stop, linearization.whole
                 if chunk not in chunks:
                     which = start if stop == start + 1 else slice(start, stop)
-                    chunks[chunk] = self._parts(vectors[which], out[which], linearization.whole)
+                    chunks[chunk] = self._parts(index, vectors[which], out[which], linearization.whole)
                 tangents, totals = chunks[chunk]
                 if share:
                     add(totals, self._multiply(linearization, tangents, stop - start), share)
@@ -121,12 +134,16 @@ class Engine:
                 if tick is not None and steps:
                     tick(done / steps)
             del linearization  # one batch's graph at a time: this one is freed before the next is made
+        self.kernel.check_count(len(weights))
         rest = self._objective.divisor(weights) / (unit or 1.0)
         if rest != 1:
             out.div_(rest)
 
-    def _parts(self, vector: Tensor, total: Tensor, whole: bool) -> tuple[list[Tensor], list[Tensor]]:
-        return ([vector], [total]) if whole else (self.kernel.cols.split(vector), self.kernel.rows.split(total))
+    def _parts(self, index: int, vector: Tensor, total: Tensor, whole: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what batch number `index` is applied to, and where its product belongs."""
+        cols, rows = self.kernel.cols, self.kernel.rows
+        vector, total = cols.at(vector, index), rows.at(total, index)
+        return ([vector], [total]) if whole else (cols.split(vector), rows.split(total))
 
     def _multiply(self, linearization: Linearization, tangents: list[Tensor], count: int) -> Sequence[Tensor | None]:
         if count == 1:
@@ -206,6 +223,10 @@ class Engine:
             yield linearization
             del linearization
         dtype = self._objective.dtype
+        if self.kernel.by_batch and not all(
+            same([now], [then], dtype) for now, then in zip(this.losses, first.losses, strict=True)
+        ):
+            raise NonDeterministicObjectiveError(_REORDERED)
         if not same(this.losses, first.losses, dtype) or not same(this.weights, first.weights, dtype):
             raise NonDeterministicObjectiveError(
                 _random("the loss summed over the data", sum(first.losses), sum(this.losses))
@@ -237,12 +258,12 @@ class Engine:
         for index, linearization in enumerate(self._linearizations()):
             for vector in vectors:
                 product = vector.new_empty(self.kernel.rows.size)
-                tangents, parts = self._parts(vector, product, linearization.whole)
+                tangents, parts = self._parts(index, vector, product, linearization.whole)
                 _set(parts, linearization.apply(tangents), 1.0)
-                for name, part in zip(self.kernel.rows.names, self.kernel.rows.split(product), strict=True):
+                for number, part in enumerate(self.kernel.rows.split(self.kernel.rows.at(product, index))):
                     if not torch.isfinite(part).all():
                         return (
-                            f"the product is not finite at batch {index} in parameter {name!r} "
+                            f"the product is not finite at batch {index} in {self.kernel.rows.label(number)} "
                             f"(the loss of that batch is {float(linearization.loss):.6g})"
                         )
         return "the product is not finite: the batches are, but their sum overflows"

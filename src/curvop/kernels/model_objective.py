@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from curvop.kernels.closed_forms import loss_derivative
-from curvop.kernels.objective import BatchWeight, Objective
+from curvop.kernels.differentiable import TwiceDifferentiable
+from curvop.kernels.objective import BatchLoss, BatchWeight, Objective
 from curvop.kernels.parameters import checked_params
 from curvop.kernels.weights import loss_divisor, loss_reduction
 
@@ -34,23 +35,39 @@ class ModelObjective(Objective):
         modules = [part for part in (model, loss_function) if isinstance(part, nn.Module)]
         super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
         self._model = model
-        self._loss_function = loss_function
+        self.loss_function = loss_function
         self._divisor = loss_divisor(loss_function)
         self._derivative = loss_derivative(loss_function)
 
+    def predict(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
+        """Return the model's prediction, differentiable twice in `leaves` within `slow_backends`."""
+        with torch.enable_grad(), TwiceDifferentiable():
+            return self._prediction(leaves, batch)
+
+    def criterion(self, prediction: Any, index: int, batch: Any) -> BatchLoss:
+        """Return the loss of batch number `index` as a function of a prediction."""
+        with torch.enable_grad(), TwiceDifferentiable():
+            found = self._criterion(prediction, batch)
+        return self._checked(found, index, batch)
+
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
+        return self._criterion(self._prediction(leaves, batch), batch)
+
+    def _prediction(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
-        X, y = batch
         training = isinstance(self._model, nn.Module) and any(part.training for part in self._model.modules())
-        prediction = self._predict(leaves, self._others(leaves, buffers=training), X)
+        return self._predict(leaves, self._others(leaves, buffers=training), batch[0])
+
+    def _criterion(self, prediction: Any, batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
+        _, y = batch
         if self._derivative is not None:
             with torch.no_grad():
-                loss, divisor = self._loss_function(prediction, y), self._mean_divisor(prediction, batch)
+                loss, divisor = self.loss_function(prediction, y), self._mean_divisor(prediction, batch)
             derivative = self._derivative(prediction, y, divisor)
             if derivative is not None:
                 return loss, divisor, prediction, derivative
-        loss = self._loss_function(prediction, y)
+        loss = self.loss_function(prediction, y)
         with torch.no_grad():
             return loss, self._mean_divisor(prediction, batch), loss, None
 
@@ -78,11 +95,11 @@ class ModelObjective(Objective):
     def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the model's other parameters, cut off, its buffers, and those of the loss function."""
         loss: dict[str, Tensor] = {}
-        if isinstance(self._loss_function, nn.Module):
-            loss = dict(self._loss_function.named_buffers())
-            loss |= {name: value.detach() for name, value in self._loss_function.named_parameters()}
-        elif isinstance(self._loss_function, functools.partial):
-            keywords = self._loss_function.keywords
+        if isinstance(self.loss_function, nn.Module):
+            loss = dict(self.loss_function.named_buffers())
+            loss |= {name: value.detach() for name, value in self.loss_function.named_parameters()}
+        elif isinstance(self.loss_function, functools.partial):
+            keywords = self.loss_function.keywords
             loss = {name: value for name, value in keywords.items() if isinstance(value, Tensor)}
         return {"model": self._others(leaves, buffers=True), "loss": loss}
 
@@ -90,8 +107,18 @@ class ModelObjective(Objective):
         self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
     ) -> tuple[Tensor, Any]:
         """Return a batch's loss and prediction."""
-        X, y = batch
-        prediction = self._predict(leaves, held["model"], X)
-        if isinstance(self._loss_function, nn.Module):
-            return torch.func.functional_call(self._loss_function, held["loss"], (prediction, y)), prediction
-        return self._loss_function(prediction, y, **held["loss"]), prediction
+        prediction = self.traced_prediction(leaves, held, batch)
+        return self.traced_loss(prediction, held, batch), prediction
+
+    def traced_prediction(self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any) -> Any:
+        """Return a batch's prediction as a function of its arguments alone."""
+        X, _ = batch
+        return self._predict(leaves, held["model"], X)
+
+    def traced_loss(self, prediction: Any, held: dict[str, dict[str, Tensor]], batch: Any) -> Tensor:
+        """Return a batch's loss as a function of its arguments alone."""
+        _, y = batch
+        if isinstance(self.loss_function, nn.Module):
+            loss: Tensor = torch.func.functional_call(self.loss_function, held["loss"], (prediction, y))
+            return loss
+        return self.loss_function(prediction, y, **held["loss"])

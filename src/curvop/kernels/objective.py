@@ -179,7 +179,11 @@ class Objective(abc.ABC):
         Buffers of modules in training mode are copies.
         """
         with torch.enable_grad(), TwiceDifferentiable():
-            loss, divisor, output, derivative = self._loss(leaves, batch)
+            found = self._loss(leaves, batch)
+        return self._checked(found, index, batch)
+
+    def _checked(self, found: tuple[Tensor, float | None, Tensor, Tensor | None], index: int, batch: Any) -> BatchLoss:
+        loss, divisor, output, derivative = found
         check_loss(loss, index)
         return BatchLoss(loss.detach(), self._weight(index, batch, divisor), output, derivative)
 

@@ -1,62 +1,14 @@
-"""The parameters that span rows and columns: which they are, and where each lies in a vector."""
+"""Which parameters span rows and columns, as users name them."""
 
 from __future__ import annotations
 
 import difflib
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-__all__ = ["ParameterLayout", "checked_params", "unknown_name"]
-
-
-class ParameterLayout:
-    """How the parameters `names` follow each other in a vector.
-
-    Parameters
-    ----------
-    params : dict of str to Tensor
-        All parameters.
-    names : sequence of str
-        Those that take part, in the order of the vector.
-
-    Attributes
-    ----------
-    names : tuple of str
-    shapes : list of torch.Size
-    slices : dict of str to slice
-    size : int
-        Entries of the vector.
-    """
-
-    def __init__(self, params: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        self.shapes = [params[name].shape for name in self.names]
-        self._views = [tuple(shape) for shape in self.shapes]  # quicker to hand over than a torch.Size
-        self._sizes = [shape.numel() for shape in self.shapes]
-        stops = list(itertools.accumulate(self._sizes))
-        starts = [0, *stops][: len(stops)]
-        self.slices = {
-            name: slice(*span) for name, span in zip(self.names, zip(starts, stops, strict=True), strict=True)
-        }
-        self.size = sum(self._sizes)
-
-    def split(self, vector: Tensor) -> list[Tensor]:
-        """Return views of `vector` ``(size,)``, or of several ``(K, size)``, one of each parameter's shape."""
-        parts = torch.split_with_sizes(vector, self._sizes, -1)
-        several = tuple(vector.shape[:-1])
-        return [
-            part if len(shape) == 1 else part.view(several + shape)
-            for part, shape in zip(parts, self._views, strict=True)
-        ]
-
-    def join(self, parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """Return the vector of one part a parameter, None for zero, in the dtype and on the device of `like`."""
-        pairs = zip(parts, self._sizes, strict=True)
-        return torch.cat([like.new_zeros(size) if part is None else part.reshape(-1) for part, size in pairs])
+__all__ = ["checked_params", "unknown_name"]
 
 
 def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:

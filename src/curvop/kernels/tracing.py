@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from curvop.kernels.parameters import ParameterLayout
+from curvop.kernels.layout import Layout
 from curvop.kernels.replay import Recorder
 
 __all__ = ["Program", "agree", "compile_product"]
@@ -54,7 +54,7 @@ class Program:
     _linear: fx.GraphModule
     _inputs: list[int]
     _extras: int
-    _rows: ParameterLayout
+    _rows: Layout
     recorder: Recorder = dataclasses.field(default_factory=Recorder)
     _many: dict[int, Callable[..., Sequence[Tensor]]] = dataclasses.field(default_factory=dict)
 
@@ -110,9 +110,7 @@ def agree(these: Sequence[Tensor | None], those: Sequence[Tensor | None]) -> boo
     return True
 
 
-def compile_product(
-    product: Product, inputs: Sequence[Tensor], vector: Tensor, cols: ParameterLayout, rows: ParameterLayout
-) -> Program:
+def compile_product(product: Product, inputs: Sequence[Tensor], vector: Tensor, cols: Layout, rows: Layout) -> Program:
     """Trace `product` for tensors of these shapes, and compile it for vectors laid out as `cols` and `rows`.
 
     Raises
@@ -156,7 +154,7 @@ def _padded(vectors: Tensor, size: int) -> Tensor:
 
 
 def _traced(
-    product: Product, inputs: Sequence[Tensor], vector: Tensor, cols: ParameterLayout, rows: ParameterLayout
+    product: Product, inputs: Sequence[Tensor], vector: Tensor, cols: Layout, rows: Layout
 ) -> tuple[fx.GraphModule, int]:
     """Return the graph of extras and the product, and how many extras there are."""
     import torch._inductor.lowering  # the decompositions of pooling look it up

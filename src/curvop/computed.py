@@ -1,0 +1,137 @@
+"""Operators whose products an engine computes: settings, the way to the device and back, cost."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curvop.cost import Cost, median_seconds
+from curvop.kernels.compiled import CompiledKernel
+from curvop.kernels.gradient import gradient_and_loss
+from curvop.kernels.kernel import Kernel
+from curvop.kernels.linearize import Engine
+from curvop.kernels.memory import Budget, peak_rise
+from curvop.operator import BridgeLinearOperator, Rows
+from curvop.progress import Progress
+from curvop.staging import Staging
+
+__all__ = ["TORCH_DTYPES", "ComputedLinearOperator", "Settings"]
+
+TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a curvature operator computes; the same for an operator and its blocks."""
+
+    dtype: Any
+    cache: float | str
+    engine: str
+    columns: int | str
+    progress: Any
+
+    def __post_init__(self) -> None:
+        try:
+            dtype = np.dtype(self.dtype)
+        except TypeError:
+            dtype = None
+        if dtype not in TORCH_DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, but must be numpy.float32 or numpy.float64")
+        if self.cache != "auto" and not (isinstance(self.cache, int | float | np.number) and self.cache >= 0):
+            raise ValueError(f"cache is {self.cache!r}, but must be a number of bytes, 0 for none, or 'auto'")
+        if self.columns != "auto" and not (isinstance(self.columns, int) and self.columns >= 1):
+            raise ValueError(f"columns is {self.columns!r}, but must be a number of columns from 1 on, or 'auto'")
+        if self.engine not in ("autograd", "compiled"):
+            raise ValueError(f"engine is {self.engine!r}, but must be 'autograd' or 'compiled'")
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "progress", Progress(self.progress))
+
+
+class ComputedLinearOperator(BridgeLinearOperator):
+    """An operator whose products an engine sums over the batches of an objective."""
+
+    def _compute(self, kernel: Kernel, settings: Settings) -> None:
+        """Set the engines up; called in ``__init__``."""
+        if settings.engine == "compiled":
+            kernel = CompiledKernel(kernel)
+        self._objective = kernel.objective
+        self._settings = settings
+        self._staging = Staging()
+        budget = Budget(settings.cache)
+        self._engine = Engine(kernel, budget, settings.columns)
+        self._adjoint_engine = self._engine
+        if not kernel.symmetric or kernel.rows.names != kernel.cols.names:
+            self._adjoint_engine = Engine(kernel.adjoint(), budget, settings.columns)
+
+    def cost(self, repeats: int = 5) -> Cost:
+        """Measure what a product costs, in time and memory; it takes `repeats` products and gradients, not counted.
+
+        Returns
+        -------
+        Cost
+            Prints as one sentence.
+        """
+        vector = np.ones((1, self.shape[1]), dtype=self.dtype)
+        self._apply(vector)  # what is kept is made here
+        peak = peak_rise(lambda: self._apply(vector), self._objective.device)
+        product, gradient = median_seconds([lambda: self._apply(vector), self._gradient], repeats)
+        return Cost(product, product / gradient, *self._engine.kept(), peak, self._engine.kernel.seconds)
+
+    def _gradient(self) -> tuple[Tensor, float]:
+        """Return the gradient by the parameters of the rows, or else of the columns, and the loss."""
+        kernel = self._engine.kernel
+        layout = kernel.rows if kernel.rows.names else kernel.cols
+        gradient = torch.zeros(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
+        with torch.inference_mode(False):
+            return gradient, gradient_and_loss(self._objective, layout.names, gradient)
+
+    def _adjoint(self) -> Self:
+        if self._adjoint_engine is self._engine:
+            return self
+        adjoint = copy.copy(self)  # shares the counter and both engines, with what they keep
+        adjoint._engine, adjoint._adjoint_engine = self._adjoint_engine, self._engine
+        adjoint.shape = self.shape[::-1]
+        return adjoint
+
+    def _apply(self, rows: Rows) -> Rows:
+        with torch.inference_mode(False):
+            return self._apply_tensor(rows) if isinstance(rows, Tensor) else self._apply_array(rows)
+
+    def _apply_tensor(self, rows: Tensor) -> Tensor:
+        here = self._objective.device
+        vectors = rows.to(here, self._objective.dtype).contiguous()
+        products = torch.empty(
+            len(rows), self.shape[0], device=here, dtype=torch.promote_types(rows.dtype, self._objective.dtype)
+        )
+        self._run(vectors, products)
+        return products.to(rows.device, rows.dtype)
+
+    def _apply_array(self, rows: NDArray[Any]) -> NDArray[Any]:
+        dtype = np.result_type(self.dtype, rows.dtype)
+        dtype = dtype if dtype in TORCH_DTYPES else np.dtype(np.float64)  # torch knows no longdouble
+        here = self._objective.device
+        if not (rows.dtype in TORCH_DTYPES and rows.flags.c_contiguous and rows.flags.writeable):  # as torch wants it
+            rows = np.require(rows, _stage_dtype(self._objective.dtype), ["C", "W"])
+        if here.type == "cpu":
+            array = np.empty((len(rows), self.shape[0]), dtype=dtype)
+            vectors = torch.from_numpy(rows).to(self._objective.dtype)  # by torch, which converts on all cores
+            self._run(vectors, torch.from_numpy(array))
+            return array
+        vectors = self._staging.to_device(rows, here, self._objective.dtype)
+        products = torch.empty(len(rows), self.shape[0], device=here, dtype=TORCH_DTYPES[dtype])
+        self._run(vectors, products)
+        return self._staging.to_array(products)
+
+    def _run(self, vectors: Tensor, products: Tensor) -> None:
+        with self._settings.progress.of(len(vectors)) as tick:
+            self._engine.apply(vectors, products, tick)
+
+
+def _stage_dtype(dtype: torch.dtype) -> Any:
+    return np.float64 if dtype == torch.float64 else np.float32  # NumPy has no bfloat16

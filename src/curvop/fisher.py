@@ -1,0 +1,189 @@
+"""Fisher matrices: second moments of the gradients of single examples."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from curvop.computed import Settings
+from curvop.curvature import CurvatureLinearOperator
+from curvop.kernels.fisher import EmpiricalFisherKernel, SampledFisherKernel, gradient_sum
+from curvop.kernels.ggn import GGNKernel
+from curvop.kernels.layout import ParameterLayout
+from curvop.kernels.likelihoods import Likelihood
+from curvop.kernels.model_objective import ModelObjective
+from curvop.kernels.objective import BatchWeight
+from curvop.operator import Rows
+
+__all__ = ["EFLinearOperator", "FisherLinearOperator", "GradientCovarianceLinearOperator"]
+
+
+class EFLinearOperator(CurvatureLinearOperator):
+    r"""The empirical Fisher matrix as a symmetric SciPy ``LinearOperator`` of shape ``(P, P)``.
+
+    .. math:: F = \frac{1}{W} \sum_n g_n g_n^\top, \quad W = \sum_b w_b \text{ for a mean, 1 for a sum,}
+
+    with the gradients :math:`g_n` of the unreduced loss (what ``reduction='none'`` gives), summed over the terms of
+    example `n`: the uncentred second moment of the gradients, positive semi-definite. An example is one draw of the
+    likelihood behind the loss: a position for ``CrossEntropyLoss`` and ``NLLLoss``, a row (all entries along the last
+    axis) for the other losses of ``torch.nn``, whose terms are entries, and an index of the first dimension for any
+    other function. It is not the Fisher matrix, as the targets are those of the data and not the model's own draws.
+
+    A product costs about 4/3 of a gradient; no gradient of a single example is ever formed.
+
+    Parameters
+    ----------
+    model, loss_function, params, data, dtype, cache, engine, columns, batch_weight, progress
+        As for `HessianLinearOperator`. The loss of one example may not depend on the others.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `HessianLinearOperator`.
+
+    References
+    ----------
+    Kunstner, Hennig, Balles (2019), "Limitations of the empirical Fisher approximation for natural gradient descent",
+    eq. (3).
+    """
+
+    _kernel = EmpiricalFisherKernel
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+        loss_function: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor] | Iterable[Tensor],
+        data: Iterable[Any],
+        *,
+        dtype: Any = np.float64,
+        cache: float | str = "auto",
+        engine: str = "autograd",
+        columns: int | str = "auto",
+        batch_weight: BatchWeight | None = None,
+        progress: Any = False,
+    ) -> None:
+        objective = ModelObjective(model, loss_function, params, data, batch_weight)
+        self._setup(objective, Settings(dtype, cache, engine, columns, progress))
+
+
+class GradientCovarianceLinearOperator(EFLinearOperator):
+    r"""The covariance of the examples' gradients as a symmetric SciPy ``LinearOperator`` of shape ``(P, P)``.
+
+    .. math::
+
+        C = \frac{1}{W} \sum_n (g_n - \bar g) (g_n - \bar g)^\top = F - \frac{N}{W} \, \bar g \bar g^\top, \qquad
+        \bar g = \frac{1}{N} \sum_n g_n,
+
+    the centred twin of the empirical Fisher matrix `F`, with its gradients, examples and divisor `W`; `N` is the number
+    of examples (positions whose target is ignored do not count). Where the loss averages over the examples, as
+    cross-entropy without class weights does, `W` is `N`, and C / B is the covariance of the gradient of a batch of B
+    examples drawn with replacement: the noise of stochastic gradient descent.
+
+    The mean is computed in one pass with the first product, and again where the parameters have changed.
+
+    Parameters
+    ----------
+    model, loss_function, params, data, dtype, cache, engine, columns, batch_weight, progress
+        As for `EFLinearOperator`.
+
+    References
+    ----------
+    Thomas et al. (2020), "On the interplay between noise and curvature and its effect on optimization and
+    generalization", section 2.
+    """
+
+    _objective: ModelObjective
+    _mean: tuple[object, dict[str, Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return cast("dict[str, object]", super().__getstate__()) | {"_mean": None}
+
+    def _apply(self, rows: Rows) -> Rows:
+        products: Any = super()._apply(rows)
+        left, right = self._centre(rows)
+        products -= (rows @ right)[:, None] * left
+        return cast("Rows", products)
+
+    def _centre(self, like: Rows) -> tuple[Any, Any]:
+        """Return two vectors whose outer product is what centring takes away, in the kind and dtype of `like`."""
+        with torch.inference_mode(False):
+            state = self._objective.state()
+            if self._mean is None or self._mean[0] != state:
+                names = list(dict.fromkeys((*self._rows.names, *self._cols.names)))
+                layout = ParameterLayout(self._objective.params, names)
+                total = torch.empty(layout.size, dtype=torch.float64, device=self._objective.device)
+                divisor, count = gradient_sum(self._objective, names, total)
+                total /= (divisor * count) ** 0.5
+                self._mean = state, dict(zip(names, layout.split(total), strict=True))
+        means = self._mean[1]
+        sides = [torch.cat([means[name].reshape(-1) for name in one.names]) for one in (self._rows, self._cols)]
+        if isinstance(like, Tensor):
+            return sides[0].to(like), sides[1].to(like)
+        dtype = np.result_type(like.dtype, self.dtype)
+        return sides[0].cpu().numpy().astype(dtype), sides[1].cpu().numpy().astype(dtype)
+
+
+class FisherLinearOperator(CurvatureLinearOperator):
+    r"""The Fisher matrix of the likelihood behind a loss as a symmetric ``LinearOperator`` of shape ``(P, P)``.
+
+    .. math::
+
+        F = \frac{1}{W} \sum_n J_n^\top \, E_{y \sim p(\cdot \mid z_n)}\!\left[ r_n(y) \, r_n(y)^\top \right] J_n,
+        \qquad r_n(y) = \nabla_{z_n} \ell(z_n, y),
+
+    with the model's own draws as targets. For ``MSELoss`` (a normal distribution of variance 1/2), ``CrossEntropyLoss``
+    (a categorical one) and ``BCEWithLogitsLoss`` (independent Bernoulli) the expectation is the loss's Hessian by the
+    prediction, so the exact matrix is the generalized Gauss-Newton matrix. Class weights, `pos_weight` and ignored
+    targets scale the examples as they scale the loss.
+
+    Parameters
+    ----------
+    model, loss_function, params, data, dtype, cache, engine, columns, batch_weight, progress
+        As for `HessianLinearOperator`; the loss is one of the three, or its functional form.
+    mc_samples : int
+        0 for the exact matrix ('type 2'); n for the mean over n draws of each example's target, an unbiased estimate
+        of rank n an example. The draws are made once: every product is with the same matrix.
+    rng : int or numpy.random.Generator, optional
+        What the draws are seeded with; None for fresh ones.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `HessianLinearOperator`, and where the loss is no such likelihood.
+
+    References
+    ----------
+    Martens (2020), "New insights and perspectives on the natural gradient method", JMLR 21, sections 5 and 9.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+        loss_function: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor] | Iterable[Tensor],
+        data: Iterable[Any],
+        *,
+        mc_samples: int = 0,
+        rng: int | np.random.Generator | None = None,
+        dtype: Any = np.float64,
+        cache: float | str = "auto",
+        engine: str = "autograd",
+        columns: int | str = "auto",
+        batch_weight: BatchWeight | None = None,
+        progress: Any = False,
+    ) -> None:
+        if not isinstance(mc_samples, int) or mc_samples < 0:
+            raise ValueError(f"mc_samples is {mc_samples!r}, but must be a number of draws, or 0 for the exact matrix")
+        objective = ModelObjective(model, loss_function, params, data, batch_weight)
+        Likelihood(objective.loss_function)  # refuses other losses
+        self._kernel = GGNKernel
+        if mc_samples:
+            seed = int(np.random.default_rng(rng).integers(2**63))
+            self._kernel = functools.partial(SampledFisherKernel, samples=mc_samples, seed=seed)
+        self._setup(objective, Settings(dtype, cache, engine, columns, progress))

@@ -1,0 +1,81 @@
+"""What one example is: the part of a prediction whose loss terms belong to one draw of the model's likelihood.
+
+=============================================  ==================================================================
+loss                                           example
+=============================================  ==================================================================
+``CrossEntropyLoss``, ``NLLLoss``              a position: all classes of it (axis 1 of the prediction)
+other ``torch.nn`` losses, term by term        a row: all entries along the last axis (of ``[N]``, each entry)
+any other function                             an index of the first axis: everything that has it
+=============================================  ==================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvop.kernels.weights import loss_kind, loss_setting
+
+__all__ = ["Examples"]
+
+Parts = Sequence[Tensor | None]
+
+
+class Examples:
+    """Cuts what belongs to a prediction into examples, as `loss_function` does.
+
+    Parameters
+    ----------
+    loss_function : callable
+    """
+
+    def __init__(self, loss_function: Callable[..., Any]) -> None:
+        self._loss_function = loss_function
+        self._kind = loss_kind(loss_function)
+        self._by_class = self._kind is not None and issubclass(self._kind, nn.CrossEntropyLoss | nn.NLLLoss)
+
+    def outer(self, factors: Parts, vectors: Parts) -> list[Tensor | None]:
+        r"""Return :math:`r_n \langle r_n, w_n \rangle` for every example, of factors `r` and vectors `w`; None is zero.
+
+        Raises
+        ------
+        ValueError
+            Where the parts of a prediction differ in their first dimension, so that they have no examples in common.
+        """
+        pairs = [(r, w) for r, w in zip(factors, vectors, strict=True) if r is not None and w is not None]
+        if not pairs:
+            return [None] * len(factors)
+        if self._kind is not None:
+            [(factor, vector)] = pairs
+            axis = self.axis(factor.ndim)
+            inner = factor * vector
+            return [factor * (inner if axis is None else inner.sum(axis, keepdim=True))]
+        if len({factor.shape[:1] for factor, _ in pairs}) > 1 or any(not factor.ndim for factor, _ in pairs):
+            raise ValueError(
+                "per-example gradients need predictions with the examples along dimension 0, but these have shapes "
+                f"{[tuple(factor.shape) for factor, _ in pairs]}"
+            )
+        inner = torch.stack([_inner(*pair) for pair in pairs]).sum(0)
+        return [None if r is None else r * inner.view(-1, *[1] * (r.ndim - 1)) for r in factors]
+
+    def axis(self, ndim: int) -> int | None:
+        """Return the axis of a torch loss's prediction that belongs to one example; None where each entry is one."""
+        if self._by_class:
+            return min(1, ndim - 1)
+        return ndim - 1 if ndim > 1 else None
+
+    def count(self, outputs: Sequence[Tensor], y: Any) -> int:
+        """Return how many examples count."""
+        if self._kind is None:
+            return len(outputs[0])
+        axis = self.axis(outputs[0].ndim)
+        if self._by_class and not y.is_floating_point():
+            return int((y != loss_setting(self._loss_function, "ignore_index", -100)).sum())
+        return outputs[0].numel() // (1 if axis is None else outputs[0].shape[axis])
+
+
+def _inner(factor: Tensor, vector: Tensor) -> Tensor:
+    return (factor * vector).reshape(len(factor), -1).sum(1)

@@ -1,0 +1,32 @@
+r"""The generalized Gauss-Newton matrix, :math:`J^\top \nabla^2_z \ell \, J` (Schraudolph, 2002, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from curvop.kernels.graph import LinearMap
+from curvop.kernels.sandwich import Middle, Parts, SandwichKernel
+
+__all__ = ["GGNKernel"]
+
+
+class GGNKernel(SandwichKernel):
+    """Linearizes batches for products with the Gauss-Newton block of the parameters `rows` and `cols`."""
+
+    def middle(
+        self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+    ) -> Middle:
+        """Return the loss's Hessian by the prediction."""
+        return _LossHessian(derivative(True), outputs)
+
+
+class _LossHessian(Middle):
+    def __init__(self, derivative: Parts, outputs: list[Tensor]) -> None:
+        self._map = LinearMap(derivative, outputs).check_differentiable()
+        self.roots = self._map.roots
+
+    def __call__(self, vectors: Parts, batched: bool = False) -> Parts:
+        return self._map(vectors, batched)

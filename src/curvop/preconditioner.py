@@ -1,0 +1,162 @@
+"""Preconditioners for damped systems, to be handed to ``cg`` and ``minres`` as ``M=``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import LinAlgError, cholesky, qr, solve_triangular, svd
+from scipy.sparse.linalg import LinearOperator
+
+from curvop.estimators import diagonal
+
+__all__ = ["NystromPreconditioner", "jacobi", "nystrom"]
+
+# From this many rows on, a diagonal is estimated and not read off the dense matrix.
+_DENSE = 1000
+
+
+class NystromPreconditioner(LinearOperator):  # type: ignore[misc]
+    r"""The inverse of a low-rank approximation of ``A + damping * I``, made by `nystrom`.
+
+    .. math:: M = (\lambda_r + \mu) \, U (\Lambda + \mu I)^{-1} U^\top + (I - U U^\top)
+
+    (Frangella, Tropp, Udell, 2023, eq. (5.3)). A product costs 4 N r operations.
+
+    Parameters
+    ----------
+    vectors : ndarray, shape (N, r)
+        U, with orthonormal columns.
+    values : ndarray, shape (r,)
+        The diagonal of Lambda, in descending order, not negative.
+    damping : float
+    """
+
+    def __init__(self, vectors: NDArray[Any], values: NDArray[Any], damping: float) -> None:
+        super().__init__(vectors.dtype, (len(vectors), len(vectors)))
+        self.vectors = vectors
+        self.values = values
+        self.damping = damping
+        self._scales = (values[-1] + damping) / (values + damping) - 1
+
+    def _matvec(self, x: Any) -> Any:
+        return self._matmat(np.asarray(x))
+
+    def _matmat(self, X: Any) -> Any:
+        X = np.asarray(X)
+        inner = self.vectors.T @ X
+        return X + self.vectors @ (self._scales.reshape(-1, *[1] * (X.ndim - 1)) * inner)
+
+    def _adjoint(self) -> NystromPreconditioner:
+        return self
+
+    _transpose = _adjoint
+
+
+def nystrom(
+    A: LinearOperator, rank: int, damping: float, rng: int | np.random.Generator | None = None
+) -> NystromPreconditioner:
+    """Return a preconditioner for ``A + damping * I`` from one block product with `A`.
+
+    Of use where few eigenvalues lie far above the damping, as the Gauss-Newton and Fisher matrices of networks have
+    them: with a rank of twice the number of eigenvalues above the damping, ``cg`` needs a number of products that does
+    not depend on the condition of `A`.
+
+    Parameters
+    ----------
+    A : LinearOperator, shape (N, N)
+        Symmetric positive semi-definite, undamped.
+    rank : int
+        Columns of the block product; memory is 2 N rank numbers.
+    damping : float
+        Positive.
+    rng : int or numpy.random.Generator, optional
+        Of the random test matrix.
+
+    Raises
+    ------
+    ValueError
+        For a rank or a damping that cannot be, or where `A` is found to be indefinite.
+
+    References
+    ----------
+    Frangella, Tropp, Udell (2023), "Randomized Nystrom preconditioning", SIAM J. Matrix Anal. Appl. 44(2),
+    algorithm 2.1 and section 5; arXiv:2110.02820.
+    """
+    size = _square(A)
+    if not 1 <= rank <= size:
+        raise ValueError(f"rank is {rank}, but must be between 1 and the {size} rows of A")
+    _positive(damping)
+    dtype = np.float32 if A.dtype == np.float32 else np.float64
+    test = np.random.default_rng(rng).standard_normal((size, rank)).astype(dtype)
+    test = qr(test, mode="economic", overwrite_a=True, check_finite=False)[0]
+    product = np.asarray(A @ test)
+    inner = test.T @ product
+    norm = float(np.linalg.norm(product, 2))
+    if norm == 0:
+        return NystromPreconditioner(test, np.zeros(rank, dtype), damping)
+    eigenvalue = float(np.linalg.eigvalsh((inner + inner.T) / 2)[0])
+    # A product of a float32 model is exact to float32, whatever the dtype of its vectors.
+    noise = float(np.sqrt(size) * np.finfo(np.float32).eps * norm)
+    if eigenvalue < -max(noise, 1e-2 * damping):
+        raise ValueError(
+            f"A is indefinite (an eigenvalue is at most {eigenvalue:.3g}): precondition a positive semi-definite one, "
+            "such as a GGNLinearOperator of the same model"
+        )
+    shift = np.sqrt(size) * np.finfo(dtype).eps * norm
+    while True:
+        try:
+            factor = cholesky(inner + inner.T + 2 * shift * np.eye(rank, dtype=dtype), lower=False) / np.sqrt(2)
+            break
+        except LinAlgError:
+            shift *= 10
+    shifted = product + shift * test
+    left = solve_triangular(factor, shifted.T, trans="T", lower=False).T
+    vectors, singular, _ = svd(left, full_matrices=False, overwrite_a=True, check_finite=False)
+    values = np.maximum(0, singular**2 - shift)
+    return NystromPreconditioner(vectors, values, damping)
+
+
+def _square(A: LinearOperator) -> int:
+    rows, cols = A.shape
+    if rows != cols:
+        raise ValueError(f"A has shape {A.shape}, but must be square")
+    return int(rows)
+
+
+def _positive(damping: float) -> None:
+    if not (np.isfinite(damping) and damping > 0):
+        raise ValueError(f"damping is {damping}, but must be positive")
+
+
+def jacobi(
+    A: LinearOperator, damping: float, num_products: int = 64, rng: int | np.random.Generator | None = None
+) -> LinearOperator:
+    """Return the inverse diagonal of ``A + damping * I`` as a preconditioner.
+
+    Of use where parameters differ in scale; where few eigenvalues stand out, `nystrom` gains more.
+
+    Parameters
+    ----------
+    A : LinearOperator, shape (N, N)
+        Symmetric positive semi-definite, undamped. Up to 1000 rows the diagonal is exact, from one block product with
+        the identity; above, it is estimated by XDiag, and what comes out negative counts as zero.
+    damping : float
+        Positive.
+    num_products : int
+        For the estimate.
+    rng : int or numpy.random.Generator, optional
+        Of the estimate.
+    """
+    size = _square(A)
+    _positive(damping)
+    exact = size <= _DENSE
+    values = np.diagonal(A @ np.eye(size, dtype=A.dtype)) if exact else diagonal(A, num_products, rng)
+    scales = 1 / (np.maximum(values, 0) + damping)
+
+    def multiply(x: NDArray[Any]) -> NDArray[Any]:
+        product: NDArray[Any] = scales.reshape(-1, *[1] * (x.ndim - 1)) * x
+        return product
+
+    return LinearOperator(A.shape, matvec=multiply, rmatvec=multiply, matmat=multiply, dtype=scales.dtype)

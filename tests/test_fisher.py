@@ -1,0 +1,234 @@
+"""Fisher matrices against dense matrices that are computed another way, in float64."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from agreement import assert_matrix, close
+from architectures import ARCHITECTURES, architecture_problem
+from cases import BATCHINGS, LOSSES, Problem, input_problem, log_problem, loss_problem, sequences
+from test_ggn import two_heads
+from torch import nn
+
+from curvop import (
+    EFLinearOperator,
+    FisherLinearOperator,
+    GradientCovarianceLinearOperator,
+    HessianLinearOperator,
+)
+from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn
+
+LIKELIHOODS = [name for name in LOSSES if name.startswith(("mse", "ce", "bce", "f-"))]
+
+
+def slow(*names: str) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def ef(problem: Problem, **options) -> EFLinearOperator:
+    return EFLinearOperator(problem.model, problem.loss_function, problem.params, problem.data, **options)
+
+
+def fisher(problem: Problem, **options) -> FisherLinearOperator:
+    return FisherLinearOperator(problem.model, problem.loss_function, problem.params, problem.data, **options)
+
+
+def assert_ef(problem: Problem, **options) -> None:
+    dense = functorch_empirical_fisher(problem.model, problem.loss_function, problem.params, problem.data).numpy()
+    assert_matrix(functools.partial(ef, problem), dense, **options)
+
+
+def dense_of(A) -> np.ndarray:
+    return A @ np.eye(A.shape[1])
+
+
+class TestEmpirical:
+    @pytest.mark.parametrize("batching", BATCHINGS)
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_every_loss_however_the_data_is_cut(self, loss: str, batching: str) -> None:
+        assert_ef(loss_problem(loss, batching))
+
+    @pytest.mark.filterwarnings("ignore:reduction.*divides:UserWarning")  # torch says so of its own loss
+    @pytest.mark.parametrize("loss", ["nll", "nll-weights", "kl-batchmean", "kl-mean"])
+    def test_losses_over_log_probabilities(self, loss: str) -> None:
+        assert_ef(log_problem(loss))
+
+    @pytest.mark.parametrize("batching", BATCHINGS)
+    def test_sequence_outputs_with_ignored_positions(self, batching: str) -> None:
+        assert_ef(sequences(batching))
+
+    @pytest.mark.parametrize("kind", ["dict", "userdict", "namedtuple", "nested"])
+    def test_inputs_that_are_trees_of_tensors(self, kind: str) -> None:
+        assert_ef(input_problem(kind))
+
+    @pytest.mark.parametrize("name", ARCHITECTURES)
+    def test_every_architecture(self, name: str) -> None:
+        assert_ef(architecture_problem(name))
+
+    @pytest.mark.parametrize("name", ["ce-everything"])
+    def test_the_compiled_engine(self, name: str) -> None:
+        assert_ef(loss_problem(name), engine="compiled")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ARCHITECTURES)
+    def test_every_architecture_compiled(self, name: str) -> None:
+        assert_ef(architecture_problem(name), engine="compiled")
+
+    @pytest.mark.parametrize("loss", ["mse", "mse-sum", "ce", "ce-weights", "bce"])
+    def test_it_is_the_sum_over_single_examples(self, loss: str) -> None:
+        # By the plain gradients of one example after another, of the loss that sums.
+        problem = loss_problem(loss)
+        weight = getattr(problem.loss_function, "weight", None)
+        summed = copy.copy(problem.loss_function)
+        summed.reduction = "sum"
+        total = 0.0
+        for X, y in problem.data:
+            for n in range(len(X)):
+                g = torch.autograd.grad(summed(problem.model(X[n : n + 1]), y[n : n + 1]), problem.params.values())
+                flat = torch.cat([part.reshape(-1) for part in g])
+                total = total + torch.outer(flat, flat)
+        divisor = {"mse": 27.0, "bce": 27.0, "ce": 9.0, "mse-sum": 1.0}.get(loss)
+        if divisor is None:
+            divisor = sum(float(weight[y].sum()) for _, y in problem.data)
+        close(dense_of(ef(problem)), (total / divisor).numpy())
+
+    def test_predictions_that_are_trees_have_examples_along_the_first_dimension(self) -> None:
+        problem = two_heads()
+        total = 0.0
+        for X, y in problem.data:
+            for n in range(len(X)):
+                loss = problem.loss_function(problem.model(X[n : n + 1]), y[n : n + 1])
+                flat = torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, problem.params.values())])
+                total = total + torch.outer(flat, flat)
+        close(dense_of(ef(problem)), (total / 9).numpy())
+
+
+class TestCovariance:
+    @pytest.mark.parametrize("engine", ["autograd", *slow("compiled")])
+    @pytest.mark.parametrize("loss", ["mse", "mse-sum", "ce", "ce-weights", "ce-ignored", "bce", "callable"])
+    def test_it_is_the_centred_second_moment(self, loss: str, engine: str) -> None:
+        problem = loss_problem(loss)
+        summed = copy.copy(problem.loss_function)
+        if loss != "callable":
+            summed.reduction = "sum"
+        gradients, divisor = [], 0.0
+        for X, y in problem.data:
+            divisor += weight_of(loss, problem.loss_function, y)
+            for n in range(len(X)):
+                if loss != "ce-ignored" or y[n] >= 0:
+                    one = summed(problem.model(X[n : n + 1]), y[n : n + 1])
+                    parts = torch.autograd.grad(one, problem.params.values())
+                    gradients.append(torch.cat([part.reshape(-1) for part in parts]))
+        G = torch.stack(gradients).numpy()
+        G -= G.mean(0)
+        build = functools.partial(
+            GradientCovarianceLinearOperator, problem.model, problem.loss_function, problem.params, problem.data
+        )
+        assert_matrix(build, G.T @ G / (1.0 if loss == "mse-sum" else divisor), engine=engine)
+
+    def test_it_follows_the_parameters(self) -> None:
+        problem = loss_problem("ce")
+        C = GradientCovarianceLinearOperator(problem.model, problem.loss_function, problem.params, problem.data)
+        before = C @ np.ones(43)
+        with torch.no_grad():
+            problem.params["0.weight"] *= 2
+        fresh = GradientCovarianceLinearOperator(problem.model, problem.loss_function, problem.params, problem.data)
+        close(C @ np.ones(43), fresh @ np.ones(43))
+        assert not np.allclose(before, C @ np.ones(43))
+        close(pickle.loads(pickle.dumps(C)) @ np.ones(43), fresh @ np.ones(43))
+
+
+def weight_of(loss: str, loss_function, y: torch.Tensor) -> float:
+    if loss == "ce-weights":
+        return float(loss_function.weight[y].sum())
+    if loss in ("mse", "bce"):
+        return float(y.numel())
+    return float((y != -100).sum()) if loss.startswith("ce") else float(len(y))
+
+
+class TestExact:
+    @pytest.mark.parametrize("loss", LIKELIHOODS)
+    def test_it_is_the_gauss_newton_matrix(self, loss: str) -> None:
+        problem = loss_problem(loss)
+        dense = functorch_ggn(problem.model, problem.loss_function, problem.params, problem.data).numpy()
+        assert_matrix(functools.partial(fisher, problem), dense)
+
+    def test_of_a_classifier_it_is_the_expectation_over_the_classes(self) -> None:
+        problem = loss_problem("ce")
+        total = 0.0
+        for X, _ in problem.data:
+            for x in X:
+                p = problem.model(x[None]).softmax(1).detach()[0]
+                for c in range(3):
+                    loss = nn.functional.cross_entropy(problem.model(x[None]), torch.tensor([c]))
+                    flat = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, problem.params.values())])
+                    total = total + p[c] * torch.outer(flat, flat)
+        close(dense_of(fisher(problem)), (total / 9).numpy())
+
+    def test_it_is_the_hessian_of_softmax_regression(self) -> None:
+        problem = loss_problem("ce-everything")
+        torch.manual_seed(1)
+        problem = Problem(nn.Linear(4, 3, dtype=torch.float64), problem.loss_function, problem.data)
+        H = HessianLinearOperator(problem.model, problem.loss_function, problem.params, problem.data)
+        close(dense_of(fisher(problem)), dense_of(H))
+
+    @pytest.mark.parametrize("loss", ["l1", "huber", "callable", "subclass"])
+    def test_losses_that_are_no_likelihood_are_refused(self, loss: str) -> None:
+        with pytest.raises(ValueError, match="no known log-likelihood"):
+            fisher(loss_problem(loss))
+
+
+class TestSampled:
+    @pytest.mark.parametrize("loss", ["mse", "mse-sum", "ce-everything", "ce-probabilities", "bce-weights"])
+    def test_the_mean_over_many_draws_is_the_exact_matrix(self, loss: str) -> None:
+        problem = loss_problem(loss)
+        exact = dense_of(fisher(problem))
+        errors = []
+        for samples in (400, 6400):
+            drawn = dense_of(fisher(problem, mc_samples=samples, rng=0))
+            errors.append(np.linalg.norm(drawn - exact) / np.linalg.norm(exact))
+        assert errors[1] < 0.06
+        assert errors[1] < errors[0] / 2  # by 4, up to luck
+
+    @pytest.mark.parametrize("problem", [loss_problem("ce"), sequences()], ids=["ce", "sequences"])
+    def test_every_way_to_multiply_sees_the_same_draws(self, problem: Problem) -> None:
+        build = functools.partial(fisher, problem, mc_samples=2, rng=5)
+        dense = dense_of(build())
+        assert_matrix(build, dense)
+        assert np.linalg.eigvalsh(dense).min() > -1e-12
+
+    @pytest.mark.parametrize(
+        "loss", ["ce-everything", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mse", "bce-weights"))]
+    )
+    def test_the_compiled_engine_draws_the_same(self, loss: str) -> None:
+        problem = loss_problem(loss)
+        dense = dense_of(fisher(problem, mc_samples=2, rng=5))
+        assert_matrix(functools.partial(fisher, problem, mc_samples=2, rng=5), dense, engine="compiled")
+
+    def test_seeds(self) -> None:
+        problem = loss_problem("ce")
+        one, same, other = (
+            dense_of(fisher(problem, mc_samples=1, rng=rng)) for rng in (1, np.random.default_rng(1), 2)
+        )
+        close(one, same)
+        assert not np.allclose(one, other)
+        assert not np.allclose(*(dense_of(fisher(problem, mc_samples=1)) for _ in range(2)))
+
+    def test_pickles_keep_their_draws(self) -> None:
+        A = fisher(loss_problem("ce"), mc_samples=1)
+        close(dense_of(pickle.loads(pickle.dumps(A))), dense_of(A))
+
+    def test_draws_leave_the_global_generators_alone(self) -> None:
+        state = torch.get_rng_state()
+        fisher(loss_problem("ce"), mc_samples=1, rng=0) @ np.ones(43)
+        assert torch.equal(state, torch.get_rng_state())
+
+    @pytest.mark.parametrize("mc_samples", [-1, 1.5, "many"])
+    def test_bad_numbers_of_draws(self, mc_samples) -> None:
+        with pytest.raises(ValueError, match="mc_samples is"):
+            fisher(loss_problem("ce"), mc_samples=mc_samples)
