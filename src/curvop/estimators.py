@@ -17,7 +17,7 @@ def diagonal(A: LinearOperator, num_products: int, rng: int | np.random.Generato
 
     Half of the products find the dominant part of the range, whose diagonal is exact; the rest is estimated, each test
     vector leaving out itself. The error falls with the eigenvalues' decay, and where the products reach the rank of `A`
-    there is none.
+    there is none; from N products on it is read off the matrix.
 
     Parameters
     ----------
@@ -34,9 +34,11 @@ def diagonal(A: LinearOperator, num_products: int, rng: int | np.random.Generato
     Matrix Anal. Appl. 45(1), section 3.1 and supplement; arXiv:2301.07825.
     """
     size = A.shape[1]
-    count = min(num_products // 2, size)
+    count = num_products // 2
     if A.shape[0] != size or count < 1:
         raise ValueError(f"A has shape {A.shape} and num_products is {num_products}: A must be square, with 2 or more")
+    if num_products >= size:
+        return np.array(np.diagonal(A @ np.eye(size)))
     tests = np.random.default_rng(rng).choice(np.array([-1.0, 1.0]), (size, count))
     product = np.asarray(A @ tests, dtype=np.float64)
     Q, R = qr(product, mode="economic", check_finite=False)

@@ -104,10 +104,10 @@ def nystrom(
             f"A is indefinite (an eigenvalue is at most {eigenvalue:.3g}): precondition a positive semi-definite one, "
             "such as a GGNLinearOperator of the same model"
         )
-    shift = np.sqrt(size) * np.finfo(dtype).eps * norm
+    shift = float(np.sqrt(size) * np.finfo(dtype).eps * norm)
     while True:
         try:
-            factor = cholesky(inner + inner.T + 2 * shift * np.eye(rank, dtype=dtype), lower=False) / np.sqrt(2)
+            factor = cholesky(inner + inner.T + 2 * shift * np.eye(rank, dtype=dtype), lower=False) / 2**0.5
             break
         except LinAlgError:
             shift *= 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,8 @@ __all__ = ["SolveResult", "solve"]
 
 # A solver's own residual drifts from the true one; it begins anew from its solution as long as that helps.
 _RESTARTS = 5
+# Steps of MINRES from one look at the true residual, which takes a product, to the next.
+_LOOK = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,10 @@ class SolveResult:
         if self.negative_curvature is not None:
             text += f"; the damped matrix is indefinite, an eigenvalue is at most {self.negative_curvature:.3g}"
         return text
+
+
+class _ReachedError(Exception):
+    pass
 
 
 class _NegativeCurvatureError(Exception):
@@ -147,14 +154,15 @@ class _Run:
 
     def result(self) -> SolveResult:
         """Solve, and look at the true residual."""
-        best, found = self._x, 1.0 if self._norm else 0.0
+        best = zero = self._x
+        found = 1.0 if self._norm else 0.0
         for _ in range(_RESTARTS):
             if found <= self._rtol or self._products >= self._maxiter:
                 break
-            self._x = best
             self._advance(best, found)
-            residual = float(np.linalg.norm(self._b - self._multiply(self._x))) / self._norm
-            if not residual < found:
+            residual = self._residual()
+            # The first one counts even if zero has a smaller residual: conjugate gradients decrease the error instead.
+            if not (residual < found or (best is zero and np.isfinite(residual))):
                 break
             helped, best, found = residual < 0.5 * found, self._x, residual
             if not helped:
@@ -163,32 +171,39 @@ class _Run:
         return SolveResult(best, found, self._products, found <= self._rtol, self._negative, solver)
 
     def _advance(self, x0: NDArray[Any], residual: float) -> None:
-        """Correct `x0`, whose relative residual is known, until the solver holds its own residual for small enough."""
+        """Correct `x0`, whose relative residual is known, until the solver is content with what it carries along."""
+        self._x = x0
         rest = self._b - self._multiply(x0) if x0.any() else self._b
-        options: dict[str, Any] = {
-            "rtol": 0.5 * self._rtol / residual,
-            "maxiter": self._maxiter - self._products,
-            "M": self._preconditioner,
-        }
+        options: dict[str, Any] = {"maxiter": self._maxiter - self._products, "M": self._preconditioner}
         if self._negative is None:
             try:
-                self._x = x0 + cg(self._operator(self._checked), rest, callback=self._step(x0), atol=0.0, **options)[0]
+                rtol = 0.9 * self._rtol / residual
+                cg(self._operator(self._checked), rest, rtol=rtol, atol=0.0, callback=self._follow(x0), **options)
                 return
             except _NegativeCurvatureError as error:
                 self._negative = error.value
-        # MINRES judges by ||A|| ||x||, which may be far above ||b||.
-        options["rtol"] *= 1e-2
-        self._x = x0 + minres(self._operator(self._multiply), rest, callback=self._step(x0), **options)[0]
+                x0, rest = self._x, self._b - self._multiply(self._x)
+        with contextlib.suppress(_ReachedError):
+            # To the limit of its precision: it judges by ||A|| ||x||, which may be far above ||b||.
+            minres(self._operator(self._multiply), rest, rtol=0.0, callback=self._follow(x0, look=True), **options)
 
-    def _step(self, x0: NDArray[Any]) -> Callable[[NDArray[Any]], None] | None:
-        if self._callback is None:
-            return None
-        callback = self._callback
+    def _follow(self, x0: NDArray[Any], look: bool = False) -> Callable[[NDArray[Any]], None]:
+        """Return what a solver calls after each step; it looks at the true residual now and then where asked to."""
+        steps = 0
 
         def step(x: NDArray[Any]) -> None:
-            callback(x0 + x)
+            nonlocal steps
+            steps += 1
+            self._x = x0 + x
+            if self._callback is not None:
+                self._callback(self._x)
+            if look and steps % _LOOK == 0 and self._residual() <= self._rtol:
+                raise _ReachedError
 
         return step
+
+    def _residual(self) -> float:
+        return float(np.linalg.norm(self._b - self._multiply(self._x))) / self._norm
 
     def _operator(self, multiply: Callable[[NDArray[Any]], NDArray[Any]]) -> LinearOperator:
         return LinearOperator(self._A.shape, matvec=multiply, dtype=self._x.dtype)
