@@ -17,7 +17,7 @@ import curvop
 from curvop import eigs
 from curvop.cli import main
 from curvop.dense import dense_check
-from curvop.examples.functorch import functorch_hessian
+from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn, functorch_hessian
 from curvop.problems import load
 
 PROBLEMS = """
@@ -365,7 +365,7 @@ class TestFailures:
 
     def test_a_random_loss_fails_the_dense_check(self, spec):
         problem = load(spec("dropout"))
-        check = dense_check(problem, list(problem["params"]), [], 1.0)
+        check = dense_check(problem, functorch_hessian, list(problem["params"]), [], 1.0)
         assert not check.ok
         assert check.reason.startswith("the loss is random")
 
@@ -623,3 +623,87 @@ class TestCost:
         code, result = run_json(spec("small"), "--engine", "compiled", "--cost")
         assert code == 0
         assert result["cost"]["compile_seconds"] > 0
+
+
+class TestMatrices:
+    @pytest.mark.parametrize(
+        ("matrix", "reference"),
+        [("ggn", functorch_ggn), ("fisher", functorch_ggn), ("ef", functorch_empirical_fisher)],
+    )
+    def test_their_largest_eigenvalues(self, run_json, spec, matrix, reference):
+        code, result = run_json(spec("small"), "--k", 3, "--matrix", matrix)
+        dense = np.linalg.eigvalsh(reference(**load(spec("small"))).numpy())
+        assert code == 0
+        assert result["matrix"] == matrix
+        assert result["which"] == ["LA"] * 3
+        np.testing.assert_allclose(result["eigenvalues"], dense[:-4:-1], rtol=0, atol=1e-13)
+        assert result["dense"]["agrees"]
+
+    def test_the_report_names_it(self, run, spec):
+        code, out, _ = run("eigs", spec("small"), "--k", 2, "--matrix", "ggn")
+        assert code == 0
+        assert re.match(r"Gauss-Newton matrix of .*cli_problems.py:small", out)
+
+    def test_a_loss_that_is_no_likelihood_has_no_fisher_matrix(self, run, spec):
+        code, _, err = run("eigs", spec("not_additive"), "--matrix", "fisher")
+        assert code == 2
+        assert "no known log-likelihood" in err
+
+
+class TestSolve:
+    def test_digits(self, run):
+        code, out, err = run("solve", "digits", "--matrix", "ggn", "--damping", "1e-3", "--rank", "50")
+        assert code == 0
+        assert "Gauss-Newton matrix B of digits" in out
+        assert "N = 2,410" in out
+        assert re.search(r"cg +\d+ products", out)
+        assert re.search(r"true relative residual  \d\.\de-0\d \(asked for: 1\.0e-06\)\n  converged", out)
+        assert "Nystrom of rank 50, 50 products" in out
+        assert "products" in err
+
+    def test_the_solution_is_a_newton_step(self, run, spec, tmp_path):
+        file = tmp_path / "step.npz"
+        code, out, _ = run("solve", spec("small"), "--damping", "5", "--rtol", "1e-12", "--out", file, "--json")
+        result = json.loads(out)
+        assert code == 0
+        assert (result["converged"], result["solver"], result["N"]) == (True, "cg", P)
+        saved = np.load(file, allow_pickle=False)
+        dense = functorch_hessian(**load(spec("small"))).numpy()
+        residual = dense @ saved["solution"] + 5 * saved["solution"] - saved["gradient"]
+        assert np.linalg.norm(residual) <= 1e-12 * np.linalg.norm(saved["gradient"])
+        assert saved["param_names"].tolist() == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+    def test_a_block(self, run, spec):
+        code, out, _ = run("solve", spec("small"), "--block", "2.weight", "--json")
+        result = json.loads(out)
+        assert code == 0
+        assert (result["block"], result["N"]) == (["2.weight"], 8)
+
+    def test_an_indefinite_matrix_is_told(self, run, spec):
+        code, out, _ = run("solve", spec("indefinite"), "--damping", "1e-6", "--rtol", "1e-8")
+        assert code == 1
+        assert "INDEFINITE" in out
+        assert "a larger --damping, or --matrix ggn" in out
+        assert "minres" in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--rtol", "0"], "argument --rtol: must be more than 0"),
+            (["--matrix", "jacobi"], "argument --matrix: invalid choice"),
+            (["--rank", "0"], "argument --rank: must be 1 or more"),
+            (["--out", "step.txt"], "does not end in .npz"),
+            (["--block", "2.weigth"], "--block"),
+        ],
+    )
+    def test_bad_arguments(self, run, spec, arguments, message):
+        code, _, err = run("solve", spec("small"), *arguments)
+        assert code == 2
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+
+    @pytest.mark.parametrize(("rank", "damping"), [("1000", "0.1"), ("5", "0")])
+    def test_preconditioners_that_cannot_be(self, run, spec, rank, damping):
+        code, _, err = run("solve", spec("small"), "--matrix", "ggn", "--rank", rank, "--damping", damping)
+        assert code == 2
+        assert re.search(r"(rank|damping) is", err)

@@ -14,7 +14,7 @@ import curvop
 SOURCE = Path(curvop.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 STUDIES = {
-    *("cli", "dense", "eigs", "estimators", "problems", "preconditioner", "results", "solvers"),
+    *("cli", "dense", "eigs", "estimators", "matrices", "problems", "preconditioner", "report", "results", "solvers"),
     *("spectrum", "journal", "distributed"),
 }
 

@@ -6,9 +6,9 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,28 +17,34 @@ from tqdm import tqdm
 from curvop import NonDeterministicObjectiveError, NonFiniteProductError, __version__
 from curvop.dense import DenseCheck
 from curvop.eigs import study
-from curvop.problems import ProblemError, describe_error, load
-from curvop.results import Cost, End, Result, Setup, Spectrum, save
+from curvop.matrices import MATRICES, wrap
+from curvop.preconditioner import nystrom
+from curvop.problems import ProblemError, describe_error, load, one_line
+from curvop.report import ENDS, eigs_json, eigs_report, num_products, solve_json, solve_report
+from curvop.results import param_arrays, save, save_arrays
+from curvop.solvers import solve
 
 __all__ = ["main"]
 
-_ENDS = {
-    "LA": "largest",
-    "SA": "smallest",
-    "LM": "largest in magnitude",
-    "SM": "smallest in magnitude",
-    "BE": "half from each end",
-}
-
 _DESCRIPTION = """\
-Wraps the Hessian of the problem's loss over its whole data set, and prints its extreme eigenvalues with their true
-residuals, a check against the dense matrix where that is small enough, and the solution of a damped linear system.
+Wraps a curvature matrix of the problem's loss over its whole data set, and prints its extreme eigenvalues with their
+true residuals, a check against the dense matrix where that is small enough, and the solution of a damped linear system.
 The problem is 'digits' (a small network trained on scikit-learn's handwritten digits), 'path/to/file.py:function' or
 'package.module:function': a function that returns dict(model=..., loss_function=..., params=..., data=...)."""
 
 _EPILOG = """\
 exit codes: 0 all is well; 1 an eigenvalue or the solve did not converge in its true residual, or the dense check
 disagrees; 2 a bad argument or problem; 130 interrupted"""
+
+
+_SOLVE_DESCRIPTION = """\
+Solves (B + damping I) x = g for the gradient g of the problem's loss and a curvature matrix B, or a block of it: a
+damped Newton step, -x. By conjugate gradients, and by MINRES where the damped matrix turns out to be indefinite. The
+problem is named as for 'curvop eigs'."""
+
+_SOLVE_EPILOG = """\
+exit codes: 0 all is well; 1 the true residual is too large, or the damped matrix is indefinite; 2 a bad argument or
+problem; 130 interrupted"""
 
 
 class _UsageError(ValueError):
@@ -73,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         _check(options)
-        return _eigs(options)
+        return _eigs(options) if options.command == "eigs" else _solve(options)
     except SystemExit as stop:  # argparse, after --help and --version
         return int(stop.code or 0)
     except (_UsageError, ProblemError) as error:
@@ -99,26 +105,48 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"curvop {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     eigs = commands.add_parser(
-        "eigs", help="extreme eigenvalues of a Hessian", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False
+        "eigs",
+        help="extreme eigenvalues of a curvature matrix",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        allow_abbrev=False,
     )
-    eigs.add_argument("problem", metavar="PROBLEM", help="digits, FILE.py:FUNCTION or MODULE:FUNCTION")
+    _common(eigs)
     eigs.add_argument("--k", type=_count, default=10, help="number of eigenvalues (default: 10)")
     eigs.add_argument(
         "--which",
-        choices=tuple(_ENDS),
-        help="which eigenvalues, in eigsh's words (default: the k largest and the min(5, k) smallest); SM is slow",
+        choices=tuple(ENDS),
+        help="which eigenvalues, in eigsh's words (default: the k largest and, of a Hessian, the min(5, k) smallest); "
+        "SM is slow",
     )
     eigs.add_argument("--tol", type=_nonnegative, default=0.0, help="eigsh's tolerance (default: 0, machine precision)")
-    eigs.add_argument(
+    eigs.add_argument("--cost", action="store_true", help="measure and print what one product costs")
+    eigs.add_argument("--out", metavar="FILE.npz", type=Path, help="save eigenvalues and eigenvectors in this file")
+    solver = commands.add_parser(
+        "solve",
+        help="solve a damped system with a curvature matrix",
+        description=_SOLVE_DESCRIPTION,
+        epilog=_SOLVE_EPILOG,
+        allow_abbrev=False,
+    )
+    _common(solver)
+    solver.add_argument("--rtol", type=_positive, default=1e-6, help="the relative residual to reach (default: 1e-6)")
+    solver.add_argument("--rank", type=_count, help="precondition by a Nystrom approximation of this rank")
+    solver.add_argument("--out", metavar="FILE.npz", type=Path, help="save the solution in this file")
+    return parser
+
+
+def _common(command: argparse.ArgumentParser) -> None:
+    """Add what every command takes."""
+    command.add_argument("problem", metavar="PROBLEM", help="digits, FILE.py:FUNCTION or MODULE:FUNCTION")
+    command.add_argument("--matrix", choices=tuple(MATRICES), default="hessian", help="which matrix (default: hessian)")
+    command.add_argument(
         "--dtype", choices=("float32", "float64"), default="float64", help="of the vectors (default: float64)"
     )
-    eigs.add_argument("--engine", choices=("autograd", "compiled"), default="autograd", help="computes the products")
-    eigs.add_argument("--cost", action="store_true", help="measure and print what one product costs")
-    eigs.add_argument("--block", metavar="NAME", action="append", help="study this parameter's block; can be repeated")
-    eigs.add_argument("--damping", type=_nonnegative, default=1e-2, help="in (B + damping I) x = g (default: 0.01)")
-    eigs.add_argument("--out", metavar="FILE.npz", type=Path, help="save eigenvalues and eigenvectors in this file")
-    eigs.add_argument("--json", action="store_true", help="print JSON instead of the report")
-    return parser
+    command.add_argument("--engine", choices=("autograd", "compiled"), default="autograd", help="computes the products")
+    command.add_argument("--block", metavar="NAME", action="append", help="this parameter's block; can be repeated")
+    command.add_argument("--damping", type=_nonnegative, default=1e-2, help="in (B + damping I) x = g (default: 0.01)")
+    command.add_argument("--json", action="store_true", help="print JSON instead of the report")
 
 
 def _count(text: str) -> int:
@@ -141,9 +169,16 @@ def _nonnegative(text: str) -> float:
     return value
 
 
+def _positive(text: str) -> float:
+    value = _nonnegative(text)
+    if not value:
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return value
+
+
 def _check(options: argparse.Namespace) -> None:
     """Refuse, before anything is computed, what would only fail at the end."""
-    if options.which == "BE" and options.k < 2:
+    if options.command == "eigs" and options.which == "BE" and options.k < 2:
         raise _UsageError("argument --k: must be 2 or more with --which BE")
     out: Path | None = options.out
     if out is None:
@@ -166,7 +201,8 @@ def _eigs(options: argparse.Namespace) -> int:
         with _progress_bar() as bar:
             for result in study(
                 problem,
-                ends=[(options.which, options.k)] if options.which else [("LA", options.k), ("SA", min(5, options.k))],
+                matrix=options.matrix,
+                ends=_ends(options),
                 tol=options.tol,
                 dtype=options.dtype,
                 engine=options.engine,
@@ -181,16 +217,50 @@ def _eigs(options: argparse.Namespace) -> int:
                     save(options.out, *results)
                 if not options.json:
                     bar.clear()
-                    print("\n".join(_report(result, options)), end="\n\n", flush=True)
+                    print("\n".join(eigs_report(result, options)), end="\n\n", flush=True)
                     bar.refresh()
     seconds = time.perf_counter() - start
     if options.json:
-        print(json.dumps(_as_json(options, results, seconds), indent=2))
+        print(json.dumps(eigs_json(options, results, seconds), indent=2))
     else:
-        print(f"in all: {_num_products(results):,} products, {seconds:.2f} s, the problem's own time included")
+        print(f"in all: {num_products(results):,} products, {seconds:.2f} s, the problem's own time included")
         if options.out:
             print(f"eigenpairs: {options.out}")
     return 0 if all(result.ok for result in results) else 1
+
+
+def _ends(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """Return which eigenvalues are wanted, and how many; of a semi-definite matrix the least are many zeros."""
+    if options.which:
+        return [(options.which, options.k)]
+    return [("LA", options.k), *([("SA", min(5, options.k))] if options.matrix == "hessian" else [])]
+
+
+def _solve(options: argparse.Namespace) -> int:
+    """Run ``curvop solve``."""
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        problem = load(options.problem)
+        _, operator = wrap(problem, options.matrix, options.dtype, options.engine, options.block)
+        try:
+            gradient, loss = operator.gradient_and_loss()
+        except Exception as error:  # the user's model, loss and data run here for the first time
+            raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
+        try:
+            preconditioner = nystrom(operator, options.rank, options.damping, rng=0) if options.rank else None
+        except ValueError as error:
+            raise ProblemError(f"--rank {options.rank}: {one_line(error)}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # what it warns of, the report says
+            result = solve(
+                operator, gradient, damping=options.damping, rtol=options.rtol, preconditioner=preconditioner
+            )
+    if options.out:
+        save_arrays(options.out, solution=result.solution, gradient=gradient, **param_arrays(operator.params_slices))
+    if options.json:
+        print(json.dumps(solve_json(operator, result, loss, options), indent=2))
+    else:
+        print("\n".join(solve_report(operator, result, loss, options)))
+    return 0 if result.converged and result.negative_curvature is None else 1
 
 
 @contextmanager
@@ -210,90 +280,6 @@ def _progress_bar() -> Iterator[Any]:
         yield bar
     finally:
         bar.close()
-
-
-def _num_products(results: Sequence[Any]) -> int:
-    """Return the number of products of all steps."""
-    setup, spectrum, _, solve = results
-    costs = [setup.cost, spectrum.residual_cost, solve.cost, *(end.cost for end in spectrum.ends)]
-    return sum(cost.products for cost in costs)
-
-
-def _text(cost: Cost) -> str:
-    rate = cost.products / cost.seconds if cost.seconds else 0.0
-    return f"{cost.products:,} product{'s' * (cost.products != 1)} in {cost.seconds:.2f} s ({rate:,.0f} products/s)"
-
-
-def _report(result: Result, options: argparse.Namespace) -> Iterator[str]:
-    """Yield the lines for people to read."""
-    if isinstance(result, Setup):
-        yield f"Hessian of {options.problem}"
-        yield f"  parameters     P = {result.P:,} ({result.model_dtype} on {result.device})"
-        if result.block:
-            yield f"  block          N = {result.N:,} ({', '.join(result.block)})"
-        yield f"  vectors        {result.dtype}"
-        yield f"  loss           {result.loss:.6g}"
-        yield f"  gradient norm  {result.gradient_norm:.3g}"
-        yield f"  first pass     {_text(result.cost)}"
-        if result.product:
-            yield f"  cost           {result.product}"
-    elif isinstance(result, Spectrum):
-        for end in result.ends:
-            yield from _table(end)
-        if any(len(end.values) < end.wanted for end in result.ends):
-            yield "Clustered eigenvalues, such as the zeros of a singular matrix, converge slowly or not at all."
-        yield f"residuals: {_text(result.residual_cost)}"
-    elif isinstance(result, DenseCheck):
-        if result.reason:
-            yield f"dense check: not done; {result.reason}"
-        else:
-            yield f"dense check: numpy.linalg.eigvalsh of the dense matrix in {result.seconds:.2f} s"
-            yield f"  spectral norm                       {result.spectral_norm:.6g}"
-            yield f"  largest difference / spectral norm  {result.difference:.1e} (allowed: {result.allowed:.1e})"
-            hint = "; modules in training mode are the usual reason: call model.eval()" if result.training else ""
-            yield "  agrees" if result.ok else f"  DOES NOT AGREE{hint}"
-    else:
-        yield f"solve (B + {result.damping:g} I) x = g with cg, B the block of {', '.join(result.block)}"
-        yield f"  unknowns                N = {result.N:,}"
-        yield f"  cg                      {_text(result.cost)}"
-        yield f"  true relative residual  {result.residual:.1e} (allowed: {result.allowed:.1e})"
-        yield "  converged" if result.ok else "  NOT CONVERGED; where B is indefinite, a larger --damping helps"
-
-
-def _table(end: End) -> Iterator[str]:
-    """Yield the lines of one end of the spectrum."""
-    found = len(end.values)
-    missing = "" if found == end.wanted else f", {end.wanted - found} of {end.wanted} NOT CONVERGED"
-    yield f"{end.wanted} eigenvalues, {_ENDS[end.which]} ({end.which}){missing}: {_text(end.cost)}"
-    yield f"  {'':>4}  {'lambda':>18}  {'||Hv - lambda v||':>17}"
-    for i, value in enumerate(end.values):
-        remark = "" if end.residuals[i] <= end.allowed[i] else f"  MISSED (allowed: {end.allowed[i]:.1e})"
-        yield f"  {i + 1:>4}  {value:>18.10e}  {end.residuals[i]:>17.1e}{remark}"
-    yield ""
-
-
-def _as_json(options: argparse.Namespace, results: Sequence[Any], seconds: float) -> dict[str, Any]:
-    """Return what ``--json`` prints; eigenvalues and residuals in the order of the report."""
-    setup, spectrum, dense, solve = results
-    joined = spectrum.arrays
-    checked = {name: getattr(dense, name) for name in ("difference", "allowed", "spectral_norm", "seconds")}
-    return {
-        "problem": options.problem,
-        **{name: getattr(setup, name) for name in ("P", "N", "block", "dtype", "model_dtype", "loss", "gradient_norm")},
-        **{name: joined[name].tolist() for name in ("eigenvalues", "residuals", "allowed_residuals", "which")},
-        "converged": spectrum.ok,
-        "dense": {"done": False, "reason": dense.reason}
-        if dense.reason
-        else {"done": True, "agrees": dense.ok, **checked},
-        "cg": {
-            **{name: getattr(solve, name) for name in ("block", "N", "damping", "rtol", "allowed", "residual")},
-            "converged": solve.ok,
-            **asdict(solve.cost),
-        },
-        "cost": asdict(setup.product) if setup.product else None,
-        "products": _num_products(results),
-        "seconds": seconds,
-    }
 
 
 if __name__ == "__main__":

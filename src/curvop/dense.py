@@ -1,7 +1,7 @@
 """The check of eigenvalues against the dense matrix, which an independent route forms."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from curvop.examples.functorch import NoHessianError, functorch_hessian
+from curvop.examples.functorch import NoHessianError
 from curvop.problems import describe_error
 
 __all__ = ["DENSE_LIMIT", "DenseCheck", "accuracy", "dense_check", "largest_difference"]
@@ -56,14 +56,20 @@ def accuracy(*dtypes: str) -> float:
 
 
 def dense_check(
-    problem: dict[str, Any], names: Sequence[str], found: Sequence[tuple[str, int, Array]], allowed: float
+    problem: dict[str, Any],
+    dense: Callable[..., torch.Tensor],
+    names: Sequence[str],
+    found: Sequence[tuple[str, int, Array]],
+    allowed: float,
 ) -> DenseCheck:
-    """Compare eigenvalues with those of the dense Hessian.
+    """Compare eigenvalues with those of the dense matrix.
 
     Parameters
     ----------
     problem : dict
         As `curvop.problems.load` returns it, `params` by name.
+    dense : callable
+        ``(model, loss_function, params, data) -> matrix``.
     names : sequence of str
         The parameters whose block the eigenvalues belong to.
     found : sequence of (str, int, ndarray)
@@ -83,7 +89,7 @@ def dense_check(
         return DenseCheck(reason=f"the matrix has {size:,} rows, and it is formed for {DENSE_LIMIT:,} at most")
     model = problem["model"] if len(params) == len(problem["params"]) else _with_others_fixed(problem, params)
     try:
-        matrix = functorch_hessian(model, problem["loss_function"], params, problem["data"])
+        matrix = dense(model, problem["loss_function"], params, problem["data"])
     except NoHessianError as error:
         return DenseCheck(reason=str(error), exists=False)
     except Exception as error:  # whatever a model does that this route cannot follow

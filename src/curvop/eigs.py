@@ -9,8 +9,8 @@ import numpy as np
 from scipy.sparse.linalg import ArpackNoConvergence, cg, eigsh
 
 from curvop.dense import accuracy, dense_check
-from curvop.hessian import HessianLinearOperator
-from curvop.problems import ProblemError, describe_error, last_layer, one_line
+from curvop.matrices import MATRICES, wrap
+from curvop.problems import ProblemError, describe_error, last_layer
 from curvop.results import Array, Cost, End, Result, Setup, Solve, Spectrum
 
 __all__ = ["study"]
@@ -21,6 +21,7 @@ _MAX_RESTARTS = 1000  # of each `eigsh`, 10,000 products and more; SciPy's 10 N 
 def study(
     problem: dict[str, Any],
     *,
+    matrix: str,
     ends: Sequence[tuple[str, int]],
     tol: float,
     dtype: str,
@@ -30,12 +31,14 @@ def study(
     damping: float,
     bar: Any,
 ) -> Iterator[Result]:
-    """Study the Hessian of a problem.
+    """Study a curvature matrix of a problem.
 
     Parameters
     ----------
     problem : dict
         As `curvop.problems.load` returns it.
+    matrix : str
+        A name of `curvop.matrices.MATRICES`.
     ends : sequence of (str, int)
         Which eigenvalues, in `eigsh`'s words, and how many of them; one call of `eigsh` each.
     tol : float
@@ -63,14 +66,14 @@ def study(
     ProblemError
         If the problem cannot be wrapped or evaluated, or is too small for the number of eigenvalues.
     """
-    hessian, operator = _wrap(problem, dtype, engine, block, bar)
+    whole, operator = wrap(problem, matrix, dtype, engine, block, bar)
     N, most = operator.shape[0], max(count for _, count in ends)
     if most >= N:
         raise ProblemError(f"--k = {most} is too large: eigsh finds at most N - 1 eigenvalues, and here N = {N:,}")
     # Parameters given as a list get their names from the operator, which keeps their order.
     values = problem["params"].values() if isinstance(problem["params"], Mapping) else problem["params"]
-    problem = {**problem, "params": dict(zip(hessian.params_slices, values, strict=True))}
-    setup = _first_pass(problem, hessian, operator, block, cost)
+    problem = {**problem, "params": dict(zip(whole.params_slices, values, strict=True))}
+    setup = _first_pass(problem, whole, operator, block, cost)
     yield setup
 
     precision = accuracy(setup.dtype, setup.model_dtype)
@@ -79,9 +82,9 @@ def study(
 
     bar.set_description_str("dense check")
     found = [(end.which, end.wanted, end.values) for end in spectrum.ends]
-    yield dense_check(problem, list(setup.slices), found, tol + precision)
+    yield dense_check(problem, MATRICES[matrix].dense, list(setup.slices), found, tol + precision)
 
-    part = operator if setup.block else hessian.block(last_layer(list(setup.slices)))
+    part = operator if setup.block else whole.block(last_layer(list(setup.slices)))
     yield _solve(part, damping, precision, bar)
 
 
@@ -95,20 +98,8 @@ def _measured(operator: Any) -> Iterator[Cost]:
         cost.products, cost.seconds = operator.num_products - products, time.perf_counter() - start
 
 
-def _wrap(problem: dict[str, Any], dtype: str, engine: str, block: Sequence[str] | None, bar: Any) -> tuple[Any, Any]:
-    """Return the operators of the Hessian and of the part of it that is studied."""
-    try:
-        hessian = HessianLinearOperator(**problem, dtype=np.dtype(dtype), engine=engine, progress=bar)
-    except (ValueError, TypeError) as error:
-        raise ProblemError(one_line(error)) from error
-    try:
-        return hessian, hessian if block is None else hessian.block(block)
-    except ValueError as error:  # the operator calls this argument 'rows'
-        raise ProblemError(f"--block: {str(error).removeprefix('rows').lstrip(': ')}") from error
-
-
 def _first_pass(
-    problem: dict[str, Any], hessian: Any, operator: Any, block: Sequence[str] | None, measured: bool
+    problem: dict[str, Any], whole: Any, operator: Any, block: Sequence[str] | None, measured: bool
 ) -> Setup:
     """Evaluate the loss, its gradient and one product: what cannot be differentiated twice fails here and at once."""
     with _measured(operator) as cost:
@@ -121,7 +112,7 @@ def _first_pass(
         raise ProblemError("the matrix is zero: the loss is linear in these parameters, or does not depend on them")
     first = next(iter(problem["params"].values()))
     return Setup(
-        P=hessian.shape[0],
+        P=whole.shape[0],
         N=operator.shape[0],
         slices=dict(operator.params_slices),
         block=None if block is None else tuple(operator.params_slices),

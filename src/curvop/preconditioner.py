@@ -107,7 +107,9 @@ def nystrom(
     shift = float(np.sqrt(size) * np.finfo(dtype).eps * norm)
     while True:
         try:
-            factor = cholesky(inner + inner.T + 2 * shift * np.eye(rank, dtype=dtype), lower=False) / 2**0.5
+            doubled = inner + inner.T
+            doubled[np.diag_indices(rank)] += 2 * shift
+            factor = cholesky(doubled, lower=False) / 2**0.5
             break
         except LinAlgError:
             shift *= 10

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from curvop.cost import Cost as ProductCost
 from curvop.dense import DenseCheck
 
-__all__ = ["Array", "Cost", "End", "Result", "Setup", "Solve", "Spectrum", "save"]
+__all__ = ["Array", "Cost", "End", "Result", "Setup", "Solve", "Spectrum", "param_arrays", "save", "save_arrays"]
 
 Array = npt.NDArray[Any]
 
@@ -116,13 +116,22 @@ def save(path: Path, setup: Setup, spectrum: Spectrum, dense: DenseCheck) -> Non
     It holds the arrays of `spectrum`, ``param_names`` and ``param_slices`` (start and stop of each parameter's rows),
     and ``dense_eigenvalues`` (N,) where these were computed. None of them is a pickled object.
     """
-    arrays = {
-        **spectrum.arrays,
-        "param_names": np.array(list(setup.slices), dtype=np.str_),
-        "param_slices": np.array([(rows.start, rows.stop) for rows in setup.slices.values()], dtype=np.int64),
-    }
+    arrays = {**spectrum.arrays, **param_arrays(setup.slices)}
     if dense.values is not None:
         arrays["dense_eigenvalues"] = dense.values
+    save_arrays(path, **arrays)
+
+
+def param_arrays(slices: dict[str, slice]) -> dict[str, Array]:
+    """Return the names of parameters, and start and stop of each one's rows."""
+    return {
+        "param_names": np.array(list(slices), dtype=np.str_),
+        "param_slices": np.array([(rows.start, rows.stop) for rows in slices.values()], dtype=np.int64),
+    }
+
+
+def save_arrays(path: Path, **arrays: Array) -> None:
+    """Write arrays to an ``.npz`` file, which appears only when it is complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:

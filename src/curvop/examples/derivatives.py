@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-__all__ = ["NoHessianError", "dense_hessian", "dense_jacobian"]
+__all__ = ["NoHessianError", "dense_hessian", "dense_jacobian", "sandwiched_hessian"]
 
 _WORKSPACE_BYTES = 1 << 28
 
@@ -19,9 +19,18 @@ class NoHessianError(RuntimeError):
 
 def dense_hessian(f: Callable[[Tensor], Tensor], theta: Tensor, eps: float) -> Tensor:
     """Return the second derivatives ``(P, P)`` of a scalar function, whose precision is `eps`."""
-    hessian = _dense_hessian(f, theta, _columns_at_a_time(f, theta))
-    _check(hessian, f, theta, eps)
+    identity = torch.eye(theta.numel(), dtype=theta.dtype, device=theta.device)
+    hessian = _products(f, theta, identity, _columns_at_a_time(f, theta))
+    _check(hessian, hessian, identity, f, theta, eps)
     return hessian
+
+
+def sandwiched_hessian(f: Callable[[Tensor], Tensor], z: Tensor, jacobian: Tensor, eps: float) -> Tensor:
+    """Return ``J' H J`` for the second derivatives ``H`` of a scalar function; only ``H J`` is formed."""
+    products = _products(f, z, jacobian.T, _columns_at_a_time(f, z))
+    matrix = jacobian.T @ products
+    _check(matrix, products, jacobian.T, f, z, eps)
+    return matrix
 
 
 def dense_jacobian(f: Callable[[Tensor], Tensor], theta: Tensor, eps: float) -> Tensor:
@@ -83,8 +92,9 @@ def _columns_at_a_time(f: Callable[[Tensor], Tensor], theta: Tensor) -> int:
     return max(1, _WORKSPACE_BYTES // (8 * (sum(saved.values()) + theta.nbytes)))
 
 
-def _dense_hessian(f: Callable[[Tensor], Tensor], theta: Tensor, columns_at_a_time: int) -> Tensor:
-    identity = torch.eye(theta.numel(), dtype=theta.dtype, device=theta.device).split(columns_at_a_time)
+def _products(f: Callable[[Tensor], Tensor], theta: Tensor, basis: Tensor, columns_at_a_time: int) -> Tensor:
+    """Return the Hessian of `f` times the rows of `basis`, as columns."""
+    chunks = basis.split(columns_at_a_time)
 
     def column(tangent: Tensor) -> Any:
         return jvp(grad(f), (theta,), (tangent,))[1]
@@ -94,11 +104,11 @@ def _dense_hessian(f: Callable[[Tensor], Tensor], theta: Tensor, columns_at_a_ti
     together = vmap(column, out_dims=1, randomness="same")
     for columns in (together, lambda basis: torch.stack([column(e) for e in basis], dim=1)):
         try:
-            return torch.cat([columns(basis) for basis in identity], dim=1)
+            return torch.cat([columns(chunk) for chunk in chunks], dim=1)
         except RuntimeError as error:  # no batching rule, or no forward-mode derivative: the next way needs less
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-    return torch.cat([_double_backward(f, theta, basis) for basis in identity], dim=1)
+    return torch.cat([_double_backward(f, theta, chunk) for chunk in chunks], dim=1)
 
 
 def _double_backward(f: Callable[[Tensor], Tensor], theta: Tensor, basis: Tensor) -> Tensor:
@@ -111,18 +121,21 @@ def _double_backward(f: Callable[[Tensor], Tensor], theta: Tensor, basis: Tensor
     return torch.stack(products, dim=1)
 
 
-def _check(hessian: Tensor, f: Callable[[Tensor], Tensor], theta: Tensor, eps: float) -> None:
+def _check(
+    matrix: Tensor, products: Tensor, basis: Tensor, f: Callable[[Tensor], Tensor], theta: Tensor, eps: float
+) -> None:
     """Refuse a matrix that is not symmetric, or that reverse mode contradicts (torch 2.13: scatter_reduce's 'prod')."""
     # Far above rounding, also that of TF32 or of single precision inside a double model, and below what a wrong formula
     # does. A matrix of nothing but rounding errors is small beside the loss, for parameters of order one.
-    allowed = max(1e-4, eps ** (1 / 3)) * hessian.norm() + eps**0.5 * f(theta).abs()
-    wrong = {"it is not symmetric": hessian - hessian.T}
+    allowed = max(1e-4, eps ** (1 / 3)) * products.norm() + eps**0.5 * f(theta).abs()
+    wrong = {"it is not symmetric": matrix - matrix.T}
     with suppress(RuntimeError):  # an operation without a second derivative in reverse mode leaves nothing to compare
-        signs = torch.randn_like(theta).sign()
-        wrong["forward and reverse mode disagree"] = hessian @ signs - _double_backward(f, theta, signs[None])[:, 0]
+        signs = torch.randn(len(basis), dtype=theta.dtype, device=theta.device).sign()
+        reverse = _double_backward(f, theta, (signs @ basis)[None])[:, 0]
+        wrong["forward and reverse mode disagree"] = products @ signs - reverse
     for what, difference in wrong.items():
         if difference.norm() > allowed:
             raise NoHessianError(
-                f"the Hessian is wrong, for {what} (by {difference.norm() / hessian.norm():.1e} of its norm): an "
+                f"the Hessian is wrong, for {what} (by {difference.norm() / products.norm():.1e} of its norm): an "
                 "operation of the model or the loss has a wrong derivative, in torch or in an autograd.Function"
             )

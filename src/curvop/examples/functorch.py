@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from curvop.examples.dataset import Problem
-from curvop.examples.derivatives import NoHessianError, dense_hessian, dense_jacobian
+from curvop.examples.derivatives import NoHessianError, dense_hessian, dense_jacobian, sandwiched_hessian
 from curvop.examples.replacements import differentiable
 
 __all__ = [
@@ -124,8 +124,8 @@ def functorch_jacobian(model: Model, params: Params, data: Data) -> Tensor:
 def functorch_ggn(model: Model, loss_function: Loss, params: Params, data: Data) -> Tensor:
     r"""Compute the generalized Gauss-Newton matrix ``(P, P)`` of the loss of a whole data set.
 
-    :math:`J^\top \nabla^2_z \ell \, J`, with the Jacobian of the predictions `z` and the loss's Hessian by them, both
-    dense. The parameters are those of `functorch_hessian`.
+    :math:`J^\top \nabla^2_z \ell \, J`, with the dense Jacobian of the predictions `z`. The parameters are
+    those of `functorch_hessian`.
 
     References
     ----------
@@ -136,8 +136,9 @@ def functorch_ggn(model: Model, loss_function: Loss, params: Params, data: Data)
     with differentiable(problem.theta.device):
         jacobian = dense_jacobian(lambda vector: _flat(problem.predict(vector))[0], problem.theta, problem.eps)
         z, restored = _flat(problem.predict(problem.theta))
-        inner = dense_hessian(lambda flat: loss_function(restored(flat), problem.y), z, problem.eps)
-        return jacobian.T @ inner.to(jacobian.dtype) @ jacobian
+        return sandwiched_hessian(
+            lambda flat: loss_function(restored(flat), problem.y), z, jacobian.to(z.dtype), problem.eps
+        ).to(jacobian.dtype)
 
 
 @torch.inference_mode(mode=False)
