@@ -1,0 +1,110 @@
+r"""
+GPT-2, block by block
+=====================
+
+Which layers of a transformer are sharp? The Hessian's diagonal blocks say it, one parameter at a time, and so do those
+off the diagonal of how layers depend on each other. Each is an operator of its own, which costs what its layers cost.
+
+The model is a Hugging Face ``GPT2LMHeadModel``, a small one with random weights that is trained for a moment on this
+file's own text; replace it by ``GPT2LMHeadModel.from_pretrained("gpt2")`` and the rest stays as it is.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from scipy.sparse.linalg import eigsh
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from curvop import HessianLinearOperator, select
+
+torch.manual_seed(0)
+config = GPT2Config(
+    vocab_size=128,
+    n_positions=32,
+    n_embd=32,
+    n_layer=2,
+    n_head=2,
+    resid_pdrop=0,
+    embd_pdrop=0,
+    attn_pdrop=0,
+    loss_type="ForCausalLM",
+)
+model = GPT2LMHeadModel(config).eval()
+
+source = globals().get("__file__", "gpt2_blocks.py")
+codes = torch.tensor([min(byte, 127) for byte in Path(source).read_bytes()])
+tokens = codes[: len(codes) // 32 * 32].view(-1, 32)[:48]
+data = [{"input_ids": part, "labels": part} for part in tokens.split(16)]
+
+# %%
+# The model computes its own loss, so the objective calls it. What weighs a batch is how many tokens it predicts.
+
+
+def objective(params, batch):
+    """Return the model's own loss."""
+    return torch.func.functional_call(model, params, (), batch).loss
+
+
+def predicted(batch):
+    """Return how many tokens are predicted; the first of each sequence is not."""
+    return batch["labels"][:, 1:].numel()
+
+
+optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+for step in range(60):
+    optimizer.zero_grad()
+    loss = objective(dict(model.named_parameters()), data[step % len(data)])
+    loss.backward()
+    optimizer.step()
+print(f"loss {loss.item():.2f}")
+
+# %%
+# The largest eigenvalue of each block
+# ------------------------------------
+#
+# ``select`` takes patterns: all weights of both layers.
+
+params = select(model, "transformer.h.*.weight", exclude="*ln_*")
+H = HessianLinearOperator.from_objective(objective, params, data, batch_weight=predicted)
+print(f"{H.shape[0]:,} parameters: {H.cost()}")
+
+names, largest, smallest = [], [], []
+for name in params:
+    B = H.block(name)
+    values = eigsh(B, k=2, which="BE", tol=1e-2, rng=0, return_eigenvectors=False)
+    names.append(name.removeprefix("transformer.h.").removesuffix(".weight"))
+    largest.append(values.max())
+    smallest.append(values.min())
+    print(f"{names[-1]:16s} {values.min():8.3f} to {values.max():8.3f}")
+whole = eigsh(H, k=1, which="LA", tol=1e-2, rng=0, return_eigenvectors=False)[0]
+print(f"{'all of them':16s} {'':11s} {whole:8.3f}")
+assert whole >= max(largest) * 0.98  # a block's eigenvalues lie between those of the whole (Cauchy's interlacing)
+
+# %%
+# How layers depend on each other
+# -------------------------------
+#
+# The Frobenius norm of ``H[i, j]`` is the mean of ``|H[i, j] v|^2`` over random signs `v` (Hutchinson, 1989).
+
+rng = np.random.default_rng(0)
+norms = np.empty((len(params), len(params)))
+for j, col in enumerate(params):
+    probes = rng.choice([-1.0, 1.0], (H.params_slices[col].stop - H.params_slices[col].start, 4))
+    for i, row in enumerate(params):
+        norms[i, j] = np.sqrt((np.asarray(H.block(row, col) @ probes) ** 2).sum() / 4)
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+left.barh(names, largest, color="tab:red", label="largest")
+left.barh(names, smallest, color="tab:blue", label="smallest")
+left.axvline(whole, color="black", linestyle=":", label="largest of all together")
+left.set(title="extreme eigenvalues of each block")
+left.invert_yaxis()
+left.legend()
+image = right.imshow(np.log10(norms), cmap="viridis")
+right.set_xticks(range(len(names)), names, rotation=90)
+right.set_yticks(range(len(names)), names)
+right.set(title=r"$\log_{10} \|H_{ij}\|_F$")
+figure.colorbar(image)
+plt.show()

@@ -1,0 +1,129 @@
+r"""
+Which training images do harm?
+==============================
+
+How would a test loss change if one training image were left out? To first order (Koh and Liang, 2017,
+"Understanding black-box predictions via influence functions", eq. (2)), leaving out image `n` changes the test loss by
+
+.. math:: \frac{1}{N} \, \nabla L_\text{test}^\top \, (G + \lambda I)^{-1} \, \nabla \ell_n,
+
+with the Gauss-Newton matrix `G` of the training loss in place of the Hessian, which need not be definite. One linear
+system gives the influence of all training images: solve it for the gradient of the test loss, and multiply by the
+gradients of the images.
+
+We plant errors to be found: some training images of scikit-learn's handwritten digits get a wrong label.
+"""
+
+import copy
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from curvop import GGNLinearOperator, JacobianLinearOperator, preconditioner, solve
+
+torch.manual_seed(0)
+pixels, labels = load_digits(return_X_y=True)
+X, y = torch.from_numpy(pixels / 16), torch.from_numpy(labels)
+order = torch.randperm(len(X))
+train, test = order[:1000], order[1000:]
+
+wrong = train[:50]
+y[wrong] = (y[wrong] + torch.randint(1, 10, (50,))) % 10
+
+# %%
+# A network with weight decay, which is part of the objective: its Hessian is added to `G` as damping.
+
+model = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10)).double()
+params = dict(model.named_parameters())
+loss_function = nn.CrossEntropyLoss()
+decay = 5e-3
+
+
+def fit(network, X, y, steps):
+    """Minimise the mean over all training images, also where one is missing."""
+    optimizer = torch.optim.LBFGS(
+        network.parameters(), max_iter=steps, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def objective():
+        optimizer.zero_grad()
+        penalty = sum((value**2).sum() for value in network.parameters())
+        loss = nn.functional.cross_entropy(network(X), y, reduction="sum") / len(train) + decay / 2 * penalty
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+
+
+fit(model, X[train], y[train], 3000)
+accuracy = (model(X[test]).argmax(1) == y[test]).double().mean()
+print(f"accuracy on {len(test)} test images: {accuracy:.1%}")
+
+# %%
+# One linear system
+# -----------------
+#
+# ``gradient_and_loss`` gives the gradient of the test loss in the operator's order. ``solve`` says how good the
+# solution is: its residual is computed anew.
+
+G = GGNLinearOperator(model, loss_function, params, list(zip(X[train].split(500), y[train].split(500), strict=True)))
+test_gradient, test_loss = GGNLinearOperator(model, loss_function, params, [(X[test], y[test])]).gradient_and_loss()
+
+M = preconditioner.nystrom(G, 200, decay, rng=0)
+plain = solve(G, test_gradient, damping=decay, rtol=1e-8, progress=False)
+result = solve(G, test_gradient, damping=decay, rtol=1e-8, preconditioner=M, progress=False)
+print(f"without preconditioner: {plain}")
+print(f"with one of rank 200:   {result}")
+
+# %%
+# The gradients of all images times one vector: the Jacobian of the predictions times it, and the loss's derivative by
+# each prediction. No gradient of a single image is ever formed.
+
+J = JacobianLinearOperator(model, params, [(X[train], y[train])])
+scores = model(X[train]).detach()
+residuals = scores.softmax(1) - nn.functional.one_hot(y[train], 10)
+changes = (J @ result.solution).reshape(len(train), 10)
+influence = (changes * residuals.numpy()).sum(1) / len(train)
+
+# %%
+# Was it right? Leave the most harmful image out, train on from where we are, and compare.
+
+
+def retrained_without(image):
+    """Return by how much the test loss changes."""
+    rest = torch.arange(len(train)) != image
+    twin = copy.deepcopy(model)
+    fit(twin, X[train][rest], y[train][rest], 500)
+    return float(loss_function(twin(X[test]), y[test]).detach()) - test_loss
+
+
+ranked = np.argsort(influence)
+some = [*ranked[:4], *ranked[-4:], *ranked[300:700:100]]  # the most harmful, the most helpful, and in between
+actual = np.array([retrained_without(image) for image in some])
+correlation = np.corrcoef(influence[some], actual)[0, 1]
+print(f"predicted and actual changes of the test loss: correlation {correlation:.3f}")
+assert correlation > 0.9
+
+# %%
+# The most harmful images
+# -----------------------
+#
+# Those whose removal lowers the test loss the most. Most of them are the ones whose label we had changed.
+
+harmful = ranked[:12]
+planted = set(wrong.tolist())
+found = [int(train[index]) in planted for index in ranked[:50]]
+print(f"of the 50 most harmful images, {sum(found)} have a wrong label (5 % of all have)")
+assert sum(found) >= 25
+
+figure, axes = plt.subplots(2, 6, figsize=(9, 3.8), layout="constrained")
+for axis, index in zip(axes.flat, harmful, strict=True):
+    image = int(train[index])
+    axis.imshow(pixels[image].reshape(8, 8), cmap="gray_r")
+    axis.set_title(f"labelled {y[image]}", color="tab:red" if image in planted else "black", fontsize=10)
+    axis.set_axis_off()
+figure.suptitle("The most harmful training images (red: a label that was changed)")
+plt.show()
