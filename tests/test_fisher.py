@@ -14,14 +14,18 @@ from architectures import ARCHITECTURES, architecture_problem
 from cases import BATCHINGS, LOSSES, Problem, input_problem, log_problem, loss_problem, sequences
 from test_ggn import two_heads
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from curvop import (
     EFLinearOperator,
     FisherLinearOperator,
+    GGNLinearOperator,
     GradientCovarianceLinearOperator,
     HessianLinearOperator,
+    NonDeterministicObjectiveError,
 )
 from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn
+from curvop.kernels.likelihoods import Likelihood
 
 LIKELIHOODS = [name for name in LOSSES if name.startswith(("mse", "ce", "bce", "f-"))]
 
@@ -107,8 +111,110 @@ class TestEmpirical:
                 total = total + torch.outer(flat, flat)
         close(dense_of(ef(problem)), (total / 9).numpy())
 
+    @pytest.mark.parametrize("loss", ["ce", "mse", "callable"])
+    @pytest.mark.parametrize("weight", [lambda batch: 10.0 * len(batch[0]), lambda batch: 1.0])
+    def test_of_the_weights_of_batches_only_the_ratio_counts(self, loss: str, weight) -> None:
+        problem = loss_problem(loss)
+        problem.data = [tuple(part[:3] for part in batch) for batch in problem.data]  # equal batches
+        for kind in (EFLinearOperator, GradientCovarianceLinearOperator):
+            arguments = problem.model, problem.loss_function, problem.params, problem.data
+            close(dense_of(kind(*arguments, batch_weight=weight)), dense_of(kind(*arguments)))
+
+    def test_of_a_mean_over_nobody_knows_what_it_is_refused(self) -> None:
+        problem = loss_problem("callable")
+        X, y = problem.data[0]
+        problem.data = [({"X": X, "more": X[:2]}, y)]
+        model = lambda params, X: torch.func.functional_call(problem.model, params, (X["X"],))  # noqa: E731
+        with pytest.raises(ValueError, match="pass batch_weight="):
+            EFLinearOperator(model, problem.loss_function, problem.params, problem.data) @ np.ones(43)
+        told = EFLinearOperator(
+            model, problem.loss_function, problem.params, problem.data, batch_weight=lambda batch: len(batch[1])
+        )
+        problem.data = [(X, y)]
+        close(dense_of(told), dense_of(ef(problem)))
+
+    def test_parts_of_a_prediction_that_the_loss_does_not_use(self) -> None:
+        problem = loss_problem("callable")
+
+        def model(params, X):
+            z = torch.func.functional_call(problem.model, params, (X,))
+            return {"hidden": 2 * z, "z": z, "aux": torch.ones(2, 3), "scale": torch.ones(())}
+
+        def loss(prediction, y):
+            return problem.loss_function(prediction["z"], y)
+
+        for kind in (EFLinearOperator, GradientCovarianceLinearOperator):
+            there = kind(model, loss, problem.params, problem.data)
+            here = kind(problem.model, problem.loss_function, problem.params, problem.data)
+            close(dense_of(there), dense_of(here))
+
+    def test_a_prediction_that_is_a_parameter(self) -> None:
+        w = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+        y = torch.arange(9) % 3
+        A = EFLinearOperator(lambda p, X: p["w"], nn.CrossEntropyLoss(), {"w": w}, [(torch.zeros(9), y)])
+        r = w.detach().softmax(1) - nn.functional.one_hot(y, 3)
+        expected = torch.block_diag(*(torch.outer(one, one) for one in r)) / 9
+        close(dense_of(A), expected.numpy())
+
+    @pytest.mark.parametrize(
+        ("wrapped", "match"),
+        [
+            (lambda z: (z[:, :1], torch.distributions.Categorical(logits=z)), "holds a Categorical"),
+            (lambda z: torch.complex(z, z), "complex"),
+            (lambda z: {"classes": z.argmax(1)}, "no tensor of real numbers"),
+        ],
+    )
+    def test_predictions_that_cannot_be_looked_into_are_refused(self, wrapped, match) -> None:
+        problem = loss_problem("ce")
+        model = lambda params, X: wrapped(torch.func.functional_call(problem.model, params, (X,)))  # noqa: E731
+        for kind in (EFLinearOperator, GGNLinearOperator):
+            with pytest.raises(TypeError, match=match):
+                kind(model, problem.loss_function, problem.params, problem.data) @ np.ones(43)
+
+    def test_half_precision_does_not_underflow(self) -> None:
+        model, y = nn.Linear(4, 10), torch.arange(4096) % 10
+        X = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
+        exact = dense_of(EFLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), [(X, y)]))
+        model.half()
+        A = EFLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), [(X.half(), y)])
+        assert np.linalg.norm(dense_of(A) - exact) < 0.02 * np.linalg.norm(exact)
+
+    def test_the_losses_own_settings_are_watched(self) -> None:
+        problem = loss_problem("ce")
+        A = ef(problem)
+        A @ np.ones(43)
+        problem.loss_function.ignore_index = 1
+        close(A @ np.ones(43), ef(problem) @ np.ones(43))
+
 
 class TestCovariance:
+    def test_examples_without_weight_count_however_the_data_is_cut(self) -> None:
+        problem = loss_problem("ce", "one")
+        [(X, y)] = problem.data
+        loss_function = nn.CrossEntropyLoss(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
+        parts = [(X[y == 0], y[y == 0]), (X[y != 0], y[y != 0])]
+        apart, whole = (
+            GradientCovarianceLinearOperator(problem.model, loss_function, problem.params, data)
+            for data in (parts, [(X, y)])
+        )
+        close(dense_of(apart), dense_of(whole))
+
+    def test_a_batch_that_is_written_to_is_noticed(self) -> None:
+        problem = loss_problem("ce")
+        C = GradientCovarianceLinearOperator(problem.model, problem.loss_function, problem.params, problem.data)
+        C @ np.ones(43)
+        problem.data[0][0].mul_(2)
+        fresh = GradientCovarianceLinearOperator(problem.model, problem.loss_function, problem.params, problem.data)
+        close(C @ np.ones(43), fresh @ np.ones(43))
+
+    def test_float32_vectors_do_not_cancel(self) -> None:
+        X = 1000 + torch.randn(50, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        model = nn.Linear(1, 1, dtype=torch.float64)
+        arguments = model, nn.MSELoss(), dict(model.named_parameters()), [(X, X + 1)]
+        exact = dense_of(GradientCovarianceLinearOperator(*arguments))
+        rounded = dense_of(GradientCovarianceLinearOperator(*arguments, dtype=np.float32))
+        np.testing.assert_allclose(rounded, exact, rtol=1e-4, atol=1e-6 * np.abs(exact).max())
+
     @pytest.mark.parametrize("engine", ["autograd", *slow("compiled")])
     @pytest.mark.parametrize("loss", ["mse", "mse-sum", "ce", "ce-weights", "ce-ignored", "bce", "callable"])
     def test_it_is_the_centred_second_moment(self, loss: str, engine: str) -> None:
@@ -218,6 +324,25 @@ class TestSampled:
         close(one, same)
         assert not np.allclose(one, other)
         assert not np.allclose(*(dense_of(fisher(problem, mc_samples=1)) for _ in range(2)))
+
+    def test_shuffled_loaders_are_refused(self) -> None:
+        problem = loss_problem("ce", "singles")
+        X, y = (torch.cat(parts) for parts in zip(*problem.data, strict=True))
+        problem.data = DataLoader(TensorDataset(X, y), batch_size=3, shuffle=True)
+        A = fisher(problem, mc_samples=1, cache=0)
+        with pytest.raises(NonDeterministicObjectiveError, match="shuffle=False"):
+            [A @ np.ones(43) for _ in range(5)]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_draws_in_low_precision_are_those_in_high(self, dtype) -> None:
+        z = torch.linspace(-1, 1, 3000).repeat(40, 1).to(dtype)
+        likelihood = Likelihood(nn.CrossEntropyLoss())
+        noise = torch.rand(40, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        drawn = [likelihood.derivative(one, torch.zeros(40).long(), noise, {}).argmin(1) for one in (z, z.double())]
+        assert torch.equal(*drawn)
+
+    def test_numpy_counts_are_counts(self) -> None:
+        fisher(loss_problem("ce"), mc_samples=np.int64(2)) @ np.ones(43)
 
     def test_pickles_keep_their_draws(self) -> None:
         A = fisher(loss_problem("ce"), mc_samples=1)

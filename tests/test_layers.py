@@ -47,7 +47,7 @@ def test_imports_go_down_only(path: Path) -> None:
     here = module_of(path)
     for name in imports(path):
         if name == "curvop":
-            assert floor(here) == 3, f"{here} imports the package's face"
+            assert floor(here) >= 3, f"{here} imports the package's face"
         elif name.startswith("curvop."):
             assert floor(name) <= floor(here), f"{here} imports {name}, which lies above it"
             if floor(here) == 3:

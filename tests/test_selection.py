@@ -51,6 +51,10 @@ def test_tied_parameters_have_the_name_that_is_asked_for(net) -> None:
     assert list(select(net, "*d.weight")) == ["embed.weight"]
 
 
+def test_excluded_parameters_are_so_under_all_their_names(net) -> None:
+    assert "head.weight" not in select(net, exclude="embed.*")
+
+
 def test_frozen_parameters_are_left_out(net) -> None:
     net.layers.requires_grad_(False)
     assert list(select(net)) == ["scale", "embed.weight"]

@@ -1,5 +1,6 @@
 """Curvature matrices of PyTorch models as SciPy linear operators."""
 
+from curvop import preconditioner
 from curvop.damped import DampedLinearOperator
 from curvop.examples.functorch import functorch_hessian
 from curvop.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
@@ -29,6 +30,7 @@ __all__ = [
     "TransposedJacobianLinearOperator",
     "allclose_report",
     "functorch_hessian",
+    "preconditioner",
     "select",
     "solve",
 ]

@@ -81,9 +81,10 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         \bar g = \frac{1}{N} \sum_n g_n,
 
     the centred twin of the empirical Fisher matrix `F`, with its gradients, examples and divisor `W`; `N` is the number
-    of examples (positions whose target is ignored do not count). Where the loss averages over the examples, as
-    cross-entropy without class weights does, `W` is `N`, and C / B is the covariance of the gradient of a batch of B
-    examples drawn with replacement: the noise of stochastic gradient descent.
+    of examples (of torch's own losses, positions whose target is ignored do not count). Where the loss averages over
+    the examples, as cross-entropy without class weights does, `W` is `N`, and C / B is the covariance of the gradient
+    of a batch of B examples drawn with replacement: the noise of stochastic gradient descent. Where the mean gradient
+    is large beside the noise, the model's own precision limits what is left of the difference.
 
     The mean is computed in one pass with the first product, and again where the parameters have changed.
 
@@ -99,34 +100,43 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     """
 
     _objective: ModelObjective
-    _mean: tuple[object, dict[str, Tensor]] | None = None
+    _mean: tuple[int, dict[str, Tensor]] | None = None
+
+    def _adjoint(self) -> Any:
+        adjoint = super()._adjoint()
+        if adjoint is not self:
+            adjoint._mean = None  # its engine counts its own passes
+        return adjoint
 
     def __getstate__(self) -> dict[str, object]:
         return cast("dict[str, object]", super().__getstate__()) | {"_mean": None}
 
     def _apply(self, rows: Rows) -> Rows:
-        products: Any = super()._apply(rows)
-        left, right = self._centre(rows)
-        products -= (rows @ right)[:, None] * left
-        return cast("Rows", products)
+        # What centring takes away may be most of the product: in double precision, as far as the model's goes.
+        lifted: Any = rows.double() if isinstance(rows, Tensor) else rows.astype(np.float64)
+        products: Any = super()._apply(lifted)
+        left, right = self._centre()
+        if isinstance(rows, Tensor):
+            there = products.device
+            return cast("Tensor", products - (lifted @ right.to(there))[:, None] * left.to(there)).to(rows.dtype)
+        products -= (lifted @ right.cpu().numpy())[:, None] * left.cpu().numpy()
+        return cast("Rows", products.astype(np.result_type(self.dtype, rows.dtype), copy=False))
 
-    def _centre(self, like: Rows) -> tuple[Any, Any]:
-        """Return two vectors whose outer product is what centring takes away, in the kind and dtype of `like`."""
+    def _centre(self) -> tuple[Tensor, Tensor]:
+        """Return two vectors whose outer product is what centring takes away."""
         with torch.inference_mode(False):
-            state = self._objective.state()
-            if self._mean is None or self._mean[0] != state:
+            if self._mean is None or self._mean[0] != self._engine.first_passes:
                 names = list(dict.fromkeys((*self._rows.names, *self._cols.names)))
                 layout = ParameterLayout(self._objective.params, names)
                 total = torch.empty(layout.size, dtype=torch.float64, device=self._objective.device)
                 divisor, count = gradient_sum(self._objective, names, total)
                 total /= (divisor * count) ** 0.5
-                self._mean = state, dict(zip(names, layout.split(total), strict=True))
-        means = self._mean[1]
-        sides = [torch.cat([means[name].reshape(-1) for name in one.names]) for one in (self._rows, self._cols)]
-        if isinstance(like, Tensor):
-            return sides[0].to(like), sides[1].to(like)
-        dtype = np.result_type(like.dtype, self.dtype)
-        return sides[0].cpu().numpy().astype(dtype), sides[1].cpu().numpy().astype(dtype)
+                self._mean = self._engine.first_passes, dict(zip(names, layout.split(total), strict=True))
+            means = self._mean[1]
+            left, right = (
+                torch.cat([means[name].reshape(-1) for name in one.names]) for one in (self._rows, self._cols)
+            )
+            return left, right
 
 
 class FisherLinearOperator(CurvatureLinearOperator):
@@ -178,12 +188,12 @@ class FisherLinearOperator(CurvatureLinearOperator):
         batch_weight: BatchWeight | None = None,
         progress: Any = False,
     ) -> None:
-        if not isinstance(mc_samples, int) or mc_samples < 0:
+        if not isinstance(mc_samples, int | np.integer) or mc_samples < 0:
             raise ValueError(f"mc_samples is {mc_samples!r}, but must be a number of draws, or 0 for the exact matrix")
         objective = ModelObjective(model, loss_function, params, data, batch_weight)
         Likelihood(objective.loss_function)  # refuses other losses
         self._kernel = GGNKernel
         if mc_samples:
             seed = int(np.random.default_rng(rng).integers(2**63))
-            self._kernel = functools.partial(SampledFisherKernel, samples=mc_samples, seed=seed)
+            self._kernel = functools.partial(SampledFisherKernel, samples=int(mc_samples), seed=seed)
         self._setup(objective, Settings(dtype, cache, engine, columns, progress))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -37,6 +37,7 @@ class _Jacobians(ParameterVectors, ComputedLinearOperator):
         progress: Any = False,
     ) -> None:
         objective = ModelObjective(model, prediction_sum, params, data)
+        objective.keep_order()
         settings = Settings(dtype, cache, engine, columns, progress)
         self._setup(objective, settings, list(objective.params), prediction_sizes(objective))
 
@@ -71,6 +72,10 @@ class _Jacobians(ParameterVectors, ComputedLinearOperator):
         block._setup(self._objective, self._settings, names, self._sizes)
         return block
 
+    def blocks(self) -> Iterator[Self]:
+        """Iterate over the blocks of the parameters, one each."""
+        return map(self.block, self._names.names)
+
     def _adjoint(self) -> Any:
         adjoint = super()._adjoint()
         adjoint.__class__ = JacobianLinearOperator if self._flips else TransposedJacobianLinearOperator
@@ -93,7 +98,7 @@ class JacobianLinearOperator(_Jacobians):
     ``J @ J.T`` is the empirical neural tangent kernel; ``svds``, ``lsmr`` and ``lsqr`` take J as it is. A product with
     J, or with its transpose, costs about two thirds of a gradient.
 
-    Its constructor reads the data once, to count the predictions, with one forward pass for each shape of batch.
+    Its constructor reads the data once, to count the predictions: one forward pass.
 
     Parameters
     ----------
@@ -107,7 +112,7 @@ class JacobianLinearOperator(_Jacobians):
     TypeError, ValueError
         As for `HessianLinearOperator`.
     NonDeterministicObjectiveError
-        By a product, where the data comes in another order than in the first pass.
+        By a product, where a loader yields the data in another order than for the constructor.
 
     References
     ----------

@@ -58,7 +58,8 @@ def select(
     own = dict(model.named_parameters(remove_duplicate=False))
     taken = set().union(*(_fitting("patterns", pattern, own) for pattern in _several(patterns)))
     for pattern in _several(exclude):
-        taken -= _fitting("exclude", pattern, own)
+        left_out = {id(own[name]) for name in _fitting("exclude", pattern, own)}
+        taken = {name for name in taken if id(own[name]) not in left_out}  # a tied one under all its names
     if types is not None:
         taken &= _belonging_to(model, types)
     chosen: dict[str, nn.Parameter] = {}

@@ -54,10 +54,6 @@ class CompiledKernel(Kernel):
         """Return the compiled kernel of the adjoint."""
         return CompiledKernel(self._kernel.adjoint())
 
-    def share(self, weight: float) -> float:
-        """Return by what a batch's matrix counts, as for the wrapped kernel."""
-        return self._kernel.share(weight)
-
     def check_count(self, count: int) -> None:
         """Refuse data of another number of batches, as the wrapped kernel does."""
         self._kernel.check_count(count)

@@ -37,7 +37,7 @@ class Examples:
         self._kind = loss_kind(loss_function)
         self._by_class = self._kind is not None and issubclass(self._kind, nn.CrossEntropyLoss | nn.NLLLoss)
 
-    def outer(self, factors: Parts, vectors: Parts) -> list[Tensor | None]:
+    def outer(self, factors: Parts, vectors: Parts) -> list[Any]:
         r"""Return :math:`r_n \langle r_n, w_n \rangle` for every example, of factors `r` and vectors `w`; None is zero.
 
         Raises
@@ -53,13 +53,16 @@ class Examples:
             axis = self.axis(factor.ndim)
             inner = factor * vector
             return [factor * (inner if axis is None else inner.sum(axis, keepdim=True))]
-        if len({factor.shape[:1] for factor, _ in pairs}) > 1 or any(not factor.ndim for factor, _ in pairs):
-            raise ValueError(
-                "per-example gradients need predictions with the examples along dimension 0, but these have shapes "
-                f"{[tuple(factor.shape) for factor, _ in pairs]}"
-            )
+        self._check([factor for factor, _ in pairs])
         inner = torch.stack([_inner(*pair) for pair in pairs]).sum(0)
         return [None if r is None else r * inner.view(-1, *[1] * (r.ndim - 1)) for r in factors]
+
+    def _check(self, outputs: Sequence[Tensor]) -> None:
+        if len({output.shape[:1] for output in outputs}) > 1 or any(not output.ndim for output in outputs):
+            raise ValueError(
+                "per-example gradients need predictions with the examples along dimension 0, but these have shapes "
+                f"{[tuple(output.shape) for output in outputs]}"
+            )
 
     def axis(self, ndim: int) -> int | None:
         """Return the axis of a torch loss's prediction that belongs to one example; None where each entry is one."""
@@ -70,6 +73,7 @@ class Examples:
     def count(self, outputs: Sequence[Tensor], y: Any) -> int:
         """Return how many examples count."""
         if self._kind is None:
+            self._check(outputs)
             return len(outputs[0])
         axis = self.axis(outputs[0].ndim)
         if self._by_class and not y.is_floating_point():

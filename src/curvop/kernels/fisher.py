@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.kernels.batches import signature
 from curvop.kernels.examples import Examples
 from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.likelihoods import Likelihood
 from curvop.kernels.model_objective import ModelObjective
-from curvop.kernels.sandwich import Middle, Parts, SandwichKernel, outputs_of
+from curvop.kernels.sandwich import Middle, Parts, Pull, SandwichKernel, cut_off, outputs_of
 
 __all__ = ["EmpiricalFisherKernel", "SampledFisherKernel", "gradient_sum"]
 
@@ -29,15 +28,21 @@ class EmpiricalFisherKernel(SandwichKernel):
         super().__init__(objective, rows, cols)
         self._examples = Examples(objective.loss_function)
 
-    def share(self, weight: float) -> float:
-        """Return the weight squared: twice in the product stands a derivative that the loss's mean divided by it."""
-        return weight * weight
+    gives = True
+
+    def given(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
+        """Return the root of what the loss's mean divides by: a derivative that is not divided stands twice in `M`."""
+        divisor = self.objective.divisor_of(prediction, index, batch)
+        return {"scale": torch.tensor(divisor**0.5, dtype=self.objective.dtype, device=self.objective.device)}
 
     def middle(
         self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> Middle:
-        """Return the outer products of the loss's derivative, example by example."""
-        return _OuterProducts(self._examples, [derivative(False)])
+        """Return the outer products of the loss's derivative, example by example, divided as the loss is."""
+        parts = [None if part is None else part.detach() for part in derivative(False)]
+        return _OuterProducts(
+            self._examples, [[None if part is None else part * given["scale"].to(part.dtype) for part in parts]]
+        )
 
 
 class SampledFisherKernel(SandwichKernel):
@@ -50,6 +55,8 @@ class SampledFisherKernel(SandwichKernel):
         Of all draws; those of a batch depend on its number besides.
     """
 
+    gives = True
+
     def __init__(
         self, objective: ModelObjective, rows: Sequence[str], cols: Sequence[str], samples: int, seed: int
     ) -> None:
@@ -58,7 +65,7 @@ class SampledFisherKernel(SandwichKernel):
         self._likelihood = Likelihood(objective.loss_function)
         self._samples = samples
         self._seed = seed
-        self._shapes: dict[object, list[Tensor]] = {}
+        objective.keep_order()  # the draws of a batch are told by its number
 
     def middle(
         self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
@@ -66,44 +73,41 @@ class SampledFisherKernel(SandwichKernel):
         """Return the mean of the outer products over the draws."""
         [z], (_, y) = outputs, batch
         with torch.no_grad():
-            draws = [self._likelihood.derivative(z, y, one, given) for one in given["noise"].to(z.dtype)]
+            draws = [self._likelihood.derivative(z, y, one, given) for one in given["noise"]]
             return _OuterProducts(self._examples, [[draw * self._samples**-0.5] for draw in draws])
 
-    def given(self, index: int, outputs: list[Tensor]) -> dict[str, Tensor]:
+    def given(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
         """Return the random numbers behind the draws; made on the host, so that every device draws the same."""
+        outputs = outputs_of(prediction)
         if len(outputs) != 1:
             raise ValueError(f"a Fisher matrix needs predictions of one tensor, but these have {len(outputs)}")
         generator = torch.Generator().manual_seed((self._seed + index * 0x9E3779B97F4A7C15) % 2**63)
         numbers = self._likelihood.noise(outputs[0].shape, self._samples, generator)
         return {"noise": numbers.to(self.objective.device)}
 
-    def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
-        """Return what the objective holds, and the random numbers."""
-        held = super().held(leaves, index, batch)
-        like = signature(batch)
-        if like not in self._shapes:
-            with torch.no_grad():
-                prediction = self.objective.traced_prediction(leaves, held, batch)
-            self._shapes[like] = [part.to("meta") for part in outputs_of(prediction)]
-        return held | {"given": self.given(index, self._shapes[like])}
 
-
-def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -> tuple[float, int]:
+def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -> tuple[float, float]:
     """Write the sum of the examples' gradients into `out` ``(N,)``; return the divisor `W`, and how many there are.
 
-    These are the gradients of the unreduced loss with respect to the parameters `names`.
+    These are the gradients of the unreduced loss with respect to the parameters `names`. Where a batch's weight is not
+    its loss's own divisor, each of its examples counts by the ratio.
     """
-    examples, count, weights = Examples(objective.loss_function), 0, []
+    examples, count, weights = Examples(objective.loss_function), 0.0, []
     leaves = objective.leaves(names)
-    parts = ParameterLayout(objective.params, names).split(out.zero_())
+    layout = ParameterLayout(objective.params, names)
+    parts = layout.split(out.zero_())
     with objective.slow_backends():
         for index, batch in objective.batches():
             prediction = objective.predict(leaves, batch)
-            loss = objective.criterion(prediction, index, batch)
+            outputs, (cut, cuts) = outputs_of(prediction), cut_off(prediction)
+            loss = objective.criterion(cut, index, batch)
             weights.append(loss.weight)
-            if loss.weight:
-                count += examples.count(outputs_of(prediction), batch[1])
-            for part, value in zip(parts, loss.gradient([leaves[name] for name in names]), strict=True):
+            derivative = loss.gradient(cuts)
+            reached = [output for output, own in zip(outputs, derivative, strict=True) if own is not None]
+            divisor = objective.divisor_of(prediction, index, batch)
+            ratio = loss.weight / divisor if divisor else 1.0
+            count += ratio * examples.count(reached or outputs, batch[1])
+            for part, value in zip(parts, Pull(outputs, layout.of(leaves))(derivative), strict=True):
                 if value is not None:
                     part.add_(value, alpha=loss.weight)
     return objective.divisor(weights), count
@@ -117,19 +121,20 @@ class _OuterProducts(Middle):
 
     def __call__(self, vectors: Parts, batched: bool = False) -> Parts:
         known = [index for index, vector in enumerate(vectors) if vector is not None]
+        there = [index for index, factor in enumerate(self._factors[0]) if factor is not None]
+        if not set(known) & set(there):
+            return [None] * len(vectors)
 
-        def multiply(*some: Tensor) -> list[Tensor | None]:
+        def multiply(*some: Tensor) -> list[Tensor]:
             parts: list[Tensor | None] = [None] * len(vectors)
             for index, vector in zip(known, some, strict=True):
                 parts[index] = vector
             products = [self._examples.outer(factors, parts) for factors in self._factors]
-            return [_sum(part) for part in zip(*products, strict=True)]
+            return [torch.stack([product[index] for product in products]).sum(0) for index in there]
 
         some = [vector for vector in vectors if vector is not None]
-        products: Parts = torch.func.vmap(multiply)(*some) if batched and some else multiply(*some)
+        found: list[Tensor] = torch.func.vmap(multiply)(*some) if batched else multiply(*some)
+        products: list[Tensor | None] = [None] * len(vectors)
+        for index, product in zip(there, found, strict=True):
+            products[index] = product
         return products
-
-
-def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return sum(found[1:], found[0]) if found else None

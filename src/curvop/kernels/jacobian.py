@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.kernels.batches import signature
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.layout import BatchLayout, ParameterLayout
 from curvop.kernels.model_objective import ModelObjective
@@ -30,15 +29,11 @@ prediction_sum.reduction = "sum"  # type: ignore[attr-defined]  # as torch's own
 
 
 def prediction_sizes(objective: ModelObjective) -> list[int]:
-    """Return how many entries the predictions of each batch have: one pass, one forward a shape of batch."""
-    leaves, known, sizes = objective.leaves(()), {}, []
-    for _, batch in objective.batches():
-        like = signature(batch)
-        if like not in known:
-            with torch.no_grad():
-                known[like] = sum(output.numel() for output in outputs_of(objective.predict(leaves, batch)))
-        sizes.append(known[like])
-    return sizes
+    """Return how many entries the predictions of each batch have, by one forward pass over the data."""
+    leaves = objective.leaves(())
+    with torch.no_grad():
+        predictions = (objective.predict(leaves, batch) for _, batch in objective.batches())
+        return [sum(output.numel() for output in outputs_of(prediction)) for prediction in predictions]
 
 
 class JacobianKernel(Kernel):
@@ -63,6 +58,12 @@ class JacobianKernel(Kernel):
         """Refuse data of another number of batches than the rows were made for."""
         if count != len(self._sizes):
             raise ValueError(f"data yields {count} batches: {_CHANGED}")
+
+    def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
+        """Return what the objective holds."""
+        if index >= len(self._sizes):
+            raise ValueError(f"data yields more than {index} batches: {_CHANGED}")
+        return super().held(leaves, index, batch)
 
     def product(
         self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, tangents: Sequence[Tensor]

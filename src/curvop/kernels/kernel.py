@@ -76,10 +76,6 @@ class Kernel(abc.ABC):
         mirrored.rows, mirrored.cols = self.cols, self.rows
         return mirrored
 
-    def share(self, weight: float) -> float:
-        """Return by what a batch's matrix counts, before the sum over the batches is divided by their weights."""
-        return weight
-
     def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Return what a product of batch number `index` depends on besides `leaves` and the batch."""
         return self.objective.held(leaves)

@@ -88,7 +88,8 @@ def _class(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tensor:
     targets, divisor = class_targets(setting, z, y)
     scale = _divided(setting, targets.sum(axis, keepdim=True), divisor)
     p = z.softmax(axis)
-    drawn = (p.cumsum(axis) < noise).sum(axis, keepdim=True).clamp(max=z.shape[axis] - 1)
+    # In double precision: in a lower one many classes would share a sum, and never be drawn.
+    drawn = (z.double().softmax(axis).cumsum(axis) < noise).sum(axis, keepdim=True).clamp(max=z.shape[axis] - 1)
     derivative: Tensor = (p - torch.zeros_like(p).scatter(axis, drawn, 1.0)) * scale.sqrt()
     return derivative
 
@@ -100,12 +101,12 @@ def _binary(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tensor:
     if (weight := setting("weight", None)) is not None:
         scale = scale * weight
     p = z.sigmoid()
-    derivative: Tensor = (p - (noise < p).to(z.dtype)) * _divided(setting, scale, z.numel()).sqrt()
+    derivative: Tensor = (p - (noise < z.double().sigmoid()).to(z.dtype)) * _divided(setting, scale, z.numel()).sqrt()
     return derivative
 
 
 def _normal(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-    return noise * math.sqrt(_divided(setting, 2.0, z.numel()))
+    return noise.to(z.dtype) * math.sqrt(_divided(setting, 2.0, z.numel()))
 
 
 _DRAWS: dict[type[nn.Module] | None, Callable[[Setting, Tensor, Tensor, Tensor], Tensor]] = {

@@ -26,12 +26,6 @@ from curvop.kernels.state import Fingerprint
 __all__ = ["Engine"]
 
 
-_REORDERED = (
-    "data yields other batches, or in another order, than in the first pass, but the predictions are rows or columns "
-    "in the order of the data: pass shuffle=False to the DataLoader"
-)
-
-
 class _DataReorderedError(Exception):
     """The batches come in another order than in the first pass, so those kept cannot be told from the others."""
 
@@ -46,6 +40,11 @@ class Engine:
         Of the bytes that kept linearizations may retain. What does not fit is linearized anew in each sweep.
     columns : int or 'auto'
         How many columns are multiplied at once; see `Columns`.
+
+    Attributes
+    ----------
+    first_passes : int
+        How often the data was linearized at a new point, or for the first time.
     """
 
     def __init__(self, kernel: Kernel, budget: Budget, columns: int | str = "auto") -> None:
@@ -55,6 +54,7 @@ class Engine:
         self._columns = Columns(columns, kernel.worth_batching)
         self._keeps = True
         self._first: Pass | None = None
+        self.first_passes = 0
         self._bytes: dict[object, int] = {}
 
     def __getstate__(self) -> dict[str, object]:
@@ -81,8 +81,6 @@ class Engine:
             try:
                 self._checked_sum(vectors, out, tick)
             except _DataReorderedError:
-                if self.kernel.by_batch:
-                    raise NonDeterministicObjectiveError(_REORDERED) from None
                 self._keeps = False
                 self._forget()
                 warnings.warn(
@@ -115,11 +113,10 @@ class Engine:
         for linearization in self._linearizations():  # not enumerated, which holds on to what it has yielded
             index = len(weights)
             weights.append(linearization.weight)
-            share = self.kernel.share(linearization.weight)
             first = self.kernel.by_batch and not self.kernel.rows.names  # then each batch has rows of its own
             add = _set if first or not unit else _add
-            unit = unit or share  # one batch, or equal ones, are not scaled at all
-            share = share / unit if unit else 0.0
+            unit = unit or linearization.weight  # one batch, or equal ones, are not scaled at all
+            share = linearization.weight / unit if unit else 0.0
             if self.kernel.by_batch:
                 chunks.clear()
             for start, stop in self._columns.chunks(len(vectors), self._room, self._clock):
@@ -207,6 +204,7 @@ class Engine:
                 yield linearization
                 del linearization
             self._first = first
+            self.first_passes += 1
         finally:
             if self._first is not first:
                 self._budget.give_back(first.bytes)
@@ -223,10 +221,6 @@ class Engine:
             yield linearization
             del linearization
         dtype = self._objective.dtype
-        if self.kernel.by_batch and not all(
-            same([now], [then], dtype) for now, then in zip(this.losses, first.losses, strict=True)
-        ):
-            raise NonDeterministicObjectiveError(_REORDERED)
         if not same(this.losses, first.losses, dtype) or not same(this.weights, first.weights, dtype):
             raise NonDeterministicObjectiveError(
                 _random("the loss summed over the data", sum(first.losses), sum(this.losses))
@@ -256,7 +250,7 @@ class Engine:
         if not torch.isfinite(vectors).all():
             return f"the vector handed in is not finite (as {self._objective.dtype}, the parameters' dtype)"
         for index, linearization in enumerate(self._linearizations()):
-            for vector in vectors:
+            for vector in vectors if linearization.weight else ():
                 product = vector.new_empty(self.kernel.rows.size)
                 tangents, parts = self._parts(index, vector, product, linearization.whole)
                 _set(parts, linearization.apply(tangents), 1.0)

@@ -17,6 +17,8 @@ from curvop.kernels.weights import loss_divisor, loss_reduction
 
 __all__ = ["ModelObjective"]
 
+_SETTINGS = (bool, int, float, str)
+
 
 class ModelObjective(Objective):
     """``loss_function(model(X), y)`` over batches ``(X, y)``; see `curvop.HessianLinearOperator` for the arguments."""
@@ -36,6 +38,7 @@ class ModelObjective(Objective):
         super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
         self._model = model
         self.loss_function = loss_function
+        self._has_state = isinstance(loss_function, nn.Module)
         self._divisor = loss_divisor(loss_function)
         self._derivative = loss_derivative(loss_function)
 
@@ -70,6 +73,24 @@ class ModelObjective(Objective):
         loss = self.loss_function(prediction, y)
         with torch.no_grad():
             return loss, self._mean_divisor(prediction, batch), loss, None
+
+    def divisor_of(self, prediction: Any, index: int, batch: Any) -> float:
+        """Return by what the loss of batch number `index` divides the sum over its examples."""
+        divisor = self._mean_divisor(prediction, batch)
+        if divisor is not None:
+            return divisor
+        if self._batch_weight is None:
+            raise ValueError(
+                f"over how many examples the loss of batch {index} is a mean cannot be told: pass batch_weight=, a "
+                "function of the batch"
+            )
+        return self._weight(index, batch, None)
+
+    def state(self) -> tuple[object, ...]:
+        """Return a token that changes whenever the objective does, the loss's own settings included."""
+        own = self.loss_function
+        settings = [value for value in vars(own).values() if isinstance(value, _SETTINGS)] if self._has_state else ()
+        return *super().state(), settings
 
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
         return self._divisor(prediction, *batch)

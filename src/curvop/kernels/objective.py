@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.batches import on_device
 from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
+from curvop.kernels.errors import NonDeterministicObjectiveError
 from curvop.kernels.generators import Generators
-from curvop.kernels.state import Watch
+from curvop.kernels.state import Fingerprint, Watch
 
 __all__ = ["BatchLoss", "BatchWeight", "Objective", "check_loss"]
 
@@ -107,6 +109,7 @@ class Objective(abc.ABC):
         self._data = data
         self._batch_weight = batch_weight
         self._generators = Generators()
+        self._order: list[list[float | None]] | None = None
         self._watch = Watch(self._modules, params, data)
         parts = [part for module in modules for part in module.modules()]
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
@@ -156,9 +159,27 @@ class Objective(abc.ABC):
         index = -1
         with self._generators.private(self.device):
             for index, batch in enumerate(on_device(self._data, self.device)):
+                self._check_order(index, batch)
                 yield index, batch
         if index < 0:
             raise ValueError("data is empty: it yields no batch, so there is nothing to differentiate")
+
+    def keep_order(self) -> None:
+        """Refuse, from now on, a loader that yields other batches than in its first pass, or in another order."""
+        if self._order is None and not isinstance(self._data, list | tuple):
+            self._order = []
+
+    def _check_order(self, index: int, batch: Any) -> None:
+        if self._order is None:
+            return
+        fingerprint = Fingerprint.of_data(leaves_of(batch))
+        if index == len(self._order):
+            self._order.append(fingerprint)
+        elif self._order[index] != fingerprint:
+            raise NonDeterministicObjectiveError(
+                f"data yields another batch {index} than in the first pass, but the matrix depends on the order of the "
+                "data (the rows of a Jacobian, the draws of a Fisher matrix): pass shuffle=False to the DataLoader"
+            )
 
     def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return all parameters cut off from the user's graph, those of `names` ready to be differentiated."""

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.kernels.batches import leaves as leaves_of
-from curvop.kernels.batches import map_leaves
+from curvop.kernels.batches import map_leaves, signature
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.model_objective import ModelObjective
@@ -84,6 +83,12 @@ class SandwichKernel(Kernel):
 
     symmetric = True
     objective: ModelObjective
+    #: Whether `given` gives anything.
+    gives = False
+
+    def __init__(self, objective: ModelObjective, rows: Sequence[str], cols: Sequence[str]) -> None:
+        super().__init__(objective, rows, cols)
+        self._predictions: dict[object, Any] = {}
 
     @abc.abstractmethod
     def middle(
@@ -103,16 +108,28 @@ class SandwichKernel(Kernel):
             ``create_graph -> parts``, the loss's derivative by `outputs`.
         """
 
-    def given(self, index: int, outputs: list[Tensor]) -> dict[str, Tensor]:
-        """Return what `M` depends on besides the loss, for batch number `index`."""
+    def given(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
+        """Return what else `M` depends on, for batch number `index`; of its prediction only the shape is asked."""
         return {}
+
+    def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
+        """Return what the objective holds, and what is given."""
+        held = super().held(leaves, index, batch)
+        if not self.gives:
+            return held
+        like = signature(batch)
+        if like not in self._predictions:
+            with torch.no_grad():
+                prediction = self.objective.traced_prediction(leaves, held, batch)
+            self._predictions[like] = map_leaves(lambda part: part.to("meta"), prediction)
+        return held | {"given": self.given(index, self._predictions[like], batch)}
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of one batch."""
         prediction = self.objective.predict(leaves, batch)
         outputs, (cut, parts) = outputs_of(prediction), cut_off(prediction)
         loss = self.objective.criterion(cut, index, batch)
-        given = self.given(index, parts)
+        given = self.given(index, cut, batch)
         middle = self.middle(parts, batch, given, lambda create_graph: loss.gradient(parts, create_graph))
         push, pull = Push(outputs, self.cols.of(leaves)), Pull(outputs, self.rows.of(leaves))
         return _Sandwich(loss.value, loss.weight, push, middle, pull)
@@ -134,21 +151,41 @@ class SandwichKernel(Kernel):
 
 
 def outputs_of(prediction: Any) -> list[Tensor]:
-    """Return the parts of a prediction that can be differentiated."""
-    return [part for part in leaves_of(prediction) if part.is_floating_point()]
+    """Return the parts of a prediction that can be differentiated; see `cut_off`."""
+    return _parts(prediction, lambda part: part)[1]
 
 
 def cut_off(prediction: Any) -> tuple[Any, list[Tensor]]:
-    """Return the prediction with parts that are leaves, and these."""
+    """Return the prediction with parts that are leaves, and these.
+
+    Raises
+    ------
+    TypeError
+        Where it holds what may depend on the parameters, but cannot be looked into, or nothing that does.
+    """
+    return _parts(prediction, lambda part: part.detach().requires_grad_())
+
+
+def _parts(prediction: Any, function: Callable[[Tensor], Tensor]) -> tuple[Any, list[Tensor]]:
     parts: list[Tensor] = []
 
-    def leaf(part: Tensor) -> Tensor:
-        if not part.is_floating_point():
-            return part
-        parts.append(part.detach().requires_grad_())
-        return parts[-1]
+    def visit(part: Any) -> Any:
+        if isinstance(part, Tensor) and part.is_floating_point():
+            parts.append(function(part))
+            return parts[-1]
+        if isinstance(part, Tensor) and part.is_complex():
+            raise TypeError("a prediction is complex: let the model return its real view, torch.view_as_real")
+        if not isinstance(part, Tensor | int | float | str | None):
+            raise TypeError(
+                f"a prediction holds a {type(part).__name__}: let the model return a tensor, or (nested) mappings, "
+                "lists and tuples of tensors"
+            )
+        return part
 
-    return map_leaves(leaf, prediction), parts
+    mapped = map_leaves(visit, prediction, lambda part: not isinstance(part, Mapping | list | tuple))
+    if not parts:
+        raise TypeError("a prediction holds no tensor of real numbers, so there is nothing to differentiate")
+    return mapped, parts
 
 
 class _Sandwich(Linearization):
