@@ -17,6 +17,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import curvop as curvop_package
 from curvop import HessianLinearOperator
 
 __all__ = ["CONTENDERS", "WORK", "Contender", "Work"]
@@ -24,13 +25,18 @@ __all__ = ["CONTENDERS", "WORK", "Contender", "Work"]
 Problem = dict[str, Any]
 
 WHOLE = ("product", "nothing kept", "block of 8", "dense")
+#: Products with other matrices than the Hessian, by the names of their operators.
+OTHERS = {"Gauss-Newton": "GGNLinearOperator", "empirical Fisher": "EFLinearOperator"}
 BLOCKS = ("last layer", "off diagonal", "slice")
-WORK = ("product", "nothing kept", "block of 8", "last layer", "off diagonal", "slice", "dense", "eigsh")
+WORK = ("product", "nothing kept", "block of 8", "last layer", "off diagonal", "slice", "dense", "eigsh", *OTHERS)
 
 
 @dataclass
 class Work:
-    """What is to be multiplied: a block of the Hessian, by `vectors`; rows and columns None for the whole."""
+    """What is to be multiplied: a block of the Hessian, by `vectors`; rows and columns None for the whole.
+
+    Or, where `kind` says so, another matrix.
+    """
 
     kind: str
     rows: list[str] | None
@@ -41,6 +47,10 @@ class Work:
     def dtype(self) -> Any:
         """The dtype of the vectors, also of those that an eigensolver keeps."""
         return self.vectors.dtype
+
+    def operator(self, package: Any) -> Any:
+        """Return the operator of the matrix, which has the same name in both packages."""
+        return getattr(package, OTHERS.get(self.kind, "HessianLinearOperator"))
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Contender:
 
 def curvop(problem: Problem, work: Work, engine: str = "autograd") -> Any:
     cache = 0 if work.kind == "nothing kept" else np.inf
-    H = HessianLinearOperator(**problem, dtype=work.dtype, cache=cache, engine=engine)
+    H = work.operator(curvop_package)(**problem, dtype=work.dtype, cache=cache, engine=engine)
     if work.kind == "slice":
         first = H.params_slices[work.rows[0]]
         H = H[first, first]
@@ -98,7 +108,7 @@ def whole(work: Work) -> Work:
 def curvlinops_operator(problem: Problem, work: Work, compiled: bool = False) -> Any:
     import curvlinops
 
-    H = curvlinops.HessianLinearOperator(
+    H = work.operator(curvlinops)(
         problem["model"],
         problem["loss_function"],
         list(problem["params"].values()),
@@ -229,7 +239,7 @@ def own(engine: str) -> dict[str, Contender]:
         return Contender(lambda problem, work: build(problem, work, engine), kinds, yardstick, compiled)
 
     return {
-        name: contender(curvop, *WHOLE, *BLOCKS, "eigsh"),
+        name: contender(curvop, *WHOLE, *BLOCKS, "eigsh", *OTHERS),
         f"{name}, one batch": contender(curvop_one_batch, "product"),
         f"{name}, restricted": contender(curvop_restricted, "slice"),
         f"{name}, whole": contender(curvop_whole, "off diagonal", yardstick=True),
@@ -239,11 +249,11 @@ def own(engine: str) -> dict[str, Contender]:
 CONTENDERS: dict[str, Contender] = {
     **own("autograd"),
     **own("compiled"),
-    "curvlinops to_scipy": Contender(curvlinops_scipy, [*WHOLE, *BLOCKS, "eigsh"]),
+    "curvlinops to_scipy": Contender(curvlinops_scipy, [*WHOLE, *BLOCKS, "eigsh", *OTHERS]),
     "curvlinops eager": Contender(curvlinops_eager, WHOLE),
     "curvlinops compiled": Contender(curvlinops_compiled, ["product", "block of 8"], compiled=True),
     "PyHessian single": Contender(pyhessian_single, ["product", "block of 8", "dense", "eigsh"]),
     "PyHessian loader": Contender(pyhessian_loader, WHOLE),
     "by hand": Contender(by_hand, [*WHOLE, *BLOCKS]),
-    "gradient": Contender(gradient, ["product"], yardstick=True),
+    "gradient": Contender(gradient, ["product", *OTHERS], yardstick=True),
 }

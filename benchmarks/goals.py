@@ -69,6 +69,8 @@ def goals() -> list[Goal]:
             Goal("a sliced submatrix against the restricted operator", "slice", name, restricted, 1.1, at_most=True),
             Goal("the tutorial's first weight, against curvlinops'", "slice", scipy, restricted, 30.0, models=TUTORIAL),
             Goal("its sliced twin, against curvlinops'", "slice", scipy, name, 30.0, models=TUTORIAL),
+            Goal("one product of the Gauss-Newton matrix against curvlinops'", "Gauss-Newton", scipy, name, 2.0),
+            Goal("one product of the empirical Fisher against curvlinops'", "empirical Fisher", scipy, name, 3.0),
             Goal("an off-diagonal block against a full product", "off diagonal", name, whole, 0.6, at_most=True),
         ]
     return found

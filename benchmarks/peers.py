@@ -126,7 +126,7 @@ def measure(model: str, kind: str, least: int, room: float) -> dict[str, Any]:
     problem = PEER_PROBLEMS[model]()
     work = work_of(kind, problem)
     solving = kind == "eigsh"
-    reference = None if solving else exact(problem, work.vectors, work.rows, work.cols)
+    reference = None if solving else exact(problem, work.vectors, work.rows, work.cols, kind)
     results: dict[str, dict[str, Any]] = {}
     tasks: dict[str, Callable[[], Any]] = {}
     for name in competing(model, kind):

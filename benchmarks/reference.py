@@ -55,16 +55,47 @@ def exact(
     vectors: np.ndarray,
     rows: Sequence[str] | None = None,
     cols: Sequence[str] | None = None,
+    matrix: str = "Hessian",
 ) -> np.ndarray:
-    """Return the block times ``(N,)`` or ``(N, K)`` `vectors`, all in float64."""
+    """Return the block times ``(N,)`` or ``(N, K)`` `vectors`, all in float64; of other matrices, the whole."""
     double = problem | {
         "model": copy.deepcopy(problem["model"]).double(),
         "data": [tuple(map(as_double, batch)) for batch in problem["data"]],
     }
     columns = torch.from_numpy(np.array(vectors.T, np.float64, ndmin=2, order="C"))
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        products = double_backward(double, rows, cols, list(columns)).numpy()
+        if matrix in ("Gauss-Newton", "empirical Fisher"):
+            products = torch.stack([through_predictions(double, vector, matrix) for vector in columns]).numpy()
+        else:
+            products = double_backward(double, rows, cols, list(columns)).numpy()
     return products[0] if vectors.ndim == 1 else products.T
+
+
+def through_predictions(problem: dict[str, Any], vector: Tensor, matrix: str) -> Tensor:
+    """Return one product of the Gauss-Newton or the empirical Fisher matrix, in forward and reverse mode."""
+    params = {name: value.detach() for name, value in problem["model"].named_parameters()}
+    tangents = dict(zip(params, parts(vector, list(params.values())), strict=True))
+    tangents = {name: part.view_as(params[name]) for name, part in tangents.items()}
+    total, examples = torch.zeros_like(vector), sum(len(X) for X, _ in problem["data"])
+    for X, y in problem["data"]:
+
+        def predict(params: dict[str, Tensor], X: Tensor = X) -> Tensor:
+            return torch.func.functional_call(problem["model"], params, (X,))
+
+        def loss(z: Tensor, y: Tensor = y) -> Tensor:
+            return problem["loss_function"](z, y)
+
+        z, tangent = torch.func.jvp(predict, (params,), (tangents,))
+        if matrix == "Gauss-Newton":
+            leaf = z.detach().requires_grad_()
+            [residual] = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+            [inner] = torch.autograd.grad(residual, leaf, tangent)
+        else:  # of cross-entropy, over positions; of a squared error, over rows, divided by all entries
+            residual = torch.func.grad(loss)(z)
+            inner = residual * (residual * tangent).sum(1, keepdim=True) * y.numel()
+        [product] = torch.func.vjp(predict, params)[1](inner)
+        total += len(X) / examples * torch.cat([part.reshape(-1) for part in product.values()])
+    return total
 
 
 def as_double(tensor: Tensor) -> Tensor:
