@@ -111,7 +111,7 @@ class TestEmpirical:
                 total = total + torch.outer(flat, flat)
         close(dense_of(ef(problem)), (total / 9).numpy())
 
-    @pytest.mark.parametrize("loss", ["ce", "mse", "callable"])
+    @pytest.mark.parametrize("loss", ["ce", "mse"])
     @pytest.mark.parametrize("weight", [lambda batch: 10.0 * len(batch[0]), lambda batch: 1.0])
     def test_of_the_weights_of_batches_only_the_ratio_counts(self, loss: str, weight) -> None:
         problem = loss_problem(loss)
@@ -119,6 +119,28 @@ class TestEmpirical:
         for kind in (EFLinearOperator, GradientCovarianceLinearOperator):
             arguments = problem.model, problem.loss_function, problem.params, problem.data
             close(dense_of(kind(*arguments, batch_weight=weight)), dense_of(kind(*arguments)))
+
+    def test_of_a_function_of_ones_own_the_weight_is_the_divisor(self) -> None:
+        problem = loss_problem("ce-ignored")
+        for kind in (EFLinearOperator, GradientCovarianceLinearOperator):
+            own = kind(
+                problem.model,
+                lambda prediction, y: nn.functional.cross_entropy(prediction, y),
+                problem.params,
+                problem.data,
+                batch_weight=lambda batch: float((batch[1] != -100).sum()),
+            )
+            if kind is EFLinearOperator:
+                close(dense_of(own), dense_of(kind(problem.model, problem.loss_function, problem.params, problem.data)))
+            one = [tuple(torch.cat(parts) for parts in zip(*problem.data, strict=True))]
+            whole = kind(
+                problem.model,
+                lambda prediction, y: nn.functional.cross_entropy(prediction, y),
+                problem.params,
+                one,
+                batch_weight=lambda batch: float((batch[1] != -100).sum()),
+            )
+            close(dense_of(own), dense_of(whole))
 
     def test_of_a_mean_over_nobody_knows_what_it_is_refused(self) -> None:
         problem = loss_problem("callable")

@@ -82,7 +82,8 @@ def _columns_at_a_time(f: Callable[[Tensor], Tensor], theta: Tensor) -> int:
     if not isinstance(value, Tensor) or value.ndim != 0:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"the loss must be a scalar tensor, not {shape}: use reduction 'mean' or 'sum'")
-    again = f(theta)
+    with torch.enable_grad():  # an objective may contain derivatives of its own
+        again = f(theta).detach()
     # The square root of the precision is far above what a reordered sum changes, and far below what dropout does.
     if not torch.isclose(value, again, rtol=torch.finfo(value.dtype).eps ** 0.5, equal_nan=True):
         raise NoHessianError(
@@ -122,12 +123,19 @@ def _double_backward(f: Callable[[Tensor], Tensor], theta: Tensor, basis: Tensor
 
 
 def _check(
-    matrix: Tensor, products: Tensor, basis: Tensor, f: Callable[[Tensor], Tensor], theta: Tensor, eps: float
+    matrix: Tensor,
+    products: Tensor,
+    basis: Tensor,
+    f: Callable[[Tensor], Tensor],
+    theta: Tensor,
+    eps: float,
 ) -> None:
     """Refuse a matrix that is not symmetric, or that reverse mode contradicts (torch 2.13: scatter_reduce's 'prod')."""
     # Far above rounding, also that of TF32 or of single precision inside a double model, and below what a wrong formula
     # does. A matrix of nothing but rounding errors is small beside the loss, for parameters of order one.
-    allowed = max(1e-4, eps ** (1 / 3)) * products.norm() + eps**0.5 * f(theta).abs()
+    with torch.enable_grad():
+        value = float(f(theta).detach())
+    allowed = max(1e-4, eps ** (1 / 3)) * products.norm() + eps**0.5 * abs(value)
     wrong = {"it is not symmetric": matrix - matrix.T}
     with suppress(RuntimeError):  # an operation without a second derivative in reverse mode leaves nothing to compare
         signs = torch.randn(len(basis), dtype=theta.dtype, device=theta.device).sign()

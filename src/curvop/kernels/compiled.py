@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.objective import check_loss
-from curvop.kernels.passes import same
+from curvop.kernels.passes import precision, same
 from curvop.kernels.tracing import Program, agree, compile_product
 
 __all__ = ["CompiledKernel"]
@@ -80,7 +80,7 @@ class CompiledKernel(Kernel):
                 return self._kernel.linearize(leaves, index, batch)
             inputs, (program, prediction) = found
             [loss], residuals = program.linearize([part.detach() for part in inputs if isinstance(part, Tensor)])
-            if index or same([float(loss)], [float(self._loss(leaves, batch))], loss.dtype):
+            if index or same([float(loss)], [float(self._loss(leaves, batch))], precision(loss, *leaves.values())):
                 return _Residuals(loss, self.objective.weight(prediction, index, batch), program, residuals)
             # Something has changed that no key tells: a dictionary, or what a function reads.
             self._programs.clear()
@@ -103,14 +103,16 @@ class CompiledKernel(Kernel):
         if self._gave_up:
             return None
         if key not in self._programs:
+            if not self.objective.evaluate(leaves, index, batch).weight:
+                return None  # nothing to compare a program with: wait for a batch that counts
             self._programs[key] = self._compiled(leaves, index, batch, inputs, structure)
         program = self._programs[key]
         return None if program is None else (inputs, program)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return the loss as the objective itself computes it."""
-        with torch.no_grad():
-            return self.objective.traced(leaves, self.objective.held(leaves), batch)[0]
+        with torch.enable_grad():  # an objective may contain derivatives of its own
+            return self.objective.traced(leaves, self.objective.held(leaves), batch)[0].detach()
 
     def _compiled(
         self, leaves: Mapping[str, Tensor], index: int, batch: Any, inputs: list[Any], structure: Any
@@ -141,7 +143,6 @@ class CompiledKernel(Kernel):
         numbers = torch.arange(self.cols.size, dtype=torch.float32, device=self.objective.device).sin()
         vector = self.cols.at(numbers.to(self.objective.dtype), index).contiguous()
         try:
-            self._loss(leaves, batch)  # what the model computes once and keeps shall not be traced
             program = compile_product(product, clones(), vector, self.cols, self.rows)
             _, residuals = program.linearize(clones())
             expected = self._kernel.linearize(leaves, index, batch).apply(self.cols.split(vector))

@@ -20,7 +20,7 @@ from curvop.kernels.columns import Columns
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.memory import Budget, graph_bytes, keep_freed_memory, measured, tensor_bytes
-from curvop.kernels.passes import Pass, same
+from curvop.kernels.passes import Pass, precision, same
 from curvop.kernels.state import Fingerprint
 
 __all__ = ["Engine"]
@@ -190,7 +190,7 @@ class Engine:
             for index, batch in self._objective.batches():
                 count, loss = self._measure(first.leaves, index, batch) if keeps else (None, None)
                 linearization = self.kernel.linearize(first.leaves, index, batch)
-                if loss is not None and not same([float(linearization.loss)], [loss], self._objective.dtype):
+                if loss is not None and not same([float(linearization.loss)], [loss], self._eps(linearization.loss)):
                     raise NonDeterministicObjectiveError(
                         _random(f"the loss of batch {index}", loss, linearization.loss)
                     )
@@ -220,11 +220,14 @@ class Engine:
             this.record(linearization)
             yield linearization
             del linearization
-        dtype = self._objective.dtype
-        if not same(this.losses, first.losses, dtype) or not same(this.weights, first.weights, dtype):
+        eps = max(this.eps, first.eps)
+        if not same(this.losses, first.losses, eps) or not same(this.weights, first.weights, eps):
             raise NonDeterministicObjectiveError(
                 _random("the loss summed over the data", sum(first.losses), sum(this.losses))
             )
+
+    def _eps(self, loss: Tensor) -> float:
+        return precision(loss, *self._objective.params.values())
 
     def _measure(self, point: Mapping[str, Tensor], index: int, batch: Any) -> tuple[int | None, float | None]:
         """Return the bytes that a linearization of `batch` retains, and its loss where it was made to see that.

@@ -13,7 +13,7 @@ from curvop.kernels.closed_forms import loss_derivative
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.objective import BatchLoss, BatchWeight, Objective
 from curvop.kernels.parameters import checked_params
-from curvop.kernels.weights import loss_divisor, loss_reduction
+from curvop.kernels.weights import loss_divisor, loss_kind, loss_reduction
 
 __all__ = ["ModelObjective"]
 
@@ -77,7 +77,8 @@ class ModelObjective(Objective):
     def divisor_of(self, prediction: Any, index: int, batch: Any) -> float:
         """Return by what the loss of batch number `index` divides the sum over its examples."""
         divisor = self._mean_divisor(prediction, batch)
-        if divisor is not None:
+        told = self._batch_weight is not None and loss_kind(self.loss_function) is None
+        if divisor is not None and not told:
             return divisor
         if self._batch_weight is None:
             raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from curvop.kernels.batches import leaves
 from curvop.kernels.kernel import Linearization
 
-__all__ = ["Pass", "same"]
+__all__ = ["Pass", "precision", "same"]
 
 
 @dataclasses.dataclass
@@ -28,6 +28,8 @@ class Pass:
         What these retain.
     fingerprints, weights, losses : list
         One of each batch, by which a later pass is compared with this one.
+    eps : float
+        The precision that the losses are computed in.
     """
 
     state: tuple[object, ...]
@@ -38,11 +40,13 @@ class Pass:
     fingerprints: list[list[float | None]] = dataclasses.field(default_factory=list)
     weights: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
+    eps: float = 0.0
 
     def record(self, linearization: Linearization) -> None:
         """Note a batch's share of the objective; a batch of weight 0 has none, though its own mean is 0/0."""
         self.weights.append(linearization.weight)
         self.losses.append(linearization.weight * float(linearization.loss) if linearization.weight else 0.0)
+        self.eps = max(self.eps, precision(linearization.loss, *self.leaves.values()))
 
     def keep(self, index: int, linearization: Linearization, batch: Any, count: int) -> None:
         """Keep a batch's linearization, which retains `count` bytes, for as long as nobody writes to the batch."""
@@ -58,9 +62,14 @@ class Pass:
         return any((tensor := ref()) is not None and tensor._version != version for ref, version in self.watched)
 
 
-def same(these: Sequence[float], those: Sequence[float], dtype: torch.dtype) -> bool:
+def precision(*tensors: Tensor) -> float:
+    """Return the epsilon of the coarsest of the tensors' dtypes; a loss may be less precise than the parameters."""
+    return max(torch.finfo(dtype).eps for dtype in {tensor.dtype for tensor in tensors})
+
+
+def same(these: Sequence[float], those: Sequence[float], eps: float) -> bool:
     """Whether two passes sum to the same up to rounding; a mere reordering of the batches does."""
     scale = sum(map(abs, those))
     difference = abs(sum(these) - sum(those))
     # A loss that is not finite is not random: the product that it spoils says so.
-    return not difference > scale * torch.finfo(dtype).eps ** 0.5
+    return not difference > scale * eps**0.5

@@ -119,9 +119,9 @@ class SandwichKernel(Kernel):
             return held
         like = signature(batch)
         if like not in self._predictions:
-            with torch.no_grad():
+            with torch.enable_grad():  # a model may contain derivatives of its own
                 prediction = self.objective.traced_prediction(leaves, held, batch)
-            self._predictions[like] = map_leaves(lambda part: part.to("meta"), prediction)
+            self._predictions[like] = map_leaves(lambda part: part.detach().to("meta"), prediction)
         return held | {"given": self.given(index, self._predictions[like], batch)}
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
@@ -178,7 +178,7 @@ def _parts(prediction: Any, function: Callable[[Tensor], Tensor]) -> tuple[Any, 
         if not isinstance(part, Tensor | int | float | str | None):
             raise TypeError(
                 f"a prediction holds a {type(part).__name__}: let the model return a tensor, or (nested) mappings, "
-                "lists and tuples of tensors"
+                "lists and tuples of tensors (of Hugging Face's models, with use_cache=False)"
             )
         return part
 
