@@ -40,6 +40,7 @@ def double():
 @pytest.fixture(scope="module")
 def compiled() -> tuple[Problem, HessianLinearOperator]:
     problem = loss_problem("ce-everything")
+    problem.data[1][1][0] = 1  # else no target of the batch would count, and nothing be compiled for it
     return problem, check(problem)
 
 
@@ -191,7 +192,7 @@ class TestFallingBack:
     def test_the_users_own_error_comes_as_it_is(self) -> None:
         problem = loss_problem("mse")
         problem.data = [(X[:, :2], y) for X, y in problem.data]
-        with pytest.warns(RuntimeWarning, match="falls back"), pytest.raises(RuntimeError, match="shapes"):
+        with pytest.raises(RuntimeError, match="shapes"):
             hessian(problem) @ np.ones(P)
 
 
@@ -382,7 +383,7 @@ def test_a_loss_that_is_no_scalar_is_refused_as_ever() -> None:
     problem = Problem(
         layer, lambda z, y: (z.tanh() - y).square().mean().reshape(1), [(torch.randn(6, 4), torch.ones(3))]
     )
-    with pytest.warns(RuntimeWarning, match="falls back"), pytest.raises(ValueError, match="scalar"):
+    with pytest.raises(ValueError, match="scalar"):
         hessian(problem) @ np.ones(15)
 
 

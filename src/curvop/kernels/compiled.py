@@ -111,8 +111,13 @@ class CompiledKernel(Kernel):
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return the loss as the objective itself computes it."""
-        with torch.enable_grad():  # an objective may contain derivatives of its own
-            return self.objective.traced(leaves, self.objective.held(leaves), batch)[0].detach()
+        held = self.objective.held(leaves)
+        try:
+            with torch.no_grad():
+                return self.objective.traced(leaves, held, batch)[0]
+        except RuntimeError:  # it contains derivatives of its own
+            with torch.enable_grad():
+                return self.objective.traced(leaves, held, batch)[0].detach()
 
     def _compiled(
         self, leaves: Mapping[str, Tensor], index: int, batch: Any, inputs: list[Any], structure: Any
