@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from curvop.computed import ComputedLinearOperator, Settings
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.layout import ParameterLayout
-from curvop.kernels.objective import Objective
+from curvop.kernels.model_objective import ModelObjective
+from curvop.kernels.objective import BatchWeight, Objective
 from curvop.kernels.parameters import unknown_name
 from curvop.parameters import ParameterLinearOperator
 
@@ -20,10 +23,27 @@ __all__ = ["CurvatureLinearOperator", "checked_names"]
 class CurvatureLinearOperator(ComputedLinearOperator, ParameterLinearOperator):
     """A curvature matrix that a kernel computes from an objective.
 
-    Subclasses name the kernel and document the constructor.
+    Subclasses name the kernel, and document the constructor; `HessianLinearOperator` says what its arguments are.
     """
 
     _kernel: Callable[[Any, Sequence[str], Sequence[str]], Kernel]
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+        loss_function: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor] | Iterable[Tensor],
+        data: Iterable[Any],
+        *,
+        dtype: Any = np.float64,
+        cache: float | str = "auto",
+        engine: str = "autograd",
+        columns: int | str = "auto",
+        batch_weight: BatchWeight | None = None,
+        progress: Any = False,
+    ) -> None:
+        objective = ModelObjective(model, loss_function, params, data, batch_weight)
+        self._setup(objective, Settings(dtype, cache, engine, columns, progress))
 
     def _setup(
         self,

@@ -54,23 +54,6 @@ class EFLinearOperator(CurvatureLinearOperator):
 
     _kernel = EmpiricalFisherKernel
 
-    def __init__(
-        self,
-        model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
-        loss_function: Callable[[Any, Any], Tensor],
-        params: Mapping[str, Tensor] | Iterable[Tensor],
-        data: Iterable[Any],
-        *,
-        dtype: Any = np.float64,
-        cache: float | str = "auto",
-        engine: str = "autograd",
-        columns: int | str = "auto",
-        batch_weight: BatchWeight | None = None,
-        progress: Any = False,
-    ) -> None:
-        objective = ModelObjective(model, loss_function, params, data, batch_weight)
-        self._setup(objective, Settings(dtype, cache, engine, columns, progress))
-
 
 class GradientCovarianceLinearOperator(EFLinearOperator):
     r"""The covariance of the examples' gradients as a symmetric SciPy ``LinearOperator`` of shape ``(P, P)``.

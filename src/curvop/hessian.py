@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvop.computed import Settings
 from curvop.curvature import CurvatureLinearOperator
 from curvop.kernels.callable_objective import CallableObjective
 from curvop.kernels.hessian import HessianKernel
-from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight
 
 __all__ = ["HessianLinearOperator"]
@@ -97,23 +96,6 @@ class HessianLinearOperator(CurvatureLinearOperator):
     """
 
     _kernel = HessianKernel
-
-    def __init__(
-        self,
-        model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
-        loss_function: Callable[[Any, Any], Tensor],
-        params: Mapping[str, Tensor] | Iterable[Tensor],
-        data: Iterable[Any],
-        *,
-        dtype: Any = np.float64,
-        cache: float | str = "auto",
-        engine: str = "autograd",
-        columns: int | str = "auto",
-        batch_weight: BatchWeight | None = None,
-        progress: Any = False,
-    ) -> None:
-        objective = ModelObjective(model, loss_function, params, data, batch_weight)
-        self._setup(objective, Settings(dtype, cache, engine, columns, progress))
 
     @classmethod
     def from_objective(

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from curvop.kernels.examples import Examples
+from curvop.kernels.graph import LinearMap
 from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.likelihoods import Likelihood
 from curvop.kernels.model_objective import ModelObjective
-from curvop.kernels.sandwich import Middle, Parts, Pull, SandwichKernel, cut_off, outputs_of
+from curvop.kernels.sandwich import Middle, Parts, SandwichKernel, cut_off, outputs_of
 
 __all__ = ["EmpiricalFisherKernel", "SampledFisherKernel", "gradient_sum"]
 
@@ -24,11 +25,11 @@ __all__ = ["EmpiricalFisherKernel", "SampledFisherKernel", "gradient_sum"]
 class EmpiricalFisherKernel(SandwichKernel):
     """The gradients of the unreduced loss: `r` is its derivative by the prediction at the targets of the data."""
 
+    gives = True
+
     def __init__(self, objective: ModelObjective, rows: Sequence[str], cols: Sequence[str]) -> None:
         super().__init__(objective, rows, cols)
         self._examples = Examples(objective.loss_function)
-
-    gives = True
 
     def given(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
         """Return the root of what the loss's mean divides by: a derivative that is not divided stands twice in `M`."""
@@ -107,7 +108,7 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
             divisor = objective.divisor_of(prediction, index, batch)
             ratio = loss.weight / divisor if divisor else 1.0
             count += ratio * examples.count(reached or outputs, batch[1])
-            for part, value in zip(parts, Pull(outputs, layout.of(leaves))(derivative), strict=True):
+            for part, value in zip(parts, LinearMap(outputs, layout.of(leaves))(derivative), strict=True):
                 if value is not None:
                     part.add_(value, alpha=loss.weight)
     return objective.divisor(weights), count

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from curvop.kernels.graph import LinearMap
-from curvop.kernels.kernel import Kernel, Linearization
+from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
 from curvop.kernels.objective import BatchLoss
 
 __all__ = ["HessianKernel"]
@@ -46,13 +46,10 @@ class HessianKernel(Kernel):
         return _RetainedGraph(loss, LinearMap(gradient, self.rows.of(leaves)).check_differentiable())
 
 
-class _RetainedGraph(Linearization):
+class _RetainedGraph(GraphLinearization):
     def __init__(self, loss: BatchLoss, product: LinearMap) -> None:
         super().__init__(loss.value, loss.weight, product.roots)
         self._product = product
 
-    def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        return self._product(tangents)
-
-    def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        return self._product(tangents, batched=True)
+    def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
+        return self._product(tangents, batched)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.kernels.kernel import Kernel, Linearization
+from curvop.kernels.graph import LinearMap
+from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
 from curvop.kernels.layout import BatchLayout, ParameterLayout
 from curvop.kernels.model_objective import ModelObjective
-from curvop.kernels.sandwich import Pull, Push, outputs_of
+from curvop.kernels.sandwich import Push, outputs_of
 
 __all__ = ["JacobianKernel", "prediction_sizes", "prediction_sum"]
 
@@ -82,25 +83,16 @@ class JacobianKernel(Kernel):
         loss = self.objective.criterion(prediction, index, batch)
         return self._map(outputs, leaves, loss.value)
 
-    def _map(self, outputs: list[Tensor], leaves: Mapping[str, Tensor], loss: Tensor | None = None) -> _Jacobian:
+    def _map(
+        self, outputs: list[Tensor], leaves: Mapping[str, Tensor], loss: Tensor | None = None
+    ) -> GraphLinearization:
         loss = torch.zeros(()) if loss is None else loss
         if isinstance(self.rows, BatchLayout):
             return _Pushing(loss, outputs, self.cols.of(leaves))
         return _Pulling(loss, outputs, self.rows.of(leaves))
 
 
-class _Jacobian(Linearization):
-    def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        return self._apply(tangents, batched=False)
-
-    def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        return self._apply(tangents, batched=True)
-
-    def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
-        raise NotImplementedError
-
-
-class _Pushing(_Jacobian):
+class _Pushing(GraphLinearization):
     def __init__(self, loss: Tensor, outputs: list[Tensor], params: list[Tensor]) -> None:
         self._push = Push(outputs, params)
         self._shapes = [output.shape for output in outputs]
@@ -116,9 +108,9 @@ class _Pushing(_Jacobian):
         return [torch.cat([part.reshape(*several, -1) for part in whole], -1)]
 
 
-class _Pulling(_Jacobian):
+class _Pulling(GraphLinearization):
     def __init__(self, loss: Tensor, outputs: list[Tensor], params: list[Tensor]) -> None:
-        self._pull = Pull(outputs, params)
+        self._pull = LinearMap(outputs, params)
         self._shapes = [output.shape for output in outputs]
         super().__init__(loss, 1.0, self._pull.roots)
 

@@ -14,7 +14,7 @@ from torch.autograd.graph import Node
 from curvop.kernels.layout import Layout, ParameterLayout
 from curvop.kernels.objective import Objective
 
-__all__ = ["Kernel", "Linearization"]
+__all__ = ["GraphLinearization", "Kernel", "Linearization"]
 
 
 class Linearization(abc.ABC):
@@ -49,6 +49,22 @@ class Linearization(abc.ABC):
     @abc.abstractmethod
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Multiply several vectors at once: tangents and cotangents have one more dimension, the first."""
+
+
+class GraphLinearization(Linearization):
+    """A linearization that multiplies one vector, or several at once, by the same graphs."""
+
+    @abc.abstractmethod
+    def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
+        """Multiply; where `batched`, tangents and cotangents have one more dimension, the first."""
+
+    def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Multiply one vector."""
+        return self._apply(tangents, batched=False)
+
+    def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Multiply several vectors at once."""
+        return self._apply(tangents, batched=True)
 
 
 class Kernel(abc.ABC):

@@ -16,24 +16,12 @@ from torch import Tensor
 
 from curvop.kernels.batches import map_leaves, signature
 from curvop.kernels.graph import LinearMap
-from curvop.kernels.kernel import Kernel, Linearization
+from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
 from curvop.kernels.model_objective import ModelObjective
 
-__all__ = ["Middle", "Pull", "Push", "SandwichKernel"]
+__all__ = ["Middle", "Parts", "Push", "SandwichKernel", "cut_off", "outputs_of"]
 
 Parts = Sequence[Tensor | None]
-
-
-class Pull:
-    """``w -> J' w``: from the parts of a prediction to parameters."""
-
-    def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        self._map = LinearMap(outputs, params)
-        self.roots = self._map.roots
-
-    def __call__(self, vectors: Parts, batched: bool = False) -> Parts:
-        """Multiply."""
-        return self._map(vectors, batched)
 
 
 class Push:
@@ -131,7 +119,7 @@ class SandwichKernel(Kernel):
         loss = self.objective.criterion(cut, index, batch)
         given = self.given(index, cut, batch)
         middle = self.middle(parts, batch, given, lambda create_graph: loss.gradient(parts, create_graph))
-        push, pull = Push(outputs, self.cols.of(leaves)), Pull(outputs, self.rows.of(leaves))
+        push, pull = Push(outputs, self.cols.of(leaves)), LinearMap(outputs, self.rows.of(leaves))
         return _Sandwich(loss.value, loss.weight, push, middle, pull)
 
     def product(
@@ -146,7 +134,7 @@ class SandwichKernel(Kernel):
             return torch.autograd.grad(loss, parts, create_graph=create_graph, allow_unused=True)
 
         middle = self.middle(parts, batch, held["loss"] | held.get("given", {}), derivative)
-        push, pull = Push(outputs, self.cols.of(leaves)), Pull(outputs, self.rows.of(leaves))
+        push, pull = Push(outputs, self.cols.of(leaves)), LinearMap(outputs, self.rows.of(leaves))
         return loss, prediction, pull(middle(push(tangents)))
 
 
@@ -188,16 +176,10 @@ def _parts(prediction: Any, function: Callable[[Tensor], Tensor]) -> tuple[Any, 
     return mapped, parts
 
 
-class _Sandwich(Linearization):
-    def __init__(self, loss: Tensor, weight: float, push: Push, middle: Middle, pull: Pull) -> None:
+class _Sandwich(GraphLinearization):
+    def __init__(self, loss: Tensor, weight: float, push: Push, middle: Middle, pull: LinearMap) -> None:
         super().__init__(loss, weight, [*push.roots, *middle.roots, *pull.roots], middle.tensors)
         self._push, self._middle, self._pull = push, middle, pull
-
-    def apply(self, tangents: Sequence[Tensor]) -> Parts:
-        return self._apply(tangents, batched=False)
-
-    def apply_many(self, tangents: Sequence[Tensor]) -> Parts:
-        return self._apply(tangents, batched=True)
 
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Parts:
         return self._pull(self._middle(self._push(tangents, batched), batched), batched)
