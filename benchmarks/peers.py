@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -240,7 +241,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--room", type=float, default=3.0, help="seconds for more runs than that; 3")
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds that one process may take; 1200")
     parser.add_argument("--memory", type=float, default=0.6 * memory, help="GiB for one process; 60 %% of all there is")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results; benchmarks/results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "peers", help="results, without .json and .md; peers")
     parser.add_argument("--peak", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -253,6 +254,7 @@ def main() -> None:
         return
     start = time.perf_counter()
     about = environment() | {"peers": {name: version(name) for name in ("curvlinops-for-pytorch", "PyHessian")}}
+    about["command"] = shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]])
     rows, peaks = [], []
     for model in options.model or PEER_PROBLEMS:
         for kind in [kind for kind in kinds_of(model) if kind in (options.work or WORK)]:
@@ -274,20 +276,20 @@ def main() -> None:
             write(options.out, about, time.perf_counter() - start, rows, peaks)
 
 
-def write(folder: Path, about: dict[str, Any], seconds: float, rows: list[Any], peaks: list[Any]) -> None:
+def write(out: Path, about: dict[str, Any], seconds: float, rows: list[Any], peaks: list[Any]) -> None:
     results = {
         "environment": about,
         "seconds": seconds,
         "wrong": WRONG,
         "wrong_eigenpairs": TOL,
         "left_out": [f"{model}, {kind}: {', '.join(names)}" for (model, kind), names in LEFT_OUT.items()],
-        "goals": [reached(goal, rows) for goal in GOALS],
+        "goals": [goal for goal in (reached(goal, rows) for goal in GOALS) if goal["models"]],
         "rows": rows,
         "peaks": peaks,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "peers.json").write_text(json.dumps(results, indent=2) + "\n")
-    (folder / "peers.md").write_text(document(results))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    out.with_suffix(".md").write_text(document(results))
 
 
 if __name__ == "__main__":

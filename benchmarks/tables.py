@@ -72,7 +72,7 @@ def document(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["peers"].items())
     return f"""# This package and its peers
 
-Written by `python benchmarks/peers.py` on {about["date"]}, commit {about["commit"]}: {about["processor"]}, \
+Written by `{about["command"]}` on {about["date"]}, commit {about["commit"]}: {about["processor"]}, \
 {about["threads"]} threads, Python {about["python"]}, torch {about["torch"]}, SciPy {about["scipy"]}, {versions}; \
 {results["seconds"] / 60:.0f} minutes.
 
@@ -83,7 +83,8 @@ Ratios of median times; what was wrong or failed has no time and is left out of 
 {goals(results["goals"])}
 ## Times
 
-Median milliseconds, and in parentheses the error relative to double backward in float64. "wrong": above \
+Median milliseconds, and in parentheses the error in float64 relative to double backward (Gauss-Newton and empirical \
+Fisher: to forward and reverse mode). "wrong": above \
 {results["wrong"]:g} (eigenpairs, whose error is their residual: {results["wrong_eigenpairs"]:g}), not timed. \
 "gradient" and "whole" are yardsticks, not judged. "eigsh" takes the operator's construction in, but no compilation. \
 Vectors are float32 from 10 million entries on, float64 below. SciPy's BLAS has one thread. \
