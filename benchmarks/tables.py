@@ -83,7 +83,7 @@ Ratios of median times; what was wrong or failed has no time and is left out of 
 {goals(results["goals"])}
 ## Times
 
-Median milliseconds, and in parentheses the error in float64 relative to double backward (Gauss-Newton and empirical \
+Median milliseconds, and in parentheses the error relative to double backward in float64 (Gauss-Newton and empirical \
 Fisher: to forward and reverse mode). "wrong": above \
 {results["wrong"]:g} (eigenpairs, whose error is their residual: {results["wrong_eigenpairs"]:g}), not timed. \
 "gradient" and "whole" are yardsticks, not judged. "eigsh" takes the operator's construction in, but no compilation. \
