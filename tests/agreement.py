@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
 
@@ -14,8 +15,11 @@ def close(actual: Any, expected: Any) -> None:
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-def assert_matrix(build: Callable[..., Any], dense: np.ndarray, **options: Any) -> None:
-    """``build(**options)`` is the symmetric matrix `dense` of float64 parameters, and so are its parts."""
+def assert_matrix(build: Callable[..., Any], dense: np.ndarray, diagonal: bool = True, **options: Any) -> None:
+    """``build(**options)`` is the symmetric matrix `dense` of float64 parameters, and so are its parts.
+
+    Without `diagonal`, it is to say that it cannot tell its own diagonal.
+    """
     A = build(**options)
     size = len(dense)
     assert isinstance(A, LinearOperator)
@@ -36,3 +40,12 @@ def assert_matrix(build: Callable[..., Any], dense: np.ndarray, **options: Any) 
     some = [0, size - 1, 0, size // 2]
     close(A[some, :][:, cols] @ x[cols], dense[some, cols] @ x[cols])
     close(A.damped(0.5) @ x, dense @ x + 0.5 * x)
+    if not hasattr(A, "diagonal"):
+        return
+    if diagonal:
+        close(A.diagonal(), np.diagonal(dense))
+        rows = A.params_slices[names[-1]]
+        close(A.block(names[-1]).diagonal(), np.diagonal(dense)[rows])
+    else:
+        with pytest.raises(NotImplementedError):
+            A.diagonal()

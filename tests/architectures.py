@@ -123,6 +123,9 @@ ARCHITECTURES: dict[str, Any] = {
     "unreached": Unreached,
 }
 
+#: Those that torch cannot map over examples.
+RECURRENT = ("lstm", "gru")
+
 
 @seeded
 def architecture_problem(name: str) -> Problem:

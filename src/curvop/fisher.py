@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvop.computed import Settings
-from curvop.curvature import CurvatureLinearOperator
 from curvop.kernels.fisher import EmpiricalFisherKernel, SampledFisherKernel, gradient_sum
 from curvop.kernels.ggn import GGNKernel
 from curvop.kernels.layout import ParameterLayout
@@ -19,11 +19,12 @@ from curvop.kernels.likelihoods import Likelihood
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight
 from curvop.operator import Rows
+from curvop.sandwich import SandwichLinearOperator
 
 __all__ = ["EFLinearOperator", "FisherLinearOperator", "GradientCovarianceLinearOperator"]
 
 
-class EFLinearOperator(CurvatureLinearOperator):
+class EFLinearOperator(SandwichLinearOperator):
     r"""The empirical Fisher matrix as a symmetric SciPy ``LinearOperator`` of shape ``(P, P)``.
 
     .. math:: F = \frac{1}{W} \sum_n g_n g_n^\top, \quad W = \sum_b w_b \text{ for a mean, 1 for a sum,}
@@ -85,6 +86,15 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     _objective: ModelObjective
     _mean: tuple[int, dict[str, Tensor]] | None = None
 
+    def diagonal(self) -> NDArray[Any]:
+        """Return the exact diagonal ``(N,)``, in two passes over the data; see `EFLinearOperator`."""
+        exact = super().diagonal()
+        self._mean = None  # only products see that the parameters have changed
+        left, right = self._centre()
+        self._mean = None
+        exact -= (left * right).cpu().numpy()
+        return exact
+
     def _adjoint(self) -> Any:
         adjoint = super()._adjoint()
         if adjoint is not self:
@@ -122,7 +132,7 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
             return left, right
 
 
-class FisherLinearOperator(CurvatureLinearOperator):
+class FisherLinearOperator(SandwichLinearOperator):
     r"""The Fisher matrix of the likelihood behind a loss as a symmetric ``LinearOperator`` of shape ``(P, P)``.
 
     .. math::

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from curvop.curvature import CurvatureLinearOperator
 from curvop.kernels.ggn import GGNKernel
+from curvop.sandwich import SandwichLinearOperator
 
 __all__ = ["GGNLinearOperator"]
 
 
-class GGNLinearOperator(CurvatureLinearOperator):
+class GGNLinearOperator(SandwichLinearOperator):
     r"""The generalized Gauss-Newton matrix as a symmetric SciPy ``LinearOperator`` of shape ``(P, P)``.
 
     .. math::

@@ -132,6 +132,15 @@ def _positive(damping: float) -> None:
         raise ValueError(f"damping is {damping}, but must be positive")
 
 
+def _exact_diagonal(A: LinearOperator) -> NDArray[Any] | None:
+    """Return the diagonal that an operator knows of itself."""
+    method = getattr(A, "diagonal", None)
+    try:
+        return None if method is None else np.asarray(method())
+    except NotImplementedError:
+        return None
+
+
 def jacobi(
     A: LinearOperator, damping: float, num_products: int = 64, rng: int | np.random.Generator | None = None
 ) -> LinearOperator:
@@ -142,8 +151,9 @@ def jacobi(
     Parameters
     ----------
     A : LinearOperator, shape (N, N)
-        Symmetric positive semi-definite, undamped. Up to 1000 rows the diagonal is exact, from one block product with
-        the identity; above, it is estimated by XDiag, and what comes out negative counts as zero.
+        Symmetric positive semi-definite, undamped. Where it has a method ``diagonal()``, as the Gauss-Newton and Fisher
+        matrices have, and where it has no more than 1000 rows, its diagonal is exact; else it is estimated by XDiag,
+        and what comes out negative counts as zero.
     damping : float
         Positive.
     num_products : int
@@ -153,8 +163,9 @@ def jacobi(
     """
     size = _square(A)
     _positive(damping)
-    exact = size <= _DENSE
-    values = np.diagonal(A @ np.eye(size, dtype=A.dtype)) if exact else diagonal(A, num_products, rng)
+    values = _exact_diagonal(A)
+    if values is None:
+        values = np.diagonal(A @ np.eye(size, dtype=A.dtype)) if size <= _DENSE else diagonal(A, num_products, rng)
     scales = 1 / (np.maximum(values, 0) + damping)
 
     def multiply(x: NDArray[Any]) -> NDArray[Any]:

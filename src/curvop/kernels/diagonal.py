@@ -1,0 +1,126 @@
+r"""The exact diagonal of a matrix through the prediction, :math:`\sum_n J_n^\top M_n J_n`, example by example.
+
+With :math:`M_n = \sum_c \lambda_{nc} u_{nc} u_{nc}^\top` it is :math:`\sum_{nc} \lambda_{nc} (J_n^\top u_{nc})^2`: a
+backward pass of every example for each of its outputs (for a matrix of gradients, one), however many parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from curvop.kernels.batches import batch_size, map_leaves
+from curvop.kernels.batches import leaves as leaves_of
+from curvop.kernels.errors import NonFiniteProductError
+from curvop.kernels.layout import ParameterLayout
+from curvop.kernels.sandwich import Middle, SandwichKernel, cut_off
+
+__all__ = ["write_diagonal"]
+
+#: Outputs of an example above which its part of the loss's curvature is not decomposed.
+_MOST_OUTPUTS = 256
+#: Entries of examples' gradients that there are at a time.
+_ENTRIES = 1 << 23
+
+
+def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) -> None:
+    """Write the diagonal of the block of the parameters `names` into `out` ``(N,)``; one pass over the data.
+
+    Raises
+    ------
+    NotImplementedError
+        Where the prediction is no tensor of examples that are computed apart from each other by what torch can map
+        over, or an example has more than 256 outputs.
+    """
+    objective, weights = kernel.objective, []
+    values = objective.leaves(())
+    parts = ParameterLayout(objective.params, names).split(out.zero_())
+    with objective.slow_backends():
+        for index, batch in objective.batches():
+            prediction, [z, *more] = cut_off(objective.predict(values, batch))
+            loss = objective.criterion(prediction, index, batch)
+            weights.append(loss.weight)
+            if not loss.weight:
+                continue
+            if more or not z.ndim:
+                raise NotImplementedError("the prediction is not one tensor with the examples along dimension 0")
+            given = kernel.given(index, prediction, batch)
+            middle = kernel.middle([z], batch, given, functools.partial(loss.gradient, [z]))
+            strengths, vectors = _decomposed(middle, z)
+            for part, value in zip(parts, _squares(kernel, names, batch[0], z, strengths, vectors), strict=True):
+                part.add_(value, alpha=loss.weight)
+    out.div_(objective.divisor(weights))
+    if not out.isfinite().all():
+        raise NonFiniteProductError("the diagonal holds NaN or infinity")
+
+
+def _decomposed(middle: Middle, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``(C, n)`` eigenvalues of the examples' blocks of `M`, and their eigenvectors ``(C, n, ...)``."""
+    count, outputs = len(z), z.numel() // max(len(z), 1)
+    if outputs > _MOST_OUTPUTS:
+        raise NotImplementedError(f"an example has {outputs:,} outputs, more than {_MOST_OUTPUTS}")
+
+    def multiply(vectors: Tensor) -> Tensor:
+        [product] = middle([vectors.view_as(z)])
+        return torch.zeros_like(vectors) if product is None else product.detach().reshape(count, outputs)
+
+    units = torch.eye(outputs, dtype=z.dtype, device=z.device)
+    blocks = torch.stack([multiply(unit.expand(count, outputs).contiguous()) for unit in units], dim=-1)
+    probe = torch.linspace(-1, 1, z.numel(), dtype=z.dtype, device=z.device).cos().view(count, outputs)
+    expected = torch.einsum("nij,nj->ni", blocks, probe)
+    _agree(multiply(probe), expected, "the loss couples its examples")
+    strengths, vectors = torch.linalg.eigh(blocks.double())
+    strengths, vectors = strengths.to(z.dtype).T, vectors.to(z.dtype).permute(2, 0, 1)
+    # A product of rounding errors is no part of the matrix: of a gradient's square, only one vector stays.
+    weak = outputs * torch.finfo(z.dtype).eps * strengths.abs().max()
+    there = strengths.abs().amax(1) > weak
+    return strengths[there], vectors[there].reshape(-1, *z.shape)
+
+
+def _squares(
+    kernel: SandwichKernel, names: Sequence[str], X: Any, z: Tensor, strengths: Tensor, vectors: Tensor
+) -> Sequence[Tensor]:
+    """Return the weighted sums of squares of ``J_n' u_nc``, for each parameter."""
+    objective = kernel.objective
+    if batch_size(X) != len(z):
+        raise NotImplementedError("the inputs' first dimensions are not the examples of the prediction")
+    params = {name: objective.params[name].detach() for name in names}
+    leaves = objective.leaves(())
+    held = objective.held(leaves)
+
+    def of_one(inputs: list[Tensor], strength: Tensor, vector: Tensor) -> tuple[Tensor, list[Tensor]]:
+        rest = iter(inputs)
+        one = map_leaves(lambda _: next(rest)[None], X)
+        image, pull, *_ = vjp(lambda own: objective.traced_prediction(leaves | own, held, (one, None)), params)
+        total = [torch.zeros_like(value) for value in params.values()]
+        for weight, direction in zip(strength, vector, strict=True):
+            pulled = pull(direction[None])[0].values()
+            total = [part + weight * value.square() for part, value in zip(total, pulled, strict=True)]
+        return image[0], total
+
+    size = max(1, _ENTRIES // sum(value.numel() for value in params.values()))
+    sums = [torch.zeros_like(value) for value in params.values()]
+    for start in range(0, len(z), size):
+        rows = slice(start, start + size)
+        try:
+            images, totals = vmap(of_one, in_dims=(0, 1, 1))(
+                [leaf[rows] for leaf in leaves_of(X)], strengths[:, rows], vectors[:, rows]
+            )
+        except Exception as error:  # the whole batch went well: what torch, or the model, cannot map over
+            reason = str(error).strip().partition("\n")[0]
+            raise NotImplementedError(f"the model cannot be mapped over its examples: {reason}") from error
+        _agree(images, z[rows], "the model couples its examples, as batch normalisation in training mode does")
+        for total, value in zip(sums, totals, strict=True):
+            total += value.sum(0)
+    return sums
+
+
+def _agree(found: Tensor, expected: Tensor, otherwise: str) -> None:
+    difference, size = (found - expected).detach().norm(), expected.detach().norm()
+    if not difference <= torch.finfo(expected.dtype).eps ** 0.5 * size:
+        raise NotImplementedError(otherwise)
