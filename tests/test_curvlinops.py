@@ -1,0 +1,141 @@
+"""Curvature matrices beside curvlinops' of the same definition; where they differ, a dense matrix says who is right.
+
+Not part of the default run: ``python -m pip install -e ".[bench,test]" && python -m pytest -m peers``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import Problem, cut, mlp, seeded
+from torch import nn
+
+import curvop
+from curvop.examples.functorch import (
+    functorch_empirical_fisher,
+    functorch_ggn,
+    functorch_hessian,
+    functorch_jacobian,
+)
+
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]  # curvlinops' own are no concern of these
+
+LOSSES = {"mse": nn.MSELoss, "ce": nn.CrossEntropyLoss, "bce": nn.BCEWithLogitsLoss}
+
+
+@pytest.fixture(scope="module")
+def curvlinops() -> Any:
+    return pytest.importorskip("curvlinops")
+
+
+@seeded
+def problem_of(loss: str, reduction: str, model: Any = mlp) -> Problem:
+    targets = {
+        "mse": torch.randn(9, 3),
+        "ce": torch.randint(0, 3, (9,)),
+        "bce": torch.randint(0, 2, (9, 3)).double(),
+    }
+    return Problem(model(), LOSSES[loss](reduction=reduction), cut(torch.randn(9, 4), targets[loss], (6, 3)))
+
+
+def theirs(operator: Any, problem: Problem, *args: Any, **options: Any) -> np.ndarray:
+    A = operator(problem.model, *args, list(problem.params.values()), problem.data, **options)
+    return (A @ torch.eye(A.shape[1], dtype=torch.float64)).detach().numpy()
+
+
+def ours(operator: Any, problem: Problem, *args: Any, **options: Any) -> np.ndarray:
+    A = operator(problem.model, *args, problem.params, problem.data, **options)
+    return A @ np.eye(A.shape[1])
+
+
+def agree(found: np.ndarray, expected: np.ndarray, rtol: float = 1e-10) -> None:
+    assert found.shape == expected.shape
+    assert np.linalg.norm(found - expected) <= rtol * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", ["Hessian", "GGN", "EF"])
+def test_matrices_of_the_same_definition(curvlinops: Any, name: str, loss: str, reduction: str) -> None:
+    problem = problem_of(loss, reduction)
+    kind = f"{name}LinearOperator"
+    agree(
+        ours(getattr(curvop, kind), problem, problem.loss_function),
+        theirs(getattr(curvlinops, kind), problem, problem.loss_function),
+    )
+
+
+@pytest.mark.parametrize("kind", ["JacobianLinearOperator", "TransposedJacobianLinearOperator"])
+def test_jacobians(curvlinops: Any, kind: str) -> None:
+    problem = problem_of("mse", "mean")
+    agree(ours(getattr(curvop, kind), problem), theirs(getattr(curvlinops, kind), problem))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_sampled_fishers_estimate_the_same_matrix(curvlinops: Any, loss: str, reduction: str) -> None:
+    problem = problem_of(loss, reduction)
+    own = ours(curvop.FisherLinearOperator, problem, problem.loss_function, mc_samples=2000, rng=0)
+    other = theirs(curvlinops.FisherMCLinearOperator, problem, problem.loss_function, mc_samples=2000)
+    exact = functorch_ggn(problem.model, problem.loss_function, problem.params, problem.data).numpy()
+    agree(own, exact, 0.1)
+    agree(other, exact, 0.1)
+
+
+def normed() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3))
+    nn.init.normal_(model[1].weight)
+    return model
+
+
+REFERENCES = {"Hessian": functorch_hessian, "GGN": functorch_ggn, "EF": functorch_empirical_fisher}
+
+
+def both(curvlinops: Any, name: str, problem: Problem) -> tuple[float, float]:
+    """Return the errors of ours and theirs, relative to the dense matrix."""
+    exact = REFERENCES[name](problem.model, problem.loss_function, problem.params, problem.data).numpy()
+    kind = f"{name}LinearOperator"
+    found = (
+        ours(getattr(curvop, kind), problem, problem.loss_function),
+        theirs(getattr(curvlinops, kind), problem, problem.loss_function),
+    )
+    own, other = (float(np.linalg.norm(one - exact) / np.linalg.norm(exact)) for one in found)
+    return own, other
+
+
+@pytest.mark.parametrize("name", ["GGN", "EF"])
+def test_products_through_norms(curvlinops: Any, name: str) -> None:
+    assert max(both(curvlinops, name, problem_of("ce", "mean", normed))) < 1e-10
+
+
+def test_their_hessian_is_wrong_through_trainable_norms(curvlinops: Any) -> None:
+    """Its forward derivative of a backward pass takes the saved mean and deviation of the norm for constants."""
+    own, other = both(curvlinops, "Hessian", problem_of("ce", "mean", normed))
+    assert own < 1e-10
+    assert other > 1e-2
+
+
+@seeded
+def weighted(ignored: bool) -> Problem:
+    y = torch.tensor([0, -100, 1, 2, -100, -100, 1, 0, -100]) if ignored else torch.randint(0, 3, (9,))
+    weight = None if ignored else torch.tensor([0.1, 1.0, 3.0])
+    return Problem(mlp(), nn.CrossEntropyLoss(weight), cut(torch.randn(9, 4), y, (6, 3)))
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_their_weights_are_wrong_where_examples_do_not_count_alike(curvlinops: Any, name: str, ignored: bool) -> None:
+    """Batches are weighted by their size, though the mean is over the targets that count, or by class weights."""
+    own, other = both(curvlinops, name, weighted(ignored))
+    assert own < 1e-10
+    assert other > 1e-2
+
+
+def test_jacobians_through_norms(curvlinops: Any) -> None:
+    problem = problem_of("mse", "mean", normed)
+    exact = functorch_jacobian(problem.model, problem.params, problem.data).numpy()
+    agree(ours(curvop.JacobianLinearOperator, problem), exact)
+    agree(theirs(curvlinops.JacobianLinearOperator, problem), exact)
