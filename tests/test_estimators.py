@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.sparse import diags_array
+from scipy.sparse.linalg import aslinearoperator
 from test_solve import matrix
 
 from curvop.estimators import diagonal
@@ -13,6 +15,19 @@ from curvop.estimators import diagonal
 def test_the_diagonal_is_exact_where_the_products_reach_the_rank(rank: int) -> None:
     A = matrix([*np.arange(1.0, rank + 1), *np.zeros(30 - rank)])
     np.testing.assert_allclose(diagonal(A, 2 * rank + 4, rng=0), np.diag(A), atol=1e-12)
+
+
+def test_a_few_rows_among_many() -> None:
+    """Few rows see few different signs, so that test vectors have equal products."""
+    values = np.zeros(2000)
+    values[[3, 77, 500]] = 5, 7, 9
+    for seed in range(100):
+        np.testing.assert_allclose(diagonal(aslinearoperator(diags_array(values)), 64, rng=seed), values, atol=1e-10)
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        diagonal(np.full((20, 20), np.nan), 4)
 
 
 def test_the_diagonal_is_unbiased() -> None:

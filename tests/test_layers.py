@@ -14,7 +14,8 @@ import curvop
 SOURCE = Path(curvop.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 STUDIES = {
-    *("cli", "dense", "eigs", "estimators", "matrices", "problems", "preconditioner", "report", "results", "solvers"),
+    *("cli", "dense", "eigs", "estimators", "matrices", "problems", "preconditioner", "report", "results", "singular"),
+    "solvers",
     *("spectrum", "journal", "distributed"),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg
@@ -88,9 +90,13 @@ class TestNystrom:
     def test_float32(self) -> None:
         A = matrix(DECAYING).astype(np.float32)
         M = nystrom(aslinearoperator(A), 20, 1e-3, rng=0)
-        assert M.dtype == np.float32
-        assert (M @ np.ones(60, np.float32)).dtype == np.float32
         assert condition(A.astype(float), M, 1e-3) < 3
+        tiny = nystrom(aslinearoperator(A), 20, 1e-9, rng=0)
+        assert np.linalg.eigvalsh(tiny @ np.eye(60)).min() > 0
+
+    def test_what_is_not_finite_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="not finite"):
+            nystrom(np.full((5, 5), np.nan), 2, 1.0)
 
     def test_an_indefinite_matrix_is_refused(self) -> None:
         with pytest.raises(ValueError, match="A is indefinite"):
@@ -98,9 +104,15 @@ class TestNystrom:
 
 
 class TestJacobi:
-    def test_small_matrices_are_exact(self) -> None:
+    def test_it_is_exact_where_there_are_no_more_rows_than_products(self) -> None:
         A = matrix(DECAYING)
         np.testing.assert_allclose(jacobi(A, 0.1) @ np.eye(60), np.diag(1 / (np.diag(A) + 0.1)), atol=1e-14)
+        np.testing.assert_allclose(pickle.loads(pickle.dumps(jacobi(A, 0.1))) @ np.ones(60), 1 / (np.diag(A) + 0.1))
+
+    def test_what_is_not_finite_is_refused(self) -> None:
+        for size in (5, 100):
+            with pytest.raises(ValueError, match="not finite"):
+                jacobi(np.full((size, size), np.nan), 1.0)
 
     def test_large_ones_are_estimated(self) -> None:
         scales = np.concatenate([np.full(20, 100.0), np.full(1181, 1e-2)])

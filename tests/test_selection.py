@@ -85,3 +85,19 @@ class TestMistakes:
     def test_no_module(self) -> None:
         with pytest.raises(TypeError, match="model is a dict"):
             select({})
+
+
+@pytest.mark.parametrize(("arguments", "said"), [({"patterns": "[0"}, "they are"), ({"exclude": "qqq"}, "they are")])
+def test_where_nothing_is_near_some_names_are_told(arguments, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        select(nn.Linear(2, 3), **arguments)
+
+
+@pytest.mark.parametrize("types", ["Linear", [1], nn.Linear(1, 1)])
+def test_types_that_are_none(types) -> None:
+    with pytest.raises(TypeError, match="types is"):
+        select(nn.Linear(2, 3), types=types)
+
+
+def test_a_list_of_types() -> None:
+    assert list(select(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)), types=[nn.LayerNorm])) == ["1.weight", "1.bias"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 
 import numpy as np
@@ -10,11 +11,11 @@ import torch
 from cases import loss_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse.linalg import aslinearoperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from sklearn.datasets import load_digits
 from torch import nn
 
-from curvop import GGNLinearOperator, HessianLinearOperator, solve
+from curvop import EFLinearOperator, GGNLinearOperator, HessianLinearOperator, solve
 from curvop.preconditioner import nystrom
 
 
@@ -72,7 +73,42 @@ class TestPositiveDefinite:
         A = aslinearoperator(matrix(np.linspace(0, 1, 20)).astype(np.float32))
         result = quietly(A, right_side(20).astype(np.float32), damping=0.1, rtol=1e-5)
         assert result.converged
-        assert result.solution.dtype == np.float32
+        assert result.solution.dtype == np.float64
+
+    @pytest.mark.parametrize("scale", [1e-24, 1e20])
+    def test_a_right_side_that_single_precision_would_lose(self, scale: float) -> None:
+        A, b = aslinearoperator(np.diag([1.0, 2.0, 3.0]).astype(np.float32)), np.float32(scale) * np.ones(3, np.float32)
+        result = quietly(A, b, damping=1.0, rtol=1e-5)
+        assert result.converged
+        np.testing.assert_allclose(result.solution, b / [2.0, 3.0, 4.0], rtol=1e-5)
+
+
+class TestSingular:
+    """To rounding: neither a definite matrix nor an indefinite one, and no eigenvalue is claimed to be negative."""
+
+    def test_what_can_be_solved_is_and_the_rest_is_left(self) -> None:
+        A, b = matrix([*np.zeros(10), *np.logspace(0, 2, 40)]), right_side(50)
+        with pytest.warns(RuntimeWarning, match="not converged.*singular to rounding.*larger damping"):
+            result = quietly(A, b, damping=0)
+        assert result.negative_curvature is None
+        best = np.linalg.norm(b - A @ np.linalg.lstsq(A, b, rcond=1e-10)[0]) / np.linalg.norm(b)
+        assert best <= result.residual <= 1.01 * best
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_semi_definite_matrix_of_a_model(self, dtype: torch.dtype, seed: int) -> None:
+        problem = loss_problem("ce")
+        data = [(X.to(dtype), y) for X, y in problem.data]
+        model = problem.model.to(dtype)
+        F = EFLinearOperator(model, problem.loss_function, dict(model.named_parameters()), data)
+        b = np.random.default_rng(seed).normal(size=43)
+        with pytest.warns(RuntimeWarning, match="not converged"):
+            result = quietly(F, b, damping=0)
+        assert result.negative_curvature is None
+
+    def test_a_direction_of_no_curvature(self) -> None:
+        with pytest.warns(RuntimeWarning, match="singular"):
+            assert quietly(np.diag([1.0, 1.0, 0.0]), np.ones(3), damping=0).negative_curvature is None
 
 
 class TestIndefinite:
@@ -105,6 +141,16 @@ class TestIndefinite:
             result = quietly(A, b, damping=0.1, rtol=1e-9, preconditioner=M)
         assert result.converged
 
+    @pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12, 1e20])
+    @pytest.mark.parametrize("of", ["A", "b"])
+    def test_at_every_scale(self, of: str, scale: float) -> None:
+        A, b = matrix([*-np.logspace(-1, 0, 5), *np.logspace(0, 2, 45)]), right_side(50)
+        A, b = (A * scale, b) if of == "A" else (A, b * scale)
+        with pytest.warns(RuntimeWarning, match="converged.*indefinite"):
+            result = quietly(A, b, damping=0, rtol=1e-8)
+        assert result.converged
+        assert result.products < 200
+
 
 class TestWhatIsTold:
     def test_too_few_products(self) -> None:
@@ -126,6 +172,11 @@ class TestWhatIsTold:
         np.testing.assert_array_equal(seen[-1], result.solution)
         assert not np.array_equal(seen[0], seen[1])
 
+        def clear(x: np.ndarray) -> None:
+            x[:] = 0
+
+        assert quietly(A, b, damping=0.1, rtol=1e-10, callback=clear).converged
+
     def test_exceptions_of_the_callback_pass(self) -> None:
         def stop(x: np.ndarray) -> None:
             raise KeyboardInterrupt
@@ -134,7 +185,13 @@ class TestWhatIsTold:
             quietly(matrix([1.0, 2.0]), np.ones(2), damping=1.0, callback=stop)
 
     def test_progress_is_shown(self, capsys) -> None:
-        solve(matrix([1.0, 2.0]), np.ones(2), damping=1.0)
+        A = matrix([1.0, 2.0])
+
+        def slowly(x: np.ndarray) -> np.ndarray:
+            time.sleep(0.6)
+            return A @ x
+
+        solve(LinearOperator((2, 2), matvec=slowly, dtype=float), np.ones(2), damping=1.0)
         assert "products" in capsys.readouterr().err
         quietly(matrix([1.0, 2.0]), np.ones(2), damping=1.0)
         assert not capsys.readouterr().err
@@ -155,11 +212,31 @@ class TestBadInput:
             ({"A": np.ones((2, 3))}, r"A has shape \(2, 3\)"),
             ({"damping": np.inf}, "damping is inf"),
             ({"rtol": 0.0}, "rtol is 0"),
+            ({"rtol": 1.0}, "rtol is 1"),
+            ({"maxiter": 0}, "maxiter is 0"),
+            ({"A": np.diag([np.nan, 1.0])}, "a product with A is not finite"),
+            ({"preconditioner": np.zeros((2, 2))}, "preconditioner is not positive definite"),
+            ({"preconditioner": -np.eye(2)}, "preconditioner is not positive definite"),
+            ({"preconditioner": np.full((2, 2), np.nan)}, "preconditioner is not positive definite"),
         ],
     )
     def test_it_is_named(self, change, match) -> None:
         arguments = {"A": matrix([1.0, 2.0]), "b": np.ones(2), "damping": 1.0, **change}
         with pytest.raises(ValueError, match=match):
+            solve(**arguments)
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"b": np.ones(2) * 1j}, "b has dtype complex128"),
+            ({"A": np.eye(2) * 1j}, "A has dtype complex128"),
+            ({"damping": None}, "damping is a NoneType"),
+            ({"rtol": "1"}, "rtol is a str"),
+        ],
+    )
+    def test_it_is_no_real_number(self, change, match) -> None:
+        arguments = {"A": matrix([1.0, 2.0]), "b": np.ones(2), "damping": 1.0, **change}
+        with pytest.raises(TypeError, match=match):
             solve(**arguments)
 
 

@@ -67,7 +67,8 @@ print(f"accuracy on {len(test)} test images: {accuracy:.1%}")
 # -----------------
 #
 # ``gradient_and_loss`` gives the gradient of the test loss in the operator's order. ``solve`` says how good the
-# solution is: its residual is computed anew.
+# solution is: its residual is computed anew. The preconditioner takes 200 products of its own, in one block: too many
+# for a single system, but it serves every further one, such as that of each test image by itself.
 
 G = GGNLinearOperator(model, loss_function, params, list(zip(X[train].split(500), y[train].split(500), strict=True)))
 test_gradient, test_loss = GGNLinearOperator(model, loss_function, params, [(X[test], y[test])]).gradient_and_loss()
@@ -76,7 +77,7 @@ M = preconditioner.nystrom(G, 200, decay, rng=0)
 plain = solve(G, test_gradient, damping=decay, rtol=1e-8, progress=False)
 result = solve(G, test_gradient, damping=decay, rtol=1e-8, preconditioner=M, progress=False)
 print(f"without preconditioner: {plain}")
-print(f"with one of rank 200:   {result}")
+print(f"with one of rank 200:   {result}, and 200 to make it")
 
 # %%
 # The gradients of all images times one vector: the Jacobian of the predictions times it, and the loss's derivative by

@@ -6,7 +6,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -16,12 +15,13 @@ from tqdm import tqdm
 
 from curvop import NonDeterministicObjectiveError, NonFiniteProductError, __version__
 from curvop.dense import DenseCheck
-from curvop.eigs import study
+from curvop.eigs import evaluated, quiet, study
 from curvop.matrices import MATRICES, wrap
 from curvop.preconditioner import nystrom
 from curvop.problems import ProblemError, describe_error, load, one_line
 from curvop.report import ENDS, eigs_json, eigs_report, num_products, solve_json, solve_report
-from curvop.results import param_arrays, save, save_arrays
+from curvop.results import Result, param_arrays, save, save_arrays
+from curvop.singular import singular_study
 from curvop.solvers import solve
 
 __all__ = ["main"]
@@ -29,6 +29,7 @@ __all__ = ["main"]
 _DESCRIPTION = """\
 Wraps a curvature matrix of the problem's loss over its whole data set, and prints its extreme eigenvalues with their
 true residuals, a check against the dense matrix where that is small enough, and the solution of a damped linear system.
+Of the Jacobian of the predictions (--matrix jacobian) it prints the largest singular values.
 The problem is 'digits' (a small network trained on scikit-learn's handwritten digits), 'path/to/file.py:function' or
 'package.module:function': a function that returns dict(model=..., loss_function=..., params=..., data=...)."""
 
@@ -111,7 +112,7 @@ def _parser() -> _Parser:
         epilog=_EPILOG,
         allow_abbrev=False,
     )
-    _common(eigs)
+    _common(eigs, (*MATRICES, "jacobian"))
     eigs.add_argument("--k", type=_count, default=10, help="number of eigenvalues (default: 10)")
     eigs.add_argument(
         "--which",
@@ -129,17 +130,19 @@ def _parser() -> _Parser:
         epilog=_SOLVE_EPILOG,
         allow_abbrev=False,
     )
-    _common(solver)
-    solver.add_argument("--rtol", type=_positive, default=1e-6, help="the relative residual to reach (default: 1e-6)")
-    solver.add_argument("--rank", type=_count, help="precondition by a Nystrom approximation of this rank")
+    _common(solver, tuple(MATRICES))
+    solver.add_argument("--rtol", type=_share, default=1e-5, help="the relative residual to reach (default: 1e-5)")
+    solver.add_argument(
+        "--rank", type=_count, help="precondition by a Nystrom approximation of this rank, of ggn, ef or fisher"
+    )
     solver.add_argument("--out", metavar="FILE.npz", type=Path, help="save the solution in this file")
     return parser
 
 
-def _common(command: argparse.ArgumentParser) -> None:
+def _common(command: argparse.ArgumentParser, matrices: tuple[str, ...]) -> None:
     """Add what every command takes."""
     command.add_argument("problem", metavar="PROBLEM", help="digits, FILE.py:FUNCTION or MODULE:FUNCTION")
-    command.add_argument("--matrix", choices=tuple(MATRICES), default="hessian", help="which matrix (default: hessian)")
+    command.add_argument("--matrix", choices=matrices, default="hessian", help="which matrix (default: hessian)")
     command.add_argument(
         "--dtype", choices=("float32", "float64"), default="float64", help="of the vectors (default: float64)"
     )
@@ -169,15 +172,17 @@ def _nonnegative(text: str) -> float:
     return value
 
 
-def _positive(text: str) -> float:
+def _share(text: str) -> float:
     value = _nonnegative(text)
-    if not value:
-        raise argparse.ArgumentTypeError("must be more than 0")
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
     return value
 
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse, before anything is computed, what would only fail at the end."""
+    if options.matrix == "jacobian" and options.which:
+        raise _UsageError("argument --which: of a Jacobian, the largest singular values are found: leave it out")
     if options.command == "eigs" and options.which == "BE" and options.k < 2:
         raise _UsageError("argument --k: must be 2 or more with --which BE")
     out: Path | None = options.out
@@ -199,18 +204,7 @@ def _eigs(options: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
         problem = load(options.problem)
         with _progress_bar() as bar:
-            for result in study(
-                problem,
-                matrix=options.matrix,
-                ends=_ends(options),
-                tol=options.tol,
-                dtype=options.dtype,
-                engine=options.engine,
-                cost=options.cost,
-                block=options.block,
-                damping=options.damping,
-                bar=bar,
-            ):
+            for result in _study(problem, options, bar):
                 results.append(result)
                 bar.delay = 0  # the problem can be evaluated: from here on there is progress to show
                 if isinstance(result, DenseCheck) and options.out:
@@ -229,6 +223,13 @@ def _eigs(options: argparse.Namespace) -> int:
     return 0 if all(result.ok for result in results) else 1
 
 
+def _study(problem: dict[str, Any], options: argparse.Namespace, bar: Any) -> Iterator[Result]:
+    common = {name: getattr(options, name) for name in ("tol", "dtype", "engine", "cost", "block")}
+    if options.matrix == "jacobian":
+        return singular_study(problem, k=options.k, bar=bar, **common)
+    return study(problem, matrix=options.matrix, ends=_ends(options), damping=options.damping, bar=bar, **common)
+
+
 def _ends(options: argparse.Namespace) -> list[tuple[str, int]]:
     """Return which eigenvalues are wanted, and how many; of a semi-definite matrix the least are many zeros."""
     if options.which:
@@ -238,21 +239,21 @@ def _ends(options: argparse.Namespace) -> list[tuple[str, int]]:
 
 def _solve(options: argparse.Namespace) -> int:
     """Run ``curvop solve``."""
-    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+    with redirect_stdout(sys.stderr) if options.json else nullcontext(), _progress_bar() as bar:
         problem = load(options.problem)
-        _, operator = wrap(problem, options.matrix, options.dtype, options.engine, options.block)
-        try:
-            gradient, loss = operator.gradient_and_loss()
-        except Exception as error:  # the user's model, loss and data run here for the first time
-            raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
-        try:
-            preconditioner = nystrom(operator, options.rank, options.damping, rng=0) if options.rank else None
-        except ValueError as error:
-            raise ProblemError(f"--rank {options.rank}: {one_line(error)}") from error
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # what it warns of, the report says
+        _, operator = wrap(problem, options.matrix, options.dtype, options.engine, options.block, bar)
+        gradient, loss = evaluated(operator)
+        M = None
+        if options.rank:
+            bar.set_description_str("preconditioner")
+            try:
+                M = nystrom(operator, options.rank, options.damping, rng=0)
+            except ValueError as error:
+                raise ProblemError(f"--rank {options.rank}: {one_line(error)}") from error
+        bar.set_description_str("solve")
+        with quiet():
             result = solve(
-                operator, gradient, damping=options.damping, rtol=options.rtol, preconditioner=preconditioner
+                operator, gradient, damping=options.damping, rtol=options.rtol, preconditioner=M, progress=False
             )
     if options.out:
         save_arrays(options.out, solution=result.solution, gradient=gradient, **param_arrays(operator.params_slices))

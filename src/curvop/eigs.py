@@ -1,21 +1,24 @@
 """The study behind ``curvop eigs``, apart from how it is shown: `study` yields each result as soon as it is there."""
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from scipy.sparse.linalg import ArpackNoConvergence, cg, eigsh
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
+from curvop import NonFiniteProductError
 from curvop.dense import accuracy, dense_check
 from curvop.matrices import MATRICES, wrap
 from curvop.problems import ProblemError, describe_error, last_layer
 from curvop.results import Array, Cost, End, Result, Setup, Solve, Spectrum
+from curvop.solvers import solve
 
-__all__ = ["study"]
+__all__ = ["MAX_RESTARTS", "evaluated", "measured", "named_params", "quiet", "study"]
 
-_MAX_RESTARTS = 1000  # of each `eigsh`, 10,000 products and more; SciPy's 10 N would let a large problem run for ever
+MAX_RESTARTS = 1000  # of each `eigsh`, 10,000 products and more; SciPy's 10 N would let a large problem run for ever
 
 
 def study(
@@ -70,9 +73,7 @@ def study(
     N, most = operator.shape[0], max(count for _, count in ends)
     if most >= N:
         raise ProblemError(f"--k = {most} is too large: eigsh finds at most N - 1 eigenvalues, and here N = {N:,}")
-    # Parameters given as a list get their names from the operator, which keeps their order.
-    values = problem["params"].values() if isinstance(problem["params"], Mapping) else problem["params"]
-    problem = {**problem, "params": dict(zip(whole.params_slices, values, strict=True))}
+    problem = {**problem, "params": named_params(problem, whole)}
     setup = _first_pass(problem, whole, operator, block, cost)
     yield setup
 
@@ -88,8 +89,14 @@ def study(
     yield _solve(part, damping, precision, bar)
 
 
+def named_params(problem: dict[str, Any], operator: Any) -> dict[str, Any]:
+    """Return the parameters by name; those of a list get their names from the operator, which keeps their order."""
+    values = problem["params"].values() if isinstance(problem["params"], Mapping) else problem["params"]
+    return dict(zip(operator.params_slices, values, strict=True))
+
+
 @contextmanager
-def _measured(operator: Any) -> Iterator[Cost]:
+def measured(operator: Any) -> Iterator[Cost]:
     """Give a cost that is filled in at the end."""
     cost, products, start = Cost(), operator.num_products, time.perf_counter()
     try:
@@ -98,15 +105,31 @@ def _measured(operator: Any) -> Iterator[Cost]:
         cost.products, cost.seconds = operator.num_products - products, time.perf_counter() - start
 
 
+def evaluated(operator: Any) -> tuple[Array, float]:
+    """Return gradient and loss; a `ProblemError` says what is wrong with the problem where they cannot be had."""
+    try:
+        return _finite_gradient(operator)
+    except Exception as error:  # the user's model, loss and data run here for the first time
+        raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
+
+
+def _finite_gradient(operator: Any) -> tuple[Array, float]:
+    gradient, loss = operator.gradient_and_loss()
+    if not np.isfinite(gradient).all():
+        operator @ np.ones(operator.shape[1])  # its error names the batch and the parameter
+        raise NonFiniteProductError(f"the gradient is not finite, and the loss is {loss:g}")
+    return gradient, loss
+
+
 def _first_pass(
-    problem: dict[str, Any], whole: Any, operator: Any, block: Sequence[str] | None, measured: bool
+    problem: dict[str, Any], whole: Any, operator: Any, block: Sequence[str] | None, with_cost: bool
 ) -> Setup:
     """Evaluate the loss, its gradient and one product: what cannot be differentiated twice fails here and at once."""
-    with _measured(operator) as cost:
+    with measured(operator) as cost:
+        gradient, loss = evaluated(operator)
         try:
-            gradient, loss = operator.gradient_and_loss()
             product = operator @ np.random.default_rng(0).standard_normal(operator.shape[0])
-        except Exception as error:  # the user's model, loss and data run here for the first time
+        except Exception as error:  # what cannot be differentiated twice
             raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
     if not product.any():  # ARPACK would complain of its starting vector
         raise ProblemError("the matrix is zero: the loss is linear in these parameters, or does not depend on them")
@@ -123,7 +146,7 @@ def _first_pass(
         gradient_norm=float(np.linalg.norm(gradient.astype(np.float64))),
         norm=float(np.linalg.norm(product)),
         cost=cost,
-        product=operator.cost() if measured else None,
+        product=operator.cost() if with_cost else None,
     )
 
 
@@ -132,11 +155,11 @@ def _spectrum(operator: Any, ends: Sequence[tuple[str, int]], tol: float, roundi
     pairs = []
     for which, wanted in ends:
         bar.set_description_str(f"eigsh {which}")
-        with _measured(operator) as cost:
+        with measured(operator) as cost:
             values, vectors = _eigsh(operator, which, wanted, tol)
         pairs.append((which, wanted, values, vectors, cost))
     bar.set_description_str("residuals")
-    with _measured(operator) as residual_cost:
+    with measured(operator) as residual_cost:
         images = operator @ np.concatenate([vectors for *_, vectors, _ in pairs], axis=1)
     found, starts = [], np.cumsum([len(values) for _, _, values, _, _ in pairs])[:-1]
     for (which, wanted, values, vectors, cost), image in zip(pairs, np.split(images, starts, axis=1), strict=True):
@@ -153,7 +176,7 @@ def _eigsh(operator: Any, which: str, wanted: int, tol: float) -> tuple[Array, A
     start = rng.standard_normal(operator.shape[0]).astype(operator.dtype, copy=False)  # the same in every run
     # At a crowded end, SciPy's own 20 vectors for a few eigenvalues take twice as many products (digits: 1,840 to 860).
     basis = min(len(start), max(2 * wanted + 1, 30))
-    options = {"tol": tol, "v0": start, "ncv": basis, "rng": rng, "maxiter": min(10 * len(start), _MAX_RESTARTS)}
+    options = {"tol": tol, "v0": start, "ncv": basis, "rng": rng, "maxiter": min(10 * len(start), MAX_RESTARTS)}
     try:
         values, vectors = eigsh(operator, wanted, which=which, **options)
     except ArpackNoConvergence as error:
@@ -166,14 +189,16 @@ def _eigsh(operator: Any, which: str, wanted: int, tol: float) -> tuple[Array, A
 
 def _solve(block: Any, damping: float, rtol: float, bar: Any) -> Solve:
     """Solve with the damped block for its own gradient."""
-    bar.set_description_str("cg")
-    gradient, damped = block.gradient_and_loss()[0], block.damped(damping)
-    with _measured(damped) as cost:
-        x, info = cg(damped, gradient, rtol=rtol)
-        # cg itself watches only a residual that it updates, which can drift away from the true one.
-        difference = gradient.astype(np.float64) - (damped @ x).astype(np.float64)
-    norm = float(np.linalg.norm(gradient.astype(np.float64)))
-    residual = float(np.linalg.norm(difference)) / norm if norm else 0.0
-    allowed = 10 * rtol  # rounding adds to the true residual what the recursive one does not see
-    ok = info == 0 and residual <= allowed
-    return Solve(tuple(block.params_slices), block.shape[0], damping, rtol, allowed, residual, ok, cost)
+    bar.set_description_str("solve")
+    gradient, _ = _finite_gradient(block)
+    with measured(block) as cost, quiet():
+        result = solve(block, gradient, damping=damping, rtol=rtol, progress=False)
+    return Solve(tuple(block.params_slices), block.shape[0], damping, rtol, result, cost)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore what `solve` warns of, as the report says it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"(not )?converged: relative residual", RuntimeWarning)
+        yield

@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cholesky, qr, solve_triangular, svd
-from scipy.sparse.linalg import LinearOperator
+from scipy.sparse import diags_array
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from curvop.estimators import diagonal
 
 __all__ = ["NystromPreconditioner", "jacobi", "nystrom"]
-
-# From this many rows on, a diagonal is estimated and not read off the dense matrix.
-_DENSE = 1000
 
 
 class NystromPreconditioner(LinearOperator):  # type: ignore[misc]
@@ -68,7 +66,7 @@ def nystrom(
     A : LinearOperator, shape (N, N)
         Symmetric positive semi-definite, undamped.
     rank : int
-        Columns of the block product; memory is 2 N rank numbers.
+        Columns of the block product; N rank numbers are kept, in float64, and six times as many for a while.
     damping : float
         Positive.
     rng : int or numpy.random.Generator, optional
@@ -77,7 +75,7 @@ def nystrom(
     Raises
     ------
     ValueError
-        For a rank or a damping that cannot be, or where `A` is found to be indefinite.
+        For a rank or a damping that cannot be, and where a product is not finite or `A` is found to be indefinite.
 
     References
     ----------
@@ -88,14 +86,15 @@ def nystrom(
     if not 1 <= rank <= size:
         raise ValueError(f"rank is {rank}, but must be between 1 and the {size} rows of A")
     _positive(damping)
-    dtype = np.float32 if A.dtype == np.float32 else np.float64
-    test = np.random.default_rng(rng).standard_normal((size, rank)).astype(dtype)
+    test = np.random.default_rng(rng).standard_normal((size, rank))
     test = qr(test, mode="economic", overwrite_a=True, check_finite=False)[0]
-    product = np.asarray(A @ test)
+    product = np.asarray(A @ test, dtype=np.float64)
+    if not np.isfinite(product).all():
+        raise ValueError("a product with A is not finite")
     inner = test.T @ product
     norm = float(np.linalg.norm(product, 2))
     if norm == 0:
-        return NystromPreconditioner(test, np.zeros(rank, dtype), damping)
+        return NystromPreconditioner(test, np.zeros(rank), damping)
     eigenvalue = float(np.linalg.eigvalsh((inner + inner.T) / 2)[0])
     # A product of a float32 model is exact to float32, whatever the dtype of its vectors.
     noise = float(np.sqrt(size) * np.finfo(np.float32).eps * norm)
@@ -104,7 +103,7 @@ def nystrom(
             f"A is indefinite (an eigenvalue is at most {eigenvalue:.3g}): precondition a positive semi-definite one, "
             "such as a GGNLinearOperator of the same model"
         )
-    shift = float(np.sqrt(size) * np.finfo(dtype).eps * norm)
+    shift = float(np.sqrt(size) * np.finfo(np.float64).eps * norm)
     while True:
         try:
             doubled = inner + inner.T
@@ -152,24 +151,20 @@ def jacobi(
     ----------
     A : LinearOperator, shape (N, N)
         Symmetric positive semi-definite, undamped. Where it has a method ``diagonal()``, as the Gauss-Newton and Fisher
-        matrices have, and where it has no more than 1000 rows, its diagonal is exact; else it is estimated by XDiag,
-        and what comes out negative counts as zero.
+        matrices have, its diagonal is exact; else it is estimated by XDiag, and what comes out negative counts as zero.
     damping : float
         Positive.
     num_products : int
-        For the estimate.
+        For the estimate, which from N on is exact.
     rng : int or numpy.random.Generator, optional
         Of the estimate.
     """
-    size = _square(A)
+    _square(A)
     _positive(damping)
     values = _exact_diagonal(A)
     if values is None:
-        values = np.diagonal(A @ np.eye(size, dtype=A.dtype)) if size <= _DENSE else diagonal(A, num_products, rng)
-    scales = 1 / (np.maximum(values, 0) + damping)
-
-    def multiply(x: NDArray[Any]) -> NDArray[Any]:
-        product: NDArray[Any] = scales.reshape(-1, *[1] * (x.ndim - 1)) * x
-        return product
-
-    return LinearOperator(A.shape, matvec=multiply, rmatvec=multiply, matmat=multiply, dtype=scales.dtype)
+        values = diagonal(A, num_products, rng)
+    if not np.isfinite(values).all():
+        raise ValueError("the diagonal of A is not finite")
+    scales: NDArray[Any] = 1 / (np.maximum(values.astype(np.float64), 0) + damping)
+    return aslinearoperator(diags_array(scales))

@@ -7,7 +7,7 @@ from typing import Any
 
 from curvop.dense import DenseCheck
 from curvop.matrices import MATRICES
-from curvop.results import Cost, End, Result, Setup, Spectrum
+from curvop.results import Cost, End, Result, Setup, Singular, Solve, Spectrum
 from curvop.solvers import SolveResult
 
 __all__ = ["ENDS", "eigs_json", "eigs_report", "num_products", "solve_json", "solve_report"]
@@ -23,8 +23,9 @@ ENDS = {
 
 def num_products(results: Sequence[Any]) -> int:
     """Return the number of products of all steps."""
-    setup, spectrum, _, solve = results
-    costs = [setup.cost, spectrum.residual_cost, solve.cost, *(end.cost for end in spectrum.ends)]
+    costs = [result.cost for result in results if isinstance(result, Setup | Singular | Solve)]
+    for spectrum in (result for result in results if isinstance(result, Spectrum)):
+        costs += [spectrum.residual_cost, *(end.cost for end in spectrum.ends)]
     return sum(cost.products for cost in costs)
 
 
@@ -36,13 +37,17 @@ def _text(cost: Cost) -> str:
 def eigs_report(result: Result, options: argparse.Namespace) -> Iterator[str]:
     """Yield the lines for people to read."""
     if isinstance(result, Setup):
-        yield f"{MATRICES[options.matrix].title} of {options.problem}"
+        yield f"{'Jacobian' if result.loss is None else MATRICES[options.matrix].title} of {options.problem}"
         yield f"  parameters     P = {result.P:,} ({result.model_dtype} on {result.device})"
+        if result.loss is None:
+            yield f"  predictions    N = {result.N:,}"
         if result.block:
-            yield f"  block          N = {result.N:,} ({', '.join(result.block)})"
+            size = sum(rows.stop - rows.start for rows in result.slices.values())
+            yield f"  block          {'N' if result.loss is not None else 'P'} = {size:,} ({', '.join(result.block)})"
         yield f"  vectors        {result.dtype}"
-        yield f"  loss           {result.loss:.6g}"
-        yield f"  gradient norm  {result.gradient_norm:.3g}"
+        if result.loss is not None:
+            yield f"  loss           {result.loss:.6g}"
+            yield f"  gradient norm  {result.gradient_norm:.3g}"
         yield f"  first pass     {_text(result.cost)}"
         if result.product:
             yield f"  cost           {result.product}"
@@ -52,6 +57,10 @@ def eigs_report(result: Result, options: argparse.Namespace) -> Iterator[str]:
         if any(len(end.values) < end.wanted for end in result.ends):
             yield "Clustered eigenvalues, such as the zeros of a singular matrix, converge slowly or not at all."
         yield f"residuals: {_text(result.residual_cost)}"
+    elif isinstance(result, Singular):
+        yield f"{result.wanted} singular values, largest: {_text(result.cost)}"
+        yield f"  {'':>4}  {'sigma':>18}  {'residual':>17}"
+        yield from _rows(result)
     elif isinstance(result, DenseCheck):
         if result.reason:
             yield f"dense check: not done; {result.reason}"
@@ -62,11 +71,20 @@ def eigs_report(result: Result, options: argparse.Namespace) -> Iterator[str]:
             hint = "; modules in training mode are the usual reason: call model.eval()" if result.training else ""
             yield "  agrees" if result.ok else f"  DOES NOT AGREE{hint}"
     else:
-        yield f"solve (B + {result.damping:g} I) x = g with cg, B the block of {', '.join(result.block)}"
+        yield f"solve (B + {result.damping:g} I) x = g, B the block of {', '.join(result.block)}"
         yield f"  unknowns                N = {result.N:,}"
-        yield f"  cg                      {_text(result.cost)}"
-        yield f"  true relative residual  {result.residual:.1e} (allowed: {result.allowed:.1e})"
-        yield "  converged" if result.ok else "  NOT CONVERGED; where B is indefinite, a larger --damping helps"
+        yield f"  {result.result.solver:<22}  {_text(result.cost)}"
+        yield from _verdict(result.result, result.rtol, result.damping)
+
+
+def _verdict(result: SolveResult, rtol: float, damping: float) -> Iterator[str]:
+    yield f"  true relative residual  {result.residual:.1e} (asked for: {rtol:.1e})"
+    if result.negative_curvature is not None:
+        yield f"  INDEFINITE              an eigenvalue of B + {damping:g} I is at most {result.negative_curvature:.3g}"
+        yield "                          a larger --damping, or --matrix ggn, makes it positive definite"
+    elif result.solver == "minres":
+        yield "  SINGULAR                to rounding; a larger --damping makes it positive definite"
+    yield "  converged" if result.converged else "  NOT CONVERGED"
 
 
 def _table(end: End) -> Iterator[str]:
@@ -75,35 +93,46 @@ def _table(end: End) -> Iterator[str]:
     missing = "" if found == end.wanted else f", {end.wanted - found} of {end.wanted} NOT CONVERGED"
     yield f"{end.wanted} eigenvalues, {ENDS[end.which]} ({end.which}){missing}: {_text(end.cost)}"
     yield f"  {'':>4}  {'lambda':>18}  {'||Hv - lambda v||':>17}"
-    for i, value in enumerate(end.values):
-        remark = "" if end.residuals[i] <= end.allowed[i] else f"  MISSED (allowed: {end.allowed[i]:.1e})"
-        yield f"  {i + 1:>4}  {value:>18.10e}  {end.residuals[i]:>17.1e}{remark}"
+    yield from _rows(end)
     yield ""
+
+
+def _rows(found: End | Singular) -> Iterator[str]:
+    for i, value in enumerate(found.values):
+        remark = "" if found.residuals[i] <= found.allowed[i] else f"  MISSED (allowed: {found.allowed[i]:.1e})"
+        yield f"  {i + 1:>4}  {value:>18.10e}  {found.residuals[i]:>17.1e}{remark}"
 
 
 def eigs_json(options: argparse.Namespace, results: Sequence[Any], seconds: float) -> dict[str, Any]:
     """Return what ``--json`` prints; eigenvalues and residuals in the order of the report."""
-    setup, spectrum, dense, solve = results
-    joined = spectrum.arrays
+    setup, spectrum, dense, *solves = results
+    arrays = {name: array.tolist() for name, array in spectrum.arrays.items() if "vectors" not in name}
     checked = {name: getattr(dense, name) for name in ("difference", "allowed", "spectral_norm", "seconds")}
     return {
         "problem": options.problem,
         "matrix": options.matrix,
         **{name: getattr(setup, name) for name in ("P", "N", "block", "dtype", "model_dtype", "loss", "gradient_norm")},
-        **{name: joined[name].tolist() for name in ("eigenvalues", "residuals", "allowed_residuals", "which")},
+        **arrays,
         "converged": spectrum.ok,
         "dense": {"done": False, "reason": dense.reason}
         if dense.reason
         else {"done": True, "agrees": dense.ok, **checked},
-        "cg": {
-            **{name: getattr(solve, name) for name in ("block", "N", "damping", "rtol", "allowed", "residual")},
-            "converged": solve.ok,
-            **asdict(solve.cost),
-        },
+        **({"solve": _solve_json(solves[0])} if solves else {}),
         "cost": asdict(setup.product) if setup.product else None,
         "products": num_products(results),
         "seconds": seconds,
     }
+
+
+def _solve_json(solve: Solve) -> dict[str, Any]:
+    asked = {name: getattr(solve, name) for name in ("block", "N", "damping", "rtol")}
+    return asked | _solution_json(solve.result) | {"seconds": solve.cost.seconds}
+
+
+def _solution_json(result: SolveResult) -> dict[str, Any]:
+    found = asdict(result)
+    del found["solution"]
+    return found
 
 
 def solve_report(operator: Any, result: SolveResult, loss: float, options: argparse.Namespace) -> Iterator[str]:
@@ -115,17 +144,16 @@ def solve_report(operator: Any, result: SolveResult, loss: float, options: argpa
     if options.rank:
         yield f"  preconditioner          Nystrom of rank {options.rank}, {options.rank} products"
     yield f"  {result.solver:<22}  {result.products:,} product{'s' * (result.products != 1)}"
-    yield f"  true relative residual  {result.residual:.1e} (asked for: {options.rtol:.1e})"
-    if result.negative_curvature is not None:
-        bound = f"an eigenvalue of B + {options.damping:g} I is at most {result.negative_curvature:.3g}"
-        yield f"  INDEFINITE              {bound}"
-        yield "                          a larger --damping, or --matrix ggn, makes it positive definite"
-    yield "  converged" if result.converged else "  NOT CONVERGED"
+    yield from _verdict(result, options.rtol, options.damping)
 
 
 def solve_json(operator: Any, result: SolveResult, loss: float, options: argparse.Namespace) -> dict[str, Any]:
     """Return what ``curvop solve --json`` prints."""
-    found = asdict(result)
-    del found["solution"]
     asked = {name: getattr(options, name) for name in ("problem", "matrix", "damping", "rtol", "rank")}
-    return {**asked, "block": list(operator.params_slices), "N": operator.shape[0], "loss": loss, **found}
+    return {
+        **asked,
+        "block": list(operator.params_slices),
+        "N": operator.shape[0],
+        "loss": loss,
+        **_solution_json(result),
+    }

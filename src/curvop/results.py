@@ -10,8 +10,21 @@ import numpy.typing as npt
 
 from curvop.cost import Cost as ProductCost
 from curvop.dense import DenseCheck
+from curvop.solvers import SolveResult
 
-__all__ = ["Array", "Cost", "End", "Result", "Setup", "Solve", "Spectrum", "param_arrays", "save", "save_arrays"]
+__all__ = [
+    "Array",
+    "Cost",
+    "End",
+    "Result",
+    "Setup",
+    "Singular",
+    "Solve",
+    "Spectrum",
+    "param_arrays",
+    "save",
+    "save_arrays",
+]
 
 Array = npt.NDArray[Any]
 
@@ -26,11 +39,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Setup:
-    """The matrix that is studied, N rows of a Hessian with P; `cost` is that of the first pass over the data.
+    """The matrix that is studied, N rows of one of P parameters; `cost` is that of the first pass over the data.
 
     `slices` are the rows of each parameter in the matrix; `block` names the parameters where they are not all. `norm`
     is the norm of the matrix times a standard normal vector, which estimates the matrix's Frobenius norm; `product`
-    tells what one product costs, where that was asked.
+    tells what one product costs, where that was asked. Of a Jacobian N are the predictions, which have no loss.
     """
 
     P: int
@@ -40,8 +53,8 @@ class Setup:
     dtype: str
     model_dtype: str
     device: str
-    loss: float
-    gradient_norm: float
+    loss: float | None
+    gradient_norm: float | None
     norm: float
     cost: Cost
     product: ProductCost | None
@@ -90,31 +103,64 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
-class Solve:
-    """The solution of ``(B + damping I) x = g``: `residual` is the true one, relative to the norm of g.
+class Singular:
+    """The `wanted` largest singular values of a Jacobian.
 
-    `rtol` is what `cg` was to reach in its own, recursive, residual, and `ok` whether it did and the true one is
-    within `allowed`.
+    `values` has shape (n,), the singular vectors `left` (N, n) and `right` (P, n), in that order; `residuals` are the
+    norms of ``J v - sigma u`` and ``J' u - sigma v`` together, and `cost` includes them.
     """
+
+    wanted: int
+    values: Array
+    left: Array
+    right: Array
+    residuals: Array
+    allowed: Array
+    cost: Cost
+
+    @property
+    def ok(self) -> bool:
+        """Whether all converged, in their true residuals."""
+        return bool((self.residuals <= self.allowed).all())
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """What is saved."""
+        return {
+            "singular_values": self.values,
+            "left_vectors": self.left,
+            "right_vectors": self.right,
+            "residuals": self.residuals,
+            "allowed_residuals": self.allowed,
+        }
+
+
+@dataclass(frozen=True)
+class Solve:
+    """The solution of ``(B + damping I) x = g`` for the gradient g and the block B of these parameters."""
 
     block: tuple[str, ...]
     N: int
     damping: float
     rtol: float
-    allowed: float
-    residual: float
-    ok: bool
+    result: SolveResult
     cost: Cost
 
+    @property
+    def ok(self) -> bool:
+        """Whether the residual is what was asked for."""
+        return self.result.converged
 
-Result = Setup | Spectrum | DenseCheck | Solve
+
+Result = Setup | Spectrum | Singular | DenseCheck | Solve
 
 
-def save(path: Path, setup: Setup, spectrum: Spectrum, dense: DenseCheck) -> None:
-    """Write the eigenpairs to an ``.npz`` file, which appears only when it is complete.
+def save(path: Path, setup: Setup, spectrum: Spectrum | Singular, dense: DenseCheck) -> None:
+    """Write eigenpairs, or singular values and vectors, to an ``.npz`` file, which appears only when it is complete.
 
     It holds the arrays of `spectrum`, ``param_names`` and ``param_slices`` (start and stop of each parameter's rows),
-    and ``dense_eigenvalues`` (N,) where these were computed. None of them is a pickled object.
+    and ``dense_eigenvalues`` (N,) where these were computed (for a Jacobian, of J' J). None of them is a pickled
+    object.
     """
     arrays = {**spectrum.arrays, **param_arrays(setup.slices)}
     if dense.values is not None:

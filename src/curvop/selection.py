@@ -16,7 +16,7 @@ def select(
     patterns: str | Iterable[str] = "*",
     *,
     exclude: str | Iterable[str] = (),
-    types: type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
+    types: type[nn.Module] | Iterable[type[nn.Module]] | None = None,
 ) -> dict[str, nn.Parameter]:
     """Return the parameters of `model` that patterns name, as the dict that the operators take.
 
@@ -29,8 +29,9 @@ def select(
         of them fits.
     exclude : str or iterable of str
         Globs of those to leave out.
-    types : type of nn.Module, or tuple of types
-        Takes only what belongs directly to layers of these types: ``nn.Linear``, ``(nn.Conv2d, nn.Linear)``.
+    types : type of nn.Module, or iterable of types
+        Takes only what belongs directly to layers of one of these types: ``nn.Linear``, ``(nn.Conv2d, nn.Linear)``. A
+        weight under ``torch.nn.utils.parametrizations`` belongs to its parametrization.
 
     Returns
     -------
@@ -43,7 +44,7 @@ def select(
     ValueError
         For a pattern that fits no name (with near misses), types that no layer has, or where nothing is left.
     TypeError
-        For a model that is no module.
+        For a model that is no module, or types that are none.
 
     Examples
     --------
@@ -82,12 +83,21 @@ def _fitting(what: str, pattern: str, names: Iterable[str]) -> set[str]:
         near = difflib.get_close_matches(pattern, list(names), n=3, cutoff=0.3)
         raise ValueError(
             f"{what} has {pattern!r}, which fits no parameter"
-            + (f"; the nearest are {', '.join(map(repr, near))}" if near else ": the model has none")
+            + (f"; the nearest are {', '.join(map(repr, near))}" if near else _some_of(list(names)))
         )
     return found
 
 
-def _belonging_to(model: nn.Module, types: type[nn.Module] | tuple[type[nn.Module], ...]) -> set[str]:
+def _some_of(names: list[str]) -> str:
+    if not names:
+        return ": the model has none"
+    return f": they are {', '.join(map(repr, names[:3]))}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _belonging_to(model: nn.Module, types: type[nn.Module] | Iterable[type[nn.Module]]) -> set[str]:
+    types = (types,) if isinstance(types, type) or not isinstance(types, Iterable) else tuple(types)
+    if not all(isinstance(one, type) and issubclass(one, nn.Module) for one in types):
+        raise TypeError(f"types is {types}, but must be a class of modules, such as nn.Linear, or several")
     owners = {name: part for name, part in model.named_modules(remove_duplicate=False) if isinstance(part, types)}
     if not owners:
         present = sorted({type(part).__name__ for part in model.modules() if part._parameters})
