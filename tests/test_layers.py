@@ -14,9 +14,9 @@ import curvop
 SOURCE = Path(curvop.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 STUDIES = {
-    *("cli", "dense", "eigs", "estimators", "matrices", "problems", "preconditioner", "report", "results", "singular"),
+    *("cli", "dense", "eigs", "matrices", "problems", "preconditioner", "report", "results", "singular"),
     "solvers",
-    *("spectrum", "journal", "distributed"),
+    *("spectrum", "journal", "products", "fingerprint", "records", "exclusive", "distributed"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any, Self
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from curvop.cost import Cost, median_seconds
 from curvop.kernels.compiled import CompiledKernel
+from curvop.kernels.fingerprint import digest, objective_parts, objective_state
 from curvop.kernels.gradient import gradient_and_loss
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.linearize import Engine
@@ -69,6 +71,11 @@ class ComputedLinearOperator(BridgeLinearOperator):
         if not kernel.symmetric or kernel.rows.names != kernel.cols.names:
             self._adjoint_engine = Engine(kernel.adjoint(), budget, settings.columns)
 
+    @property
+    def device(self) -> torch.device:
+        """That of the parameters: tensors that are there need no copy."""
+        return self._objective.device
+
     def cost(self, repeats: int = 5) -> Cost:
         """Measure what a product costs, in time and memory; it takes `repeats` products and gradients, not counted.
 
@@ -82,6 +89,30 @@ class ComputedLinearOperator(BridgeLinearOperator):
         peak = peak_rise(lambda: self._apply(vector), self._objective.device)
         product, gradient = median_seconds([lambda: self._apply(vector), self._gradient], repeats)
         return Cost(product, product / gradient, *self._engine.kept(), peak, self._engine.kernel.seconds)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return what the matrix depends on, by name, as digests: parameters, model, loss function, data, settings.
+
+        They are the same in every process and on every device; how a product is computed (`engine`, `cache`,
+        `columns`) is not among them. It reads the data once, and computes no product. `curvop.fingerprint` says what
+        it sees of functions.
+        """
+        kernel, settings = self._engine.kernel, getattr(self, "_kernel", None)
+        parts = {"operator": type(self).__name__, "shape": str(tuple(self.shape)), "dtype": str(self.dtype)}
+        parts |= {"rows": digest(kernel.rows.names), "cols": digest(kernel.cols.names)}
+        if isinstance(settings, functools.partial):
+            parts |= {name: str(value) for name, value in settings.keywords.items()}
+        with torch.inference_mode(False):
+            return parts | objective_parts(self._objective)
+
+    def state(self) -> tuple[object, ...]:
+        """Return a token, to be compared in this process, that changes where a parameter or the model is written to.
+
+        It costs one pass over the parameters. Products of equal tokens are of the same matrix, as far as it can be
+        told without reading the data.
+        """
+        with torch.inference_mode(False):
+            return objective_state(self._objective)
 
     def _gradient(self) -> tuple[Tensor, float]:
         """Return the gradient by the parameters of the rows, or else of the columns, and the loss."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Self
 
+import torch
 from numpy.typing import NDArray
 
 from curvop.operator import Rows
@@ -34,7 +35,17 @@ class DampedLinearOperator(ParameterLinearOperator):
             raise ValueError(f"damping is {damping}, but must be finite")
         super().__init__(A.dtype, A._params, A._rows, A._cols, A._counter)
         self._A = A
-        self.damping = float(damping)
+        self.args = (A, float(damping))  # as SciPy's own sums and multiples have them
+
+    @property
+    def damping(self) -> float:
+        """What is added to the diagonal."""
+        return float(self.args[1])
+
+    @property
+    def device(self) -> torch.device:
+        """That of `A`."""
+        return self._A.device
 
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
         """Return the operator of the block of the sum that the named parameters span; see `A.block`."""

@@ -45,6 +45,16 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
         """Columns multiplied so far, those of the adjoint included."""
         return self._counter.total
 
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether it multiplies tensors, or NumPy arrays only."""
+        return True
+
+    @property
+    def device(self) -> torch.device:
+        """Where products are computed: tensors that are there need no copy."""
+        return torch.device("cpu")
+
     def submatrix(self, rows: Any, cols: Any = None) -> SubmatrixLinearOperator:
         """Return ``A[rows, :][:, cols]`` as an operator; see `curvop.SubmatrixLinearOperator`.
 

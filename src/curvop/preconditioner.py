@@ -10,7 +10,7 @@ from scipy.linalg import LinAlgError, cholesky, qr, solve_triangular, svd
 from scipy.sparse import diags_array
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from curvop.estimators import diagonal
+from curvop.spectrum.estimators import diagonal
 
 __all__ = ["NystromPreconditioner", "jacobi", "nystrom"]
 
@@ -163,7 +163,7 @@ def jacobi(
     _positive(damping)
     values = _exact_diagonal(A)
     if values is None:
-        values = diagonal(A, num_products, rng)
+        values = diagonal(A, num_products, rng).value
     if not np.isfinite(values).all():
         raise ValueError("the diagonal of A is not finite")
     scales: NDArray[Any] = 1 / (np.maximum(values.astype(np.float64), 0) + damping)

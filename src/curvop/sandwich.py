@@ -33,7 +33,7 @@ class SandwichLinearOperator(CurvatureLinearOperator):
         NotImplementedError
             Where the model or the loss couples the examples (batch normalisation in training mode), torch cannot map
             over them (recurrent layers), a prediction is more than one tensor, or an example has more than 256 outputs:
-            `curvop.estimators.diagonal` estimates it.
+            `curvop.spectrum.diagonal` estimates it.
         ValueError
             For a block off the diagonal.
         """

@@ -67,6 +67,7 @@ class SubmatrixLinearOperator(BridgeLinearOperator):
         self._rows = rows
         self._cols = cols
         super().__init__(A.dtype, (rows.idxs.size, cols.idxs.size))
+        self.args = (A, rows.idxs, cols.idxs)  # as SciPy's own sums and products have them
 
     def _like(self, A: LinearOperator, rows: _Selection, cols: _Selection) -> Self:
         """Return the submatrix of `A` whose indices are known to be good."""
@@ -74,6 +75,16 @@ class SubmatrixLinearOperator(BridgeLinearOperator):
         submatrix._setup(A, rows, cols)
         submatrix._counter = self._counter
         return submatrix
+
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether `A` multiplies tensors, as this package's operators do."""
+        return isinstance(self._A, BridgeLinearOperator) and self._A.takes_tensors
+
+    @property
+    def device(self) -> torch.device:
+        """That of `A`, where it has one; the host else."""
+        return self._A.device if isinstance(self._A, BridgeLinearOperator) else super().device
 
     def _adjoint(self) -> Self:
         adjoint = self._A.H

@@ -1,0 +1,60 @@
+r"""
+The edge of stability
+=====================
+
+Gradient descent with a learning rate :math:`\eta` is stable on a quadratic only where its largest eigenvalue, the
+sharpness, is below :math:`2 / \eta`. Networks sharpen as they train, and when they are there the sharpness stays there:
+the loss goes on falling, but not in every step (Cohen, Kaur, Li, Kolter, Talwalkar, 2021).
+
+``track`` follows the largest eigenvalue along a training loop of one's own. The operator shows the parameters as they
+are, and each search begins at the last eigenvector.
+"""
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from curvop import HessianLinearOperator
+from curvop.spectrum import track
+
+pixels, labels = load_digits(return_X_y=True)
+X = torch.from_numpy(pixels / 16)
+y = nn.functional.one_hot(torch.from_numpy(labels), 10).double()
+loss_function = nn.MSELoss()
+
+
+def train(learning_rate, steps=1500):
+    """Descend by full gradients; return the tracker and the losses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    tracker = track(HessianLinearOperator(model, loss_function, model.parameters(), [(X, y)]), every=20)
+    losses = []
+    for _ in range(steps):
+        tracker.step()
+        optimizer.zero_grad()
+        loss = loss_function(model(X), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return tracker, losses
+
+
+# %%
+# Two learning rates: each has an edge of its own.
+
+figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+for axis, learning_rate in zip(axes, (0.7, 0.85), strict=False):
+    tracker, losses = train(learning_rate)
+    edge = 2 / learning_rate
+    late = tracker.values[-20:, 0]
+    print(f"learning rate {learning_rate}: edge {edge:.2f}, sharpness in the end {late.min():.2f} to {late.max():.2f}")
+    print(f"  {tracker.products / len(tracker.steps):.0f} products for each of {len(tracker.steps)} eigenvalues")
+    assert abs(late.mean() / edge - 1) < 0.1
+    tracker.plot(axis, learning_rate)
+    axis.set_title(f"learning rate {learning_rate}")
+    axes[2].semilogy(losses, linewidth=0.8, label=f"learning rate {learning_rate}")
+axes[2].set(xlabel="step", title="loss")
+axes[2].legend(frameon=False)
+plt.show()

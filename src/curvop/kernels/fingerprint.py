@@ -1,0 +1,200 @@
+"""What names an objective: digests of its parameters, its model, its loss function and its data, part by part.
+
+They are the same in every process and on every device, so that a later run can tell by name what has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from curvop.kernels.batches import leaves
+from curvop.kernels.callable_objective import CallableObjective
+from curvop.kernels.model_objective import ModelObjective
+from curvop.kernels.objective import Objective
+
+__all__ = ["digest", "objective_parts", "objective_state", "tensor_bytes"]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+# Libraries whose code belongs to a version and not to the problem.
+_LIBRARIES = {"builtins", "torch", "curvop", "numpy", "scipy", "functools", "operator", "math"}
+
+
+def objective_parts(objective: Objective) -> dict[str, str]:
+    """Return digests of all that the objective depends on, by name; it reads the data once.
+
+    What a Python function computes is told by its code, its defaults, the values that it encloses, and the numbers,
+    tensors, modules and functions of its own module that it refers to.
+    """
+    parts = {f"params[{name!r}]": _described(value) for name, value in objective.params.items()}
+    if isinstance(objective, ModelObjective):
+        parts |= _model_parts(objective._model, objective.params)
+        parts["loss_function"] = digest(objective.loss_function)
+    elif isinstance(objective, CallableObjective):
+        parts["objective"] = digest(objective._objective)
+    parts["reduction"] = objective.reduction
+    parts["batch_weight"] = digest(objective._batch_weight)
+    parts["autocast"] = str(objective._autocast())
+    for index, batch in objective.batches():
+        parts[f"data, batch {index}"] = digest(batch)
+    return parts
+
+
+def objective_state(objective: Objective) -> tuple[object, ...]:
+    """Return a token that changes whenever the objective, or a batch in a list of them, is written to."""
+    data = objective._data
+    listed = leaves(data) if isinstance(data, list | tuple) else ()
+    versions = [0 if leaf.is_inference() else leaf._version for leaf in listed]
+    return objective.state(), versions
+
+
+def digest(value: Any) -> str:
+    """Return 128 bits, in hexadecimal, of a tree of tensors, arrays, modules, functions and plain values."""
+    return _hashed(_chunks(value, ()))
+
+
+def tensor_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of the entries ``(..., N)``, on the host, as uint8 ``(..., N * itemsize)``."""
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().view(torch.uint8)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {digest(tensor)}"
+
+
+def _model_parts(model: Any, params: Mapping[str, Tensor]) -> dict[str, str]:
+    if not isinstance(model, nn.Module):
+        return {"model": digest(model)}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    selected = {id(own[name]) for name in params}
+    others = [(name, value) for name, value in model.named_parameters() if id(value) not in selected]
+    tensors = {f"model[{name!r}]": _described(value) for name, value in (*others, *model.named_buffers())}
+    return {"model": _hashed(_structure(model, ())), **tensors}
+
+
+def _hashed(chunks: Iterator[bytes]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for chunk in chunks:
+        found.update(chunk)
+    return found.hexdigest()
+
+
+def _structure(module: nn.Module, above: tuple[int, ...]) -> Iterator[bytes]:
+    """Yield what a module does, without its parameters and buffers: kinds of layers, settings, code, hooks."""
+    for name, part in module.named_modules(remove_duplicate=False):
+        yield _text(name, _name(type(part)))
+        for key, value in sorted(vars(part).items()):
+            if not key.startswith("_") and (isinstance(value, (*_PLAIN, tuple)) or inspect.isroutine(value)):
+                yield _text(key)
+                yield from _chunks(value, above)
+        yield from _chunks(type(part).forward, above)
+        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
+            yield from _chunks(hook, above)
+
+
+def _chunks(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
+    """Yield bytes that tell `value` from others; `above` are the identities of what it is part of."""
+    if isinstance(value, _PLAIN):
+        yield _text(type(value).__name__, repr(value))
+        return
+    if id(value) in above:
+        yield _text("cycle", str(len(above) - above.index(id(value))))
+        return
+    above = (*above, id(value))
+    if isinstance(value, Tensor):
+        yield from _tensor_chunks(value)
+    elif isinstance(value, nn.Module):
+        yield from _structure(value, above)
+        for name, tensor in (*value.named_parameters(), *value.named_buffers()):
+            yield _text(name)
+            yield from _tensor_chunks(tensor)
+    elif isinstance(value, Mapping):
+        yield _text("mapping", str(len(value)))
+        for pair in value.items():
+            yield from _chunks(pair, above)
+    elif isinstance(value, list | tuple):
+        yield _text(type(value).__name__, str(len(value)))
+        for part in value:
+            yield from _chunks(part, above)
+    elif isinstance(value, set | frozenset):
+        yield _text("set", *sorted(_hashed(_chunks(part, above)) for part in value))
+    elif hasattr(value, "tobytes") and hasattr(value, "dtype"):  # NumPy's arrays and numbers
+        yield _text("array", str(value.dtype), str(value.shape))
+        yield value.tobytes()
+    else:
+        yield from _code_chunks(value, above)
+
+
+def _tensor_chunks(tensor: Tensor) -> Iterator[bytes]:
+    yield _text("tensor", str(tensor.dtype), str(list(tensor.shape)), str(tensor.layout))
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.detach().coalesce()
+        for part in (tensor.indices(), tensor.values()):
+            yield from _tensor_chunks(part)
+    elif tensor.layout != torch.strided:
+        yield from _tensor_chunks(tensor.detach().to_dense())
+    elif tensor.device.type != "meta":
+        yield cast("bytes", tensor_bytes(tensor.reshape(-1)).numpy())  # bytes enough to be hashed
+
+
+def _code_chunks(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
+    """Yield what tells one function from another, or one object that can be called."""
+    if isinstance(value, functools.partial):
+        yield _text("partial")
+        yield from _chunks((value.func, value.args, value.keywords), above)
+    elif isinstance(value, types.MethodType):
+        yield _text("method")
+        yield from _chunks((value.__func__, value.__self__), above)
+    elif isinstance(value, types.CodeType):
+        yield _text("code", *value.co_names)
+        yield value.co_code
+        yield from _chunks(value.co_consts, above)
+    elif isinstance(value, types.FunctionType) and not _of_library(value):
+        yield _text("function", value.__qualname__)  # not its module, which is __main__ in the script alone
+        cells = [_enclosed(cell) for cell in value.__closure__ or ()]
+        yield from _chunks((value.__code__, value.__defaults__, value.__kwdefaults__, cells), above)
+        for name in sorted(_names(value.__code__) & value.__globals__.keys()):
+            found = value.__globals__[name]
+            own = isinstance(found, types.FunctionType) and found.__module__ == value.__module__
+            if own or isinstance(found, (*_PLAIN, Tensor, nn.Module)):
+                yield _text(name)
+                yield from _chunks(found, above)
+    elif isinstance(value, type) or inspect.isroutine(value):
+        yield _text("name", _name(value))
+    else:
+        yield _text("object", _name(type(value)))
+        if callable(value) and not _of_library(type(value)):
+            yield from _chunks((type(value).__call__, vars(value) if hasattr(value, "__dict__") else None), above)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Return the names that a function's code refers to, the functions inside of it included."""
+    inner = (_names(part) for part in code.co_consts if isinstance(part, types.CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _enclosed(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not set yet
+        return None
+
+
+def _name(value: Any) -> str:
+    library = f"{value.__module__}." if _of_library(value) else ""
+    return library + str(getattr(value, "__qualname__", type(value).__qualname__))
+
+
+def _of_library(value: Any) -> bool:
+    return str(getattr(value, "__module__", None)).partition(".")[0] in {*_LIBRARIES, "None"}
+
+
+def _text(*parts: str) -> bytes:
+    return b"".join(f"{len(part)}:{part};".encode() for part in parts)

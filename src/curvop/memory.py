@@ -1,0 +1,23 @@
+"""Memory that a study needs, counted before it runs."""
+
+from __future__ import annotations
+
+import torch
+
+from curvop.kernels.memory import free_bytes
+
+__all__ = ["available_bytes", "check_fits"]
+
+
+def available_bytes(device: torch.device | None = None) -> int:
+    """Return half of the memory that is free on `device`, the host by default: what a study may take unasked."""
+    return free_bytes(device or torch.device("cpu")) // 2
+
+
+def check_fits(needed: int, available: int, what: str, remedy: str) -> None:
+    """Raise a `MemoryError` with both numbers where `what` does not fit."""
+    if needed > available:
+        raise MemoryError(
+            f"{what} takes {needed / 1e9:.3g} GB, but {available / 1e9:.3g} GB may be used: {remedy}, or pass memory= "
+            "in bytes if there is more"
+        )

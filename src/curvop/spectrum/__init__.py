@@ -1,0 +1,29 @@
+"""Studies of spectra: densities, certified eigenpairs, traces and norms with error bars, layer by layer, in training.
+
+Everything takes any symmetric SciPy ``LinearOperator``, the curvature matrices of this package among them.
+"""
+
+from curvop.spectrum.blocks import BlockStudy, blocks
+from curvop.spectrum.certificate import Certificate, certify
+from curvop.spectrum.density import SpectralDensity
+from curvop.spectrum.eigen import EigenResult, eigsh
+from curvop.spectrum.estimators import Estimate, diagonal, frobenius_norm, trace
+from curvop.spectrum.quadrature import density
+from curvop.spectrum.track import Tracker, track
+
+__all__ = [
+    "BlockStudy",
+    "Certificate",
+    "EigenResult",
+    "Estimate",
+    "SpectralDensity",
+    "Tracker",
+    "blocks",
+    "certify",
+    "density",
+    "diagonal",
+    "eigsh",
+    "frobenius_norm",
+    "trace",
+    "track",
+]

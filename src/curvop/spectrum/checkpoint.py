@@ -1,0 +1,116 @@
+"""What a density has come to, on disk: the runs that are over, and the steps of those that are not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from curvop.fingerprint import differing, listed
+from curvop.records import RecordFile
+from curvop.spectrum.lanczos import Lanczos
+
+__all__ = ["Checkpoint"]
+
+Array = NDArray[Any]
+_SETTINGS, _DEFLATED, _GROUP, _STEP = b"settings", b"deflated", b"group", b"step"
+
+
+class Checkpoint:
+    """A directory with two files of records: ``results.records``, and ``steps.records`` of the runs under way.
+
+    Steps are thrown away when their runs are over. Without a directory nothing is kept.
+
+    Parameters
+    ----------
+    directory : path or None
+    settings : callable
+        Returns what the results depend on, by name; called only where there is a directory.
+
+    Raises
+    ------
+    ValueError
+        Where the directory holds the checkpoint of something else, naming what differs.
+    RecordFileError
+        Where another process has it open, or a record is damaged.
+    """
+
+    def __init__(self, directory: str | Path | None, settings: Any) -> None:
+        self._steps: RecordFile | None = None
+        self._results: RecordFile | None = None
+        if directory is None:
+            return
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._results = RecordFile(self._directory / "results.records")
+        try:
+            self._compare(settings())
+            self._steps = RecordFile(self._directory / "steps.records")
+        except BaseException:
+            self.close()
+            raise
+
+    def _compare(self, settings: Mapping[str, str]) -> None:
+        assert self._results is not None
+        for _, [text] in self._recorded(_SETTINGS):
+            if names := differing(json.loads(str(text)), settings):
+                raise ValueError(
+                    f"the checkpoint in {self._directory} is of something else: {listed(names)} differ; pass another "
+                    "directory, or delete it"
+                )
+            return
+        self._results.append(_SETTINGS, np.array(json.dumps(settings)))
+
+    def _recorded(self, kind: bytes) -> Iterator[tuple[bytes, list[Array]]]:
+        if self._results is not None:
+            for key, offset in self._results:
+                if key.startswith(kind):
+                    yield key, self._results.read(offset)
+
+    def deflated(self, compute: Any) -> tuple[Array, Array, int]:
+        """Return the known eigenpairs and what they took; computed where they are not recorded."""
+        for _, [values, vectors, taken] in self._recorded(_DEFLATED):
+            return values, vectors, int(taken)
+        values, vectors, taken = compute()
+        if self._results is not None and len(values):
+            self._results.append(_DEFLATED, values, vectors, np.array(taken))
+        return values, vectors, taken
+
+    def groups(self) -> dict[int, list[Array]]:
+        """Return nodes, weights and lengths of the groups of probes that are done, by the first probe's number."""
+        return {int(key.split()[1]): arrays for key, arrays in self._recorded(_GROUP)}
+
+    def finish(self, first: int, *arrays: Array) -> None:
+        """Record that a group is done."""
+        if self._results is not None and self._steps is not None:
+            self._results.append(b"%s %d" % (_GROUP, first), *arrays)
+            self._steps.close()
+            path = self._steps.path
+            path.unlink()
+            self._steps = RecordFile(path)
+
+    def replay(self, first: int, run: Lanczos) -> None:
+        """Take the recorded steps of a group again, without a product."""
+        if self._steps is None:
+            return
+        for key, offset in self._steps:
+            if key == b"%s %d" % (_STEP, first):
+                runs, alphas, betas, rest = self._steps.read(offset)
+                run.advance(runs, alphas, betas, torch.from_numpy(rest).to(run.basis.device))
+
+    def add(self, first: int, step: tuple[Any, Any, Any, torch.Tensor]) -> None:
+        """Record a step of a group."""
+        if self._steps is not None:
+            runs, alphas, betas, rest = step
+            self._steps.append(b"%s %d" % (_STEP, first), runs, alphas, betas, rest.cpu().numpy())
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in (self._results, self._steps):
+            if file is not None:
+                file.close()

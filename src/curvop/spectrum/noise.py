@@ -1,0 +1,99 @@
+"""How exact and how symmetric an operator's products are, measured by a few of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curvop.spectrum.counted import CountedOperator
+
+__all__ = ["NUM_PRODUCTS", "Noise", "measure"]
+
+Array = NDArray[Any]
+
+_PROBES, _SINGLE = 4, 4
+NUM_PRODUCTS = _PROBES + _SINGLE
+"""The products that `measure` takes, at most."""
+
+_EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """The errors of an operator's products.
+
+    Attributes
+    ----------
+    relative : float
+        The largest that was met, relative to the product.
+    error : float
+        What the error's norm may be for a found vector of norm 1: twice the largest that was met.
+    symmetry : float
+        An estimate of ``||A - A'|| / ||A||``.
+    skew : float
+        An estimate of ``||(A - A') x||`` for a vector of norm 1.
+    norm : float
+        The largest norm of a product with a vector of norm 1.
+    """
+
+    relative: float
+    error: float
+    symmetry: float
+    skew: float
+    norm: float
+
+
+def measure(A: CountedOperator, V: Array, AV: Array, rng: np.random.Generator) -> Noise:
+    """Measure the errors of products with random vectors, and with combinations of found ones.
+
+    Random vectors see all of the operator, but little of its largest eigenvalues; the found ones are those that matter.
+
+    Parameters
+    ----------
+    A : CountedOperator, shape (N, N)
+        Its products are in float64.
+    V, AV : ndarray, shape (N, k)
+        The found vectors, of norm 1, and their products.
+    rng : numpy.random.Generator
+    """
+    size = len(V)
+    X = rng.standard_normal((size, min(_PROBES, size)))
+    X /= np.linalg.norm(X, axis=0)
+    AX = A.matmat(X)
+    typical = float(np.sqrt((AX**2).sum(0).mean()))
+    norm = float(max(np.linalg.norm(product, axis=0).max() for product in (AX, AV)))
+
+    repeated = float(np.linalg.norm(A.matvec(X[:, 0]) - AX[:, 0]))
+    combined = max(repeated, _combined(A, X, AX, rng))
+    found = max(_combined(A, V, AV, rng) for _ in range(2))
+
+    # For x of norm 1 in a random direction, sqrt(N) |g' x| is |g| on the average of squares.
+    of_found = math.sqrt(size) * _rms(AV.T @ X - V.T @ AX)
+    mixed = X.T @ AX
+    of_random = math.sqrt(size) * _rms((mixed - mixed.T)[np.triu_indices(len(mixed), 1)])
+    return Noise(
+        relative=max(_ratio(combined, typical), _ratio(found, norm)),
+        error=2 * max(combined, found) + _EPS * norm,
+        symmetry=max(_ratio(of_random, typical), _ratio(of_found, norm)),
+        skew=max(of_random, of_found),
+        norm=norm,
+    )
+
+
+def _combined(A: CountedOperator, X: Array, AX: Array, rng: np.random.Generator) -> float:
+    """Return the norm of ``A (X c) - (A X) c`` for a random c of norm 1."""
+    weights = rng.standard_normal((X.shape[1], 1))
+    weights /= np.linalg.norm(weights)
+    return float(np.linalg.norm(A.matvec((X @ weights)[:, 0]) - (AX @ weights)[:, 0]))
+
+
+def _rms(array: Array) -> float:
+    return float(np.sqrt((array**2).mean())) if array.size else 0.0
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0

@@ -1,0 +1,165 @@
+"""Stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from tqdm import tqdm
+
+from curvop.fingerprint import fingerprint
+from curvop.spectrum.checkpoint import Checkpoint
+from curvop.spectrum.density import SpectralDensity
+from curvop.spectrum.lanczos import Lanczos, device_of, runs_at_once
+
+__all__ = ["density"]
+
+
+def density(
+    A: LinearOperator,
+    *,
+    num_probes: int = 8,
+    num_steps: int = 64,
+    rng: int | np.random.Generator | None = 0,
+    deflate: int = 0,
+    memory: int | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> SpectralDensity:
+    r"""Estimate the density of a symmetric operator's eigenvalues by stochastic Lanczos quadrature.
+
+    Every probe is a vector of random signs; the Lanczos process from it gives a Gauss quadrature for the eigenvalues,
+    exact for polynomials up to degree 2 m - 1 in what it sees. The recurrences are in float64 and re-orthogonalised in
+    full, so that an outlier counts once; all probes take their steps together, with one block product. The Wasserstein
+    distance between the density and the spectrum falls as 1 / m, and with the probes as :math:`1 / \sqrt{K N}` (Chen,
+    Trogdon, Ubaru, 2021).
+
+    Of use for the shape of a spectrum, and for the trace of any function of the matrix. For single eigenvalues with
+    proof take `eigsh`; for a trace or a norm alone, with fewer products where eigenvalues decay, `trace` and
+    `frobenius_norm`.
+
+    Parameters
+    ----------
+    A : LinearOperator, shape (N, N)
+        Real, symmetric.
+    num_probes : int
+        K; error bars need two.
+    num_steps : int
+        m, at most N. Outliers need some 10, the fine structure of the bulk as many as there is patience for.
+    rng : int or numpy.random.Generator, optional
+        Of the probes, which are the same on every device; None for others in every run.
+    deflate : int
+        So many eigenvalues of largest magnitude are found by `eigsh`, taken out, and added back as what they are
+        (Papyan, 2018): sharper where a few outliers are of interest, and the probes' spread no longer stems from them.
+    memory : int, optional
+        Bytes for the bases, 8 N (m + 1) for each probe; half of what is free by default. Where they do not fit, probes
+        take turns.
+    checkpoint : str or path, optional
+        A directory where every step is recorded. A run that was killed takes its steps up again from there, called in
+        the same way with the same seed, and ends with the same bits as one that was not (where products repeat to the
+        last bit: this package's do with ``columns=1``, or any fixed number). It keeps 8 N bytes for each step of the
+        probes that are under way, and nodes and weights of those that are done.
+    progress : bool
+        Count products on a bar.
+
+    Returns
+    -------
+    SpectralDensity
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments that cannot be, and where a product is not finite.
+    ValueError, RecordFileError, OSError
+        Where the checkpoint is of something else (naming it), in use, damaged, or cannot be written.
+    MemoryError
+        Where the basis of a single probe does not fit, before anything is computed.
+
+    References
+    ----------
+    Ubaru, Chen, Saad (2017), SIAM J. Matrix Anal. Appl. 38(4), algorithm 1; Ghorbani, Krishnan, Xiao (2019),
+    arXiv:1901.10159; Papyan (2018), arXiv:1811.07062; Chen, Trogdon, Ubaru (2021), arXiv:2105.06595.
+    """
+    A = aslinearoperator(A)
+    _check(A, num_probes, num_steps, deflate)
+    size, device = A.shape[0], device_of(A)
+    num_steps = min(num_steps, size - deflate)
+    at_once = runs_at_once(A, num_probes, num_steps, memory)
+    generator = np.random.default_rng(rng)
+    seed = json.dumps(generator.bit_generator.state, default=str)
+    signs = generator.choice(np.array([-1.0, 1.0]), (num_probes, size))
+
+    def settings() -> dict[str, str]:
+        asked = {"num_probes": num_probes, "num_steps": num_steps, "deflate": deflate, "probes at once": at_once}
+        seeded = {"rng": hashlib.blake2b(seed.encode(), digest_size=16).hexdigest()}
+        return fingerprint(A) | {name: str(value) for name, value in asked.items()} | seeded
+
+    kept = Checkpoint(checkpoint, settings)
+    total = num_probes * num_steps
+    with (
+        contextlib.closing(kept),
+        tqdm(desc="density", unit=" products", total=total, disable=not progress, mininterval=0.5, delay=0.5) as bar,
+    ):
+        values, vectors, taken = kept.deflated(lambda: _largest(A, deflate, progress))
+        known = torch.from_numpy(vectors).to(device) if deflate else None
+        nodes, weights = np.zeros((num_probes, num_steps)), np.zeros((num_probes, num_steps))
+        done = kept.groups()
+        for first in range(0, num_probes, at_once):
+            group = slice(first, min(first + at_once, num_probes))
+            if first in done:
+                bar.update(int(done[first][2].sum()))
+            else:
+                probes = torch.from_numpy(signs[group]).to(device)
+                if known is not None:
+                    probes -= (probes @ known.T) @ known
+                done[first] = _quadrature(A, probes, num_steps, known, kept, first, bar)
+                kept.finish(first, *done[first])
+            nodes[group], weights[group], lengths = done[first]
+            taken += int(lengths.sum())
+    return SpectralDensity(size, nodes, weights, values, taken)
+
+
+def _quadrature(
+    A: LinearOperator, probes: torch.Tensor, num_steps: int, known: Any, kept: Checkpoint, first: int, bar: Any
+) -> list[Any]:
+    """Return nodes, weights and lengths of the Lanczos runs of a group of probes."""
+    run = Lanczos(A, probes, num_steps, known)
+    kept.replay(first, run)
+    bar.update(int(run.lengths.sum()))
+    while run.running:
+        step = run.step()
+        bar.update(len(step[0]))
+        kept.add(first, step)
+    nodes, weights = run.quadrature()
+    squares = (probes**2).sum(1).cpu().numpy()
+    return [nodes, weights * (squares / probes.shape[1])[:, None], run.lengths]
+
+
+def _check(A: LinearOperator, num_probes: int, num_steps: int, deflate: int) -> None:
+    if A.shape[0] != A.shape[1]:
+        raise ValueError(f"A has shape {A.shape}, but must be square and symmetric")
+    if A.dtype is not None and not np.can_cast(A.dtype, np.float64, "same_kind"):
+        raise TypeError(f"A has dtype {A.dtype}, but must be real")
+    for name, value, least in (("num_probes", num_probes, 1), ("num_steps", num_steps, 1), ("deflate", deflate, 0)):
+        if not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name} is {value!r}, but must be a whole number from {least} on")
+    if deflate >= A.shape[0]:
+        raise ValueError(f"deflate is {deflate}, but A has {A.shape[0]} eigenvalues only")
+
+
+def _largest(A: LinearOperator, count: int, progress: bool) -> tuple[Any, Any, int]:
+    """Return eigenvalues ``(k,)`` and vectors ``(k, N)`` that are certain, and the products they took."""
+    if not count:
+        return np.zeros(0), np.zeros((0, A.shape[0])), 0
+    from curvop.spectrum.eigen import eigsh
+
+    found = eigsh(A, count, "LM", certificate=False, progress=progress)
+    if not found.converged:
+        raise RuntimeError(f"deflate is {count}, but only {len(found.values)} eigenvalues converged: deflate fewer")
+    return found.values.astype(np.float64), np.ascontiguousarray(found.vectors.T, dtype=np.float64), found.products

@@ -1,0 +1,241 @@
+"""Spectral densities against dense spectra, and what is claimed of their errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import expm
+from scipy.sparse.linalg import aslinearoperator
+from scipy.stats import t, wasserstein_distance
+from test_solve import matrix
+from torch import nn
+
+from curvop import HessianLinearOperator
+from curvop.examples.functorch import functorch_hessian
+from curvop.problems import digits
+from curvop.spectrum import SpectralDensity, density
+
+N = 400
+X = (np.arange(N) + 0.5) / N
+SPECTRA = {
+    "uniform": 2 * X - 1,
+    "semicircle": np.sin(np.pi * (X - 0.5)),
+    "clusters and outliers": np.r_[np.repeat([0.0, 1.0], 195), np.linspace(5, 20, 10)],
+    "rank-deficient": np.r_[np.zeros(300), np.linspace(1, 2, 100)],
+    "mostly negative": -np.logspace(-3, 1, N),
+}
+
+
+def quietly(A, **options) -> SpectralDensity:
+    return density(aslinearoperator(A) if isinstance(A, np.ndarray) else A, progress=False, **options)
+
+
+def distance(found: SpectralDensity, values: np.ndarray) -> float:
+    """Return the Wasserstein distance between a density and all eigenvalues, relative to their width."""
+    there = found.weights > 0
+    nodes = np.r_[found.nodes[there], found.atoms]
+    weights = np.r_[found.weights[there] / len(found.nodes), np.full(len(found.atoms), 1 / found.size)]
+    return wasserstein_distance(nodes, values, weights) / np.ptp(values)
+
+
+class TestSpectra:
+    @pytest.mark.parametrize("name", SPECTRA)
+    def test_it_comes_near_as_steps_and_probes_allow(self, name: str) -> None:
+        A = matrix(SPECTRA[name])
+        errors = [distance(quietly(A, num_probes=16, num_steps=m, rng=0), SPECTRA[name]) for m in (4, 16, 64)]
+        # 1 / m, and what 16 probes of 400 entries cannot tell.
+        assert all(error < 0.5 / m + 0.02 for error, m in zip(errors, (4, 16, 64), strict=True))
+        assert errors[-1] <= errors[0]
+
+    def test_the_distance_falls_as_one_over_the_steps(self) -> None:
+        """Where sampling does not blur it: for the first unit vector's own measure, the whole of the spectrum."""
+        values = np.linspace(-1, 1, 2000)
+        errors = []
+        for m in (8, 16, 32, 64):
+            found = quietly(matrix_of_equal_weights(values), num_probes=1, num_steps=m, rng=0)
+            errors.append(distance(found, values))
+        ratios = np.array(errors[:-1]) / errors[1:]
+        assert (ratios > 1.6).all()
+        assert (ratios < 2.6).all()
+
+    def test_all_steps_give_all_eigenvalues(self) -> None:
+        values = np.sort(np.random.default_rng(0).normal(size=30))
+        found = quietly(matrix(values), num_probes=2, num_steps=100, rng=0)
+        assert found.nodes.shape == (2, 30)
+        np.testing.assert_allclose(found.nodes, np.stack([values, values]), atol=1e-10)
+
+    def test_outliers_are_counted_once(self) -> None:
+        found = quietly(matrix(SPECTRA["clusters and outliers"]), num_probes=4, num_steps=60, rng=0)
+        for nodes, weights in zip(found.nodes, found.weights, strict=True):
+            np.testing.assert_allclose(np.sort(nodes[(weights > 0) & (nodes > 4)]), np.linspace(5, 20, 10), rtol=1e-9)
+
+    @pytest.mark.parametrize("matrix_of", ["numpy", "float32"])
+    def test_one_probe_is_exact_in_polynomials(self, matrix_of: str) -> None:
+        """Up to degree 2 m - 1, in the measure that the probe sees."""
+        dtype, rtol = (np.float64, 1e-11) if matrix_of == "numpy" else (np.float32, 1e-5)
+        A = matrix(SPECTRA["uniform"]).astype(dtype)
+        found = quietly(A, num_probes=1, num_steps=6, rng=3)
+        x = np.random.default_rng(3).choice(np.array([-1.0, 1.0]), (1, N))[0]
+        power = x.copy()
+        for p in range(12):
+            assert found.moment(p).value == pytest.approx(x @ power / N, rel=rtol, abs=rtol)
+            power = A @ power
+        assert abs(found.moment(12).value - x @ power / N) > 1e-8
+
+
+def matrix_of_equal_weights(values: np.ndarray):
+    """Return a diagonal matrix: signs give every entry of it the same weight."""
+    return aslinearoperator(__import__("scipy").sparse.diags_array(values))
+
+
+class TestFigures:
+    def test_traces_are_within_their_error_bars(self) -> None:
+        values = SPECTRA["clusters and outliers"]
+        A, within = matrix(values), 0
+        for seed in range(200):
+            value, error = quietly(A, num_probes=8, num_steps=3, rng=seed).trace()
+            within += abs(value - values.sum()) <= t.ppf(0.975, 7) * error
+        assert 0.91 <= within / 200 <= 0.99  # 95 %, give or take 2.6 standard deviations
+
+    def test_functions_of_the_matrix(self) -> None:
+        A = matrix(SPECTRA["semicircle"])
+        found = quietly(A, num_probes=32, num_steps=30, rng=0)
+        for estimate, exact in [
+            (found.trace(), np.trace(A)),
+            (found.logdet(1.5), np.linalg.slogdet(A + 1.5 * np.eye(N))[1]),
+            (found.apply(np.exp), np.trace(expm(A))),
+            (found.moment(2), np.trace(A @ A) / N),
+        ]:
+            assert abs(estimate.value - exact) < 4 * estimate.error
+        assert found.moment(0) == (pytest.approx(1), pytest.approx(0, abs=1e-12))
+
+    def test_densities_integrate_to_one(self) -> None:
+        found = quietly(matrix(SPECTRA["uniform"]), num_probes=64, num_steps=40, rng=0)
+        grid = found.grid(4000, sigma=0.05)
+        value, error = found.pdf(grid, sigma=0.05)
+        assert np.trapezoid(value, grid) == pytest.approx(1, abs=1e-3)
+        inside = np.abs(grid) < 0.8
+        np.testing.assert_allclose(value[inside], 0.5, atol=0.1)
+        assert (error[inside] > 0).all()
+        np.testing.assert_allclose(np.gradient(found.cdf(grid, 0.05).value, grid), value, atol=1e-3)
+        np.testing.assert_allclose(found.cdf([-2, 0, 2], sigma=0).value, [0, 0.5, 1], atol=0.05)
+
+    def test_one_probe_has_no_error_bar(self) -> None:
+        assert np.isnan(quietly(np.eye(5), num_probes=1, num_steps=2).trace().error)
+
+    def test_a_logarithm_of_what_is_negative(self) -> None:
+        found = quietly(matrix(SPECTRA["uniform"]), num_probes=2, num_steps=20, rng=0)
+        with pytest.raises(ValueError, match=r"damping is 0\.5, but there is an eigenvalue of -"):
+            found.logdet(0.5)
+
+
+class TestDeflation:
+    def test_known_eigenvalues_are_atoms(self) -> None:
+        values = SPECTRA["clusters and outliers"]
+        A = matrix(values)
+        plain, deflated = (quietly(A, num_probes=8, num_steps=20, rng=0, deflate=k) for k in (0, 10))
+        np.testing.assert_allclose(np.sort(deflated.atoms), np.linspace(5, 20, 10), rtol=1e-10)
+        assert deflated.nodes[deflated.weights > 0].max() < 1.001
+        assert deflated.moment(0).value == pytest.approx(1, abs=0.01)
+        assert deflated.trace().error < plain.trace().error / 2
+        assert abs(deflated.trace().value - values.sum()) < 4 * deflated.trace().error
+
+    def test_nearly_all_of_them(self) -> None:
+        A = matrix(np.arange(1.0, 7))
+        found = quietly(A, num_probes=3, num_steps=5, rng=0, deflate=4)
+        np.testing.assert_allclose(np.sort(found.atoms), [3, 4, 5, 6])
+        assert abs(found.trace().value - 21) < 5 * found.trace().error + 1e-9
+
+
+class TestOperators:
+    def test_the_digits_network(self) -> None:
+        """All 2,410 eigenvalues: those above the bulk one by one, the rest in shares."""
+        problem = digits()
+        H = HessianLinearOperator(**problem)
+        values = np.linalg.eigvalsh(functorch_hessian(**problem).numpy())
+        found = quietly(H, num_probes=8, num_steps=80, rng=0)
+        assert found.num_products == H.num_products == 640
+        top = values[-9:]
+        for nodes in found.nodes:
+            np.testing.assert_allclose(np.sort(nodes)[-9:], top, rtol=1e-6)
+        assert distance(found, values) < 2e-3
+        assert abs(found.trace().value - values.sum()) < 4 * found.trace().error
+        for point in (1e-3, 1e-2, 1e-1):
+            share, error = found.cdf([point], sigma=0)
+            assert abs(share[0] - (values <= point).mean()) < 4 * error[0] + 0.01
+
+    def test_a_small_cnn_in_float32(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+        images, labels = torch.randn(40, 1, 8, 8), torch.randint(0, 3, (40,))
+        H = HessianLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), [(images, labels)])
+        values = np.linalg.eigvalsh(H @ np.eye(H.shape[0]))
+        found = quietly(H, num_probes=8, num_steps=60, rng=0)
+        assert distance(found, values) < 5e-3
+        assert found.range == (pytest.approx(values[0], rel=1e-4), pytest.approx(values[-1], rel=1e-4))
+
+    def test_probes_take_turns_where_memory_is_short(self) -> None:
+        A = matrix(SPECTRA["uniform"])
+        whole = quietly(A, num_probes=5, num_steps=20, rng=0)
+        turns = quietly(A, num_probes=5, num_steps=20, rng=0, memory=2 * 8 * N * 24)
+        np.testing.assert_allclose(turns.nodes, whole.nodes, rtol=1e-9, atol=1e-12)
+        with pytest.raises(MemoryError, match="fewer num_steps"):
+            quietly(A, num_probes=5, num_steps=20, memory=1000)
+
+
+class TestFiles:
+    def test_round_trip(self, tmp_path) -> None:
+        found = quietly(matrix(SPECTRA["uniform"]), num_probes=2, num_steps=5, rng=0, deflate=2)
+        found.save(tmp_path / "density.npz")
+        loaded = SpectralDensity.load(tmp_path / "density.npz")
+        assert (loaded.size, loaded.num_products) == (found.size, found.num_products)
+        for name in ("nodes", "weights", "atoms"):
+            np.testing.assert_array_equal(getattr(loaded, name), getattr(found, name))
+        assert str(loaded) == str(found)
+
+    def test_another_file(self, tmp_path) -> None:
+        np.savez(tmp_path / "x.npz", nodes=np.zeros(3))
+        with pytest.raises(ValueError, match="no spectral density: it lacks size, weights"):
+            SpectralDensity.load(tmp_path / "x.npz")
+
+    def test_nothing_in_a_file_is_executed(self, tmp_path) -> None:
+        np.savez(
+            tmp_path / "x.npz",
+            **dict.fromkeys(("size", "nodes", "weights", "atoms"), np.zeros(1)),
+            num_products=np.array([object()]),
+        )
+        with pytest.raises(ValueError, match="allow_pickle"):
+            SpectralDensity.load(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_the_plot(log: bool) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    found = quietly(matrix(SPECTRA["clusters and outliers"]), num_probes=4, num_steps=30, rng=0, deflate=3)
+    ax = found.plot(log=log)
+    assert ax.get_yscale() == ("log" if log else "linear")
+    own = plt.figure().add_subplot()
+    assert found.plot(own, log=log) is own
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("A", "options", "match"),
+    [
+        (np.ones((2, 3)), {}, r"A has shape \(2, 3\)"),
+        (np.eye(3), {"num_probes": 0}, "num_probes is 0"),
+        (np.eye(3), {"num_steps": 1.5}, r"num_steps is 1\.5"),
+        (np.eye(3), {"deflate": 3}, "deflate is 3, but A has 3"),
+        (np.full((3, 3), np.nan), {}, "not finite"),
+    ],
+)
+def test_bad_input(A, options, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        quietly(A, **options)
+    with pytest.raises(TypeError, match="must be real"):
+        quietly(np.eye(2) * 1j)

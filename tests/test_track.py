@@ -1,0 +1,88 @@
+"""Eigenvalues along training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from curvop import HessianLinearOperator
+from curvop.problems import digits
+from curvop.spectrum import eigsh, track
+
+
+def train(learning_rate: float, steps: int, **options):
+    """Descend by full gradients on the digits, and track; return the tracker, the operator and the losses."""
+    problem = digits()
+    X, y = torch.cat([X for X, _ in problem["data"]]), torch.cat([y for _, y in problem["data"]])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)).double()
+    loss_function = nn.MSELoss()
+    y = nn.functional.one_hot(y, 10).double()
+    H = HessianLinearOperator(model, loss_function, dict(model.named_parameters()), [(X, y)])
+    tracker, losses = track(H, **options), []
+    for _ in range(steps):
+        tracker.step()
+        model.zero_grad()
+        loss = loss_function(model(X), y)
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= learning_rate * parameter.grad
+    return tracker, H, losses
+
+
+def test_the_eigenvalues_are_those_of_each_step() -> None:
+    tracker, H, _ = train(0.5, 31, k=2, every=10, tol=1e-6)
+    assert tracker.steps.tolist() == [0, 10, 20, 30]
+    assert tracker.values.shape == (4, 2)
+    assert (tracker.values[:, 0] >= tracker.values[:, 1]).all()
+    assert tracker.products == H.num_products
+    other, H, _ = train(0.5, 30, k=2, every=100)
+    found = eigsh(H, 2, "LA", progress=False)  # at the parameters after 30 steps
+    np.testing.assert_allclose(tracker.values[-1], found.values, rtol=1e-5)
+    assert other.steps.tolist() == [0]
+
+
+def test_beginning_at_the_last_vectors_saves_products() -> None:
+    tracker, H, _ = train(0.2, 41, every=5)
+    cold = []
+    for _ in range(2):
+        before = H.num_products
+        eigsh(H, 1, "LA", tol=1e-3, progress=False, certificate=False)
+        cold.append(H.num_products - before)
+    assert tracker.products < 0.8 * len(tracker.steps) * min(cold)
+
+
+def test_sharpness_grows_to_the_edge_of_stability_and_stays() -> None:
+    """Cohen et al. (2021): up to 2 / learning rate, and no further."""
+    learning_rate = 0.85
+    tracker, _, losses = train(learning_rate, 800, every=20)
+    sharpness = tracker.values[:, 0]
+    assert sharpness[0] < 0.95 * 2 / learning_rate
+    late = sharpness[len(sharpness) // 2 :]
+    assert (late > 0.95 * 2 / learning_rate).all()
+    assert (late < 1.15 * 2 / learning_rate).all()
+    assert losses[-1] < losses[0] / 2
+    assert np.diff(losses[400:]).max() > 0  # not monotonous there
+
+
+def test_the_plot() -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    tracker, _, _ = train(0.2, 3, every=1)
+    assert len(tracker.plot(learning_rate=0.2).lines) == 2
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"), [({"k": 0}, "k is 0"), ({"every": 0}, "every is 0"), ({"which": "SM"}, "which is 'SM'")]
+)
+def test_bad_input(options, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        track(None, **options)
