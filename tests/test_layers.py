@@ -14,7 +14,7 @@ import curvop
 SOURCE = Path(curvop.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 STUDIES = {
-    *("cli", "dense", "eigs", "matrices", "problems", "preconditioner", "report", "results", "singular"),
+    *("arguments", "cli", "dense", "eigs", "matrices", "problems", "preconditioner", "report", "results", "singular"),
     "solvers",
     *("spectrum", "journal", "products", "fingerprint", "records", "exclusive", "distributed"),
 }

@@ -2,61 +2,28 @@
 
 import argparse
 import json
-import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
-from curvop import NonDeterministicObjectiveError, NonFiniteProductError, __version__
+from curvop import NonDeterministicObjectiveError, NonFiniteProductError
+from curvop.arguments import UsageError, parse
 from curvop.dense import DenseCheck
 from curvop.eigs import evaluated, quiet, study
-from curvop.matrices import MATRICES, wrap
+from curvop.matrices import wrap
 from curvop.preconditioner import nystrom
 from curvop.problems import ProblemError, describe_error, load, one_line
-from curvop.report import ENDS, eigs_json, eigs_report, num_products, solve_json, solve_report
+from curvop.report import eigs_json, eigs_report, num_products, solve_json, solve_report
 from curvop.results import Result, param_arrays, save, save_arrays
 from curvop.singular import singular_study
 from curvop.solvers import solve
+from curvop.spectrum.study import spectrum_study
 
 __all__ = ["main"]
-
-_DESCRIPTION = """\
-Wraps a curvature matrix of the problem's loss over its whole data set, and prints its extreme eigenvalues with their
-true residuals, a check against the dense matrix where that is small enough, and the solution of a damped linear system.
-Of the Jacobian of the predictions (--matrix jacobian) it prints the largest singular values.
-The problem is 'digits' (a small network trained on scikit-learn's handwritten digits), 'path/to/file.py:function' or
-'package.module:function': a function that returns dict(model=..., loss_function=..., params=..., data=...)."""
-
-_EPILOG = """\
-exit codes: 0 all is well; 1 an eigenvalue or the solve did not converge in its true residual, or the dense check
-disagrees; 2 a bad argument or problem; 130 interrupted"""
-
-
-_SOLVE_DESCRIPTION = """\
-Solves (B + damping I) x = g for the gradient g of the problem's loss and a curvature matrix B, or a block of it: a
-damped Newton step, -x. By conjugate gradients, and by MINRES where the damped matrix turns out to be indefinite. The
-problem is named as for 'curvop eigs'."""
-
-_SOLVE_EPILOG = """\
-exit codes: 0 all is well; 1 the true residual is too large, or the damped matrix is indefinite; 2 a bad argument or
-problem; 130 interrupted"""
-
-
-class _UsageError(ValueError):
-    """Arguments that make no sense."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises, so that a mistake ends in one line rather than in a usage dump."""
-
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,17 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 where all is well, 1 where a result does not converge or agree, 2 for a bad argument or
         problem, 130 after Ctrl-C.
     """
-    parser = _parser()
     try:
-        options = parser.parse_args(argv)
-        if options.command is None:
-            parser.print_help()
+        options = parse(argv)
+        if options is None:
             return 2
-        _check(options)
-        return _eigs(options) if options.command == "eigs" else _solve(options)
+        return {"eigs": _eigs, "solve": _solve, "spectrum": _spectrum}[options.command](options)
     except SystemExit as stop:  # argparse, after --help and --version
         return int(stop.code or 0)
-    except (_UsageError, ProblemError) as error:
+    except (UsageError, ProblemError) as error:
         return _fail(str(error), 2)
     except (NonDeterministicObjectiveError, NonFiniteProductError) as error:  # in a later pass than the first
         return _fail(f"the problem cannot be evaluated: {describe_error(error)}", 2)
@@ -97,103 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int) -> int:
     print(f"curvop: error: {message}", file=sys.stderr)
     return code
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="curvop", description="Curvature matrices of PyTorch models as SciPy operators.", allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"curvop {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    eigs = commands.add_parser(
-        "eigs",
-        help="extreme eigenvalues of a curvature matrix",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        allow_abbrev=False,
-    )
-    _common(eigs, (*MATRICES, "jacobian"))
-    eigs.add_argument("--k", type=_count, default=10, help="number of eigenvalues (default: 10)")
-    eigs.add_argument(
-        "--which",
-        choices=tuple(ENDS),
-        help="which eigenvalues, in eigsh's words (default: the k largest and, of a Hessian, the min(5, k) smallest); "
-        "SM is slow",
-    )
-    eigs.add_argument("--tol", type=_nonnegative, default=0.0, help="eigsh's tolerance (default: 0, machine precision)")
-    eigs.add_argument("--cost", action="store_true", help="measure and print what one product costs")
-    eigs.add_argument("--out", metavar="FILE.npz", type=Path, help="save eigenvalues and eigenvectors in this file")
-    solver = commands.add_parser(
-        "solve",
-        help="solve a damped system with a curvature matrix",
-        description=_SOLVE_DESCRIPTION,
-        epilog=_SOLVE_EPILOG,
-        allow_abbrev=False,
-    )
-    _common(solver, tuple(MATRICES))
-    solver.add_argument("--rtol", type=_share, default=1e-5, help="the relative residual to reach (default: 1e-5)")
-    solver.add_argument(
-        "--rank", type=_count, help="precondition by a Nystrom approximation of this rank, of ggn, ef or fisher"
-    )
-    solver.add_argument("--out", metavar="FILE.npz", type=Path, help="save the solution in this file")
-    return parser
-
-
-def _common(command: argparse.ArgumentParser, matrices: tuple[str, ...]) -> None:
-    """Add what every command takes."""
-    command.add_argument("problem", metavar="PROBLEM", help="digits, FILE.py:FUNCTION or MODULE:FUNCTION")
-    command.add_argument("--matrix", choices=matrices, default="hessian", help="which matrix (default: hessian)")
-    command.add_argument(
-        "--dtype", choices=("float32", "float64"), default="float64", help="of the vectors (default: float64)"
-    )
-    command.add_argument("--engine", choices=("autograd", "compiled"), default="autograd", help="computes the products")
-    command.add_argument("--block", metavar="NAME", action="append", help="this parameter's block; can be repeated")
-    command.add_argument("--damping", type=_nonnegative, default=1e-2, help="in (B + damping I) x = g (default: 0.01)")
-    command.add_argument("--json", action="store_true", help="print JSON instead of the report")
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
-    return value
-
-
-def _nonnegative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be finite and 0 or more, not {text}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _nonnegative(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
-    return value
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Refuse, before anything is computed, what would only fail at the end."""
-    if options.matrix == "jacobian" and options.which:
-        raise _UsageError("argument --which: of a Jacobian, the largest singular values are found: leave it out")
-    if options.command == "eigs" and options.which == "BE" and options.k < 2:
-        raise _UsageError("argument --k: must be 2 or more with --which BE")
-    out: Path | None = options.out
-    if out is None:
-        return
-    if out.suffix != ".npz":
-        raise _UsageError(f"argument --out: {str(out)!r} does not end in .npz")
-    if not out.parent.is_dir():
-        raise _UsageError(f"argument --out: no folder {str(out.parent)!r}")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise _UsageError(f"argument --out: cannot write {str(out)!r}")
 
 
 def _eigs(options: argparse.Namespace) -> int:
@@ -262,6 +129,14 @@ def _solve(options: argparse.Namespace) -> int:
     else:
         print("\n".join(solve_report(operator, result, loss, options)))
     return 0 if result.converged and result.negative_curvature is None else 1
+
+
+def _spectrum(options: argparse.Namespace) -> int:
+    """Run ``curvop spectrum``."""
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        findings = spectrum_study(load(options.problem), options)
+    print(json.dumps(findings.json(), indent=2) if options.json else findings)
+    return 0 if findings.ok else 1
 
 
 @contextmanager

@@ -12,9 +12,13 @@ from scipy.sparse.linalg import LinearOperator
 
 from curvop.computed import ComputedLinearOperator
 
-__all__ = ["differing", "fingerprint", "listed", "state"]
+__all__ = ["OtherProblemError", "differing", "fingerprint", "listed", "state"]
 
 _PROBES, _TOLERANCE = 16, 1e-4
+
+
+class OtherProblemError(ValueError):
+    """What is on disk belongs to another problem; the message names what differs."""
 
 
 def fingerprint(A: LinearOperator) -> dict[str, str]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.fingerprint import differing, fingerprint, listed, state
+from curvop.fingerprint import OtherProblemError, differing, fingerprint, listed, state
 from curvop.records import RecordFile
 
 __all__ = ["KEY_BYTES", "ProductStore"]
@@ -135,7 +135,7 @@ class ProductStore:
             elif all(name.startswith("data, ") for name in names):
                 hint = " (data that is shuffled or augmented is other data in every run)"
             differ = "differs" if len(names) == 1 else "differ"
-            raise ValueError(
+            raise OtherProblemError(
                 f"the journal in {self.directory} is of another problem: {listed(names)} {differ}{hint}; {advice}"
             )
         if versions != made_with[-1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -115,6 +116,7 @@ def blocks(
     num_steps: int = 40,
     norm_products: int = 16,
     rng: int | np.random.Generator | None = 0,
+    seconds: float | None = None,
     progress: bool = True,
 ) -> BlockStudy:
     r"""Study every diagonal block of a curvature matrix, and the norms of all blocks.
@@ -135,6 +137,8 @@ def blocks(
     norm_products : int
         For each column group, at least 2; the norms are known to about a part of ``1 / sqrt(2 norm_products)``.
     rng : int or numpy.random.Generator, optional
+    seconds : float, optional
+        Give up, by a `TimeoutError`, where it takes longer.
     progress : bool
         Count products on a bar.
 
@@ -158,12 +162,15 @@ def blocks(
     sizes = np.array([block.shape[0] for block in diagonal.values()])
     stops = np.cumsum(sizes)
     squares = np.zeros((2, len(chosen), len(chosen)))
-    densities = []
+    densities: list[SpectralDensity] = []
+    begun = time.monotonic()
     work = sum(min(num_steps, size) * num_probes for size in sizes) + norm_products * len(chosen)
     with tqdm(
         desc="blocks", unit=" products", total=int(work), disable=not progress, mininterval=0.5, delay=0.5
     ) as bar:
         for column, (name, block) in enumerate(diagonal.items()):
+            if seconds is not None and time.monotonic() - begun > seconds:
+                raise TimeoutError(f"{column} of {len(chosen)} blocks were studied in {seconds:.0f} s")
             bar.set_postfix_str(name)
             found = density(block, num_probes=num_probes, num_steps=num_steps, rng=generator, progress=False)
             densities.append(found)

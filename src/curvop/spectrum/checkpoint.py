@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from curvop.fingerprint import differing, listed
+from curvop.fingerprint import OtherProblemError, differing, listed
 from curvop.records import RecordFile
 from curvop.spectrum.lanczos import Lanczos
 
@@ -34,7 +34,7 @@ class Checkpoint:
 
     Raises
     ------
-    ValueError
+    OtherProblemError
         Where the directory holds the checkpoint of something else, naming what differs.
     RecordFileError
         Where another process has it open, or a record is damaged.
@@ -59,7 +59,7 @@ class Checkpoint:
         assert self._results is not None
         for _, [text] in self._recorded(_SETTINGS):
             if names := differing(json.loads(str(text)), settings):
-                raise ValueError(
+                raise OtherProblemError(
                     f"the checkpoint in {self._directory} is of something else: {listed(names)} differ; pass another "
                     "directory, or delete it"
                 )

@@ -81,6 +81,7 @@ def plot_blocks(study: BlockStudy, figure: Any = None) -> Any:
         figure.clear()
         figure.set_size_inches(9 + 0.12 * count, 3 + 0.22 * count)
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import SymmetricalLogLocator
 
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     positive = study.norms[study.norms > 0]
@@ -97,6 +98,7 @@ def plot_blocks(study: BlockStudy, figure: Any = None) -> Any:
     right.plot(study.smallest, rows, "o", color="tab:blue", markersize=4, label="smallest")
     threshold = 1e-5 * np.abs([study.smallest, study.largest]).max() or 1.0
     right.set_xscale("symlog", linthresh=threshold)
+    right.xaxis.set_major_locator(SymmetricalLogLocator(base=100, linthresh=threshold))
     right.set(yticks=rows, title="eigenvalues of the diagonal blocks", ylim=(count - 0.5, -0.5))
     right.set_yticklabels([])
     right.tick_params(axis="x", labelsize=8, rotation=45)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ def density(
     deflate: int = 0,
     memory: int | None = None,
     checkpoint: str | Path | None = None,
+    seconds: float | None = None,
     progress: bool = True,
 ) -> SpectralDensity:
     r"""Estimate the density of a symmetric operator's eigenvalues by stochastic Lanczos quadrature.
@@ -65,6 +68,9 @@ def density(
         the same way with the same seed, and ends with the same bits as one that was not (where products repeat to the
         last bit: this package's do with ``columns=1``, or any fixed number). It keeps 8 N bytes for each step of the
         probes that are under way, and nodes and weights of those that are done.
+    seconds : float, optional
+        End after so long with the steps that there are, one at least: a density of fewer of them. With a checkpoint it
+        can be taken up again.
     progress : bool
         Count products on a bar.
 
@@ -100,6 +106,7 @@ def density(
         seeded = {"rng": hashlib.blake2b(seed.encode(), digest_size=16).hexdigest()}
         return fingerprint(A) | {name: str(value) for name, value in asked.items()} | seeded
 
+    until = math.inf if seconds is None else time.monotonic() + seconds
     kept = Checkpoint(checkpoint, settings)
     total = num_probes * num_steps
     with (
@@ -114,31 +121,43 @@ def density(
             group = slice(first, min(first + at_once, num_probes))
             if first in done:
                 bar.update(int(done[first][2].sum()))
+            elif first and time.monotonic() > until:
+                nodes, weights = nodes[:first], weights[:first]
+                break
             else:
                 probes = torch.from_numpy(signs[group]).to(device)
                 if known is not None:
                     probes -= (probes @ known.T) @ known
-                done[first] = _quadrature(A, probes, num_steps, known, kept, first, bar)
-                kept.finish(first, *done[first])
+                done[first], complete = _quadrature(A, probes, num_steps, known, kept, first, bar, until)
+                if complete:
+                    kept.finish(first, *done[first])
             nodes[group], weights[group], lengths = done[first]
             taken += int(lengths.sum())
-    return SpectralDensity(size, nodes, weights, values, taken)
+    longest = max(int(lengths.max()) for _, _, lengths in done.values())
+    return SpectralDensity(size, nodes[:, :longest], weights[:, :longest], values, taken)
 
 
 def _quadrature(
-    A: LinearOperator, probes: torch.Tensor, num_steps: int, known: Any, kept: Checkpoint, first: int, bar: Any
-) -> list[Any]:
-    """Return nodes, weights and lengths of the Lanczos runs of a group of probes."""
+    A: LinearOperator,
+    probes: torch.Tensor,
+    num_steps: int,
+    known: Any,
+    kept: Checkpoint,
+    first: int,
+    bar: Any,
+    until: float,
+) -> tuple[list[Any], bool]:
+    """Return nodes, weights and lengths of the Lanczos runs of a group of probes, and whether they are complete."""
     run = Lanczos(A, probes, num_steps, known)
     kept.replay(first, run)
     bar.update(int(run.lengths.sum()))
-    while run.running:
+    while run.running and (time.monotonic() < until or not run.lengths.any()):
         step = run.step()
         bar.update(len(step[0]))
         kept.add(first, step)
     nodes, weights = run.quadrature()
     squares = (probes**2).sum(1).cpu().numpy()
-    return [nodes, weights * (squares / probes.shape[1])[:, None], run.lengths]
+    return [nodes, weights * (squares / probes.shape[1])[:, None], run.lengths], not run.running
 
 
 def _check(A: LinearOperator, num_probes: int, num_steps: int, deflate: int) -> None:

@@ -1,0 +1,120 @@
+"""What a study of a spectrum has found: for people, for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from curvop.spectrum.blocks import BlockStudy
+from curvop.spectrum.density import SpectralDensity
+from curvop.spectrum.eigen import EigenResult
+from curvop.spectrum.estimators import Estimate
+
+__all__ = ["Findings"]
+
+
+@dataclasses.dataclass(eq=False)
+class Findings:
+    """All that ``curvop spectrum`` reports; what is None was not asked for, or is among what is `undone`."""
+
+    problem: str
+    title: str
+    rows: int
+    parameters: int
+    names: list[str]
+    loss: float
+    gradient_norm: float
+    ends: list[EigenResult] = dataclasses.field(default_factory=list)
+    trace: Estimate | None = None
+    norm: Estimate | None = None
+    density: SpectralDensity | None = None
+    blocks: BlockStudy | None = None
+    undone: list[str] = dataclasses.field(default_factory=list)
+    products: int = 0
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is done, and all eigenvalues are certified."""
+        return not self.undone and all(end.ok for end in self.ends)
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """The single figures, by name."""
+        found = [
+            ("parameters", f"{self.parameters:,}"),
+            ("rows", f"{self.rows:,}" + ("" if self.rows == self.parameters else f" ({', '.join(self.names)})")),
+            ("loss", f"{self.loss:.6g}"),
+            ("gradient norm", f"{self.gradient_norm:.3g}"),
+        ]
+        for name, estimate in (("trace", self.trace), ("Frobenius norm", self.norm)):
+            if estimate is not None:
+                found.append((name, str(estimate)))
+        if self.density is not None:
+            low, high = self.density.range
+            found.append(("range seen by the density", f"{low:.6g} to {high:.6g}"))
+        cost = f"{self.products:,} in {self.seconds:.1f} s"
+        return [*found, ("products, those answered from disk left out", cost)]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.facts)
+        lines = [f"{self.title} of {self.problem}", *(f"  {name:<{width}}  {value}" for name, value in self.facts)]
+        for end in self.ends:
+            lines += ["", str(end)]
+        if self.blocks is not None:
+            lines += ["", str(self.blocks)]
+        return "\n".join([*lines, "", *(self.undone or ["everything that was asked for is done"])])
+
+    def json(self) -> dict[str, Any]:
+        """Return what JSON takes; the arrays are in the ``.npz`` files."""
+
+        def number(value: Any) -> float | None:
+            return float(value) if value is not None and math.isfinite(value) else None
+
+        def estimate(found: Estimate | None) -> dict[str, Any] | None:
+            return None if found is None else {"value": number(found.value), "error": number(found.error)}
+
+        own = {
+            name: getattr(self, name)
+            for name in ("problem", "title", "rows", "parameters", "names", "undone", "products", "seconds")
+        }
+        return own | {
+            "loss": number(self.loss),
+            "gradient_norm": number(self.gradient_norm),
+            "ok": self.ok,
+            "trace": estimate(self.trace),
+            "frobenius_norm": estimate(self.norm),
+            "density": None
+            if self.density is None
+            else {
+                "probes": len(self.density.nodes),
+                "steps": self.density.nodes.shape[1],
+                "range": list(self.density.range),
+                "trace": estimate(self.density.trace()),
+            },
+            "ends": [
+                {
+                    "which": end.which,
+                    "values": [float(value) for value in end.values],
+                    "bounds": [] if end.certificate is None else [number(bound) for bound in end.certificate.bounds],
+                    "ok": end.ok,
+                    "verdict": end.verdict,
+                }
+                for end in self.ends
+            ],
+            "blocks": None
+            if self.blocks is None
+            else {
+                name: {"rows": int(size), "smallest": low, "largest": high, "trace": trace, "norm": norm}
+                for name, size, low, high, trace, norm in zip(
+                    self.blocks.names,
+                    self.blocks.sizes,
+                    self.blocks.smallest.tolist(),
+                    self.blocks.largest.tolist(),
+                    self.blocks.traces.value.tolist(),
+                    self.blocks.norms.diagonal().tolist(),
+                    strict=True,
+                )
+            },
+        }

@@ -1,0 +1,132 @@
+"""The files of a study: arrays, JSON, pictures, and one page to look at."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from curvop import __version__
+from curvop.spectrum.findings import Findings
+
+__all__ = ["write_files"]
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: 0.15em 0.9em 0.15em 0; text-align: right } td:first-child, th:first-child { text-align: left }
+th { border-bottom: 1px solid #999; font-weight: 600 }
+img { max-width: 100% } .good { color: #06603a } .bad { color: #a11 } footer { margin-top: 3em; color: #777 }
+"""
+
+
+def write_files(found: Findings, directory: Path) -> None:
+    """Write everything that was found into a folder; each file appears only when it is complete.
+
+    ``report.html`` needs no other file, and executes nothing. Without matplotlib there are no pictures.
+    """
+    for end in found.ends:
+        end.save(directory / f"eigenpairs_{end.which}.npz")
+    if found.density is not None:
+        found.density.save(directory / "density.npz")
+    if found.blocks is not None:
+        found.blocks.save(directory / "blocks.npz")
+    pictures = _pictures(found)
+    for name, figure in pictures.items():
+        for kind in ("png", "svg"):
+            _write(directory / f"{name}.{kind}", _drawn(figure, kind))
+    page = _page(found, {name: _drawn(figure, "png") for name, figure in pictures.items()})
+    _write(directory / "spectrum.json", (json.dumps(found.json(), indent=2) + "\n").encode())
+    _write(directory / "report.html", page.encode())
+
+
+def _pictures(found: Findings) -> dict[str, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return {}
+    pictures = {}
+    if found.density is not None:
+        pictures["density"] = Figure(figsize=(9, 4.5), layout="constrained")
+        axes = pictures["density"].add_subplot()
+        found.density.plot(axes)
+        for end in found.ends:
+            axes.plot(end.values, [axes.get_ylim()[0]] * len(end.values), "|", color="tab:red", markersize=14)
+        axes.set_title("density (red: eigenvalues found one by one)")
+    if found.blocks is not None:
+        count = len(found.blocks.names)
+        pictures["blocks"] = Figure(figsize=(9 + 0.12 * count, 3 + 0.22 * count), layout="constrained")
+        found.blocks.plot(pictures["blocks"])
+    return pictures
+
+
+def _drawn(figure: Any, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=130)
+    return buffer.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _page(found: Findings, pictures: dict[str, bytes]) -> str:
+    title = html.escape(f"{found.title} of {found.problem}")
+    parts = [f"<h1>{title}</h1>", _table(found.facts)]
+    parts += [f'<p class="bad">{html.escape(one)}</p>' for one in found.undone]
+    if "density" in pictures:
+        parts += ["<h2>Density</h2>", _image(pictures["density"], "the density")]
+    for end in found.ends:
+        parts.append(f"<h2>Eigenvalues, {html.escape(end.which)}</h2>")
+        parts.append(f'<p class="{"good" if end.ok else "bad"}">{html.escape(end.verdict)}</p>')
+        rows = [("", "eigenvalue", "residual", "error at most")]
+        for index, value in enumerate(end.values):
+            certificate = end.certificate
+            told = ("", "")
+            if certificate is not None:
+                told = (f"{certificate.residuals[index]:.1e}", f"{certificate.bounds[index]:.1e}")
+            rows.append((str(index + 1), f"{value:.10g}", *told))
+        parts.append(_table(rows[1:], rows[0]))
+    if found.blocks is not None:
+        study, traces = found.blocks, found.blocks.traces
+        parts += ["<h2>Layer by layer</h2>"]
+        if "blocks" in pictures:
+            parts.append(_image(pictures["blocks"], "norms of the blocks, and their eigenvalues"))
+        lines = [
+            (
+                name,
+                f"{study.sizes[index]:,}",
+                f"{study.smallest[index]:.4g}",
+                f"{study.largest[index]:.4g}",
+                f"{traces.value[index]:.4g} ± {traces.error[index]:.2g}",
+                f"{study.norms[index, index]:.4g}",
+            )
+            for index, name in enumerate(study.names)
+        ]
+        parts.append(_table(lines, ("block", "rows", "smallest", "largest", "trace", "norm")))
+    parts.append(f"<footer>curvop {html.escape(__version__)}</footer>")
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _table(rows: Any, head: Any = ()) -> str:
+    lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"] if head else []
+    lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _image(png: bytes, text: str) -> str:
+    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

@@ -1,0 +1,177 @@
+"""``curvop spectrum``: what it finds, writes, resumes, and does by a deadline."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import PROBLEMS
+
+from curvop.cli import main
+from curvop.examples.functorch import functorch_ggn, functorch_hessian
+from curvop.problems import load
+from curvop.spectrum import BlockStudy, EigenResult, SpectralDensity
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> str:
+    file = tmp_path / "problems.py"
+    file.write_text(PROBLEMS)
+    return f"{file}:small"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    def command(*argv: object) -> tuple[int, str, str]:
+        code = main(["spectrum", *map(str, argv)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+def test_the_figures_are_those_of_the_dense_matrix(run, spec) -> None:
+    code, out, _ = run(spec, "--k", 3, "--blocks", "--json")
+    found = json.loads(out)
+    values = np.linalg.eigvalsh(functorch_hessian(**load(spec)).numpy())
+    assert code == 0
+    assert found["ok"]
+    assert [end["which"] for end in found["ends"]] == ["LA", "SA"]
+    np.testing.assert_allclose(found["ends"][0]["values"], values[:-4:-1], atol=1e-12)
+    np.testing.assert_allclose(found["ends"][1]["values"], values[:3], atol=1e-12)
+    assert found["trace"]["value"] == pytest.approx(values.sum())
+    assert found["frobenius_norm"]["value"] == pytest.approx(np.linalg.norm(values))
+    np.testing.assert_allclose(found["density"]["range"], [values[0], values[-1]], rtol=1e-9)
+    assert list(found["blocks"]) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_another_matrix_and_a_block(run, spec) -> None:
+    code, out, _ = run(spec, "--k", 2, "--matrix", "ggn", "--block", "2.weight", "--json")
+    found = json.loads(out)
+    problem = load(spec)
+    problem["params"] = {"2.weight": problem["params"]["2.weight"]}
+    values = np.linalg.eigvalsh(functorch_ggn(**problem).numpy())
+    assert code == 0
+    assert [end["which"] for end in found["ends"]] == ["LA"]
+    np.testing.assert_allclose(found["ends"][0]["values"], values[:-3:-1], atol=1e-12)
+    assert (found["rows"], found["parameters"]) == (8, 26)
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.scripts = 0
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs) -> None:
+        self.scripts += tag == "script"
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_files(run, spec, tmp_path) -> None:
+    out = tmp_path / "study"
+    code, text, _ = run(spec, "--k", 3, "--blocks", "--out", out)
+    assert code == 0
+    assert "Hessian of" in text
+    assert SpectralDensity.load(out / "density.npz").size == 26
+    assert BlockStudy.load(out / "blocks.npz").names[0] == "0.weight"
+    assert EigenResult.load(out / "eigenpairs_LA.npz").ok
+    assert json.loads((out / "spectrum.json").read_text())["ok"]
+    for name in ("density", "blocks"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (out / f"{name}.svg").read_text()
+    page = Page((out / "report.html").read_text())
+    assert not page.open
+    assert not page.scripts
+    assert len(page.sources) == 2
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert not [file for file in out.iterdir() if file.name.startswith(".")]
+
+
+def test_a_problem_that_wants_to_write_html(run, tmp_path) -> None:
+    file = tmp_path / "<script>alert(1)<_script>.py"
+    file.write_text(PROBLEMS)
+    code, _, _ = run(f"{file}:small", "--k", 1, "--out", tmp_path / "study")
+    assert code == 0
+    assert not Page((tmp_path / "study" / "report.html").read_text()).scripts
+
+
+def test_resuming_makes_no_product_twice(run, spec, tmp_path) -> None:
+    out = tmp_path / "study"
+    _, first, _ = run(spec, "--k", 3, "--out", out, "--json")
+    code, again, _ = run(spec, "--k", 3, "--out", out, "--resume", "--json")
+    first, again = json.loads(first), json.loads(again)
+    assert code == 0
+    assert first["products"] > 100
+    assert again["products"] == 0
+    for name in ("ends", "trace", "frobenius_norm", "density"):
+        assert again[name] == first[name]
+
+
+def test_what_a_deadline_leaves_undone_is_said_and_can_be_done_later(run, tmp_path) -> None:
+    out = tmp_path / "study"
+    code, text, _ = run("digits", "--deadline", "0.001s", "--blocks", "--out", out)
+    assert code == 1
+    for what in ("eigenvalues LA: not done", "trace: not done", "blocks: not done", "density: 8 probes of 1 steps"):
+        assert what in text
+    assert "not done by the deadline" in (out / "report.html").read_text()
+    code, text, _ = run("digits", "--k", 2, "--out", out, "--resume")
+    assert code == 0
+    assert "everything that was asked for is done" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--resume"], "argument --resume: needs --out"),
+        (["--out", "nowhere/study"], "argument --out: no folder"),
+        (["--out", "{full}"], "is not empty: pass --resume"),
+        (["--out", "{empty}", "--resume"], "holds no study"),
+        (["--out", "{file}"], "is no folder"),
+        (["--deadline", "soon"], "is no time such as"),
+        (["--probes", "0"], "argument --probes: must be 1 or more"),
+        (["--matrix", "jacobian"], "invalid choice"),
+    ],
+)
+def test_bad_arguments(run, spec, tmp_path, argv, said) -> None:
+    for name in ("full", "empty"):
+        (tmp_path / name).mkdir()
+    for file in (tmp_path / "full" / "x", tmp_path / "file"):
+        file.write_text("")
+    places = {name: tmp_path / name for name in ("full", "empty", "file")}
+    code, _, err = run(spec, *(part.format(**places) for part in argv))
+    assert code == 2
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("changed", [["--steps", "9"], ["--dtype", "float32"]])
+def test_a_study_of_something_else(run, spec, tmp_path, changed) -> None:
+    out = tmp_path / "study"
+    run(spec, "--k", 1, "--out", out)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    code, _, err = run(spec, "--k", 1, "--out", out, "--resume", *changed)
+    assert code == 2
+    assert re.search("num_steps|dtype", err)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("1h30m10s", 5410)])
+def test_times(text: str, seconds: float) -> None:
+    from curvop.arguments import parse
+
+    options = parse(["spectrum", "digits", "--deadline", text])
+    assert options is not None
+    assert options.deadline == seconds
