@@ -1,12 +1,13 @@
 """Curvature matrices of PyTorch models as SciPy linear operators."""
 
-from curvop import preconditioner
+from curvop import preconditioner, spectrum
 from curvop.damped import DampedLinearOperator
 from curvop.examples.functorch import functorch_hessian
 from curvop.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
 from curvop.ggn import GGNLinearOperator
 from curvop.hessian import HessianLinearOperator
 from curvop.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
+from curvop.journal import JournaledLinearOperator
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.selection import select
 from curvop.solvers import SolveResult, solve
@@ -23,6 +24,7 @@ __all__ = [
     "GradientCovarianceLinearOperator",
     "HessianLinearOperator",
     "JacobianLinearOperator",
+    "JournaledLinearOperator",
     "NonDeterministicObjectiveError",
     "NonFiniteProductError",
     "SolveResult",
@@ -33,4 +35,5 @@ __all__ = [
     "preconditioner",
     "select",
     "solve",
+    "spectrum",
 ]

@@ -59,13 +59,11 @@ class Certificate:
         all that was found: there is an eigenvalue there or further out, and it is not among these.
     resolution : float or None
         Had an eigenvalue been missed that is further from the last one found than this, the search would have told with
-        a probability of 0.999 at least. None where nothing was searched.
+        a probability of 0.999 at least. None where nothing was searched, as in an operator that is not symmetric.
     products : int
         Columns multiplied with `A`.
-    which : str or None
-        As it was asked for.
-    tol : float
-        As it was asked for.
+    which, tol : str or None, float
+        As they were asked for.
     """
 
     residuals: Array
@@ -115,12 +113,12 @@ class Certificate:
             index, last = int(np.isnan(self.residuals).argmax()), len(self.residuals) - 1
             return [f"pair {index} of 0 to {last} is not finite, or its vector is zero"]
         problems, largest = [], float(self.bounds.max())
-        if self.symmetry > max(_SYMMETRY_OF_NOISE * self.noise, _SYMMETRY):
+        asymmetric = _asymmetric(self.symmetry, self.noise)
+        if asymmetric:
             problems.append(
                 f"A is not symmetric (defect {self.symmetry:.1e}, while products are exact to {self.noise:.1e}), and "
                 "neither the solvers nor these bounds are made for that"
             )
-        asymmetric = bool(problems)
         if largest == np.inf:
             problems.append("vectors are linearly dependent: the same eigenvalue is counted twice")
         elif largest > self.tol * self.norm and not asymmetric:
@@ -152,6 +150,10 @@ class Certificate:
         return f"none seen to be missed (one further than {self.resolution:.1e} from the last would have been)"
 
 
+def _asymmetric(symmetry: float, noise: float) -> bool:
+    return symmetry > max(_SYMMETRY_OF_NOISE * noise, _SYMMETRY)
+
+
 def certify(
     A: Any,
     values: Any,
@@ -165,7 +167,7 @@ def certify(
 ) -> Certificate:
     """Say what eigenpairs from any solver are worth.
 
-    It takes ``k + 8`` products and those of the search, and the memory of three copies of `vectors` and ten more vectors.
+    It takes ``k + 8`` products and those of the search, and the memory of three copies of `vectors` and some more.
 
     Parameters
     ----------
@@ -274,7 +276,7 @@ def _certificate(
     others = (-np.inf, np.inf)  # where the eigenvalues are that were not found
     if len(w) == len(V):
         others, resolution = (np.inf, -np.inf), 0.0
-    elif ends is not None and np.isfinite(tolerance):
+    elif ends is not None and np.isfinite(tolerance) and not _asymmetric(noise.symmetry, noise.relative):
         found = search_missed(A.dot, V, ends, tolerance, steps, rng)
         norm, others = max(norm, abs(found.low), abs(found.high)), (found.low, found.high)
         beyond = max(found.high - ends[1], ends[0] - found.low) + found.slack

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from curvop.fingerprint import OtherProblemError, differing, listed
@@ -100,14 +99,12 @@ class Checkpoint:
             return
         for key, offset in self._steps:
             if key == b"%s %d" % (_STEP, first):
-                runs, alphas, betas, rest = self._steps.read(offset)
-                run.advance(runs, alphas, betas, torch.from_numpy(rest).to(run.basis.device))
+                run.replay(*self._steps.read(offset))
 
-    def add(self, first: int, step: tuple[Any, Any, Any, torch.Tensor]) -> None:
-        """Record a step of a group."""
+    def add(self, first: int, run: Lanczos, runs: NDArray[np.intp]) -> None:
+        """Record the last step of a group."""
         if self._steps is not None:
-            runs, alphas, betas, rest = step
-            self._steps.append(b"%s %d" % (_STEP, first), runs, alphas, betas, rest.cpu().numpy())
+            self._steps.append(b"%s %d" % (_STEP, first), *run.last_step(runs))
 
     def close(self) -> None:
         """Close the files."""

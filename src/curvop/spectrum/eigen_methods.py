@@ -118,13 +118,14 @@ def lobpcg_blocks(task: Task) -> Found:
     if size < 5 * k:  # SciPy would form the matrix, from integers
         note = f"lobpcg needs N >= 5 k, but N is {size} and k is {k}"
         return dense(task, note) if size <= _DENSE_SIZE else dataclasses.replace(arpack(task), note=note)
-    X = task.start(min(k + _GUARDS, size // 5))
+    width = min(k + _GUARDS, size // 5)
     check_fits(
-        _LOBPCG_BLOCKS * X.nbytes,
+        _LOBPCG_BLOCKS * 8 * size * width,
         task.available,
-        f"LOBPCG's blocks of {X.shape[1]} vectors of {size:,} numbers",
+        f"LOBPCG's blocks of {width} vectors of {size:,} numbers",
         "take a smaller k, method='arpack', or a block of the matrix",
     )
+    X = task.start(width)
     if task.v0 is not None:
         X[:, 0] = task.v0
     X = np.linalg.qr(X)[0]
@@ -148,7 +149,7 @@ def lobpcg_blocks(task: Task) -> Found:
                 retResidualNormsHistory=True,
             )
         left -= _CHUNK
-        converged = bool(np.max(history[-1][:k]) <= goal)
+        converged = bool(np.max(np.atleast_1d(history[-1])[:k]) <= goal)
         if converged or left <= 0:
             return Found(values[:k] * scale, X[:, :k], converged, "lobpcg")
 

@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from curvop.memory import available_bytes, check_fits
 from curvop.operator import BridgeLinearOperator
 
-__all__ = ["Lanczos", "device_of", "multiply", "runs_at_once"]
-
-_EPS = float(np.finfo(np.float64).eps)
+__all__ = ["Lanczos", "basis_dtype", "device_of", "multiply", "runs_at_once"]
 
 
 def device_of(A: Any) -> torch.device:
@@ -33,12 +32,17 @@ def device_of(A: Any) -> torch.device:
 
 
 def multiply(A: Any, rows: Tensor) -> Tensor:
-    """Return the products ``(K, M)`` of `A` with the rows ``(K, N)`` of a tensor, from one block product; float64."""
+    """Return the products ``(K, M)`` of `A` with the rows ``(K, N)`` of a tensor, from one block product."""
     if isinstance(A, BridgeLinearOperator) and A.takes_tensors:
         product: Tensor = A @ rows.T
-        return product.T.to(torch.float64)
-    array = np.asarray(A @ rows.numpy().T, dtype=np.float64)
-    return torch.from_numpy(np.ascontiguousarray(array.T)).to(torch.float64)
+        return product.T
+    array = np.asarray(A @ rows.numpy().T)
+    return torch.from_numpy(np.ascontiguousarray(array.T)).to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def basis_dtype(A: Any) -> torch.dtype:
+    """Return the precision that a basis is kept in: that of the operator's vectors, float32 or float64."""
+    return torch.float32 if A.dtype == np.float32 else torch.float64
 
 
 def runs_at_once(A: Any, num_probes: int, num_steps: int, memory: int | None) -> int:
@@ -50,7 +54,7 @@ def runs_at_once(A: Any, num_probes: int, num_steps: int, memory: int | None) ->
         Where not even one does, with the number and the remedy.
     """
     available = available_bytes(device_of(A)) if memory is None else memory
-    one: int = 8 * A.shape[0] * (num_steps + 4)  # the basis, and what a step takes
+    one: int = basis_dtype(A).itemsize * A.shape[0] * (num_steps + 6)  # the basis, and what a step takes
     what = f"the Lanczos basis of one probe, {num_steps} vectors of {A.shape[0]:,} numbers,"
     check_fits(one, available, what, "take fewer num_steps, or a block of the matrix")
     return min(num_probes, available // one)
@@ -75,7 +79,8 @@ class Lanczos:
     Attributes
     ----------
     basis : Tensor, shape (K, num_steps + 1, N)
-        Orthonormal rows, as far as the runs have come; zeros where one has stopped.
+        Orthonormal rows, as far as the runs have come; zeros where one has stopped. In float64, or in float32 where
+        `A` is: half the memory and half the time, orthogonal to some 1e-8 instead of 1e-15.
     alphas, betas : ndarray, shape (K, num_steps)
         The diagonals of the tridiagonal matrices, and what is beside them; the last of `betas` is the residual's norm.
     lengths : ndarray of int, shape (K,)
@@ -84,11 +89,13 @@ class Lanczos:
 
     def __init__(self, A: Any, starts: Tensor, num_steps: int, deflated: Tensor | None = None) -> None:
         count, size = starts.shape
-        self._A, self._deflated = A, deflated
-        self.basis = torch.zeros(count, num_steps + 1, size, dtype=torch.float64, device=starts.device)
+        self._A = A
+        self._deflated = None if deflated is None else deflated.to(basis_dtype(A))
+        self.basis = torch.zeros(count, num_steps + 1, size, dtype=basis_dtype(A), device=starts.device)
         self.basis[:, 0] = starts / torch.linalg.vector_norm(starts, dim=1, keepdim=True)
         self.alphas, self.betas = np.zeros((count, num_steps)), np.zeros((count, num_steps))
         self.lengths = np.zeros(count, dtype=np.int64)
+        self._eps = torch.finfo(self.basis.dtype).eps
         self._scale = 0.0  # of the matrix, as far as the runs see it: what is zero is told by it
         self._running = np.ones(count, dtype=bool)
 
@@ -97,44 +104,49 @@ class Lanczos:
         """Whether there is a step left for any run."""
         return bool(self._running.any())
 
-    def step(self) -> tuple[Any, Any, Any, Tensor]:
-        """Take every run that has not stopped one step further, by one block product.
-
-        Returns
-        -------
-        tuple
-            What `advance` takes for the same step without the product.
-        """
+    def step(self) -> NDArray[np.intp]:
+        """Take every run that has not stopped one step further, by one block product; return which runs these are."""
         runs = np.flatnonzero(self._running)
         at = int(self.lengths[runs[0]])
         everything = len(runs) == len(self.lengths)
-        q = self.basis[:, at] if everything else self.basis[torch.from_numpy(runs), at]
-        rest = multiply(self._A, q)
-        found = [self._orthogonalise(run, at, w) for run, w in zip(runs.tolist(), rest, strict=True)]
-        alphas, betas = np.array(found).T
-        self.advance(runs, alphas, betas, rest)
-        return runs, alphas, betas, rest
+        products = multiply(self._A, self.basis[:, at] if everything else self.basis[torch.from_numpy(runs), at])
+        for run, product in zip(runs.tolist(), products, strict=True):
+            w = product.to(self.basis.dtype)
+            self.alphas[run, at], self.betas[run, at] = self._orthogonalise(run, at, w)
+            if self.betas[run, at] > 0:
+                self.basis[run, at + 1] = w.div_(float(self.betas[run, at]))
+        self._advance(runs)
+        return runs
 
-    def advance(self, runs: Any, alphas: Any, betas: Any, rest: Tensor) -> None:
-        """Write a step's outcome down: for each of the `runs`, its two numbers, and what is left of the product."""
+    def last_step(self, runs: NDArray[np.intp]) -> tuple[NDArray[Any], ...]:
+        """Return what `replay` takes for the last step of `runs`, on the host."""
+        at = int(self.lengths[runs[0]])
+        vectors = self.basis[torch.from_numpy(runs), at].cpu().numpy()
+        return runs, self.alphas[runs, at - 1], self.betas[runs, at - 1], vectors
+
+    def replay(self, runs: NDArray[np.intp], alphas: NDArray[Any], betas: NDArray[Any], vectors: NDArray[Any]) -> None:
+        """Take a step again whose outcome is known, without a product."""
         at = int(self.lengths[runs[0]])
         self.alphas[runs, at], self.betas[runs, at] = alphas, betas
+        self.basis[torch.from_numpy(runs), at + 1] = torch.from_numpy(vectors).to(self.basis.device)
+        self._advance(runs)
+
+    def _advance(self, runs: NDArray[np.intp]) -> None:
+        at = int(self.lengths[runs[0]])
         self.lengths[runs] += 1
+        alphas, betas = self.alphas[runs, at], self.betas[runs, at]
         self._scale = max(self._scale, float((np.abs(alphas) + betas).max()))
         # Rounding leaves so much of a vector that is in the span of the basis.
-        self._running[runs] = self.betas[runs, at] > 10 * _EPS * self._scale * self.basis.shape[2] ** 0.5
+        self._running[runs] = betas > 10 * self._eps * self._scale * self.basis.shape[2] ** 0.5
         if at + 2 == self.basis.shape[1]:
             self._running[:] = False
-        for run, w in zip(runs, rest, strict=True):
-            if self.betas[run, at] > 0:
-                torch.div(w, self.betas[run, at], out=self.basis[run, at + 1])
 
     def _orthogonalise(self, run: int, at: int, w: Tensor) -> tuple[float, float]:
         """Take the basis out of `w`, in place; return the diagonal's entry and the norm of what is left."""
         basis = self.basis[run, : at + 1]
         if at:
             w.sub_(basis[at - 1], alpha=float(self.betas[run, at - 1]))
-        alpha = float(basis[at] @ w)
+        alpha = float(torch.dot(basis[at], w))
         w.sub_(basis[at], alpha=alpha)
         norm = float(torch.linalg.vector_norm(w))
         if not np.isfinite(norm):
@@ -146,7 +158,7 @@ class Lanczos:
             if self._deflated is not None:
                 w.addmv_(self._deflated.T, self._deflated @ w, alpha=-1.0)
             before, norm = norm, float(torch.linalg.vector_norm(w))
-            if norm > 0.5 * before or norm <= _EPS * abs(alpha):
+            if norm > 0.5 * before or norm <= self._eps * abs(alpha):
                 return alpha, norm
 
     def quadrature(self) -> tuple[np.ndarray, np.ndarray]:

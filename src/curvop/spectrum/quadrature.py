@@ -38,10 +38,10 @@ def density(
     r"""Estimate the density of a symmetric operator's eigenvalues by stochastic Lanczos quadrature.
 
     Every probe is a vector of random signs; the Lanczos process from it gives a Gauss quadrature for the eigenvalues,
-    exact for polynomials up to degree 2 m - 1 in what it sees. The recurrences are in float64 and re-orthogonalised in
-    full, so that an outlier counts once; all probes take their steps together, with one block product. The Wasserstein
-    distance between the density and the spectrum falls as 1 / m, and with the probes as :math:`1 / \sqrt{K N}` (Chen,
-    Trogdon, Ubaru, 2021).
+    exact for polynomials up to degree 2 m - 1 in what it sees. The recurrences are in float64 (where `A` is float32, in
+    that: half the memory, half the time) and re-orthogonalised in full, so that an outlier counts once; all probes take
+    their steps together, with one block product. The Wasserstein distance between the density and the spectrum falls as
+    1 / m, and with the probes as :math:`1 / \sqrt{K N}` (Chen, Trogdon, Ubaru, 2021).
 
     Of use for the shape of a spectrum, and for the trace of any function of the matrix. For single eigenvalues with
     proof take `eigsh`; for a trace or a norm alone, with fewer products where eigenvalues decay, `trace` and
@@ -61,8 +61,8 @@ def density(
         So many eigenvalues of largest magnitude are found by `eigsh`, taken out, and added back as what they are
         (Papyan, 2018): sharper where a few outliers are of interest, and the probes' spread no longer stems from them.
     memory : int, optional
-        Bytes for the bases, 8 N (m + 1) for each probe; half of what is free by default. Where they do not fit, probes
-        take turns.
+        Bytes for the bases, 8 N m and some for each probe, half of it where `A` is float32; by default half of what is
+        free. Where they do not fit, probes take turns.
     checkpoint : str or path, optional
         A directory where every step is recorded. A run that was killed takes its steps up again from there, called in
         the same way with the same seed, and ends with the same bits as one that was not (where products repeat to the
@@ -152,9 +152,9 @@ def _quadrature(
     kept.replay(first, run)
     bar.update(int(run.lengths.sum()))
     while run.running and (time.monotonic() < until or not run.lengths.any()):
-        step = run.step()
-        bar.update(len(step[0]))
-        kept.add(first, step)
+        runs = run.step()
+        bar.update(len(runs))
+        kept.add(first, run, runs)
     nodes, weights = run.quadrature()
     squares = (probes**2).sum(1).cpu().numpy()
     return [nodes, weights * (squares / probes.shape[1])[:, None], run.lengths], not run.running

@@ -1,0 +1,123 @@
+"""Time spectral densities beside curvlinops', at equal products; ours keep orthogonality, and theirs do not.
+
+Run ``python -m pip install -e ".[bench]" && python benchmarks/density.py``; it writes
+``benchmarks/results/density.json`` and takes about ten minutes. Times are medians of runs in turns. What the
+recurrence takes besides the products is measured with an operator that costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import curvlinops
+import numpy as np
+import torch
+from curvlinops.papyan2020traces.spectrum import lanczos_approximate_spectrum
+from environment import environment
+from models import PEER_PROBLEMS
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvop import HessianLinearOperator
+from curvop.operator import BridgeLinearOperator
+from curvop.spectrum import density
+from curvop.spectrum.lanczos import Lanczos
+
+RESULTS = Path(__file__).resolve().parent / "results" / "density.json"
+MODELS = ("MLP 784-512-512-10", "GPT 4 layers, d = 128", "CNN 32x32")
+PROBES, STEPS = 8, 64
+
+
+class Free(BridgeLinearOperator):
+    """A diagonal matrix, whose products cost next to nothing."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(np.float32, (size, size))
+        self._values = torch.linspace(0, 1, size) ** 3
+
+    def _apply(self, rows: Any) -> Any:
+        return rows * self._values
+
+
+def seconds(function: Any) -> float:
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
+
+
+def ours(operator: Any) -> float:
+    return seconds(lambda: density(operator, num_probes=PROBES, num_steps=STEPS, progress=False))
+
+
+def orthogonality(operator: Any) -> float:
+    """Return the largest entry of ``Q' Q - I`` after all steps of one probe."""
+    lanczos = Lanczos(operator, torch.randn(1, operator.shape[0], generator=torch.Generator().manual_seed(0)), STEPS)
+    while lanczos.running:
+        lanczos.step()
+    basis = lanczos.basis[0, : lanczos.lengths[0]].double()
+    return float((basis @ basis.T - torch.eye(len(basis), dtype=torch.float64)).abs().max())
+
+
+def measure(name: str, repeats: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    problem = PEER_PROBLEMS[name]()
+    arguments = problem["model"], problem["loss_function"], problem["params"], problem["data"]
+    operators = {
+        engine: HessianLinearOperator(*arguments, dtype=np.float32, engine=engine)
+        for engine in ("autograd", "compiled")
+    }
+    for operator in operators.values():
+        operator @ np.ones((operator.shape[0], PROBES), dtype=np.float32)  # linearize, compile, choose columns
+    other = curvlinops.HessianLinearOperator(
+        problem["model"], problem["loss_function"], list(problem["params"].values()), problem["data"]
+    )
+    ends = density(operators["autograd"], num_probes=1, num_steps=10, progress=False).range
+    tasks = {engine: lambda operator=operator: ours(operator) for engine, operator in operators.items()}
+    tasks["curvlinops"] = lambda: seconds(
+        lambda: lanczos_approximate_spectrum(other, STEPS, num_repeats=PROBES, boundaries=ends)
+    )
+    free = Free(operators["autograd"].shape[0])
+    tasks["recurrence alone"] = lambda: ours(free)
+    times: dict[str, list[float]] = {task: [] for task in tasks}
+    for _ in range(repeats):
+        for task, run in tasks.items():
+            times[task].append(run())
+    found = {task: statistics.median(values) for task, values in times.items()}
+    products = found["autograd"] - found["recurrence alone"]
+    return {
+        "P": free.shape[0],
+        "seconds": found,
+        "ratio to curvlinops": {engine: found["curvlinops"] / found[engine] for engine in operators},
+        "recurrence / products": found["recurrence alone"] / products,
+        "orthogonality": orthogonality(operators["autograd"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each; 3")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    results: dict[str, Any] = {"environment": environment(), "probes": PROBES, "steps": STEPS, "models": {}}
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        for name in MODELS:
+            results["models"][name] = measure(name, options.repeats)
+            print(name, json.dumps(results["models"][name], indent=2), flush=True)
+    ratios = [
+        [one["ratio to curvlinops"][engine] for one in results["models"].values()]
+        for engine in ("autograd", "compiled")
+    ]
+    results["geometric means"] = {
+        engine: float(np.exp(np.mean(np.log(own))))
+        for engine, own in zip(("autograd", "compiled"), ratios, strict=True)
+    }
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+r"""
+As many outliers as classes
+===========================
+
+The Hessian of a classifier has a bulk of small eigenvalues, and about as many outliers above it as there are classes,
+one less or so: Sagun, Bottou, LeCun (2016) and Sagun et al. (2017) found it, Papyan (2018, 2020) traced them to the
+means of the classes' gradients. Here is a small convolutional network on images of 4, 6 and 10 digits.
+
+``density`` shows all eigenvalues at once, ``eigsh`` the outliers one by one, with a certificate that none is missing.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from curvop import HessianLinearOperator
+from curvop.spectrum import density, eigsh
+
+pixels, labels = load_digits(return_X_y=True)
+images, labels = torch.tensor(pixels / 16).float().view(-1, 1, 8, 8), torch.tensor(labels)
+
+
+def trained(classes, epochs=3):
+    """Return the Hessian of a network that has begun to tell the first digits apart."""
+    X, y = images[labels < classes], labels[labels < classes]
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2)),
+        *(nn.Flatten(), nn.Linear(64, classes)),
+    )
+    loss_function = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(X)).split(64):
+            optimizer.zero_grad()
+            loss_function(model(X[batch]), y[batch]).backward()
+            optimizer.step()
+    return HessianLinearOperator(model, loss_function, model.parameters(), [(X, y)])
+
+
+# %%
+# The outliers end where the next eigenvalue is relatively furthest away.
+
+figure, axes = plt.subplots(3, 1, figsize=(8, 7), layout="constrained")
+for axis, classes in zip(axes, (4, 6, 10), strict=True):
+    H = trained(classes)
+    found = eigsh(H, 16, "LA", tol=1e-4, progress=False)
+    outliers = 1 + int(np.argmax(found.values[:-1] / found.values[1:]))
+    print(f"{classes} classes, {H.shape[0]:,} parameters: {outliers} outliers; {found.verdict}")
+    assert classes - 1 <= outliers <= classes
+    assert found.ok
+    density(H, num_probes=8, num_steps=80, rng=0, progress=False).plot(axis)
+    axis.plot(found.values[:outliers], np.full(outliers, axis.get_ylim()[0] * 1.3), "v", color="tab:red")
+    axis.set_title(f"{classes} classes: {outliers} outliers")
+plt.show()
