@@ -48,11 +48,12 @@ def clustered() -> np.ndarray:
 
 
 class TestMethods:
+    @pytest.mark.parametrize("method", ["arpack", "device"])
     @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
-    def test_arpack(self, clustered, which: str) -> None:
-        result = eigsh(clustered, 5, which, ncv=60)
+    def test_lanczos(self, clustered, which: str, method: str) -> None:
+        result = eigsh(clustered, 5, which, ncv=60, method=method)
         assert result.ok
-        assert (result.method, result.which, result.wanted, result.note) == ("arpack", which, 5, "")
+        assert (result.method, result.which, result.wanted, result.note) == (method, which, 5, "")
         np.testing.assert_allclose(result.values, expected(CLUSTERED, 5, which), atol=1e-13)
         assert result.certificate.bounds.max() < 1e-13
         np.testing.assert_allclose(clustered @ result.vectors, result.vectors * result.values, atol=1e-13)
@@ -101,12 +102,22 @@ class TestMethods:
         """Of any size, for which ARPACK and LOBPCG are not made."""
         size = data.draw(st.integers(1, 40))
         k = data.draw(st.integers(1, size))
-        method = data.draw(st.sampled_from(["arpack", "lobpcg"]))
+        method = data.draw(st.sampled_from(["arpack", "lobpcg", "device"]))
         which = data.draw(st.sampled_from(["LA", "SA"] if method == "lobpcg" else ["LA", "SA", "LM"]))
         eigenvalues = np.random.default_rng(data.draw(st.integers(0, 100))).choice([-2.0, -1, 0, 0.5, 1, 2, 3], size)
-        result = eigsh(matrix(eigenvalues), k, which, method=method)
-        assert result.ok
-        np.testing.assert_allclose(np.abs(result.values), np.abs(expected(eigenvalues, k, which)), atol=1e-8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            result = eigsh(matrix(eigenvalues), k, which, method=method)
+        wanted = np.abs(expected(eigenvalues, k, which))
+        right = len(result.values) == k and np.allclose(np.abs(result.values), wanted, atol=1e-8)
+        # Solvers do miss members of clusters such as these (scipy#26112): it is told.
+        assert result.ok == right
+
+    def test_one_that_arpack_misses_is_told(self) -> None:
+        eigenvalues = np.random.default_rng(36).choice([-2.0, -1, 0, 0.5, 1, 2, 3], 35)
+        with pytest.warns(RuntimeWarning, match="an eigenvalue was missed, at 3 or beyond"):
+            result = eigsh(matrix(eigenvalues), 7, "LA")
+        assert (eigenvalues == 3).sum() > (result.values > 2.9).sum()
 
     def test_small_ones_are_formed_and_it_is_said(self) -> None:
         A = matrix(np.arange(20.0))
@@ -119,7 +130,7 @@ class TestMethods:
         assert result.method == "arpack"
         assert "lobpcg needs N >= 5 k" in result.note
 
-    @pytest.mark.parametrize("method", ["arpack", "lobpcg"])
+    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "device"])
     def test_the_zero_matrix(self, method: str) -> None:
         result = eigsh(np.zeros((100, 100)), 3, method=method)
         assert result.ok
@@ -138,7 +149,7 @@ class TestMethods:
             assert result.ok
             np.testing.assert_allclose(np.abs(result.values), np.abs(expected(eigenvalues, 5, which)), atol=1e-11)
 
-    @pytest.mark.parametrize("method", ["arpack", "lobpcg"])
+    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "device"])
     def test_a_start_of_ones_own(self, clustered, method: str) -> None:
         vector = np.linalg.eigh(clustered)[1][:, -1]
         given = eigsh(clustered, 3, v0=vector + 1e-3, method=method, certificate=False)
@@ -301,7 +312,7 @@ class TestResult:
 
     def test_it_is_repeatable(self) -> None:
         A = matrix(np.linspace(0, 1, 200) ** 8)
-        for method in ("arpack", "lobpcg"):
+        for method in ("arpack", "lobpcg", "device"):
             first, second = (eigsh(A, 4, rng=3, method=method) for _ in range(2))
             np.testing.assert_array_equal(first.vectors, second.vectors)
             assert str(first) == str(second)
@@ -310,7 +321,7 @@ class TestResult:
 
     def test_progress_is_shown(self, capsys) -> None:
         def slowly(x):
-            time.sleep(0.02)
+            time.sleep(0.012)
             return np.arange(40.0) * x.reshape(-1)
 
         A = LinearOperator((40, 40), matvec=slowly, dtype=float)
@@ -322,7 +333,7 @@ class TestResult:
         eigsh(A, 2)
         assert not capsys.readouterr().err
 
-    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "dense"])
+    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "device", "dense"])
     def test_exceptions_of_the_operator_pass(self, method: str) -> None:
         def stop(x):
             raise KeyboardInterrupt
@@ -330,7 +341,7 @@ class TestResult:
         with pytest.raises(KeyboardInterrupt):
             eigsh(LinearOperator((100, 100), matvec=stop, dtype=float), 3, method=method)
 
-    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "dense"])
+    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "device", "dense"])
     def test_products_that_are_not_finite(self, method: str) -> None:
         A = LinearOperator((100, 100), matvec=lambda x: np.full(100, np.nan), dtype=float)
         with pytest.raises(ValueError, match="a product with A is not finite"):
@@ -348,7 +359,8 @@ class TestResult:
         ({"k": 2.0}, TypeError, "k is a float"),
         ({"which": "LR"}, ValueError, "which is 'LR', but must be one of LA, SA, LM, SM, BE"),
         ({"which": "BE", "k": 1}, ValueError, "k is 1, but which='BE'"),
-        ({"method": "cg"}, ValueError, "method is 'cg', but must be one of arpack, lobpcg, dense"),
+        ({"method": "cg"}, ValueError, "method is 'cg', but must be one of arpack, lobpcg, device, dense"),
+        ({"method": "device", "which": "SM"}, ValueError, "which method='device' does not find"),
         ({"method": "lobpcg", "which": "LM"}, ValueError, "lobpcg finds 'LA' and 'SA' only: use method='arpack'"),
         ({"tol": -1.0}, ValueError, "tol is -1.0"),
         ({"maxiter": 0}, ValueError, "maxiter is 0"),
@@ -391,7 +403,7 @@ class TestModels:
         assert result.products < 150
 
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    @pytest.mark.parametrize("method", ["arpack", "lobpcg"])
+    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "device"])
     def test_of_a_convolutional_network_in_single_precision(self, method: str, dtype) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)

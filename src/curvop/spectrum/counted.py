@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from torch import Tensor
 from tqdm import tqdm
+
+from curvop.spectrum.lanczos import device_of, multiply
 
 __all__ = ["CountedOperator", "symmetric_operator"]
 
@@ -64,14 +68,30 @@ class CountedOperator(LinearOperator):  # type: ignore[misc]
     def _matmat(self, X: Any) -> NDArray[Any]:
         return self._checked(self._A.matmat(np.asarray(X)), X.shape[1])
 
+    def multiply_rows(self, rows: Tensor) -> Tensor:
+        """Return the products ``(K, N)`` with the rows of a tensor, where the operator computes."""
+        product = multiply(self._A, rows)
+        self._count(len(rows))
+        if not product.isfinite().all():
+            raise ValueError("a product with A is not finite")
+        return product
+
+    @property
+    def device(self) -> torch.device:
+        """Where the operator computes."""
+        return device_of(self._A)
+
+    def _count(self, columns: int) -> None:
+        self.products += columns
+        self._bar.update(columns)
+
     def _adjoint(self) -> CountedOperator:
         return self
 
     _transpose = _adjoint
 
     def _checked(self, product: Any, columns: int) -> NDArray[Any]:
-        self.products += columns
-        self._bar.update(columns)
+        self._count(columns)
         # A copy, as an operator may return its argument, or an array that its next product overwrites.
         fresh = np.array(product, dtype=self.dtype)
         if not np.isfinite(fresh).all():

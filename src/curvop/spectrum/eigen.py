@@ -165,12 +165,14 @@ def eigsh(
     which : {'LA', 'SA', 'LM', 'SM', 'BE'}
         In SciPy's words: the largest, the smallest, those of the largest magnitude, of the smallest magnitude (which
         takes long, and often does not converge), or half from each end, of which an odd one is from the upper.
-    method : {'arpack', 'lobpcg', 'dense'}
+    method : {'arpack', 'lobpcg', 'device', 'dense'}
         Implicitly restarted Lanczos, SciPy's `eigsh`, takes the fewest products, one vector at a time: the one to begin
         with. SciPy's `lobpcg`, for 'LA' and 'SA' only, multiplies blocks of ``k + 2`` vectors, and takes more products
         in all: of use where one with a block costs much less than with its columns, as where data are slow to read, or
         the matrix is small for the device. Its `tol` is relative to the operator's norm, and 0 stands for the 2/3 power
-        of the precision, or the noise of the products. 'dense' forms the matrix by N products, as the others do where
+        of the precision, or the noise of the products. 'device' is Lanczos with thick restarts (Wu, Simon, 2000), not
+        for 'SM', whose basis stays where the operator computes: on a GPU no vector crosses to the host before the end.
+        'dense' forms the matrix by N products, as the others do where
         these are the fewer.
     tol : float
         The relative accuracy of eigenvalues at which ARPACK stops; 0 is machine precision. Over a float32 model 1e-6
@@ -265,6 +267,8 @@ def _checked(
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(METHODS)}")
     if method == "lobpcg" and which not in ("LA", "SA"):
         raise ValueError(f"which is {which!r}, but lobpcg finds 'LA' and 'SA' only: use method='arpack'")
+    if method == "device" and which == "SM":
+        raise ValueError("which is 'SM', which method='device' does not find: use method='arpack'")
     if which == "BE" and k == 1:
         raise ValueError("k is 1, but which='BE' takes at least one from each end")
     if not 0 <= tol < 1:

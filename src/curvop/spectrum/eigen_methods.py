@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, lobpcg
 from scipy.sparse.linalg import eigsh as scipy_eigsh
@@ -16,6 +17,7 @@ from curvop.memory import check_fits
 from curvop.spectrum.counted import CountedOperator
 from curvop.spectrum.missed import search
 from curvop.spectrum.noise import measure
+from curvop.spectrum.restarted import thick_restart
 
 __all__ = ["METHODS", "Found", "Task"]
 
@@ -154,6 +156,40 @@ def lobpcg_blocks(task: Task) -> Found:
             return Found(values[:k] * scale, X[:, :k], converged, "lobpcg")
 
 
+def device(task: Task) -> Found:
+    """Run Lanczos with thick restarts, whose basis stays on the operator's device."""
+    basis = task.ncv or min(task.size, max(2 * task.k + 1, _MIN_BASIS))
+    if basis >= task.size:
+        return dense(task, "the basis would have been the whole space")
+    check_fits(
+        (basis + task.k + 6) * task.size * task.A.dtype.itemsize,
+        task.available,
+        f"the Lanczos basis of {basis} vectors of {task.size:,} numbers",
+        "take a smaller k or ncv, or a block of the matrix",
+    )
+    start = torch.from_numpy(np.array(task.start() if task.v0 is None else task.v0, dtype=task.A.dtype))
+    restarts = task.maxiter or min(_MAX_RESTARTS, 10 * task.size)
+
+    def choose(values: Array, count: int) -> Array:
+        return _chosen(values, task.which, count)
+
+    values, vectors, converged = thick_restart(
+        task.A.multiply_rows, start.to(task.A.device), task.k, basis, task.tol, restarts, choose
+    )
+    note = "" if values.any() else "the matrix is zero"
+    return Found(values, vectors.T.cpu().numpy(), converged, "device", note)
+
+
+def _chosen(values: Array, which: str, count: int) -> Array:
+    """Return the indices of the wanted ones among ascending values, for BE half from each end."""
+    if which != "BE":
+        order: Array = outermost_first(values, which)[:count]
+        return order
+    low = count // 2
+    ends: Array = np.r_[:low, len(values) - (count - low) : len(values)]
+    return ends
+
+
 def dense(task: Task, note: str = "") -> Found:
     """Form the matrix by N products, and find all eigenvalues."""
     check_fits(
@@ -165,10 +201,7 @@ def dense(task: Task, note: str = "") -> Found:
     matrix = task.A.matmat(np.eye(task.size, dtype=task.A.dtype)).astype(np.float64)
     matrix += matrix.T.copy()
     values, vectors = np.linalg.eigh(matrix / 2)
-    order = outermost_first(values, task.which)[: task.k]
-    if task.which == "BE":
-        low = task.k // 2
-        order = np.r_[:low, task.size - (task.k - low) : task.size]
+    order = _chosen(values, task.which, task.k)
     return Found(values[order], vectors[:, order], True, "dense", note)
 
 
@@ -184,5 +217,10 @@ def _zero(task: Task, method: str) -> Found:
     return Found(np.zeros(task.k), vectors, True, method, "the matrix is zero")
 
 
-METHODS: dict[str, Callable[[Task], Found]] = {"arpack": arpack, "lobpcg": lobpcg_blocks, "dense": dense}
+METHODS: dict[str, Callable[[Task], Found]] = {
+    "arpack": arpack,
+    "lobpcg": lobpcg_blocks,
+    "device": device,
+    "dense": dense,
+}
 """What `curvop.spectrum.eigsh` calls its methods."""

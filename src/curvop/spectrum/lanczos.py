@@ -80,7 +80,7 @@ class Lanczos:
     ----------
     basis : Tensor, shape (K, num_steps + 1, N)
         Orthonormal rows, as far as the runs have come; zeros where one has stopped. In float64, or in float32 where
-        `A` is: half the memory and half the time, orthogonal to some 1e-8 instead of 1e-15.
+        `A` is: half the memory and half the time, orthogonal to some 1e-6 instead of 1e-15.
     alphas, betas : ndarray, shape (K, num_steps)
         The diagonals of the tridiagonal matrices, and what is beside them; the last of `betas` is the residual's norm.
     lengths : ndarray of int, shape (K,)
@@ -92,7 +92,7 @@ class Lanczos:
         self._A = A
         self._deflated = None if deflated is None else deflated.to(basis_dtype(A))
         self.basis = torch.zeros(count, num_steps + 1, size, dtype=basis_dtype(A), device=starts.device)
-        self.basis[:, 0] = starts / torch.linalg.vector_norm(starts, dim=1, keepdim=True)
+        self.basis[:, 0] = starts / torch.linalg.vector_norm(starts, dim=1, keepdim=True, dtype=torch.float64)
         self.alphas, self.betas = np.zeros((count, num_steps)), np.zeros((count, num_steps))
         self.lengths = np.zeros(count, dtype=np.int64)
         self._eps = torch.finfo(self.basis.dtype).eps
@@ -146,9 +146,9 @@ class Lanczos:
         basis = self.basis[run, : at + 1]
         if at:
             w.sub_(basis[at - 1], alpha=float(self.betas[run, at - 1]))
-        alpha = float(torch.dot(basis[at], w))
+        alpha = float((basis[at] * w).sum(dtype=torch.float64))
         w.sub_(basis[at], alpha=alpha)
-        norm = float(torch.linalg.vector_norm(w))
+        norm = _norm(w)
         if not np.isfinite(norm):
             raise ValueError("a product with A is not finite")
         while True:
@@ -157,7 +157,7 @@ class Lanczos:
             alpha += float(shares[at])
             if self._deflated is not None:
                 w.addmv_(self._deflated.T, self._deflated @ w, alpha=-1.0)
-            before, norm = norm, float(torch.linalg.vector_norm(w))
+            before, norm = norm, _norm(w)
             if norm > 0.5 * before or norm <= self._eps * abs(alpha):
                 return alpha, norm
 
@@ -172,3 +172,8 @@ class Lanczos:
             values, vectors = eigh_tridiagonal(self.alphas[run, :length], self.betas[run, : length - 1])
             nodes[run, :length], weights[run, :length] = values, vectors[0] ** 2
         return nodes, weights
+
+
+def _norm(w: Tensor) -> float:
+    """Return the norm, summed in double precision: of a long vector in single precision five digits would be right."""
+    return float(torch.linalg.vector_norm(w, dtype=torch.float64))
