@@ -12,9 +12,11 @@ from architectures import ARCHITECTURES, architecture_problem
 from cases import Problem
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvop import HessianLinearOperator, staging
+from curvop import GGNLinearOperator, HessianLinearOperator, staging
 from curvop.kernels.batches import on_device
 from curvop.kernels.replay import Recorder
+from curvop.spectrum import density, eigsh
+from curvop.spectrum.lanczos import Lanczos
 from curvop.staging import Staging
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -155,3 +157,34 @@ class TestPrefetching:
                 busy = busy @ torch.eye(1000, device=device)
             assert bool((busy == index).all())
             del X, busy
+
+
+class TestSpectrum:
+    def test_densities(self) -> None:
+        there, here = pair("conv")
+        options = {"num_probes": 4, "num_steps": 30, "rng": 0, "progress": False}
+        found, expected = density(there, **options), density(here, **options)
+        np.testing.assert_allclose(found.range, expected.range, rtol=1e-8)
+        close(found.trace().value, expected.trace().value)
+
+    def test_the_basis_stays_there(self) -> None:
+        there, _ = pair("conv")
+        device = torch.device("cuda", torch.cuda.current_device())
+        lanczos = Lanczos(there, torch.ones(1, there.shape[0], device=device), 10)
+        lanczos.step()
+        assert lanczos.basis.is_cuda
+
+    def test_thick_restarts(self) -> None:
+        there, here = pair("conv")
+        found, expected = (
+            eigsh(A, 3, "LA", method=method, progress=False) for A, method in ((there, "device"), (here, "arpack"))
+        )
+        assert found.ok
+        close(found.values, expected.values)
+
+    def test_exact_diagonals(self) -> None:
+        problem = architecture_problem("conv")
+        expected = GGNLinearOperator(problem.model, problem.loss_function, problem.params, problem.data).diagonal()
+        model = copy.deepcopy(problem.model).cuda()
+        there = GGNLinearOperator(model, problem.loss_function, dict(model.named_parameters()), problem.data)
+        close(there.diagonal(), expected)

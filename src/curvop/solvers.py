@@ -178,6 +178,7 @@ class _Run:
         self._x = np.zeros(len(b))
         self._solver = "cg"
         self._negative: float | None = None
+        self._best = np.inf, self._x  # of the solutions of MINRES that were looked at
         self._scale = 0.0  # the largest ||A p|| / ||p|| met, a lower bound of the matrix's norm
 
     def result(self) -> SolveResult:
@@ -238,8 +239,13 @@ class _Run:
             M = LinearOperator(self._A.shape, matvec=precondition, dtype=np.float64)
         operator = LinearOperator(self._A.shape, matvec=multiply, dtype=np.float64)
         callback = self._follow(x0, size / scale, look=True)
+        self._best = np.inf, x0
         # To the limit of its precision, not beyond: there it would drift along what the matrix takes to zero.
         minres(operator, rest / size, rtol=1e-14, maxiter=self._maxiter - self._products, M=M, callback=callback)
+        # It may have drifted all the same: a solution that was seen before and is as good is smaller.
+        residual, x = self._best
+        if residual <= 1.01 * np.linalg.norm(self._b - self._multiply(self._x)):
+            self._x = x
 
     def _follow(self, x0: NDArray[Any], scale: float = 1.0, look: bool = False) -> Callable[[NDArray[Any]], None]:
         """Return what a solver calls after each step; it looks at the true residual now and then where asked to."""
@@ -252,9 +258,11 @@ class _Run:
             if self._callback is not None:
                 self._callback(self._x.copy())
             if look and steps % _LOOK == 0:
-                residual = self._b - self._multiply(self._x)
-                if np.linalg.norm(residual) <= self._rtol * self._norm:
+                residual = float(np.linalg.norm(self._b - self._multiply(self._x)))
+                if residual <= self._rtol * self._norm:
                     raise _ReachedError
+                if residual < 0.99 * self._best[0]:
+                    self._best = residual, self._x
 
         return step
 

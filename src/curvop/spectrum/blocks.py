@@ -169,10 +169,13 @@ def blocks(
         desc="blocks", unit=" products", total=int(work), disable=not progress, mininterval=0.5, delay=0.5
     ) as bar:
         for column, (name, block) in enumerate(diagonal.items()):
-            if seconds is not None and time.monotonic() - begun > seconds:
+            left = None if seconds is None else begun + seconds - time.monotonic()
+            if left is not None and left <= 0:
                 raise TimeoutError(f"{column} of {len(chosen)} blocks were studied in {seconds:.0f} s")
             bar.set_postfix_str(name)
-            found = density(block, num_probes=num_probes, num_steps=num_steps, rng=generator, progress=False)
+            found = density(
+                block, num_probes=num_probes, num_steps=num_steps, rng=generator, seconds=left, progress=False
+            )
             densities.append(found)
             bar.update(found.num_products)
             tests = generator.choice(np.array([-1.0, 1.0]), (block.shape[0], norm_products))
