@@ -111,17 +111,17 @@ LOSSES = {
     "soft-margin": lambda: (nn.SoftMarginLoss(), torch.randn(N, 3).sign()),
     "ce": lambda: (nn.CrossEntropyLoss(), classes()),
     "ce-sum": lambda: (nn.CrossEntropyLoss(reduction="sum"), classes()),
-    "ce-weights": lambda: (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), classes()),
+    "ce-weights": lambda: (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS.clone()), classes()),
     "ce-ignored": lambda: (nn.CrossEntropyLoss(), some_ignored()),
     "ce-ignored-sum": lambda: (nn.CrossEntropyLoss(reduction="sum"), some_ignored()),
     "ce-ignored-class": lambda: (nn.CrossEntropyLoss(ignore_index=1), classes()),
     "ce-smoothed": lambda: (nn.CrossEntropyLoss(label_smoothing=0.1), classes()),
-    "ce-everything": lambda: (nn.CrossEntropyLoss(CLASS_WEIGHTS, label_smoothing=0.1), some_ignored()),
-    "ce-probabilities": lambda: (nn.CrossEntropyLoss(CLASS_WEIGHTS), torch.rand(N, 3).softmax(1)),
+    "ce-everything": lambda: (nn.CrossEntropyLoss(CLASS_WEIGHTS.clone(), label_smoothing=0.1), some_ignored()),
+    "ce-probabilities": lambda: (nn.CrossEntropyLoss(CLASS_WEIGHTS.clone()), torch.rand(N, 3).softmax(1)),
     "bce": lambda: (nn.BCEWithLogitsLoss(), torch.rand(N, 3).round()),
     "bce-weights": lambda: (nn.BCEWithLogitsLoss(torch.rand(3), pos_weight=torch.rand(3)), torch.rand(N, 3).round()),
     "f-cross-entropy": lambda: (F.cross_entropy, some_ignored()),
-    "f-partial": lambda: (functools.partial(F.cross_entropy, weight=CLASS_WEIGHTS, ignore_index=2), classes()),
+    "f-partial": lambda: (functools.partial(F.cross_entropy, weight=CLASS_WEIGHTS.clone(), ignore_index=2), classes()),
     "f-partial-sum": lambda: (functools.partial(F.mse_loss, reduction="sum"), torch.randn(N, 3)),
     "callable": lambda: (plain_callable, torch.randn(N, 3)),
     "callable-sum": lambda: (SumOfFourthPowers(), torch.randn(N, 3)),
@@ -162,7 +162,7 @@ class Sequence(nn.Module):
 def log_loss(name: str) -> tuple[Any, Tensor]:
     return {
         "nll": lambda: (nn.NLLLoss(), classes()),
-        "nll-weights": lambda: (nn.NLLLoss(CLASS_WEIGHTS), some_ignored()),
+        "nll-weights": lambda: (nn.NLLLoss(CLASS_WEIGHTS.clone()), some_ignored()),
         "kl-batchmean": lambda: (nn.KLDivLoss(reduction="batchmean"), torch.rand(N, 3).softmax(1)),
         "kl-mean": lambda: (nn.KLDivLoss(reduction="mean"), torch.rand(N, 3).softmax(1)),
     }[name]()
@@ -180,7 +180,7 @@ def sequences(batching: str = "unequal") -> Problem:
     y[torch.rand(N, 5) < 0.4] = -100
     y[6:] = -100
     return Problem(
-        Sequence(), nn.CrossEntropyLoss(CLASS_WEIGHTS), cut(torch.randint(0, 6, (N, 5)), y, BATCHINGS[batching])
+        Sequence(), nn.CrossEntropyLoss(CLASS_WEIGHTS.clone()), cut(torch.randint(0, 6, (N, 5)), y, BATCHINGS[batching])
     )
 
 

@@ -103,6 +103,15 @@ class Shared(nn.Module):
         return X[0] @ (X[1] * self.weight).tanh()
 
 
+class InDerivatives(nn.Linear):
+    """Values that do not depend on the other examples, and gradients that do."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        z = super().forward(X)
+        mean = z.mean(0)
+        return z + mean - mean.detach()
+
+
 class TestRefuses:
     @pytest.mark.parametrize(
         ("make", "match"),
@@ -116,6 +125,7 @@ class TestRefuses:
                 ),
                 "the model",
             ),
+            (lambda: mlp_problem(None, lambda: InDerivatives(4, 3)), "in their derivatives"),
             (lambda: mlp_problem(None, lambda: nn.Linear(4, 300)), "300 outputs, more than 256"),
         ],
     )

@@ -39,8 +39,8 @@ def test_without_bias_and_with_error_bars(estimator, spectrum: str) -> None:
     truth, spread = EXACT[estimator](A), values.std(0)
     # The norm's square is without bias; its root is off by an eighth of the squared spread, relatively.
     assert np.all(np.abs(values.mean(0) - truth) < 5 * spread / 20 + spread**2 / np.abs(truth))
-    assert np.all(errors.mean(0) > spread / 4)
-    assert np.all(errors.mean(0) < 2 * spread)
+    assert np.all(errors.mean(0) > spread * 0.6)
+    assert np.all(errors.mean(0) < (5 if estimator is frobenius_norm else 2) * spread)
 
 
 def test_the_error_falls_with_the_eigenvalues(estimator) -> None:
@@ -74,7 +74,7 @@ def test_a_few_rows_among_many() -> None:
 def test_the_norm_of_a_rectangle(shape) -> None:
     A = np.random.default_rng(0).normal(size=shape)
     estimate = frobenius_norm(aslinearoperator(A), 20, rng=0)
-    assert abs(estimate.value - np.linalg.norm(A)) < 4 * estimate.error < 0.3 * np.linalg.norm(A)
+    assert abs(estimate.value - np.linalg.norm(A)) < 4 * estimate.error < 1.0 * np.linalg.norm(A)
     np.testing.assert_allclose(frobenius_norm(aslinearoperator(A), 60).value, np.linalg.norm(A))
 
 

@@ -11,6 +11,7 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from test_solve import matrix
 
 from curvop import SubmatrixLinearOperator
+from curvop.spectrum import eigsh
 from curvop.spectrum.lanczos import Lanczos, multiply, runs_at_once
 
 SPECTRA = {
@@ -127,6 +128,14 @@ def test_products_of_operators_that_take_arrays_only() -> None:
     part = SubmatrixLinearOperator(aslinearoperator(A), [0, 2], [0, 2])
     rows = torch.eye(2, dtype=torch.float64)
     np.testing.assert_allclose(multiply(part, rows).numpy(), A[np.ix_([0, 2], [0, 2])])
+
+
+def test_an_operator_that_returns_its_argument() -> None:
+    identity = LinearOperator((6, 6), matvec=lambda x: x, matmat=lambda X: X, dtype=float)
+    rows = torch.eye(6, dtype=torch.float64)[:2]
+    assert multiply(identity, rows).data_ptr() != rows.data_ptr()
+    found = eigsh(LinearOperator((60, 60), matvec=lambda x: x, matmat=lambda X: X, dtype=float), 3, method="device")
+    assert found.ok
 
 
 def test_memory_is_counted_before() -> None:

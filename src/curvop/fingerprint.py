@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 
 from curvop.computed import ComputedLinearOperator
@@ -26,9 +27,9 @@ def fingerprint(A: LinearOperator) -> dict[str, str]:
 
     For this package's operators these are digests of each parameter (``params['0.weight']``), of the model's structure,
     code, other parameters and buffers, of the loss function, and of each batch (``data, batch 3``), which are read
-    once. Sums, multiples, products and submatrices have the parts of the operators that they are made of. Any other
-    operator is told by its class, its shape, and one product with a fixed vector, which is compared to a relative
-    1e-4: products may differ in the last bits between runs.
+    once. Sums, multiples, products and submatrices have the parts of the operators that they are made of, SciPy's
+    matrices their entries. Any other operator is told by its class, its shape, and one product with a fixed vector,
+    which is compared to a relative 1e-4: products may differ in the last bits between runs.
 
     What a Python function computes is told by its code, its defaults, the values that it encloses, and the numbers,
     tensors, modules and functions of its own module that it refers to.
@@ -63,6 +64,9 @@ def fingerprint(A: LinearOperator) -> dict[str, str]:
     if isinstance(A, ComputedLinearOperator):
         return A.fingerprint()
     parts = {"operator": type(A).__name__, "shape": str(tuple(A.shape)), "dtype": str(A.dtype)}
+    matrix = getattr(A, "A", None)
+    if type(A).__name__ == "MatrixLinearOperator" and (isinstance(matrix, np.ndarray) or issparse(matrix)):
+        return parts | {"matrix": _matrix(matrix)}
     terms = _terms(A)
     if terms is None:
         return parts | {"product": _sketch(A)}
@@ -101,6 +105,14 @@ def _terms(A: LinearOperator) -> tuple[Any, ...] | None:
     if not known or not terms or not isinstance(terms[0], LinearOperator):
         return None
     return tuple(terms)
+
+
+def _matrix(matrix: Any) -> str:
+    """Return what tells a dense or sparse matrix, entry by entry."""
+    if isinstance(matrix, np.ndarray):
+        return _value(matrix)
+    entries = matrix.tocoo()
+    return " ".join(_value(np.asarray(part)) for part in (*entries.coords, entries.data))
 
 
 def _value(term: Any) -> str:

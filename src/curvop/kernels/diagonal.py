@@ -18,7 +18,7 @@ from curvop.kernels.batches import batch_size, map_leaves
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.errors import NonFiniteProductError
 from curvop.kernels.layout import ParameterLayout
-from curvop.kernels.sandwich import Middle, SandwichKernel, cut_off
+from curvop.kernels.sandwich import Middle, SandwichKernel, cut_off, outputs_of
 
 __all__ = ["write_diagonal"]
 
@@ -52,6 +52,7 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
             given = kernel.given(index, prediction, batch)
             middle = kernel.middle([z], batch, given, functools.partial(loss.gradient, [z]))
             strengths, vectors = _decomposed(middle, z)
+            _check_gradient(kernel, names, batch, z)
             for part, value in zip(parts, _squares(kernel, names, batch[0], z, strengths, vectors), strict=True):
                 part.add_(value, alpha=loss.weight)
     out.div_(objective.divisor(weights))
@@ -82,10 +83,36 @@ def _decomposed(middle: Middle, z: Tensor) -> tuple[Tensor, Tensor]:
     return strengths[there], vectors[there].reshape(-1, *z.shape)
 
 
+def _check_gradient(kernel: SandwichKernel, names: Sequence[str], batch: Any, z: Tensor) -> None:
+    """Refuse a model that couples its examples in derivatives alone: one backward pass of the batch, one of each."""
+    objective = kernel.objective
+    probe = torch.linspace(1, 2, z.numel(), dtype=z.dtype, device=z.device).cos().view_as(z)
+    leaves = objective.leaves(names)
+    [output] = outputs_of(objective.predict(leaves, batch))
+    if not output.requires_grad:
+        return
+    chosen = [leaves[name] for name in names]
+    whole = torch.autograd.grad(output, chosen, probe, allow_unused=True)
+    sums = _squares(
+        kernel, names, batch[0], z, torch.ones(1, len(z), dtype=z.dtype, device=z.device), probe[None], power=1
+    )
+    expected = [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(chosen, whole, strict=True)]
+    for found, part in zip(sums, expected, strict=True):
+        scale = sum(float(other.norm()) for other in expected)
+        if not float((found - part).norm()) <= torch.finfo(z.dtype).eps ** 0.5 * scale:
+            raise NotImplementedError("the model couples its examples in their derivatives")
+
+
 def _squares(
-    kernel: SandwichKernel, names: Sequence[str], X: Any, z: Tensor, strengths: Tensor, vectors: Tensor
+    kernel: SandwichKernel,
+    names: Sequence[str],
+    X: Any,
+    z: Tensor,
+    strengths: Tensor,
+    vectors: Tensor,
+    power: int = 2,
 ) -> Sequence[Tensor]:
-    """Return the weighted sums of squares of ``J_n' u_nc``, for each parameter."""
+    """Return the weighted sums of squares of ``J_n' u_nc``, or another power, for each parameter."""
     objective = kernel.objective
     if batch_size(X) != len(z):
         raise NotImplementedError("the inputs' first dimensions are not the examples of the prediction")
@@ -100,7 +127,7 @@ def _squares(
         total = [torch.zeros_like(value) for value in params.values()]
         for weight, direction in zip(strength, vector, strict=True):
             pulled = pull(direction[None])[0].values()
-            total = [part + weight * value.square() for part, value in zip(total, pulled, strict=True)]
+            total = [part + weight * value**power for part, value in zip(total, pulled, strict=True)]
         return image[0], total
 
     size = max(1, _ENTRIES // sum(value.numel() for value in params.values()))

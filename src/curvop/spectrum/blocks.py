@@ -37,6 +37,8 @@ class BlockStudy:
         Of each diagonal block: ``range`` are its extreme eigenvalues, ``trace()`` its trace.
     norms, norm_errors : ndarray, shape (n, n)
         The Frobenius norms of all blocks, and their standard errors.
+    num_products : int
+        Columns multiplied with blocks, the full height or not.
     """
 
     names: list[str]
@@ -44,6 +46,7 @@ class BlockStudy:
     densities: list[SpectralDensity]
     norms: Array
     norm_errors: Array
+    num_products: int
 
     @property
     def smallest(self) -> Array:
@@ -79,14 +82,14 @@ class BlockStudy:
             for index, one in enumerate(self.densities)
             for name, value in vars(one).items()
         }
-        own = {"sizes": self.sizes, "norms": self.norms, "norm_errors": self.norm_errors}
+        own = {name: np.asarray(getattr(self, name)) for name in ("sizes", "norms", "norm_errors", "num_products")}
         save_arrays(Path(path), names=np.array(self.names, dtype=np.str_), **own, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` has written; nothing in the file is executed."""
         with np.load(path, allow_pickle=False) as file:
-            if not {"names", "sizes", "norms", "norm_errors"} <= set(file):
+            if not {"names", "sizes", "norms", "norm_errors", "num_products"} <= set(file):
                 raise ValueError(f"{path} was not written by BlockStudy.save")
             names = [str(name) for name in file["names"]]
             densities = [
@@ -96,10 +99,11 @@ class BlockStudy:
                     weights=file[f"{index} weights"],
                     atoms=file[f"{index} atoms"],
                     num_products=int(file[f"{index} num_products"]),
+                    complete=bool(file[f"{index} complete"]),
                 )
                 for index in range(len(names))
             ]
-            return cls(names, file["sizes"], densities, file["norms"], file["norm_errors"])
+            return cls(names, file["sizes"], densities, file["norms"], file["norm_errors"], int(file["num_products"]))
 
     def plot(self, figure: Any = None) -> Any:
         """Draw the table and the norms; see `curvop.spectrum.plots.plot_blocks`."""
@@ -128,7 +132,7 @@ def blocks(
     Parameters
     ----------
     A : ParameterLinearOperator
-        A symmetric one of this package, undamped: it knows its parameters.
+        A symmetric one of this package: it knows its parameters.
     groups : mapping of str to str or sequence of str, optional
         The parameters that make up each block, by a name for it; by default each parameter is one. Parameters in no
         group are left out.
@@ -171,11 +175,13 @@ def blocks(
         for column, (name, block) in enumerate(diagonal.items()):
             left = None if seconds is None else begun + seconds - time.monotonic()
             if left is not None and left <= 0:
-                raise TimeoutError(f"{column} of {len(chosen)} blocks were studied in {seconds:.0f} s")
+                raise TimeoutError(f"{column} of {len(chosen)} blocks were studied in {seconds:.3g} s")
             bar.set_postfix_str(name)
             found = density(
                 block, num_probes=num_probes, num_steps=num_steps, rng=generator, seconds=left, progress=False
             )
+            if not found.complete:
+                raise TimeoutError(f"{column} of {len(chosen)} blocks were studied in {seconds:.3g} s")
             densities.append(found)
             bar.update(found.num_products)
             tests = generator.choice(np.array([-1.0, 1.0]), (block.shape[0], norm_products))
@@ -189,7 +195,8 @@ def blocks(
     np.fill_diagonal(variances, 2 * np.diag(variances))  # a diagonal block is seen once
     norms = means**0.5
     errors = np.divide(variances**0.5, 2 * norms, out=np.zeros_like(norms), where=norms > 0)
-    return BlockStudy(list(chosen), sizes, densities, norms, errors)
+    taken = norm_products * len(chosen) + sum(found.num_products for found in densities)
+    return BlockStudy(list(chosen), sizes, densities, norms, errors, taken)
 
 
 def _listed(groups: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:

@@ -22,6 +22,7 @@ Array = NDArray[Any]
 ENDS = ("LA", "SA", "LM", "SM", "BE")
 # Symmetry is lost to rounding as linearity is, if to a few times more of it; below the second number it does no harm.
 _SYMMETRY_OF_NOISE, _SYMMETRY = 10.0, 1e-10
+_ROUNDING = 2e-14  # of the norm: what a search may be off by itself
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,9 +125,9 @@ class Certificate:
         elif largest > self.tol * self.norm and not asymmetric:
             cause = "iterate longer, or with a smaller tol"
             if np.sqrt(len(self.bounds)) * self.error > self.tol * self.norm:
+                told = f"the products are exact to {self.noise:.1e} only"
                 cause = (
-                    f"the products are exact to {self.noise:.1e} only: take out what is random in them (dropout, "
-                    "shuffled data), or compute in double precision"
+                    f"{told}: take out what is random in them (dropout, shuffled data), or compute in double precision"
                 )
             problems.append(
                 f"the values are within {largest:.1e} of eigenvalues only, where the matrix has norm {self.norm:.1e}: "
@@ -134,6 +135,8 @@ class Certificate:
             )
         if not self.orthogonality <= self.tol:
             problems.append(f"vectors are not orthonormal (max |V'V - I| is {self.orthogonality:.1e})")
+        if self.resolution == np.inf:
+            problems.append("the search was too short to see anything: raise search")
         if self.missed is not None:
             problems.append(
                 f"an eigenvalue was missed, at {self.missed:.6g} or beyond: look again with a smaller tol, a larger "
@@ -145,7 +148,7 @@ class Certificate:
         if self.resolution is None:
             why = f"which is {self.which}" if self.which else "it is not said which these are"
             return f"not searched for missed ones, as {why}"
-        if self.resolution <= 2 * self.bounds.max():
+        if self.resolution <= 2 * self.bounds.max() + _ROUNDING * self.norm:
             return "none missed" if self.resolution == 0 else "none missed (with probability 0.999 at least)"
         return f"none seen to be missed (one further than {self.resolution:.1e} from the last would have been)"
 
@@ -216,8 +219,6 @@ def certify(
     unusable = ~(np.isfinite(w) & np.isfinite(V).all(axis=0) & V.any(axis=0))
     if unusable.any() or len(w) == 0:
         return _nothing(unusable, which, tol)
-    if isinstance(rng, int | np.integer):  # another sequence than that of a solver which started from the same number
-        rng = np.random.default_rng([int(rng), 0x6375])
     with tqdm(desc="certify", unit=" products", disable=not progress, mininterval=0.5, delay=0.5) as bar:
         counted = CountedOperator(A, bar, np.float64)
         return _certificate(counted, w, V, which, tol, search, np.random.default_rng(rng))
@@ -265,12 +266,11 @@ def _certificate(
 
     AV -= V * w  # these are the residuals from here on
     residual_gram = AV.T @ AV
-    del AV
     residuals = np.sqrt(np.diag(residual_gram))
     bounds, groups = matched_bounds(w, gram, residual_gram, error)
 
-    # Vectors that are a little wrong leave something of the found eigenvalues to be found again.
-    tolerance = 2 * float(bounds.max())
+    # Vectors that are a little wrong leave something of the found eigenvalues to be found again, and so does rounding.
+    tolerance = 2 * float(bounds.max()) + _ROUNDING * noise.norm
     ends = limits(w, which)
     found, resolution, norm = None, None, noise.norm
     others = (-np.inf, np.inf)  # where the eigenvalues are that were not found

@@ -71,6 +71,15 @@ class Checkpoint:
                 if key.startswith(kind):
                     yield key, self._results.read(offset)
 
+    def fixed(self, name: str, value: int) -> int:
+        """Return what the first run recorded under this name, `value` if this is the first."""
+        key = name.encode()
+        for _, [recorded] in self._recorded(key):
+            return int(recorded)
+        if self._results is not None:
+            self._results.append(key, np.array(value))
+        return value
+
     def deflated(self, compute: Any) -> tuple[Array, Array, int]:
         """Return the known eigenpairs and what they took; computed where they are not recorded."""
         for _, [values, vectors, taken] in self._recorded(_DEFLATED):

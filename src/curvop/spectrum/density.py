@@ -25,7 +25,9 @@ class SpectralDensity:
 
     For each of K probes it is a measure :math:`\sum_j w_j \delta(\theta_j)`, whose integrals estimate
     :math:`\frac{1}{N} \operatorname{tr} f(A)`. It is kept as it was found; only drawing makes it smooth. Each figure is
-    the mean over the probes with its standard error, so that two probes are the least.
+    the mean over the probes with its standard error, so that two probes are the least. The errors are those of the
+    probes alone: that of the quadrature, which m steps leave of a function that is no polynomial of degree 2 m - 1, is
+    the same for all, and shows where m is doubled (a logarithm near zero is the worst case).
 
     Attributes
     ----------
@@ -38,6 +40,8 @@ class SpectralDensity:
         Eigenvalues that are known, and were taken out of the matrix before.
     num_products : int
         What it took.
+    complete : bool
+        Whether all steps were taken; not where time was up.
     """
 
     size: int
@@ -45,6 +49,7 @@ class SpectralDensity:
     weights: Array
     atoms: Array
     num_products: int
+    complete: bool = True
 
     @property
     def range(self) -> tuple[float, float]:
@@ -165,7 +170,8 @@ class SpectralDensity:
             if missing:
                 raise ValueError(f"{path} holds no spectral density: it lacks {', '.join(missing)}")
             found = {name: file[name] for name in names}
-        return cls(**found | {name: int(found[name]) for name in ("size", "num_products")})
+        numbers = {name: int(found[name]) for name in ("size", "num_products")}
+        return cls(**found | numbers | {"complete": bool(found["complete"])})
 
     def plot(self, ax: Any = None, log: bool = True) -> Any:
         """Draw the density; see `curvop.spectrum.plots.plot_density`."""

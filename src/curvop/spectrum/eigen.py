@@ -18,6 +18,7 @@ from curvop.results import save_arrays
 from curvop.spectrum.certificate import ENDS, Certificate, certify
 from curvop.spectrum.counted import CountedOperator, symmetric_operator
 from curvop.spectrum.eigen_methods import METHODS, Task, outermost_first
+from curvop.spectrum.lanczos import device_of
 
 __all__ = ["EigenResult", "eigsh"]
 
@@ -222,7 +223,7 @@ def eigsh(
     A = symmetric_operator(A)
     k, start = _checked(A, k, which, method, tol, maxiter, ncv, v0)
     generator = np.random.default_rng(rng)
-    available = available_bytes() if memory is None else memory
+    available = available_bytes(device_of(A) if method == "device" else None) if memory is None else memory
     with tqdm(desc="eigsh", unit=" products", disable=not progress, mininterval=0.5, delay=0.5) as bar:
         counted = CountedOperator(A, bar, None if method == "arpack" else np.float64)
         start = None if start is None else start.astype(counted.dtype)

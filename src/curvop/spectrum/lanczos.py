@@ -36,8 +36,8 @@ def multiply(A: Any, rows: Tensor) -> Tensor:
     if isinstance(A, BridgeLinearOperator) and A.takes_tensors:
         product: Tensor = A @ rows.T
         return product.T
-    array = np.asarray(A @ rows.numpy().T)
-    return torch.from_numpy(np.ascontiguousarray(array.T)).to(torch.promote_types(rows.dtype, torch.float32))
+    array = np.array((A @ rows.numpy().T).T, order="C")  # a copy, as an operator may return its argument
+    return torch.from_numpy(array).to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def basis_dtype(A: Any) -> torch.dtype:

@@ -34,8 +34,6 @@ def write_files(found: Findings, directory: Path) -> None:
         end.save(directory / f"eigenpairs_{end.which}.npz")
     if found.density is not None:
         found.density.save(directory / "density.npz")
-    if found.blocks is not None:
-        found.blocks.save(directory / "blocks.npz")
     pictures = _pictures(found)
     for name, figure in pictures.items():
         for kind in ("png", "svg"):

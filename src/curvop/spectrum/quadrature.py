@@ -102,12 +102,13 @@ def density(
     signs = generator.choice(np.array([-1.0, 1.0]), (num_probes, size))
 
     def settings() -> dict[str, str]:
-        asked = {"num_probes": num_probes, "num_steps": num_steps, "deflate": deflate, "probes at once": at_once}
+        asked = {"num_probes": num_probes, "num_steps": num_steps, "deflate": deflate}
         seeded = {"rng": hashlib.blake2b(seed.encode(), digest_size=16).hexdigest()}
         return fingerprint(A) | {name: str(value) for name, value in asked.items()} | seeded
 
     until = math.inf if seconds is None else time.monotonic() + seconds
     kept = Checkpoint(checkpoint, settings)
+    at_once = kept.fixed("probes at once", at_once)  # whatever memory is free today: other blocks round otherwise
     total = num_probes * num_steps
     with (
         contextlib.closing(kept),
@@ -116,25 +117,26 @@ def density(
         values, vectors, taken = kept.deflated(lambda: _largest(A, deflate, progress))
         known = torch.from_numpy(vectors).to(device) if deflate else None
         nodes, weights = np.zeros((num_probes, num_steps)), np.zeros((num_probes, num_steps))
-        done = kept.groups()
+        done, whole = kept.groups(), True
         for first in range(0, num_probes, at_once):
             group = slice(first, min(first + at_once, num_probes))
             if first in done:
                 bar.update(int(done[first][2].sum()))
             elif first and time.monotonic() > until:
-                nodes, weights = nodes[:first], weights[:first]
+                nodes, weights, whole = nodes[:first], weights[:first], False
                 break
             else:
                 probes = torch.from_numpy(signs[group]).to(device)
                 if known is not None:
                     probes -= (probes @ known.T) @ known
                 done[first], complete = _quadrature(A, probes, num_steps, known, kept, first, bar, until)
+                whole = whole and complete
                 if complete:
                     kept.finish(first, *done[first])
             nodes[group], weights[group], lengths = done[first]
             taken += int(lengths.sum())
     longest = max(int(lengths.max()) for _, _, lengths in done.values())
-    return SpectralDensity(size, nodes[:, :longest], weights[:, :longest], values, taken)
+    return SpectralDensity(size, nodes[:, :longest], weights[:, :longest], values, taken, whole)
 
 
 def _quadrature(
@@ -148,6 +150,13 @@ def _quadrature(
     until: float,
 ) -> tuple[list[Any], bool]:
     """Return nodes, weights and lengths of the Lanczos runs of a group of probes, and whether they are complete."""
+    squares = (probes**2).sum(1).cpu().numpy()
+    within = squares <= 1e-20 * probes.shape[1]  # of a probe in the deflated space rounding is left: of no weight
+    squares[within] = 0
+    if within.any():
+        probes[torch.from_numpy(within)] = torch.linspace(
+            1, 2, probes.shape[1], dtype=probes.dtype, device=probes.device
+        )
     run = Lanczos(A, probes, num_steps, known)
     kept.replay(first, run)
     bar.update(int(run.lengths.sum()))
@@ -156,7 +165,6 @@ def _quadrature(
         bar.update(len(runs))
         kept.add(first, run, runs)
     nodes, weights = run.quadrature()
-    squares = (probes**2).sum(1).cpu().numpy()
     return [nodes, weights * (squares / probes.shape[1])[:, None], run.lengths], not run.running
 
 

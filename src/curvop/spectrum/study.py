@@ -28,7 +28,8 @@ from curvop.spectrum.quadrature import density
 __all__ = ["spectrum_study"]
 
 _ESTIMATE_PRODUCTS = 60  # of the trace and of the norm
-# When a step is to be over, as a part of the time until the deadline; the last of it is for writing.
+# When a step is to be over, as a part of the time until the deadline less what writing takes.
+_WRITING = 3.0  # seconds
 _SHARES = {"eigenvalues": 0.4, "estimates": 0.5, "density": 0.75, "blocks": 0.97}
 
 
@@ -87,7 +88,7 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace) -> Find
                 journal.close()
     except (OtherProblemError, RecordFileError) as error:
         raise ProblemError(f"--out: {error}") from error
-    found.products, found.seconds = A.num_products, time.monotonic() - begun
+    found.products, found.seconds = found.products + A.num_products, time.monotonic() - begun
     if out is not None:
         write_files(found, out)
     return found
@@ -100,7 +101,10 @@ def _made(out: Path) -> Path:
 
 def _run(found: Findings, A: Any, recorded: LinearOperator, options: argparse.Namespace, begun: float) -> None:
     def until(step: str) -> float:
-        return float("inf") if options.deadline is None else begun + _SHARES[step] * options.deadline
+        if options.deadline is None:
+            return float("inf")
+        seconds: float = max(options.deadline - _WRITING, 0.5 * options.deadline)
+        return begun + _SHARES[step] * seconds
 
     def left(step: str) -> float | None:
         return None if options.deadline is None else max(0.0, until(step) - time.monotonic())
@@ -125,8 +129,8 @@ def _run(found: Findings, A: Any, recorded: LinearOperator, options: argparse.Na
     found.density = density(
         A, num_probes=options.probes, num_steps=options.steps, checkpoint=checkpoint, seconds=left("density")
     )
-    probes, steps = found.density.nodes.shape
-    if left("density") == 0 and (probes < options.probes or steps < min(options.steps, found.rows)):
+    if not found.density.complete:
+        probes, steps = found.density.nodes.shape
         found.undone.append(f"density: {probes} probes of {steps} steps only, by the deadline")
     if options.blocks:
         kept = None if options.out is None else options.out / "blocks.npz"
@@ -134,3 +138,7 @@ def _run(found: Findings, A: Any, recorded: LinearOperator, options: argparse.Na
             found.blocks = BlockStudy.load(kept)
         else:
             found.blocks = attempt("blocks", "blocks", lambda _: blocks(A, seconds=left("blocks")))
+            if found.blocks is not None:
+                found.products += found.blocks.num_products
+                if kept is not None:
+                    found.blocks.save(kept)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.spectrum.eigen import eigsh
+from curvop.spectrum.eigen import EigenResult, eigsh
 
 __all__ = ["Tracker", "track"]
 
@@ -53,32 +54,34 @@ class Tracker:
         Returns
         -------
         ndarray, shape (k,), or None
-            The eigenvalues where the step is one at which they are computed.
-
-        Raises
-        ------
-        RuntimeError
-            Where they do not converge.
+            The eigenvalues where the step is one at which they are computed; NaN, with a warning, where they do not
+            converge.
         """
         at, self._called = self._called, self._called + 1
         if at % self._every:
             return None
-        # A vector of equal parts of what was found last: Lanczos separates them again.
-        start = None if self.vectors is None else self.vectors.sum(1)
-        found = eigsh(
-            self._A, self._k, self._which, tol=self._tol, v0=start, ncv=self._basis(), certificate=False, progress=False
-        )
-        self.products += found.products
+        found = self._search(start=None) if self.vectors is None else self._search(self.vectors.sum(1))
         if not found.converged:
-            raise RuntimeError(f"step {at}: {found.verdict}")
-        self.vectors = np.asarray(found.vectors)
-        self._found.append((at, np.asarray(found.values, dtype=np.float64)))
-        return self._found[-1][1]
+            found = self._search(start=None)
+        values = np.full(self._k, np.nan)
+        if found.converged:
+            values, self.vectors = np.asarray(found.values, dtype=np.float64), np.asarray(found.vectors)
+        else:
+            warnings.warn(f"step {at}: the eigenvalues did not converge", RuntimeWarning, stacklevel=2)
+        self._found.append((at, values))
+        return values
 
-    def _basis(self) -> int | None:
-        """Return a small basis: what ARPACK begins with is nearly right, and each restart looks at convergence."""
+    def _search(self, start: Array | None) -> EigenResult:
+        """Look from a vector of equal parts of what was found last, with a small basis as it is nearly right."""
         size = self._A.shape[0]
-        return None if self.vectors is None else min(size, max(2 * self._k + 1, 8))
+        basis = None if start is None or self._k + 2 > size else min(size, max(2 * self._k + 1, 8))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of what does not converge, it is tried again or told
+            found = eigsh(
+                self._A, self._k, self._which, tol=self._tol, v0=start, ncv=basis, certificate=False, progress=False
+            )
+        self.products += found.products
+        return found
 
     def plot(self, ax: Any = None, learning_rate: float | None = None) -> Any:
         """Draw the eigenvalues over the steps; see `curvop.spectrum.plots.plot_track`."""
