@@ -141,6 +141,11 @@ class TestDeflation:
         assert deflated.trace().error < plain.trace().error / 2
         assert abs(deflated.trace().value - values.sum()) < 4 * deflated.trace().error
 
+    def test_a_probe_within_what_is_deflated_has_no_weight(self) -> None:
+        found = quietly(np.ones((4, 4)), num_probes=12, num_steps=2, rng=0, deflate=1)
+        assert found.range == (pytest.approx(0, abs=1e-12), pytest.approx(4))
+        assert (found.weights.sum(1) == 0).any()  # all signs equal
+
     def test_nearly_all_of_them(self) -> None:
         A = matrix(np.arange(1.0, 7))
         found = quietly(A, num_probes=3, num_steps=5, rng=0, deflate=4)
@@ -182,6 +187,32 @@ class TestOperators:
         np.testing.assert_allclose(turns.nodes, whole.nodes, rtol=1e-9, atol=1e-12)
         with pytest.raises(MemoryError, match="fewer num_steps"):
             quietly(A, num_probes=5, num_steps=20, memory=1000)
+
+
+class TestTime:
+    def test_what_is_not_complete_says_so(self, tmp_path) -> None:
+        A = matrix(SPECTRA["uniform"])
+        options = {"num_probes": 5, "num_steps": 20, "rng": 0, "memory": 2 * 8 * N * 26, "checkpoint": tmp_path}
+        found = quietly(A, seconds=0, **options)
+        assert not found.complete
+        assert found.nodes.shape == (2, 1)
+        while not found.complete:
+            found = quietly(A, seconds=0.001, **options)
+        whole = quietly(A, **options | {"checkpoint": None})
+        assert whole.complete
+        np.testing.assert_array_equal(found.nodes, whole.nodes)
+        np.testing.assert_array_equal(found.weights, whole.weights)
+
+    def test_early_ends_are_complete(self) -> None:
+        assert quietly(matrix([*np.zeros(30), 1.0, 2.0]), num_probes=2, num_steps=20, seconds=100).complete
+
+    def test_memory_that_is_free_may_change_between_runs(self, tmp_path) -> None:
+        A = matrix(SPECTRA["uniform"])
+        options = {"num_probes": 4, "num_steps": 10, "rng": 0, "checkpoint": tmp_path}
+        quietly(A, memory=2 * 8 * N * 16, seconds=0, **options)
+        found = quietly(A, memory=3 * 8 * N * 16, **options)
+        expected = quietly(A, memory=2 * 8 * N * 16, **options | {"checkpoint": None})
+        np.testing.assert_array_equal(found.nodes, expected.nodes)
 
 
 class TestFiles:

@@ -47,6 +47,8 @@ def test_the_figures_are_those_of_the_dense_matrix(run, spec) -> None:
     assert found["frobenius_norm"]["value"] == pytest.approx(np.linalg.norm(values))
     np.testing.assert_allclose(found["density"]["range"], [values[0], values[-1]], rtol=1e-9)
     assert list(found["blocks"]) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    without = json.loads(run(spec, "--k", 3, "--json")[1])
+    assert found["products"] > without["products"] + 4 * 16  # those of the blocks, too
 
 
 def test_another_matrix_and_a_block(run, spec) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +70,14 @@ def test_sharpness_grows_to_the_edge_of_stability_and_stays() -> None:
     assert (late < 1.15 * 2 / learning_rate).all()
     assert losses[-1] < losses[0] / 2
     assert np.diff(losses[400:]).max() > 0  # not monotonous there
+
+
+def test_what_does_not_converge_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["curvop.spectrum.track"], "eigsh", functools.partial(eigsh, maxiter=1))
+    with pytest.warns(RuntimeWarning, match="step 0: the eigenvalues did not converge"):
+        tracker, _, losses = train(0.2, 3, k=5, which="SA", tol=1e-14, every=5)
+    assert np.isnan(tracker.values).all()
+    assert len(losses) == 3
 
 
 def test_the_plot() -> None:

@@ -69,8 +69,8 @@ def density(
         last bit: this package's do with ``columns=1``, or any fixed number). It keeps 8 N bytes for each step of the
         probes that are under way, and nodes and weights of those that are done.
     seconds : float, optional
-        End after so long with the steps that there are, one at least: a density of fewer of them. With a checkpoint it
-        can be taken up again.
+        End after so long with the steps that there are, a new one at least: a density of fewer of them. With a
+        checkpoint it can be taken up again.
     progress : bool
         Count products on a bar.
 
@@ -117,19 +117,21 @@ def density(
         values, vectors, taken = kept.deflated(lambda: _largest(A, deflate, progress))
         known = torch.from_numpy(vectors).to(device) if deflate else None
         nodes, weights = np.zeros((num_probes, num_steps)), np.zeros((num_probes, num_steps))
-        done, whole = kept.groups(), True
+        done, whole, idle = kept.groups(), True, True
         for first in range(0, num_probes, at_once):
             group = slice(first, min(first + at_once, num_probes))
             if first in done:
                 bar.update(int(done[first][2].sum()))
-            elif first and time.monotonic() > until:
+            elif not idle and time.monotonic() > until:
                 nodes, weights, whole = nodes[:first], weights[:first], False
                 break
             else:
                 probes = torch.from_numpy(signs[group]).to(device)
                 if known is not None:
                     probes -= (probes @ known.T) @ known
-                done[first], complete = _quadrature(A, probes, num_steps, known, kept, first, bar, until)
+                # A step at least, so that whoever comes back again and again gets on.
+                done[first], complete = _quadrature(A, probes, num_steps, known, kept, first, bar, until, idle)
+                idle = False
                 whole = whole and complete
                 if complete:
                     kept.finish(first, *done[first])
@@ -148,6 +150,7 @@ def _quadrature(
     first: int,
     bar: Any,
     until: float,
+    idle: bool,
 ) -> tuple[list[Any], bool]:
     """Return nodes, weights and lengths of the Lanczos runs of a group of probes, and whether they are complete."""
     squares = (probes**2).sum(1).cpu().numpy()
@@ -160,7 +163,8 @@ def _quadrature(
     run = Lanczos(A, probes, num_steps, known)
     kept.replay(first, run)
     bar.update(int(run.lengths.sum()))
-    while run.running and (time.monotonic() < until or not run.lengths.any()):
+    while run.running and (time.monotonic() < until or idle or not run.lengths.any()):
+        idle = False
         runs = run.step()
         bar.update(len(runs))
         kept.add(first, run, runs)
