@@ -55,7 +55,7 @@ def fingerprint(A: LinearOperator) -> dict[str, str]:
     >>> differing(fingerprint(A), fingerprint(A))
     []
     >>> differing(fingerprint(A), fingerprint(A + B))
-    ['operator', 'product', 'operator of term 1', 'shape of term 1', ...]
+    ['operator', 'matrix', 'operator of term 1', 'shape of term 1', ...]
     """
     if not isinstance(A, LinearOperator):
         raise TypeError(
