@@ -1,5 +1,6 @@
 """The study behind ``curvop eigs``, apart from how it is shown: `study` yields each result as soon as it is there."""
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from curvop.problems import ProblemError, describe_error, last_layer
 from curvop.results import Array, Cost, End, Result, Setup, Solve, Spectrum
 from curvop.solvers import solve
 
-__all__ = ["MAX_RESTARTS", "evaluated", "measured", "named_params", "quiet", "study"]
+__all__ = ["MAX_RESTARTS", "evaluated", "measured", "named_params", "quiet", "setup_of", "study"]
 
 MAX_RESTARTS = 1000  # of each `eigsh`, 10,000 products and more; SciPy's 10 N would let a large problem run for ever
 
@@ -133,17 +134,31 @@ def _first_pass(
             raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
     if not product.any():  # ARPACK would complain of its starting vector
         raise ProblemError("the matrix is zero: the loss is linear in these parameters, or does not depend on them")
+    setup = setup_of(problem, whole.shape[0], operator, block, product, cost, with_cost)
+    return dataclasses.replace(setup, loss=loss, gradient_norm=float(np.linalg.norm(gradient.astype(np.float64))))
+
+
+def setup_of(
+    problem: dict[str, Any],
+    parameters: int,
+    operator: Any,
+    block: Sequence[str] | None,
+    product: Array,
+    cost: Cost,
+    with_cost: bool,
+) -> Setup:
+    """Return what is known of a matrix after its product with a standard normal vector."""
     first = next(iter(problem["params"].values()))
     return Setup(
-        P=whole.shape[0],
+        P=parameters,
         N=operator.shape[0],
         slices=dict(operator.params_slices),
         block=None if block is None else tuple(operator.params_slices),
         dtype=operator.dtype.name,
         model_dtype=str(first.dtype).removeprefix("torch."),
         device=str(first.device),
-        loss=loss,
-        gradient_norm=float(np.linalg.norm(gradient.astype(np.float64))),
+        loss=None,
+        gradient_norm=None,
         norm=float(np.linalg.norm(product)),
         cost=cost,
         product=operator.cost() if with_cost else None,

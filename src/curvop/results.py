@@ -1,6 +1,8 @@
 """What a study of eigenvalues finds, and the file it is saved in."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ __all__ = [
     "Singular",
     "Solve",
     "Spectrum",
+    "appearing",
     "param_arrays",
     "save",
     "save_arrays",
@@ -178,10 +181,16 @@ def param_arrays(slices: dict[str, slice]) -> dict[str, Array]:
 
 def save_arrays(path: Path, **arrays: Array) -> None:
     """Write arrays to an ``.npz`` file, which appears only when it is complete."""
+    with appearing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Give the place of a file that takes the place of `path` where nothing fails, and goes where something does."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

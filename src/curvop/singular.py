@@ -9,7 +9,7 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, svds
 
 from curvop.dense import DenseCheck, accuracy, dense_check
-from curvop.eigs import MAX_RESTARTS, measured, named_params
+from curvop.eigs import MAX_RESTARTS, measured, named_params, setup_of
 from curvop.examples.functorch import functorch_jacobian
 from curvop.jacobian import JacobianLinearOperator
 from curvop.problems import ProblemError, describe_error, one_line
@@ -76,21 +76,7 @@ def _first_pass(
             raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
     if not product.any():
         raise ProblemError("the Jacobian is zero: the predictions do not depend on these parameters")
-    first = next(iter(problem["params"].values()))
-    return Setup(
-        P=whole.shape[1],
-        N=operator.shape[0],
-        slices=dict(operator.params_slices),
-        block=None if block is None else tuple(operator.params_slices),
-        dtype=operator.dtype.name,
-        model_dtype=str(first.dtype).removeprefix("torch."),
-        device=str(first.device),
-        loss=None,
-        gradient_norm=None,
-        norm=float(np.linalg.norm(product)),
-        cost=cost,
-        product=operator.cost() if with_cost else None,
-    )
+    return setup_of(problem, whole.shape[1], operator, block, product, cost, with_cost)
 
 
 def _svds(operator: Any, k: int, tol: float, rounding: float) -> Singular:

@@ -6,11 +6,11 @@ import base64
 import html
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from curvop import __version__
+from curvop.results import appearing
 from curvop.spectrum.findings import Findings
 
 __all__ = ["write_files"]
@@ -70,12 +70,8 @@ def _drawn(figure: Any, kind: str) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with appearing(path) as temporary:
         temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _page(found: Findings, pictures: dict[str, bytes]) -> str:
