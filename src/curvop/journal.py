@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvop.operator import BridgeLinearOperator, Rows
+from curvop.operator import BridgeLinearOperator, Rows, WrappingLinearOperator
 from curvop.products import KEY_BYTES, ProductStore
 
 __all__ = ["JournaledLinearOperator"]
 
 
-class JournaledLinearOperator(BridgeLinearOperator):
+class JournaledLinearOperator(WrappingLinearOperator):
     """`A`, with every product recorded on disk as it is made, and answered from there when it is asked for again.
 
     Kill the process at any moment and start the same script again: a solver that is deterministic asks for the same
@@ -122,16 +122,6 @@ class JournaledLinearOperator(BridgeLinearOperator):
     def num_bytes(self) -> int:
         """What the products take on disk."""
         return self._journal.file.num_bytes
-
-    @property
-    def takes_tensors(self) -> bool:
-        """Whether `A` multiplies tensors, as this package's operators do."""
-        return isinstance(self._A, BridgeLinearOperator) and self._A.takes_tensors
-
-    @property
-    def device(self) -> torch.device:
-        """That of `A`, where it has one; the host else."""
-        return self._A.device if isinstance(self._A, BridgeLinearOperator) else super().device
 
     def report(self) -> str:
         """Return one sentence: how many products the journal holds, what they take, how many were made."""

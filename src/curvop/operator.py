@@ -18,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from curvop.submatrix import SubmatrixLinearOperator
 
-__all__ = ["BridgeLinearOperator", "ProductCounter"]
+__all__ = ["BridgeLinearOperator", "ProductCounter", "WrappingLinearOperator"]
 
 Rows = NDArray[Any] | Tensor
 
@@ -208,3 +208,19 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
                 f"x has shape {tuple(shape)}, but A has shape {self.shape}: "
                 f"x must be ({self.shape[1]},) or ({self.shape[1]}, K)"
             )
+
+
+class WrappingLinearOperator(BridgeLinearOperator):
+    """One that passes vectors on to another, `_A`, of this package or SciPy's own."""
+
+    _A: LinearOperator
+
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether `A` multiplies tensors, as this package's operators do."""
+        return isinstance(self._A, BridgeLinearOperator) and self._A.takes_tensors
+
+    @property
+    def device(self) -> torch.device:
+        """That of `A`, where it has one; the host else."""
+        return self._A.device if isinstance(self._A, BridgeLinearOperator) else super().device

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvop.operator import BridgeLinearOperator, Rows
+from curvop.operator import BridgeLinearOperator, Rows, WrappingLinearOperator
 
 __all__ = ["SubmatrixLinearOperator"]
 
 
-class SubmatrixLinearOperator(BridgeLinearOperator):
+class SubmatrixLinearOperator(WrappingLinearOperator):
     """``A[row_idxs, :][:, col_idxs]`` with NumPy's meaning, over any SciPy ``LinearOperator``.
 
     A product scatters the vector into zeros, multiplies by A once, and gathers. Over an operator of this package only
@@ -75,16 +75,6 @@ class SubmatrixLinearOperator(BridgeLinearOperator):
         submatrix._setup(A, rows, cols)
         submatrix._counter = self._counter
         return submatrix
-
-    @property
-    def takes_tensors(self) -> bool:
-        """Whether `A` multiplies tensors, as this package's operators do."""
-        return isinstance(self._A, BridgeLinearOperator) and self._A.takes_tensors
-
-    @property
-    def device(self) -> torch.device:
-        """That of `A`, where it has one; the host else."""
-        return self._A.device if isinstance(self._A, BridgeLinearOperator) else super().device
 
     def _adjoint(self) -> Self:
         adjoint = self._A.H
