@@ -9,11 +9,15 @@ has to be a step of ``.ci``, where it runs as it is.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
+import json
 import pydoc
 import re
 import shlex
+import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -158,6 +162,60 @@ def in_reference() -> set[str]:
 )
 def test_every_public_name_is_in_the_reference(module: Any) -> None:
     listed = {pydoc.locate(name) for name in in_reference()}
+    assert None not in listed
     for name in module.__all__:
         public = getattr(module, name)
         assert isinstance(public, ModuleType) or public in listed, f"{module.__name__}.{name}"
+
+
+def measured() -> Any:
+    spec = importlib.util.spec_from_file_location("measured", ROOT / "docs" / "_ext" / "measured.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestFigures:
+    @pytest.mark.parametrize("name", ["comparison", "memory"])
+    def test_none_is_typed(self, name: str) -> None:
+        page = (ROOT / "docs" / f"{name}.rst").read_text()
+        for block in blocks(ROOT / "docs" / f"{name}.rst"):
+            page = page.replace(textwrap.indent(block.code, "    "), "")
+        assert not re.findall(r"\b\d[\d.,]*(?: times| ?ms\b| ?s\b| ?[MG]i?B\b| ?%)", page)
+
+    def test_tables_hold_what_was_measured(self) -> None:
+        rows = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())["rows"]
+        table = measured().TABLES["product"]()
+        for row in rows:
+            if row["work"] == "product":
+                assert f"{row['P']:,}" in table
+                for name in ("curvop", "PyHessian loader"):
+                    if name in row["by"]:
+                        shown = row["by"][name]["ms"]
+                        assert f"{shown / 1e3 if shown >= 1e3 else shown:.3g}\N{NO-BREAK SPACE}" in table
+
+    def test_ratios_are_those_of_the_times(self) -> None:
+        rows = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())["rows"]
+        both = [row["by"] for row in rows if row["work"] == "product" and "curvlinops to_scipy" in row["by"]]
+        found = [
+            by["curvlinops to_scipy"]["ms"] / by["curvop"]["ms"] for by in both if "ms" in by["curvlinops to_scipy"]
+        ]
+        assert measured().FIGURES["product ratio"]() == f"{statistics.geometric_mean(found):.1f}"
+
+    def test_every_table_and_figure_has_its_place(self) -> None:
+        text = "".join(path.read_text() for path in PAGES)
+        module = measured()
+        for name, make in module.TABLES.items():
+            assert f".. measured:: {name}\n" in text
+            assert make().count("   * - ") > 1
+        for name, make in module.FIGURES.items():
+            assert f"|{name}|" in text
+            assert make()
+
+
+@pytest.mark.peers
+def test_every_name_of_curvlinops_has_its_counterpart() -> None:
+    page = (ROOT / "docs" / "curvlinops.rst").read_text()
+    for name in pytest.importorskip("curvlinops").__all__:
+        assert f"``{name}" in page

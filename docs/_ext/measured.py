@@ -41,6 +41,11 @@ def cell(result: dict[str, Any] | None) -> str:
     return f"{seconds:.3g}\N{NO-BREAK SPACE}s" if seconds >= 1 else f"{result['ms']:.3g}\N{NO-BREAK SPACE}ms"
 
 
+ONE_BATCH = {
+    "curvop, one batch": "curvop",
+    "curvop compiled, one batch": "curvop, compiled",
+    "PyHessian single": "PyHessian",
+}
 CONTENDERS = {
     "curvop": "curvop",
     "curvop compiled": "curvop, compiled",
@@ -52,12 +57,12 @@ CONTENDERS = {
 }
 
 
-def times(work: str, name: str = "peers") -> str:
+def times(work: str, name: str = "peers", contenders: dict[str, str] = CONTENDERS) -> str:
     """Tabulate one kind of work, a line for each model."""
     rows = [row for row in results(name)["rows"] if row["work"] == work and "by" in row]
-    there = [key for key in CONTENDERS if any(key in row["by"] for row in rows)]
+    there = [key for key in contenders if any(key in row["by"] for row in rows)]
     lines = [[row["model"], f"{row['P']:,}", *(cell(row["by"].get(key)) for key in there)] for row in rows]
-    return table(["model", "parameters", *(CONTENDERS[key] for key in there)], lines)
+    return table(["model", "parameters", *(contenders[key] for key in there)], lines)
 
 
 def peaks() -> str:
@@ -140,6 +145,7 @@ def goals() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "product": lambda: times("product"),
+    "one batch": lambda: times("product", contenders=ONE_BATCH),
     "last layer": lambda: times("last layer"),
     "eigsh": lambda: times("eigsh"),
     "Gauss-Newton": lambda: times("Gauss-Newton", "curvature"),
@@ -165,6 +171,7 @@ def error(work: str, contender: str, model: str) -> float:
 
 
 _LAST_LAYER = "the last layer's block against curvlinops' submatrix"
+_SINGLE = "one product against PyHessian's retained single batch"
 _PRODUCT, _THEIRS = "one product against curvlinops to_scipy()", "curvlinops to_scipy / curvop"
 
 
@@ -187,6 +194,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "product ratio, compiled": lambda: f"{ratio(_PRODUCT, _THEIRS + ' compiled'):.1f}",
     "product worst": lambda: f"{ratio(_PRODUCT, _THEIRS, 'worst'):.1f}",
     "last layer ratio": lambda: f"{ratio(_LAST_LAYER, _THEIRS):.0f}",
+    "PyHessian ratio": lambda: f"{ratio(_SINGLE, 'PyHessian single / curvop, one batch'):.2f}",
     "gradients": lambda: f"{ratio('one product in gradients', 'curvop / gradient'):.2f}",
     "wrong": lambda: f"{results('peers')['wrong']:g}",
     "wrong eigenpairs": lambda: f"{results('peers')['wrong_eigenpairs']:g}",
