@@ -64,7 +64,7 @@ html_show_sourcelink = False
 html_theme_options = {
     "show_toc_level": 2,
     "navigation_with_keys": False,
-    "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
+    "secondary_sidebar_items": {"**": ["page-toc"], "comparison": [], "index": []},
     "footer_start": ["copyright"],
     "footer_end": [],
     "show_prev_next": True,

@@ -20,7 +20,7 @@ def inline(translator: Any, node: nodes.math) -> None:
 
 def display(translator: Any, node: nodes.math_block) -> None:
     """Write a formula of its own."""
-    translator.body.append(f'<div class="math">{_markup(node, as_block=True)}</div>\n')
+    translator.body.append(f'<div class="formula">{_markup(node, as_block=True)}</div>\n')
     raise nodes.SkipNode
 
 
