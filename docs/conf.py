@@ -69,7 +69,7 @@ html_theme_options = {
     "footer_end": [],
     "show_prev_next": True,
 }
-html_sidebars = {"index": []}
+html_sidebars = {"index": [], "start": []}
 
 
 def of_constructor(_: Any, what: str, name: str, obj: Any, *rest: Any) -> tuple[str, None] | None:
