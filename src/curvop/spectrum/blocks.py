@@ -80,7 +80,7 @@ class BlockStudy:
         arrays = {
             f"{index} {name}": np.asarray(value)
             for index, one in enumerate(self.densities)
-            for name, value in vars(one).items()
+            for name, value in dataclasses.asdict(one).items()
         }
         own = {name: np.asarray(getattr(self, name)) for name in ("sizes", "norms", "norm_errors", "num_products")}
         save_arrays(Path(path), names=np.array(self.names, dtype=np.str_), **own, **arrays)

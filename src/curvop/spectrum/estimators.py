@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
         Its standard error, of the same shape, as the spread between probes tells it; NaN where there was one. In about
         95 % of runs the truth is within ``scipy.stats.t.ppf(0.975, num_probes - 1)`` of them where no few eigenvalues
         dominate; where they do, spreads of a few probes are too small in one run of ten. What does not differ between
-        probes, such as the error of a quadrature, is not in it.
+        probes is not in it, but for the error of a quadrature, as `SpectralDensity` estimates it.
     """
 
     value: Any

@@ -89,7 +89,7 @@ class Findings:
             if self.density is None
             else {
                 "probes": len(self.density.nodes),
-                "steps": self.density.nodes.shape[1],
+                "steps": self.density.num_steps,
                 "range": list(self.density.range),
                 "trace": estimate(self.density.trace()),
             },

@@ -138,6 +138,8 @@ def density(
             nodes[group], weights[group], lengths = done[first]
             taken += int(lengths.sum())
     longest = max(int(lengths.max()) for _, _, lengths in done.values())
+    if whole:  # a weight of 0 tells of each probe that it ended by itself
+        longest = min(longest + 1, num_steps)
     return SpectralDensity(size, nodes[:, :longest], weights[:, :longest], values, taken, whole)
 
 
