@@ -55,6 +55,11 @@ class DampedLinearOperator(ParameterLinearOperator):
         """Return ``A + (self.damping + damping) * I``."""
         return type(self)(self._A, self.damping + damping)
 
+    def diagonal(self) -> NDArray[Any]:
+        """Return the exact diagonal ``(N,)``, that of `A` with the damping added; see `A.diagonal`."""
+        diagonal: NDArray[Any] = self._A.diagonal() + self.damping
+        return diagonal
+
     def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
         """Return the gradient and the loss of A's objective, without damping."""
         return self._A.gradient_and_loss()

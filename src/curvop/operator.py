@@ -67,6 +67,18 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
 
         return SubmatrixLinearOperator(self, rows, rows if cols is None else cols)
 
+    def diagonal(self) -> NDArray[Any]:
+        """Return the exact diagonal ``(N,)``, where it is known without products.
+
+        Raises
+        ------
+        NotImplementedError
+            Where it is not, as that of a Hessian.
+        """
+        raise NotImplementedError(
+            f"a {type(self).__name__} does not know its diagonal: curvop.spectrum.diagonal estimates it from products"
+        )
+
     def __getitem__(self, key: Any) -> SubmatrixLinearOperator:
         """Return ``A[rows, :]``, ``A[:, cols]`` or ``A[rows, cols]`` where one of the two is a slice."""
         keys = list(key) if isinstance(key, tuple) else [key]

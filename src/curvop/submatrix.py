@@ -76,6 +76,27 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
         submatrix._counter = self._counter
         return submatrix
 
+    def diagonal(self) -> NDArray[Any]:
+        """Return the exact diagonal ``(n,)`` of a principal submatrix, from that of the parameters it touches.
+
+        Raises
+        ------
+        ValueError
+            Where the rows are others than the columns, or in another order.
+        NotImplementedError
+            Where `A` does not know its own.
+        """
+        if not np.array_equal(self._rows.idxs, self._cols.idxs):
+            raise ValueError(
+                f"rows and columns of this submatrix of shape {self.shape} are different: "
+                "take the principal one, A.submatrix(idxs), for a diagonal"
+            )
+        if not self._rows.idxs.size:
+            return np.zeros(0, dtype=self.dtype)
+        whole = getattr(self._A, "diagonal", super().diagonal)
+        diagonal: NDArray[Any] = whole()[self._rows.idxs]
+        return diagonal
+
     def _adjoint(self) -> Self:
         adjoint = self._A.H
         if adjoint is self._A and np.array_equal(self._rows.idxs, self._cols.idxs):
