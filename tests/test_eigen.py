@@ -298,7 +298,7 @@ class TestTime:
         for value, bound in zip(result.values, result.certificate.bounds, strict=True):
             assert np.abs(values - value).min() <= bound
 
-    @pytest.mark.parametrize("stall", [1, 3, 29, 30, 31, 48, 60])
+    @pytest.mark.parametrize("stall", [1, 3, 39, 40, 41, 58, 70])
     def test_wherever_time_is_up(self, stall: int) -> None:
         """Within the first basis and later ones, and right after a restart."""
         eigenvalues = np.r_[50.0, 40.0, np.linspace(0, 1, 498) ** 3]
@@ -310,11 +310,11 @@ class TestTime:
         assert result.note == "no certificate, as time was up"
         assert len(result.values) == min(stall, 4)
         residuals = np.linalg.norm(A.inner @ result.vectors - result.vectors * result.values, axis=0)
-        assert result.num_converged == (residuals < 1e-12).sum() == (0 if stall < 29 else 2)
+        assert result.num_converged == (residuals < 1e-12).sum() == (0 if stall < 39 else 2)
         assert result.verdict == (
             f"not converged, as time was up: {result.num_converged} of 4 eigenvalues did; not certified: time was up"
         )
-        if stall >= 29:
+        if stall >= 39:
             np.testing.assert_allclose(result.values[:2], [50, 40], atol=1e-12)
 
     @pytest.mark.parametrize("method", ["arpack", "device"])
@@ -372,13 +372,16 @@ class TestTime:
 
 
 class TestMemory:
-    def test_the_basis_shrinks_to_what_fits(self) -> None:
+    @pytest.mark.parametrize(("method", "vectors"), [("arpack", 2 * 12 + 5 + 4), ("device", 18 + 5 + 4)])
+    def test_the_basis_shrinks_to_what_fits(self, method: str, vectors: int) -> None:
         A = matrix(np.linspace(0, 1, 300) ** 8)
-        result = eigsh(A, 5, memory=300 * 8 * (2 * 12 + 5 + 4))
+        result = eigsh(A, 5, method=method, memory=300 * 8 * vectors)
         assert result.ok
         assert result.note == "ncv is 12 for lack of memory"
 
-    @pytest.mark.parametrize("options", [{}, {"ncv": 100}, {"method": "lobpcg"}, {"method": "dense"}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"ncv": 100}, {"method": "device"}, {"method": "lobpcg"}, {"method": "dense"}]
+    )
     def test_what_does_not_fit_is_told_before(self, options) -> None:
         def refuse(x):
             raise AssertionError("multiplied")

@@ -65,9 +65,10 @@ def eigsh(
         The relative accuracy of eigenvalues at which ARPACK stops; 0 is machine precision. Over a float32 model 1e-6
         is as good, and may take a third of the products.
     maxiter : int, optional
-        Restarts of ARPACK, or iterations of LOBPCG: 1000 by default, 10 N for small matrices.
+        Restarts of 'arpack' or 'device', or iterations of LOBPCG: 1000 by default, 10 N for small matrices.
     ncv : int, optional
-        ARPACK's basis, more than k: ``max(2 k + 1, 30)`` by default, or what fits into `memory`.
+        Vectors of the basis of 'arpack' or 'device', more than k: ``max(2 k + 1, 30)`` by default, for 'device'
+        ``max(2 k + 1, 40)``, or what fits into `memory`.
     v0 : array_like, shape (N,), optional
         The starting vector; for LOBPCG the first of them. Random by default.
     rng : int or numpy.random.Generator, optional

@@ -26,6 +26,7 @@ Array = NDArray[Any]
 
 _MAX_RESTARTS = 1000  # SciPy's 10 N would let a large problem run for ever
 _MIN_BASIS = 30  # at a crowded end SciPy's own 20 vectors for a few eigenvalues take twice as many products
+_MIN_DEVICE_BASIS = 40  # 30 take twice as many products at the lower end of digits (1,187 to 652)
 _ATTEMPTS = 3
 _DENSE_SIZE = 2000  # rows up to which the whole matrix is as good as many eigenvalues
 _GUARDS = 2  # vectors of LOBPCG more than are wanted: the last ones of a block converge slowly
@@ -81,10 +82,9 @@ def arpack(task: Task) -> Found:
     basis = task.ncv or min(task.size, max(2 * task.k + 1, _MIN_BASIS))
     if basis >= task.size:
         return dense(task, "the basis would have been the whole space")
-    basis = _basis_that_fits(task, basis)
+    basis, note = _basis_that_fits(task, basis, "ARPACK's", 2)
     start = task.start() if task.v0 is None else task.v0
     options = {"ncv": basis, "tol": task.tol, "maxiter": task.maxiter or min(_MAX_RESTARTS, 10 * task.size)}
-    note = "" if task.ncv or basis >= max(2 * task.k + 1, _MIN_BASIS) else f"ncv is {basis} for lack of memory"
     for attempt in range(_ATTEMPTS):
         try:
             values, vectors = scipy_eigsh(task.A, task.k, which=task.which, v0=start, rng=task.rng, **options)
@@ -102,18 +102,22 @@ def arpack(task: Task) -> Found:
     raise AssertionError("unreachable")
 
 
-def _basis_that_fits(task: Task, basis: int) -> int:
-    """Return a smaller basis where the memory asks for it and the user did not ask for this one."""
-    vector = task.size * task.A.dtype.itemsize
-    if task.ncv is None:
-        basis = min(basis, max(task.k + 2, (task.available // vector - task.k - 4) // 2))
+def _basis_that_fits(task: Task, basis: int, whose: str, share: float) -> tuple[int, str]:
+    """Return a smaller basis where the memory asks for it and the user did not ask for this one, and a note of it.
+
+    Each vector of the basis takes `share` vectors, and ``k + 4`` come on top.
+    """
+    vector, note, others = task.size * task.A.dtype.itemsize, "", task.k + 4
+    fitting = max(task.k + 2, int((task.available // vector - others) / share))
+    if task.ncv is None and fitting < basis:
+        basis, note = fitting, f"ncv is {fitting} for lack of memory"
     check_fits(
-        (2 * basis + task.k + 4) * vector,
+        int((share * basis + others) * vector),
         task.available,
-        f"ARPACK's basis of {basis} vectors of {task.size:,} numbers",
+        f"{whose} basis of {basis} vectors of {task.size:,} numbers",
         "take a smaller k or ncv, method='lobpcg', or a block of the matrix",
     )
-    return basis
+    return basis, note
 
 
 def lobpcg_blocks(task: Task) -> Found:
@@ -168,15 +172,10 @@ def lobpcg_blocks(task: Task) -> Found:
 
 def device(task: Task) -> Found:
     """Run Lanczos with thick restarts, whose basis stays on the operator's device."""
-    basis = task.ncv or min(task.size, max(2 * task.k + 1, _MIN_BASIS))
+    basis = task.ncv or min(task.size, max(2 * task.k + 1, _MIN_DEVICE_BASIS))
     if basis >= task.size:
         return dense(task, "the basis would have been the whole space")
-    check_fits(
-        (basis + task.k + 6) * task.size * task.A.dtype.itemsize,
-        task.available,
-        f"the Lanczos basis of {basis} vectors of {task.size:,} numbers",
-        "take a smaller k or ncv, or a block of the matrix",
-    )
+    basis, note = _basis_that_fits(task, basis, "the Lanczos", 1.5)  # half of it is made anew beside it, at a restart
     start = torch.from_numpy(np.array(task.start() if task.v0 is None else task.v0, dtype=task.A.dtype))
     restarts = task.maxiter or min(_MAX_RESTARTS, 10 * task.size)
 
@@ -186,7 +185,7 @@ def device(task: Task) -> Found:
     values, vectors, converged, timed_out = thick_restart(
         task.A.multiply_rows, start.to(task.A.device), task.k, basis, task.tol, restarts, choose
     )
-    note = "" if values.any() or timed_out else "the matrix is zero"
+    note = note if values.any() or timed_out else "the matrix is zero"
     return Found(values, vectors.T.cpu().numpy(), converged, "device", note, timed_out)
 
 
