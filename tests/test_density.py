@@ -254,6 +254,29 @@ class TestDeflation:
         np.testing.assert_allclose(np.sort(found.atoms), [3, 4, 5, 6])
         assert abs(found.trace().value - 21) < 5 * found.trace().error + 1e-9
 
+    def test_their_memory_is_counted(self) -> None:
+        """10 vectors of N numbers, besides runs of 26 of them each."""
+        A, one = matrix(SPECTRA["clusters and outliers"]), 8 * N * 26
+        found = quietly(A, num_probes=4, num_steps=20, deflate=10, memory=8 * N * 10 + 2 * one)
+        whole = quietly(A, num_probes=4, num_steps=20, deflate=10)
+        np.testing.assert_allclose(found.nodes, whole.nodes, rtol=1e-9, atol=1e-9)
+        with pytest.raises(MemoryError, match="the Lanczos basis of one probe"):
+            quietly(A, num_steps=20, deflate=10, memory=8 * N * 10 + one - 1)
+        with pytest.raises(MemoryError, match=r"what is deflated, 10 vectors of 400 numbers, takes .*: deflate fewer"):
+            quietly(A, num_steps=20, deflate=10, memory=8 * N * 10 - 1)
+        single = A.astype(np.float32)
+        quietly(single, num_probes=1, num_steps=20, deflate=10, memory=12 * N * 10 + one // 2)
+        with pytest.raises(MemoryError):
+            quietly(single, num_probes=1, num_steps=20, deflate=10, memory=12 * N * 10 + one // 2 - 1)
+
+    def test_finding_them_keeps_to_the_memory(self) -> None:
+        """ARPACK's own basis of 30 vectors would not fit: its smallest for 2 eigenvalues holds 4."""
+        A = matrix(SPECTRA["clusters and outliers"])
+        found = quietly(A, num_probes=1, num_steps=2, deflate=2, memory=8 * N * (2 * 12 + 2 + 4))
+        np.testing.assert_allclose(np.sort(found.atoms), np.linspace(5, 20, 10)[-2:], rtol=1e-10)
+        with pytest.raises(MemoryError, match=r"ARPACK's basis of 4 vectors"):
+            quietly(A, num_probes=1, num_steps=1, deflate=2, memory=8 * N * 13)
+
 
 class TestOperators:
     def test_the_digits_network(self) -> None:
@@ -365,6 +388,8 @@ def test_the_plot(log: bool) -> None:
         (np.eye(3), {"num_probes": 0}, "num_probes is 0"),
         (np.eye(3), {"num_steps": 1.5}, r"num_steps is 1\.5"),
         (np.eye(3), {"deflate": 3}, "deflate is 3, but A has 3"),
+        (np.eye(3), {"seconds": float("nan")}, "seconds is nan, but must be 0 or more"),
+        (np.eye(3), {"seconds": -1.0}, r"seconds is -1\.0"),
         (np.full((3, 3), np.nan), {}, "not finite"),
     ],
 )
@@ -373,3 +398,5 @@ def test_bad_input(A, options, match) -> None:
         quietly(A, **options)
     with pytest.raises(TypeError, match="must be real"):
         quietly(np.eye(2) * 1j)
+    with pytest.raises(TypeError, match="seconds is '60', but must be a number"):
+        quietly(np.eye(2), seconds="60")

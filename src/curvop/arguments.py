@@ -39,7 +39,9 @@ problem; 130 interrupted"""
 _SPECTRUM_DESCRIPTION = """\
 Studies the spectrum of a curvature matrix: its density, extreme eigenvalues with a certificate, trace and norm with
 error bars, and with --blocks every layer. With --out it keeps what it does, so that --resume continues a run that was
-killed, and writes report.html. The problem is named as for 'curvop eigs'."""
+killed or ended by its --deadline, and writes report.html. The deadline counts from the start of the command; nothing is
+broken off, so it can be overrun by the loading of the problem, its gradient, and a product with --probes vectors. The
+problem is named as for 'curvop eigs'."""
 
 _SPECTRUM_EPILOG = """\
 exit codes: 0 all is well; 1 an eigenvalue is not certified, or the deadline left something undone; 2 a bad argument or

@@ -132,9 +132,10 @@ def _solve(options: argparse.Namespace) -> int:
 
 
 def _spectrum(options: argparse.Namespace) -> int:
-    """Run ``curvop spectrum``."""
+    """Run ``curvop spectrum``, whose deadline counts from here."""
+    begun = time.monotonic()
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
-        findings = spectrum_study(load(options.problem), options)
+        findings = spectrum_study(load(options.problem), options, begun)
     print(json.dumps(findings.json(), indent=2) if options.json else findings)
     return 0 if findings.ok else 1
 

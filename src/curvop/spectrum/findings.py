@@ -98,6 +98,7 @@ class Findings:
                     "which": end.which,
                     "values": [float(value) for value in end.values],
                     "bounds": [] if end.certificate is None else [number(bound) for bound in end.certificate.bounds],
+                    "converged": end.num_converged,
                     "ok": end.ok,
                     "verdict": end.verdict,
                 }
