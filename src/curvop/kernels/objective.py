@@ -12,6 +12,7 @@ import abc
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -24,6 +25,7 @@ from curvop.kernels.batches import on_device
 from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError
 from curvop.kernels.generators import Generators
+from curvop.kernels.preflight import Guard, cautions, suspects
 from curvop.kernels.state import Fingerprint, Watch
 
 __all__ = ["BatchLoss", "BatchWeight", "Objective", "check_loss"]
@@ -106,10 +108,12 @@ class Objective(abc.ABC):
         self.params = params
         self.reduction = reduction
         self._modules = tuple(modules)
+        self._guard = Guard(self._modules)
         self._data = data
         self._batch_weight = batch_weight
         self._generators = Generators()
         self._order: list[list[float | None]] | None = None
+        self._warned = False
         self._watch = Watch(self._modules, params, data)
         parts = [part for module in modules for part in module.modules()]
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
@@ -164,6 +168,16 @@ class Objective(abc.ABC):
         if index < 0:
             raise ValueError("data is empty: it yields no batch, so there is nothing to differentiate")
 
+    def warn_once(self, batches: int) -> None:
+        """Warn of what makes a matrix over so many batches another than the user may mean, if nobody has yet."""
+        if not self._warned and (found := cautions(self._modules, self.dtype, batches)):
+            self._warned = True
+            warnings.warn("; ".join(found), RuntimeWarning, stacklevel=2)
+
+    def randomness(self) -> str:
+        """Return what to look at where the loss changes from pass to pass."""
+        return suspects(self._modules)
+
     def keep_order(self) -> None:
         """Refuse, from now on, a loader that yields other batches than in its first pass, or in another order."""
         if self._order is None and not isinstance(self._data, list | tuple):
@@ -200,7 +214,7 @@ class Objective(abc.ABC):
         Buffers of modules in training mode are copies.
         """
         with torch.enable_grad(), TwiceDifferentiable():
-            found = self._loss(leaves, batch)
+            found = self._guard.run("loss", lambda own: self._loss(leaves, own), batch)
         return self._checked(found, index, batch)
 
     def _checked(self, found: tuple[Tensor, float | None, Tensor, Tensor | None], index: int, batch: Any) -> BatchLoss:
