@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvop.kernels.convolution import CONVOLUTIONS
 
-__all__ = ["TwiceDifferentiable", "slow_backends"]
+__all__ = ["STAND_INS", "TwiceDifferentiable", "slow_backends"]
 
 
 @contextmanager
@@ -74,8 +74,8 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
         return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
 
-_DEFINITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
     torch.nn.functional.scaled_dot_product_attention: _attention,
-    **CONVOLUTIONS,
 }
+_DEFINITIONS = {**STAND_INS, **CONVOLUTIONS}
