@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvop.cost import Cost, median_seconds
 from curvop.kernels.compiled import CompiledKernel
+from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.fingerprint import digest, objective_parts, objective_state
 from curvop.kernels.gradient import gradient_and_loss
 from curvop.kernels.inspection import Inspection, inspect
@@ -26,7 +27,10 @@ from curvop.operator import BridgeLinearOperator, Rows
 from curvop.progress import Progress
 from curvop.staging import Staging
 
-__all__ = ["TORCH_DTYPES", "ComputedLinearOperator", "Settings"]
+__all__ = ["TORCH_DTYPES", "UNTRUSTED", "ComputedLinearOperator", "Settings"]
+
+#: What a product raises that cannot be trusted.
+UNTRUSTED = (NonDeterministicObjectiveError, NonFiniteProductError)
 
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 

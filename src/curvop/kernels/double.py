@@ -54,18 +54,23 @@ class Point:
         """Return a direction without an embedding's row at `padding_idx`, which is a constant to its gradient."""
         kept = dict(parts)
         for name in parts.keys() & self._padding.keys():
+            row, tied = self._padding[name]
+            if tied:
+                raise RuntimeError(f"{name!r} has a row at padding_idx, which another module uses")
             kept[name] = parts[name].clone()
-            kept[name][self._padding[name]] = 0.0
+            kept[name][row] = 0.0
         return kept
 
 
-def _padding(modules: Sequence[nn.Module]) -> Iterator[tuple[str, int]]:
+def _padding(modules: Sequence[nn.Module]) -> Iterator[tuple[str, tuple[int, bool]]]:
+    """Yield names of embeddings with the row of the padding, and whether another module has the same parameter."""
     for module in modules[:1]:
         for part in module.modules():
             if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.padding_idx is not None:
-                for own, value in module.named_parameters(remove_duplicate=False):
-                    if value is part.weight:
-                        yield own, part.padding_idx
+                named = module.named_parameters(remove_duplicate=False)
+                names = [name for name, value in named if value is part.weight]
+                for name in names:
+                    yield name, (part.padding_idx, len(names) > 1)
 
 
 def in_double(tree: Any) -> Any:
@@ -232,7 +237,7 @@ class _GaussNewton(DoubleBatch):
 class _EmpiricalFisher(DoubleBatch):
     def product(self, vector: Tensor, step: float | None) -> Tensor:
         pushed = _derivative(self._losses, self.values, self._along(vector), step)
-        divisor = self.objective.divisor_of(self.prediction, self.index, self.batch)
+        divisor: float = self.objective.divisor_of(self.prediction, self.index, self.batch)
         return self._pulled(self._losses, pushed) / divisor
 
     def _losses(self, values: Values) -> Parts:
