@@ -113,13 +113,13 @@ class _Algebra:
 
     def findings(self) -> Iterator[Finding]:
         """Yield all of them."""
-        bases, random = _computed(self._A), False
+        bases, random, told = _computed(self._A), False, ""
         for base in bases:
             try:
                 seen = base.inspect()
             except UNTRUSTED as error:
-                random = True
-                yield Finding("randomness", WRONG, str(error), remedy="make the model and the data repeatable")
+                random, told = True, str(error)
+                yield Finding("order of the data", WRONG, told, remedy="make every pass yield the same batches")
                 continue
             self._eps = max(self._eps, seen.eps)
             found = list(model_findings(seen))
@@ -134,7 +134,8 @@ class _Algebra:
             for base in bases:
                 yield from self._routes(base, random)
         except UNTRUSTED as error:
-            yield Finding("products", WRONG, str(error), remedy="make the product repeatable, and finite")
+            if str(error) != told:
+                yield Finding("products", WRONG, str(error), remedy="make the product repeatable, and finite")
 
     def _probes(self, size: int) -> Array:
         X = self._rng.standard_normal((size, self._num_probes))
@@ -183,7 +184,7 @@ class _Algebra:
         yield self._measured(
             "noise floor",
             floor,
-            f"{floor / self._eps:.0f} times epsilon, {self._eps:.1e}",
+            f"{floor / self._eps:.3g} times epsilon, {self._eps:.1e}",
             "no residual gets below it: pass solvers a tolerance above, or compute in float64 (model.double())",
         )
         yield from self._mirror(X, AX, U, size)
@@ -202,7 +203,8 @@ class _Algebra:
             yield Finding("adjoint", NOT_APPLICABLE, "A is its own adjoint: see symmetry")
         else:
             try:
-                pulled = self._product(A.H, U)
+                pulled = np.stack([np.asarray(A.rmatvec(u)) for u in U.T], axis=1)
+                self.products += U.shape[1]
             except NotImplementedError:
                 yield Finding("adjoint", NOT_APPLICABLE, "A has none: it was made without rmatvec")
             else:

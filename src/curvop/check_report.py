@@ -75,12 +75,13 @@ class CheckReport:
     @property
     def verdict(self) -> str:
         """One sentence on all of it."""
-        wrong, warned, sound = (self._of(status) for status in (WRONG, WARNING, OK))
+        wrong, warned = self._of(WRONG), self._of(WARNING)
         warnings = f"{len(warned)} warning{'s' * (len(warned) != 1)}"
         if wrong:
-            names = ", ".join(finding.name for finding in wrong)
-            return f"not to be trusted: {names}" + (f"; {warnings} besides" if warned else "")
-        return f"sound: {len(sound)} checks passed" + (f", with {warnings}" if warned else "")
+            return f"not to be trusted: {_names(wrong)}" + (f"; {warnings} besides" if warned else "")
+        if warned:
+            return f"nothing is wrong, with {warnings}: {_names(warned)}"
+        return f"sound: {len(self._of(OK))} checks passed"
 
     def __getitem__(self, name: str) -> Finding:
         """Return the first finding of this name."""
@@ -118,3 +119,7 @@ class CheckReport:
 
 def _wrapped(start: str, text: str) -> list[str]:
     return textwrap.wrap(text, 118, initial_indent=start, subsequent_indent=" " * len(start)) or [start.rstrip()]
+
+
+def _names(findings: list[Finding]) -> str:
+    return ", ".join(dict.fromkeys(finding.name for finding in findings))

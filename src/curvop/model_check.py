@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,8 +41,10 @@ def model_findings(seen: Any) -> Iterator[Finding]:
     """Yield what `inspect` of an operator has seen."""
     yield _precision(seen)
     limit = seen.eps**0.5  # as in every sweep over the data
-    random = not seen.change <= limit
+    random = seen.change > limit
     first, second = seen.losses
+    if not math.isfinite(first + second):  # not random: the product that it spoils says where
+        yield Finding("loss", WRONG, f"it is {first:g}", remedy="look for NaN and infinity in the data")
     yield Finding(
         "randomness",
         WRONG if random else OK,
@@ -124,6 +127,9 @@ def _compared(route: Any, product: NDArray[Any], eps: float) -> Finding:
     other = route.product.cpu().numpy()
     value = float(np.linalg.norm(product - other) / (np.linalg.norm(other) or 1.0))
     limit = 4 * route.error + _STEP if route.name == "finite differences" else 0.0
+    if limit and route.error > _STEP and limit < value < 100 * route.error:  # a smooth function leaves less
+        text = f"kinks, as of ReLU, lie within a step: it agrees to {value:.1e}, and no more can be said"
+        return Finding(route.name, NOT_APPLICABLE, text)
     return measured(route.name, value, eps, "A's product differs from it", _WRONG_DERIVATIVE, limit)
 
 
