@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,13 @@ def working_epsilon(objective: Objective, loss: Tensor) -> float:
     if objective.device.type == "cuda" and objective.dtype == torch.float32:
         parts = [part for module in objective.modules for part in module.modules()]
         convolves = not parts or any(isinstance(part, nn.modules.conv._ConvNd | nn.RNNBase) for part in parts)
-        if cuda.matmul.allow_tf32 or (cudnn.allow_tf32 and convolves):
+        if _allows_tf32(cuda.matmul) or (convolves and _allows_tf32(cudnn)):
             eps = max(eps, _TF32_EPSILON)
     return eps
+
+
+def _allows_tf32(backend: Any) -> bool:
+    try:
+        return bool(backend.allow_tf32)
+    except RuntimeError:  # torch's settings of old and of late are mixed, so that it does not say
+        return True
