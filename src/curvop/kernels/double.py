@@ -45,10 +45,13 @@ class Point:
         self.values: Values = in_double(leaves)
         self._held: dict[str, Values] = in_double(objective.held(leaves))
         self._padding = dict(_padding(objective.modules))
+        training = any(part.training for module in objective.modules for part in module.modules())
+        self._written_to = training or objective.guard.writes
 
     def held(self) -> dict[str, Values]:
-        """Return what the modules hold; copies, as some write to it in training mode."""
-        return map_leaves(torch.clone, self._held)  # type: ignore[no-any-return]
+        """Return what the modules hold; copies where they may write to it."""
+        held: dict[str, Values] = map_leaves(torch.clone, self._held) if self._written_to else self._held
+        return held
 
     def along(self, parts: Values) -> Values:
         """Return a direction without an embedding's row at `padding_idx`, which is a constant to its gradient."""

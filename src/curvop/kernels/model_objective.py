@@ -45,12 +45,12 @@ class ModelObjective(Objective):
     def predict(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         """Return the model's prediction, differentiable twice in `leaves` within `slow_backends`."""
         with torch.enable_grad(), TwiceDifferentiable():
-            return self._guard.run("prediction", lambda own: self._prediction(leaves, own), batch)
+            return self.guard.run("prediction", lambda own: self._prediction(leaves, own), batch)
 
     def criterion(self, prediction: Any, index: int, batch: Any) -> BatchLoss:
         """Return the loss of batch number `index` as a function of a prediction."""
         with torch.enable_grad(), TwiceDifferentiable():
-            found = self._guard.run("criterion", lambda own: self._criterion(prediction, own), batch)
+            found = self.guard.run("criterion", lambda own: self._criterion(prediction, own), batch)
         return self._checked(found, index, batch)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
@@ -60,7 +60,7 @@ class ModelObjective(Objective):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
         training = isinstance(self._model, nn.Module) and any(part.training for part in self._model.modules())
-        return self._predict(leaves, self._others(leaves, buffers=training or self._guard.writes), batch[0])
+        return self._predict(leaves, self._others(leaves, buffers=training or self.guard.writes), batch[0])
 
     def _criterion(self, prediction: Any, batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         _, y = batch
@@ -138,12 +138,12 @@ class ModelObjective(Objective):
 
     def traced_prediction(self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any) -> Any:
         """Return a batch's prediction as a function of its arguments alone."""
-        X, _ = self._guard.own(batch)
+        X, _ = self.guard.own(batch)
         return self._predict(leaves, held["model"], X)
 
     def traced_loss(self, prediction: Any, held: dict[str, dict[str, Tensor]], batch: Any) -> Tensor:
         """Return a batch's loss as a function of its arguments alone."""
-        _, y = self._guard.own(batch)
+        _, y = self.guard.own(batch)
         if isinstance(self.loss_function, nn.Module):
             loss: Tensor = torch.func.functional_call(self.loss_function, held["loss"], (prediction, y))
             return loss

@@ -87,6 +87,8 @@ class Objective(abc.ABC):
     reduction : {'mean', 'sum'}
     modules : tuple of nn.Module
         Model and loss function, where they are modules.
+    guard : Guard
+        By which code of the user's is run.
     warned : bool
         Whether `warn_once` has nothing to say any more.
     """
@@ -112,7 +114,7 @@ class Objective(abc.ABC):
         self.params = params
         self.reduction = reduction
         self.modules = tuple(modules)
-        self._guard = Guard(self.modules)
+        self.guard = Guard(self.modules)
         self._data = data
         self._batch_weight = batch_weight
         self._generators = Generators()
@@ -218,7 +220,7 @@ class Objective(abc.ABC):
         Buffers of modules in training mode are copies.
         """
         with torch.enable_grad(), TwiceDifferentiable():
-            found = self._guard.run("loss", lambda own: self._loss(leaves, own), batch)
+            found = self.guard.run("loss", lambda own: self._loss(leaves, own), batch)
         return self._checked(found, index, batch)
 
     def _checked(self, found: tuple[Tensor, float | None, Tensor, Tensor | None], index: int, batch: Any) -> BatchLoss:

@@ -84,7 +84,7 @@ def other_routes(kernel: Kernel, vector: Tensor, available: int) -> list[Route]:
             for one in sums if at.weight else ():
                 one.add(at, vector)
     whole = 1.0 if isinstance(kernel, JacobianKernel) else objective.divisor(weights)
-    return [one.route(whole, kernel.rows.size) for one in sums]
+    return [one.route(whole) for one in sums]
 
 
 class _Sum:
@@ -113,7 +113,7 @@ class _Sum:
             for parts, product in zip(self._products, products, strict=True):
                 parts.append(product)
 
-    def route(self, divisor: float, size: int) -> Route:
+    def route(self, divisor: float) -> Route:
         if self._reason:
             return Route(self.name, reason=self._reason)
         *coarse, fine = [torch.cat(parts) / divisor for parts in self._products]
@@ -132,8 +132,10 @@ def _too_large(objective: Objective, batch: Any, available: int) -> str:
     except RuntimeError:  # the model takes derivatives of its own, which refuses to be measured
         saved = 0
     # Of each tensor that is saved: itself, its tangent, and temporaries of either. Of the parameters: themselves, the
-    # vector, two gradients with their tangents, three products.
-    needed = 4 * saved * 8 // objective.dtype.itemsize + 10 * 8 * sum(value.numel() for value in leaves.values())
+    # vector, two gradients with their tangents, three products. Of all else that the modules hold: two copies.
+    parameters = sum(value.numel() for value in leaves.values())
+    others = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in objective.tensors()}.values())
+    needed = 8 * (4 * saved // objective.dtype.itemsize + 10 * parameters + 2 * others)
     if needed <= available:
         return ""
     return f"float64 takes {needed / 1e9:.3g} GB here, but {available / 1e9:.3g} GB may be used"
