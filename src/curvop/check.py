@@ -109,6 +109,7 @@ class _Algebra:
         inexact = A.dtype is not None and A.dtype.kind in "fc"
         self._dtype = A.dtype if inexact else np.dtype(np.float64)
         self._eps = float(np.finfo(self._dtype).eps)
+        self._known: tuple[Array, Array] | None = None
         self.products = 0
 
     def findings(self) -> Iterator[Finding]:
@@ -154,19 +155,17 @@ class _Algebra:
         X, U = self._probes(A.shape[1]), self._probes(A.shape[0])
         AX = self._product(A, X)
         if not np.isfinite(AX).all():
-            yield Finding(
-                "finite", WRONG, "a product holds NaN or infinity", remedy="solvers do not look: mend it first"
-            )
+            yield Finding("finite", WRONG, "a product holds NaN or infinity", remedy="mend it: solvers do not look")
             return
-        yield Finding("finite", OK, f"{AX.shape[1]} products")
+        yield Finding("finite", OK, "all entries")
         size = math.sqrt(float((np.abs(AX) ** 2).sum()) / AX.shape[1])
-        self.single = self._product(A, X[:, 0])
-        self.first = X[:, 0]
-        noise = [_ratio(np.linalg.norm(self.single - AX[:, 0]), size)]
+        single = self._product(A, X[:, 0])
+        self._known = X[:, 0], single
+        noise = [_ratio(np.linalg.norm(single - AX[:, 0]), size)]
         yield self._measured(
             "matvec and matmat", noise[0], "they differ", "one of the two is wrong, or products draw random numbers"
         )
-        noise.append(_ratio(np.linalg.norm(self._product(A, X[:, 0]) - self.single), size))
+        noise.append(_ratio(np.linalg.norm(self._product(A, X[:, 0]) - single), size))
         yield self._measured(
             "repeatability", noise[1], "the same product differs when it is made again", "look for random numbers"
         )
@@ -236,8 +235,8 @@ class _Algebra:
         if random:
             yield Finding("other routes", NOT_APPLICABLE, "the loss is random: there is nothing to compare")
             return
-        if base is self._A:
-            vector, product = self.first, self.single
+        if base is self._A and self._known is not None:
+            vector, product = self._known
         else:
             vector = self._rng.standard_normal(base.shape[1]).astype(base.dtype)
             product = self._product(base, vector)
