@@ -12,7 +12,7 @@ from architectures import ARCHITECTURES, architecture_problem
 from cases import Problem
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvop import GGNLinearOperator, HessianLinearOperator, staging
+from curvop import GGNLinearOperator, HessianLinearOperator, check, staging
 from curvop.kernels.batches import on_device
 from curvop.kernels.replay import Recorder
 from curvop.spectrum import density, eigsh
@@ -80,6 +80,27 @@ def test_tensors_stay_there(engine: str) -> None:
     product = there @ torch.from_numpy(x).cuda()
     assert product.is_cuda
     close(product.cpu(), here @ x)
+
+
+class TestCheck:
+    @pytest.mark.parametrize("name", ["conv", "attention-fused", "lstm"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_what_is_sound_passes_and_random_numbers_stay(self, name: str, dtype: torch.dtype) -> None:
+        problem = architecture_problem(name)
+        data = [(X.to(dtype), y) for X, y in problem.data]
+        states = torch.get_rng_state(), torch.cuda.get_rng_state()
+        report = check(hessian(Problem(problem.model.to("cuda", dtype), problem.loss_function, data)), rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert torch.equal(states[0], torch.get_rng_state())
+        assert torch.equal(states[1], torch.cuda.get_rng_state())
+
+    def test_tf32_is_held_to_its_own_epsilon(self, monkeypatch) -> None:
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+        problem = architecture_problem("linear")
+        data = [(X.float(), y) for X, y in problem.data]
+        report = check(hessian(Problem(problem.model.float().cuda(), problem.loss_function, data)), rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert report["symmetry"].limit > 1e-3
 
 
 class TestRecording:

@@ -450,7 +450,8 @@ class TestTheModelIsLeftAsFound:
         params = {name: value for name, value in model.named_parameters() if value.requires_grad}
         state = torch.get_rng_state()
         H = HessianLinearOperator(model, nn.MSELoss(), params, data, cache=0)
-        H @ np.ones(H.shape[1])
+        with pytest.warns(RuntimeWarning, match=r"'2' \(Dropout, p = 0.5\).*'1' \(BatchNorm1d\)"):
+            H @ np.ones(H.shape[1])
         assert torch.equal(state, torch.get_rng_state())
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         assert all(value.grad is None for value in model.parameters())
@@ -548,7 +549,8 @@ class TestRandomness:
         problem.model.insert(2, nn.Dropout(0.5)).train()
         problem.params = dict(problem.model.named_parameters())
         H = hessian(problem, cache=0)
-        H @ np.ones(43)
+        with pytest.warns(RuntimeWarning, match=r"dropout is active in '2' \(Dropout, p = 0.5\).*model.eval\(\)"):
+            H @ np.ones(43)
         with pytest.raises(NonDeterministicObjectiveError, match=r"dropout.*model.eval\(\)"):
             H @ np.ones(43)
         problem.model.eval()

@@ -14,16 +14,23 @@ from torch import Tensor
 
 from curvop.cost import Cost, median_seconds
 from curvop.kernels.compiled import CompiledKernel
+from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.fingerprint import digest, objective_parts, objective_state
 from curvop.kernels.gradient import gradient_and_loss
+from curvop.kernels.inspection import Inspection, inspect
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.linearize import Engine
 from curvop.kernels.memory import Budget, peak_rise
+from curvop.kernels.routes import Route, other_routes
+from curvop.memory import available_bytes
 from curvop.operator import BridgeLinearOperator, Rows
 from curvop.progress import Progress
 from curvop.staging import Staging
 
-__all__ = ["TORCH_DTYPES", "ComputedLinearOperator", "Settings"]
+__all__ = ["TORCH_DTYPES", "UNTRUSTED", "ComputedLinearOperator", "Settings"]
+
+#: What a product raises that cannot be trusted.
+UNTRUSTED = (NonDeterministicObjectiveError, NonFiniteProductError)
 
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
@@ -113,6 +120,23 @@ class ComputedLinearOperator(BridgeLinearOperator):
         """
         with torch.inference_mode(False):
             return objective_state(self._objective)
+
+    def inspect(self) -> Inspection:
+        """Look at the model, the loss and the data, by two passes over it; `curvop.check` reports what is found."""
+        kernel = self._engine.kernel
+        names = list(dict.fromkeys((*kernel.rows.names, *kernel.cols.names)))
+        with torch.inference_mode(False):
+            return inspect(self._objective, names)
+
+    def other_routes(self, vector: NDArray[Any]) -> list[Route]:
+        """Return products with `vector` ``(N,)`` in float64, by derivatives that are not the engine's.
+
+        In forward mode, where torch has it, and by finite differences; they take one pass over the data, of about ten
+        gradients, and no more than half of the memory that is free. `curvop.check` compares with them.
+        """
+        there = torch.tensor(vector, dtype=torch.float64, device=self.device)
+        with torch.inference_mode(False):
+            return other_routes(self._engine.kernel, there, available_bytes(self.device))
 
     def _gradient(self) -> tuple[Tensor, float]:
         """Return the gradient by the parameters of the rows, or else of the columns, and the loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -18,6 +19,7 @@ from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.likelihoods import Likelihood
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight
+from curvop.kernels.routes import Route
 from curvop.operator import Rows
 from curvop.sandwich import SandwichLinearOperator
 
@@ -94,6 +96,15 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         self._mean = None
         exact -= (left * right).cpu().numpy()
         return exact
+
+    def other_routes(self, vector: NDArray[Any]) -> list[Route]:
+        """Return products by other routes to the empirical Fisher matrix; the mean is taken away as it always is."""
+        left, right = self._centre()
+        taken = left * (right @ torch.tensor(vector, dtype=torch.float64, device=self.device))
+        return [
+            route if route.product is None else dataclasses.replace(route, product=route.product - taken)
+            for route in super().other_routes(vector)
+        ]
 
     def _adjoint(self) -> Any:
         adjoint = super()._adjoint()

@@ -54,7 +54,8 @@ class HessianLinearOperator(CurvatureLinearOperator):
         requiring grad. Their values are used, even where they differ from the module's own.
     data : iterable of (X, y)
         Read once or more per operator, so no one-shot iterator: a list, a ``DataLoader``. X and y are tensors, or
-        (nested) mappings, lists and tuples of tensors; they are moved to the parameters' device.
+        (nested) mappings, lists and tuples of tensors; they are moved to the parameters' device. A model that writes
+        to its input gets copies.
     dtype : numpy.float64 or numpy.float32
         Of the vectors that SciPy sees. Products are computed in the parameters' own dtype.
     cache : float or 'auto'
@@ -79,6 +80,15 @@ class HessianLinearOperator(CurvatureLinearOperator):
     TypeError, ValueError
         Naming the argument that cannot be used. Constructing costs no pass over the data, so that what is wrong with
         it is raised by the first product.
+    NonFiniteProductError, NonDeterministicObjectiveError
+        By a product that is not finite, or whose loss has changed since the last pass over the data.
+
+    Warns
+    -----
+    RuntimeWarning
+        By the first product, once for an operator and its blocks: where dropout is active, so that the matrix is that
+        of one draw of its masks; where batch normalisation sees each of several batches by itself; where the parameters
+        are in half precision, in which products are then computed. `curvop.check` looks for more.
 
     References
     ----------

@@ -46,4 +46,4 @@ class CallableObjective(Objective):
         self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
     ) -> tuple[Tensor, Any]:
         """Return a batch's loss, and no prediction."""
-        return self._objective(dict(leaves), batch), None
+        return self._objective(dict(leaves), self.guard.own(batch)), None

@@ -55,6 +55,7 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
             _check_gradient(kernel, names, batch, z)
             for part, value in zip(parts, _squares(kernel, names, batch[0], z, strengths, vectors), strict=True):
                 part.add_(value, alpha=loss.weight)
+    objective.warn_once(len(weights))
     out.div_(objective.divisor(weights))
     if not out.isfinite().all():
         raise NonFiniteProductError("the diagonal holds NaN or infinity")

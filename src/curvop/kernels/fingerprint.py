@@ -41,7 +41,7 @@ def objective_parts(objective: Objective) -> dict[str, str]:
         parts["objective"] = digest(objective._objective)
     parts["reduction"] = objective.reduction
     parts["batch_weight"] = digest(objective._batch_weight)
-    parts["autocast"] = str(objective._autocast())
+    parts["autocast"] = str(objective.autocast())
     for index, batch in objective.batches():
         parts[f"data, batch {index}"] = digest(batch)
     return parts

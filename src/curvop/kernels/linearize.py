@@ -192,7 +192,7 @@ class Engine:
                 linearization = self.kernel.linearize(first.leaves, index, batch)
                 if loss is not None and not same([float(linearization.loss)], [loss], self._eps(linearization.loss)):
                     raise NonDeterministicObjectiveError(
-                        _random(f"the loss of batch {index}", loss, linearization.loss)
+                        self._random(f"the loss of batch {index}", loss, linearization.loss)
                     )
                 if keeps:
                     if count is None:
@@ -203,6 +203,7 @@ class Engine:
                 first.record(linearization)
                 yield linearization
                 del linearization
+            self._objective.warn_once(len(first.weights))
             self._first = first
             self.first_passes += 1
         finally:
@@ -223,8 +224,14 @@ class Engine:
         eps = max(this.eps, first.eps)
         if not same(this.losses, first.losses, eps) or not same(this.weights, first.weights, eps):
             raise NonDeterministicObjectiveError(
-                _random("the loss summed over the data", sum(first.losses), sum(this.losses))
+                self._random("the loss summed over the data", sum(first.losses), sum(this.losses))
             )
+
+    def _random(self, what: str, then: float, now: Any) -> str:
+        return (
+            f"{what} was {float(then):.9g} at first and is {float(now):.9g} now, at the same parameters: "
+            f"{self._objective.randomness()}"
+        )
 
     def _eps(self, loss: Tensor) -> float:
         return precision(loss, *self._objective.params.values())
@@ -279,11 +286,3 @@ def _add(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: f
     for total, cotangent in zip(totals, cotangents, strict=True):
         if cotangent is not None:
             total.add_(cotangent, alpha=share)
-
-
-def _random(what: str, then: float, now: Any) -> str:
-    return (
-        f"{what} was {float(then):.9g} at first and is {float(now):.9g} now, at the same parameters: look at dropout "
-        "and batch normalisation in training mode (call model.eval()), random augmentation in the data, shuffling "
-        "with drop_last=True"
-    )

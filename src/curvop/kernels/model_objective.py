@@ -45,12 +45,12 @@ class ModelObjective(Objective):
     def predict(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         """Return the model's prediction, differentiable twice in `leaves` within `slow_backends`."""
         with torch.enable_grad(), TwiceDifferentiable():
-            return self._prediction(leaves, batch)
+            return self.guard.run("prediction", lambda own: self._prediction(leaves, own), batch)
 
     def criterion(self, prediction: Any, index: int, batch: Any) -> BatchLoss:
         """Return the loss of batch number `index` as a function of a prediction."""
         with torch.enable_grad(), TwiceDifferentiable():
-            found = self._criterion(prediction, batch)
+            found = self.guard.run("criterion", lambda own: self._criterion(prediction, own), batch)
         return self._checked(found, index, batch)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
@@ -60,7 +60,7 @@ class ModelObjective(Objective):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
         training = isinstance(self._model, nn.Module) and any(part.training for part in self._model.modules())
-        return self._predict(leaves, self._others(leaves, buffers=training), batch[0])
+        return self._predict(leaves, self._others(leaves, buffers=training or self.guard.writes), batch[0])
 
     def _criterion(self, prediction: Any, batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         _, y = batch
@@ -112,7 +112,11 @@ class ModelObjective(Objective):
             values = {name: value.clone() for name, value in values.items()}
         if buffers:  # copies, as modules in training mode write to them
             values |= {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        return values
+        # Autograd cannot save a tensor made under inference mode; a clone made outside of it can be saved.
+        inferred = {name: buffer for name, buffer in self._model.named_buffers() if buffer.is_inference()} | {
+            name: value for name, value in values.items() if value.is_inference()
+        }
+        return values | {name: value.clone() for name, value in inferred.items()}
 
     def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the model's other parameters, cut off, its buffers, and those of the loss function."""
@@ -134,12 +138,12 @@ class ModelObjective(Objective):
 
     def traced_prediction(self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any) -> Any:
         """Return a batch's prediction as a function of its arguments alone."""
-        X, _ = batch
+        X, _ = self.guard.own(batch)
         return self._predict(leaves, held["model"], X)
 
     def traced_loss(self, prediction: Any, held: dict[str, dict[str, Tensor]], batch: Any) -> Tensor:
         """Return a batch's loss as a function of its arguments alone."""
-        _, y = batch
+        _, y = self.guard.own(batch)
         if isinstance(self.loss_function, nn.Module):
             loss: Tensor = torch.func.functional_call(self.loss_function, held["loss"], (prediction, y))
             return loss

@@ -12,6 +12,7 @@ import abc
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -24,6 +25,7 @@ from curvop.kernels.batches import on_device
 from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError
 from curvop.kernels.generators import Generators
+from curvop.kernels.preflight import Guard, cautions, suspects
 from curvop.kernels.state import Fingerprint, Watch
 
 __all__ = ["BatchLoss", "BatchWeight", "Objective", "check_loss"]
@@ -83,6 +85,12 @@ class Objective(abc.ABC):
     params : dict of str to Tensor
         The user's tensors, never written to. They are read anew at every linearization.
     reduction : {'mean', 'sum'}
+    modules : tuple of nn.Module
+        Model and loss function, where they are modules.
+    guard : Guard
+        By which code of the user's is run.
+    warned : bool
+        Whether `warn_once` has nothing to say any more.
     """
 
     def __init__(
@@ -105,12 +113,14 @@ class Objective(abc.ABC):
             raise ValueError("batch_weight has no meaning with reduction='sum': leave it out")
         self.params = params
         self.reduction = reduction
-        self._modules = tuple(modules)
+        self.modules = tuple(modules)
+        self.guard = Guard(self.modules)
         self._data = data
         self._batch_weight = batch_weight
         self._generators = Generators()
         self._order: list[list[float | None]] | None = None
-        self._watch = Watch(self._modules, params, data)
+        self.warned = False
+        self._watch = Watch(self.modules, params, data)
         parts = [part for module in modules for part in module.modules()]
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
         self._renormalised = any(getattr(part, "max_norm", None) is not None for part in parts)
@@ -164,6 +174,16 @@ class Objective(abc.ABC):
         if index < 0:
             raise ValueError("data is empty: it yields no batch, so there is nothing to differentiate")
 
+    def warn_once(self, batches: int) -> None:
+        """Warn of what makes a matrix over so many batches another than the user may mean, if nobody has yet."""
+        if not self.warned and (found := cautions(self.modules, self.dtype, batches)):
+            self.warned = True
+            warnings.warn("; ".join(found), RuntimeWarning, stacklevel=2)
+
+    def randomness(self) -> str:
+        """Return what to look at where the loss changes from pass to pass."""
+        return suspects(self.modules)
+
     def keep_order(self) -> None:
         """Refuse, from now on, a loader that yields other batches than in its first pass, or in another order."""
         if self._order is None and not isinstance(self._data, list | tuple):
@@ -200,7 +220,7 @@ class Objective(abc.ABC):
         Buffers of modules in training mode are copies.
         """
         with torch.enable_grad(), TwiceDifferentiable():
-            found = self._loss(leaves, batch)
+            found = self.guard.run("loss", lambda own: self._loss(leaves, own), batch)
         return self._checked(found, index, batch)
 
     def _checked(self, found: tuple[Tensor, float | None, Tensor, Tensor | None], index: int, batch: Any) -> BatchLoss:
@@ -227,25 +247,25 @@ class Objective(abc.ABC):
         Dictionaries, and what a function holds, cannot.
         """
         settings: list[object] = []
-        for part in (part for module in self._modules for part in module.modules()):
+        for part in (part for module in self.modules for part in module.modules()):
             settings += (type(part), *part._forward_pre_hooks.values(), *part._forward_hooks.values())
             settings += ((name, repr(value)) for name, value in vars(part).items() if isinstance(value, _SETTINGS))
             settings += (value for value in vars(part).values() if inspect.isroutine(value))
-        return self._autocast(), *settings
+        return self.autocast(), *settings
 
-    def _autocast(self) -> torch.dtype | None:
+    def autocast(self) -> torch.dtype | None:
         """Return the dtype of autocast, where it is enabled."""
         kind = self.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def state(self) -> tuple[object, ...]:
         """Return a token that changes whenever the objective does, at the cost of one pass over the parameters."""
-        return len(self), self._autocast(), *self._watch.token()
+        return len(self), self.autocast(), *self._watch.token()
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that exists for the objective anyway, whether anything is kept or not."""
         yield from self.params.values()
-        for module in self._modules:
+        for module in self.modules:
             yield from module.parameters()
             yield from module.buffers()
 

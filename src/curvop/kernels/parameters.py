@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["checked_params", "unknown_name"]
@@ -34,10 +35,14 @@ def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) 
         raise TypeError("params is one tensor: pass a dict of names to parameters, {'weight': model.weight}")
     named = dict(params) if isinstance(params, Mapping) else _named(own, params)
     if not named:
-        raise ValueError("params is empty: pass at least one parameter, such as dict(model.named_parameters())")
+        raise ValueError(
+            "params is empty: pass at least one parameter, such as dict(model.named_parameters()); layers that are "
+            "quantised have none"
+        )
     for name, value in named.items():
         _check_one(own, name, value)
     _check_together(own, named)
+    _check_values(model, named)
     return named
 
 
@@ -79,6 +84,15 @@ def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> No
         raise ValueError(f"params[{name!r}] has no shape yet: call the model once before it is wrapped")
     if own is not None and value.shape != own[name].shape:
         raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, the model's has {tuple(own[name].shape)}")
+    if value.is_quantized:
+        raise ValueError(f"params[{name!r}] is quantised, and has no derivatives: call dequantize(), or leave it out")
+    if value.layout != torch.strided:
+        raise ValueError(f"params[{name!r}] has layout {value.layout}: make it dense, by to_dense(), or leave it out")
+    if value.is_inference():
+        raise ValueError(
+            f"params[{name!r}] was made under torch.inference_mode(), so that autograd does not take it: make or load "
+            "the model outside of it, or use copy.deepcopy(model)"
+        )
     if not value.is_floating_point():
         raise ValueError(
             f"params[{name!r}] has dtype {value.dtype}: only real floating-point parameters have curvature"
@@ -104,3 +118,18 @@ def _check_together(own: Mapping[str, Tensor] | None, named: Mapping[str, Tensor
                 raise ValueError(
                     f"params {seen[identity]!r} and {name!r} are one tied tensor: pass one of the two names"
                 )
+
+
+def _check_values(model: Any, named: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of the model's that hold no values."""
+    others: list[tuple[str, Tensor]] = []
+    if isinstance(model, nn.Module):
+        others = [(name, value) for name, value in model.named_parameters() if name not in named]
+        others += model.named_buffers()
+    for name, value in (*named.items(), *others):
+        if value.device.type == "meta":
+            where = f"params[{name!r}]" if name in named else f"the model's {name!r}"
+            raise ValueError(
+                f"{where} is on the meta device, which holds no values: load the weights first, with "
+                "model.to_empty(device=...) and load_state_dict"
+            )
