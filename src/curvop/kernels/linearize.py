@@ -132,6 +132,8 @@ class Engine:
                     tick(done / steps)
             del linearization  # one batch's graph at a time: this one is freed before the next is made
         self.kernel.check_count(len(weights))
+        if not unit:  # no batch counts, as may be in a part of a data set
+            out.zero_()
         rest = self._objective.divisor(weights) / (unit or 1.0)
         if rest != 1:
             out.div_(rest)

@@ -9,6 +9,7 @@ r"""What is being differentiated: a loss over a data set, as a function of named
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -26,7 +27,7 @@ from curvop.kernels.errors import NonDeterministicObjectiveError
 from curvop.kernels.generators import Generators
 from curvop.kernels.state import Fingerprint, Watch
 
-__all__ = ["BatchLoss", "BatchWeight", "Objective", "check_loss"]
+__all__ = ["BatchLoss", "BatchWeight", "Objective", "Share", "check_loss"]
 
 #: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
 BatchWeight = Callable[[Any], float]
@@ -75,6 +76,14 @@ class BatchLoss:
         return torch.autograd.grad(self.output, params, self.derivative, create_graph=create_graph, allow_unused=True)
 
 
+@dataclasses.dataclass
+class Share:
+    """What a part of a data set has of the whole: the sum of its batches' weights, and their number."""
+
+    weight: float = 0.0
+    batches: int = 0
+
+
 class Objective(abc.ABC):
     """A loss over a data set; subclasses say how one batch's loss is computed.
 
@@ -110,6 +119,7 @@ class Objective(abc.ABC):
         self._batch_weight = batch_weight
         self._generators = Generators()
         self._order: list[list[float | None]] | None = None
+        self._share: Share | None = None
         self._watch = Watch(self._modules, params, data)
         parts = [part for module in modules for part in module.modules()]
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
@@ -161,7 +171,7 @@ class Objective(abc.ABC):
             for index, batch in enumerate(on_device(self._data, self.device)):
                 self._check_order(index, batch)
                 yield index, batch
-        if index < 0:
+        if index < 0 and self._share is None:
             raise ValueError("data is empty: it yields no batch, so there is nothing to differentiate")
 
     def keep_order(self) -> None:
@@ -214,12 +224,28 @@ class Objective(abc.ABC):
 
     def divisor(self, weights: Iterable[float]) -> float:
         """Return what the weighted sum over batches is divided by: ``W`` for a mean, 1 for a sum."""
+        if self._share is not None:
+            weights = list(weights)
+            self._share.weight, self._share.batches = math.fsum(weights), len(weights)
+            return 1.0
         if self.reduction == "sum":
             return 1.0
         total = math.fsum(weights)
         if total == 0:
             raise ValueError("data has total weight 0 (every target is ignored): the mean of no losses is not defined")
         return total
+
+    @contextlib.contextmanager
+    def as_share(self) -> Iterator[Share]:
+        """Take the data for a part of a larger set: sums over it are not divided, and it may be empty.
+
+        Yields what is filled in once it was read.
+        """
+        self._share = Share()
+        try:
+            yield self._share
+        finally:
+            self._share = None
 
     def mode(self) -> tuple[object, ...]:
         """Return what changes what the modules do, as far as it can be told: kinds, flags, numbers, hooks.
@@ -240,7 +266,7 @@ class Objective(abc.ABC):
 
     def state(self) -> tuple[object, ...]:
         """Return a token that changes whenever the objective does, at the cost of one pass over the parameters."""
-        return len(self), self._autocast(), *self._watch.token()
+        return len(self), self._share is None, self._autocast(), *self._watch.token()
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that exists for the objective anyway, whether anything is kept or not."""
@@ -260,7 +286,7 @@ class Objective(abc.ABC):
                 )
             return weight
         if divisor is None:
-            if len(self) == 1:  # the weight of an only batch cancels
+            if len(self) == 1 and self._share is None:  # the weight of an only batch cancels
                 return 1.0
             raise ValueError(
                 f"the batch size of batch {index} cannot be told, as its tensors differ in their first dimension, and "

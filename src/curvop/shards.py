@@ -1,0 +1,141 @@
+"""A part of a data set: sums that add up, over all parts, to what the whole has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from curvop.curvature import CurvatureLinearOperator
+from curvop.fisher import GradientCovarianceLinearOperator
+from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
+from curvop.sandwich import SandwichLinearOperator
+
+__all__ = ["ERRORS", "Shard"]
+
+#: What a product may raise that means the same on whichever part of the data it was raised, by name.
+ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (NonFiniteProductError, NonDeterministicObjectiveError, NotImplementedError)
+}
+
+
+class Shard:
+    """A curvature matrix of a part of a data set, as a summand of the matrix of the whole.
+
+    The methods that end in ``_sums`` return vectors in float64 on the operator's device. They are not divided by
+    anything, the part may be empty or weigh nothing, and the sums of all parts, added, are the `total` of which
+    `products`, `gradient` and `diagonal` make the whole's.
+
+    Parameters
+    ----------
+    A : CurvatureLinearOperator
+        Of the part. It stays as it is.
+    """
+
+    def __init__(self, A: CurvatureLinearOperator) -> None:
+        if not isinstance(A, CurvatureLinearOperator):
+            raise TypeError(
+                f"A is a {type(A).__name__}, but must be a Hessian, Gauss-Newton or Fisher matrix of this rank's part "
+                "of the data: damping, submatrices and journals are made of the whole"
+            )
+        self.A = A
+        self._objective = A._objective
+        self._centred = A if isinstance(A, GradientCovarianceLinearOperator) else None
+
+    def block(self, rows: Sequence[str], cols: Sequence[str]) -> Self:
+        """Return the block that the named parameters span."""
+        return type(self)(self.A.block(rows, cols))
+
+    def adjoint(self) -> Self:
+        """Return the adjoint; it shares what is kept."""
+        adjoint = self.A.H
+        return self if adjoint is self.A else type(self)(adjoint)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the matrix depends on besides the data, each once: parameters first, buffers last."""
+        return list({id(tensor): tensor for tensor in self._objective.tensors()}.values())
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return what the matrix depends on; see `ComputedLinearOperator.fingerprint`. The data may be empty."""
+        with self._objective.as_share():
+            return self.A.fingerprint()
+
+    def product_sums(self, vectors: Tensor) -> Tensor:
+        """Return the sums of the products with `vectors` ``(K, N)``, in float32 or float64, on any device."""
+
+        def compute() -> list[Tensor]:
+            lifted = vectors.to(self._objective.device, torch.float64)
+            products = self.A._apply_tensor(lifted)
+            if self._centred is None:
+                return [products]
+            left, right, _, count = self._centred._gradient_sum()
+            return [products, left, lifted @ right, right.new_tensor([count])]
+
+        return self._summed(compute)
+
+    def products(self, total: Tensor, count: int) -> Tensor:
+        """Return the whole's products ``(K, M)`` with `count` vectors, in float64."""
+        sums, divisor = self._divisor(total)
+        size = self.A.shape[0]
+        products = sums[: count * size].view(count, size) / divisor
+        if self._centred is not None:
+            left, along, examples = sums[count * size :].split([size, count, 1])
+            products -= (along / (divisor * examples))[:, None] * left
+        return products
+
+    def gradient_sums(self) -> Tensor:
+        """Return the sums of the gradient by the row parameters and of the loss."""
+
+        def compute() -> list[Tensor]:
+            gradient, loss = self.A._gradient()
+            return [gradient.double(), torch.tensor([loss], dtype=torch.float64, device=gradient.device)]
+
+        return self._summed(compute)
+
+    def gradient(self, total: Tensor) -> tuple[Tensor, float]:
+        """Return the whole's gradient ``(M,)``, in float64, and its loss."""
+        sums, divisor = self._divisor(total)
+        sums = sums / divisor
+        return sums[:-1], sums[-1].item()
+
+    def diagonal_sums(self) -> Tensor:
+        """Return the sums of the exact diagonal."""
+
+        def compute() -> list[Tensor]:
+            if not isinstance(self.A, SandwichLinearOperator):
+                raise NotImplementedError("the exact diagonal of a Hessian is not known: estimate it")
+            diagonal = self.A._diagonal()
+            if self._centred is None:
+                return [diagonal]
+            self._centred._mean = None  # only products see that the parameters have changed
+            left, _, _, count = self._centred._gradient_sum()
+            self._centred._mean = None
+            return [diagonal, left, left.new_tensor([count])]
+
+        return self._summed(compute)
+
+    def diagonal(self, total: Tensor) -> Tensor:
+        """Return the whole's diagonal ``(N,)``, in float64."""
+        sums, divisor = self._divisor(total)
+        size = self.A.shape[0]
+        diagonal = sums[:size] / divisor
+        if self._centred is not None:
+            diagonal -= sums[size:-1] ** 2 / (divisor * sums[-1])
+        return diagonal
+
+    def _summed(self, compute: Callable[[], Sequence[Tensor]]) -> Tensor:
+        """Return what `compute` sums over the data, and at its end what the data weighs, and the number of batches."""
+        with torch.inference_mode(False), self._objective.as_share() as share:
+            parts = [part.reshape(-1).double() for part in compute()]
+        device: Any = self._objective.device
+        tail = torch.tensor([share.weight, share.batches], dtype=torch.float64)
+        return torch.cat([part.to(device) for part in (*parts, tail)])
+
+    def _divisor(self, total: Tensor) -> tuple[Tensor, float]:
+        """Return the sums, and what the whole divides them by."""
+        weight, batches = total[-2:].tolist()
+        if not batches:
+            raise ValueError("data is empty on every rank, so there is nothing to differentiate")
+        return total[:-2], self._objective.divisor([weight])
