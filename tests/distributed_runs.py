@@ -33,9 +33,8 @@ from curvop import (
     GradientCovarianceLinearOperator,
     HessianLinearOperator,
     JournaledLinearOperator,
-    NonFiniteProductError,
 )
-from curvop.distributed import RankError, serve
+from curvop.distributed import serve
 from curvop.fingerprint import fingerprint
 from curvop.preconditioner import jacobi
 from curvop.spectrum import density
@@ -202,12 +201,30 @@ def raised(found: dict[str, Any], name: str) -> Iterator[None]:
         }
 
 
+@contextmanager
+def interrupted(seconds: float) -> Iterator[None]:
+    """Press Ctrl-C after some seconds."""
+
+    def press(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, press)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class Faulty(list):
     """Data that cannot be read, from some time on."""
 
     error: BaseException | None = None
+    pause = 0.0
 
     def __iter__(self) -> Iterator[Any]:
+        time.sleep(self.pause)
         if self.error is not None:
             raise self.error
         return super().__iter__()
@@ -251,6 +268,14 @@ def survivors(rank: int, size: int, folder: Path) -> dict[str, Any]:
                 W.block("0.wieght")
             with raised(found, "shape"):
                 W @ x[1:]
+    data.pause = 1.5 * rank
+    with serve(A, timeout=1) as W:
+        if rank == 0:
+            with raised(found, "Ctrl-C while rank 1 computes"), interrupted(0.2):
+                W @ x
+            found["after waiting"] = W @ x
+            found["a slow rank"] = W @ x
+    data.pause = 0.0
     with raised(found, "the block has ended"):
         W @ x
     B, data = parts(rank, size)
@@ -274,14 +299,19 @@ def survivors(rank: int, size: int, folder: Path) -> dict[str, Any]:
         pass
     model = mlp().double().requires_grad_()
     torch.manual_seed(0)
-    nn.utils.vector_to_parameters(torch.randn(len(nn.utils.parameters_to_vector(model.parameters()))), model.parameters())
+    nn.utils.vector_to_parameters(
+        torch.randn(len(nn.utils.parameters_to_vector(model.parameters()))), model.parameters()
+    )
     for name, seed in (("equal seeds", 3), ("seeds", 3 + rank)):
         F = FisherLinearOperator(
             model.double(), nn.MSELoss(), dict(model.named_parameters()), singles("mse").data, mc_samples=1, rng=seed
         )
         with raised(found, name), serve(F, timeout=TIMEOUT):
             pass
-    with raised(found, "no data"), serve(GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), [])) as W:
+    with (
+        raised(found, "no data"),
+        serve(GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), [])) as W,
+    ):
         if rank == 0:
             W @ x
     with warnings.catch_warnings(record=True) as caught:
@@ -320,9 +350,7 @@ def batch_norm(rank: int, size: int) -> tuple[GGNLinearOperator, Problem]:
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).eval()
     data = cut(torch.randn(9, 4), torch.randint(0, 3, (9,)), (2, 3, 4))
     problem = Problem(model, nn.CrossEntropyLoss(), data)
-    return GGNLinearOperator(
-        model, problem.loss_function, problem.params, spread(data, rank, size, "uneven")
-    ), problem
+    return GGNLinearOperator(model, problem.loss_function, problem.params, spread(data, rank, size, "uneven")), problem
 
 
 class Deadly(list):
@@ -416,7 +444,7 @@ def ctrl_c_on_a_worker(rank: int, size: int, folder: Path) -> dict[str, Any]:
 class Ranks:
     """Processes of which each runs a function above; what they report is known when they have ended."""
 
-    def __init__(self, run: str, size: int, folder: Path, seconds: float = 60) -> None:
+    def __init__(self, run: str, size: int, folder: Path, stays: int | None = None, seconds: float = 60) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["distributed_runs"])
@@ -428,8 +456,9 @@ class Ranks:
         for process in self.processes:
             process.start()
         try:
-            for process in self.processes:
-                process.join(max(0.1, began + seconds - time.monotonic()))
+            for rank, process in enumerate(self.processes):
+                if rank != stays:  # which is stopped, and ends not by itself
+                    process.join(max(0.1, began + seconds - time.monotonic()))
         finally:
             self.hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
             for process in self.processes:

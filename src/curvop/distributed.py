@@ -156,9 +156,12 @@ class DistributedLinearOperator(ParameterLinearOperator):
         NotImplementedError
             Where it has not, as for a Hessian; `curvop.spectrum.diagonal` estimates it.
         """
-        if self._link.alone and hasattr(self._shard.A, "diagonal"):
+        local = getattr(self._shard.A, "diagonal", None)
+        if local is None:
+            raise NotImplementedError("the exact diagonal of a Hessian is not known: estimate it")
+        if self._link.alone:
             with self._link.team.turn():
-                return cast("NDArray[Any]", self._shard.A.diagonal())
+                return cast("NDArray[Any]", local())
         if self._rows.names != self._cols.names:
             raise ValueError("this is a block off the diagonal, whose rows and columns are different parameters")
         diagonal = self._shard.diagonal(self._total("diagonal", self._shard.diagonal_sums))

@@ -30,6 +30,8 @@ _runs = itertools.count()
 _PIECE = 1 << 23
 #: Seconds without a sign of life after which a rank is named, where a connection has broken already.
 _SOON = 5.0
+#: Seconds between two looks at the store at most.
+_LONGEST = 0.05
 
 
 class Team:
@@ -173,8 +175,9 @@ class Team:
                 self._store.set("failed", json.dumps({"rank": rank, "message": message}))
             if self.rank:  # a launcher ends all ranks when one has ended: rank 0 first says why
                 self._store.wait(["seen"], timedelta(seconds=min(_SOON, self._timeout)))
-            else:
+            else:  # which may host the store: the others hear first what has happened
                 self._store.set("seen", "")
+                time.sleep(2 * self._pulse.interval)
         self._close(broken=True)
 
     def leave(self) -> None:
@@ -220,29 +223,34 @@ class Team:
 
     def _wait(self, key: str, end: float = float("inf")) -> bytes:
         """Return what the store has under `key`, as soon as it has it, as long as the others live."""
+        try:
+            for _ in self._looks(_LONGEST):  # the store's own waiting logs a warning whenever its time is over
+                if self._store.check([key]):
+                    return bytes(self._store.get(key))
+                if time.monotonic() > end:
+                    rank = int(key.rpartition("/")[2])
+                    raise RankError(rank, f"rank {rank} did not come to curvop.distributed.serve in time")
+        except dist.DistError as error:
+            raise self._pulse.gone(error) from error
+        raise AssertionError("unreachable")
+
+    def _looks(self, longest: float) -> Iterator[None]:
+        """Yield again and again, as long as the others live, with pauses that grow with what was waited already."""
+        began = checked = time.monotonic()
         while True:
-            self._pulse.check()
-            try:
-                self._store.wait([key], timedelta(seconds=self._pulse.interval))
-                return bytes(self._store.get(key))
-            except dist.DistStoreError:  # not there yet
-                pass
-            except dist.DistError as error:
-                raise self._pulse.gone(error) from error
-            if time.monotonic() > end:
-                rank = int(key.rpartition("/")[2])
-                raise RankError(rank, f"rank {rank} did not come to curvop.distributed.serve in time")
+            yield
+            now = time.monotonic()
+            if now - checked > self._pulse.interval:
+                checked = now
+                self._pulse.check()
+            time.sleep(min(longest, (now - began) / 16))
 
     def _finish(self, works: Sequence[Any]) -> None:
         try:
             for work in works:
-                began = checked = time.monotonic()
-                while not work.is_completed():
-                    now = time.monotonic()
-                    if now - checked > self._pulse.interval:
-                        self._pulse.check()
-                        checked = now
-                    time.sleep(min(1e-3, (now - began) / 8))
+                for _ in self._looks(1e-3):
+                    if work.is_completed():
+                        break
                 work.wait()
         except RankError:
             raise
@@ -254,7 +262,7 @@ class Team:
         # Rank 0 is the one that sees all; the others wait for what it finds.
         end = time.monotonic() + self._timeout * (1 if self.rank == 0 else 2)
         while time.monotonic() < end:
-            self._pulse.check(min(_SOON, self._timeout))
+            self._pulse.check(min(_SOON, self._timeout / 2))
             time.sleep(self._pulse.interval / 4)
         raise RankError(None, f"the connection between the ranks is broken: {error}") from error
 

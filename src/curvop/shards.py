@@ -101,11 +101,10 @@ class Shard:
         return sums[:-1], sums[-1].item()
 
     def diagonal_sums(self) -> Tensor:
-        """Return the sums of the exact diagonal."""
+        """Return the sums of the exact diagonal, where `A` has one."""
 
         def compute() -> list[Tensor]:
-            if not isinstance(self.A, SandwichLinearOperator):
-                raise NotImplementedError("the exact diagonal of a Hessian is not known: estimate it")
+            assert isinstance(self.A, SandwichLinearOperator)
             diagonal = self.A._diagonal()
             if self._centred is None:
                 return [diagonal]
