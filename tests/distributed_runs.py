@@ -25,6 +25,8 @@ import torch.distributed as dist
 from cases import Problem, cut, log_problem, loss_problem, mlp, seeded
 from scipy.sparse.linalg import cg, eigsh
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from curvop import (
     EFLinearOperator,
@@ -424,6 +426,20 @@ def late(rank: int, size: int, folder: Path) -> dict[str, Any]:
         raise FileNotFoundError("no such data")
     with raised(found, "serve"), serve(parts(rank, size)[0], timeout=TIMEOUT, arrival=3):
         pass
+    return found
+
+
+def sharded_parameters(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Tensors of which each rank has a part, and modules whose passes wait for other ranks, are refused."""
+    found: dict[str, Any] = {}
+    dist.init_process_group("gloo")
+    problem = singles("mse")
+    wrapped = nn.parallel.DistributedDataParallel(problem.model)
+    with raised(found, "wrapped"):
+        GGNLinearOperator(wrapped, nn.MSELoss(), dict(wrapped.named_parameters()), problem.data)
+    fully_shard(problem.model, mesh=init_device_mesh("cpu", (size,)))
+    with raised(found, "sharded"):
+        GGNLinearOperator(problem.model, nn.MSELoss(), dict(problem.model.named_parameters()), problem.data)
     return found
 
 

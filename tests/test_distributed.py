@@ -126,6 +126,14 @@ def test_what_rank_0_writes_to_the_model_is_written_everywhere(tmp_path) -> None
         assert (found[0][name] == found[1][name]).all()
 
 
+def test_parameters_are_whole_on_each_rank(tmp_path) -> None:
+    for found in Ranks("sharded_parameters", 2, tmp_path).check():
+        assert [found[name]["kind"] for name in ("sharded", "wrapped")] == ["TypeError", "TypeError"]
+        assert "params['0.weight'] is a DTensor" in found["sharded"]["message"]
+        assert "curvop.distributed.serve" in found["sharded"]["message"]
+        assert "pass model.module" in found["wrapped"]["message"]
+
+
 class TestErrors:
     """All ranks live, so that rank 0 goes on."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) 
     named = dict(params) if isinstance(params, Mapping) else _named(own, params)
     if not named:
         raise ValueError("params is empty: pass at least one parameter, such as dict(model.named_parameters())")
+    _check_own(model, named)
     for name, value in named.items():
         _check_one(own, name, value)
     _check_together(own, named)
@@ -68,6 +70,27 @@ def _named(own: dict[str, Tensor] | None, params: Iterable[Tensor]) -> dict[str,
             raise ValueError(f"params[{index}] stands in the list twice: {names[id(value)]!r}")
         named[names[id(value)]] = value
     return named
+
+
+def _check_own(model: Any, named: Mapping[str, Tensor]) -> None:
+    """Refuse parameters of which this process has only a part, and modules that wait for other processes."""
+    # Who has such parameters has imported these, which take a while to import.
+    tensors, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
+    remedy = (
+        "products need whole parameters: give every rank the whole model and its part of the data "
+        "(curvop.distributed.serve), or place the model's layers on several devices"
+    )
+    parts = list(model.modules()) if isinstance(model, nn.Module) else []
+    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
+        raise TypeError(
+            "model is wrapped in DistributedDataParallel, whose passes wait for those of other processes: pass "
+            "model.module, and its parameters"
+        )
+    if fsdp is not None and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in parts):
+        raise TypeError(f"model is sharded by FullyShardedDataParallel, but {remedy}")
+    for name, value in named.items():
+        if tensors is not None and isinstance(value, tensors.DTensor):
+            raise TypeError(f"params[{name!r}] is a DTensor, as fully_shard makes them, but {remedy}")
 
 
 def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> None:
