@@ -355,6 +355,75 @@ def batch_norm(rank: int, size: int) -> tuple[GGNLinearOperator, Problem]:
     return GGNLinearOperator(model, problem.loss_function, problem.params, spread(data, rank, size, "uneven")), problem
 
 
+class Pipeline(nn.Module):
+    """Two stages, each of which moves its input to where it is, and a prediction where the input was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, X: Any) -> Any:
+        hidden = self.first(X.to(self.first.weight.device)).tanh()
+        return self.second(hidden.to(self.second.weight.device)).to(X.device)
+
+    def place(self, device: str) -> Pipeline:
+        """Put the second stage on another device."""
+        for name, value in list(self.second.named_parameters()):
+            setattr(self.second, name, nn.Parameter(value.detach().to(device)))
+        return self
+
+
+@seeded
+def pipeline() -> Problem:
+    return Problem(Pipeline(), nn.CrossEntropyLoss(), cut(torch.randn(9, 4), torch.randint(0, 3, (9,)), (2, 3, 4)))
+
+
+def two_devices(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Each rank has its model on two devices."""
+    found: dict[str, Any] = {}
+    problem = pipeline()
+    from second_device import SECOND  # from now on, for this process
+
+    params = dict(problem.model.place(SECOND).named_parameters())
+    for kind, build in KINDS.items():
+        for cache in (0, "auto"):
+            A = build(
+                problem.model, problem.loss_function, params, spread(problem.data, rank, size, "uneven"), cache=cache
+            )
+            with serve(A, timeout=TIMEOUT) as W:
+                if rank == 0:
+                    found[f"{kind}, {cache}"] = {
+                        "columns": W @ vectors(W.shape[0]),
+                        "again": W @ vectors(W.shape[0])[:, 0],
+                        "block": W.block("second.weight", "first.bias") @ np.ones(5),
+                        "gradient": W.gradient_and_loss()[0],
+                    }
+                    devices = {name: str(value.device) for name, value in W.unravel(np.ones(W.shape[0])).items()}
+                    assert devices == {name: str(value.device) for name, value in params.items()}
+                    with torch.no_grad():  # handed out again
+                        params["second.weight"].mul_(1.0)
+                    found[f"{kind}, {cache}"]["written"] = W @ vectors(W.shape[0])[:, 0]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        C = HessianLinearOperator(problem.model, problem.loss_function, params, problem.data, engine="compiled")
+        found["compiled"] = C @ np.ones(C.shape[0])
+        found["warnings"] = [str(one.message) for one in caught]
+    return found
+
+
+def on_gpu(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    problem = pipeline()
+    params = dict(problem.model.cuda().named_parameters())
+    for kind, build in KINDS.items():
+        A = build(problem.model, problem.loss_function, params, spread(problem.data, rank, size, "uneven"))
+        with serve(A) as W:
+            if rank == 0:
+                assert (W @ torch.ones(W.shape[0], device="cuda")).is_cuda
+                found[kind] = W @ np.ones(W.shape[0])
+    return found
+
+
 class Deadly(list):
     """Data that ends its process, in the third pass."""
 

@@ -15,17 +15,20 @@ import pytest
 import torch
 from distributed_runs import (
     CASES,
+    KINDS,
     TIMEOUT,
     Ranks,
     batch_norm,
     free_port,
     operator,
     parts,
+    pipeline,
     results,
     vectors,
 )
 from scipy.sparse.linalg import cg, eigsh
 
+from curvop import HessianLinearOperator
 from curvop.distributed import serve
 from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn, functorch_hessian
 from curvop.fingerprint import fingerprint
@@ -124,6 +127,27 @@ def test_what_rank_0_writes_to_the_model_is_written_everywhere(tmp_path) -> None
     np.testing.assert_allclose(found[0]["block"], A.block("0.weight") @ np.ones(20), rtol=1e-8, atol=1e-10)
     for name in ("parameters", "mean"):
         assert (found[0][name] == found[1][name]).all()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_models_on_several_devices(tmp_path, size: int) -> None:
+    found = Ranks("two_devices", size, tmp_path).check()[0]
+    problem = pipeline()
+    for kind, build in KINDS.items():
+        A = build(problem.model, problem.loss_function, problem.params, problem.data)
+        x = A @ vectors(A.shape[0])[:, 0]
+        for cache in (0, "auto"):
+            parts = found[f"{kind}, {cache}"]
+            close(parts["columns"], A @ vectors(A.shape[0]))
+            close(parts["again"], x)
+            close(parts["written"], x)
+            close(parts["block"], A.block("second.weight", "first.bias") @ np.ones(5))
+            close(parts["gradient"], A.gradient_and_loss()[0])
+    H = HessianLinearOperator(problem.model, problem.loss_function, problem.params, problem.data)
+    close(found["compiled"], H @ np.ones(H.shape[0]))
+    assert [text for text in found["warnings"] if "several devices" in text] == [
+        "engine='compiled' falls back to 'autograd': parameters are on several devices"
+    ]
 
 
 def test_parameters_are_whole_on_each_rank(tmp_path) -> None:

@@ -127,7 +127,7 @@ class Objective(abc.ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are now: a model may be moved or cast after the operator is made."""
+        """Where the first of the parameters is now: a model may be moved or cast after the operator is made."""
         return next(iter(self.params.values())).device
 
     @property

@@ -113,13 +113,17 @@ def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> No
 def _check_together(own: Mapping[str, Tensor] | None, named: Mapping[str, Tensor]) -> None:
     first, *rest = named
     for name in rest:
-        for attribute in ("device", "dtype"):
-            here, there = getattr(named[first], attribute), getattr(named[name], attribute)
-            if here != there:
-                raise ValueError(
-                    f"params must share one {attribute}, but {first!r} has {here} and {name!r} has {there}: "
-                    "move or cast the model, or study them apart"
-                )
+        here, there = named[first], named[name]
+        if here.dtype != there.dtype:
+            raise ValueError(
+                f"params must share one dtype, but {first!r} has {here.dtype} and {name!r} has {there.dtype}: cast the "
+                "model, or study them apart"
+            )
+        if here.device != there.device and "meta" in (here.device.type, there.device.type):
+            raise ValueError(
+                f"params must have values, but {first!r} is on {here.device} and {name!r} is on {there.device}: load "
+                "what is offloaded"
+            )
     seen: dict[int, str] = {}
     for name, value in named.items():
         for identity in {id(value), id(value if own is None else own[name])}:
