@@ -145,7 +145,7 @@ class DistributedLinearOperator(ParameterLinearOperator):
         if self._link.alone:
             with self._link.team.turn():
                 return self._shard.A.gradient_and_loss()
-        gradient, loss = self._shard.gradient(self._total("gradient", self._shard.gradient_sums))
+        gradient, loss = self._shard.gradient(self._totals("gradient", self._shard.gradient_sums))
         return gradient.cpu().numpy().astype(self.dtype, copy=False), loss
 
     def diagonal(self) -> NDArray[Any]:
@@ -164,7 +164,7 @@ class DistributedLinearOperator(ParameterLinearOperator):
                 return cast("NDArray[Any]", local())
         if self._rows.names != self._cols.names:
             raise ValueError("this is a block off the diagonal, whose rows and columns are different parameters")
-        diagonal = self._shard.diagonal(self._total("diagonal", self._shard.diagonal_sums))
+        diagonal = self._shard.diagonal(self._totals("diagonal", self._shard.diagonal_sums))
         return diagonal.cpu().numpy().astype(self.dtype, copy=False)
 
     def fingerprint(self) -> dict[str, str]:
@@ -211,18 +211,20 @@ class DistributedLinearOperator(ParameterLinearOperator):
             vectors = vectors.to(self._link.team.device).contiguous()
             count, dtype = len(vectors), str(vectors.dtype).removeprefix("torch.")
             local = lambda: self._shard.product_sums(vectors)  # noqa: E731
-            total = self._total("products", local, [vectors], count=count, dtype=dtype)
-            return self._shard.products(total, count)
+            totals = self._totals("products", local, [vectors], count=count, dtype=dtype)
+            return self._shard.products(totals, count)
 
-    def _total(self, do: str, local: Callable[[], Tensor], tensors: Sequence[Tensor] = (), **header: Any) -> Tensor:
-        """Return the sum of what all ranks compute."""
+    def _totals(
+        self, do: str, local: Callable[[], list[Tensor]], tensors: Sequence[Tensor] = (), **header: Any
+    ) -> list[Tensor]:
+        """Return the sums of what all ranks compute."""
         link = self._link
         with link.team.turn():
             link.refresh()
             number = link.ask(do, tensors, adjoint=self._flipped, **header)
             own = local()
             link.check(link.team.answers(number))
-            return link.team.total(own)
+            return link.team.totals(own)
 
 
 def _wholes(team: Team, shards: Sequence[Shard]) -> tuple[DistributedLinearOperator, ...]:

@@ -134,13 +134,13 @@ class Team:
         self._asked = None
         return found
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum of what all ranks have ready, where `answers` has said that they have."""
+    def totals(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums of what all ranks have ready, where `answers` has said that they have."""
         with self._whole():
             number = self._post("sum")
-            total = self.reduce(tensor)
+            totals = self.reduce(tensors)
         self._store.delete_key(str(number))
-        return total
+        return totals
 
     # What all do.
 
@@ -157,11 +157,12 @@ class Team:
         """Fill the contiguous `tensor` with that of rank 0."""
         self._finish([dist.broadcast(piece, 0, group=self._group, async_op=True) for piece in _pieces(tensor)])
 
-    def reduce(self, tensor: Tensor) -> Tensor:
-        """Return the sum of the ranks' contiguous tensors, on rank 0; elsewhere it is of no use."""
-        tensor = tensor.to(self.device)
-        self._finish([dist.reduce(piece, 0, group=self._group, async_op=True) for piece in _pieces(tensor)])
-        return tensor
+    def reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums of the ranks' contiguous tensors, which it may overwrite; on rank 0, elsewhere of no use."""
+        tensors = [tensor.to(self.device) for tensor in tensors]
+        pieces = [piece for tensor in tensors for piece in _pieces(tensor)]
+        self._finish([dist.reduce(piece, 0, group=self._group, async_op=True) for piece in pieces])
+        return tensors
 
     def fail(self, error: BaseException) -> None:
         """Tell all ranks that this one cannot go on, or which other one has failed."""

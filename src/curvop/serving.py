@@ -94,7 +94,7 @@ class Worker:
     def __init__(self, team: Team, shards: Sequence[Shard]) -> None:
         self._team = team
         self._shards: dict[tuple[int, bool], Shard] = {(index, False): shard for index, shard in enumerate(shards)}
-        self._sums: Tensor | None = None
+        self._sums: list[Tensor] | None = None
 
     def run(self) -> None:
         """Answer until rank 0 needs nothing more; raise what ended it, if it was an error."""
@@ -164,7 +164,7 @@ class Worker:
             self._shards[of, adjoint] = self._shards[of, False].adjoint()
         return self._shards[of, adjoint]
 
-    def _keep(self, sums: Tensor) -> dict[str, Any]:
+    def _keep(self, sums: list[Tensor]) -> dict[str, Any]:
         self._sums = sums
         return {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ ERRORS: dict[str, type[Exception]] = {
 class Shard:
     """A curvature matrix of a part of a data set, as a summand of the matrix of the whole.
 
-    The methods that end in ``_sums`` return vectors in float64 on the operator's device. They are not divided by
-    anything, the part may be empty or weigh nothing, and the sums of all parts, added, are the `total` of which
-    `products`, `gradient` and `diagonal` make the whole's.
+    The methods that end in ``_sums`` return vectors in float64 on the operator's device, in memory of their own. They
+    are not divided by anything, the part may be empty or weigh nothing, and the sums of all parts, added one by one,
+    are the `totals` of which `products`, `gradient` and `diagonal` make the whole's.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class Shard:
         with self._objective.as_share():
             return self.A.fingerprint()
 
-    def product_sums(self, vectors: Tensor) -> Tensor:
+    def product_sums(self, vectors: Tensor) -> list[Tensor]:
         """Return the sums of the products with `vectors` ``(K, N)``, in float32 or float64, on any device."""
 
         def compute() -> list[Tensor]:
@@ -75,17 +75,16 @@ class Shard:
 
         return self._summed(compute)
 
-    def products(self, total: Tensor, count: int) -> Tensor:
+    def products(self, totals: Sequence[Tensor], count: int) -> Tensor:
         """Return the whole's products ``(K, M)`` with `count` vectors, in float64."""
-        sums, divisor = self._divisor(total)
-        size = self.A.shape[0]
-        products = sums[: count * size].view(count, size) / divisor
+        [sums, *more], divisor = self._divisor(totals)
+        products = sums.view(count, -1).div_(divisor)
         if self._centred is not None:
-            left, along, examples = sums[count * size :].split([size, count, 1])
+            left, along, examples = more
             products -= (along / (divisor * examples))[:, None] * left
         return products
 
-    def gradient_sums(self) -> Tensor:
+    def gradient_sums(self) -> list[Tensor]:
         """Return the sums of the gradient by the row parameters and of the loss."""
 
         def compute() -> list[Tensor]:
@@ -94,13 +93,12 @@ class Shard:
 
         return self._summed(compute)
 
-    def gradient(self, total: Tensor) -> tuple[Tensor, float]:
+    def gradient(self, totals: Sequence[Tensor]) -> tuple[Tensor, float]:
         """Return the whole's gradient ``(M,)``, in float64, and its loss."""
-        sums, divisor = self._divisor(total)
-        sums = sums / divisor
-        return sums[:-1], sums[-1].item()
+        [gradient, loss], divisor = self._divisor(totals)
+        return gradient.div_(divisor), loss.item() / divisor
 
-    def diagonal_sums(self) -> Tensor:
+    def diagonal_sums(self) -> list[Tensor]:
         """Return the sums of the exact diagonal, where `A` has one."""
 
         def compute() -> list[Tensor]:
@@ -115,26 +113,24 @@ class Shard:
 
         return self._summed(compute)
 
-    def diagonal(self, total: Tensor) -> Tensor:
+    def diagonal(self, totals: Sequence[Tensor]) -> Tensor:
         """Return the whole's diagonal ``(N,)``, in float64."""
-        sums, divisor = self._divisor(total)
-        size = self.A.shape[0]
-        diagonal = sums[:size] / divisor
+        [diagonal, *more], divisor = self._divisor(totals)
+        diagonal.div_(divisor)
         if self._centred is not None:
-            diagonal -= sums[size:-1] ** 2 / (divisor * sums[-1])
+            left, examples = more
+            diagonal -= left**2 / (divisor * examples)
         return diagonal
 
-    def _summed(self, compute: Callable[[], Sequence[Tensor]]) -> Tensor:
-        """Return what `compute` sums over the data, and at its end what the data weighs, and the number of batches."""
+    def _summed(self, compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+        """Return what `compute` sums over the data, and last what the data weighs, and the number of batches."""
         with torch.inference_mode(False), self._objective.as_share() as share:
             parts = [part.reshape(-1).double() for part in compute()]
-        device: Any = self._objective.device
-        tail = torch.tensor([share.weight, share.batches], dtype=torch.float64)
-        return torch.cat([part.to(device) for part in (*parts, tail)])
+        return [*parts, torch.tensor([share.weight, share.batches], dtype=torch.float64, device=self._objective.device)]
 
-    def _divisor(self, total: Tensor) -> tuple[Tensor, float]:
+    def _divisor(self, totals: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
         """Return the sums, and what the whole divides them by."""
-        weight, batches = total[-2:].tolist()
+        weight, batches = totals[-1].tolist()
         if not batches:
             raise ValueError("data is empty on every rank, so there is nothing to differentiate")
-        return total[:-2], self._objective.divisor([weight])
+        return totals[:-1], self._objective.divisor([weight])
