@@ -529,13 +529,26 @@ def ctrl_c_on_a_worker(rank: int, size: int, folder: Path) -> dict[str, Any]:
 class Ranks:
     """Processes of which each runs a function above; what they report is known when they have ended."""
 
-    def __init__(self, run: str, size: int, folder: Path, stays: int | None = None, seconds: float = 60) -> None:
+    def __init__(
+        self,
+        run: str,
+        size: int,
+        folder: Path,
+        stays: int | None = None,
+        launcher_has_the_store: bool = False,
+        seconds: float = 60,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["distributed_runs"])
         port = free_port()
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if launcher_has_the_store:  # as under torchrun
+            self._store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+            shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         self.processes = [
-            context.Process(target=_run, args=(run, rank, size, port, str(folder)), daemon=True) for rank in range(size)
+            context.Process(target=_run, args=(run, rank, size, shared, str(folder)), daemon=True)
+            for rank in range(size)
         ]
         began = time.monotonic()
         for process in self.processes:
@@ -569,14 +582,9 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _run(run: str, rank: int, size: int, port: int, folder: str) -> None:
+def _run(run: str, rank: int, size: int, shared: dict[str, str], folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= shared | {"RANK": str(rank)}
     try:
         found = globals()[run](rank, size, Path(folder))
     except BaseException:

@@ -277,8 +277,9 @@ class TestDeath:
             assert (error["kind"], error["rank"]) == ("RankError", 1)
         assert ranks.seconds < SOON
 
-    def test_rank_0_is_killed(self, tmp_path) -> None:
-        ranks = Ranks("killed_rank_0", 3, tmp_path)
+    @pytest.mark.parametrize("launcher_has_the_store", [False, True])
+    def test_rank_0_is_killed(self, tmp_path, launcher_has_the_store: bool) -> None:
+        ranks = Ranks("killed_rank_0", 3, tmp_path, launcher_has_the_store=launcher_has_the_store)
         assert (ranks.hung, ranks.exits) == ([], [-signal.SIGKILL, 0, 0])
         for found in ranks.found[1:]:
             assert (found["serve"]["kind"], found["serve"]["rank"]) == ("RankError", 0)

@@ -1,6 +1,6 @@
 """Curvature matrices of PyTorch models as SciPy linear operators."""
 
-from curvop import preconditioner, spectrum
+from curvop import distributed, preconditioner, spectrum
 from curvop.damped import DampedLinearOperator
 from curvop.examples.functorch import functorch_hessian
 from curvop.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
@@ -31,6 +31,7 @@ __all__ = [
     "SubmatrixLinearOperator",
     "TransposedJacobianLinearOperator",
     "allclose_report",
+    "distributed",
     "functorch_hessian",
     "preconditioner",
     "select",
