@@ -85,7 +85,8 @@ class Team:
         """
         if self.size == 1:
             return [told]
-        where = f"{socket.gethostname()} {device}"
+        gpu = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else ""  # whatever each calls it
+        where = f"{socket.gethostname()} {gpu}"
         self._store.set(f"here/{self.rank}", json.dumps(told | {"where": where, "kind": device.type}))
         end = time.monotonic() + self._arrival
         found = [json.loads(self._wait(f"here/{rank}", end)) for rank in range(self.size)]
