@@ -17,6 +17,7 @@ STUDIES = {
     *("arguments", "cli", "dense", "eigs", "matrices", "problems", "preconditioner", "report", "results", "singular"),
     *("check", "check_report", "model_check", "solvers"),
     *("spectrum", "journal", "products", "fingerprint", "records", "exclusive", "distributed"),
+    *("serving", "ranks", "pulse"),
 }
 
 

@@ -1,6 +1,6 @@
 """Curvature matrices of PyTorch models as SciPy linear operators."""
 
-from curvop import preconditioner, spectrum
+from curvop import distributed, preconditioner, spectrum
 from curvop.check import check
 from curvop.check_report import CheckReport
 from curvop.damped import DampedLinearOperator
@@ -35,6 +35,7 @@ __all__ = [
     "TransposedJacobianLinearOperator",
     "allclose_report",
     "check",
+    "distributed",
     "functorch_hessian",
     "preconditioner",
     "select",

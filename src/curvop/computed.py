@@ -97,12 +97,12 @@ class ComputedLinearOperator(BridgeLinearOperator):
         product, gradient = median_seconds([lambda: self._apply(vector), self._gradient], repeats)
         return Cost(product, product / gradient, *self._engine.kept(), peak, self._engine.kernel.seconds)
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, data: bool = True) -> dict[str, str]:
         """Return what the matrix depends on, by name, as digests: parameters, model, loss function, data, settings.
 
         They are the same in every process and on every device; how a product is computed (`engine`, `cache`,
-        `columns`) is not among them. It reads the data once, and computes no product. `curvop.fingerprint` says what
-        it sees of functions.
+        `columns`) is not among them. It computes no product, and reads the data once unless `data` is False, which
+        leaves its parts out. `curvop.fingerprint` says what it sees of functions.
         """
         kernel, settings = self._engine.kernel, getattr(self, "_kernel", None)
         parts = {"operator": type(self).__name__, "shape": str(tuple(self.shape)), "dtype": str(self.dtype)}
@@ -110,7 +110,7 @@ class ComputedLinearOperator(BridgeLinearOperator):
         if isinstance(settings, functools.partial):
             parts |= {name: str(value) for name, value in settings.keywords.items()}
         with torch.inference_mode(False):
-            return parts | objective_parts(self._objective)
+            return parts | objective_parts(self._objective, data)
 
     def state(self) -> tuple[object, ...]:
         """Return a token, to be compared in this process, that changes where a parameter or the model is written to.

@@ -86,16 +86,16 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     """
 
     _objective: ModelObjective
-    _mean: tuple[int, dict[str, Tensor]] | None = None
+    _mean: tuple[int, dict[str, Tensor], float, float] | None = None
 
     def diagonal(self) -> NDArray[Any]:
         """Return the exact diagonal ``(N,)``, in two passes over the data; see `EFLinearOperator`."""
-        exact = super().diagonal()
+        exact = self._diagonal()
         self._mean = None  # only products see that the parameters have changed
-        left, right = self._centre()
+        left, right, divisor, count = self._gradient_sum()
         self._mean = None
-        exact -= (left * right).cpu().numpy()
-        return exact
+        exact -= left * right / (divisor * count)
+        return exact.cpu().numpy()
 
     def other_routes(self, vector: NDArray[Any]) -> list[Route]:
         """Return products by other routes to the empirical Fisher matrix; the mean is taken away as it always is."""
@@ -119,28 +119,28 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         # What centring takes away may be most of the product: in double precision, as far as the model's goes.
         lifted: Any = rows.double() if isinstance(rows, Tensor) else rows.astype(np.float64)
         products: Any = super()._apply(lifted)
-        left, right = self._centre()
+        left, right, divisor, count = self._gradient_sum()
         if isinstance(rows, Tensor):
-            there = products.device
-            return cast("Tensor", products - (lifted @ right.to(there))[:, None] * left.to(there)).to(rows.dtype)
-        products -= (lifted @ right.cpu().numpy())[:, None] * left.cpu().numpy()
+            along = lifted @ right.to(products.device) / (divisor * count)
+            return cast("Tensor", products - along[:, None] * left.to(products.device)).to(rows.dtype)
+        products -= (lifted @ right.cpu().numpy() / (divisor * count))[:, None] * left.cpu().numpy()
         return cast("Rows", products.astype(np.result_type(self.dtype, rows.dtype), copy=False))
 
-    def _centre(self) -> tuple[Tensor, Tensor]:
-        """Return two vectors whose outer product is what centring takes away."""
+    def _gradient_sum(self) -> tuple[Tensor, Tensor, float, float]:
+        """Return the sum of the examples' gradients by the rows and by the columns, `W`, and how many there are."""
         with torch.inference_mode(False):
             if self._mean is None or self._mean[0] != self._engine.first_passes:
                 names = list(dict.fromkeys((*self._rows.names, *self._cols.names)))
                 layout = ParameterLayout(self._objective.params, names)
                 total = torch.empty(layout.size, dtype=torch.float64, device=self._objective.device)
                 divisor, count = gradient_sum(self._objective, names, total)
-                total /= (divisor * count) ** 0.5
-                self._mean = self._engine.first_passes, dict(zip(names, layout.split(total), strict=True))
-            means = self._mean[1]
+                sums = dict(zip(names, layout.split(total), strict=True))
+                self._mean = self._engine.first_passes, sums, divisor, count
+            _, sums, divisor, count = self._mean
             left, right = (
-                torch.cat([means[name].reshape(-1) for name in one.names]) for one in (self._rows, self._cols)
+                torch.cat([sums[name].reshape(-1) for name in one.names]) for one in (self._rows, self._cols)
             )
-            return left, right
+            return left, right, divisor, count
 
 
 class FisherLinearOperator(SandwichLinearOperator):

@@ -66,7 +66,8 @@ class ParameterVectors:
         if vector.is_complex():
             raise TypeError("vector is complex, but parameters are real: unravel its real and imaginary parts apart")
         vector = vector.to(like.device, like.dtype, copy=True)
-        return dict(zip(self._layout.names, self._layout.split(vector), strict=True))
+        pairs = zip(self._layout.names, self._layout.split(vector), strict=True)
+        return {name: part.to(self._params[name].device) for name, part in pairs}
 
 
 class ParameterLinearOperator(ParameterVectors, BridgeLinearOperator):

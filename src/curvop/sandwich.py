@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from curvop.computed import TORCH_DTYPES
 from curvop.curvature import CurvatureLinearOperator
@@ -37,10 +38,13 @@ class SandwichLinearOperator(CurvatureLinearOperator):
         ValueError
             For a block off the diagonal.
         """
+        return self._diagonal().cpu().numpy()
+
+    def _diagonal(self) -> Tensor:
         if self._rows.names != self._cols.names:
             raise ValueError("this is a block off the diagonal, whose rows and columns are different parameters")
         objective = self._objective
         out = torch.zeros(self.shape[0], dtype=TORCH_DTYPES[np.dtype(self.dtype)], device=objective.device)
         with torch.inference_mode(False):
             write_diagonal(self._kernel(objective, self._rows.names, self._cols.names), self._rows.names, out)
-        return out.cpu().numpy()
+        return out

@@ -54,7 +54,7 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
             strengths, vectors = _decomposed(middle, z)
             _check_gradient(kernel, names, batch, z)
             for part, value in zip(parts, _squares(kernel, names, batch[0], z, strengths, vectors), strict=True):
-                part.add_(value, alpha=loss.weight)
+                part.add_(value.to(part.device), alpha=loss.weight)
     objective.warn_once(len(weights))
     out.div_(objective.divisor(weights))
     if not out.isfinite().all():

@@ -53,6 +53,7 @@ class Engine:
         self._budget = budget
         self._columns = Columns(columns, kernel.worth_batching)
         self._keeps = True
+        self._spread = False
         self._first: Pass | None = None
         self.first_passes = 0
         self._bytes: dict[object, int] = {}
@@ -126,12 +127,14 @@ class Engine:
                     chunks[chunk] = self._parts(index, vectors[which], out[which], linearization.whole)
                 tangents, totals = chunks[chunk]
                 if share:
-                    add(totals, self._multiply(linearization, tangents, stop - start), share)
+                    add(totals, self._beside(totals, self._multiply(linearization, tangents, stop - start)), share)
                 done += stop - start
                 if tick is not None and steps:
                     tick(done / steps)
             del linearization  # one batch's graph at a time: this one is freed before the next is made
         self.kernel.check_count(len(weights))
+        if not unit:  # no batch counts, as may be in a part of a data set
+            out.zero_()
         rest = self._objective.divisor(weights) / (unit or 1.0)
         if rest != 1:
             out.div_(rest)
@@ -140,7 +143,14 @@ class Engine:
         """Return what batch number `index` is applied to, and where its product belongs."""
         cols, rows = self.kernel.cols, self.kernel.rows
         vector, total = cols.at(vector, index), rows.at(total, index)
-        return ([vector], [total]) if whole else (cols.split(vector), rows.split(total))
+        tangents = [vector] if whole else self._beside(cols.of(self._objective.params), cols.split(vector))
+        return tangents, [total] if whole else rows.split(total)
+
+    def _beside(self, others: Sequence[Tensor], parts: Any) -> Any:
+        """Return the parts, of which some are None, each on the device of its counterpart where it has any."""
+        pairs = zip(parts, others, strict=True)
+        moved = self._spread and others
+        return [part if part is None else part.to(other.device) for part, other in pairs] if moved else parts
 
     def _multiply(self, linearization: Linearization, tangents: list[Tensor], count: int) -> Sequence[Tensor | None]:
         if count == 1:
@@ -171,6 +181,7 @@ class Engine:
         if self._first is not None and self._first.stale(state):
             self._forget()
         if self._first is None:
+            self._spread = len({value.device for value in self._objective.params.values()}) > 1
             return self._first_pass(state)
         if len(self._first.kept) == len(self._first.losses):
             return iter(self._first.kept.values())

@@ -9,8 +9,8 @@ r"""What is being differentiated: a loss over a data set, as a function of named
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,26 +26,13 @@ from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError
 from curvop.kernels.generators import Generators
 from curvop.kernels.preflight import Guard, cautions, suspects
-from curvop.kernels.state import Fingerprint, Watch
+from curvop.kernels.state import Fingerprint, Watch, settings_of
+from curvop.kernels.weights import check_loss
 
-__all__ = ["BatchLoss", "BatchWeight", "Objective", "check_loss"]
+__all__ = ["BatchLoss", "BatchWeight", "Objective", "Share"]
 
 #: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
 BatchWeight = Callable[[Any], float]
-
-
-_SETTINGS = (bool, int, float, str, tuple)
-
-
-def check_loss(loss: Any, index: int) -> None:
-    """Refuse what cannot be the loss of batch number `index`."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"the loss of batch {index} is a {type(loss).__name__}, not a tensor")
-    if loss.ndim != 0 or not loss.is_floating_point():
-        raise ValueError(
-            f"the loss of batch {index} has shape {tuple(loss.shape)} and dtype {loss.dtype}, but must be a real "
-            "scalar: reduce it, by mean() or sum()"
-        )
 
 
 @dataclasses.dataclass
@@ -75,6 +62,14 @@ class BatchLoss:
         if not self.weight or not self.output.requires_grad:
             return [None] * len(params)
         return torch.autograd.grad(self.output, params, self.derivative, create_graph=create_graph, allow_unused=True)
+
+
+@dataclasses.dataclass
+class Share:
+    """What a part of a data set has of the whole: the sum of its batches' weights, and their number."""
+
+    weight: float = 0.0
+    batches: int = 0
 
 
 class Objective(abc.ABC):
@@ -120,6 +115,7 @@ class Objective(abc.ABC):
         self._generators = Generators()
         self._order: list[list[float | None]] | None = None
         self.warned = False
+        self._share: Share | None = None
         self._watch = Watch(self.modules, params, data)
         parts = [part for module in modules for part in module.modules()]
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
@@ -127,7 +123,7 @@ class Objective(abc.ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are now: a model may be moved or cast after the operator is made."""
+        """Where the first of the parameters is now: a model may be moved or cast after the operator is made."""
         return next(iter(self.params.values())).device
 
     @property
@@ -171,7 +167,7 @@ class Objective(abc.ABC):
             for index, batch in enumerate(on_device(self._data, self.device)):
                 self._check_order(index, batch)
                 yield index, batch
-        if index < 0:
+        if index < 0 and self._share is None:
             raise ValueError("data is empty: it yields no batch, so there is nothing to differentiate")
 
     def warn_once(self, batches: int) -> None:
@@ -234,6 +230,10 @@ class Objective(abc.ABC):
 
     def divisor(self, weights: Iterable[float]) -> float:
         """Return what the weighted sum over batches is divided by: ``W`` for a mean, 1 for a sum."""
+        if self._share is not None:
+            weights = list(weights)
+            self._share.weight, self._share.batches = math.fsum(weights), len(weights)
+            return 1.0
         if self.reduction == "sum":
             return 1.0
         total = math.fsum(weights)
@@ -241,17 +241,21 @@ class Objective(abc.ABC):
             raise ValueError("data has total weight 0 (every target is ignored): the mean of no losses is not defined")
         return total
 
-    def mode(self) -> tuple[object, ...]:
-        """Return what changes what the modules do, as far as it can be told: kinds, flags, numbers, hooks.
+    @contextlib.contextmanager
+    def as_share(self) -> Iterator[Share]:
+        """Take the data for a part of a larger set: sums over it are not divided, and it may be empty.
 
-        Dictionaries, and what a function holds, cannot.
+        Yields what is filled in once it was read.
         """
-        settings: list[object] = []
-        for part in (part for module in self.modules for part in module.modules()):
-            settings += (type(part), *part._forward_pre_hooks.values(), *part._forward_hooks.values())
-            settings += ((name, repr(value)) for name, value in vars(part).items() if isinstance(value, _SETTINGS))
-            settings += (value for value in vars(part).values() if inspect.isroutine(value))
-        return self.autocast(), *settings
+        self._share = Share()
+        try:
+            yield self._share
+        finally:
+            self._share = None
+
+    def mode(self) -> tuple[object, ...]:
+        """Return what changes what the modules do, as far as it can be told; see `settings_of`."""
+        return self.autocast(), *settings_of(self.modules)
 
     def autocast(self) -> torch.dtype | None:
         """Return the dtype of autocast, where it is enabled."""
@@ -260,7 +264,7 @@ class Objective(abc.ABC):
 
     def state(self) -> tuple[object, ...]:
         """Return a token that changes whenever the objective does, at the cost of one pass over the parameters."""
-        return len(self), self.autocast(), *self._watch.token()
+        return len(self), self._share is None, self.autocast(), *self._watch.token()
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that exists for the objective anyway, whether anything is kept or not."""
@@ -280,7 +284,7 @@ class Objective(abc.ABC):
                 )
             return weight
         if divisor is None:
-            if len(self) == 1:  # the weight of an only batch cancels
+            if len(self) == 1 and self._share is None:  # the weight of an only batch cancels
                 return 1.0
             raise ValueError(
                 f"the batch size of batch {index} cannot be told, as its tensors differ in their first dimension, and "

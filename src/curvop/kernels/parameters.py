@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) 
             "params is empty: pass at least one parameter, such as dict(model.named_parameters()); layers that are "
             "quantised have none"
         )
+    _check_own(model, named)
     for name, value in named.items():
         _check_one(own, name, value)
     _check_together(own, named)
@@ -75,6 +77,27 @@ def _named(own: dict[str, Tensor] | None, params: Iterable[Tensor]) -> dict[str,
     return named
 
 
+def _check_own(model: Any, named: Mapping[str, Tensor]) -> None:
+    """Refuse parameters of which this process has only a part, and modules that wait for other processes."""
+    # Who has such parameters has imported these, which take a while to import.
+    tensors, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
+    remedy = (
+        "products need whole parameters: give every rank the whole model and its part of the data "
+        "(curvop.distributed.serve), or place the model's layers on several devices"
+    )
+    parts = list(model.modules()) if isinstance(model, nn.Module) else []
+    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
+        raise TypeError(
+            "model is wrapped in DistributedDataParallel, whose passes wait for those of other processes: pass "
+            "model.module, and its parameters"
+        )
+    if fsdp is not None and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in parts):
+        raise TypeError(f"model is sharded by FullyShardedDataParallel, but {remedy}")
+    for name, value in named.items():
+        if tensors is not None and isinstance(value, tensors.DTensor):
+            raise TypeError(f"params[{name!r}] is a DTensor, as fully_shard makes them, but {remedy}")
+
+
 def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> None:
     if own is not None and name not in own:
         raise ValueError(unknown_name("params", name, own))
@@ -104,13 +127,17 @@ def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> No
 def _check_together(own: Mapping[str, Tensor] | None, named: Mapping[str, Tensor]) -> None:
     first, *rest = named
     for name in rest:
-        for attribute in ("device", "dtype"):
-            here, there = getattr(named[first], attribute), getattr(named[name], attribute)
-            if here != there:
-                raise ValueError(
-                    f"params must share one {attribute}, but {first!r} has {here} and {name!r} has {there}: "
-                    "move or cast the model, or study them apart"
-                )
+        here, there = named[first], named[name]
+        if here.dtype != there.dtype:
+            raise ValueError(
+                f"params must share one dtype, but {first!r} has {here.dtype} and {name!r} has {there.dtype}: cast the "
+                "model, or study them apart"
+            )
+        if here.device != there.device and "meta" in (here.device.type, there.device.type):
+            raise ValueError(
+                f"params must have values, but {first!r} is on {here.device} and {name!r} is on {there.device}: load "
+                "what is offloaded"
+            )
     seen: dict[int, str] = {}
     for name, value in named.items():
         for identity in {id(value), id(value if own is None else own[name])}:
