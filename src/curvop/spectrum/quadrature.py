@@ -40,9 +40,9 @@ def density(
 
     Every probe is a vector of random signs; the Lanczos process from it gives a Gauss quadrature for the eigenvalues,
     exact for polynomials up to degree 2 m - 1 in what it sees. The recurrences are in float64 (where `A` is float32, in
-    that: half the memory, half the time) and re-orthogonalised in full, so that an outlier counts once; all probes take
-    their steps together, with one block product. The Wasserstein distance between the density and the spectrum falls as
-    1 / m, and with the probes as :math:`1 / \sqrt{K N}` (Chen, Trogdon, Ubaru, 2021).
+    that: half the memory, half the time) and keep their vectors orthogonal, so that an outlier counts once; all probes
+    take their steps together, with one block product. The Wasserstein distance between the density and the spectrum
+    falls as 1 / m, and with the probes as :math:`1 / \sqrt{K N}` (Chen, Trogdon, Ubaru, 2021).
 
     Of use for the shape of a spectrum, and for the trace of any function of the matrix. For single eigenvalues with
     proof take `eigsh`; for a trace or a norm alone, with fewer products where eigenvalues decay, `trace` and
