@@ -99,8 +99,8 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
 
     def other_routes(self, vector: NDArray[Any]) -> list[Route]:
         """Return products by other routes to the empirical Fisher matrix; the mean is taken away as it always is."""
-        left, right = self._centre()
-        taken = left * (right @ torch.tensor(vector, dtype=torch.float64, device=self.device))
+        left, right, divisor, count = self._gradient_sum()
+        taken = left * (right @ torch.tensor(vector, dtype=torch.float64, device=right.device)) / (divisor * count)
         return [
             route if route.product is None else dataclasses.replace(route, product=route.product - taken)
             for route in super().other_routes(vector)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvop.kernels.batches import at_batch, on_device, told
 from curvop.kernels.batches import leaves as leaves_of
-from curvop.kernels.batches import on_device
 from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError
 from curvop.kernels.generators import Generators
@@ -164,7 +164,7 @@ class Objective(abc.ABC):
         """
         index = -1
         with self._generators.private(self.device):
-            for index, batch in enumerate(on_device(self._data, self.device)):
+            for index, batch in enumerate(on_device(told(self._data), self.device)):
                 self._check_order(index, batch)
                 yield index, batch
         if index < 0 and self._share is None:
@@ -176,9 +176,12 @@ class Objective(abc.ABC):
             self.warned = True
             warnings.warn("; ".join(found), RuntimeWarning, stacklevel=2)
 
-    def randomness(self) -> str:
-        """Return what to look at where the loss changes from pass to pass."""
-        return suspects(self.modules)
+    def changed(self, what: str, then: float, now: Any) -> str:
+        """Say that a loss has changed from pass to pass, and what to look at."""
+        return (
+            f"{what} was {float(then):.9g} at first and is {float(now):.9g} now, at the same parameters: "
+            f"{suspects(self.modules)}"
+        )
 
     def keep_order(self) -> None:
         """Refuse, from now on, a loader that yields other batches than in its first pass, or in another order."""
@@ -215,7 +218,7 @@ class Objective(abc.ABC):
 
         Buffers of modules in training mode are copies.
         """
-        with torch.enable_grad(), TwiceDifferentiable():
+        with at_batch(index), torch.enable_grad(), TwiceDifferentiable():
             found = self.guard.run("loss", lambda own: self._loss(leaves, own), batch)
         return self._checked(found, index, batch)
 
