@@ -103,6 +103,18 @@ def coupled(z: Tensor, y: Tensor) -> Tensor:
     return (z @ z.T).square().mean()
 
 
+@pytest.mark.parametrize("operator", [GGNLinearOperator, EFLinearOperator])
+def test_a_function_that_holds_parameters_of_its_own(operator) -> None:
+    problem = mlp_problem()
+    last = {name: value for name, value in problem.params.items() if name.startswith("2.")}
+
+    def model(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        return torch.func.functional_call(problem.model, params, (X,))
+
+    A = operator(model, problem.loss_function, last, problem.data)
+    close(A.diagonal(), of_dense(A))
+
+
 class Shared(nn.Module):
     """An input that is not cut into examples."""
 

@@ -136,9 +136,10 @@ def _squares(
     for start in range(0, len(z), size):
         rows = slice(start, start + size)
         try:
-            images, totals = vmap(of_one, in_dims=(0, 1, 1))(
-                [leaf[rows] for leaf in leaves_of(X)], strengths[:, rows], vectors[:, rows]
-            )
+            with torch.no_grad():  # a function may hold other parameters, of which torch would keep the graph
+                images, totals = vmap(of_one, in_dims=(0, 1, 1))(
+                    [leaf[rows] for leaf in leaves_of(X)], strengths[:, rows], vectors[:, rows]
+                )
         except Exception as error:  # the whole batch went well: what torch, or the model, cannot map over
             reason = str(error).strip().partition("\n")[0]
             raise NotImplementedError(f"the model cannot be mapped over its examples: {reason}") from error
