@@ -115,6 +115,24 @@ def test_a_function_that_holds_parameters_of_its_own(operator) -> None:
     close(A.diagonal(), of_dense(A))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("operator", [GGNLinearOperator, EFLinearOperator])
+def test_one_example_of_two_classes(operator, dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 2).to(dtype)
+    data = [(torch.tensor([[1.0, -2.0, 0.5]], dtype=dtype), torch.tensor([1]))]
+    A = operator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+    np.testing.assert_allclose(A.diagonal(), of_dense(A), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_parameter_without_effect(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.InstanceNorm2d(2), nn.Flatten(), nn.Linear(18, 3)).to(dtype)
+    data = [(torch.randn(4, 1, 4, 4, dtype=dtype), torch.tensor([0, 1, 2, 1]))]
+    G = GGNLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+    np.testing.assert_allclose(G.block("0.bias").diagonal(), 0.0, atol=1e-12)
+
+
 class Shared(nn.Module):
     """An input that is not cut into examples."""
 
