@@ -115,6 +115,14 @@ def test_a_function_that_holds_parameters_of_its_own(operator) -> None:
     close(A.diagonal(), of_dense(A))
 
 
+def test_a_covariance_is_centred_in_double_precision() -> None:
+    far = mlp_problem(lambda z, y: (z.sum(1) / 3 + 0 * y).sum() / len(z))  # one gradient, of every example
+    C = build(GradientCovarianceLinearOperator, far, dtype=np.float32)
+    F = build(EFLinearOperator, far, dtype=np.float32)
+    assert abs(C.diagonal()[-3:]).max() <= 1e-12 * F.diagonal()[-3:].max()
+    assert C.diagonal().dtype == np.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("operator", [GGNLinearOperator, EFLinearOperator])
 def test_one_example_of_two_classes(operator, dtype: torch.dtype) -> None:

@@ -95,7 +95,7 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         left, right, divisor, count = self._gradient_sum()
         self._mean = None
         exact -= left * right / (divisor * count)
-        return exact.cpu().numpy()
+        return exact.cpu().numpy().astype(self.dtype, copy=False)
 
     def other_routes(self, vector: NDArray[Any]) -> list[Route]:
         """Return products by other routes to the empirical Fisher matrix; the mean is taken away as it always is."""
