@@ -60,6 +60,8 @@ def to_device(tree: Any, device: torch.device) -> Any:
     def move(part: Any) -> Any:
         if not isinstance(part, Tensor):
             return part.to(device)
+        if part.is_meta and device.type != "meta":
+            raise ValueError("data holds a tensor on the meta device, which has no values: pass the tensor itself")
         # From pinned memory the copy to a GPU is only queued; in the other direction one would read too early.
         moved = part.to(device, non_blocking=device.type == "cuda")
         # Autograd cannot save a tensor made under inference mode; a clone made outside of it can be saved.

@@ -27,7 +27,7 @@ from curvop.kernels.errors import NonDeterministicObjectiveError
 from curvop.kernels.generators import Generators
 from curvop.kernels.preflight import Guard, cautions, suspects
 from curvop.kernels.state import Fingerprint, Watch, settings_of
-from curvop.kernels.weights import check_loss
+from curvop.kernels.weights import check_loss, checked_weight
 
 __all__ = ["BatchLoss", "BatchWeight", "Objective", "Share"]
 
@@ -241,7 +241,7 @@ class Objective(abc.ABC):
             return 1.0
         total = math.fsum(weights)
         if total == 0:
-            raise ValueError("data has total weight 0 (every target is ignored): the mean of no losses is not defined")
+            raise ValueError("data has total weight 0 (every target is ignored): pass data with a target that counts")
         return total
 
     @contextlib.contextmanager
@@ -280,12 +280,7 @@ class Objective(abc.ABC):
         if self.reduction == "sum":
             return 1.0
         if self._batch_weight is not None:
-            weight = float(self._batch_weight(batch))
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(
-                    f"batch_weight returned {weight} for batch {index}: it must be finite and not negative"
-                )
-            return weight
+            return checked_weight(self._batch_weight(batch), index)
         if divisor is None:
             if len(self) == 1 and self._share is None:  # the weight of an only batch cancels
                 return 1.0
