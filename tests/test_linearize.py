@@ -583,6 +583,34 @@ class TestNonFiniteProducts:
             H @ np.full(43, np.inf)
         assert np.isfinite(H @ np.ones(43)).all()
 
+    @pytest.mark.parametrize("cache", [0, 20_000, "auto"])
+    def test_a_batch_that_was_read_wrong_once_spoils_no_later_product(self, cache):
+        problem = loss_problem("mse", "singles")
+
+        class Loader:
+            spoils = True
+
+            def __iter__(self):
+                for index, (X, y) in enumerate(problem.data):
+                    yield (X * torch.nan if self.spoils and index == 2 else X), y
+
+        loader = Loader()
+        H = HessianLinearOperator(problem.model, problem.loss_function, problem.params, loader, cache=cache)
+        with pytest.raises(NonFiniteProductError, match="batch 2"):
+            H @ np.ones(H.shape[1])
+        loader.spoils = False
+        np.testing.assert_allclose(H @ np.eye(H.shape[1]), dense(problem), rtol=1e-12, atol=1e-15)
+
+    def test_a_vector_that_is_not_finite_costs_nothing_that_was_kept(self):
+        problem = counting_problem()
+        H = hessian(problem)
+        H @ np.ones(H.shape[1])
+        runs = problem.model.runs
+        with pytest.raises(NonFiniteProductError, match="vector handed in"):
+            H @ np.full(H.shape[1], np.nan)
+        H @ np.ones(H.shape[1])
+        assert problem.model.runs == runs
+
 
 class TestFailuresLeaveTheOperatorUsable:
     @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

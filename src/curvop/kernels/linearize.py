@@ -121,7 +121,11 @@ class Engine:
         self._sum(vectors, out, tick)
         # NaN and infinity survive a sum, so one reduction clears the whole product; only a suspect is looked through.
         if not math.isfinite(out.sum().item()) and not torch.isfinite(out).all():
-            raise NonFiniteProductError(self._blame(vectors))
+            try:
+                raise NonFiniteProductError(self._blame(vectors))
+            finally:
+                if torch.isfinite(vectors).all():
+                    self._forget()  # a batch that was read wrong once is not to spoil every later product
 
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
         steps = len(self._objective) * len(vectors)

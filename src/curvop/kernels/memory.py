@@ -130,7 +130,8 @@ def measured(make: Callable[[], T], shared: Iterable[Tensor]) -> tuple[T, int]:
     alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
+        # Detached: what a node saves of its own output would hold that node, a cycle that nobody collects.
+        saved = _Saved(tensor.detach())
         alive.add(saved)
         return saved
 
