@@ -1,0 +1,225 @@
+"""What the benchmarks measured, for the pages: tables by a directive, single figures by substitutions.
+
+Everything is read from ``benchmarks/results``, so that no page can say anything else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FIGURES", "TABLES", "setup", "substitutions"]
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def results(name: str) -> Any:
+    """Return what a benchmark wrote."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: list[str], lines: Iterable[list[str]]) -> str:
+    """Return a ``list-table``."""
+    rows = ["   * - " + "\n     - ".join(line) for line in [head, *lines]]
+    return "\n".join([".. list-table::", "   :header-rows: 1", "", *rows, ""])
+
+
+def mb(value: float) -> str:
+    """Return megabytes."""
+    return f"{value:.0f}\N{NO-BREAK SPACE}MB"
+
+
+def cell(result: dict[str, Any] | None) -> str:
+    """Return a time, or what is wrong."""
+    if result is None:
+        return ""
+    if "ms" not in result:
+        return "failed" if "failed" in result else f"wrong ({result['error']:.0e})"
+    seconds = result["ms"] / 1e3
+    return f"{seconds:.3g}\N{NO-BREAK SPACE}s" if seconds >= 1 else f"{result['ms']:.3g}\N{NO-BREAK SPACE}ms"
+
+
+ONE_BATCH = {
+    "curvop, one batch": "curvop",
+    "curvop compiled, one batch": "curvop, compiled",
+    "PyHessian single": "PyHessian",
+}
+CONTENDERS = {
+    "curvop": "curvop",
+    "curvop compiled": "curvop, compiled",
+    "curvlinops to_scipy": "curvlinops",
+    "curvlinops compiled": "curvlinops, compiled by hand",
+    "PyHessian loader": "PyHessian, all batches",
+    "by hand": "double backward by hand",
+    "gradient": "a gradient",
+}
+
+
+def times(work: str, name: str = "peers", contenders: dict[str, str] = CONTENDERS) -> str:
+    """Tabulate one kind of work, a line for each model."""
+    rows = [row for row in results(name)["rows"] if row["work"] == work and "by" in row]
+    there = [key for key in contenders if any(key in row["by"] for row in rows)]
+    lines = [[row["model"], f"{row['P']:,}", *(cell(row["by"].get(key)) for key in there)] for row in rows]
+    return table(["model", "parameters", *(contenders[key] for key in there)], lines)
+
+
+def peaks() -> str:
+    """Tabulate the peak memory of two products."""
+    names = {key: CONTENDERS[key] for key in CONTENDERS if key != "gradient"}
+    names |= {"curvop, nothing kept": "curvop, nothing kept"}
+    lines = []
+    for row in results("peers")["peaks"]:
+        found = [row["peak_mb"].get(key) for key in names]
+        lines.append([row["model"], *(mb(value) if isinstance(value, float) else "" for value in found)])
+    return table(["model", *names.values()], lines)
+
+
+def budget() -> str:
+    """Tabulate time and memory of products with nothing, half and everything kept."""
+    lines = [
+        [
+            row["model"],
+            f"{row['share']:.0%}",
+            mb(row["kept_mb"]),
+            f"{row['ms']:.0f}\N{NO-BREAK SPACE}ms",
+            mb(row["peak_mb"]),
+        ]
+        for row in results("budget")["rows"]
+    ]
+    return table(["model", "budget, of all that can be kept", "kept", "product", "peak"], lines)
+
+
+def large() -> str:
+    """Tabulate the large models."""
+    lines = [
+        [
+            row["model"],
+            f"{row['P']:,}",
+            f"{row['product_s']:.1f}\N{NO-BREAK SPACE}s",
+            f"{row['product_in_gradients']:.1f}",
+            f"{row['relative_error']:.0e}",
+            f"{row['peak_gib']:.1f}\N{NO-BREAK SPACE}GiB",
+            f"{row['eigsh_s']:.0f}\N{NO-BREAK SPACE}s" if "eigsh_s" in row else "",
+        ]
+        for row in results("large")["rows"]
+    ]
+    head = [
+        "model",
+        "parameters",
+        "product",
+        "in gradients",
+        "its error",
+        "peak of the process",
+        "largest in magnitude",
+    ]
+    return table(head, lines)
+
+
+def densities() -> str:
+    """Tabulate densities of as many probes and steps."""
+    lines = [
+        [
+            model,
+            f"{row['P']:,}",
+            *(f"{row['seconds'][name]:.1f}\N{NO-BREAK SPACE}s" for name in ("autograd", "compiled", "curvlinops")),
+        ]
+        for model, row in results("density")["models"].items()
+    ]
+    return table(["model", "parameters", "curvop", "curvop, compiled", "curvlinops"], lines)
+
+
+def goals() -> str:
+    """Tabulate every goal, reached or not."""
+    lines = []
+    for name in ("peers", "curvature"):
+        for goal in results(name)["goals"]:
+            if goal["geometric_mean"] is None:
+                continue
+            target = f"{'at most' if goal['at_most'] else 'at least'} {goal['target']:g} ({goal['judged']})"
+            figures = [f"{goal[key]:.3g}" for key in ("geometric_mean", "worst")]
+            lines.append([goal["goal"], goal["ratio"], target, *figures, "yes" if goal["reached"] else "no"])
+    return table(["goal", "ratio of times", "target", "geometric mean", "worst", "reached"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "product": lambda: times("product"),
+    "one batch": lambda: times("product", contenders=ONE_BATCH),
+    "last layer": lambda: times("last layer"),
+    "eigsh": lambda: times("eigsh"),
+    "Gauss-Newton": lambda: times("Gauss-Newton", "curvature"),
+    "empirical Fisher": lambda: times("empirical Fisher", "curvature"),
+    "density": densities,
+    "peaks": peaks,
+    "budget": budget,
+    "large": large,
+    "goals": goals,
+}
+
+
+def ratio(goal: str, of: str, key: str = "geometric_mean", name: str = "peers") -> float:
+    """Return the ratio of times that a goal judges."""
+    [found] = {one[key] for one in results(name)["goals"] if (one["goal"], one["ratio"]) == (goal, of)}
+    return float(found)
+
+
+def error(work: str, contender: str, model: str) -> float:
+    """Return the relative error of a contender's product."""
+    [row] = [row for row in results("peers")["rows"] if (row["work"], row["model"]) == (work, model)]
+    return float(row["by"][contender]["error"])
+
+
+_LAST_LAYER = "the last layer's block against curvlinops' submatrix"
+_SINGLE = "one product against PyHessian's retained single batch"
+_PRODUCT, _THEIRS = "one product against curvlinops to_scipy()", "curvlinops to_scipy / curvop"
+
+
+def _environment() -> str:
+    about = results("peers")["environment"]
+    return (
+        f"{about['processor']}, {about['threads']} threads, Python {about['python']}, torch {about['torch']}, SciPy "
+        f"{about['scipy']}, " + ", ".join(f"{name} {version}" for name, version in about["peers"].items())
+    )
+
+
+def _density() -> str:
+    found = results("density")
+    return f"{found['probes']} probes of {found['steps']} steps"
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "environment": _environment,
+    "product ratio": lambda: f"{ratio(_PRODUCT, _THEIRS):.1f}",
+    "product ratio, compiled": lambda: f"{ratio(_PRODUCT, _THEIRS + ' compiled'):.1f}",
+    "product worst": lambda: f"{ratio(_PRODUCT, _THEIRS, 'worst'):.1f}",
+    "last layer ratio": lambda: f"{ratio(_LAST_LAYER, _THEIRS):.0f}",
+    "PyHessian ratio": lambda: f"{ratio(_SINGLE, 'PyHessian single / curvop, one batch'):.2f}",
+    "gradients": lambda: f"{ratio('one product in gradients', 'curvop / gradient'):.2f}",
+    "wrong": lambda: f"{results('peers')['wrong']:g}",
+    "wrong eigenpairs": lambda: f"{results('peers')['wrong_eigenpairs']:g}",
+    "their error": lambda: f"{error('product', 'curvlinops to_scipy', 'GPT 4 layers, d = 128'):.0e}",
+    "our error": lambda: f"{error('product', 'curvop', 'GPT 4 layers, d = 128'):.0e}",
+    "density setting": _density,
+}
+
+
+def substitutions() -> str:
+    """Return the figures as definitions of substitutions."""
+    return "\n".join(f".. |{name}| replace:: {make()}" for name, make in FIGURES.items())
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """Register the directive ``measured``, whose argument is the name of a table."""
+    from sphinx.util.docutils import SphinxDirective
+
+    class Measured(SphinxDirective):
+        required_arguments = 1
+        final_argument_whitespace = True
+
+        def run(self) -> list[Any]:
+            self.env.note_dependency(str(RESULTS / "peers.json"))
+            return list(self.parse_text_to_nodes(TABLES[self.arguments[0]]()))
+
+    app.add_directive("measured", Measured)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

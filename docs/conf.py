@@ -1,0 +1,84 @@
+"""The site: ``sphinx-build -W --keep-going docs docs/_build/html``, with what the extra ``docs`` installs."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+from measured import substitutions
+from scipy.sparse.linalg import LinearOperator
+from sphinx.util.inspect import signature, stringify_signature
+
+import curvop
+
+project = "curvop"
+author = "The curvop authors"
+version = release = curvop.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "numpydoc",
+    "sphinx_gallery.gen_gallery",
+    "mathml",
+    "measured",
+]
+exclude_patterns = ["_build", "_templates", "examples"]
+templates_path = ["_templates"]
+rst_epilog = substitutions()
+html_math_renderer = "mathml"
+
+# Names in single backquotes are links where they name something, and set in italics where not, as in docstrings `A` is.
+default_role = "autolink"
+nitpicky = True
+nitpick_ignore = [
+    ("py:obj", "numpy.allclose"),  # of another package: nothing is fetched
+    *(("py:obj", name) for name in ("cost", "differing", "noise")),  # of this package's inside
+]
+
+autosummary_generate = True
+autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # the docstrings say what is taken, with shapes and units
+autodoc_member_order = "bysource"
+toc_object_entries_show_parents = "hide"
+numpydoc_show_class_members = False  # the template of a class lists them
+numpydoc_xref_param_type = False
+
+sphinx_gallery_conf = {
+    "examples_dirs": "examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",  # all of them run: a minute and a half in all
+    "within_subsection_order": "FileNameSortKey",
+    "abort_on_example_error": False,
+    "write_computation_times": False,
+    "download_all_examples": False,
+    "remove_config_comments": True,
+}
+
+html_theme = "pydata_sphinx_theme"
+html_title = "curvop"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+html_theme_options = {
+    "show_toc_level": 2,
+    "navigation_with_keys": False,
+    "secondary_sidebar_items": {"**": ["page-toc"], "comparison": [], "index": []},
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "show_prev_next": True,
+}
+html_sidebars = {"index": []}
+
+
+def of_constructor(_: Any, what: str, name: str, obj: Any, *rest: Any) -> tuple[str, None] | None:
+    """Return the arguments of ``__init__``; SciPy's ``LinearOperator.__new__``, where autodoc looks, takes anything."""
+    if what != "class" or not issubclass(obj, LinearOperator):
+        return None
+    return stringify_signature(signature(obj.__init__, bound_method=True), show_annotation=False), None
+
+
+def setup(app: Any) -> None:
+    """Connect it."""
+    app.connect("autodoc-process-signature", of_constructor)

@@ -1,0 +1,221 @@
+"""Every block of code in the documentation runs, and prints what the page says.
+
+The Python blocks of a page run in their order in one namespace; a block of ``text`` is what the one before it printed.
+What differs from one machine to the next is not compared: sizes of errors, which have an exponent, numbers of products,
+times and bytes. A ``bash`` block is commands: those of ``curvop`` run, on problems that are there; what else there is
+has to be a step of ``.ci``, where it runs as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import pydoc
+import re
+import shlex
+import statistics
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from pages import ROOT, Block, blocks
+from torch import nn
+
+import curvop.utils
+from curvop.cli import main
+from curvop.examples import functorch
+
+PAGES = [ROOT / "README.rst", ROOT / "CONTRIBUTING.rst", *sorted((ROOT / "docs").glob("*.rst"))]
+LANGUAGES = {"python", "text", "bash"}
+VARYING = re.compile(r"-?\d[\d.,]*e[+-]\d+|\d[\d.,]*(?= (?:products|ms|gradients|MB|GB)\b)")
+
+
+def of(path: Path, *languages: str) -> list[Block]:
+    return [block for block in blocks(path) if block.language in languages]
+
+
+def commands(path: Path) -> list[str]:
+    return [line for block in of(path, "bash") for line in block.code.splitlines() if line.startswith("curvop ")]
+
+
+def pages(where: Callable[[Path], object] = lambda path: True) -> Any:
+    return pytest.mark.parametrize("path", [path for path in PAGES if where(path)], ids=lambda path: path.stem)
+
+
+def readme() -> dict[str, Any]:
+    """Return what the README's code takes for given: a network whose layers have these names, data, rows, columns."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("conv1", nn.Conv2d(1, 2, 3))
+    model.add_module("flatten", nn.Flatten())
+    model.add_module("fc", nn.Linear(72, 4))
+    data = [(torch.randn(size, 1, 8, 8), torch.randint(0, 4, (size,))) for size in (20, 12)]
+    given = {"model": model, "loss_function": nn.CrossEntropyLoss(), "data": data}
+    return given | {"rows": [0, 5, 100], "cols": [1, 2], "torch": torch}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path) -> Iterator[None]:
+    """Run in an empty folder, and draw without a screen."""
+    monkeypatch.chdir(tmp_path)
+    plt.switch_backend("agg")
+    yield
+    plt.close("all")
+
+
+@pages()
+def test_blocks_are_of_kinds_that_run(path: Path) -> None:
+    before = None
+    for block in blocks(path):
+        assert block.language in LANGUAGES, f"{path.name}:{block.line}"
+        assert block.language != "text" or before == "python", f"{path.name}:{block.line}: nothing printed this"
+        before = block.language
+
+
+@pages(lambda path: of(path, "python"))
+@pytest.mark.filterwarnings("ignore:.*the damped matrix is indefinite:RuntimeWarning")  # the README's is random
+def test_python_runs_and_prints_what_the_page_says(path: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "page"} | (readme() if path.stem == "README" else {})
+    printed = ""
+    with torch.random.fork_rng():
+        for block in of(path, "python", "text"):
+            where = f"{path.name}:{block.line}"
+            if block.language == "text":
+                checked(block.code, printed, where)
+                continue
+            code = block.code if torch.cuda.is_available() else without_cuda(block.code)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile("\n" * (block.line - 1) + code, str(path), "exec"), namespace)
+            printed = out.getvalue()
+
+
+def without_cuda(code: str) -> str:
+    return "\n".join(line for line in code.split("\n") if 'device="cuda"' not in line)
+
+
+def checked(expected: str, printed: str, where: str) -> None:
+    said, found = (VARYING.sub("#", text).split() for text in (expected, printed))
+    if said != found:
+        pytest.fail(f"{where}: the page says\n\n{expected}\nbut it printed\n\n{printed}", pytrace=False)
+
+
+PROBLEM = """
+import torch
+
+def function():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    X, y = torch.randn(30, 20).double(), torch.randint(0, 3, (30,))
+    params = dict(model.named_parameters())
+    return dict(model=model, loss_function=torch.nn.CrossEntropyLoss(), params=params, data=[(X, y)])
+"""
+
+
+@pages(commands)
+def test_commands_run(path: Path, tmp_path, monkeypatch, capsys) -> None:
+    for name in ("path/to/file.py", "package/module.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(PROBLEM)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for command in commands(path):
+        assert main(shlex.split(command)[1:]) == 0, f"{path.name}: {command}: {capsys.readouterr().err}"
+
+
+@pages()
+def test_other_commands_are_those_of_ci(path: Path) -> None:
+    steps = "".join(script.read_text() for script in sorted((ROOT / ".ci").iterdir()))
+    for block in of(path, "bash"):
+        for command in (part for line in block.code.splitlines() for part in line.split(" && ")):
+            if command.startswith("python -m pip install"):
+                command = command.split()[-1]  # .ci/run takes the README's lines by what they install
+            elif command.startswith(".ci/"):
+                assert (ROOT / command.split()[0]).exists(), f"{path.name}: {command}"
+                continue
+            elif command.startswith("curvop ") or not command:
+                continue
+            assert command in steps, f"{path.name}: nothing in .ci runs {command!r}"
+
+
+def in_reference() -> set[str]:
+    """Return the full names of what the reference lists."""
+    module, names = "", set()
+    for line in (ROOT / "docs" / "api" / "index.rst").read_text().splitlines():
+        if line.startswith(".. currentmodule:: "):
+            module = line.split()[-1]
+        elif re.fullmatch(r"   [A-Za-z_.]+", line):
+            names.add(f"{module}.{line.strip()}")
+    return names
+
+
+@pytest.mark.parametrize(
+    "module",
+    [curvop, curvop.spectrum, curvop.preconditioner, curvop.utils, functorch],
+    ids=lambda module: module.__name__,
+)
+def test_every_public_name_is_in_the_reference(module: Any) -> None:
+    listed = {pydoc.locate(name) for name in in_reference()}
+    assert None not in listed
+    for name in module.__all__:
+        public = getattr(module, name)
+        assert isinstance(public, ModuleType) or public in listed, f"{module.__name__}.{name}"
+
+
+def measured() -> Any:
+    spec = importlib.util.spec_from_file_location("measured", ROOT / "docs" / "_ext" / "measured.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestFigures:
+    @pytest.mark.parametrize("name", ["comparison", "memory"])
+    def test_none_is_typed(self, name: str) -> None:
+        page = (ROOT / "docs" / f"{name}.rst").read_text()
+        for block in blocks(ROOT / "docs" / f"{name}.rst"):
+            page = page.replace(textwrap.indent(block.code, "    "), "")
+        assert not re.findall(r"\b\d[\d.,]*(?: times| ?ms\b| ?s\b| ?[MG]i?B\b| ?%)", page)
+
+    def test_tables_hold_what_was_measured(self) -> None:
+        rows = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())["rows"]
+        table = measured().TABLES["product"]()
+        for row in rows:
+            if row["work"] == "product":
+                assert f"{row['P']:,}" in table
+                for name in ("curvop", "PyHessian loader"):
+                    if name in row["by"]:
+                        shown = row["by"][name]["ms"]
+                        assert f"{shown / 1e3 if shown >= 1e3 else shown:.3g}\N{NO-BREAK SPACE}" in table
+
+    def test_ratios_are_those_of_the_times(self) -> None:
+        rows = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())["rows"]
+        both = [row["by"] for row in rows if row["work"] == "product" and "curvlinops to_scipy" in row["by"]]
+        found = [
+            by["curvlinops to_scipy"]["ms"] / by["curvop"]["ms"] for by in both if "ms" in by["curvlinops to_scipy"]
+        ]
+        assert measured().FIGURES["product ratio"]() == f"{statistics.geometric_mean(found):.1f}"
+
+    def test_every_table_and_figure_has_its_place(self) -> None:
+        text = "".join(path.read_text() for path in PAGES)
+        module = measured()
+        for name, make in module.TABLES.items():
+            assert f".. measured:: {name}\n" in text
+            assert make().count("   * - ") > 1
+        for name, make in module.FIGURES.items():
+            assert f"|{name}|" in text
+            assert make()
+
+
+@pytest.mark.peers
+def test_every_name_of_curvlinops_has_its_counterpart() -> None:
+    page = (ROOT / "docs" / "curvlinops.rst").read_text()
+    for name in pytest.importorskip("curvlinops").__all__:
+        assert f"``{name}" in page
