@@ -3,3 +3,5 @@
 import torch
 
 torch.set_num_threads(1)
+
+collect_ignore = ["second_device.py"]  # changes torch for the whole process that imports it, as doctests would

@@ -67,10 +67,10 @@ CONSTRUCTION = {
         ValueError,
         "one dtype.*'0.weight' has torch.float64 and '0.bias' has torch.float32",
     ),
-    "two devices": (
+    "offloaded": (
         dict(params=replaced("0.bias", torch.ones(5, device="meta", dtype=torch.float64, requires_grad=True))),
         ValueError,
-        "one device.*'0.bias' has meta",
+        "must have values.*'0.bias' is on meta",
     ),
     "tied parameters under both names": (
         dict(model=tied(), params=dict(tied().named_parameters(remove_duplicate=False))),

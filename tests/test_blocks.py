@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +16,7 @@ from torch import nn
 
 from curvop import HessianLinearOperator
 from curvop.examples.functorch import functorch_hessian
+from curvop.problems import digits
 from curvop.spectrum import BlockStudy, blocks
 
 
@@ -74,6 +80,110 @@ def test_round_trip(study, tmp_path) -> None:
         BlockStudy.load(tmp_path / "x.npz")
 
 
+def assert_same(found: BlockStudy, expected: BlockStudy, count: int | None = None) -> None:
+    """To the last bit, in the first `count` blocks."""
+    assert found.names == expected.names[:count]
+    assert found.unfinished == ([] if count is None else expected.names[count:])
+    np.testing.assert_array_equal(found.norms, expected.norms[:count, :count])
+    np.testing.assert_array_equal(found.norm_errors, expected.norm_errors[:count, :count])
+    np.testing.assert_array_equal(found.sizes, expected.sizes[:count])
+    for one, other in zip(found.densities, expected.densities, strict=False):
+        np.testing.assert_array_equal(one.nodes, other.nodes)
+        np.testing.assert_array_equal(one.weights, other.weights)
+
+
+OPTIONS = {"num_probes": 3, "num_steps": 10, "norm_products": 6, "rng": 5, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def network() -> HessianLinearOperator:
+    return HessianLinearOperator(**digits(), columns=1)
+
+
+class TestTakenUpAgain:
+    def test_after_running_out_of_time_again_and_again(self, network, tmp_path) -> None:
+        expected = blocks(network, **OPTIONS)
+        runs, seen = 0, set()
+        while True:
+            runs += 1
+            found = blocks(network, **OPTIONS, checkpoint=tmp_path, seconds=0.02)
+            assert_same(found, expected, None if found.complete else len(found.names))
+            seen.add(len(found.names))
+            if found.complete:
+                break
+        assert runs > 2
+        assert len(seen) > 1
+        assert found.num_products == expected.num_products == sum(min(10, n) * 3 for n in expected.sizes) + 4 * 6
+        assert [file.name for file in tmp_path.iterdir()] == ["blocks.records"]
+
+    def test_what_is_finished_takes_no_product_and_no_time(self, tmp_path) -> None:
+        class Refusing(HessianLinearOperator):
+            def _apply(self, rows):
+                raise AssertionError("multiplied")
+
+        problem = digits()
+        whole = blocks(HessianLinearOperator(**problem), **OPTIONS, checkpoint=tmp_path / "done")
+        other = Refusing(**problem)
+        Refusing.__name__ = "HessianLinearOperator"  # for the fingerprint
+        assert_same(blocks(other, **OPTIONS, checkpoint=tmp_path / "done"), whole)
+        nothing = blocks(other, **OPTIONS, checkpoint=tmp_path / "new", seconds=0)
+        assert (nothing.names, nothing.unfinished, nothing.num_products) == ([], whole.names, 0)
+        assert not nothing.complete
+        assert "not studied, as time was up: 0.weight" in str(nothing)
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [({"rng": 6}, "rng"), ({"num_probes": 2}, "num_probes"), ({"groups": {"all": ["0.bias", "2.bias"]}}, "groups")],
+    )
+    def test_a_checkpoint_of_something_else(self, H, network, tmp_path, change, said) -> None:
+        blocks(H, **OPTIONS, checkpoint=tmp_path)
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*")}
+        with pytest.raises(ValueError, match=f"is of something else: .*{said}.* differ; pass another"):
+            blocks(H, **OPTIONS | change, checkpoint=tmp_path)
+        with pytest.raises(ValueError, match="others differ; pass another"):
+            blocks(network, **OPTIONS, checkpoint=tmp_path)
+        assert {file: file.read_bytes() for file in tmp_path.rglob("*")} == before
+
+    def test_a_partial_study_is_saved_as_what_it_is(self, H, tmp_path) -> None:
+        found = blocks(H, **OPTIONS, seconds=0)
+        found.save(tmp_path / "blocks.npz")
+        loaded = BlockStudy.load(tmp_path / "blocks.npz")
+        assert str(loaded) == str(found)
+        assert loaded.unfinished == list(H.params_slices)
+
+
+SCRIPT = """
+import os, signal, sys
+import curvop
+from curvop.problems import digits
+from curvop.spectrum import blocks
+
+class Dying(curvop.HessianLinearOperator):
+    left = int(sys.argv[1])
+
+    def _apply(self, rows):
+        Dying.left -= len(rows)
+        if Dying.left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._apply(rows)
+
+blocks(Dying(**digits(), columns=1), **{options!r}, checkpoint={directory!r}).save({out!r})
+"""
+
+
+def test_sigkill(network, tmp_path: Path) -> None:
+    """Within the first block's density, before its norms, and within the third block: no product is made twice."""
+    script = SCRIPT.format(options=OPTIONS, directory=str(tmp_path / "c"), out=str(tmp_path / "blocks.npz"))
+    expected = blocks(network, **OPTIONS)
+    left = expected.num_products - (12 + 18 + 60)
+    for made in (14, 18, 60):
+        killed = subprocess.run([sys.executable, "-c", script, str(made)], timeout=120, check=False)
+        assert killed.returncode == -signal.SIGKILL
+    last = subprocess.run([sys.executable, "-c", script, str(left)], timeout=120, check=False)
+    assert last.returncode == 0
+    assert_same(BlockStudy.load(tmp_path / "blocks.npz"), expected)
+
+
 def test_the_table_and_the_picture(study) -> None:
     import matplotlib as mpl
 
@@ -105,6 +215,7 @@ def test_a_layer_without_curvature() -> None:
     ("options", "match"),
     [
         ({"norm_products": 1}, "norm_products is 1"),
+        ({"seconds": float("nan")}, "seconds is nan, but must be 0 or more"),
         ({"groups": {}}, "groups is empty"),
         ({"groups": {"a": ["0.bias"], "b": ["0.bias"]}}, r"groups has '0\.bias' twice"),
         ({"groups": {"a": ["0.bais"]}}, "0.bais"),
@@ -113,5 +224,7 @@ def test_a_layer_without_curvature() -> None:
 def test_bad_input(H, options, match) -> None:
     with pytest.raises(ValueError, match=match):
         blocks(H, progress=False, **options)
+    with pytest.raises(TypeError, match="seconds is 'a minute', but must be a number"):
+        blocks(H, progress=False, seconds="a minute")
     with pytest.raises(TypeError, match="curvature matrix"):
         blocks(aslinearoperator(np.eye(3)))

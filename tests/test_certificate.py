@@ -407,11 +407,45 @@ class TestAttacks:
         )
         assert found.ok
 
-    @pytest.mark.parametrize("scale", [1e-20, 1e20])
+    @pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-20, 1e20, 1e200, 1e300])
     def test_every_scale(self, clustered, scale: float) -> None:
+        """Squares of the numbers underflow or overflow at most of them."""
         A, w, V = clustered
-        assert certify(A * scale, w[:3] * scale, V[:, :3], which="LA").ok
-        assert certify(A * scale, w[1:4] * scale, V[:, 1:4], which="LA").missed == pytest.approx(scale, rel=1e-4)
+        B = A * scale
+        found = certify(B, w[:3] * scale, V[:, :3], which="LA")
+        assert found.ok
+        assert found.bounds.max() < 1e-13 * scale
+        assert found.norm == pytest.approx(scale, rel=1e-9)
+        assert found.resolution < 1e-12 * scale
+        assert certify(B, w[1:4] * scale, V[:, 1:4], which="LA").missed == pytest.approx(scale, rel=1e-4)
+        wrong = certify(B, w[:3] * scale * 1.01, V[:, :3], which="LA")
+        assert not wrong.ok
+        np.testing.assert_allclose(wrong.residuals, 0.01 * scale, rtol=1e-6)
+        asymmetric = B.copy()
+        asymmetric[3, 5] += 1e-3 * scale
+        assert "A is not symmetric" in certify(asymmetric, w[:3] * scale, V[:, :3], which="LA").verdict
+
+    def test_a_power_of_two_is_a_unit_only(self, clustered) -> None:
+        A, w, V = clustered
+        V = V + 1e-6 * np.random.default_rng(0).normal(size=V.shape)
+        expected = certify(A, w[1:4], V[:, 1:4], which="LA")
+        for exponent in (-900, -333, 700):
+            unit = 2.0**exponent
+            found = certify(A * unit, w[1:4] * unit, V[:, 1:4], which="LA")
+            for name in ("residuals", "bounds", "estimates", "missed", "resolution", "norm", "error"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(expected, name) * unit)
+            assert (found.noise, found.symmetry, found.zeros) == (expected.noise, expected.symmetry, expected.zeros)
+
+    def test_values_of_another_scale_than_the_matrix(self, clustered) -> None:
+        A, _, V = clustered
+        for value in (1e200, 1e-200):
+            found = certify(A, np.full(3, value), V[:, :3], which="LA")
+            assert not found.ok
+            np.testing.assert_allclose(found.residuals, max(value, 1.0))
+        null = matrix([3e-200, *np.zeros(199)])
+        vectors = solved(null)[1]
+        assert certify(null, np.zeros(2), vectors[:, [5, 7]], which="LA").missed == pytest.approx(3e-200)
+        assert certify(np.diag([*np.zeros(199), 1e-200]), np.zeros(2), np.eye(200)[:, :2], which="LA").missed > 0
 
     def test_single_precision(self, clustered) -> None:
         A, w, V = clustered

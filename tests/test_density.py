@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +132,102 @@ class TestFigures:
             found.logdet(0.5)
 
 
+def of_the_probes(found: SpectralDensity, f) -> float:
+    """Return the standard error of the trace of f(A) that the spread of the probes tells."""
+    values = np.where(found.weights > 0, f(np.where(found.weights > 0, found.nodes, 1.0)), 0.0)
+    return found.size * (values * found.weights).sum(1).std(ddof=1) / len(found.nodes) ** 0.5
+
+
+class TestQuadrature:
+    @pytest.mark.parametrize(
+        ("values", "f", "steps"),
+        [
+            (np.logspace(-4, 1, N), np.log, 16),  # within 2 errors: 100 of 100; within 2 of the probes' alone: 0
+            (np.logspace(-6, 1, N), lambda x: 1 / (x + 1e-2), 16),  # 100, 0
+            (np.logspace(-6, 1, N), lambda x: 1 / (x + 1e-3), 32),  # 100, 0
+            (np.linspace(0, 1, N) ** 2, lambda x: 1 / (x + 1e-3), 16),  # 100, 7
+        ],
+        ids=["logarithm", "inverse", "nearly singular", "quadratic"],
+    )
+    def test_the_error_covers_what_the_steps_leave(self, values, f, steps: int) -> None:
+        A, truth, within, within_spread = matrix(values), f(values).sum(), 0, 0
+        for seed in range(100):
+            found = quietly(A, num_probes=8, num_steps=steps, rng=seed)
+            value, error = found.apply(f)
+            within += abs(value - truth) <= 2 * error
+            within_spread += abs(value - truth) <= 2 * of_the_probes(found, f)
+        assert within >= 90
+        assert within_spread <= 10
+
+    @pytest.mark.parametrize("deflate", [0, 5])
+    @pytest.mark.parametrize("steps", [2, 5, 8])
+    def test_polynomials_have_none(self, steps: int, deflate: int) -> None:
+        found = quietly(matrix(SPECTRA["uniform"] + 2), num_probes=4, num_steps=steps, deflate=deflate)
+        assert found.trace().error == of_the_probes(found, lambda x: x)
+        for p in range(2 * steps):
+            assert N * found.moment(p).error == pytest.approx(of_the_probes(found, lambda x, p=p: x**p), rel=1e-12)
+        for p in range(steps):  # where it is not known that they are
+            error = found.apply(lambda x, p=p: (x - 3) ** p).error
+            assert error == pytest.approx(of_the_probes(found, lambda x, p=p: (x - 3) ** p), rel=1e-9, abs=1e-10)
+        error = found.apply(lambda x: 1 / (x - 0.999)).error
+        assert error > 1.1 * of_the_probes(found, lambda x: 1 / (x - 0.999))
+
+    @pytest.mark.parametrize("complete", [True, False])
+    def test_runs_that_ended_by_themselves_have_none(self, complete: bool) -> None:
+        A = matrix([*np.zeros(30), 1.0, 2.0, 5.0])
+        found = quietly(A, num_probes=4, num_steps=20)
+        assert found.num_steps == found.num_products / 4 == 4
+        found = dataclasses.replace(found, complete=complete)
+        spread = of_the_probes(found, np.exp)
+        if complete:
+            assert found.apply(np.exp).error == spread
+        else:  # nothing tells that time was not up
+            assert found.apply(np.exp).error > 1.01 * spread
+
+    def test_runs_of_all_steps_have_none(self) -> None:
+        A = matrix(np.logspace(-6, 0, 12))
+        for deflate in (0, 4):
+            found = quietly(A, num_probes=4, num_steps=12, deflate=deflate)
+            assert found.apply(np.log).error == pytest.approx(of_the_probes(found, np.log), rel=1e-12)
+            assert abs(found.apply(np.log).value + 12 * 3 * np.log(10)) < 4 * found.apply(np.log).error
+
+    def test_some_of_the_runs(self) -> None:
+        """Only the second row is of a run that went on."""
+        nodes, weights = np.array([[1.0, 3.0, 0.0], [1.0, 2.0, 3.0]]), np.array([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]])
+        found = SpectralDensity(10, nodes, weights, np.zeros(0), 5)
+        # The rule of two nodes of this symmetric measure has variance 1/2 around 2.
+        half = np.exp([2 - 0.5**0.5, 2 + 0.5**0.5]).mean()
+        whole = np.exp([1, 2, 3]) @ weights[1]
+        expected = np.hypot(of_the_probes(found, np.exp) / 10, (whole - half) / 2)
+        assert found.mean(np.exp).error == pytest.approx(expected, rel=1e-12)
+
+    def test_a_single_step_tells_of_the_trace_only(self) -> None:
+        found = quietly(matrix(SPECTRA["uniform"]), num_probes=4, num_steps=1)
+        assert found.trace().error == of_the_probes(found, lambda x: x)
+        assert np.isnan(found.logdet(2.0).error)
+        assert np.isnan(found.pdf([0.0, 1.0]).error).all()
+
+    def test_functions_are_asked_for_nothing_outside_of_the_nodes(self) -> None:
+        found = quietly(matrix(np.logspace(-9, 3, N)), num_probes=4, num_steps=40)
+        low, high = found.range
+
+        def f(x):
+            assert x.size == 0 or low <= x.min() <= x.max() <= high
+            return np.sqrt(x - low)
+
+        assert found.mean(f).error > 0
+
+    def test_densities_are_told_point_by_point(self) -> None:
+        found = quietly(matrix(SPECTRA["uniform"]), num_probes=4, num_steps=20)
+        grid = np.linspace(-1, 1, 7)
+        value, error = found.pdf(grid, 0.1)
+        each = [found.mean(lambda x, at=at: np.exp(-50 * (x - at) ** 2) / (0.1 * (2 * np.pi) ** 0.5)) for at in grid]
+        np.testing.assert_allclose(value, [one.value for one in each], rtol=1e-12)
+        np.testing.assert_allclose(error, [one.error for one in each], rtol=1e-12)
+        together = found.mean(lambda x: np.exp(-50 * (x[..., None] - grid) ** 2) / (0.1 * (2 * np.pi) ** 0.5))
+        np.testing.assert_allclose(error, together.error, rtol=1e-12)
+
+
 class TestDeflation:
     def test_known_eigenvalues_are_atoms(self) -> None:
         values = SPECTRA["clusters and outliers"]
@@ -145,12 +243,39 @@ class TestDeflation:
         found = quietly(np.ones((4, 4)), num_probes=12, num_steps=2, rng=0, deflate=1)
         assert found.range == (pytest.approx(0, abs=1e-12), pytest.approx(4))
         assert (found.weights.sum(1) == 0).any()  # all signs equal
+        assert found.apply(np.exp).error == of_the_probes(found, np.exp)
+        cut = quietly(np.ones((4, 4)), num_probes=12, num_steps=1, rng=0, deflate=1)
+        assert cut.trace().error == pytest.approx(0, abs=1e-12)
+        assert np.isnan(cut.apply(np.exp).error)
 
     def test_nearly_all_of_them(self) -> None:
         A = matrix(np.arange(1.0, 7))
         found = quietly(A, num_probes=3, num_steps=5, rng=0, deflate=4)
         np.testing.assert_allclose(np.sort(found.atoms), [3, 4, 5, 6])
         assert abs(found.trace().value - 21) < 5 * found.trace().error + 1e-9
+
+    def test_their_memory_is_counted(self) -> None:
+        """10 vectors of N numbers, besides runs of 26 of them each."""
+        A, one = matrix(SPECTRA["clusters and outliers"]), 8 * N * 26
+        found = quietly(A, num_probes=4, num_steps=20, deflate=10, memory=8 * N * 10 + 2 * one)
+        whole = quietly(A, num_probes=4, num_steps=20, deflate=10)
+        np.testing.assert_allclose(found.nodes, whole.nodes, rtol=1e-9, atol=1e-9)
+        with pytest.raises(MemoryError, match="the Lanczos basis of one probe"):
+            quietly(A, num_steps=20, deflate=10, memory=8 * N * 10 + one - 1)
+        with pytest.raises(MemoryError, match=r"what is deflated, 10 vectors of 400 numbers, takes .*: deflate fewer"):
+            quietly(A, num_steps=20, deflate=10, memory=8 * N * 10 - 1)
+        single = A.astype(np.float32)
+        quietly(single, num_probes=1, num_steps=20, deflate=10, memory=12 * N * 10 + one // 2)
+        with pytest.raises(MemoryError):
+            quietly(single, num_probes=1, num_steps=20, deflate=10, memory=12 * N * 10 + one // 2 - 1)
+
+    def test_finding_them_keeps_to_the_memory(self) -> None:
+        """ARPACK's own basis of 30 vectors would not fit: its smallest for 2 eigenvalues holds 4."""
+        A = matrix(SPECTRA["clusters and outliers"])
+        found = quietly(A, num_probes=1, num_steps=2, deflate=2, memory=8 * N * (2 * 12 + 2 + 4))
+        np.testing.assert_allclose(np.sort(found.atoms), np.linspace(5, 20, 10)[-2:], rtol=1e-10)
+        with pytest.raises(MemoryError, match=r"ARPACK's basis of 4 vectors"):
+            quietly(A, num_probes=1, num_steps=1, deflate=2, memory=8 * N * 13)
 
 
 class TestOperators:
@@ -250,6 +375,7 @@ def test_the_plot(log: bool) -> None:
     found = quietly(matrix(SPECTRA["clusters and outliers"]), num_probes=4, num_steps=30, rng=0, deflate=3)
     ax = found.plot(log=log)
     assert ax.get_yscale() == ("log" if log else "linear")
+    assert ax.collections[0].get_paths()[0].vertices[:, 1].min() >= 0  # no density is negative
     own = plt.figure().add_subplot()
     assert found.plot(own, log=log) is own
     plt.close("all")
@@ -262,6 +388,8 @@ def test_the_plot(log: bool) -> None:
         (np.eye(3), {"num_probes": 0}, "num_probes is 0"),
         (np.eye(3), {"num_steps": 1.5}, r"num_steps is 1\.5"),
         (np.eye(3), {"deflate": 3}, "deflate is 3, but A has 3"),
+        (np.eye(3), {"seconds": float("nan")}, "seconds is nan, but must be 0 or more"),
+        (np.eye(3), {"seconds": -1.0}, r"seconds is -1\.0"),
         (np.full((3, 3), np.nan), {}, "not finite"),
     ],
 )
@@ -270,3 +398,5 @@ def test_bad_input(A, options, match) -> None:
         quietly(A, **options)
     with pytest.raises(TypeError, match="must be real"):
         quietly(np.eye(2) * 1j)
+    with pytest.raises(TypeError, match="seconds is '60', but must be a number"):
+        quietly(np.eye(2), seconds="60")

@@ -7,10 +7,21 @@ import pytest
 import torch
 from agreement import close
 from cases import Problem, cut, seeded
+from scipy.sparse.linalg import aslinearoperator
 from sklearn.datasets import load_digits
+from submatrix_cases import numpys
 from torch import Tensor, nn
 
-from curvop import EFLinearOperator, FisherLinearOperator, GGNLinearOperator, GradientCovarianceLinearOperator, solve
+from curvop import (
+    EFLinearOperator,
+    FisherLinearOperator,
+    GGNLinearOperator,
+    GradientCovarianceLinearOperator,
+    HessianLinearOperator,
+    SubmatrixLinearOperator,
+    solve,
+    spectrum,
+)
 from curvop.kernels import diagonal
 from curvop.kernels.errors import NonFiniteProductError
 from curvop.preconditioner import jacobi
@@ -92,6 +103,44 @@ def coupled(z: Tensor, y: Tensor) -> Tensor:
     return (z @ z.T).square().mean()
 
 
+@pytest.mark.parametrize("operator", [GGNLinearOperator, EFLinearOperator])
+def test_a_function_that_holds_parameters_of_its_own(operator) -> None:
+    problem = mlp_problem()
+    last = {name: value for name, value in problem.params.items() if name.startswith("2.")}
+
+    def model(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        return torch.func.functional_call(problem.model, params, (X,))
+
+    A = operator(model, problem.loss_function, last, problem.data)
+    close(A.diagonal(), of_dense(A))
+
+
+def test_a_covariance_is_centred_in_double_precision() -> None:
+    far = mlp_problem(lambda z, y: (z.sum(1) / 3 + 0 * y).sum() / len(z))  # one gradient, of every example
+    C = build(GradientCovarianceLinearOperator, far, dtype=np.float32)
+    F = build(EFLinearOperator, far, dtype=np.float32)
+    assert abs(C.diagonal()[-3:]).max() <= 1e-12 * F.diagonal()[-3:].max()
+    assert C.diagonal().dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("operator", [GGNLinearOperator, EFLinearOperator])
+def test_one_example_of_two_classes(operator, dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 2).to(dtype)
+    data = [(torch.tensor([[1.0, -2.0, 0.5]], dtype=dtype), torch.tensor([1]))]
+    A = operator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+    np.testing.assert_allclose(A.diagonal(), of_dense(A), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_parameter_without_effect(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.InstanceNorm2d(2), nn.Flatten(), nn.Linear(18, 3)).to(dtype)
+    data = [(torch.randn(4, 1, 4, 4, dtype=dtype), torch.tensor([0, 1, 2, 1]))]
+    G = GGNLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+    np.testing.assert_allclose(G.block("0.bias").diagonal(), 0.0, atol=1e-12)
+
+
 class Shared(nn.Module):
     """An input that is not cut into examples."""
 
@@ -112,7 +161,78 @@ class InDerivatives(nn.Linear):
         return z + mean - mean.detach()
 
 
+EXACT = [GGNLinearOperator, EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator]
+SELECTIONS = {
+    "one parameter": slice(22, 40),
+    "two, in another order": [41, 3, 40, 0],
+    "repeated": [5, 5, 42, -1, 5],
+    "mask": np.arange(43) % 3 == 0,
+    "tensor": torch.tensor([30, 2]),
+    "everything": slice(None),
+    "nothing": slice(0),
+}
+
+
+@pytest.mark.parametrize("operator", EXACT)
+class TestOfParts:
+    def test_damping_is_added(self, operator) -> None:
+        A = build(operator, mlp_problem())
+        D = A.damped(0.3).damped(0.2)
+        close(D.diagonal(), np.diagonal(A @ np.eye(43)) + 0.5)
+        close(D.block("2.weight").diagonal(), np.diagonal(D @ np.eye(43))[A.params_slices["2.weight"]])
+        close(D.H.diagonal(), D.diagonal())
+
+    @pytest.mark.parametrize("name", SELECTIONS)
+    def test_a_submatrix_gathers(self, operator, name: str) -> None:
+        A, idxs = build(operator, mlp_problem()), SELECTIONS[name]
+        dense = A @ np.eye(43)
+        before = A.num_products
+        for damping, B in ((0.0, A), (0.7, A.damped(0.7))):
+            S = B.submatrix(idxs)
+            expected = np.diagonal(dense)[numpys(idxs)] + damping
+            close(S.diagonal(), expected)
+            assert S.diagonal().shape == S.shape[:1]
+            close(S.submatrix(slice(None, None, -1)).diagonal(), expected[::-1])
+        assert A.num_products == before
+
+
+def test_a_submatrix_takes_only_the_parameters_it_touches() -> None:
+    G = build(GGNLinearOperator, mlp_problem())
+    S = G.submatrix(G.params_slices["2.bias"])
+    assert S.args[0].shape == (3, 3)
+    assert build(GGNLinearOperator, mlp_problem(), dtype=np.float32).submatrix([0, 1]).diagonal().dtype == np.float32
+
+
 class TestRefuses:
+    @pytest.mark.parametrize("part", [lambda A: A, lambda A: A.damped(0.5), lambda A: A.submatrix([1, 2])])
+    def test_what_is_known_by_products_only(self, part) -> None:
+        A = part(build(HessianLinearOperator, mlp_problem()))
+        with pytest.raises(NotImplementedError, match=r"does not know its diagonal: curvop\.spectrum\.diagonal"):
+            A.diagonal()
+        assert A.num_products == 0
+        found = spectrum.diagonal(A, 43)
+        close(found.value, of_dense(A))
+
+    def test_a_submatrix_of_a_matrix(self) -> None:
+        with pytest.raises(NotImplementedError, match="SubmatrixLinearOperator does not know its diagonal"):
+            SubmatrixLinearOperator(aslinearoperator(np.eye(3)), [0, 1], [0, 1]).diagonal()
+
+    @pytest.mark.parametrize(
+        ("rows", "cols"), [([0, 1], [1, 0]), ([0, 1, 2], [0, 1]), ([0, 1], [0, 2]), ([0, 40], [40, 0]), ([], [1])]
+    )
+    def test_a_submatrix_that_is_not_principal(self, rows, cols) -> None:
+        G = build(GGNLinearOperator, mlp_problem())
+        for A in (G, G.damped(1.0)):
+            with pytest.raises(ValueError, match=r"rows and columns .* are different: take the principal one"):
+                A.submatrix(rows, cols).diagonal()
+
+    def test_a_submatrix_whose_rows_and_columns_lie_alike_in_different_parameters(self) -> None:
+        G = build(GGNLinearOperator, mlp_problem())
+        starts = [G.params_slices[name].start for name in ("0.weight", "2.weight")]
+        for A in (G, G.damped(1.0)):
+            with pytest.raises(ValueError, match="off the diagonal"):
+                A.submatrix([starts[0]], [starts[1]]).diagonal()
+
     @pytest.mark.parametrize(
         ("make", "match"),
         [
@@ -155,6 +275,13 @@ class TestJacobi:
         M = jacobi(G, 1e-3)
         assert G.num_products == 0
         close(M @ np.ones(G.shape[0]), 1 / (of_dense(G) + 1e-3))
+
+    def test_parts_are_exact_without_a_product(self) -> None:
+        G = build(GGNLinearOperator, digits(torch.float64))
+        for A in (G.block("0.weight"), G.submatrix(range(0, 1200, 2)), G.damped(0.1)):
+            M = jacobi(A, 1e-3)
+            assert A.num_products == 0
+            close(M @ np.ones(A.shape[0]), 1 / (of_dense(A) + 1e-3))
 
     def test_it_estimates_what_has_no_exact_one(self) -> None:
         G = build(GGNLinearOperator, mlp_problem(coupled))

@@ -1,8 +1,8 @@
 """Every block of code in the documentation runs, and prints what the page says.
 
 The Python blocks of a page run in their order in one namespace; a block of ``text`` is what the one before it printed.
-What differs from one machine to the next is not compared: sizes of errors, which have an exponent, numbers of products,
-times and bytes. A ``bash`` block is commands: those of ``curvop`` run, on problems that are there; what else there is
+What differs from one machine to the next is not compared: sizes of errors (in units of epsilon, or with an exponent),
+numbers of products, times and bytes. A ``bash`` block is commands: those of ``curvop`` run, on problems that are there; what else there is
 has to be a step of ``.ci``, where it runs as it is.
 """
 
@@ -34,7 +34,7 @@ from curvop.examples import functorch
 
 PAGES = [ROOT / "README.rst", ROOT / "CONTRIBUTING.rst", *sorted((ROOT / "docs").glob("*.rst"))]
 LANGUAGES = {"python", "text", "bash"}
-VARYING = re.compile(r"-?\d[\d.,]*e[+-]\d+|\d[\d.,]*(?= (?:products|ms|gradients|MB|GB)\b)")
+VARYING = re.compile(r"-?\d[\d.,]*e[+-]\d+|\d[\d.,]*(?= (?:products|times epsilon|s|ms|gradients|MB|GB)\b)")
 
 
 def of(path: Path, *languages: str) -> list[Block]:
@@ -81,7 +81,9 @@ def test_blocks_are_of_kinds_that_run(path: Path) -> None:
 
 @pages(lambda path: of(path, "python"))
 @pytest.mark.filterwarnings("ignore:.*the damped matrix is indefinite:RuntimeWarning")  # the README's is random
-def test_python_runs_and_prints_what_the_page_says(path: Path) -> None:
+def test_python_runs_and_prints_what_the_page_says(path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "0")  # as a launcher says it of the only process
+    monkeypatch.setenv("WORLD_SIZE", "1")
     namespace: dict[str, Any] = {"__name__": "page"} | (readme() if path.stem == "README" else {})
     printed = ""
     with torch.random.fork_rng():
@@ -138,8 +140,8 @@ def test_other_commands_are_those_of_ci(path: Path) -> None:
             elif command.startswith(".ci/"):
                 assert (ROOT / command.split()[0]).exists(), f"{path.name}: {command}"
                 continue
-            elif command.startswith("curvop ") or not command:
-                continue
+            elif command.startswith(("curvop ", "torchrun ")) or not command:
+                continue  # by tests here, and in test_distributed.py
             assert command in steps, f"{path.name}: nothing in .ci runs {command!r}"
 
 

@@ -263,14 +263,125 @@ class TestWithoutConvergence:
         assert result.verdict == "not certified: no certificate was asked for"
 
 
+class Slow(LinearOperator):
+    """Multiplies by `A`, each column taking a while, and the one numbered `stall` half a second."""
+
+    def __init__(self, A, seconds: float = 0.0, stall: int = 0) -> None:
+        super().__init__(float, A.shape)
+        self.inner, self.seconds, self.stall, self.products = A, seconds, stall, 0
+        self.begun = self.last = time.monotonic()
+
+    def _matmat(self, X):
+        self.last = time.monotonic()
+        self.products += X.shape[1]
+        stalled = self.products - X.shape[1] < self.stall <= self.products
+        time.sleep(0.5 if stalled else self.seconds * X.shape[1])
+        return self.inner @ X
+
+    def _matvec(self, x):
+        return self._matmat(x.reshape(-1, 1)).reshape(x.shape)
+
+
+class TestTime:
+    @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+    def test_device_returns_the_pairs_so_far_with_their_certificate(self, which: str) -> None:
+        values = np.linspace(-1, 1, 4000) ** 3
+        A = Slow(diags_array(values).tocsr(), 0.002)
+        with pytest.warns(RuntimeWarning, match="not converged, as time was up: . of 4 eigenvalues did; "):
+            result = eigsh(A, 4, which, method="device", seconds=0.5)
+        assert A.last < A.begun + 0.6  # half a second after it was called
+        assert (result.timed_out, result.converged, result.ok) == (True, False, False)
+        assert result.products == A.products
+        assert result.vectors.shape == (4000, 4)
+        assert result.certificate.which is None
+        np.testing.assert_allclose(result.vectors.T @ result.vectors, np.eye(4), atol=1e-12)
+        for value, bound in zip(result.values, result.certificate.bounds, strict=True):
+            assert np.abs(values - value).min() <= bound
+
+    @pytest.mark.parametrize("stall", [1, 3, 39, 40, 41, 58, 70])
+    def test_wherever_time_is_up(self, stall: int) -> None:
+        """Within the first basis and later ones, and right after a restart."""
+        eigenvalues = np.r_[50.0, 40.0, np.linspace(0, 1, 498) ** 3]
+        A = Slow(matrix(eigenvalues), stall=stall)
+        with pytest.warns(RuntimeWarning, match="time was up"):
+            result = eigsh(A, 4, method="device", seconds=0.45)
+        assert A.products == result.products == stall
+        assert result.certificate is None
+        assert result.note == "no certificate, as time was up"
+        assert len(result.values) == min(stall, 4)
+        residuals = np.linalg.norm(A.inner @ result.vectors - result.vectors * result.values, axis=0)
+        assert result.num_converged == (residuals < 1e-12).sum() == (0 if stall < 39 else 2)
+        assert result.verdict == (
+            f"not converged, as time was up: {result.num_converged} of 4 eigenvalues did; not certified: time was up"
+        )
+        if stall >= 39:
+            np.testing.assert_allclose(result.values[:2], [50, 40], atol=1e-12)
+
+    @pytest.mark.parametrize("method", ["arpack", "device"])
+    @pytest.mark.parametrize("more", [0, 3, 7])
+    def test_what_converged_is_kept_where_there_is_no_time_for_a_certificate(self, method: str, more: int) -> None:
+        A = matrix([5.0, 4.0, 3.0, *np.linspace(0, 1, 497)])
+        needed = eigsh(A, 3, method=method, certificate=False).products
+        with pytest.warns(RuntimeWarning, match="^not certified: time was up$"):
+            result = eigsh(Slow(A, stall=needed + more), 3, method=method, seconds=0.45)
+        assert (result.converged, result.timed_out, result.certificate) == (True, False, None)
+        np.testing.assert_allclose(result.values, [5, 4, 3], atol=1e-12)
+
+    def test_lobpcg_returns_its_last_look(self) -> None:
+        A = Slow(diags_array(np.linspace(-1, 1, 4000) ** 3).tocsr(), stall=600)
+        with pytest.warns(RuntimeWarning, match="not converged, as time was up: 0 of 3"):
+            result = eigsh(A, 3, method="lobpcg", seconds=0.45)
+        assert len(result.values) == 3
+        assert result.values[0] == pytest.approx(1, abs=1e-2)
+        with pytest.warns(RuntimeWarning, match="time was up: 0 of 3 eigenvalues did; not certified"):
+            nothing = eigsh(A, 3, method="lobpcg", seconds=0)
+        assert nothing.vectors.shape == (4000, 0)
+
+    @pytest.mark.parametrize("method", ["arpack", "dense"])
+    def test_what_cannot_be_had_is_said_with_the_remedy(self, method: str) -> None:
+        A = Slow(diags_array(np.linspace(-1, 1, 4000) ** 3).tocsr(), 0.002)
+        with pytest.raises(TimeoutError, match=r"0\.3 s were over after .* products.* pass method='device'"):
+            eigsh(A, 4, method=method, seconds=0.3)
+        assert A.last < A.begun + 0.4
+
+    @pytest.mark.parametrize("method", ["arpack", "device", "lobpcg", "dense"])
+    def test_with_enough_of_it_nothing_is_different(self, method: str) -> None:
+        A = matrix([5.0, 4.0, 3.0, *np.linspace(0, 1, 497)])
+        timed, plain = (eigsh(A, 3, method=method, seconds=seconds) for seconds in (1e6, None))
+        assert timed.ok
+        assert (timed.products, timed.converged) == (plain.products, True)
+        np.testing.assert_allclose(timed.values, plain.values, rtol=1e-12)
+
+    def test_the_search_for_missed_ones_takes_what_is_left(self) -> None:
+        A = Slow(matrix([5.0, 4.0, 3.0, *np.linspace(2.9, -2.9, 497)]), 0.01)
+        whole = eigsh(A.inner, 3, method="device")
+        assert whole.certificate.products > 3 + 8 + 50
+        needed = whole.products - whole.certificate.products
+        result = eigsh(A, 3, method="device", seconds=0.011 * (needed + 3 + 8 + 2 * 20))
+        assert A.last - A.begun < 0.011 * (needed + 3 + 8 + 2 * 20) + 0.1
+        assert result.converged
+        assert 3 + 8 < result.certificate.products < 3 + 8 + 40
+        assert result.certificate.resolution > whole.certificate.resolution
+
+    def test_it_can_be_saved(self, tmp_path) -> None:
+        with pytest.warns(RuntimeWarning, match="time was up"):
+            result = eigsh(np.diag(np.arange(100.0)), 3, method="device", seconds=0)
+        result.save(tmp_path / "pairs.npz")
+        loaded = EigenResult.load(tmp_path / "pairs.npz")
+        assert (loaded.verdict, str(loaded), loaded.timed_out) == (result.verdict, str(result), True)
+
+
 class TestMemory:
-    def test_the_basis_shrinks_to_what_fits(self) -> None:
+    @pytest.mark.parametrize(("method", "vectors"), [("arpack", 2 * 12 + 5 + 4), ("device", 18 + 5 + 4)])
+    def test_the_basis_shrinks_to_what_fits(self, method: str, vectors: int) -> None:
         A = matrix(np.linspace(0, 1, 300) ** 8)
-        result = eigsh(A, 5, memory=300 * 8 * (2 * 12 + 5 + 4))
+        result = eigsh(A, 5, method=method, memory=300 * 8 * vectors)
         assert result.ok
         assert result.note == "ncv is 12 for lack of memory"
 
-    @pytest.mark.parametrize("options", [{}, {"ncv": 100}, {"method": "lobpcg"}, {"method": "dense"}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"ncv": 100}, {"method": "device"}, {"method": "lobpcg"}, {"method": "dense"}]
+    )
     def test_what_does_not_fit_is_told_before(self, options) -> None:
         def refuse(x):
             raise AssertionError("multiplied")
@@ -367,6 +478,9 @@ class TestResult:
         ({"maxiter": 0}, ValueError, "maxiter is 0"),
         ({"ncv": 2}, ValueError, "ncv is 2, but must be more than k = 2"),
         ({"ncv": 61}, ValueError, "ncv is 61, but .* at most 60"),
+        ({"seconds": -1}, ValueError, "seconds is -1, but must be 0 or more"),
+        ({"seconds": float("nan")}, ValueError, "seconds is nan, but must be 0 or more"),
+        ({"seconds": "1m"}, TypeError, "seconds is '1m', but must be a number"),
         ({"v0": np.ones(3)}, ValueError, r"v0 has shape \(3,\)"),
         ({"v0": np.zeros(60)}, ValueError, "v0 must be finite and not zero"),
         ({"v0": np.full(60, np.nan)}, ValueError, "v0 must be finite and not zero"),

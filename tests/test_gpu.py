@@ -10,9 +10,10 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, architecture_problem
 from cases import Problem
+from distributed_runs import KINDS, Ranks, pipeline
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvop import GGNLinearOperator, HessianLinearOperator, staging
+from curvop import GGNLinearOperator, HessianLinearOperator, check, staging
 from curvop.kernels.batches import on_device
 from curvop.kernels.replay import Recorder
 from curvop.spectrum import density, eigsh
@@ -80,6 +81,59 @@ def test_tensors_stay_there(engine: str) -> None:
     product = there @ torch.from_numpy(x).cuda()
     assert product.is_cuda
     close(product.cpu(), here @ x)
+
+
+class TestCheck:
+    @pytest.mark.parametrize("name", ["conv", "attention-fused", "lstm"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_what_is_sound_passes_and_random_numbers_stay(self, name: str, dtype: torch.dtype) -> None:
+        problem = architecture_problem(name)
+        data = [(X.to(dtype), y) for X, y in problem.data]
+        states = torch.get_rng_state(), torch.cuda.get_rng_state()
+        report = check(hessian(Problem(problem.model.to("cuda", dtype), problem.loss_function, data)), rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert torch.equal(states[0], torch.get_rng_state())
+        assert torch.equal(states[1], torch.cuda.get_rng_state())
+
+    def test_tf32_is_held_to_its_own_epsilon(self, monkeypatch) -> None:
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+        problem = architecture_problem("linear")
+        data = [(X.float(), y) for X, y in problem.data]
+        report = check(hessian(Problem(problem.model.float().cuda(), problem.loss_function, data)), rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert report["symmetry"].limit > 1e-3
+
+
+class TestSeveralDevices:
+    """The host is one of them, so that one GPU suffices; the first has the vectors."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("on_gpu", ["first", "second"])
+    def test_products_are_the_cpus(self, kind: str, on_gpu: str) -> None:
+        problem, model = pipeline(), pipeline().model
+        getattr(model, on_gpu).cuda()
+        there = KINDS[kind](model, problem.loss_function, dict(model.named_parameters()), problem.data)
+        here = KINDS[kind](problem.model, problem.loss_function, problem.params, problem.data)
+        X = vectors(here, 3)
+        for _ in range(2):
+            close(there @ X, here @ X)
+        close(there.gradient_and_loss()[0], here.gradient_and_loss()[0])
+        close(there.block("second.weight", "first.bias") @ X[:5], here.block("second.weight", "first.bias") @ X[:5])
+        parts = there.unravel(X[:, 0])
+        assert {name: part.device for name, part in parts.items()} == {
+            name: value.device for name, value in model.named_parameters()
+        }
+
+
+class TestRanks:
+    """One GPU is shared by the ranks, so that tensors go through the host; NCCL needs one for each."""
+
+    def test_matrices(self, tmp_path) -> None:
+        found = Ranks("on_gpu", 2, tmp_path).check()[0]
+        for kind, product in found.items():
+            problem = pipeline()
+            A = KINDS[kind](problem.model, problem.loss_function, problem.params, problem.data)
+            close(product, A @ np.ones(A.shape[0]))
 
 
 class TestRecording:

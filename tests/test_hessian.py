@@ -184,6 +184,7 @@ class TestModelsAndParameters:
         assert H[[3], :].shape == (1, 43)
 
 
+@pytest.mark.filterwarnings("ignore:the parameters are torch.bfloat16:RuntimeWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_in_lower_precision_are_as_exact_as_their_dtype(dtype: torch.dtype) -> None:
     problem = loss_problem("ce")

@@ -15,8 +15,9 @@ SOURCE = Path(curvop.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 STUDIES = {
     *("arguments", "cli", "dense", "eigs", "matrices", "problems", "preconditioner", "report", "results", "singular"),
-    "solvers",
+    *("check", "check_report", "model_check", "solvers"),
     *("spectrum", "journal", "products", "fingerprint", "records", "exclusive", "distributed"),
+    *("serving", "ranks", "pulse"),
 }
 
 

@@ -450,7 +450,8 @@ class TestTheModelIsLeftAsFound:
         params = {name: value for name, value in model.named_parameters() if value.requires_grad}
         state = torch.get_rng_state()
         H = HessianLinearOperator(model, nn.MSELoss(), params, data, cache=0)
-        H @ np.ones(H.shape[1])
+        with pytest.warns(RuntimeWarning, match=r"'2' \(Dropout, p = 0.5\).*'1' \(BatchNorm1d\)"):
+            H @ np.ones(H.shape[1])
         assert torch.equal(state, torch.get_rng_state())
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         assert all(value.grad is None for value in model.parameters())
@@ -548,7 +549,8 @@ class TestRandomness:
         problem.model.insert(2, nn.Dropout(0.5)).train()
         problem.params = dict(problem.model.named_parameters())
         H = hessian(problem, cache=0)
-        H @ np.ones(43)
+        with pytest.warns(RuntimeWarning, match=r"dropout is active in '2' \(Dropout, p = 0.5\).*model.eval\(\)"):
+            H @ np.ones(43)
         with pytest.raises(NonDeterministicObjectiveError, match=r"dropout.*model.eval\(\)"):
             H @ np.ones(43)
         problem.model.eval()
@@ -580,6 +582,34 @@ class TestNonFiniteProducts:
         with pytest.raises(NonFiniteProductError, match="vector handed in"):
             H @ np.full(43, np.inf)
         assert np.isfinite(H @ np.ones(43)).all()
+
+    @pytest.mark.parametrize("cache", [0, 20_000, "auto"])
+    def test_a_batch_that_was_read_wrong_once_spoils_no_later_product(self, cache):
+        problem = loss_problem("mse", "singles")
+
+        class Loader:
+            spoils = True
+
+            def __iter__(self):
+                for index, (X, y) in enumerate(problem.data):
+                    yield (X * torch.nan if self.spoils and index == 2 else X), y
+
+        loader = Loader()
+        H = HessianLinearOperator(problem.model, problem.loss_function, problem.params, loader, cache=cache)
+        with pytest.raises(NonFiniteProductError, match="batch 2"):
+            H @ np.ones(H.shape[1])
+        loader.spoils = False
+        np.testing.assert_allclose(H @ np.eye(H.shape[1]), dense(problem), rtol=1e-12, atol=1e-15)
+
+    def test_a_vector_that_is_not_finite_costs_nothing_that_was_kept(self):
+        problem = counting_problem()
+        H = hessian(problem)
+        H @ np.ones(H.shape[1])
+        runs = problem.model.runs
+        with pytest.raises(NonFiniteProductError, match="vector handed in"):
+            H @ np.full(H.shape[1], np.nan)
+        H @ np.ones(H.shape[1])
+        assert problem.model.runs == runs
 
 
 class TestFailuresLeaveTheOperatorUsable:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +137,112 @@ def test_what_a_deadline_leaves_undone_is_said_and_can_be_done_later(run, tmp_pa
     code, text, _ = run("digits", "--k", 2, "--out", out, "--resume")
     assert code == 0
     assert "everything that was asked for is done" in text
+    assert "0.weight " not in text  # no block is finished, and none was asked for
+
+
+SLOW = """
+import os, time
+from torch import autograd
+
+class Nap(autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(float(os.environ["CURVOP_TEST_NAP"]))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Nap.apply(gradient)
+
+class Napping(nn.Module):
+    def forward(self, x):
+        return Nap.apply(x)
+
+def slow():
+    problem = network(hidden=40)
+    problem["model"] = nn.Sequential(*problem["model"], Napping())
+    return problem
+"""
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> str:
+    file = tmp_path / "slow.py"
+    file.write_text(PROBLEMS + SLOW)
+    return f"{file}:slow"
+
+
+ARGUMENTS = ("--k", 6, "--probes", 2, "--steps", 30, "--blocks", "--json")
+
+
+def test_a_slow_problem_ends_by_its_deadline_with_what_there_is(run, slow, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "study"
+    monkeypatch.setenv("CURVOP_TEST_NAP", "0")
+    whole = json.loads(run(slow, *ARGUMENTS, "--out", tmp_path / "whole")[1])
+    assert whole["ok"]
+
+    monkeypatch.setenv("CURVOP_TEST_NAP", "0.01")
+    begun = time.monotonic()
+    code, text, _ = run(slow, *ARGUMENTS, "--out", out, "--deadline", "5s")
+    assert time.monotonic() - begun < 5
+    found = json.loads(text)
+    assert code == 1
+    assert not found["ok"]
+    lower = found["ends"][1]
+    assert lower["which"] == "SA"
+    assert len(lower["values"]) == 5
+    assert lower["converged"] < 5
+    assert re.fullmatch(r"not converged, as time was up: \d of 5 eigenvalues did; .*", lower["verdict"])
+    assert "as time was up" in (out / "report.html").read_text()
+    assert any("SA: " in one and "of 5 converged by the deadline" in one for one in found["undone"])
+    assert any(re.fullmatch("density: . probes of .* steps only, by the deadline", one) for one in found["undone"])
+    assert any(re.fullmatch("blocks: (not|. of 4) done by the deadline", one) for one in found["undone"])
+
+    monkeypatch.setenv("CURVOP_TEST_NAP", "0")
+    again = json.loads(run(slow, *ARGUMENTS, "--out", out, "--resume")[1])
+    assert again["ok"]
+    assert again["products"] < whole["products"]  # what was made before is answered from disk
+    for one, other in zip(again["ends"], whole["ends"], strict=True):
+        np.testing.assert_allclose(one["values"], other["values"], atol=1e-10)
+    assert again["trace"]["value"] == pytest.approx(whole["trace"]["value"])
+
+
+def test_finished_blocks_are_shown_without_being_asked_for(run, spec, tmp_path) -> None:
+    out = tmp_path / "study"
+    _, first, _ = run(spec, "--k", 2, "--blocks", "--out", out, "--json")
+    code, again, _ = run(spec, "--k", 2, "--out", out, "--resume", "--json")
+    assert code == 0
+    assert json.loads(again)["products"] == 0
+    assert json.loads(again)["blocks"] == json.loads(first)["blocks"]
+    assert "Layer by layer" in (out / "report.html").read_text()
+    assert BlockStudy.load(out / "blocks.npz").complete
+    code, asked, _ = run(spec, "--k", 2, "--blocks", "--out", out, "--resume", "--json")
+    assert json.loads(asked)["products"] == 0
+    assert json.loads(asked)["blocks"] == json.loads(first)["blocks"]
+
+
+def test_some_blocks_of_a_run_that_was_killed(run, spec, tmp_path, monkeypatch) -> None:
+    """Within the third block: the table shows two, and later all."""
+    out, script = tmp_path / "study", "import sys; from curvop.cli import main; sys.exit(main(sys.argv[1:]))"
+    _, whole, _ = run(spec, "--k", 2, "--blocks", "--out", tmp_path / "whole", "--json")
+    (tmp_path / "slow.py").write_text(PROBLEMS + SLOW.replace("hidden=40", "hidden=4"))
+    slow = f"{tmp_path / 'slow.py'}:slow"
+    command = [sys.executable, "-c", script, "spectrum", slow, "--k", "2", "--blocks", "--out", str(out)]
+    process = subprocess.Popen(command, env=os.environ | {"CURVOP_TEST_NAP": "0.003"}, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out / "blocks" / "block 2").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
+    monkeypatch.setenv("CURVOP_TEST_NAP", "0")
+    code, text, _ = run(slow, "--k", 2, "--out", out, "--resume")
+    assert code == 0
+    assert "0.bias " in text
+    assert "not studied, as time was up: 2.weight and 2.bias" in text
+    assert "not studied, as time was up: 2.weight and 2.bias" in (out / "report.html").read_text()
+    assert BlockStudy.load(out / "blocks.npz").names == ["0.weight", "0.bias"]
+    _, text, _ = run(slow, "--k", 2, "--out", out, "--blocks", "--resume", "--json")
+    for name, told in json.loads(text)["blocks"].items():
+        assert told == pytest.approx(json.loads(whole)["blocks"][name], rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize(

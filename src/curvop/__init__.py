@@ -1,6 +1,8 @@
 """Curvature matrices of PyTorch models as SciPy linear operators."""
 
-from curvop import preconditioner, spectrum
+from curvop import distributed, preconditioner, spectrum
+from curvop.check import check
+from curvop.check_report import CheckReport
 from curvop.damped import DampedLinearOperator
 from curvop.examples.functorch import functorch_hessian
 from curvop.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
@@ -17,6 +19,7 @@ from curvop.utils import allclose_report
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckReport",
     "DampedLinearOperator",
     "EFLinearOperator",
     "FisherLinearOperator",
@@ -31,6 +34,8 @@ __all__ = [
     "SubmatrixLinearOperator",
     "TransposedJacobianLinearOperator",
     "allclose_report",
+    "check",
+    "distributed",
     "functorch_hessian",
     "preconditioner",
     "select",

@@ -39,11 +39,23 @@ problem; 130 interrupted"""
 _SPECTRUM_DESCRIPTION = """\
 Studies the spectrum of a curvature matrix: its density, extreme eigenvalues with a certificate, trace and norm with
 error bars, and with --blocks every layer. With --out it keeps what it does, so that --resume continues a run that was
-killed, and writes report.html. The problem is named as for 'curvop eigs'."""
+killed or ended by its --deadline, and writes report.html. The deadline counts from the start of the command; nothing is
+broken off, so it can be overrun by the loading of the problem, its gradient, and a product with --probes vectors. The
+problem is named as for 'curvop eigs'."""
 
 _SPECTRUM_EPILOG = """\
 exit codes: 0 all is well; 1 an eigenvalue is not certified, or the deadline left something undone; 2 a bad argument or
 problem; 130 interrupted"""
+
+_CHECK_DESCRIPTION = """\
+Checks a problem before something long is done with it: that products are linear, symmetric, repeat, and agree with
+other routes in float64; randomness, modules in training mode, shuffling, parameters that the loss does not reach. It
+takes about ten products, and prints what to do about each thing that is found. The problem is named as for 'curvop
+eigs'."""
+
+_CHECK_EPILOG = """\
+exit codes: 0 nothing is wrong, though there may be warnings; 1 something is wrong; 2 a bad argument or problem;
+130 interrupted"""
 
 _DAMPING = "in (B + damping I) x = g (default: 0.01)"
 
@@ -134,6 +146,15 @@ def _parser() -> _Parser:
     )
     spectrum.add_argument("--out", metavar="DIR", type=Path, help="save results, pictures and report.html here")
     spectrum.add_argument("--resume", action="store_true", help="continue the study that --out holds")
+    check = commands.add_parser(
+        "check",
+        help="a check of a problem, before something long is done with it",
+        description=_CHECK_DESCRIPTION,
+        epilog=_CHECK_EPILOG,
+        allow_abbrev=False,
+    )
+    _common(check, (*MATRICES, "jacobian"))
+    check.add_argument("--probes", type=_count, default=2, help="random vectors (default: 2)")
     return parser
 
 
@@ -189,6 +210,8 @@ def _duration(text: str) -> float:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse, before anything is computed, what would only fail at the end."""
+    if options.command == "check":
+        return
     if options.matrix == "jacobian" and options.which:  # eigs only
         raise UsageError("argument --which: of a Jacobian, the largest singular values are found: leave it out")
     if options.command == "eigs" and options.which == "BE" and options.k < 2:

@@ -10,16 +10,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from curvop import NonDeterministicObjectiveError, NonFiniteProductError
+from curvop import NonDeterministicObjectiveError, NonFiniteProductError, check
 from curvop.arguments import UsageError, parse
 from curvop.dense import DenseCheck
 from curvop.eigs import evaluated, quiet, study
-from curvop.matrices import wrap
+from curvop.matrices import MATRICES, wrap
 from curvop.preconditioner import nystrom
 from curvop.problems import ProblemError, describe_error, load, one_line
 from curvop.report import eigs_json, eigs_report, num_products, solve_json, solve_report
 from curvop.results import Result, param_arrays, save, save_arrays
-from curvop.singular import singular_study
+from curvop.singular import singular_study, wrap_jacobian
 from curvop.solvers import solve
 from curvop.spectrum.study import spectrum_study
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(argv)
         if options is None:
             return 2
-        return {"eigs": _eigs, "solve": _solve, "spectrum": _spectrum}[options.command](options)
+        return {"eigs": _eigs, "solve": _solve, "spectrum": _spectrum, "check": _check}[options.command](options)
     except SystemExit as stop:  # argparse, after --help and --version
         return int(stop.code or 0)
     except (UsageError, ProblemError) as error:
@@ -132,11 +132,30 @@ def _solve(options: argparse.Namespace) -> int:
 
 
 def _spectrum(options: argparse.Namespace) -> int:
-    """Run ``curvop spectrum``."""
+    """Run ``curvop spectrum``, whose deadline counts from here."""
+    begun = time.monotonic()
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
-        findings = spectrum_study(load(options.problem), options)
+        findings = spectrum_study(load(options.problem), options, begun)
     print(json.dumps(findings.json(), indent=2) if options.json else findings)
     return 0 if findings.ok else 1
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Run ``curvop check``."""
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        problem = load(options.problem)
+        settings = (options.dtype, options.engine, options.block)
+        if options.matrix == "jacobian":
+            title, (_, operator) = "Jacobian", wrap_jacobian(problem, *settings)
+        else:
+            title, (_, operator) = MATRICES[options.matrix].title, wrap(problem, options.matrix, *settings)
+        try:
+            report = check(operator, num_probes=options.probes, rng=0)
+        except Exception as error:  # the user's model, loss and data run here for the first time
+            raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
+    asked = {name: getattr(options, name) for name in ("problem", "matrix", "block")}
+    print(json.dumps(asked | report.json(), indent=2) if options.json else f"{title} of {options.problem}\n{report}")
+    return 0 if report.ok else 1
 
 
 @contextmanager

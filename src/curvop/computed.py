@@ -12,18 +12,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvop.checked import whole_number
 from curvop.cost import Cost, median_seconds
 from curvop.kernels.compiled import CompiledKernel
+from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.fingerprint import digest, objective_parts, objective_state
 from curvop.kernels.gradient import gradient_and_loss
+from curvop.kernels.inspection import Inspection, inspect
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.linearize import Engine
 from curvop.kernels.memory import Budget, peak_rise
+from curvop.kernels.routes import Route, other_routes
+from curvop.memory import available_bytes
 from curvop.operator import BridgeLinearOperator, Rows
 from curvop.progress import Progress
 from curvop.staging import Staging
 
-__all__ = ["TORCH_DTYPES", "ComputedLinearOperator", "Settings"]
+__all__ = ["TORCH_DTYPES", "UNTRUSTED", "ComputedLinearOperator", "Settings"]
+
+#: What a product raises that cannot be trusted.
+UNTRUSTED = (NonDeterministicObjectiveError, NonFiniteProductError)
 
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
@@ -84,18 +92,19 @@ class ComputedLinearOperator(BridgeLinearOperator):
         Cost
             Prints as one sentence.
         """
+        whole_number("repeats", repeats, 1)
         vector = np.ones((1, self.shape[1]), dtype=self.dtype)
         self._apply(vector)  # what is kept is made here
         peak = peak_rise(lambda: self._apply(vector), self._objective.device)
         product, gradient = median_seconds([lambda: self._apply(vector), self._gradient], repeats)
         return Cost(product, product / gradient, *self._engine.kept(), peak, self._engine.kernel.seconds)
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, data: bool = True) -> dict[str, str]:
         """Return what the matrix depends on, by name, as digests: parameters, model, loss function, data, settings.
 
         They are the same in every process and on every device; how a product is computed (`engine`, `cache`,
-        `columns`) is not among them. It reads the data once, and computes no product. `curvop.fingerprint` says what
-        it sees of functions.
+        `columns`) is not among them. It computes no product, and reads the data once unless `data` is False, which
+        leaves its parts out. `curvop.fingerprint` says what it sees of functions.
         """
         kernel, settings = self._engine.kernel, getattr(self, "_kernel", None)
         parts = {"operator": type(self).__name__, "shape": str(tuple(self.shape)), "dtype": str(self.dtype)}
@@ -103,7 +112,7 @@ class ComputedLinearOperator(BridgeLinearOperator):
         if isinstance(settings, functools.partial):
             parts |= {name: str(value) for name, value in settings.keywords.items()}
         with torch.inference_mode(False):
-            return parts | objective_parts(self._objective)
+            return parts | objective_parts(self._objective, data)
 
     def state(self) -> tuple[object, ...]:
         """Return a token, to be compared in this process, that changes where a parameter or the model is written to.
@@ -113,6 +122,23 @@ class ComputedLinearOperator(BridgeLinearOperator):
         """
         with torch.inference_mode(False):
             return objective_state(self._objective)
+
+    def inspect(self) -> Inspection:
+        """Look at the model, the loss and the data, by two passes over it; `curvop.check` reports what is found."""
+        kernel = self._engine.kernel
+        names = list(dict.fromkeys((*kernel.rows.names, *kernel.cols.names)))
+        with torch.inference_mode(False):
+            return inspect(self._objective, names)
+
+    def other_routes(self, vector: NDArray[Any]) -> list[Route]:
+        """Return products with `vector` ``(N,)`` in float64, by derivatives that are not the engine's.
+
+        In forward mode, where torch has it, and by finite differences; they take one pass over the data, of about ten
+        gradients, and no more than half of the memory that is free. `curvop.check` compares with them.
+        """
+        there = torch.tensor(vector, dtype=torch.float64, device=self.device)
+        with torch.inference_mode(False):
+            return other_routes(self._engine.kernel, there, available_bytes(self.device))
 
     def _gradient(self) -> tuple[Tensor, float]:
         """Return the gradient by the parameters of the rows, or else of the columns, and the loss."""

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from curvop.examples.functorch import NoHessianError
 from curvop.problems import describe_error
 
-__all__ = ["DENSE_LIMIT", "DenseCheck", "accuracy", "dense_check", "largest_difference"]
+__all__ = ["DENSE_LIMIT", "DenseCheck", "accuracy", "dense_check", "largest_difference", "rounding"]
 
 Array = npt.NDArray[Any]
 
@@ -52,7 +52,12 @@ def accuracy(*dtypes: str) -> float:
     It is 3.7e-11 in float64 and 2.4e-5 in float32, which leaves room for the rounding errors of sums over a data
     set.
     """
-    return float(max(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes) ** (2 / 3))
+    return rounding(max(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes))
+
+
+def rounding(eps: float) -> float:
+    """Return the same of numbers whose epsilon is known."""
+    return float(eps ** (2 / 3))
 
 
 def dense_check(

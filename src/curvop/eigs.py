@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
 from curvop import NonFiniteProductError
 from curvop.dense import accuracy, dense_check
@@ -16,6 +15,7 @@ from curvop.matrices import MATRICES, wrap
 from curvop.problems import ProblemError, describe_error, last_layer
 from curvop.results import Array, Cost, End, Result, Setup, Solve, Spectrum
 from curvop.solvers import solve
+from curvop.spectrum.eigen import eigsh
 
 __all__ = ["MAX_RESTARTS", "evaluated", "measured", "named_params", "quiet", "setup_of", "study"]
 
@@ -170,9 +170,10 @@ def _spectrum(operator: Any, ends: Sequence[tuple[str, int]], tol: float, roundi
     pairs = []
     for which, wanted in ends:
         bar.set_description_str(f"eigsh {which}")
-        with measured(operator) as cost:
-            values, vectors = _eigsh(operator, which, wanted, tol)
-        pairs.append((which, wanted, values, vectors, cost))
+        restarts = min(MAX_RESTARTS, 10 * operator.shape[0])
+        with measured(operator) as cost, quiet():
+            result = eigsh(operator, wanted, which, tol=tol, maxiter=restarts, certificate=False, progress=False)
+        pairs.append((which, wanted, result.values, result.vectors, cost))
     bar.set_description_str("residuals")
     with measured(operator) as residual_cost:
         images = operator @ np.concatenate([vectors for *_, vectors, _ in pairs], axis=1)
@@ -183,23 +184,6 @@ def _spectrum(operator: Any, ends: Sequence[tuple[str, int]], tol: float, roundi
         allowed = 2 * tol * np.abs(values) + rounding  # ARPACK promises tol |lambda|, by an estimate of its own
         found.append(End(which, wanted, values, vectors, residuals, allowed, cost))
     return Spectrum(tuple(found), residual_cost)
-
-
-def _eigsh(operator: Any, which: str, wanted: int, tol: float) -> tuple[Array, Array]:
-    """Return the eigenpairs that converged, the outermost (for SM the smallest in magnitude) first."""
-    rng = np.random.default_rng(0)
-    start = rng.standard_normal(operator.shape[0]).astype(operator.dtype, copy=False)  # the same in every run
-    # At a crowded end, SciPy's own 20 vectors for a few eigenvalues take twice as many products (digits: 1,840 to 860).
-    basis = min(len(start), max(2 * wanted + 1, 30))
-    options = {"tol": tol, "v0": start, "ncv": basis, "rng": rng, "maxiter": min(10 * len(start), MAX_RESTARTS)}
-    try:
-        values, vectors = eigsh(operator, wanted, which=which, **options)
-    except ArpackNoConvergence as error:
-        values, vectors = error.eigenvalues, error.eigenvectors
-    values = values.astype(np.float64)
-    key = {"LA": -values, "LM": -np.abs(values), "SM": np.abs(values)}.get(which, values)
-    order = np.argsort(key, kind="stable")
-    return values[order], vectors[:, order]
 
 
 def _solve(block: Any, damping: float, rtol: float, bar: Any) -> Solve:
@@ -213,7 +197,7 @@ def _solve(block: Any, damping: float, rtol: float, bar: Any) -> Solve:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Ignore what `solve` warns of, as the report says it."""
+    """Ignore what `eigsh` and `solve` warn of, as the report says it."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"(not )?converged: relative residual", RuntimeWarning)
+        warnings.filterwarnings("ignore", r"not converged|converged: relative residual", RuntimeWarning)
         yield

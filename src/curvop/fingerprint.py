@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.computed import ComputedLinearOperator
+from curvop.operator import BridgeLinearOperator
 
 __all__ = ["OtherProblemError", "differing", "fingerprint", "listed", "state"]
 
@@ -61,8 +61,8 @@ def fingerprint(A: LinearOperator) -> dict[str, str]:
         raise TypeError(
             f"A is a {type(A).__name__}, not a LinearOperator: wrap it, scipy.sparse.linalg.aslinearoperator(A)"
         )
-    if isinstance(A, ComputedLinearOperator):
-        return A.fingerprint()
+    if isinstance(A, BridgeLinearOperator) and hasattr(A, "fingerprint"):
+        return cast("dict[str, str]", A.fingerprint())
     parts = {"operator": type(A).__name__, "shape": str(tuple(A.shape)), "dtype": str(A.dtype)}
     matrix = getattr(A, "A", None)
     if type(A).__name__ == "MatrixLinearOperator" and (isinstance(matrix, np.ndarray) or issparse(matrix)):
@@ -81,8 +81,8 @@ def state(A: LinearOperator) -> tuple[object, ...]:
 
     It is compared by ``==`` and holds in this process only; it costs one pass over the parameters.
     """
-    if isinstance(A, ComputedLinearOperator):
-        return A.state()
+    if isinstance(A, BridgeLinearOperator) and hasattr(A, "state"):
+        return cast("tuple[object, ...]", A.state())
     return tuple(state(term) if isinstance(term, LinearOperator) else _value(term) for term in _terms(A) or ())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from curvop.checked import generator
 from curvop.computed import Settings
 from curvop.kernels.fisher import EmpiricalFisherKernel, SampledFisherKernel, gradient_sum
 from curvop.kernels.ggn import GGNKernel
@@ -18,6 +20,7 @@ from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.likelihoods import Likelihood
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight
+from curvop.kernels.routes import Route
 from curvop.operator import Rows
 from curvop.sandwich import SandwichLinearOperator
 
@@ -84,16 +87,25 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     """
 
     _objective: ModelObjective
-    _mean: tuple[int, dict[str, Tensor]] | None = None
+    _mean: tuple[int, dict[str, Tensor], float, float] | None = None
 
     def diagonal(self) -> NDArray[Any]:
         """Return the exact diagonal ``(N,)``, in two passes over the data; see `EFLinearOperator`."""
-        exact = super().diagonal()
+        exact = self._diagonal()
         self._mean = None  # only products see that the parameters have changed
-        left, right = self._centre()
+        left, right, divisor, count = self._gradient_sum()
         self._mean = None
-        exact -= (left * right).cpu().numpy()
-        return exact
+        exact -= left * right / (divisor * count)
+        return exact.cpu().numpy().astype(self.dtype, copy=False)
+
+    def other_routes(self, vector: NDArray[Any]) -> list[Route]:
+        """Return products by other routes to the empirical Fisher matrix; the mean is taken away as it always is."""
+        left, right, divisor, count = self._gradient_sum()
+        taken = left * (right @ torch.tensor(vector, dtype=torch.float64, device=right.device)) / (divisor * count)
+        return [
+            route if route.product is None else dataclasses.replace(route, product=route.product - taken)
+            for route in super().other_routes(vector)
+        ]
 
     def _adjoint(self) -> Any:
         adjoint = super()._adjoint()
@@ -108,28 +120,28 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         # What centring takes away may be most of the product: in double precision, as far as the model's goes.
         lifted: Any = rows.double() if isinstance(rows, Tensor) else rows.astype(np.float64)
         products: Any = super()._apply(lifted)
-        left, right = self._centre()
+        left, right, divisor, count = self._gradient_sum()
         if isinstance(rows, Tensor):
-            there = products.device
-            return cast("Tensor", products - (lifted @ right.to(there))[:, None] * left.to(there)).to(rows.dtype)
-        products -= (lifted @ right.cpu().numpy())[:, None] * left.cpu().numpy()
+            along = lifted @ right.to(products.device) / (divisor * count)
+            return cast("Tensor", products - along[:, None] * left.to(products.device)).to(rows.dtype)
+        products -= (lifted @ right.cpu().numpy() / (divisor * count))[:, None] * left.cpu().numpy()
         return cast("Rows", products.astype(np.result_type(self.dtype, rows.dtype), copy=False))
 
-    def _centre(self) -> tuple[Tensor, Tensor]:
-        """Return two vectors whose outer product is what centring takes away."""
+    def _gradient_sum(self) -> tuple[Tensor, Tensor, float, float]:
+        """Return the sum of the examples' gradients by the rows and by the columns, `W`, and how many there are."""
         with torch.inference_mode(False):
             if self._mean is None or self._mean[0] != self._engine.first_passes:
                 names = list(dict.fromkeys((*self._rows.names, *self._cols.names)))
                 layout = ParameterLayout(self._objective.params, names)
                 total = torch.empty(layout.size, dtype=torch.float64, device=self._objective.device)
                 divisor, count = gradient_sum(self._objective, names, total)
-                total /= (divisor * count) ** 0.5
-                self._mean = self._engine.first_passes, dict(zip(names, layout.split(total), strict=True))
-            means = self._mean[1]
+                sums = dict(zip(names, layout.split(total), strict=True))
+                self._mean = self._engine.first_passes, sums, divisor, count
+            _, sums, divisor, count = self._mean
             left, right = (
-                torch.cat([means[name].reshape(-1) for name in one.names]) for one in (self._rows, self._cols)
+                torch.cat([sums[name].reshape(-1) for name in one.names]) for one in (self._rows, self._cols)
             )
-            return left, right
+            return left, right, divisor, count
 
 
 class FisherLinearOperator(SandwichLinearOperator):
@@ -187,6 +199,6 @@ class FisherLinearOperator(SandwichLinearOperator):
         Likelihood(objective.loss_function)  # refuses other losses
         self._kernel = GGNKernel
         if mc_samples:
-            seed = int(np.random.default_rng(rng).integers(2**63))
+            seed = int(generator(rng).integers(2**63))
             self._kernel = functools.partial(SampledFisherKernel, samples=int(mc_samples), seed=seed)
         self._setup(objective, Settings(dtype, cache, engine, columns, progress))

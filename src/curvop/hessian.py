@@ -50,11 +50,13 @@ class HessianLinearOperator(CurvatureLinearOperator):
         ``(prediction, y) -> scalar``. Its attribute ``reduction`` says whether it is a 'mean' (also where it has none)
         or a 'sum'.
     params : dict of str to Tensor, or list of the model's own parameters
-        Any of the model's parameters, in the order of rows and columns: real floating point, one dtype, one device,
-        requiring grad. Their values are used, even where they differ from the module's own.
+        Any of the model's parameters, in the order of rows and columns: real floating point, one dtype, requiring
+        grad. Their values are used, even where they differ from the module's own. Where they are on several devices,
+        batches and vectors go to the first one's, and the model moves what it hands on and returns.
     data : iterable of (X, y)
         Read once or more per operator, so no one-shot iterator: a list, a ``DataLoader``. X and y are tensors, or
-        (nested) mappings, lists and tuples of tensors; they are moved to the parameters' device.
+        (nested) mappings, lists and tuples of tensors; they are moved to the parameters' device. A model that writes
+        to its input gets copies.
     dtype : numpy.float64 or numpy.float32
         Of the vectors that SciPy sees. Products are computed in the parameters' own dtype.
     cache : float or 'auto'
@@ -79,6 +81,15 @@ class HessianLinearOperator(CurvatureLinearOperator):
     TypeError, ValueError
         Naming the argument that cannot be used. Constructing costs no pass over the data, so that what is wrong with
         it is raised by the first product.
+    NonFiniteProductError, NonDeterministicObjectiveError
+        By a product that is not finite, or whose loss has changed since the last pass over the data.
+
+    Warns
+    -----
+    RuntimeWarning
+        By the first product, once for an operator and its blocks: where dropout is active, so that the matrix is that
+        of one draw of its masks; where batch normalisation sees each of several batches by itself; where the parameters
+        are in half precision, in which products are then computed. `curvop.check` looks for more.
 
     References
     ----------

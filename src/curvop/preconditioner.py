@@ -150,8 +150,9 @@ def jacobi(
     Parameters
     ----------
     A : LinearOperator, shape (N, N)
-        Symmetric positive semi-definite, undamped. Where it has a method ``diagonal()``, as the Gauss-Newton and Fisher
-        matrices have, its diagonal is exact; else it is estimated by XDiag, and what comes out negative counts as zero.
+        Symmetric positive semi-definite, undamped. Where ``A.diagonal()`` knows it, as for the Gauss-Newton and Fisher
+        matrices, their blocks and submatrices, the diagonal is exact; else it is estimated by XDiag, and what comes out
+        negative counts as zero.
     damping : float
         Positive.
     num_products : int

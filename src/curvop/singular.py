@@ -15,7 +15,7 @@ from curvop.jacobian import JacobianLinearOperator
 from curvop.problems import ProblemError, describe_error, one_line
 from curvop.results import Setup, Singular
 
-__all__ = ["singular_study"]
+__all__ = ["singular_study", "wrap_jacobian"]
 
 
 def singular_study(
@@ -41,15 +41,7 @@ def singular_study(
     ProblemError
         If the problem cannot be wrapped or evaluated, or is too small for the number of singular values.
     """
-    settings = {"dtype": np.dtype(dtype), "engine": engine, "progress": bar}
-    try:
-        whole = JacobianLinearOperator(problem["model"], problem["params"], problem["data"], **settings)
-    except Exception as error:  # the user's model and data run here for the first time
-        raise ProblemError(one_line(error)) from error
-    try:
-        operator = whole if block is None else whole.block(block)
-    except ValueError as error:  # the operator calls this argument 'params'
-        raise ProblemError(f"--block: {str(error).removeprefix('params').lstrip(': ')}") from error
+    whole, operator = wrap_jacobian(problem, dtype, engine, block, bar)
     if k >= min(operator.shape):
         raise ProblemError(f"--k = {k} is too large: the Jacobian is {operator.shape[0]:,} by {operator.shape[1]:,}")
     problem = {**problem, "params": named_params(problem, whole)}
@@ -64,6 +56,27 @@ def singular_study(
     bar.set_description_str("dense check")
     ends = [("LA", k, found.values**2)]
     yield dense_check(problem, _gram, list(setup.slices), ends, 2 * (tol + precision))
+
+
+def wrap_jacobian(
+    problem: dict[str, Any], dtype: str, engine: str, block: Sequence[str] | None, progress: Any = False
+) -> tuple[Any, Any]:
+    """Return the Jacobian of a problem, and the part of it that `block` names; `curvop.matrices.wrap` does the others.
+
+    Raises
+    ------
+    ProblemError
+        If the problem cannot be wrapped.
+    """
+    settings = {"dtype": np.dtype(dtype), "engine": engine, "progress": progress}
+    try:
+        whole = JacobianLinearOperator(problem["model"], problem["params"], problem["data"], **settings)
+    except Exception as error:  # the user's model and data run here for the first time
+        raise ProblemError(one_line(error)) from error
+    try:
+        return whole, whole if block is None else whole.block(block)
+    except ValueError as error:  # the operator calls this argument 'params'
+        raise ProblemError(f"--block: {str(error).removeprefix('params').lstrip(': ')}") from error
 
 
 def _first_pass(

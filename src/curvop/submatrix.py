@@ -76,6 +76,27 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
         submatrix._counter = self._counter
         return submatrix
 
+    def diagonal(self) -> NDArray[Any]:
+        """Return the exact diagonal ``(n,)`` of a principal submatrix, from that of the parameters it touches.
+
+        Raises
+        ------
+        ValueError
+            Where the rows are others than the columns, or in another order.
+        NotImplementedError
+            Where `A` does not know its own.
+        """
+        if not np.array_equal(self._rows.idxs, self._cols.idxs):
+            raise ValueError(
+                f"rows and columns of this submatrix of shape {self.shape} are different: "
+                "take the principal one, A.submatrix(idxs), for a diagonal"
+            )
+        if not self._rows.idxs.size:
+            return np.zeros(0, dtype=self.dtype)
+        whole = getattr(self._A, "diagonal", super().diagonal)
+        diagonal: NDArray[Any] = whole()[self._rows.idxs]
+        return diagonal
+
     def _adjoint(self) -> Self:
         adjoint = self._A.H
         if adjoint is self._A and np.array_equal(self._rows.idxs, self._cols.idxs):
@@ -183,7 +204,10 @@ def _as_slice(idxs: NDArray[np.intp]) -> slice | None:
 def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
     """Return `idxs` as an array of its own, checked and free of negative numbers."""
     if isinstance(idxs, slice):
-        return np.arange(*idxs.indices(length), dtype=np.intp)
+        try:
+            return np.arange(*idxs.indices(length), dtype=np.intp)
+        except (TypeError, ValueError) as error:  # floats, and a step of 0
+            raise type(error)(f"{what} is {idxs}: {error}") from None
     if isinstance(idxs, range):
         # No range stays within the axis for longer; what is too long is told without memory taken for all of it.
         idxs = idxs[: 2 * length + 1]
@@ -197,7 +221,10 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
             raise TypeError(f"{what} has dtype {idxs.dtype}, but indices must be integers or a boolean mask")
         array = idxs.numpy(force=True)
     else:
-        array = np.asarray(idxs)
+        try:
+            array = np.asarray(idxs)
+        except ValueError:
+            raise IndexError(f"{what} holds sequences of different lengths, but must be one-dimensional") from None
         if array.size == 0 and isinstance(idxs, list | tuple):
             array = array.astype(np.intp)
     if array.ndim == 0 and isinstance(idxs, Iterable):

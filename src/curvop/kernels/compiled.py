@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.kernel import Kernel, Linearization
-from curvop.kernels.objective import check_loss
 from curvop.kernels.passes import precision, same
 from curvop.kernels.tracing import Program, agree, compile_product
+from curvop.kernels.weights import check_loss
 
 __all__ = ["CompiledKernel"]
 
@@ -91,6 +91,9 @@ class CompiledKernel(Kernel):
         self, leaves: Mapping[str, Tensor], index: int, batch: Any
     ) -> tuple[list[Any], tuple[Program, Any]] | None:
         """Return the inputs and the program that is good for them, None where there is none."""
+        if len({value.device for value in leaves.values()}) > 1:
+            self._warn("parameters are on several devices")
+            return None
         inputs, structure = pytree.tree_flatten((dict(leaves), self.held(leaves, index, batch), batch))
         if unknown := [part for part in inputs if not _is_known(part)]:
             # What it holds, nobody can see: neither the tensors to trace nor the values that a program is good for.

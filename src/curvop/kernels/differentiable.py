@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvop.kernels.convolution import CONVOLUTIONS
 
-__all__ = ["TwiceDifferentiable", "slow_backends"]
+__all__ = ["STAND_INS", "TwiceDifferentiable", "slow_backends"]
 
 
 @contextmanager
@@ -68,4 +68,14 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-_DEFINITIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: _weight_norm, **CONVOLUTIONS}
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    """Return attention by the math backend, also where the model itself has chosen another around the call."""
+    with slow_backends(recurrent=False):
+        return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
+
+
+STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,
+    torch.nn.functional.scaled_dot_product_attention: _attention,
+}
+_DEFINITIONS = {**STAND_INS, **CONVOLUTIONS}

@@ -27,8 +27,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _LIBRARIES = {"builtins", "torch", "curvop", "numpy", "scipy", "functools", "operator", "math"}
 
 
-def objective_parts(objective: Objective) -> dict[str, str]:
-    """Return digests of all that the objective depends on, by name; it reads the data once.
+def objective_parts(objective: Objective, data: bool = True) -> dict[str, str]:
+    """Return digests of all that the objective depends on, by name; for those of the `data` it is read once.
 
     What a Python function computes is told by its code, its defaults, the values that it encloses, and the numbers,
     tensors, modules and functions of its own module that it refers to.
@@ -41,8 +41,8 @@ def objective_parts(objective: Objective) -> dict[str, str]:
         parts["objective"] = digest(objective._objective)
     parts["reduction"] = objective.reduction
     parts["batch_weight"] = digest(objective._batch_weight)
-    parts["autocast"] = str(objective._autocast())
-    for index, batch in objective.batches():
+    parts["autocast"] = str(objective.autocast())
+    for index, batch in objective.batches() if data else ():
         parts[f"data, batch {index}"] = digest(batch)
     return parts
 

@@ -110,7 +110,7 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
             count += ratio * examples.count(reached or outputs, batch[1])
             for part, value in zip(parts, LinearMap(outputs, layout.of(leaves))(derivative), strict=True):
                 if value is not None:
-                    part.add_(value, alpha=loss.weight)
+                    part.add_(value.to(part.device), alpha=loss.weight)
     return objective.divisor(weights), count
 
 

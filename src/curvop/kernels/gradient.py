@@ -26,7 +26,7 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
                 losses.append(loss.weight * loss.value.item())
             for part, value in zip(parts, loss.gradient([leaves[name] for name in names]), strict=True):
                 if value is not None:
-                    part.add_(value, alpha=loss.weight)
+                    part.add_(value.to(part.device), alpha=loss.weight)
     divisor = objective.divisor(weights)
     out.div_(divisor)
     return math.fsum(losses) / divisor

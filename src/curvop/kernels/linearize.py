@@ -15,19 +15,25 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from curvop.kernels.batches import leaves, signature
+from curvop.kernels.batches import at_batch, leaves, signature
 from curvop.kernels.columns import Columns
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.kernel import Kernel, Linearization
-from curvop.kernels.memory import Budget, graph_bytes, keep_freed_memory, measured, tensor_bytes
-from curvop.kernels.passes import Pass, precision, same
+from curvop.kernels.memory import (
+    SHORT_OF_MEMORY,
+    Budget,
+    free_unused,
+    graph_bytes,
+    keep_freed_memory,
+    measured,
+    out_of_memory,
+    tensor_bytes,
+)
+from curvop.kernels.passes import REORDERED, DataReorderedError, Pass, precision, same
 from curvop.kernels.state import Fingerprint
+from curvop.kernels.sums import add_sums, set_sums
 
 __all__ = ["Engine"]
-
-
-class _DataReorderedError(Exception):
-    """The batches come in another order than in the first pass, so those kept cannot be told from the others."""
 
 
 class Engine:
@@ -53,13 +59,14 @@ class Engine:
         self._budget = budget
         self._columns = Columns(columns, kernel.worth_batching)
         self._keeps = True
+        self._spread = False
         self._first: Pass | None = None
         self.first_passes = 0
+        self._short = False  # of memory
         self._bytes: dict[object, int] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        # Graphs cannot be pickled and need not be: the first product makes them anew.
-        return self.__dict__ | {"_first": None}
+        return self.__dict__ | {"_first": None}  # graphs cannot be pickled; the first product makes them anew
 
     def apply(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None = None) -> None:
         """Write the products with `vectors` into `out`.
@@ -78,19 +85,29 @@ class Engine:
         NonFiniteProductError, NonDeterministicObjectiveError
         """
         with self._objective.slow_backends():
-            try:
-                self._checked_sum(vectors, out, tick)
-            except _DataReorderedError:
-                self._keeps = False
-                self._forget()
-                warnings.warn(
-                    "data yields other batches, or in another order, in every pass, so that some cannot be kept and "
-                    "the others made anew: every product now linearizes them all. Pass shuffle=False to the "
-                    "DataLoader, or a larger cache=, in which all of them fit.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                self._checked_sum(vectors, out, tick)
+            while True:
+                try:
+                    return self._checked_sum(vectors, out, tick)
+                except DataReorderedError:
+                    self._keeps = False
+                    self._forget()
+                    told = REORDERED
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    told = self._make_room(error)
+                if told:
+                    warnings.warn(told, RuntimeWarning, stacklevel=2)
+
+    def _make_room(self, error: Exception) -> str:
+        """Keep less, and multiply fewer columns at once; return what to tell the user, nothing after the first time."""
+        if not (self._budget.shrink() | self._columns.shrink()):  # both, as neither's part is known
+            error.add_note("one column and one batch at a time do not fit: let data yield smaller batches")
+            raise error
+        self._forget()
+        free_unused(self._objective.device)
+        told, self._short = "" if self._short else SHORT_OF_MEMORY, True
+        return told
 
     def kept(self) -> tuple[int, float]:
         """Return the bytes that are kept, and the share of the batches they are for, as of the last product."""
@@ -102,7 +119,10 @@ class Engine:
         self._sum(vectors, out, tick)
         # NaN and infinity survive a sum, so one reduction clears the whole product; only a suspect is looked through.
         if not math.isfinite(out.sum().item()) and not torch.isfinite(out).all():
-            raise NonFiniteProductError(self._blame(vectors))
+            blame = self._blame(vectors)
+            if torch.isfinite(vectors).all():
+                self._forget()  # a batch that was read wrong once is not to spoil every later product
+            raise NonFiniteProductError(blame)
 
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
         steps = len(self._objective) * len(vectors)
@@ -114,7 +134,7 @@ class Engine:
             index = len(weights)
             weights.append(linearization.weight)
             first = self.kernel.by_batch and not self.kernel.rows.names  # then each batch has rows of its own
-            add = _set if first or not unit else _add
+            add = set_sums if first or not unit else add_sums
             unit = unit or linearization.weight  # one batch, or equal ones, are not scaled at all
             share = linearization.weight / unit if unit else 0.0
             if self.kernel.by_batch:
@@ -126,12 +146,14 @@ class Engine:
                     chunks[chunk] = self._parts(index, vectors[which], out[which], linearization.whole)
                 tangents, totals = chunks[chunk]
                 if share:
-                    add(totals, self._multiply(linearization, tangents, stop - start), share)
+                    add(totals, self._beside(totals, self._multiply(linearization, tangents, stop - start)), share)
                 done += stop - start
                 if tick is not None and steps:
                     tick(done / steps)
             del linearization  # one batch's graph at a time: this one is freed before the next is made
         self.kernel.check_count(len(weights))
+        if not unit:  # no batch counts, as may be in a part of a data set
+            out.zero_()
         rest = self._objective.divisor(weights) / (unit or 1.0)
         if rest != 1:
             out.div_(rest)
@@ -140,7 +162,14 @@ class Engine:
         """Return what batch number `index` is applied to, and where its product belongs."""
         cols, rows = self.kernel.cols, self.kernel.rows
         vector, total = cols.at(vector, index), rows.at(total, index)
-        return ([vector], [total]) if whole else (cols.split(vector), rows.split(total))
+        tangents = [vector] if whole else self._beside(cols.of(self._objective.params), cols.split(vector))
+        return tangents, [total] if whole else rows.split(total)
+
+    def _beside(self, others: Sequence[Tensor], parts: Any) -> Any:
+        """Return the parts, of which some are None, each on the device of its counterpart where it has any."""
+        pairs = zip(parts, others, strict=True)
+        moved = self._spread and others
+        return [part if part is None else part.to(other.device) for part, other in pairs] if moved else parts
 
     def _multiply(self, linearization: Linearization, tangents: list[Tensor], count: int) -> Sequence[Tensor | None]:
         if count == 1:
@@ -149,7 +178,9 @@ class Engine:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # measured, so nothing to tell
                 return linearization.apply_many(tangents)
-        except RuntimeError:  # not implemented, an operation that cannot be batched, or too little memory
+        except RuntimeError as error:  # not implemented, or an operation that cannot be batched
+            if out_of_memory(error):
+                raise
             self._columns.one_by_one()
         products = zip(*(linearization.apply(one) for one in zip(*tangents, strict=True)), strict=True)
         return [None if parts[0] is None else torch.stack(cast("tuple[Tensor, ...]", parts)) for parts in products]
@@ -171,6 +202,7 @@ class Engine:
         if self._first is not None and self._first.stale(state):
             self._forget()
         if self._first is None:
+            self._spread = len({value.device for value in self._objective.params.values()}) > 1
             return self._first_pass(state)
         if len(self._first.kept) == len(self._first.losses):
             return iter(self._first.kept.values())
@@ -189,10 +221,12 @@ class Engine:
         try:
             for index, batch in self._objective.batches():
                 count, loss = self._measure(first.leaves, index, batch) if keeps else (None, None)
-                linearization = self.kernel.linearize(first.leaves, index, batch)
-                if loss is not None and not same([float(linearization.loss)], [loss], self._eps(linearization.loss)):
+                linearization = self._linearize(first.leaves, index, batch)
+                if loss is not None and not same(
+                    [float(linearization.loss)], [loss], precision(linearization.loss, *first.leaves.values())
+                ):
                     raise NonDeterministicObjectiveError(
-                        _random(f"the loss of batch {index}", loss, linearization.loss)
+                        self._objective.changed(f"the loss of batch {index}", loss, linearization.loss)
                     )
                 if keeps:
                     if count is None:
@@ -203,6 +237,7 @@ class Engine:
                 first.record(linearization)
                 yield linearization
                 del linearization
+            self._objective.warn_once(len(first.weights))
             self._first = first
             self.first_passes += 1
         finally:
@@ -213,21 +248,22 @@ class Engine:
         this = Pass(first.state, first.leaves)
         for index, batch in self._objective.batches():
             if first.kept and Fingerprint.of_data(leaves(batch)) not in first.fingerprints[index : index + 1]:
-                raise _DataReorderedError
+                raise DataReorderedError
             linearization = first.kept.get(index)
             if linearization is None:
-                linearization = self.kernel.linearize(first.leaves, index, batch)
+                linearization = self._linearize(first.leaves, index, batch)
             this.record(linearization)
             yield linearization
             del linearization
         eps = max(this.eps, first.eps)
         if not same(this.losses, first.losses, eps) or not same(this.weights, first.weights, eps):
             raise NonDeterministicObjectiveError(
-                _random("the loss summed over the data", sum(first.losses), sum(this.losses))
+                self._objective.changed("the loss summed over the data", sum(first.losses), sum(this.losses))
             )
 
-    def _eps(self, loss: Tensor) -> float:
-        return precision(loss, *self._objective.params.values())
+    def _linearize(self, point: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
+        with at_batch(index):
+            return self.kernel.linearize(point, index, batch)
 
     def _measure(self, point: Mapping[str, Tensor], index: int, batch: Any) -> tuple[int | None, float | None]:
         """Return the bytes that a linearization of `batch` retains, and its loss where it was made to see that.
@@ -239,9 +275,7 @@ class Engine:
             return self._bytes[like], None
         self.kernel.prepare(point, index, batch)
         try:
-            linearization, count = measured(
-                lambda: self.kernel.linearize(point, index, batch), self._objective.tensors()
-            )
+            linearization, count = measured(lambda: self._linearize(point, index, batch), self._objective.tensors())
         except RuntimeError:
             return None, None
         count += tensor_bytes(linearization.tensors, self._objective.tensors())
@@ -256,7 +290,7 @@ class Engine:
             for vector in vectors if linearization.weight else ():
                 product = vector.new_empty(self.kernel.rows.size)
                 tangents, parts = self._parts(index, vector, product, linearization.whole)
-                _set(parts, linearization.apply(tangents), 1.0)
+                set_sums(parts, linearization.apply(tangents), 1.0)
                 for number, part in enumerate(self.kernel.rows.split(self.kernel.rows.at(product, index))):
                     if not torch.isfinite(part).all():
                         return (
@@ -264,26 +298,3 @@ class Engine:
                             f"(the loss of that batch is {float(linearization.loss):.6g})"
                         )
         return "the product is not finite: the batches are, but their sum overflows"
-
-
-def _set(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: float) -> None:
-    """Begin sums; their share is 1. Cheaper than to add to zero, where the sums are in another precision."""
-    for total, cotangent in zip(totals, cotangents, strict=True):
-        if cotangent is None:
-            total.zero_()
-        else:
-            total.copy_(cotangent)
-
-
-def _add(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: float) -> None:
-    for total, cotangent in zip(totals, cotangents, strict=True):
-        if cotangent is not None:
-            total.add_(cotangent, alpha=share)
-
-
-def _random(what: str, then: float, now: Any) -> str:
-    return (
-        f"{what} was {float(then):.9g} at first and is {float(now):.9g} now, at the same parameters: look at dropout "
-        "and batch normalisation in training mode (call model.eval()), random augmentation in the data, shuffling "
-        "with drop_last=True"
-    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from curvop.kernels.closed_forms import loss_derivative
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.objective import BatchLoss, BatchWeight, Objective
-from curvop.kernels.parameters import checked_params
+from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.weights import loss_divisor, loss_kind, loss_reduction
 
 __all__ = ["ModelObjective"]
@@ -31,9 +31,8 @@ class ModelObjective(Objective):
         data: Iterable[Any],
         batch_weight: BatchWeight | None = None,
     ) -> None:
-        for name, value in (("model", model), ("loss_function", loss_function)):
-            if not callable(value):
-                raise TypeError(f"{name} is a {type(value).__name__}, which cannot be called")
+        check_callable("model", model, "an nn.Module, or a function (params, X) -> prediction")
+        check_callable("loss_function", loss_function, "a loss of torch.nn, or a function (prediction, y) -> scalar")
         modules = [part for part in (model, loss_function) if isinstance(part, nn.Module)]
         super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
         self._model = model
@@ -45,12 +44,12 @@ class ModelObjective(Objective):
     def predict(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         """Return the model's prediction, differentiable twice in `leaves` within `slow_backends`."""
         with torch.enable_grad(), TwiceDifferentiable():
-            return self._prediction(leaves, batch)
+            return self.guard.run("prediction", lambda own: self._prediction(leaves, own), batch)
 
     def criterion(self, prediction: Any, index: int, batch: Any) -> BatchLoss:
         """Return the loss of batch number `index` as a function of a prediction."""
         with torch.enable_grad(), TwiceDifferentiable():
-            found = self._criterion(prediction, batch)
+            found = self.guard.run("criterion", lambda own: self._criterion(prediction, own), batch)
         return self._checked(found, index, batch)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
@@ -60,7 +59,7 @@ class ModelObjective(Objective):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
         training = isinstance(self._model, nn.Module) and any(part.training for part in self._model.modules())
-        return self._predict(leaves, self._others(leaves, buffers=training), batch[0])
+        return self._predict(leaves, self._others(leaves, buffers=training or self.guard.writes), batch[0])
 
     def _criterion(self, prediction: Any, batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         _, y = batch
@@ -112,7 +111,11 @@ class ModelObjective(Objective):
             values = {name: value.clone() for name, value in values.items()}
         if buffers:  # copies, as modules in training mode write to them
             values |= {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        return values
+        # Autograd cannot save a tensor made under inference mode; a clone made outside of it can be saved.
+        inferred = {name: buffer for name, buffer in self._model.named_buffers() if buffer.is_inference()} | {
+            name: value for name, value in values.items() if value.is_inference()
+        }
+        return values | {name: value.clone() for name, value in inferred.items()}
 
     def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the model's other parameters, cut off, its buffers, and those of the loss function."""
@@ -134,12 +137,12 @@ class ModelObjective(Objective):
 
     def traced_prediction(self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any) -> Any:
         """Return a batch's prediction as a function of its arguments alone."""
-        X, _ = batch
+        X, _ = self.guard.own(batch)
         return self._predict(leaves, held["model"], X)
 
     def traced_loss(self, prediction: Any, held: dict[str, dict[str, Tensor]], batch: Any) -> Tensor:
         """Return a batch's loss as a function of its arguments alone."""
-        _, y = batch
+        _, y = self.guard.own(batch)
         if isinstance(self.loss_function, nn.Module):
             loss: Tensor = torch.func.functional_call(self.loss_function, held["loss"], (prediction, y))
             return loss

@@ -9,9 +9,10 @@ r"""What is being differentiated: a loss over a data set, as a function of named
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,31 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvop.kernels.batches import at_batch, on_device, told
 from curvop.kernels.batches import leaves as leaves_of
-from curvop.kernels.batches import on_device
 from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError
 from curvop.kernels.generators import Generators
-from curvop.kernels.state import Fingerprint, Watch
+from curvop.kernels.preflight import Guard, cautions, suspects
+from curvop.kernels.state import Fingerprint, Watch, settings_of
+from curvop.kernels.weights import check_loss, checked_weight
 
-__all__ = ["BatchLoss", "BatchWeight", "Objective", "check_loss"]
+__all__ = ["BatchLoss", "BatchWeight", "Objective", "Share"]
 
 #: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
 BatchWeight = Callable[[Any], float]
-
-
-_SETTINGS = (bool, int, float, str, tuple)
-
-
-def check_loss(loss: Any, index: int) -> None:
-    """Refuse what cannot be the loss of batch number `index`."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"the loss of batch {index} is a {type(loss).__name__}, not a tensor")
-    if loss.ndim != 0 or not loss.is_floating_point():
-        raise ValueError(
-            f"the loss of batch {index} has shape {tuple(loss.shape)} and dtype {loss.dtype}, but must be a real "
-            "scalar: reduce it, by mean() or sum()"
-        )
 
 
 @dataclasses.dataclass
@@ -75,6 +64,14 @@ class BatchLoss:
         return torch.autograd.grad(self.output, params, self.derivative, create_graph=create_graph, allow_unused=True)
 
 
+@dataclasses.dataclass
+class Share:
+    """What a part of a data set has of the whole: the sum of its batches' weights, and their number."""
+
+    weight: float = 0.0
+    batches: int = 0
+
+
 class Objective(abc.ABC):
     """A loss over a data set; subclasses say how one batch's loss is computed.
 
@@ -83,6 +80,12 @@ class Objective(abc.ABC):
     params : dict of str to Tensor
         The user's tensors, never written to. They are read anew at every linearization.
     reduction : {'mean', 'sum'}
+    modules : tuple of nn.Module
+        Model and loss function, where they are modules.
+    guard : Guard
+        By which code of the user's is run.
+    warned : bool
+        Whether `warn_once` has nothing to say any more.
     """
 
     def __init__(
@@ -105,19 +108,22 @@ class Objective(abc.ABC):
             raise ValueError("batch_weight has no meaning with reduction='sum': leave it out")
         self.params = params
         self.reduction = reduction
-        self._modules = tuple(modules)
+        self.modules = tuple(modules)
+        self.guard = Guard(self.modules)
         self._data = data
         self._batch_weight = batch_weight
         self._generators = Generators()
         self._order: list[list[float | None]] | None = None
-        self._watch = Watch(self._modules, params, data)
+        self.warned = False
+        self._share: Share | None = None
+        self._watch = Watch(self.modules, params, data)
         parts = [part for module in modules for part in module.modules()]
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
         self._renormalised = any(getattr(part, "max_norm", None) is not None for part in parts)
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are now: a model may be moved or cast after the operator is made."""
+        """Where the first of the parameters is now: a model may be moved or cast after the operator is made."""
         return next(iter(self.params.values())).device
 
     @property
@@ -158,11 +164,24 @@ class Objective(abc.ABC):
         """
         index = -1
         with self._generators.private(self.device):
-            for index, batch in enumerate(on_device(self._data, self.device)):
+            for index, batch in enumerate(on_device(told(self._data), self.device)):
                 self._check_order(index, batch)
                 yield index, batch
-        if index < 0:
+        if index < 0 and self._share is None:
             raise ValueError("data is empty: it yields no batch, so there is nothing to differentiate")
+
+    def warn_once(self, batches: int) -> None:
+        """Warn of what makes a matrix over so many batches another than the user may mean, if nobody has yet."""
+        if not self.warned and (found := cautions(self.modules, self.dtype, batches)):
+            self.warned = True
+            warnings.warn("; ".join(found), RuntimeWarning, stacklevel=2)
+
+    def changed(self, what: str, then: float, now: Any) -> str:
+        """Say that a loss has changed from pass to pass, and what to look at."""
+        return (
+            f"{what} was {float(then):.9g} at first and is {float(now):.9g} now, at the same parameters: "
+            f"{suspects(self.modules)}"
+        )
 
     def keep_order(self) -> None:
         """Refuse, from now on, a loader that yields other batches than in its first pass, or in another order."""
@@ -199,8 +218,8 @@ class Objective(abc.ABC):
 
         Buffers of modules in training mode are copies.
         """
-        with torch.enable_grad(), TwiceDifferentiable():
-            found = self._loss(leaves, batch)
+        with at_batch(index), torch.enable_grad(), TwiceDifferentiable():
+            found = self.guard.run("loss", lambda own: self._loss(leaves, own), batch)
         return self._checked(found, index, batch)
 
     def _checked(self, found: tuple[Tensor, float | None, Tensor, Tensor | None], index: int, batch: Any) -> BatchLoss:
@@ -214,38 +233,46 @@ class Objective(abc.ABC):
 
     def divisor(self, weights: Iterable[float]) -> float:
         """Return what the weighted sum over batches is divided by: ``W`` for a mean, 1 for a sum."""
+        if self._share is not None:
+            weights = list(weights)
+            self._share.weight, self._share.batches = math.fsum(weights), len(weights)
+            return 1.0
         if self.reduction == "sum":
             return 1.0
         total = math.fsum(weights)
         if total == 0:
-            raise ValueError("data has total weight 0 (every target is ignored): the mean of no losses is not defined")
+            raise ValueError("data has total weight 0 (every target is ignored): pass data with a target that counts")
         return total
 
-    def mode(self) -> tuple[object, ...]:
-        """Return what changes what the modules do, as far as it can be told: kinds, flags, numbers, hooks.
+    @contextlib.contextmanager
+    def as_share(self) -> Iterator[Share]:
+        """Take the data for a part of a larger set: sums over it are not divided, and it may be empty.
 
-        Dictionaries, and what a function holds, cannot.
+        Yields what is filled in once it was read.
         """
-        settings: list[object] = []
-        for part in (part for module in self._modules for part in module.modules()):
-            settings += (type(part), *part._forward_pre_hooks.values(), *part._forward_hooks.values())
-            settings += ((name, repr(value)) for name, value in vars(part).items() if isinstance(value, _SETTINGS))
-            settings += (value for value in vars(part).values() if inspect.isroutine(value))
-        return self._autocast(), *settings
+        self._share = Share()
+        try:
+            yield self._share
+        finally:
+            self._share = None
 
-    def _autocast(self) -> torch.dtype | None:
+    def mode(self) -> tuple[object, ...]:
+        """Return what changes what the modules do, as far as it can be told; see `settings_of`."""
+        return self.autocast(), *settings_of(self.modules)
+
+    def autocast(self) -> torch.dtype | None:
         """Return the dtype of autocast, where it is enabled."""
         kind = self.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def state(self) -> tuple[object, ...]:
         """Return a token that changes whenever the objective does, at the cost of one pass over the parameters."""
-        return len(self), self._autocast(), *self._watch.token()
+        return len(self), self._share is None, self.autocast(), *self._watch.token()
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that exists for the objective anyway, whether anything is kept or not."""
         yield from self.params.values()
-        for module in self._modules:
+        for module in self.modules:
             yield from module.parameters()
             yield from module.buffers()
 
@@ -253,14 +280,9 @@ class Objective(abc.ABC):
         if self.reduction == "sum":
             return 1.0
         if self._batch_weight is not None:
-            weight = float(self._batch_weight(batch))
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(
-                    f"batch_weight returned {weight} for batch {index}: it must be finite and not negative"
-                )
-            return weight
+            return checked_weight(self._batch_weight(batch), index)
         if divisor is None:
-            if len(self) == 1:  # the weight of an only batch cancels
+            if len(self) == 1 and self._share is None:  # the weight of an only batch cancels
                 return 1.0
             raise ValueError(
                 f"the batch size of batch {index} cannot be told, as its tensors differ in their first dimension, and "

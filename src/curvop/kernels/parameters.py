@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["checked_params", "unknown_name"]
+__all__ = ["check_callable", "checked_params", "unknown_name"]
+
+
+def check_callable(name: str, value: Any, remedy: str) -> None:
+    """Refuse an argument that cannot be called, and a class in the place of one of its objects."""
+    if isinstance(value, type):
+        raise TypeError(f"{name} is the class {value.__name__}: pass an object of it, {value.__name__}()")
+    if not callable(value):
+        raise TypeError(f"{name} is a {type(value).__name__}, which cannot be called: pass {remedy}")
 
 
 def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
@@ -34,10 +44,15 @@ def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) 
         raise TypeError("params is one tensor: pass a dict of names to parameters, {'weight': model.weight}")
     named = dict(params) if isinstance(params, Mapping) else _named(own, params)
     if not named:
-        raise ValueError("params is empty: pass at least one parameter, such as dict(model.named_parameters())")
+        raise ValueError(
+            "params is empty: pass at least one parameter, such as dict(model.named_parameters()); layers that are "
+            "quantised have none"
+        )
+    _check_own(model, named)
     for name, value in named.items():
         _check_one(own, name, value)
     _check_together(own, named)
+    _check_values(model, named)
     return named
 
 
@@ -65,23 +80,59 @@ def _named(own: dict[str, Tensor] | None, params: Iterable[Tensor]) -> dict[str,
                 f"params[{index}] is not one of the model's own parameters: pass a dict of names to tensors"
             )
         if names[id(value)] in named:
-            raise ValueError(f"params[{index}] stands in the list twice: {names[id(value)]!r}")
+            raise ValueError(f"params[{index}] stands in the list twice: leave {names[id(value)]!r} out once")
         named[names[id(value)]] = value
     return named
+
+
+def _check_own(model: Any, named: Mapping[str, Tensor]) -> None:
+    """Refuse parameters of which this process has only a part, and modules that wait for other processes."""
+    # Who has such parameters has imported these, which take a while to import.
+    tensors, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
+    remedy = (
+        "products need whole parameters: give every rank the whole model and its part of the data "
+        "(curvop.distributed.serve), or place the model's layers on several devices"
+    )
+    parts = list(model.modules()) if isinstance(model, nn.Module) else []
+    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
+        raise TypeError(
+            "model is wrapped in DistributedDataParallel, whose passes wait for those of other processes: pass "
+            "model.module, and its parameters"
+        )
+    if fsdp is not None and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in parts):
+        raise TypeError(f"model is sharded by FullyShardedDataParallel, but {remedy}")
+    for name, value in named.items():
+        if tensors is not None and isinstance(value, tensors.DTensor):
+            raise TypeError(f"params[{name!r}] is a DTensor, as fully_shard makes them, but {remedy}")
 
 
 def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> None:
     if own is not None and name not in own:
         raise ValueError(unknown_name("params", name, own))
     if not isinstance(value, Tensor):
-        raise TypeError(f"params[{name!r}] is a {type(value).__name__}, not a tensor")
+        raise TypeError(
+            f"params[{name!r}] is a {type(value).__name__}, not a tensor: pass dict(model.named_parameters())"
+        )
     if isinstance(value, nn.UninitializedParameter):
         raise ValueError(f"params[{name!r}] has no shape yet: call the model once before it is wrapped")
     if own is not None and value.shape != own[name].shape:
-        raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, the model's has {tuple(own[name].shape)}")
+        raise ValueError(
+            f"params[{name!r}] has shape {tuple(value.shape)}, but must have the shape of the model's own, "
+            f"{tuple(own[name].shape)}"
+        )
+    if value.is_quantized:
+        raise ValueError(f"params[{name!r}] is quantised, and has no derivatives: call dequantize(), or leave it out")
+    if value.layout != torch.strided:
+        raise ValueError(f"params[{name!r}] has layout {value.layout}: make it dense, by to_dense(), or leave it out")
+    if value.is_inference():
+        raise ValueError(
+            f"params[{name!r}] was made under torch.inference_mode(), so that autograd does not take it: make or load "
+            "the model outside of it, or use copy.deepcopy(model)"
+        )
     if not value.is_floating_point():
         raise ValueError(
-            f"params[{name!r}] has dtype {value.dtype}: only real floating-point parameters have curvature"
+            f"params[{name!r}] has dtype {value.dtype}: only real floating-point parameters have curvature, so leave "
+            "it out"
         )
     if not value.requires_grad:
         raise ValueError(f"params[{name!r}] does not require grad: call requires_grad_(True) on it, or leave it out")
@@ -90,13 +141,17 @@ def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> No
 def _check_together(own: Mapping[str, Tensor] | None, named: Mapping[str, Tensor]) -> None:
     first, *rest = named
     for name in rest:
-        for attribute in ("device", "dtype"):
-            here, there = getattr(named[first], attribute), getattr(named[name], attribute)
-            if here != there:
-                raise ValueError(
-                    f"params must share one {attribute}, but {first!r} has {here} and {name!r} has {there}: "
-                    "move or cast the model, or study them apart"
-                )
+        here, there = named[first], named[name]
+        if here.dtype != there.dtype:
+            raise ValueError(
+                f"params must share one dtype, but {first!r} has {here.dtype} and {name!r} has {there.dtype}: cast the "
+                "model, or study them apart"
+            )
+        if here.device != there.device and "meta" in (here.device.type, there.device.type):
+            raise ValueError(
+                f"params must have values, but {first!r} is on {here.device} and {name!r} is on {there.device}: load "
+                "what is offloaded"
+            )
     seen: dict[int, str] = {}
     for name, value in named.items():
         for identity in {id(value), id(value if own is None else own[name])}:
@@ -104,3 +159,18 @@ def _check_together(own: Mapping[str, Tensor] | None, named: Mapping[str, Tensor
                 raise ValueError(
                     f"params {seen[identity]!r} and {name!r} are one tied tensor: pass one of the two names"
                 )
+
+
+def _check_values(model: Any, named: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of the model's that hold no values."""
+    others: list[tuple[str, Tensor]] = []
+    if isinstance(model, nn.Module):
+        others = [(name, value) for name, value in model.named_parameters() if name not in named]
+        others += model.named_buffers()
+    for name, value in (*named.items(), *others):
+        if value.device.type == "meta":
+            where = f"params[{name!r}]" if name in named else f"the model's {name!r}"
+            raise ValueError(
+                f"{where} is on the meta device, which holds no values: load the weights first, with "
+                "model.to_empty(device=...) and load_state_dict"
+            )

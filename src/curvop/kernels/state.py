@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import operator
 from collections import defaultdict
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fingerprint", "Watch"]
+__all__ = ["Fingerprint", "Watch", "settings_of"]
 
 _SECTION = 4096
+_SETTINGS = (bool, int, float, str, tuple)
 
 
 class Watch:
@@ -150,6 +152,19 @@ class Fingerprint:
     def of_data(tensors: Iterable[Tensor]) -> list[float | None]:
         """Return the fingerprint of tensors that may hold NaN and infinity, as masks and missing values do."""
         return [entry if math.isfinite(entry) else None for entry in Fingerprint(tensors)()]
+
+
+def settings_of(modules: Iterable[nn.Module]) -> list[object]:
+    """Return what changes what modules do, as far as it can be told: kinds, flags, numbers, hooks.
+
+    Dictionaries, and what a function holds, cannot.
+    """
+    settings: list[object] = []
+    for part in (part for module in modules for part in module.modules()):
+        settings += (type(part), *part._forward_pre_hooks.values(), *part._forward_hooks.values())
+        settings += ((name, repr(value)) for name, value in vars(part).items() if isinstance(value, _SETTINGS))
+        settings += (value for value in vars(part).values() if inspect.isroutine(value))
+    return settings
 
 
 def _sections(flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

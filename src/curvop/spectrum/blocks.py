@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,15 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from curvop.fingerprint import fingerprint, listed
 from curvop.parameters import ParameterLinearOperator
 from curvop.results import save_arrays
+from curvop.spectrum.checkpoint import settled_file
 from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.estimators import Estimate
 from curvop.spectrum.quadrature import density
+from curvop.spectrum.timed import TimeUpError, end_of
 
 __all__ = ["BlockStudy", "blocks"]
 
 Array = NDArray[Any]
+_BLOCK = b"block"
+_AT_ONCE = 4  # of a column group's products for the norms, which are as high as the whole matrix
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +46,9 @@ class BlockStudy:
     norms, norm_errors : ndarray, shape (n, n)
         The Frobenius norms of all blocks, and their standard errors.
     num_products : int
-        Columns multiplied with blocks, the full height or not.
+        Columns multiplied with these blocks, the full height or not, in earlier runs as well.
+    unfinished : list of str
+        The names of blocks that were to be studied, and for which there was no time; nothing else is told of them.
     """
 
     names: list[str]
@@ -47,6 +57,12 @@ class BlockStudy:
     norms: Array
     norm_errors: Array
     num_products: int
+    unfinished: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all blocks were studied; not where time was up."""
+        return not self.unfinished
 
     @property
     def smallest(self) -> Array:
@@ -65,7 +81,7 @@ class BlockStudy:
         return Estimate(np.array([one.value for one in found]), np.array([one.error for one in found]))
 
     def __str__(self) -> str:
-        width = max(map(len, self.names))
+        width = max(map(len, ["block", *self.names]))
         lines = [f"{'block':<{width}}  {'rows':>10}  {'smallest':>12}  {'largest':>12}  {'trace':>26}  {'norm':>12}"]
         traces = self.traces
         for index, name in enumerate(self.names):
@@ -73,6 +89,8 @@ class BlockStudy:
             trace = f"{traces.value[index]:.6g} +- {traces.error[index]:.2g}"
             norm = self.norms[index, index]
             lines.append(f"{name:<{width}}  {self.sizes[index]:>10,}  {ends}  {trace:>26}  {norm:>12.4g}")
+        if self.unfinished:
+            lines.append(f"not studied, as time was up: {listed(self.unfinished)}")
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
@@ -80,18 +98,19 @@ class BlockStudy:
         arrays = {
             f"{index} {name}": np.asarray(value)
             for index, one in enumerate(self.densities)
-            for name, value in vars(one).items()
+            for name, value in dataclasses.asdict(one).items()
         }
         own = {name: np.asarray(getattr(self, name)) for name in ("sizes", "norms", "norm_errors", "num_products")}
-        save_arrays(Path(path), names=np.array(self.names, dtype=np.str_), **own, **arrays)
+        words = {name: np.array(getattr(self, name), dtype=np.str_) for name in ("names", "unfinished")}
+        save_arrays(Path(path), **words, **own, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` has written; nothing in the file is executed."""
         with np.load(path, allow_pickle=False) as file:
-            if not {"names", "sizes", "norms", "norm_errors", "num_products"} <= set(file):
+            if not {"names", "unfinished", "sizes", "norms", "norm_errors", "num_products"} <= set(file):
                 raise ValueError(f"{path} was not written by BlockStudy.save")
-            names = [str(name) for name in file["names"]]
+            names, unfinished = ([str(name) for name in file[words]] for words in ("names", "unfinished"))
             densities = [
                 SpectralDensity(
                     size=int(file[f"{index} size"]),
@@ -103,7 +122,8 @@ class BlockStudy:
                 )
                 for index in range(len(names))
             ]
-            return cls(names, file["sizes"], densities, file["norms"], file["norm_errors"], int(file["num_products"]))
+            norms, errors, taken = file["norms"], file["norm_errors"], int(file["num_products"])
+            return cls(names, file["sizes"], densities, norms, errors, taken, unfinished)
 
     def plot(self, figure: Any = None) -> Any:
         """Draw the table and the norms; see `curvop.spectrum.plots.plot_blocks`."""
@@ -120,6 +140,7 @@ def blocks(
     num_steps: int = 40,
     norm_products: int = 16,
     rng: int | np.random.Generator | None = 0,
+    checkpoint: str | Path | None = None,
     seconds: float | None = None,
     progress: bool = True,
 ) -> BlockStudy:
@@ -141,8 +162,13 @@ def blocks(
     norm_products : int
         For each column group, at least 2; the norms are known to about a part of ``1 / sqrt(2 norm_products)``.
     rng : int or numpy.random.Generator, optional
+    checkpoint : str or path, optional
+        A directory where every block is recorded when it is studied, and every step of the one under way, as by
+        `density`: a run that was killed, or ended by `seconds`, is taken up again from there, called in the same way
+        with the same seed, and ends with the same bits as one that was not.
     seconds : float, optional
-        Give up, by a `TimeoutError`, where it takes longer.
+        End after so long with the blocks that are studied, or one block product of `num_probes` vectors later; 0 for
+        those that the checkpoint holds, without a product.
     progress : bool
         Count products on a bar.
 
@@ -154,49 +180,102 @@ def blocks(
     ------
     TypeError, ValueError
         For an operator without parameters, or arguments that cannot be.
+    ValueError, RecordFileError, OSError
+        Where the checkpoint is of something else (naming it), in use, damaged, or cannot be written.
     """
+    until = end_of(seconds)
     if not isinstance(A, ParameterLinearOperator) or A.shape[0] != A.shape[1]:
         raise TypeError(f"A is a {type(A).__name__} of shape {A.shape}: pass a square curvature matrix of this package")
     if norm_products < 2:
         raise ValueError(f"norm_products is {norm_products}, but must be 2 or more")
     chosen = {name: [name] for name in A.params_slices} if groups is None else _listed(groups)
-    generator = np.random.default_rng(rng)
-    everything = [name for own in chosen.values() for name in own]
     diagonal = {name: A.block(own) for name, own in chosen.items()}
     sizes = np.array([block.shape[0] for block in diagonal.values()])
-    stops = np.cumsum(sizes)
-    squares = np.zeros((2, len(chosen), len(chosen)))
-    densities: list[SpectralDensity] = []
-    begun = time.monotonic()
+    # A seed for each block, so that one that is taken up again draws what it would have drawn.
+    seeds = np.random.default_rng(rng).integers(2**63, size=len(chosen)).tolist()
+    directory = None if checkpoint is None else Path(checkpoint)
+
+    def settings() -> dict[str, str]:
+        asked = {"num_probes": num_probes, "num_steps": num_steps, "norm_products": norm_products, "rng": seeds[0]}
+        return fingerprint(A) | {"groups": json.dumps(chosen)} | {name: str(value) for name, value in asked.items()}
+
+    def study(name: str, seed: int, steps: Path | None) -> list[Array]:
+        """Return nodes, weights and products of a block's density, and of each test the squares of all norms."""
+        block, generator = diagonal[name], np.random.default_rng(seed)
+        _check_time(until)
+        left = None if seconds is None else until - time.monotonic()
+        found = density(
+            block,
+            num_probes=num_probes,
+            num_steps=num_steps,
+            rng=generator,
+            checkpoint=steps,
+            seconds=None if left is None else max(0.0, left),
+            progress=False,
+        )
+        if not found.complete:
+            raise TimeUpError
+        bar.update(found.num_products)
+        tests = generator.choice(np.array([-1.0, 1.0]), (block.shape[0], norm_products))
+        whole = A.block([one for own in chosen.values() for one in own], chosen[name])
+        squares = []
+        for at in range(0, norm_products, _AT_ONCE):
+            _check_time(until)
+            image = np.split(whole @ tests[:, at : at + _AT_ONCE], np.cumsum(sizes)[:-1])
+            squares.append(np.array([(part.astype(np.float64) ** 2).sum(0) for part in image]))
+            bar.update(squares[-1].shape[1])
+        return [found.nodes, found.weights, np.array(found.num_products), np.concatenate(squares, axis=1)]
+
     work = sum(min(num_steps, size) * num_probes for size in sizes) + norm_products * len(chosen)
-    with tqdm(
-        desc="blocks", unit=" products", total=int(work), disable=not progress, mininterval=0.5, delay=0.5
-    ) as bar:
-        for column, (name, block) in enumerate(diagonal.items()):
-            left = None if seconds is None else begun + seconds - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError(f"{column} of {len(chosen)} blocks were studied in {seconds:.3g} s")
+    with (
+        contextlib.ExitStack() as stack,
+        tqdm(desc="blocks", unit=" products", total=int(work), disable=not progress, mininterval=0.5, delay=0.5) as bar,
+    ):
+        file, finished = None, {}
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(settled_file(directory / "blocks.records", settings))
+            finished = {int(key.split()[1]): file.read(offset) for key, offset in file if key.startswith(_BLOCK)}
+        for column, name in enumerate(chosen):
             bar.set_postfix_str(name)
-            found = density(
-                block, num_probes=num_probes, num_steps=num_steps, rng=generator, seconds=left, progress=False
-            )
-            if not found.complete:
-                raise TimeoutError(f"{column} of {len(chosen)} blocks were studied in {seconds:.3g} s")
-            densities.append(found)
-            bar.update(found.num_products)
-            tests = generator.choice(np.array([-1.0, 1.0]), (block.shape[0], norm_products))
-            image = np.split(A.block(everything, chosen[name]) @ tests, stops[:-1])
-            of_tests = np.array([(part.astype(np.float64) ** 2).sum(0) for part in image])
-            squares[0, :, column] = of_tests.mean(1)
-            squares[1, :, column] = of_tests.var(1, ddof=1) / norm_products
-            bar.update(norm_products)
-    means, variances = squares
+            steps = None if directory is None else directory / f"block {column}"
+            if column in finished:
+                bar.update(norm_products + int(finished[column][2]))
+            else:
+                try:
+                    finished[column] = study(name, seeds[column], steps)
+                except TimeUpError:
+                    break
+                if file is not None:
+                    file.append(b"%s %d" % (_BLOCK, column), *finished[column])
+            if steps is not None:
+                shutil.rmtree(steps, ignore_errors=True)
+    return _of_blocks(list(chosen), sizes, [finished[column] for column in sorted(finished)])
+
+
+def _check_time(until: float) -> None:
+    if time.monotonic() >= until:
+        raise TimeUpError
+
+
+def _of_blocks(names: list[str], sizes: Array, finished: list[list[Array]]) -> BlockStudy:
+    """Return the study of the blocks that are finished, the first ones of those that are named."""
+    count = len(finished)
+    densities = [
+        SpectralDensity(int(size), nodes, weights, np.zeros(0), int(taken))
+        for size, (nodes, weights, taken, _) in zip(sizes, finished, strict=False)
+    ]
+    means, variances = np.zeros((count, count)), np.zeros((count, count))
+    taken = sum(found.num_products for found in densities)
+    for column, (*_, squares) in enumerate(finished):
+        means[:, column] = squares[:count].mean(1)
+        variances[:, column] = squares[:count].var(1, ddof=1) / squares.shape[1]
+        taken += squares.shape[1]
     means, variances = (means + means.T) / 2, (variances + variances.T) / 4
     np.fill_diagonal(variances, 2 * np.diag(variances))  # a diagonal block is seen once
     norms = means**0.5
     errors = np.divide(variances**0.5, 2 * norms, out=np.zeros_like(norms), where=norms > 0)
-    taken = norm_products * len(chosen) + sum(found.num_products for found in densities)
-    return BlockStudy(list(chosen), sizes, densities, norms, errors, taken)
+    return BlockStudy(names[:count], sizes[:count], densities, norms, errors, taken, names[count:])
 
 
 def _listed(groups: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:

@@ -13,15 +13,13 @@ from curvop.spectrum.bounds import matched_bounds, quadratic_estimates
 from curvop.spectrum.counted import CountedOperator, symmetric_operator
 from curvop.spectrum.missed import limits
 from curvop.spectrum.missed import search as search_missed
-from curvop.spectrum.noise import measure
+from curvop.spectrum.noise import asymmetric, measure
 
 __all__ = ["Certificate", "certify"]
 
 Array = NDArray[Any]
 
 ENDS = ("LA", "SA", "LM", "SM", "BE")
-# Symmetry is lost to rounding as linearity is, if to a few times more of it; below the second number it does no harm.
-_SYMMETRY_OF_NOISE, _SYMMETRY = 10.0, 1e-10
 _ROUNDING = 2e-14  # of the norm: what a search may be off by itself
 
 
@@ -114,15 +112,15 @@ class Certificate:
             index, last = int(np.isnan(self.residuals).argmax()), len(self.residuals) - 1
             return [f"pair {index} of 0 to {last} is not finite, or its vector is zero"]
         problems, largest = [], float(self.bounds.max())
-        asymmetric = _asymmetric(self.symmetry, self.noise)
-        if asymmetric:
+        skewed = asymmetric(self.symmetry, self.noise)
+        if skewed:
             problems.append(
                 f"A is not symmetric (defect {self.symmetry:.1e}, while products are exact to {self.noise:.1e}), and "
                 "neither the solvers nor these bounds are made for that"
             )
         if largest == np.inf:
             problems.append("vectors are linearly dependent: the same eigenvalue is counted twice")
-        elif largest > self.tol * self.norm and not asymmetric:
+        elif largest > self.tol * self.norm and not skewed:
             cause = "iterate longer, or with a smaller tol"
             if np.sqrt(len(self.bounds)) * self.error > self.tol * self.norm:
                 told = f"the products are exact to {self.noise:.1e} only"
@@ -151,10 +149,6 @@ class Certificate:
         if self.resolution <= 2 * self.bounds.max() + _ROUNDING * self.norm:
             return "none missed" if self.resolution == 0 else "none missed (with probability 0.999 at least)"
         return f"none seen to be missed (one further than {self.resolution:.1e} from the last would have been)"
-
-
-def _asymmetric(symmetry: float, noise: float) -> bool:
-    return symmetry > max(_SYMMETRY_OF_NOISE * noise, _SYMMETRY)
 
 
 def certify(
@@ -260,9 +254,12 @@ def _certificate(
     V /= lengths
     gram = V.T @ V
     AV = A.matmat(V)
-    quotients = np.einsum("ij,ij->j", V, AV)
     noise = measure(A, V, AV, rng)
-    error = noise.error + noise.skew / 2  # the eigenvalues are those of the symmetric part
+    # From here on in units of a power of two, so that squares neither underflow nor overflow; it costs no rounding.
+    _, unit = np.frexp(max(noise.norm, np.abs(w).max()))
+    w, AV, norm = np.ldexp(w, -unit), np.ldexp(AV, -unit, out=AV), np.ldexp(noise.norm, -unit)
+    error = np.ldexp(noise.error + noise.skew / 2, -unit)  # the eigenvalues are those of the symmetric part
+    quotients = np.einsum("ij,ij->j", V, AV)
 
     AV -= V * w  # these are the residuals from here on
     residual_gram = AV.T @ AV
@@ -270,30 +267,33 @@ def _certificate(
     bounds, groups = matched_bounds(w, gram, residual_gram, error)
 
     # Vectors that are a little wrong leave something of the found eigenvalues to be found again, and so does rounding.
-    tolerance = 2 * float(bounds.max()) + _ROUNDING * noise.norm
+    tolerance = 2 * float(bounds.max()) + _ROUNDING * norm
     ends = limits(w, which)
-    found, resolution, norm = None, None, noise.norm
-    others = (-np.inf, np.inf)  # where the eigenvalues are that were not found
+    found, resolution, others = None, None, (-np.inf, np.inf)  # where the eigenvalues are that were not found
     if len(w) == len(V):
         others, resolution = (np.inf, -np.inf), 0.0
-    elif ends is not None and np.isfinite(tolerance) and not _asymmetric(noise.symmetry, noise.relative):
-        found = search_missed(A.dot, V, ends, tolerance, steps, rng)
+    elif ends is not None and np.isfinite(tolerance) and not asymmetric(noise.symmetry, noise.relative):
+        found = search_missed(lambda x: np.ldexp(A.dot(x), -unit), V, ends, tolerance, steps, rng)
         norm, others = max(norm, abs(found.low), abs(found.high)), (found.low, found.high)
         beyond = max(found.high - ends[1], ends[0] - found.low) + found.slack
         resolution = max(tolerance, beyond)
     estimates = quadratic_estimates(w, quotients, residuals, bounds, groups, others, error)
+
+    def back(number: Any) -> Any:
+        return None if number is None else float(np.ldexp(number, unit))
+
     return Certificate(
-        residuals=residuals,
-        bounds=bounds,
-        estimates=estimates,
+        residuals=np.ldexp(residuals, unit),
+        bounds=np.ldexp(bounds, unit),
+        estimates=np.ldexp(estimates, unit),
         orthogonality=float(np.abs(gram * np.outer(lengths, lengths) - np.eye(len(w))).max()),
         noise=noise.relative,
         symmetry=noise.symmetry,
-        norm=norm,
-        error=error,
+        norm=back(norm),
+        error=back(error),
         zeros=int((np.abs(w) <= bounds).sum()),
-        missed=None if found is None else found.beyond,
-        resolution=resolution,
+        missed=None if found is None else back(found.beyond),
+        resolution=back(resolution),
         products=A.products,
         which=which,
         tol=tol,

@@ -1,9 +1,9 @@
-"""What a density has come to, on disk: the runs that are over, and the steps of those that are not."""
+"""What a study has come to, on disk; of a density, the runs that are over, and the steps of those that are not."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,37 @@ from curvop.fingerprint import OtherProblemError, differing, listed
 from curvop.records import RecordFile
 from curvop.spectrum.lanczos import Lanczos
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "settled_file"]
 
 Array = NDArray[Any]
 _SETTINGS, _DEFLATED, _GROUP, _STEP = b"settings", b"deflated", b"group", b"step"
+
+
+def settled_file(path: Path, settings: Callable[[], Mapping[str, str]]) -> RecordFile:
+    """Open a file of records that begins with what the others depend on, by name; make it where it does not exist.
+
+    Raises
+    ------
+    OtherProblemError
+        Where it depends on something else, naming what differs. The file is left as it was.
+    RecordFileError
+        Where another process has it open, or a record is damaged.
+    """
+    file = RecordFile(path)
+    try:
+        current = settings()
+        recorded = [json.loads(str(file.read(offset)[0])) for key, offset in file if key == _SETTINGS]
+        if not recorded:
+            file.append(_SETTINGS, np.array(json.dumps(current)))
+        elif names := differing(recorded[0], current):
+            raise OtherProblemError(
+                f"the checkpoint in {path.parent} is of something else: {listed(names)} differ; pass another "
+                "directory, or delete it"
+            )
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 class Checkpoint:
@@ -46,24 +73,12 @@ class Checkpoint:
             return
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._results = RecordFile(self._directory / "results.records")
+        self._results = settled_file(self._directory / "results.records", settings)
         try:
-            self._compare(settings())
             self._steps = RecordFile(self._directory / "steps.records")
         except BaseException:
             self.close()
             raise
-
-    def _compare(self, settings: Mapping[str, str]) -> None:
-        assert self._results is not None
-        for _, [text] in self._recorded(_SETTINGS):
-            if names := differing(json.loads(str(text)), settings):
-                raise OtherProblemError(
-                    f"the checkpoint in {self._directory} is of something else: {listed(names)} differ; pass another "
-                    "directory, or delete it"
-                )
-            return
-        self._results.append(_SETTINGS, np.array(json.dumps(settings)))
 
     def _recorded(self, kind: bytes) -> Iterator[tuple[bytes, list[Array]]]:
         if self._results is not None:

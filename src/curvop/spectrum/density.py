@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigh_tridiagonal
 from scipy.special import ndtr
 
 from curvop.results import save_arrays
@@ -25,9 +27,13 @@ class SpectralDensity:
 
     For each of K probes it is a measure :math:`\sum_j w_j \delta(\theta_j)`, whose integrals estimate
     :math:`\frac{1}{N} \operatorname{tr} f(A)`. It is kept as it was found; only drawing makes it smooth. Each figure is
-    the mean over the probes with its standard error, so that two probes are the least. The errors are those of the
-    probes alone: that of the quadrature, which m steps leave of a function that is no polynomial of degree 2 m - 1, is
-    the same for all, and shows where m is doubled (a logarithm near zero is the worst case).
+    the mean over the probes. Its error is their standard error, so that two probes are the least, and what the
+    quadrature may leave of a function that is no polynomial, as the square root of the sum of squares: the difference
+    between the rules of m and of m / 2 steps, averaged over the probes. This is the error of the lesser rule, as far as
+    the greater one is better (Golub, Strakos, 1994, for the inverse); polynomials up to degree m - 1, and probes that
+    found an invariant subspace, have none. It is no bound, and too small where doubling the steps gains little, as for
+    a logarithm of eigenvalues that are spread over many orders of magnitude down to zero; and NaN after a single step,
+    but for the trace.
 
     Attributes
     ----------
@@ -35,13 +41,18 @@ class SpectralDensity:
         N, the number of eigenvalues.
     nodes, weights : ndarray, shape (K, m)
         Of each probe; the weights of one sum to 1, or with atoms to about ``1 - k / N``. Weights of 0 fill the rows of
-        probes that stopped early.
+        probes that stopped early: in a complete density, as they had found an invariant subspace.
     atoms : ndarray, shape (k,)
         Eigenvalues that are known, and were taken out of the matrix before.
     num_products : int
         What it took.
     complete : bool
         Whether all steps were taken; not where time was up.
+
+    References
+    ----------
+    Golub, Strakos (1994), "Estimates in quadratic formulas", Numer. Algorithms 8. Gautschi (2004), "Orthogonal
+    Polynomials: Computation and Approximation".
     """
 
     size: int
@@ -50,6 +61,11 @@ class SpectralDensity:
     atoms: Array
     num_products: int
     complete: bool = True
+
+    @property
+    def num_steps(self) -> int:
+        """The steps of the longest run."""
+        return int(self._lengths.max())
 
     @property
     def range(self) -> tuple[float, float]:
@@ -65,12 +81,47 @@ class SpectralDensity:
         f : callable
             Of an array of eigenvalues, entry by entry; what it returns may have further axes behind.
         """
-        heaviest = np.take_along_axis(self.nodes, self.weights.argmax(1)[:, None], 1)
-        nodes = np.where(self.weights > 0, self.nodes, heaviest)  # f may not be defined at nodes that are none
+        return self._mean(f)
+
+    def _mean(self, f: Callable[[Array], Any], exact: bool = False) -> Estimate:
+        """Return the mean of f; `exact` where it is known to be a polynomial of a degree that leaves no error."""
+        nodes, differences = self._rules
         values = np.asarray(f(nodes), dtype=np.float64)
-        found = mean_of((values * self.weights.reshape(*self.weights.shape, *[1] * (values.ndim - 2))).sum(1))
-        exact = np.asarray(f(self.atoms), dtype=np.float64).sum(0) / self.size
-        return Estimate(found.value + exact, found.error)
+        behind = [1] * (values.ndim - 2)
+        steps = self.nodes.shape[1]
+        value, error = mean_of((values[:, :steps] * self.weights.reshape(*self.weights.shape, *behind)).sum(1))
+        if not exact:
+            error = np.hypot(error, (values * differences.reshape(*differences.shape, *behind)).sum(1).mean(0))
+        known = np.asarray(f(self.atoms), dtype=np.float64).sum(0) / self.size
+        return Estimate(value + known, error)
+
+    @property
+    def _lengths(self) -> Array:
+        """The number of nodes ``(K,)`` of each probe; 1 where it has no weight."""
+        lengths: Array = np.maximum((self.weights > 0).sum(1), 1)
+        return lengths
+
+    @functools.cached_property
+    def _rules(self) -> tuple[Array, Array]:
+        """The nodes of all rules, and behind them those of half the steps, ``(K, m + h)``; and their difference.
+
+        The differences are weights, positive for the whole rules and negative for the halves, 0 where the whole one is
+        exact, and NaN where there is no half of it.
+        """
+        steps, lengths = self.nodes.shape[1], self._lengths
+        heaviest = np.take_along_axis(self.nodes, self.weights.argmax(1)[:, None], 1)
+        nodes = np.repeat(heaviest, steps + (steps + 1) // 2, axis=1)  # f may not be defined at nodes that are none
+        nodes[:, :steps] = np.where(self.weights > 0, self.nodes, heaviest)
+        differences = np.zeros(nodes.shape)
+        # A run that ended by itself has met all that its probe sees, and a probe without weight sees nothing.
+        exact = (lengths < steps) & self.complete | (lengths >= self.size - len(self.atoms)) | ~self.weights.any(1)
+        for probe in np.flatnonzero(~exact):
+            there = self.weights[probe] > 0
+            half = _half_rule(self.nodes[probe, there], self.weights[probe, there])
+            where = slice(steps, steps + len(half[0]))
+            nodes[probe, where], differences[probe, where] = half[0], -half[1]
+            differences[probe, :steps] = self.weights[probe] if lengths[probe] > 1 else np.nan
+        return nodes, differences
 
     def apply(self, f: Callable[[Array], Any]) -> Estimate:
         """Estimate the trace of f(A), the sum of f over all eigenvalues; see `mean`."""
@@ -79,11 +130,12 @@ class SpectralDensity:
 
     def moment(self, p: int) -> Estimate:
         """Estimate the mean of the eigenvalues' p-th powers."""
-        return self.mean(lambda values: values**p)
+        return self._mean(lambda values: values**p, exact=p in range(2 * int(self._lengths.min())))
 
     def trace(self) -> Estimate:
         """Estimate the trace, the sum of the eigenvalues."""
-        return self.apply(lambda values: values)
+        value, error = self.moment(1)
+        return Estimate(self.size * value, self.size * error)
 
     def logdet(self, damping: float) -> Estimate:
         """Estimate the logarithm of the determinant of ``A + damping * I``.
@@ -159,7 +211,9 @@ class SpectralDensity:
 
     def save(self, path: str | Path) -> None:
         """Write it to an ``.npz`` file, which appears only when it is complete."""
-        save_arrays(Path(path), **{name: np.asarray(value) for name, value in vars(self).items()})
+        save_arrays(
+            Path(path), **{field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -183,5 +237,29 @@ class SpectralDensity:
         low, high = self.range
         return (
             f"{self.size:,} eigenvalues between about {low:.3g} and {high:.3g}, trace {self.trace()}: "
-            f"{len(self.nodes)} probes of {self.nodes.shape[1]} steps, {self.num_products:,} products"
+            f"{len(self.nodes)} probes of {self.num_steps} steps, {self.num_products:,} products"
         )
+
+
+def _half_rule(nodes: Array, weights: Array) -> tuple[Array, Array]:
+    """Return the Gauss rule of half as many nodes ``(m,)``, one more where they are odd, for the same measure.
+
+    The Lanczos process with the matrix of the nodes, from the roots of the weights, takes up again the recurrence that
+    they are of (Gautschi, 2004, section 2.2.3), whose leading half has the rule.
+    """
+    count, total = (len(nodes) + 1) // 2, weights.sum()
+    basis, alphas, betas = np.zeros((count, len(nodes))), np.zeros(count), np.zeros(count)
+    q = np.sqrt(weights / total)
+    for step in range(count):
+        basis[step] = q
+        w = nodes * q
+        alphas[step] = q @ w
+        for _ in range(2):
+            w -= basis[: step + 1].T @ (basis[: step + 1] @ w)
+        betas[step] = np.linalg.norm(w)
+        if not betas[step] > 0:
+            count = step + 1
+            break
+        q = w / betas[step]
+    values, vectors = eigh_tridiagonal(alphas[:count], betas[: count - 1])
+    return np.clip(values, nodes.min(), nodes.max()), vectors[0] ** 2 * total

@@ -2,142 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
-import os
 import warnings
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
 from tqdm import tqdm
 
 from curvop.memory import available_bytes
-from curvop.results import save_arrays
 from curvop.spectrum.certificate import ENDS, Certificate, certify
 from curvop.spectrum.counted import CountedOperator, symmetric_operator
 from curvop.spectrum.eigen_methods import METHODS, Task, outermost_first
+from curvop.spectrum.eigen_result import NO_TIME, EigenResult
 from curvop.spectrum.lanczos import device_of
+from curvop.spectrum.noise import NUM_PRODUCTS
+from curvop.spectrum.timed import TimedOperator, TimeUpError, end_of
 
 __all__ = ["EigenResult", "eigsh"]
 
 Array = NDArray[Any]
-
-_SHOWN = 20
-_PREFIX = "certificate_"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class EigenResult:
-    """Eigenpairs of a symmetric operator, and what they are worth.
-
-    Attributes
-    ----------
-    values : ndarray, shape (n,)
-        The outermost first; for 'SM' the smallest in magnitude first, for 'BE' in ascending order.
-    vectors : ndarray, shape (N, n)
-        Their vectors, in this order.
-    certificate : Certificate or None
-        None where it was not asked for.
-    converged : bool
-        Whether the solver found all that were `wanted`. Where ARPACK did not, those are here that did converge, and
-        there may be others between them; LOBPCG's are all here, as far as they came.
-    products : int
-        Columns multiplied with `A`, those of the certificate included.
-    method : str
-        The one that was used in the end.
-    which : str
-        As it was asked for.
-    wanted : int
-        How many were asked for.
-    note : str
-        What was done other than asked for, and why; empty mostly.
-    """
-
-    values: Array
-    vectors: Array
-    certificate: Certificate | None
-    converged: bool
-    products: int
-    method: str
-    which: str
-    wanted: int
-    note: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Whether the solver converged, and the certificate says that nothing is wrong; never without one."""
-        return self.converged and self.certificate is not None and self.certificate.ok
-
-    @property
-    def verdict(self) -> str:
-        """The certificate's, preceded by what the solver says of itself where it did not converge."""
-        text = "not certified: no certificate was asked for" if self.certificate is None else self.certificate.verdict
-        if self.converged:
-            return text
-        remedy = "raise maxiter or ncv, or ask for fewer"
-        if self.method != "arpack":
-            return f"not converged, {remedy}: {text}"
-        text = f"; of these, {text}" if len(self.values) else ""
-        return f"not converged: {len(self.values)} of {self.wanted} eigenvalues were found, {remedy}{text}"
-
-    def __str__(self) -> str:
-        size, found = len(self.vectors), len(self.values)
-        head = f"{found} of {self.wanted} eigenvalues ({self.which}) of a {size:,} x {size:,} matrix"
-        lines = [f"{head} by {self.method}, {self.products:,} products" + (f" ({self.note})" if self.note else "")]
-        if found:
-            lines.append(
-                f"{'':>6}{'eigenvalue':>16}" + (f"{'residual':>12}{'error <=':>12}" if self.certificate else "")
-            )
-        for index in range(min(found, _SHOWN)):
-            line = f"{index + 1:>6}{self.values[index]:>16.8g}"
-            if self.certificate:
-                line += f"{self.certificate.residuals[index]:>12.1e}{self.certificate.bounds[index]:>12.1e}"
-            lines.append(line)
-        if found > _SHOWN:
-            lines.append(f"{'...':>6}")
-        return "\n".join([*lines, self.verdict])
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to an ``.npz`` file of plain arrays, which appears only when it is complete."""
-        arrays = _arrays(self, "")
-        if self.certificate is not None:
-            arrays |= _arrays(self.certificate, _PREFIX)
-        save_arrays(Path(path), **arrays)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote.
-
-        Raises
-        ------
-        ValueError
-            Where the file is another one.
-        """
-        with np.load(path, allow_pickle=False) as file:
-            if not {"values", "vectors", "wanted"} <= set(file):
-                raise ValueError(f"{os.fspath(path)} was not written by EigenResult.save")
-            own = {name: file[name] for name in file if not name.startswith(_PREFIX)}
-            other = {name.removeprefix(_PREFIX): file[name] for name in file if name.startswith(_PREFIX)}
-        certificate = Certificate(**_fields(Certificate, other)) if other else None
-        return cls(**{**_fields(cls, own), "certificate": certificate})
-
-
-def _arrays(record: Any, prefix: str) -> dict[str, Array]:
-    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return {
-        prefix + name: np.asarray(value)
-        for name, value in values.items()
-        if value is not None and not isinstance(value, Certificate)
-    }
-
-
-def _fields(record: Any, arrays: dict[str, Array]) -> dict[str, Any]:
-    """Return the fields of a record: arrays as they are, numbers and words as Python's own, None what is not there."""
-    names = [field.name for field in dataclasses.fields(record)]
-    found = {name: arrays[name] for name in names if name in arrays}
-    return dict.fromkeys(names) | {name: array if array.ndim else array.item() for name, array in found.items()}
 
 
 def eigsh(
@@ -153,6 +38,7 @@ def eigsh(
     rng: int | np.random.Generator | None = 0,
     memory: int | None = None,
     certificate: bool = True,
+    seconds: float | None = None,
     progress: bool = True,
 ) -> EigenResult:
     """Find k eigenvalues at an end of the spectrum, with their vectors, and certify them.
@@ -179,9 +65,10 @@ def eigsh(
         The relative accuracy of eigenvalues at which ARPACK stops; 0 is machine precision. Over a float32 model 1e-6
         is as good, and may take a third of the products.
     maxiter : int, optional
-        Restarts of ARPACK, or iterations of LOBPCG: 1000 by default, 10 N for small matrices.
+        Restarts of 'arpack' or 'device', or iterations of LOBPCG: 1000 by default, 10 N for small matrices.
     ncv : int, optional
-        ARPACK's basis, more than k: ``max(2 k + 1, 30)`` by default, or what fits into `memory`.
+        Vectors of the basis of 'arpack' or 'device', more than k: ``max(2 k + 1, 30)`` by default, for 'device'
+        ``max(2 k + 1, 40)``, or what fits into `memory`.
     v0 : array_like, shape (N,), optional
         The starting vector; for LOBPCG the first of them. Random by default.
     rng : int or numpy.random.Generator, optional
@@ -192,6 +79,11 @@ def eigsh(
         Whether to certify the result, which takes ``k + 8`` products, and up to 60, or a quarter of the solver's, to
         search for eigenvalues that were missed; see `curvop.spectrum.certify`. Its `tol` is 1e-4, or twice this one
         where that is more.
+    seconds : float, optional
+        End after so long, or one product later, or one of 16 vectors where a method multiplies blocks. 'device' returns
+        the eigenpairs so far, not converged, and 'lobpcg' those of its last look at them, every 40 iterations; time for
+        their certificate, without a search, is set aside where it is not more than half. Of the work of 'arpack' and
+        'dense' nothing can be had before its end. A result for whose certificate there is no time comes without it.
     progress : bool
         Count products on a bar.
 
@@ -205,6 +97,8 @@ def eigsh(
         For arguments that cannot be, and where a product is not finite.
     MemoryError
         Where the solver does not fit into `memory`.
+    TimeoutError
+        Where time is up and the method is 'arpack' or 'dense'.
 
     Warns
     -----
@@ -220,36 +114,70 @@ def eigsh(
     >>> result.ok
     True
     """
+    until = end_of(seconds)
     A = symmetric_operator(A)
     k, start = _checked(A, k, which, method, tol, maxiter, ncv, v0)
     generator = np.random.default_rng(rng)
     available = available_bytes(device_of(A) if method == "device" else None) if memory is None else memory
+    timed = None if seconds is None else TimedOperator(A, until)
+    if timed is not None:
+        A = timed
+        partial = method in ("device", "lobpcg")  # can be had, and certified: twice the time that this will take
+        timed.spare = 2 * (k + NUM_PRODUCTS) if certificate and partial else 0
     with tqdm(desc="eigsh", unit=" products", disable=not progress, mininterval=0.5, delay=0.5) as bar:
         counted = CountedOperator(A, bar, None if method == "arpack" else np.float64)
         start = None if start is None else start.astype(counted.dtype)
         task = Task(counted, k, which, float(tol), maxiter, ncv, start, generator, available)
-        found = METHODS[method](task)
+        try:
+            found = METHODS[method](task)
+        except TimeUpError:
+            raise TimeoutError(
+                f"{seconds} s were over after {counted.products} products, and ARPACK's basis, or a part of a "
+                f"matrix, cannot be had: give it more seconds, or pass method='device' with an ncv below {A.shape[0]}"
+            ) from None
     order = outermost_first(found.values, which)
     values, vectors = found.values[order].astype(np.float64), found.vectors[:, order]
-    products, certified = counted.products, None
+    products, certified, note = counted.products, None, found.note
     if certificate:
-        # ARPACK's partial results do not say how many are from which end.
-        claimed = None if which == "BE" and len(values) < k else which
-        certified = certify(
-            A,
-            values,
-            vectors,
-            which=claimed,
-            tol=max(1e-4, 2 * tol),
-            search=max(60, products // 4),
-            rng=generator,  # goes on from where the solver's starting vector came from
-            progress=progress,
-        )
-        products += certified.products
-    result = EigenResult(values, vectors, certified, found.converged, products, found.method, which, k, found.note)
+        # ARPACK's partial results do not say how many are from which end, and unfinished ones are no claim.
+        claimed = None if (found.timed_out and found.converged < k) or (which == "BE" and len(values) < k) else which
+        search = max(60, products // 4)
+        # The generator goes on from where the solver's starting vector came from.
+        certified = _certified(A, values, vectors, claimed, max(1e-4, 2 * tol), search, generator, progress)
+        if certified is None:
+            note = f"{note}, {NO_TIME}" if note else NO_TIME
+        else:
+            products += certified.products
+    converged = found.converged == k
+    result = EigenResult(
+        values, vectors, certified, converged, products, found.method, which, k, note, found.converged, found.timed_out
+    )
     if not result.ok and (certificate or not result.converged):
         warnings.warn(result.verdict, RuntimeWarning, stacklevel=2)
     return result
+
+
+def _certified(
+    A: LinearOperator,
+    values: Array,
+    vectors: Array,
+    which: str | None,
+    tol: float,
+    search: int,
+    rng: np.random.Generator,
+    progress: bool,
+) -> Certificate | None:
+    """Certify a result, with as long a search as there is time for; return None where there is none at all."""
+    if isinstance(A, TimedOperator):
+        A.spare = 0
+        left = A.columns_left - len(values) - NUM_PRODUCTS
+        if left < 0:
+            return None
+        search = int(max(1, min(search, left / 2)))  # it takes twice as many where something seems to be missed
+    try:
+        return certify(A, values, vectors, which=which, tol=tol, search=search, rng=rng, progress=progress)
+    except TimeUpError:
+        return None
 
 
 def _checked(

@@ -18,6 +18,7 @@ from curvop.spectrum.counted import CountedOperator
 from curvop.spectrum.missed import search
 from curvop.spectrum.noise import measure
 from curvop.spectrum.restarted import thick_restart
+from curvop.spectrum.timed import TimeUpError
 
 __all__ = ["METHODS", "Found", "Task"]
 
@@ -25,6 +26,7 @@ Array = NDArray[Any]
 
 _MAX_RESTARTS = 1000  # SciPy's 10 N would let a large problem run for ever
 _MIN_BASIS = 30  # at a crowded end SciPy's own 20 vectors for a few eigenvalues take twice as many products
+_MIN_DEVICE_BASIS = 40  # 30 take twice as many products at the lower end of digits (1,187 to 652)
 _ATTEMPTS = 3
 _DENSE_SIZE = 2000  # rows up to which the whole matrix is as good as many eigenvalues
 _GUARDS = 2  # vectors of LOBPCG more than are wanted: the last ones of a block converge slowly
@@ -59,13 +61,17 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Eigenpairs, ``(n,)`` and ``(N, n)``, in any order, and how they were found; `note` says what was unusual."""
+    """Eigenpairs, ``(n,)`` and ``(N, n)``, in any order, and how they were found; `note` says what was unusual.
+
+    So many of them are `converged`; `timed_out` says that time was up before all were.
+    """
 
     values: Array
     vectors: Array
-    converged: bool
+    converged: int
     method: str
     note: str = ""
+    timed_out: bool = False
 
 
 def arpack(task: Task) -> Found:
@@ -76,15 +82,14 @@ def arpack(task: Task) -> Found:
     basis = task.ncv or min(task.size, max(2 * task.k + 1, _MIN_BASIS))
     if basis >= task.size:
         return dense(task, "the basis would have been the whole space")
-    basis = _basis_that_fits(task, basis)
+    basis, note = _basis_that_fits(task, basis, "ARPACK's", 2)
     start = task.start() if task.v0 is None else task.v0
     options = {"ncv": basis, "tol": task.tol, "maxiter": task.maxiter or min(_MAX_RESTARTS, 10 * task.size)}
-    note = "" if task.ncv or basis >= max(2 * task.k + 1, _MIN_BASIS) else f"ncv is {basis} for lack of memory"
     for attempt in range(_ATTEMPTS):
         try:
             values, vectors = scipy_eigsh(task.A, task.k, which=task.which, v0=start, rng=task.rng, **options)
         except ArpackNoConvergence as error:
-            return Found(error.eigenvalues, error.eigenvectors, False, "arpack", note)
+            return Found(error.eigenvalues, error.eigenvectors, len(error.eigenvalues), "arpack", note)
         except ArpackError:
             # It gives up where it cannot go on from its start, in an invariant subspace for one.
             start = task.start()
@@ -93,28 +98,33 @@ def arpack(task: Task) -> Found:
             if attempt == _ATTEMPTS - 1:
                 raise
         else:
-            return Found(values, vectors, True, "arpack", note)
+            return Found(values, vectors, len(values), "arpack", note)
     raise AssertionError("unreachable")
 
 
-def _basis_that_fits(task: Task, basis: int) -> int:
-    """Return a smaller basis where the memory asks for it and the user did not ask for this one."""
-    vector = task.size * task.A.dtype.itemsize
-    if task.ncv is None:
-        basis = min(basis, max(task.k + 2, (task.available // vector - task.k - 4) // 2))
+def _basis_that_fits(task: Task, basis: int, whose: str, share: float) -> tuple[int, str]:
+    """Return a smaller basis where the memory asks for it and the user did not ask for this one, and a note of it.
+
+    Each vector of the basis takes `share` vectors, and ``k + 4`` come on top.
+    """
+    vector, note, others = task.size * task.A.dtype.itemsize, "", task.k + 4
+    fitting = max(task.k + 2, int((task.available // vector - others) / share))
+    if task.ncv is None and fitting < basis:
+        basis, note = fitting, f"ncv is {fitting} for lack of memory"
     check_fits(
-        (2 * basis + task.k + 4) * vector,
+        int((share * basis + others) * vector),
         task.available,
-        f"ARPACK's basis of {basis} vectors of {task.size:,} numbers",
+        f"{whose} basis of {basis} vectors of {task.size:,} numbers",
         "take a smaller k or ncv, method='lobpcg', or a block of the matrix",
     )
-    return basis
+    return basis, note
 
 
 def lobpcg_blocks(task: Task) -> Found:
     """Run SciPy's `lobpcg` on the operator divided by its norm, as its limits are absolute, with guard vectors.
 
-    It ends at residuals of ``tol`` times the norm, or where the operator's precision or its noise ends.
+    It ends at residuals of ``tol`` times the norm, or where the operator's precision or its noise ends. Where time is
+    up, the last chunk's are what there is.
     """
     size, k = task.size, task.k
     if size < 5 * k:  # SciPy would form the matrix, from integers
@@ -131,53 +141,52 @@ def lobpcg_blocks(task: Task) -> Found:
     if task.v0 is not None:
         X[:, 0] = task.v0
     X = np.linalg.qr(X)[0]
-    noise = measure(task.A, X, task.A.matmat(X), task.rng)
-    first = search(task.A.dot, X[:, :0], (-np.inf, np.inf), 0.0, 10, task.rng)
-    scale = max(noise.norm, abs(first.low), abs(first.high))
-    if scale == 0:
-        return _zero(task, "lobpcg")
-    precision = float(np.finfo(task.A.dtype).eps) ** (2 / 3)
-    goal = max(task.tol, precision, 4 * noise.relative)
-    left = task.maxiter or min(_MAX_RESTARTS, 10 * size)
-    while True:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of residuals above the goal, which are looked at here
-            values, X, history = lobpcg(
-                lambda block: task.A.matmat(block) / scale,
-                X,
-                tol=goal,
-                maxiter=min(left, _CHUNK),
-                largest=task.which == "LA",
-                retResidualNormsHistory=True,
-            )
-        left -= _CHUNK
-        converged = bool(np.max(np.atleast_1d(history[-1])[:k]) <= goal)
-        if converged or left <= 0:
-            return Found(values[:k] * scale, X[:, :k], converged, "lobpcg")
+    left, converged = task.maxiter or min(_MAX_RESTARTS, 10 * size), 0
+    values, scale = np.zeros(0), 1.0
+    try:
+        noise = measure(task.A, X, task.A.matmat(X), task.rng)
+        first = search(task.A.dot, X[:, :0], (-np.inf, np.inf), 0.0, 10, task.rng)
+        scale = max(noise.norm, abs(first.low), abs(first.high))
+        if scale == 0:
+            return _zero(task, "lobpcg")
+        precision = float(np.finfo(task.A.dtype).eps) ** (2 / 3)
+        goal = max(task.tol, precision, 4 * noise.relative)
+        while converged < k and left > 0:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of residuals above the goal, which are looked at here
+                values, X, history = lobpcg(
+                    lambda block: task.A.matmat(block) / scale,
+                    X,
+                    tol=goal,
+                    maxiter=min(left, _CHUNK),
+                    largest=task.which == "LA",
+                    retResidualNormsHistory=True,
+                )
+            left -= _CHUNK
+            converged = int((np.atleast_1d(history[-1])[:k] <= goal).sum())
+    except TimeUpError:
+        count = min(k, len(values))
+        return Found(values[:count] * scale, X[:, :count], converged, "lobpcg", timed_out=True)
+    return Found(values[:k] * scale, X[:, :k], converged, "lobpcg")
 
 
 def device(task: Task) -> Found:
     """Run Lanczos with thick restarts, whose basis stays on the operator's device."""
-    basis = task.ncv or min(task.size, max(2 * task.k + 1, _MIN_BASIS))
+    basis = task.ncv or min(task.size, max(2 * task.k + 1, _MIN_DEVICE_BASIS))
     if basis >= task.size:
         return dense(task, "the basis would have been the whole space")
-    check_fits(
-        (basis + task.k + 6) * task.size * task.A.dtype.itemsize,
-        task.available,
-        f"the Lanczos basis of {basis} vectors of {task.size:,} numbers",
-        "take a smaller k or ncv, or a block of the matrix",
-    )
+    basis, note = _basis_that_fits(task, basis, "the Lanczos", 1.5)  # half of it is made anew beside it, at a restart
     start = torch.from_numpy(np.array(task.start() if task.v0 is None else task.v0, dtype=task.A.dtype))
     restarts = task.maxiter or min(_MAX_RESTARTS, 10 * task.size)
 
     def choose(values: Array, count: int) -> Array:
         return _chosen(values, task.which, count)
 
-    values, vectors, converged = thick_restart(
+    values, vectors, converged, timed_out = thick_restart(
         task.A.multiply_rows, start.to(task.A.device), task.k, basis, task.tol, restarts, choose
     )
-    note = "" if values.any() else "the matrix is zero"
-    return Found(values, vectors.T.cpu().numpy(), converged, "device", note)
+    note = note if values.any() or timed_out else "the matrix is zero"
+    return Found(values, vectors.T.cpu().numpy(), converged, "device", note, timed_out)
 
 
 def _chosen(values: Array, which: str, count: int) -> Array:
@@ -202,7 +211,7 @@ def dense(task: Task, note: str = "") -> Found:
     matrix += matrix.T.copy()
     values, vectors = np.linalg.eigh(matrix / 2)
     order = _chosen(values, task.which, task.k)
-    return Found(values[order], vectors[:, order], True, "dense", note)
+    return Found(values[order], vectors[:, order], task.k, "dense", note)
 
 
 def outermost_first(values: Array, which: str) -> Array:
@@ -214,7 +223,7 @@ def outermost_first(values: Array, which: str) -> Array:
 def _zero(task: Task, method: str) -> Found:
     """Return pairs of the zero matrix, of which any vectors will do."""
     vectors = np.linalg.qr(task.start(task.k))[0]
-    return Found(np.zeros(task.k), vectors, True, method, "the matrix is zero")
+    return Found(np.zeros(task.k), vectors, task.k, method, "the matrix is zero")
 
 
 METHODS: dict[str, Callable[[Task], Found]] = {

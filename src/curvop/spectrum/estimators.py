@@ -13,6 +13,8 @@ __all__ = ["Estimate", "diagonal", "frobenius_norm", "mean_of", "trace"]
 
 Array = NDArray[Any]
 
+_EPS = float(np.finfo(np.float64).eps)
+
 
 class Estimate(NamedTuple):
     """A random estimate.
@@ -24,7 +26,7 @@ class Estimate(NamedTuple):
         Its standard error, of the same shape, as the spread between probes tells it; NaN where there was one. In about
         95 % of runs the truth is within ``scipy.stats.t.ppf(0.975, num_probes - 1)`` of them where no few eigenvalues
         dominate; where they do, spreads of a few probes are too small in one run of ten. What does not differ between
-        probes, such as the error of a quadrature, is not in it.
+        probes is not in it, but for the error of a quadrature, as `SpectralDensity` estimates it.
     """
 
     value: Any
@@ -53,6 +55,10 @@ class _Sketch:
     ----------
     Q, image : ndarray, shape (M, r), (N, r)
         An orthonormal basis of the range, and the adjoint's products with it.
+    rounding : float
+        What the norm of an error in one of the products may be by rounding.
+    dropped : float
+        The norm of what the products have outside of the range of Q, as little as rounding may leave.
     found : bool
         Whether the range of `A` is that of Q, as far as rounding tells; what follows is there where it is not.
     tests, products, S : ndarray, shape (N, r), (M, r), (r, r)
@@ -63,7 +69,10 @@ class _Sketch:
         # Pivoted, as columns may be equal: the signs that a few rows see are few.
         self.Q, R, order = qr(products, mode="economic", pivoting=True, check_finite=False)
         weights = np.abs(np.diag(R))
-        kept = weights > np.finfo(float).eps * max(products.shape) * weights.max(initial=0.0)
+        largest = float(weights.max(initial=0.0))
+        kept = weights > _EPS * max(products.shape) * largest
+        self.rounding = float(np.finfo(np.float32).eps if A.dtype == np.float32 else _EPS) * largest
+        self.dropped = float(weights[~kept].max(initial=0.0))
         self.found = not kept.all()
         if self.found:
             self.Q = self.Q[:, kept]
@@ -121,7 +130,8 @@ def trace(A: LinearOperator, num_products: int, rng: int | np.random.Generator |
     -------
     Estimate
         The single estimates have the found range in common: where the eigenvalues decay, the error is too small by up
-        to a third.
+        to a third. It is no less than the rounding of the products, and than what of the matrix may lie within that:
+        beside an eigenvalue 1e16 times larger, all others do.
 
     References
     ----------
@@ -130,24 +140,27 @@ def trace(A: LinearOperator, num_products: int, rng: int | np.random.Generator |
     """
     size, count = A.shape[1], _columns(A, num_products)
     if num_products >= size:
-        return Estimate(float(np.trace(_product(A, np.eye(size)))), 0.0)
+        entries = np.diagonal(_product(A, np.eye(size)))
+        return Estimate(float(entries.sum()), _EPS * float(np.abs(entries).sum()))
     tests = np.random.default_rng(rng).standard_normal((size, count))
     sketch = _Sketch(A, A, tests * (size**0.5 / np.linalg.norm(tests, axis=0)))
     core = sketch.Q.T @ sketch.image
     if sketch.found:
-        return Estimate(float(np.trace(core)), 0.0)
+        # The identity has the largest trace, sqrt(N) times it, where the norm of a product with a test is given.
+        return Estimate(float(np.trace(core)), max(sketch.rounding, size**0.5 * sketch.dropped))
     apart, image = sketch.apart()
     # A test vector's direction is uniform in what its projection leaves, of dimension N - count + 1.
     scales = (size - count + 1) / (apart**2).sum(0)
     exact = np.trace(core) - np.einsum("ji,jk,ki->i", sketch.S, core, sketch.S)
-    return mean_of(exact + scales * (apart * image).sum(0))
+    value, error = mean_of(exact + scales * (apart * image).sum(0))
+    return Estimate(value, np.maximum(error, sketch.rounding))
 
 
 def diagonal(A: LinearOperator, num_products: int, rng: int | np.random.Generator | None = None) -> Estimate:
     """Estimate the diagonal ``(N,)`` of a symmetric operator by XDiag.
 
-    As `trace` does; where half of the products exceed the rank of `A` by some there is no error. From N products on the
-    diagonal is read off the matrix.
+    As `trace` does; where half of the products exceed the rank of `A` by some there is no error but rounding. From N
+    products on the diagonal is read off the matrix.
 
     Parameters
     ----------
@@ -173,13 +186,13 @@ def diagonal(A: LinearOperator, num_products: int, rng: int | np.random.Generato
     sketch = _Sketch(A, A, np.random.default_rng(rng).choice(np.array([-1.0, 1.0]), (size, count)))
     exact = _rowwise(sketch.Q, sketch.image)
     if sketch.found:
-        return Estimate(exact, np.zeros(size))
+        return Estimate(exact, np.full(size, max(sketch.rounding, sketch.dropped)))
     # Of the part that the others' range leaves, from the left only: what is left to the right is exact, too.
     QS = sketch.Q @ sketch.S
     inner = np.einsum("ij,ij->j", sketch.S, sketch.image.T @ sketch.tests)
     of_tests = sketch.products - sketch.Q @ (sketch.image.T @ sketch.tests) + QS * inner
     found = mean_of((sketch.tests * of_tests - QS * (sketch.image @ sketch.S)).T)
-    return Estimate(exact + found.value, found.error)
+    return Estimate(exact + found.value, np.maximum(found.error, sketch.rounding))
 
 
 def frobenius_norm(A: LinearOperator, num_products: int, rng: int | np.random.Generator | None = None) -> Estimate:
@@ -212,10 +225,11 @@ def frobenius_norm(A: LinearOperator, num_products: int, rng: int | np.random.Ge
     sketch = _Sketch(A, A.H, tests * (A.shape[1] ** 0.5 / np.linalg.norm(tests, axis=0)))
     exact = float(np.linalg.norm(sketch.image)) ** 2
     if sketch.found:
-        return Estimate(exact**0.5, 0.0)
+        return Estimate(exact**0.5, max(sketch.rounding, float(np.hypot(exact**0.5, sketch.dropped)) - exact**0.5))
     squares = exact - ((sketch.image @ sketch.S) ** 2).sum(0) + sketch.left_over() ** 2
     root = float(squares.mean()) ** 0.5
-    return Estimate(root, float(squares.std(ddof=1)) / (2 * root) if count > 1 else float("nan"))
+    spread = float(squares.std(ddof=1)) / (2 * root) if count > 1 else float("nan")
+    return Estimate(root, float(np.maximum(spread, sketch.rounding)))
 
 
 def _rowwise(left: Array, right: Array) -> Array:

@@ -89,7 +89,7 @@ class Findings:
             if self.density is None
             else {
                 "probes": len(self.density.nodes),
-                "steps": self.density.nodes.shape[1],
+                "steps": self.density.num_steps,
                 "range": list(self.density.range),
                 "trace": estimate(self.density.trace()),
             },
@@ -98,6 +98,7 @@ class Findings:
                     "which": end.which,
                     "values": [float(value) for value in end.values],
                     "bounds": [] if end.certificate is None else [number(bound) for bound in end.certificate.bounds],
+                    "converged": end.num_converged,
                     "ok": end.ok,
                     "verdict": end.verdict,
                 }

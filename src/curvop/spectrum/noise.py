@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from curvop.spectrum.counted import CountedOperator
 
-__all__ = ["NUM_PRODUCTS", "Noise", "measure"]
+__all__ = ["NUM_PRODUCTS", "Noise", "asymmetric", "measure"]
 
 Array = NDArray[Any]
 
@@ -19,6 +19,8 @@ _PROBES, _SINGLE = 4, 4
 NUM_PRODUCTS = _PROBES + _SINGLE
 """The products that `measure` takes, at most."""
 
+# Symmetry is lost to rounding as linearity is, if to a few times more of it; below the second number it does no harm.
+_SYMMETRY_OF_NOISE, _SYMMETRY = 10.0, 1e-10
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -47,6 +49,11 @@ class Noise:
     norm: float
 
 
+def asymmetric(symmetry: float, relative: float) -> bool:
+    """Whether a lack of symmetry is more than the `relative` noise of the products explains, and does harm."""
+    return symmetry > max(_SYMMETRY_OF_NOISE * relative, _SYMMETRY)
+
+
 def measure(A: CountedOperator, V: Array, AV: Array, rng: np.random.Generator) -> Noise:
     """Measure the errors of products with random vectors, and with combinations of found ones.
 
@@ -64,10 +71,10 @@ def measure(A: CountedOperator, V: Array, AV: Array, rng: np.random.Generator) -
     X = rng.standard_normal((size, min(_PROBES, size)))
     X /= np.linalg.norm(X, axis=0)
     AX = A.matmat(X)
-    typical = float(np.sqrt((AX**2).sum(0).mean()))
-    norm = float(max(np.linalg.norm(product, axis=0).max() for product in (AX, AV)))
+    norms = _norms(AX)
+    typical, norm = _rms(norms), float(max(norms.max(), _norms(AV).max()))
 
-    repeated = float(np.linalg.norm(A.matvec(X[:, 0]) - AX[:, 0]))
+    repeated = _norm(A.matvec(X[:, 0]) - AX[:, 0])
     combined = max(repeated, _combined(A, X, AX, rng))
     found = max(_combined(A, V, AV, rng) for _ in range(2))
 
@@ -88,11 +95,23 @@ def _combined(A: CountedOperator, X: Array, AX: Array, rng: np.random.Generator)
     """Return the norm of ``A (X c) - (A X) c`` for a random c of norm 1."""
     weights = rng.standard_normal((X.shape[1], 1))
     weights /= np.linalg.norm(weights)
-    return float(np.linalg.norm(A.matvec((X @ weights)[:, 0]) - (AX @ weights)[:, 0]))
+    return _norm(A.matvec((X @ weights)[:, 0]) - (AX @ weights)[:, 0])
+
+
+def _norms(columns: Array) -> Array:
+    """Return the norms ``(K,)`` of columns ``(N, K)``, by squares that neither underflow nor overflow."""
+    _, exponent = np.frexp(max(columns.max(initial=0.0), -columns.min(initial=0.0)))
+    scaled = np.ldexp(columns, -exponent)
+    norms: Array = np.ldexp(np.sqrt(np.einsum("ij,ij->j", scaled, scaled)), exponent)
+    return norms
+
+
+def _norm(array: Array) -> float:
+    return float(_norms(array.reshape(-1, 1))[0])
 
 
 def _rms(array: Array) -> float:
-    return float(np.sqrt((array**2).mean())) if array.size else 0.0
+    return _norm(array) / math.sqrt(array.size) if array.size else 0.0
 
 
 def _ratio(part: float, whole: float) -> float:

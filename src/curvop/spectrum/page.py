@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from curvop import __version__
+from curvop.fingerprint import listed
 from curvop.results import appearing
 from curvop.spectrum.findings import Findings
 
@@ -34,6 +35,8 @@ def write_files(found: Findings, directory: Path) -> None:
         end.save(directory / f"eigenpairs_{end.which}.npz")
     if found.density is not None:
         found.density.save(directory / "density.npz")
+    if found.blocks is not None:
+        found.blocks.save(directory / "blocks.npz")
     pictures = _pictures(found)
     for name, figure in pictures.items():
         for kind in ("png", "svg"):
@@ -94,6 +97,8 @@ def _page(found: Findings, pictures: dict[str, bytes]) -> str:
     if found.blocks is not None:
         study, traces = found.blocks, found.blocks.traces
         parts += ["<h2>Layer by layer</h2>"]
+        if study.unfinished:
+            parts.append(f'<p class="bad">not studied, as time was up: {html.escape(listed(study.unfinished))}</p>')
         if "blocks" in pictures:
             parts.append(_image(pictures["blocks"], "norms of the blocks, and their eigenvalues"))
         lines = [

@@ -30,6 +30,9 @@ def axes_or_new(ax: Any) -> Any:
 def plot_density(density: SpectralDensity, ax: Any = None, log: bool = True) -> Any:
     """Draw a density, its error band, and known eigenvalues as lines.
 
+    Where the band is as wide as the peaks are high, these are of single nodes: more steps or a larger `sigma` of
+    `density.pdf` are needed for the shape.
+
     Parameters
     ----------
     density : SpectralDensity
@@ -45,7 +48,7 @@ def plot_density(density: SpectralDensity, ax: Any = None, log: bool = True) -> 
     ax = axes_or_new(ax)
     grid = density.grid()
     value, error = density.pdf(grid)
-    lower, upper = value - np.nan_to_num(error), value + np.nan_to_num(error)
+    lower, upper = np.maximum(value - np.nan_to_num(error), 0), value + np.nan_to_num(error)
     single = 1 / (density.size * density.sigma * (2 * np.pi) ** 0.5)  # the peak of one eigenvalue
     if log:
         ax.set_yscale("log")

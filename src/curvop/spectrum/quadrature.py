@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from tqdm import tqdm
 
 from curvop.fingerprint import fingerprint
+from curvop.memory import available_bytes, check_fits
 from curvop.spectrum.checkpoint import Checkpoint
 from curvop.spectrum.density import SpectralDensity
-from curvop.spectrum.lanczos import Lanczos, device_of, runs_at_once
+from curvop.spectrum.lanczos import Lanczos, basis_dtype, device_of, runs_at_once
+from curvop.spectrum.timed import end_of
 
 __all__ = ["density"]
 
@@ -39,9 +40,9 @@ def density(
 
     Every probe is a vector of random signs; the Lanczos process from it gives a Gauss quadrature for the eigenvalues,
     exact for polynomials up to degree 2 m - 1 in what it sees. The recurrences are in float64 (where `A` is float32, in
-    that: half the memory, half the time) and re-orthogonalised in full, so that an outlier counts once; all probes take
-    their steps together, with one block product. The Wasserstein distance between the density and the spectrum falls as
-    1 / m, and with the probes as :math:`1 / \sqrt{K N}` (Chen, Trogdon, Ubaru, 2021).
+    that: half the memory, half the time) and keep their vectors orthogonal, so that an outlier counts once; all probes
+    take their steps together, with one block product. The Wasserstein distance between the density and the spectrum
+    falls as 1 / m, and with the probes as :math:`1 / \sqrt{K N}` (Chen, Trogdon, Ubaru, 2021).
 
     Of use for the shape of a spectrum, and for the trace of any function of the matrix. For single eigenvalues with
     proof take `eigsh`; for a trace or a norm alone, with fewer products where eigenvalues decay, `trace` and
@@ -60,9 +61,10 @@ def density(
     deflate : int
         So many eigenvalues of largest magnitude are found by `eigsh`, taken out, and added back as what they are
         (Papyan, 2018): sharper where a few outliers are of interest, and the probes' spread no longer stems from them.
+        To find them takes its time, whatever `seconds` says.
     memory : int, optional
-        Bytes for the bases, 8 N m and some for each probe, half of it where `A` is float32; by default half of what is
-        free. Where they do not fit, probes take turns.
+        Bytes for the bases, 8 N m and some for each probe, half of it where `A` is float32, and for `deflate` vectors
+        of 8 N (12 N where `A` is float32); by default half of what is free. Where they do not fit, probes take turns.
     checkpoint : str or path, optional
         A directory where every step is recorded. A run that was killed takes its steps up again from there, called in
         the same way with the same seed, and ends with the same bits as one that was not (where products repeat to the
@@ -85,18 +87,19 @@ def density(
     ValueError, RecordFileError, OSError
         Where the checkpoint is of something else (naming it), in use, damaged, or cannot be written.
     MemoryError
-        Where the basis of a single probe does not fit, before anything is computed.
+        Where the deflated vectors and the basis of a single probe do not fit, before anything is computed.
 
     References
     ----------
     Ubaru, Chen, Saad (2017), SIAM J. Matrix Anal. Appl. 38(4), algorithm 1; Ghorbani, Krishnan, Xiao (2019),
     arXiv:1901.10159; Papyan (2018), arXiv:1811.07062; Chen, Trogdon, Ubaru (2021), arXiv:2105.06595.
     """
+    until = end_of(seconds)
     A = aslinearoperator(A)
     _check(A, num_probes, num_steps, deflate)
     size, device = A.shape[0], device_of(A)
     num_steps = min(num_steps, size - deflate)
-    at_once = runs_at_once(A, num_probes, num_steps, memory)
+    at_once = runs_at_once(A, num_probes, num_steps, _left_for_runs(A, deflate, memory))
     generator = np.random.default_rng(rng)
     seed = json.dumps(generator.bit_generator.state, default=str)
     signs = generator.choice(np.array([-1.0, 1.0]), (num_probes, size))
@@ -106,7 +109,6 @@ def density(
         seeded = {"rng": hashlib.blake2b(seed.encode(), digest_size=16).hexdigest()}
         return fingerprint(A) | {name: str(value) for name, value in asked.items()} | seeded
 
-    until = math.inf if seconds is None else time.monotonic() + seconds
     kept = Checkpoint(checkpoint, settings)
     at_once = kept.fixed("probes at once", at_once)  # whatever memory is free today: other blocks round otherwise
     total = num_probes * num_steps
@@ -114,7 +116,7 @@ def density(
         contextlib.closing(kept),
         tqdm(desc="density", unit=" products", total=total, disable=not progress, mininterval=0.5, delay=0.5) as bar,
     ):
-        values, vectors, taken = kept.deflated(lambda: _largest(A, deflate, progress))
+        values, vectors, taken = kept.deflated(lambda: _largest(A, deflate, memory, progress))
         known = torch.from_numpy(vectors).to(device) if deflate else None
         nodes, weights = np.zeros((num_probes, num_steps)), np.zeros((num_probes, num_steps))
         done, whole, idle = kept.groups(), True, True
@@ -138,6 +140,8 @@ def density(
             nodes[group], weights[group], lengths = done[first]
             taken += int(lengths.sum())
     longest = max(int(lengths.max()) for _, _, lengths in done.values())
+    if whole:  # a weight of 0 tells of each probe that it ended by itself
+        longest = min(longest + 1, num_steps)
     return SpectralDensity(size, nodes[:, :longest], weights[:, :longest], values, taken, whole)
 
 
@@ -184,13 +188,23 @@ def _check(A: LinearOperator, num_probes: int, num_steps: int, deflate: int) -> 
         raise ValueError(f"deflate is {deflate}, but A has {A.shape[0]} eigenvalues only")
 
 
-def _largest(A: LinearOperator, count: int, progress: bool) -> tuple[Any, Any, int]:
+def _left_for_runs(A: LinearOperator, count: int, memory: int | None) -> int:
+    """Return what deflated vectors, and their copy in the precision of the bases, leave of `memory` bytes."""
+    available = available_bytes(device_of(A)) if memory is None else memory
+    precise = basis_dtype(A) == torch.float64
+    needed: int = count * A.shape[0] * (8 if precise else 8 + basis_dtype(A).itemsize)
+    check_fits(needed, available, f"what is deflated, {count} vectors of {A.shape[0]:,} numbers,", "deflate fewer")
+    return available - needed
+
+
+def _largest(A: LinearOperator, count: int, memory: int | None, progress: bool) -> tuple[Any, Any, int]:
     """Return eigenvalues ``(k,)`` and vectors ``(k, N)`` that are certain, and the products they took."""
     if not count:
         return np.zeros(0), np.zeros((0, A.shape[0])), 0
     from curvop.spectrum.eigen import eigsh
 
-    found = eigsh(A, count, "LM", certificate=False, progress=progress)
+    method = "arpack" if device_of(A).type == "cpu" else "device"
+    found = eigsh(A, count, "LM", method=method, memory=memory, certificate=False, progress=progress)
     if not found.converged:
         raise RuntimeError(f"deflate is {count}, but only {len(found.values)} eigenvalues converged: deflate fewer")
     return found.values.astype(np.float64), np.ascontiguousarray(found.vectors.T, dtype=np.float64), found.products

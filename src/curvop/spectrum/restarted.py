@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvop.spectrum.timed import TimeUpError
+
 __all__ = ["thick_restart"]
 
 Array = NDArray[Any]
@@ -16,7 +18,7 @@ Array = NDArray[Any]
 
 def thick_restart(
     multiply: Any, start: Tensor, k: int, basis: int, tol: float, maxiter: int, choose: Any
-) -> tuple[Array, Tensor, bool]:
+) -> tuple[Array, Tensor, int, bool]:
     r"""Find eigenpairs at an end of the spectrum of a symmetric operator (Wu, Simon, 2000).
 
     The basis :math:`V` grows to its full size; then the best Ritz vectors and the last residual begin it anew. In the
@@ -26,7 +28,7 @@ def thick_restart(
     Parameters
     ----------
     multiply : callable
-        Of a ``(1, N)`` tensor.
+        Of a ``(1, N)`` tensor. Its `TimeUpError` ends the search with what the basis holds.
     start : Tensor, shape (N,)
         In the precision and on the device of the basis.
     k : int
@@ -41,9 +43,12 @@ def thick_restart(
 
     Returns
     -------
-    values : ndarray, shape (k,)
-    vectors : Tensor, shape (k, N)
-    converged : bool
+    values : ndarray, shape (n,)
+        k of them; fewer where time was up before the basis had so many vectors.
+    vectors : Tensor, shape (n, N)
+    converged : int
+        How many of them are within `tol`.
+    timed_out : bool
 
     References
     ----------
@@ -53,12 +58,17 @@ def thick_restart(
     size, eps = len(start), float(torch.finfo(start.dtype).eps)
     V = torch.empty(basis + 1, size, dtype=start.dtype, device=start.device)
     V[0] = start / torch.linalg.vector_norm(start)
-    H = np.zeros((basis, basis))
+    H = np.zeros((basis + 1, basis + 1))
     generator = torch.Generator().manual_seed(0)
-    kept, scale = 0, 0.0
+    kept, scale, timed_out = 0, 0.0, False
     while True:
+        count = basis
         for at in range(kept, basis):
-            w = multiply(V[at : at + 1])[0].to(start.dtype)
+            try:
+                w = multiply(V[at : at + 1])[0].to(start.dtype)
+            except TimeUpError:
+                count, timed_out = at, True
+                break
             H[at, at] = float(_orthogonalise(V[: at + 1], w)[at])
             beta = float(torch.linalg.vector_norm(w, dtype=torch.float64))
             scale = max(scale, abs(H[at, at]) + beta)
@@ -67,15 +77,15 @@ def thick_restart(
                 w = torch.randn(size, generator=generator, dtype=start.dtype).to(start.device)
                 _orthogonalise(V[: at + 1], w)
             V[at + 1] = w / torch.linalg.vector_norm(w, dtype=torch.float64)
-            if at + 1 < basis:
-                H[at, at + 1] = H[at + 1, at] = beta
-        values, S = np.linalg.eigh(H)
-        wanted = choose(values, k)
-        residuals = np.abs(beta * S[-1, wanted])
+            H[at, at + 1] = H[at + 1, at] = beta
+        values, S = np.linalg.eigh(H[:count, :count])
+        wanted = choose(values, min(k, count))
+        coupling = H[count, :count] @ S  # of the Ritz vectors to the next vector of the basis: their residuals
+        residuals = np.abs(coupling[wanted])
         done = residuals <= max(tol, eps) * np.maximum(np.abs(values[wanted]), eps ** (2 / 3) * scale)
         maxiter -= 1
-        if done.all() or maxiter <= 0:
-            return values[wanted], _combined(V[:basis], S[:, wanted]), bool(done.all())
+        if timed_out or done.all() or maxiter <= 0:
+            return values[wanted], _combined(V[:count], S[:, wanted]), int(done.sum()), timed_out
         # Besides those that are wanted, half of the others: what was learnt of them speeds up the next round.
         kept = min(k + (basis - k) // 2, basis - 1)
         best = choose(values, kept)
@@ -83,7 +93,7 @@ def thick_restart(
         V[kept] = V[basis]
         H[:] = 0
         H[np.diag_indices(kept)] = values[best]
-        H[kept, :kept] = H[:kept, kept] = beta * S[-1, best]
+        H[kept, :kept] = H[:kept, kept] = coupling[best]
 
 
 def _orthogonalise(V: Tensor, w: Tensor) -> Tensor:

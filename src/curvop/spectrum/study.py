@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import time
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +17,36 @@ from curvop.journal import JournaledLinearOperator
 from curvop.matrices import MATRICES, wrap
 from curvop.problems import ProblemError
 from curvop.records import RecordFileError
-from curvop.spectrum.blocks import BlockStudy, blocks
+from curvop.spectrum.blocks import blocks
 from curvop.spectrum.eigen import eigsh
 from curvop.spectrum.estimators import frobenius_norm, trace
 from curvop.spectrum.findings import Findings
 from curvop.spectrum.page import write_files
 from curvop.spectrum.quadrature import density
+from curvop.spectrum.timed import TimedOperator
 
 __all__ = ["spectrum_study"]
 
 _ESTIMATE_PRODUCTS = 60  # of the trace and of the norm
 # When a step is to be over, as a part of the time until the deadline less what writing takes.
 _WRITING = 3.0  # seconds
-_SHARES = {"eigenvalues": 0.4, "estimates": 0.5, "density": 0.75, "blocks": 0.97}
+_EIGENVALUES, _ESTIMATES, _DENSITY, _BLOCKS = 0.4, 0.5, 0.75, 0.97
 
 
-class _DeadlineError(Exception):
-    pass
-
-
-class _Timed(LinearOperator):  # type: ignore[misc]
-    """Multiplies as `A` does until the time is over."""
-
-    def __init__(self, A: LinearOperator, until: float) -> None:
-        super().__init__(A.dtype, A.shape)
-        self._A, self._until = A, until
-
-    def _matmat(self, X: Any) -> Any:
-        if time.monotonic() > self._until:
-            raise _DeadlineError
-        return self._A @ X
-
-    def _matvec(self, x: Any) -> Any:
-        return self._matmat(x)
-
-    def _adjoint(self) -> _Timed:
-        return self
-
-    _transpose = _adjoint
-
-
-def spectrum_study(problem: dict[str, Any], options: argparse.Namespace) -> Findings:
+def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, begun: float) -> Findings:
     """Study a problem's matrix as the arguments of the command say, and write what is found where they say.
+
+    The deadline counts from `begun`, on the clock of ``time.monotonic``. What is under way is not broken off, so that
+    it can be overrun: by the loss and its gradient, which are computed in any case; by a step of the density, one block
+    product with as many vectors as it has probes, of which a first one is always made; and by the writing of files,
+    where that takes more than three seconds. Any other step ends one product after its part of the time, or a block
+    product of 16 vectors.
 
     Raises
     ------
     ProblemError
         Where the problem cannot be wrapped or evaluated, or the folder holds the study of another one.
     """
-    begun = time.monotonic()
     whole, A = wrap(problem, options.matrix, options.dtype, options.engine, options.block)
     gradient, loss = evaluated(A)
     found = Findings(
@@ -100,45 +80,67 @@ def _made(out: Path) -> Path:
 
 
 def _run(found: Findings, A: Any, recorded: LinearOperator, options: argparse.Namespace, begun: float) -> None:
-    def until(step: str) -> float:
+    def until(share: float) -> float:
         if options.deadline is None:
             return float("inf")
         seconds: float = max(options.deadline - _WRITING, 0.5 * options.deadline)
-        return begun + _SHARES[step] * seconds
+        return begun + share * seconds
 
-    def left(step: str) -> float | None:
-        return None if options.deadline is None else max(0.0, until(step) - time.monotonic())
-
-    def attempt(what: str, step: str, run: Callable[[LinearOperator], Any]) -> Any:
-        try:
-            return run(_Timed(recorded, until(step)))
-        except (_DeadlineError, TimeoutError) as error:
-            found.undone.append(f"{what}: not done by the deadline" + (f" ({error})" if str(error) else ""))
-            return None
+    def left(share: float) -> float | None:
+        return None if options.deadline is None else max(0.0, until(share) - time.monotonic())
 
     ends = {"LA": options.k} | ({"SA": min(5, options.k)} if options.matrix == "hessian" else {})
-    for which, k in ends.items():
-        search = functools.partial(eigsh, k=min(k, found.rows), which=which)
-        result = attempt(f"eigenvalues {which}", "eigenvalues", search)
-        if result is not None:
-            found.ends.append(result)
+    for number, (which, k) in enumerate(ends.items(), 1):
+        _eigenvalues(found, recorded, which, min(k, found.rows), left(_EIGENVALUES * number / len(ends)))
+    estimated = recorded if options.deadline is None else TimedOperator(recorded, until(_ESTIMATES))
     products = min(_ESTIMATE_PRODUCTS, 2 * found.rows)
-    found.trace = attempt("trace", "estimates", lambda T: trace(T, products, rng=1))
-    found.norm = attempt("norm", "estimates", lambda T: frobenius_norm(T, products, rng=2))
+    for seed, (name, estimate) in enumerate({"trace": trace, "norm": frobenius_norm}.items(), 1):
+        try:
+            setattr(found, name, estimate(estimated, products, rng=seed))
+        except TimeoutError:
+            found.undone.append(f"{name}: not done by the deadline")
     checkpoint = None if options.out is None else options.out / "density"
     found.density = density(
-        A, num_probes=options.probes, num_steps=options.steps, checkpoint=checkpoint, seconds=left("density")
+        A, num_probes=options.probes, num_steps=options.steps, checkpoint=checkpoint, seconds=left(_DENSITY)
     )
     if not found.density.complete:
         probes, steps = found.density.nodes.shape
         found.undone.append(f"density: {probes} probes of {steps} steps only, by the deadline")
+    _blocks(found, A, options, left(_BLOCKS))
+
+
+def _eigenvalues(found: Findings, A: LinearOperator, which: str, k: int, seconds: float | None) -> None:
+    """Find those of one end, as far as there is time for it.
+
+    The same method with and without a deadline: one study takes up the products that the other has recorded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of what the report says
+            result = eigsh(A, k, which, method="device", seconds=seconds)
+    except TimeoutError:  # of a matrix so small that it is formed
+        result = None
+    if result is None or not len(result.values):
+        found.undone.append(f"eigenvalues {which}: not done by the deadline")
+        return
+    found.ends.append(result)
+    if result.timed_out and not result.converged:
+        found.undone.append(f"eigenvalues {which}: {result.num_converged} of {k} converged by the deadline")
+    elif result.certificate is None:
+        found.undone.append(f"eigenvalues {which}: not certified by the deadline")
+
+
+def _blocks(found: Findings, A: Any, options: argparse.Namespace, seconds: float | None) -> None:
+    """Study the blocks where that is asked for; show those of an earlier run in any case."""
+    kept, before = None if options.out is None else options.out / "blocks", 0
+    if kept is not None and kept.exists():
+        found.blocks = blocks(A, checkpoint=kept, seconds=0, progress=False)
+        before = found.blocks.num_products
     if options.blocks:
-        kept = None if options.out is None else options.out / "blocks.npz"
-        if kept is not None and kept.exists():
-            found.blocks = BlockStudy.load(kept)
-        else:
-            found.blocks = attempt("blocks", "blocks", lambda _: blocks(A, seconds=left("blocks")))
-            if found.blocks is not None:
-                found.products += found.blocks.num_products
-                if kept is not None:
-                    found.blocks.save(kept)
+        found.blocks = blocks(A, checkpoint=kept, seconds=seconds)
+        found.products += found.blocks.num_products - before
+        if found.blocks.unfinished:
+            done, count = len(found.blocks.names), len(A.params_slices)
+            found.undone.append(f"blocks: {f'{done} of {count}' if done else 'not'} done by the deadline")
+    if found.blocks is not None and not found.blocks.names:
+        found.blocks = None

@@ -1,0 +1,250 @@
+"""A check of an operator, cheap enough to come before every long study."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
+
+from curvop.check_report import NOT_APPLICABLE, OK, WARNING, WRONG, CheckReport, Finding
+from curvop.computed import UNTRUSTED, ComputedLinearOperator
+from curvop.model_check import measured, model_findings, route_findings
+
+__all__ = ["check"]
+
+Array = NDArray[Any]
+
+
+def check(A: LinearOperator, *, num_probes: int = 2, rng: int | np.random.Generator | None = None) -> CheckReport:
+    """Check an operator before something long is done with it, and say what to do about each thing that is found.
+
+    Of any operator: that products repeat, are linear, agree between ``matvec`` and ``matmat``, that the adjoint is the
+    adjoint, and symmetry. Of this package's, also where they are wrapped (damped, journaled, a submatrix, a sum): the
+    product by other routes in float64, in forward mode and by finite differences of first derivatives; randomness in
+    the loss, shuffling of the data, modules in training mode, parameters that the loss does not reach.
+
+    It takes ``3 + 2 num_probes`` products of a symmetric operator of this package, 7 by default; 2 `num_probes` more of
+    a square one that is not known to be its own adjoint, and one more of an operator that is wrapped. Besides, it reads
+    the data three times, for a gradient, for a loss, and for the other routes, of about ten gradients. Products of a
+    journal are recorded as any others.
+
+    What is found is measured by the epsilon of the coarsest numbers that a product is computed in: of the model's
+    parameters and its loss, of autocast, of a GPU's TF32, of the vectors. Up to its 2/3 power (4e-11 in float64, 2e-5
+    in float32) it is rounding; above its square root (1e-8, 3e-4) it is wrong; in between it is a warning.
+
+    Parameters
+    ----------
+    A : LinearOperator, shape (M, N)
+        Real or complex, square or not.
+    num_probes : int
+        Random vectors on either side.
+    rng : int or numpy.random.Generator, optional
+        What they are drawn from.
+
+    Returns
+    -------
+    CheckReport
+        Prints as a table; ``ok`` where nothing is wrong.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where `A` is no operator, `num_probes` is less than 1, or the problem behind `A` cannot be evaluated at all.
+        What a product raises because it cannot be trusted is a finding.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from curvop import HessianLinearOperator, check
+    >>> model = torch.nn.Linear(3, 2, dtype=torch.float64)
+    >>> data = [(torch.ones(5, 3, dtype=torch.float64), torch.zeros(5, 2, dtype=torch.float64))]
+    >>> report = check(HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data))
+    >>> report.verdict, report.products
+    ('sound: 14 checks passed', 7)
+    """
+    if not isinstance(A, LinearOperator):
+        raise TypeError(
+            f"A is a {type(A).__name__}, not a LinearOperator: wrap it, scipy.sparse.linalg.aslinearoperator(A)"
+        )
+    if len(A.shape) != 2:
+        raise ValueError(f"A has shape {A.shape}: check one operator of the stack")
+    if not isinstance(num_probes, int | np.integer) or num_probes < 1:
+        raise ValueError(f"num_probes is {num_probes!r}, but must be a number of vectors from 1 on")
+    begun = time.perf_counter()
+    algebra = _Algebra(A, int(num_probes), np.random.default_rng(rng))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")  # that libraries get older is no concern of this check
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.simplefilter("always", UserWarning)
+        findings = list(algebra.findings()) if all(A.shape) else [_empty(A)]
+    messages = dict.fromkeys(str(one.message) for one in caught)
+    findings += [Finding("warnings", WARNING, text) for text in messages]
+    kind = f"{type(A).__name__.lstrip('_')}, {A.shape[0]:,} by {A.shape[1]:,}, {A.dtype}"
+    return CheckReport(kind, tuple(findings), algebra.products, time.perf_counter() - begun)
+
+
+def _empty(A: LinearOperator) -> Finding:
+    return Finding("products", NOT_APPLICABLE, f"A has shape {A.shape}, and no entries")
+
+
+def _computed(A: LinearOperator) -> list[ComputedLinearOperator]:
+    """Return the operators of this package that `A` is, or is made of."""
+    if isinstance(A, ComputedLinearOperator):
+        return [A]
+    parts = (part for part in getattr(A, "args", ()) if isinstance(part, LinearOperator))
+    return list({id(one): one for part in parts for one in _computed(part)}.values())
+
+
+class _Algebra:
+    """The products of a check, and what they tell."""
+
+    def __init__(self, A: LinearOperator, num_probes: int, rng: np.random.Generator) -> None:
+        self._A, self._num_probes, self._rng = A, num_probes, rng
+        inexact = A.dtype is not None and A.dtype.kind in "fc"
+        self._dtype = A.dtype if inexact else np.dtype(np.float64)
+        self._eps = float(np.finfo(self._dtype).eps)
+        self._known: tuple[Array, Array] | None = None
+        self.products = 0
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield all of them."""
+        bases, random, told = _computed(self._A), False, ""
+        for base in bases:
+            try:
+                seen = base.inspect()
+            except UNTRUSTED as error:
+                random, told = True, str(error)
+                yield Finding("order of the data", WRONG, told, remedy="make every pass yield the same batches")
+                continue
+            self._eps = max(self._eps, seen.eps)
+            found = list(model_findings(seen))
+            random |= any(one.name == "randomness" and one.status == WRONG for one in found)
+            yield from found
+        if not bases:
+            yield Finding(
+                "model", NOT_APPLICABLE, "this is none of the package's operators: only its algebra is checked"
+            )
+        try:
+            yield from self._algebra()
+            for base in bases:
+                yield from self._routes(base, random)
+        except UNTRUSTED as error:
+            if str(error) != told:
+                yield Finding("products", WRONG, str(error), remedy="make the product repeatable, and finite")
+
+    def _probes(self, size: int) -> Array:
+        X = self._rng.standard_normal((size, self._num_probes))
+        if self._dtype.kind == "c":
+            X = X + 1j * self._rng.standard_normal(X.shape)
+        probes: Array = (X / np.linalg.norm(X, axis=0)).astype(self._dtype)
+        return probes
+
+    def _product(self, A: LinearOperator, X: Array) -> Array:
+        self.products += 1 if X.ndim == 1 else X.shape[1]
+        product: Array = np.asarray(A.matvec(X) if X.ndim == 1 else A.matmat(X))
+        return product
+
+    def _algebra(self) -> Iterator[Finding]:
+        A = self._A
+        X, U = self._probes(A.shape[1]), self._probes(A.shape[0])
+        AX = self._product(A, X)
+        if not np.isfinite(AX).all():
+            yield Finding("finite", WRONG, "a product holds NaN or infinity", remedy="mend it: solvers do not look")
+            return
+        yield Finding("finite", OK, "all entries")
+        size = math.sqrt(float((np.abs(AX) ** 2).sum()) / AX.shape[1])
+        single = self._product(A, X[:, 0])
+        self._known = X[:, 0], single
+        noise = [_ratio(np.linalg.norm(single - AX[:, 0]), size)]
+        yield self._measured(
+            "matvec and matmat", noise[0], "they differ", "one of the two is wrong, or products draw random numbers"
+        )
+        noise.append(_ratio(np.linalg.norm(self._product(A, X[:, 0]) - single), size))
+        yield self._measured(
+            "repeatability", noise[1], "the same product differs when it is made again", "look for random numbers"
+        )
+        weights = self._rng.standard_normal(self._num_probes).astype(self._dtype)
+        weights *= 3 / np.linalg.norm(weights)
+        combined = self._product(A, X @ weights)
+        noise.append(_ratio(np.linalg.norm(combined - AX @ weights), 3 * size))
+        yield self._measured(
+            "linearity",
+            noise[2],
+            "A (X c) is not (A X) c",
+            "a product that is not linear is no product with a matrix: look at what it does to its vector",
+        )
+        floor = max(noise)
+        yield self._measured(
+            "noise floor",
+            floor,
+            f"{floor / self._eps:.3g} times epsilon, {self._eps:.1e}",
+            "no residual gets below it: pass solvers a tolerance above, or compute in float64 (model.double())",
+        )
+        yield from self._mirror(X, AX, U, size)
+
+    def _mirror(self, X: Array, AX: Array, U: Array, size: float) -> Iterator[Finding]:
+        """Compare ``u' (A x)`` with ``(A' u)' x`` and, where `A` is square, with ``(A u)' x``."""
+        A, square, mixed = self._A, self._A.shape[0] == self._A.shape[1], U.conj().T @ AX
+        own = square and A.H is A
+
+        def defect(products: Array) -> float:
+            # For u of norm 1 in a random direction, sqrt(M) |u' d| is |d| on the average of squares.
+            difference = mixed - products.conj().T @ X
+            return _ratio(math.sqrt(len(U) * float((np.abs(difference) ** 2).mean())), size)
+
+        if own:
+            yield Finding("adjoint", NOT_APPLICABLE, "A is its own adjoint: see symmetry")
+        else:
+            try:
+                pulled = np.stack([np.asarray(A.rmatvec(u)) for u in U.T], axis=1)
+                self.products += U.shape[1]
+            except NotImplementedError:
+                yield Finding("adjoint", NOT_APPLICABLE, "A has none: it was made without rmatvec")
+            else:
+                yield self._measured(
+                    "adjoint",
+                    defect(pulled),
+                    "u' (A x) is not (A' u)' x",
+                    "rmatvec is not that of this matrix: svds, lsmr and lsqr go astray",
+                )
+        if not square:
+            yield Finding("symmetry", NOT_APPLICABLE, "A is not square")
+            return
+        value = defect(self._product(A, U))
+        if own or value <= math.sqrt(self._eps):
+            yield self._measured(
+                "symmetry",
+                value,
+                "u' (A x) is not (A u)' x",
+                "an operation of the model has a wrong derivative: eigsh, cg and curvop.spectrum go astray",
+            )
+        else:
+            yield Finding(
+                "symmetry",
+                NOT_APPLICABLE,
+                f"A is not symmetric, by {value:.1e}: it is for eigs and gmres, not eigsh, cg",
+            )
+
+    def _routes(self, base: ComputedLinearOperator, random: bool) -> Iterator[Finding]:
+        if random:
+            yield Finding("other routes", NOT_APPLICABLE, "the loss is random: there is nothing to compare")
+            return
+        if base is self._A and self._known is not None:
+            vector, product = self._known
+        else:
+            vector = self._rng.standard_normal(base.shape[1]).astype(base.dtype)
+            product = self._product(base, vector)
+        yield from route_findings(base.other_routes(vector), product, self._eps)
+
+    def _measured(self, name: str, value: float, what: str, remedy: str) -> Finding:
+        return measured(name, value, self._eps, what, remedy)
+
+
+def _ratio(part: Any, whole: float) -> float:
+    return float(part) / whole if whole > 0 else 0.0

@@ -1,0 +1,295 @@
+r"""One batch in float64, and its products by derivatives that are not the engine's.
+
+Forward mode (of the gradient: forward over reverse) is exact up to rounding. Central differences need first derivatives
+only, so that no second derivative of torch's can spoil them.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from curvop.kernels.batches import map_leaves
+from curvop.kernels.differentiable import STAND_INS
+from curvop.kernels.fisher import EmpiricalFisherKernel
+from curvop.kernels.ggn import GGNKernel
+from curvop.kernels.hessian import HessianKernel
+from curvop.kernels.jacobian import JacobianKernel
+from curvop.kernels.kernel import Kernel
+from curvop.kernels.layout import BatchLayout
+from curvop.kernels.objective import Objective
+from curvop.kernels.sandwich import outputs_of
+from curvop.kernels.weights import loss_kind
+
+__all__ = ["KINDS", "DoubleBatch", "Point"]
+
+Values = dict[str, Tensor]
+Parts = tuple[Tensor, ...]
+
+
+class Point:
+    """The objective's parameters, and what else its modules hold, in float64."""
+
+    def __init__(self, objective: Objective) -> None:
+        leaves = objective.leaves(())
+        self.values: Values = in_double(leaves)
+        self._held: dict[str, Values] = in_double(objective.held(leaves))
+        self._padding = dict(_padding(objective.modules))
+        training = any(part.training for module in objective.modules for part in module.modules())
+        self._written_to = training or objective.guard.writes
+
+    def held(self) -> dict[str, Values]:
+        """Return what the modules hold; copies where they may write to it."""
+        held: dict[str, Values] = map_leaves(torch.clone, self._held) if self._written_to else self._held
+        return held
+
+    def along(self, parts: Values) -> Values:
+        """Return a direction without an embedding's row at `padding_idx`, which is a constant to its gradient."""
+        kept = dict(parts)
+        for name in parts.keys() & self._padding.keys():
+            row, tied = self._padding[name]
+            if tied:
+                raise RuntimeError(f"{name!r} has a row at padding_idx, which another module uses")
+            kept[name] = parts[name].clone()
+            kept[name][row] = 0.0
+        return kept
+
+
+def _padding(modules: Sequence[nn.Module]) -> Iterator[tuple[str, tuple[int, bool]]]:
+    """Yield names of embeddings with the row of the padding, and whether another module has the same parameter."""
+    for module in modules[:1]:
+        for part in module.modules():
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.padding_idx is not None:
+                named = module.named_parameters(remove_duplicate=False)
+                names = [name for name, value in named if value is part.weight]
+                for name in names:
+                    yield name, (part.padding_idx, len(names) > 1)
+
+
+def in_double(tree: Any) -> Any:
+    """Return a tree of tensors with those of real numbers in float64."""
+    return map_leaves(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
+
+
+class _Composite(TorchFunctionMode):
+    """Computes by elementary operations what torch has no forward mode for."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call what stands in for `func`, or `func` itself."""
+        return _COMPOSITES.get(func, func)(*args, **(kwargs or {}))
+
+
+def _composite(terms_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def loss(z: Tensor, y: Tensor, *reduced: Any, reduction: str = "mean", **settings: Any) -> Tensor:
+        terms = terms_of(z, y, **{name: value for name, value in settings.items() if value is not None})
+        return terms if reduction == "none" else terms.mean() if reduction == "mean" else terms.sum()
+
+    return loss
+
+
+def _huber(z: Tensor, y: Tensor, delta: float = 1.0) -> Tensor:
+    size = (z - y).abs()
+    return torch.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
+
+
+_COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **STAND_INS,
+    functional.mse_loss: _composite(lambda z, y: (z - y) ** 2),
+    functional.huber_loss: _composite(_huber),
+    functional.soft_margin_loss: _composite(lambda z, y: functional.softplus(-y * z)),
+}
+
+
+class DoubleBatch(abc.ABC):
+    """One batch in float64, at a point; subclasses say which function of the parameters, and which rest."""
+
+    by_batch = False
+
+    def __init__(self, kernel: Any, point: Point, index: int, batch: Any) -> None:
+        self.kernel, self.objective, self.point = kernel, kernel.objective, point
+        self.batch = in_double(batch)
+        self.index = index
+        self.values = {name: point.values[name] for name in (*kernel.rows.names, *kernel.cols.names)}
+        with torch.enable_grad():  # a model may contain derivatives of its own
+            self.prediction = self._traced({})[1]
+        self.weight = 1.0 if self.by_batch else self.objective.weight(self.prediction, index, self.batch)
+
+    @abc.abstractmethod
+    def product(self, vector: Tensor, step: float | None) -> Tensor:
+        """Return the product with `vector` ``(N,)``.
+
+        Parameters
+        ----------
+        vector : Tensor, shape (N,)
+        step : float or None
+            Of the central differences, as a part of the point's norm, by which derivatives along a direction are
+            taken; None for forward mode.
+        """
+
+    def _traced(self, values: Values) -> tuple[Tensor, Any]:
+        with _Composite():
+            found: tuple[Tensor, Any] = self.objective.traced(self.point.values | values, self.point.held(), self.batch)
+        return found
+
+    def _predict(self, values: Values) -> Parts:
+        with _Composite():
+            return tuple(outputs_of(self._prediction(values)))
+
+    def _prediction(self, values: Values) -> Any:
+        return self.objective.traced_prediction(self.point.values | values, self.point.held(), self.batch)
+
+    def _along(self, vector: Tensor) -> Values:
+        zeros = {name: torch.zeros_like(value) for name, value in self.values.items()}
+        return zeros | self.point.along(dict(zip(self.kernel.cols.names, self.kernel.cols.split(vector), strict=True)))
+
+    def _rows(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([part.reshape(-1) for part in self.kernel.rows.of(parts)])
+
+    def _pulled(self, function: Callable[[Values], Parts], vectors: Parts) -> Tensor:
+        """Return the transposed Jacobian of `function` times `vectors`."""
+        leaves = _leaves(self.values)
+        with torch.enable_grad():
+            outputs = function(leaves)
+        reached = [index for index, output in enumerate(outputs) if output.requires_grad]
+        if not reached:
+            return torch.zeros_like(self._rows(leaves))
+        ends, seeds = [outputs[index] for index in reached], [vectors[index] for index in reached]
+        found = torch.autograd.grad(ends, list(leaves.values()), seeds, allow_unused=True, materialize_grads=True)
+        return self._rows(dict(zip(leaves, found, strict=True)))
+
+
+def _leaves(values: Values) -> Values:
+    return {name: value.detach().requires_grad_() for name, value in values.items()}
+
+
+def _derivative(
+    function: Callable[[Values], Parts],
+    values: Values,
+    along: Values,
+    step: float | None,
+    plain: Callable[[Values], Parts] | None = None,
+) -> Parts:
+    """Return the derivative of `function` in a direction; `plain` is the same where it need not be differentiated."""
+    if step is None:
+        found: Parts = jvp(function, (values,), (along,))[1]
+        return found
+    size, scale = (math.hypot(*(float(part.norm()) for part in parts.values())) for parts in (along, values))
+    step *= (scale or 1.0) / (size or 1.0)
+    with torch.no_grad():
+        ahead, behind = (
+            (plain or function)({name: value + t * along[name] for name, value in values.items()})
+            for t in (step, -step)
+        )
+    return tuple((a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True))
+
+
+def _gradient(loss: Callable[[Values], Tensor]) -> tuple[Callable[[Values], Parts], Callable[[Values], Parts]]:
+    """Return the gradient as a function that can be differentiated, and as one that need not be."""
+
+    def plain(values: Values) -> Parts:
+        leaves = _leaves(values)
+        with torch.enable_grad():
+            value = loss(leaves)
+        if not value.requires_grad:
+            return tuple(torch.zeros_like(leaf) for leaf in leaves.values())
+        inputs = list(leaves.values())
+        return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+
+    return lambda values: tuple(grad(loss)(values).values()), plain
+
+
+class _Hessian(DoubleBatch):
+    def product(self, vector: Tensor, step: float | None) -> Tensor:
+        function, plain = _gradient(lambda values: self._traced(values)[0])
+        found = _derivative(function, self.values, self._along(vector), step, plain)
+        return self._rows(dict(zip(self.values, found, strict=True)))
+
+
+class _GaussNewton(DoubleBatch):
+    def product(self, vector: Tensor, step: float | None) -> Tensor:
+        pushed = _derivative(self._predict, self.values, self._along(vector), step)
+        outputs = {str(index): output.detach() for index, output in enumerate(outputs_of(self.prediction))}
+        function, plain = _gradient(self._loss_of)
+        middle = _derivative(function, outputs, dict(zip(outputs, pushed, strict=True)), step, plain)
+        return self._pulled(self._predict, middle)
+
+    def _loss_of(self, outputs: Values) -> Tensor:
+        rest = iter(outputs.values())
+        prediction = map_leaves(lambda part: next(rest) if part.is_floating_point() else part, self.prediction)
+        with _Composite():
+            loss: Tensor = self.objective.traced_loss(prediction, self.point.held(), self.batch)
+        return loss
+
+
+class _EmpiricalFisher(DoubleBatch):
+    def product(self, vector: Tensor, step: float | None) -> Tensor:
+        pushed = _derivative(self._losses, self.values, self._along(vector), step)
+        divisor: float = self.objective.divisor_of(self.prediction, self.index, self.batch)
+        return self._pulled(self._losses, pushed) / divisor
+
+    def _losses(self, values: Values) -> Parts:
+        """Return the examples' losses; `curvop.kernels.examples` says what an example is."""
+        with _Composite():
+            prediction, y = self._prediction(values), self.batch[1]
+            terms: Tensor
+            held, loss_function = self.point.held()["loss"], self.objective.loss_function
+            if loss_kind(loss_function) is None:
+                of_one = self.objective.traced_loss
+                return (vmap(lambda z, y: of_one(_alone(z), {"loss": held}, (None, _alone(y))))(prediction, y),)
+            if isinstance(loss_function, nn.Module):
+                unreduced: Any = copy.copy(loss_function)
+                unreduced.reduction = "none"
+                terms = functional_call(unreduced, held, (prediction, y))
+            else:
+                terms = functools.partial(loss_function, reduction="none", **held)(prediction, y)
+        by_row = terms.shape == prediction.shape and terms.ndim > 1
+        return ((terms.sum(-1) if by_row else terms).reshape(-1),)
+
+
+def _alone(example: Any) -> Any:
+    return map_leaves(lambda leaf: leaf[None], example)
+
+
+class _Jacobian(DoubleBatch):
+    by_batch = True
+
+    def product(self, vector: Tensor, step: float | None) -> Tensor:
+        found = _derivative(self._predict, self.values, self._along(vector), step)
+        return torch.cat([part.reshape(-1) for part in found])
+
+
+class _TransposedJacobian(DoubleBatch):
+    def product(self, vector: Tensor, step: float | None) -> Tensor:
+        outputs = outputs_of(self.prediction)
+        parts = self.kernel.cols.at(vector, self.index).split([output.numel() for output in outputs])
+        seeds = tuple(part.view(output.shape) for part, output in zip(parts, outputs, strict=True))
+        return self._pulled(self._predict, seeds)
+
+
+def _of_jacobian(kernel: JacobianKernel, point: Point, index: int, batch: Any) -> DoubleBatch:
+    kind = _Jacobian if isinstance(kernel.rows, BatchLayout) else _TransposedJacobian
+    return kind(kernel, point, index, batch)
+
+
+KINDS: Mapping[type[Kernel], Callable[[Any, Any, int, Any], DoubleBatch]] = {
+    HessianKernel: _Hessian,
+    GGNKernel: _GaussNewton,
+    EmpiricalFisherKernel: _EmpiricalFisher,
+    JacobianKernel: _of_jacobian,
+}

@@ -1,0 +1,115 @@
+"""What two passes over the data tell of a model, a loss and their data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.backends import cuda, cudnn
+
+from curvop.kernels.batches import leaves
+from curvop.kernels.objective import Objective
+from curvop.kernels.passes import precision
+from curvop.kernels.preflight import batchwise_modules, random_modules
+from curvop.kernels.state import Fingerprint
+
+__all__ = ["Inspection", "inspect", "working_epsilon"]
+
+# NVIDIA's TF32 has the range of float32, and 10 bits behind the binary point.
+_TF32_EPSILON = 2.0**-10
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What is known of an objective.
+
+    Attributes
+    ----------
+    dtype : str
+        Of the parameters.
+    eps : float
+        Of the coarsest numbers that a product is computed in.
+    random, batchwise : list of str
+        Modules with active dropout, and those that normalise by the statistics of a batch.
+    batches : int
+    losses : tuple of float
+        Of all the data, in each of the two passes.
+    change : float
+        The largest relative change of the loss, or of a batch's, between them.
+    reordered : bool
+        Whether the batches of the second pass are others, or come in another order.
+    unreached : list of str
+        Parameters that no batch's loss depends on.
+    looked_into : bool
+        Whether the model is made of modules, so that it could be looked into.
+    """
+
+    dtype: str
+    eps: float
+    random: list[str]
+    batchwise: list[str]
+    batches: int
+    losses: tuple[float, float]
+    change: float
+    reordered: bool
+    unreached: list[str]
+    looked_into: bool
+
+
+def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
+    """Look at an objective: a gradient by the parameters `names`, and one more pass for the loss alone."""
+    values, unreached = objective.leaves(names), set(names)
+    passes: list[list[tuple[float, float]]] = [[], []]
+    batches: list[list[list[float | None]]] = [[], []]
+    eps = 0.0
+    with objective.slow_backends():
+        for number in range(2):
+            for index, batch in objective.batches():
+                batches[number].append(Fingerprint.of_data(leaves(batch)))
+                loss = objective.evaluate(values, index, batch)
+                passes[number].append((loss.weight, float(loss.value) if loss.weight else 0.0))
+                eps = max(eps, working_epsilon(objective, loss.value))
+                if number == 0 and unreached and loss.weight:
+                    reached = zip(names, loss.gradient([values[name] for name in names]), strict=True)
+                    unreached -= {name for name, part in reached if part is not None}
+    objective.warned = True  # what a product would warn of is told here
+    losses = [sum(w * loss for w, loss in one) / objective.divisor([w for w, _ in one]) for one in passes]
+    reordered = batches[0] != batches[1]
+    pairs = [(losses[0], losses[1])]
+    if not reordered:
+        pairs += [(first, second) for (_, first), (_, second) in zip(*passes, strict=True)]
+    return Inspection(
+        dtype=str(objective.dtype).removeprefix("torch."),
+        eps=eps,
+        random=random_modules(objective.modules),
+        batchwise=batchwise_modules(objective.modules),
+        batches=len(batches[0]),
+        losses=(losses[0], losses[1]),
+        change=max(abs(first - second) / max(abs(first), abs(second), 1e-300) for first, second in pairs),
+        reordered=reordered,
+        unreached=[name for name in names if name in unreached],
+        looked_into=any(True for module in objective.modules for _ in module.parameters()),
+    )
+
+
+def working_epsilon(objective: Objective, loss: Tensor) -> float:
+    """Return the epsilon of the coarsest numbers that a product is computed in."""
+    eps = precision(loss, *objective.params.values())
+    if (autocast := objective.autocast()) is not None:
+        eps = max(eps, torch.finfo(autocast).eps)
+    if objective.device.type == "cuda" and objective.dtype == torch.float32:
+        parts = [part for module in objective.modules for part in module.modules()]
+        convolves = not parts or any(isinstance(part, nn.modules.conv._ConvNd | nn.RNNBase) for part in parts)
+        if _allows_tf32(cuda.matmul) or (convolves and _allows_tf32(cudnn)):
+            eps = max(eps, _TF32_EPSILON)
+    return eps
+
+
+def _allows_tf32(backend: Any) -> bool:
+    try:
+        return bool(backend.allow_tf32)
+    except RuntimeError:  # torch's settings of old and of late are mixed, so that it does not say
+        return True

@@ -1,0 +1,136 @@
+"""What is looked at before a product is trusted: modes of modules, coarse numbers, batches that are written to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from curvop.kernels.batches import leaves, map_leaves
+
+__all__ = ["Guard", "batchwise_modules", "cautions", "listed", "random_modules", "suspects"]
+
+T = TypeVar("T")
+
+
+class Guard:
+    """Runs code of the user's that may write to the batch that it gets, or to buffers.
+
+    Whether it does is seen at the first run of each stage, and undone; from then on it gets copies.
+
+    Attributes
+    ----------
+    writes : bool
+        Whether it does, as far as it is known.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._seen: set[str] = set()
+        self.writes = False
+
+    def run(self, stage: str, function: Callable[[Any], T], batch: Any) -> T:
+        """Return ``function(batch)``."""
+        if stage not in self._seen and not self.writes:
+            buffers = (buffer for module in self._modules for buffer in module.buffers())
+            saved = [(one, one._version, one.detach().clone()) for one in (*leaves(batch), *buffers) if _counts(one)]
+            try:
+                result = function(self.own(batch))
+            finally:
+                touched = [(one, copy) for one, version, copy in saved if one._version != version]
+                with torch.no_grad():
+                    for one, copy in touched:
+                        one.copy_(copy)
+                self.writes = bool(touched)
+            self._seen.add(stage)
+            if not self.writes:
+                return result
+        return function(self.own(batch))
+
+    def own(self, batch: Any) -> Any:
+        """Return a batch whose mappings and lists, and tensors if need be, can be written to."""
+        return map_leaves(lambda leaf: leaf.clone() if self.writes else leaf, batch)
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether a tensor counts how often it is written to."""
+    return not tensor.is_inference()
+
+
+def random_modules(modules: Sequence[nn.Module]) -> list[str]:
+    """Return which modules draw random numbers: dropout, and what contains it, in training mode."""
+    rates = ((name, part, _drop_rate(part)) for name, part in _named(modules) if part.training)
+    return [f"{name!r} ({type(part).__name__}, p = {rate:g})" for name, part, rate in rates if rate]
+
+
+def _drop_rate(part: nn.Module) -> float:
+    """Return the probability with which a module drops something by itself."""
+    rate: Any = 0.0
+    if isinstance(part, nn.MultiheadAttention) or (isinstance(part, nn.RNNBase) and part.num_layers > 1):
+        rate = part.dropout
+    elif isinstance(part, _DropoutNd) or "Drop" in type(part).__name__ or "StochasticDepth" in type(part).__name__:
+        rate = next((vars(part)[name] for name in ("p", "drop_prob", "drop_p", "rate") if name in vars(part)), 0.0)
+    return float(rate) if isinstance(rate, int | float) else 0.0
+
+
+def batchwise_modules(modules: Sequence[nn.Module]) -> list[str]:
+    """Return which modules normalise by the statistics of the batch that they see."""
+    found = ((name, part) for name, part in _named(modules) if isinstance(part, _BatchNorm))
+    return [f"{name!r} ({type(part).__name__})" for name, part in found if part.training or part.running_mean is None]
+
+
+def _named(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for module in modules:
+        yield from module.named_modules()
+
+
+def cautions(modules: Sequence[nn.Module], dtype: torch.dtype, batches: int) -> list[str]:
+    """Return what makes the matrix another than the user may mean, with a remedy each.
+
+    Parameters
+    ----------
+    modules : sequence of nn.Module
+    dtype : torch.dtype
+        Of the parameters.
+    batches : int
+        How many the data has.
+    """
+    found = []
+    if random := random_modules(modules):
+        found.append(
+            f"dropout is active in {listed(random)}: a product is that of one draw of the masks, and the next pass "
+            "over the data draws others; call model.eval()"
+        )
+    if batches > 1 and (batchwise := batchwise_modules(modules)):
+        found.append(
+            f"{listed(batchwise)} normalises each of the {batches} batches by its own statistics: the matrix depends "
+            "on how the data is cut, and is not that of the whole data set as one batch; call model.eval(), or pass "
+            "one batch"
+        )
+    if torch.finfo(dtype).bits < 32:
+        found.append(
+            f"the parameters are {dtype}, and products are computed in it, to a relative {torch.finfo(dtype).eps:.0e} "
+            "or worse; call model.float()"
+        )
+    return found
+
+
+def suspects(modules: Sequence[nn.Module]) -> str:
+    """Return what to look at where the loss changes from pass to pass."""
+    random = random_modules(modules)
+    if random:
+        return f"dropout is active in {listed(random)}: call model.eval()"
+    return (
+        "look at dropout and batch normalisation in training mode (call model.eval()), random augmentation in the "
+        "data, shuffling with drop_last=True"
+    )
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first of the names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,138 @@
+"""What a check tells of the model, the loss and the data behind an operator, and of products by other routes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curvop.check_report import NOT_APPLICABLE, OK, WARNING, WRONG, Finding
+from curvop.dense import rounding
+
+__all__ = ["measured", "model_findings", "route_findings"]
+
+# Wrong formulas that were met changed a product in its third digit or before it.
+_INCONCLUSIVE = 1e-3
+# No difference quotient is held to more than its step, relative to the parameters.
+_STEP = float(np.finfo(np.float64).eps ** (1 / 3))
+
+_WRONG_DERIVATIVE = (
+    "an operation of the model or the loss has a wrong derivative: check blocks, A.block(name), to find the layer, and "
+    "compare smaller models with curvop.functorch_hessian"
+)
+
+
+def measured(name: str, value: float, eps: float, what: str, remedy: str, limit: float = 0.0) -> Finding:
+    """Return a finding on an error of products, judged by the epsilon of the numbers that they are computed in.
+
+    Rounding errors of the terms of a sum add up to a multiple of epsilon that grows with the square root of their
+    number, and cancellation multiplies them: the 2/3 power leaves room for 1e5 such in float64, for 200 in float32.
+    Halved digits, the square root, are what no sum of a few million terms explains.
+    """
+    limit = max(limit, rounding(eps))
+    status = OK if value <= limit else WARNING if value <= max(limit, eps**0.5) else WRONG  # NaN is wrong
+    return Finding(name, status, "" if status == OK and name != "noise floor" else what, value, limit, remedy)
+
+
+def model_findings(seen: Any) -> Iterator[Finding]:
+    """Yield what `inspect` of an operator has seen."""
+    yield _precision(seen)
+    limit = seen.eps**0.5  # as in every sweep over the data
+    random = seen.change > limit
+    first, second = seen.losses
+    if not math.isfinite(first + second):  # not random: the product that it spoils says where
+        yield Finding("loss", WRONG, f"it is {first:g}", remedy="look for NaN and infinity in the data")
+    yield Finding(
+        "randomness",
+        WRONG if random else OK,
+        f"the loss is {first:.9g} in one pass and {second:.9g} in the next" if random else "of the loss",
+        seen.change,
+        limit,
+        "call model.eval(), and take random augmentation out of the data"
+        if seen.random or not seen.reordered
+        else "take random augmentation, or shuffling with drop_last=True, out of the data",
+    )
+    yield _order(seen, random)
+    yield from _modes(seen, random)
+    reached = not seen.unreached
+    yield Finding(
+        "parameters reached",
+        OK if reached else WARNING,
+        "all" if reached else f"the loss does not depend on {_listed(seen.unreached)}",
+        remedy="their rows and columns are zero, and so many eigenvalues: leave them out of params",
+    )
+
+
+def _precision(seen: Any) -> Finding:
+    half = seen.dtype in ("float16", "bfloat16")
+    text = f"the parameters are {seen.dtype}; epsilon {seen.eps:.1e}"
+    return Finding("precision", WARNING if half else OK, text, remedy="call model.float(), or model.double()")
+
+
+def _order(seen: Any, random: bool) -> Finding:
+    if not seen.reordered:
+        return Finding(
+            "order of the data", OK, f"the same {seen.batches} batch{'es' * (seen.batches != 1)} in each pass"
+        )
+    return Finding(
+        "order of the data",
+        WARNING,
+        "each pass yields other batches, or in another order"
+        + ("" if random else "; the sum over them is the same, but only if all fit in cache= can they be kept"),
+        remedy="pass shuffle=False to the DataLoader",
+    )
+
+
+def _modes(seen: Any, random: bool) -> Iterator[Finding]:
+    if not seen.looked_into:
+        text = "the model is a function, and cannot be looked into"
+        yield Finding("dropout", NOT_APPLICABLE, text)
+        yield Finding("batch normalisation", NOT_APPLICABLE, text)
+        return
+    status = OK if not seen.random else WRONG if random else WARNING
+    text = f"active in {_listed(seen.random)}" if seen.random else "none is active"
+    yield Finding("dropout", status, text, remedy="call model.eval()")
+    cut = seen.batches > 1
+    text = "none sees the batch"
+    if seen.batchwise:
+        text = f"{_listed(seen.batchwise)} uses the statistics of each batch"
+        text += f", {seen.batches} in all: the matrix depends on how the data is cut" if cut else ", of the only one"
+    status = WARNING if seen.batchwise and cut else OK
+    yield Finding("batch normalisation", status, text, remedy="call model.eval(), or pass one batch")
+
+
+def route_findings(routes: Sequence[Any], product: NDArray[Any], eps: float) -> Iterator[Finding]:
+    """Yield the comparisons of a product with those by other routes."""
+    found = [_compared(route, product, eps) for route in routes]
+    sound = any(one.status == OK for one in found)
+    for one in found:
+        if one.status == WRONG and sound:
+            # Torch's forward mode has errors of its own, and kinks that are crossed by both steps go unnoticed.
+            text = f"{one.text}, but the other route agrees with A"
+            remedy = "where the model has no kinks (ReLU) near the point, its backward and its forward mode differ"
+            yield Finding(one.name, WARNING, text, one.value, one.limit, remedy)
+        else:
+            yield one
+
+
+def _compared(route: Any, product: NDArray[Any], eps: float) -> Finding:
+    if route.product is None:
+        return Finding(route.name, NOT_APPLICABLE, route.reason)
+    if route.error > _INCONCLUSIVE:
+        text = f"the steps differ by {route.error:.1e} between themselves, as at the kinks of ReLU: nothing can be said"
+        return Finding(route.name, NOT_APPLICABLE, text)
+    other = route.product.cpu().numpy()
+    value = float(np.linalg.norm(product - other) / (np.linalg.norm(other) or 1.0))
+    limit = 4 * route.error + _STEP if route.name == "finite differences" else 0.0
+    if limit and route.error > _STEP and limit < value < 100 * route.error:  # a smooth function leaves less
+        text = f"kinks, as of ReLU, lie within a step: it agrees to {value:.1e}, and no more can be said"
+        return Finding(route.name, NOT_APPLICABLE, text)
+    return measured(route.name, value, eps, "A's product differs from it", _WRONG_DERIVATIVE, limit)
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,599 @@
+"""What the processes of the distributed tests run; each rank reports to a file of its own.
+
+``launch`` starts ranks from a server that has imported torch already, and never waits for longer than it is told.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from cases import Problem, cut, log_problem, loss_problem, mlp, seeded
+from scipy.sparse.linalg import cg, eigsh
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from curvop import (
+    EFLinearOperator,
+    FisherLinearOperator,
+    GGNLinearOperator,
+    GradientCovarianceLinearOperator,
+    HessianLinearOperator,
+    JournaledLinearOperator,
+)
+from curvop.distributed import serve
+from curvop.fingerprint import fingerprint
+from curvop.preconditioner import jacobi
+from curvop.spectrum import density
+
+TIMEOUT = 4.0
+
+# The problems, and how their batches are spread.
+
+
+@seeded
+def singles(loss: str) -> Problem:
+    return loss_problem(loss, "singles")
+
+
+@seeded
+def weighted() -> Problem:
+    """An objective of its own, whose batches count by a function of them."""
+    model = mlp()
+    X, y = torch.randn(9, 4), torch.randn(9, 3)
+
+    def objective(params: dict[str, Any], batch: Any) -> Any:
+        prediction = torch.func.functional_call(model, params, (batch[0],))
+        return ((prediction - batch[1]) ** 4).mean() + 0.1 * sum((value**2).sum() for value in params.values())
+
+    return Problem(model, objective, cut(X, y, (2, 3, 4)))
+
+
+@seeded
+def single_precision() -> Problem:
+    problem = loss_problem("ce-weights", "singles")
+    data = [(X.float(), y) for X, y in problem.data]
+    return Problem(problem.model.float(), nn.CrossEntropyLoss(problem.loss_function.weight.float()), data)
+
+
+def rows_of(batch: Any) -> float:
+    return float(len(batch[0]) ** 2)
+
+
+def from_objective(problem: Problem, data: list[Any]) -> HessianLinearOperator:
+    return HessianLinearOperator.from_objective(problem.loss_function, problem.params, data, batch_weight=rows_of)
+
+
+KINDS = {
+    "hessian": HessianLinearOperator,
+    "ggn": GGNLinearOperator,
+    "ef": EFLinearOperator,
+    "fisher": FisherLinearOperator,
+    "covariance": GradientCovarianceLinearOperator,
+}
+CASES: dict[str, tuple[Any, tuple[Any, ...], str, str]] = {
+    # name: problem, its arguments, matrix, how the batches are spread
+    "mse": (singles, ("mse",), "hessian", "uneven"),
+    "sum": (singles, ("mse-sum",), "hessian", "uneven"),
+    "classes": (singles, ("ce-weights",), "ggn", "uneven"),
+    "ignored": (singles, ("ce-ignored",), "hessian", "uneven"),
+    "nothing on rank 0": (singles, ("ce-everything",), "hessian", "last"),
+    "nothing but on rank 0": (singles, ("bce-weights",), "hessian", "first"),
+    "any function": (singles, ("callable",), "ggn", "uneven"),
+    "divergence": (log_problem, ("kl-batchmean",), "hessian", "uneven"),
+    "empirical Fisher": (singles, ("ce-ignored",), "ef", "uneven"),
+    "Fisher": (singles, ("ce-weights",), "fisher", "uneven"),
+    "covariance": (singles, ("ce-weights",), "covariance", "uneven"),
+    "covariance of a sum": (singles, ("mse-sum",), "covariance", "last"),
+    "batch_weight": (weighted, (), "objective", "uneven"),
+    "float32": (single_precision, (), "ggn", "uneven"),
+}
+ROWS, COLS = ["2.bias", "0.weight"], ["0.bias", "2.bias"]
+
+
+def spread(data: list[Any], rank: int, size: int, how: str) -> list[Any]:
+    """Return a rank's part: far more on one than on the others, or all of it on the first or the last."""
+    if how in ("first", "last"):
+        return data if rank == (0 if how == "first" else size - 1) else []
+    stops = [0, *(len(data) * (index + 1) ** 2 // size**2 for index in range(size))]
+    return data[stops[rank] : stops[rank + 1]]
+
+
+def operator(case: str, rank: int = 0, size: int = 1) -> Any:
+    build, arguments, kind, how = CASES[case]
+    problem = build(*arguments)
+    data = spread(problem.data, rank, size, how)
+    if kind == "objective":
+        return from_objective(problem, data)
+    return KINDS[kind](problem.model, problem.loss_function, problem.params, data)
+
+
+def vectors(size: int, count: int = 3) -> np.ndarray:
+    return np.random.default_rng(size).normal(size=(size, count))
+
+
+def results(A: Any) -> dict[str, Any]:
+    """Return what is compared between one process and several."""
+    names = list(A.params_slices)
+    rows, cols = ([names[3], names[0]], [names[1], names[3]]) if len(names) > 3 else (names[:1], names[-1:])
+    block = A.block(rows, cols)
+    idxs = [5, 2, 5, A.shape[0] - 1]
+    gradient, loss = A.gradient_and_loss()
+    found = {
+        "vector": A @ vectors(A.shape[0])[:, 0],
+        "columns": A @ vectors(A.shape[0]),
+        "integers": A @ np.arange(A.shape[0]),
+        "float32": A @ vectors(A.shape[0])[:, 0].astype(np.float32),
+        "tensor": (A @ torch.from_numpy(vectors(A.shape[0]))).numpy(),
+        "block": block @ vectors(block.shape[1]),
+        "adjoint": block.H @ vectors(block.shape[0]),
+        "diagonal blocks": np.concatenate([one @ np.ones(one.shape[1]) for one in A.blocks()]),
+        "submatrix": A.submatrix(idxs, [1, 0]) @ np.eye(2),
+        "damped": A.damped(0.3) @ vectors(A.shape[0]),
+        "damped block": A.damped(0.3).block(rows, cols) @ vectors(block.shape[1]),
+        "gradient": gradient,
+        "loss": np.array([loss]),
+    }
+    try:
+        found["diagonal"] = A.diagonal()
+    except NotImplementedError as error:
+        found["no diagonal"] = str(error)
+    return found
+
+
+# What the ranks run: functions of the rank, the number of ranks, and a folder.
+
+
+def matrices(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for case in CASES:
+        with serve(operator(case, rank, size), timeout=TIMEOUT) as A:
+            assert (A is None) == (rank > 0)
+            if A is not None:
+                found[case] = results(A)
+                assert A.num_products > 10
+    return found
+
+
+def solvers(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with serve(operator("classes", rank, size), operator("mse", rank, size), timeout=TIMEOUT) as (G, H):
+        if rank == 0:
+            b = vectors(G.shape[0])[:, 0]
+            found["eigenvalues"] = eigsh(H, k=3, v0=b, return_eigenvectors=False)
+            found["solution"] = cg(G.damped(0.1), b, rtol=1e-12)[0]
+            found["jacobi"] = jacobi(G, 0.1) @ b
+            found["trace"] = density(G, num_probes=2, num_steps=8, rng=0, progress=False).trace().value
+            for _ in range(2):
+                with JournaledLinearOperator(G, folder / "journal") as J:
+                    found.setdefault("journal", []).append([(J @ b), J.num_products, J.num_answered])
+            found["fingerprint"] = fingerprint(G)
+    return found
+
+
+@contextmanager
+def raised(found: dict[str, Any], name: str) -> Iterator[None]:
+    """Report what is raised."""
+    began = time.monotonic()
+    try:
+        yield
+        found[name] = None
+    except BaseException as error:
+        found[name] = {
+            "kind": type(error).__name__,
+            "message": str(error),
+            "rank": getattr(error, "rank", None),
+            "seconds": time.monotonic() - began,
+        }
+
+
+@contextmanager
+def interrupted(seconds: float) -> Iterator[None]:
+    """Press Ctrl-C after some seconds."""
+
+    def press(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, press)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Faulty(list):
+    """Data that cannot be read, from some time on."""
+
+    error: BaseException | None = None
+    pause = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        time.sleep(self.pause)
+        if self.error is not None:
+            raise self.error
+        return super().__iter__()
+
+
+def parts(rank: int, size: int, **options: Any) -> tuple[GGNLinearOperator, Faulty]:
+    """Return a rank's operator, whose data is read anew in each product."""
+    problem = singles("ce-weights")
+    data = Faulty(spread(problem.data, rank, size, "uneven"))
+    return GGNLinearOperator(problem.model, problem.loss_function, problem.params, data, cache=0, **options), data
+
+
+def survivors(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """What goes wrong while all ranks live."""
+    found: dict[str, Any] = {}
+    A, data = parts(rank, size)
+    x = vectors(A.shape[0])[:, 0]
+    if rank == 1:
+        data.error = FileNotFoundError("no such shard")
+    with serve(A, timeout=TIMEOUT) as W:
+        if rank == 0:
+            with raised(found, "the loader of rank 1"):
+                W @ x
+            with raised(found, "and again"):
+                W.gradient_and_loss()
+    data.error = None
+    with serve(A, timeout=TIMEOUT) as W:
+        if rank == 0:
+            with raised(found, "the vector"):
+                W @ np.full(len(x), np.nan)
+            found["after the vector"] = W @ x
+            data.error = KeyboardInterrupt()
+            with raised(found, "Ctrl-C in a product"):
+                W @ x
+            data.error = None
+            found["after Ctrl-C"] = W @ x
+            with raised(found, "nested"), serve(A):
+                pass
+            found["after nested"] = W @ x
+            with raised(found, "no such parameter"):
+                W.block("0.wieght")
+            with raised(found, "shape"):
+                W @ x[1:]
+    data.pause = 1.5 * rank
+    with serve(A, timeout=1) as W:
+        if rank == 0:
+            with raised(found, "Ctrl-C while rank 1 computes"), interrupted(0.2):
+                W @ x
+            found["after waiting"] = W @ x
+            found["a slow rank"] = W @ x
+    data.pause = 0.0
+    with raised(found, "the block has ended"):
+        W @ x
+    B, data = parts(rank, size)
+    if rank == 1:
+        data[0] = (data[0][0] * np.inf, data[0][1])
+    with raised(found, "infinite data"), serve(B, timeout=TIMEOUT) as W:
+        if rank == 0:
+            W @ x
+    with raised(found, "rank 0 raises"), serve(A, timeout=TIMEOUT) as W:
+        if rank == 0:
+            W @ x
+            raise ZeroDivisionError("in the block")
+    if rank == 1:
+        with torch.no_grad():
+            A._params["0.weight"][0, 0] += 1e-9
+    with raised(found, "other parameters"), serve(A, timeout=TIMEOUT):
+        pass
+    with raised(found, "no operator"), serve(A if rank == 0 else A.damped(1.0), timeout=TIMEOUT):
+        pass
+    with raised(found, "other operators"), serve(parts(rank, size, dtype=[np.float64, np.float32][rank])[0]):
+        pass
+    model = mlp().double().requires_grad_()
+    torch.manual_seed(0)
+    nn.utils.vector_to_parameters(
+        torch.randn(len(nn.utils.parameters_to_vector(model.parameters()))), model.parameters()
+    )
+    for name, seed in (("equal seeds", 3), ("seeds", 3 + rank)):
+        F = FisherLinearOperator(
+            model.double(), nn.MSELoss(), dict(model.named_parameters()), singles("mse").data, mc_samples=1, rng=seed
+        )
+        with raised(found, name), serve(F, timeout=TIMEOUT):
+            pass
+    with (
+        raised(found, "no data"),
+        serve(GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), [])) as W,
+    ):
+        if rank == 0:
+            W @ x
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.train(rank == 0)
+        with serve(GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), singles("mse").data)):
+            pass
+        found["training mode"] = [str(one.message) for one in caught]
+    return found
+
+
+def newton(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Rank 0 writes to its parameters and to a buffer, and all ranks follow."""
+    found: dict[str, Any] = {"losses": []}
+    A, problem = batch_norm(rank, size)
+    with serve(A, timeout=TIMEOUT) as W:
+        if rank == 0:
+            for _ in range(3):
+                gradient, loss = W.gradient_and_loss()
+                step = W.unravel(cg(W.damped(1.0), gradient, rtol=1e-12)[0])
+                with torch.no_grad():
+                    for name, value in problem.params.items():
+                        value -= step[name]
+                    problem.model[1].running_mean += 0.1
+                found["losses"].append(loss)
+            problem.model[0].weight.data.mul_(1.5)  # which no version counts
+            found["product"] = W @ np.ones(W.shape[0])
+            found["block"] = W.block("0.weight") @ np.ones(W.params_slices["0.weight"].stop)
+    found["parameters"] = nn.utils.parameters_to_vector(problem.model.parameters()).detach().numpy()
+    found["mean"] = problem.model[1].running_mean.numpy()
+    return found
+
+
+@seeded
+def batch_norm(rank: int, size: int) -> tuple[GGNLinearOperator, Problem]:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    data = cut(torch.randn(9, 4), torch.randint(0, 3, (9,)), (2, 3, 4))
+    problem = Problem(model, nn.CrossEntropyLoss(), data)
+    return GGNLinearOperator(model, problem.loss_function, problem.params, spread(data, rank, size, "uneven")), problem
+
+
+class Pipeline(nn.Module):
+    """Two stages, each of which moves its input to where it is, and a prediction where the input was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, X: Any) -> Any:
+        hidden = self.first(X.to(self.first.weight.device)).tanh()
+        return self.second(hidden.to(self.second.weight.device)).to(X.device)
+
+    def place(self, device: str) -> Pipeline:
+        """Put the second stage on another device."""
+        for name, value in list(self.second.named_parameters()):
+            setattr(self.second, name, nn.Parameter(value.detach().to(device)))
+        return self
+
+
+@seeded
+def pipeline() -> Problem:
+    return Problem(Pipeline(), nn.CrossEntropyLoss(), cut(torch.randn(9, 4), torch.randint(0, 3, (9,)), (2, 3, 4)))
+
+
+def two_devices(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Each rank has its model on two devices."""
+    found: dict[str, Any] = {}
+    problem = pipeline()
+    from second_device import SECOND  # from now on, for this process
+
+    params = dict(problem.model.place(SECOND).named_parameters())
+    for kind, build in KINDS.items():
+        for cache in (0, "auto"):
+            A = build(
+                problem.model, problem.loss_function, params, spread(problem.data, rank, size, "uneven"), cache=cache
+            )
+            with serve(A, timeout=TIMEOUT) as W:
+                if rank == 0:
+                    found[f"{kind}, {cache}"] = {
+                        "columns": W @ vectors(W.shape[0]),
+                        "again": W @ vectors(W.shape[0])[:, 0],
+                        "block": W.block("second.weight", "first.bias") @ np.ones(5),
+                        "gradient": W.gradient_and_loss()[0],
+                    }
+                    devices = {name: str(value.device) for name, value in W.unravel(np.ones(W.shape[0])).items()}
+                    assert devices == {name: str(value.device) for name, value in params.items()}
+                    with torch.no_grad():  # handed out again
+                        params["second.weight"].mul_(1.0)
+                    found[f"{kind}, {cache}"]["written"] = W @ vectors(W.shape[0])[:, 0]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        C = HessianLinearOperator(problem.model, problem.loss_function, params, problem.data, engine="compiled")
+        found["compiled"] = C @ np.ones(C.shape[0])
+        found["warnings"] = [str(one.message) for one in caught]
+    return found
+
+
+def on_gpu(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    problem = pipeline()
+    params = dict(problem.model.cuda().named_parameters())
+    for kind, build in KINDS.items():
+        A = build(problem.model, problem.loss_function, params, spread(problem.data, rank, size, "uneven"))
+        with serve(A) as W:
+            if rank == 0:
+                assert (W @ torch.ones(W.shape[0], device="cuda")).is_cuda
+                found[kind] = W @ np.ones(W.shape[0])
+    return found
+
+
+class Deadly(list):
+    """Data that ends its process, in the third pass."""
+
+    passes = 0
+
+    def __init__(self, data: list[Any], number: int) -> None:
+        super().__init__(data)
+        self.number = number
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        if self.passes == 3:
+            os.kill(os.getpid(), self.number)
+        return super().__iter__()
+
+
+def deadly(rank: int, size: int, which: int, number: int) -> GGNLinearOperator:
+    problem = singles("ce-weights")
+    data = spread(problem.data, rank, size, "uneven")
+    return GGNLinearOperator(
+        problem.model, problem.loss_function, problem.params, Deadly(data, number) if rank == which else data, cache=0
+    )
+
+
+def death(rank: int, size: int, which: int, number: int) -> dict[str, Any]:
+    """One rank ends in the middle of an eigen-solver's third product."""
+    found: dict[str, Any] = {}
+    A = deadly(rank, size, which, number)
+    with raised(found, "serve"), serve(A, timeout=TIMEOUT) as W:
+        if rank == 0:
+            with raised(found, "eigsh"):
+                eigsh(W, k=3)
+            with raised(found, "afterwards"):
+                W @ np.ones(W.shape[0])
+    return found
+
+
+def killed_worker(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    return death(rank, size, size - 1, signal.SIGKILL)
+
+
+def stopped_worker(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    return death(rank, size, 1, signal.SIGSTOP)
+
+
+def killed_rank_0(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    return death(rank, size, 0, signal.SIGKILL)
+
+
+def idle_kill(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """A rank ends while rank 0 asks for nothing."""
+    found: dict[str, Any] = {}
+    A, _ = parts(rank, size)
+    (folder / f"pid{rank}").write_text(str(os.getpid()))
+    with raised(found, "serve"), serve(A, timeout=TIMEOUT) as W:
+        if rank == 0:
+            W @ np.ones(W.shape[0])
+            os.kill(int((folder / "pid1").read_text()), signal.SIGKILL)
+            with raised(found, "product"):
+                W @ np.ones(W.shape[0])
+    return found
+
+
+def late(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """A rank that raises before it comes to serve."""
+    found: dict[str, Any] = {}
+    dist.init_process_group("gloo")
+    if rank == 1:
+        raise FileNotFoundError("no such data")
+    with raised(found, "serve"), serve(parts(rank, size)[0], timeout=TIMEOUT, arrival=3):
+        pass
+    return found
+
+
+def sharded_parameters(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Tensors of which each rank has a part, and modules whose passes wait for other ranks, are refused."""
+    found: dict[str, Any] = {}
+    dist.init_process_group("gloo")
+    problem = singles("mse")
+    wrapped = nn.parallel.DistributedDataParallel(problem.model)
+    with raised(found, "wrapped"):
+        GGNLinearOperator(wrapped, nn.MSELoss(), dict(wrapped.named_parameters()), problem.data)
+    fully_shard(problem.model, mesh=init_device_mesh("cpu", (size,)))
+    with raised(found, "sharded"):
+        GGNLinearOperator(problem.model, nn.MSELoss(), dict(problem.model.named_parameters()), problem.data)
+    return found
+
+
+def ctrl_c_on_a_worker(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    A, data = parts(rank, size)
+    if rank == 1:
+        data.error = KeyboardInterrupt()
+    with raised(found, "serve"), serve(A, timeout=TIMEOUT) as W:
+        if rank == 0:
+            W @ np.ones(W.shape[0])
+    return found
+
+
+# How they are launched.
+
+
+class Ranks:
+    """Processes of which each runs a function above; what they report is known when they have ended."""
+
+    def __init__(
+        self,
+        run: str,
+        size: int,
+        folder: Path,
+        stays: int | None = None,
+        launcher_has_the_store: bool = False,
+        seconds: float = 60,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["distributed_runs"])
+        port = free_port()
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if launcher_has_the_store:  # as under torchrun
+            self._store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+            shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        self.processes = [
+            context.Process(target=_run, args=(run, rank, size, shared, str(folder)), daemon=True)
+            for rank in range(size)
+        ]
+        began = time.monotonic()
+        for process in self.processes:
+            process.start()
+        try:
+            for rank, process in enumerate(self.processes):
+                if rank != stays:  # which is stopped, and ends not by itself
+                    process.join(max(0.1, began + seconds - time.monotonic()))
+        finally:
+            self.hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+            for process in self.processes:
+                process.kill()
+                process.join()
+        self.seconds = time.monotonic() - began
+        self.exits = [process.exitcode for process in self.processes]
+        reports = [folder / f"{run}{rank}.pt" for rank in range(size)]
+        self.found = [torch.load(path, weights_only=False) if path.exists() else None for path in reports]
+
+    def check(self) -> list[Any]:
+        """Return what the ranks found, all of them."""
+        for found in self.found:
+            assert found is None or "raised" not in found, found["raised"]
+        assert self.hung == []
+        assert self.exits == [0] * len(self.exits)
+        return self.found
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _run(run: str, rank: int, size: int, shared: dict[str, str], folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= shared | {"RANK": str(rank)}
+    try:
+        found = globals()[run](rank, size, Path(folder))
+    except BaseException:
+        found = {"raised": traceback.format_exc()}
+    temporary = Path(folder) / f"temporary{rank}"
+    torch.save(found, temporary)
+    temporary.rename(Path(folder) / f"{run}{rank}.pt")
+
+
+if __name__ == "__main__":  # by hand: python distributed_runs.py solvers 2 /tmp/somewhere
+    started = Ranks(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    print(json.dumps({"seconds": started.seconds, "exits": started.exits, "hung": started.hung}))
+    print(*started.found, sep="\n")

@@ -1,0 +1,389 @@
+"""The check of an operator: what is sound passes, and every fault that is planted is named."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES, architecture_problem
+from cases import LOSSES, Problem, cut, loss_problem, mlp, seeded
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from curvop import (
+    CheckReport,
+    EFLinearOperator,
+    FisherLinearOperator,
+    GGNLinearOperator,
+    GradientCovarianceLinearOperator,
+    HessianLinearOperator,
+    JacobianLinearOperator,
+    JournaledLinearOperator,
+    check,
+)
+
+OPERATORS = {
+    "hessian": HessianLinearOperator,
+    "ggn": GGNLinearOperator,
+    "ef": EFLinearOperator,
+    "covariance": GradientCovarianceLinearOperator,
+}
+RNG = np.random.default_rng(0)
+S = RNG.standard_normal((30, 30))
+SYMMETRIC = S + S.T
+
+
+def operator(problem: Problem, kind: str = "hessian", **options: Any) -> Any:
+    if kind == "jacobian":
+        return JacobianLinearOperator(problem.model, problem.params, problem.data, **options)
+    return OPERATORS[kind](problem.model, problem.loss_function, problem.params, problem.data, **options)
+
+
+def with_status(report: CheckReport, status: str) -> list[str]:
+    return [finding.name for finding in report.findings if finding.status == status]
+
+
+def compared(report: CheckReport) -> list[str]:
+    """Return by which other routes the product is confirmed."""
+    return [name for name in with_status(report, "ok") if name in ("forward mode", "finite differences")]
+
+
+def single(problem: Problem) -> Problem:
+    model = problem.model.float()
+    data = [(X.float(), y.float() if y.is_floating_point() else y) for X, y in problem.data]
+    if isinstance(problem.loss_function, nn.Module):
+        problem.loss_function.float()
+    return Problem(model, problem.loss_function, data)
+
+
+class TestSound:
+    @pytest.mark.parametrize("kind", [*OPERATORS, "jacobian"])
+    @pytest.mark.parametrize("name", ARCHITECTURES)
+    def test_layers(self, name: str, kind: str) -> None:
+        report = check(operator(architecture_problem(name), kind), rng=0)
+        assert report.ok, report
+        assert with_status(report, "warning") == (["parameters reached"] if name == "unreached" else [])
+        assert compared(report) == ["forward mode", "finite differences"]
+
+    @pytest.mark.parametrize("kind", OPERATORS)
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_losses(self, name: str, kind: str) -> None:
+        report = check(operator(loss_problem(name), kind), rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert compared(report) == ["forward mode", "finite differences"]
+
+    @pytest.mark.parametrize("kind", [*OPERATORS, "jacobian"])
+    @pytest.mark.parametrize("name", ["conv", "attention-fused", "lstm", "layer-norm"])
+    def test_single_precision_is_held_to_its_own_epsilon(self, name: str, kind: str) -> None:
+        report = check(operator(single(architecture_problem(name)), kind), rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert report["forward mode"].limit == pytest.approx(torch.finfo(torch.float32).eps ** (2 / 3))
+        assert report["noise floor"].value > 1e-9
+
+    def test_autocasts_epsilon(self) -> None:
+        problem = single(loss_problem("ce"))
+        with torch.autocast("cpu", torch.bfloat16):
+            report = check(operator(problem), rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert 1e-4 < report["forward mode"].value < report["forward mode"].limit < 0.05
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("kind", OPERATORS)
+    def test_kinks_are_no_fault(self, kind: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 5))
+        data = [(torch.randn(500, 20, dtype=dtype), torch.randint(0, 5, (500,)))]
+        report = check(operator(Problem(model.to(dtype), nn.CrossEntropyLoss(), data), kind), rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert report["forward mode"].status == "ok"
+        assert report["finite differences"].status == "ok" or "kinks" in report["finite differences"].text
+
+    def test_at_a_kink_finite_differences_say_nothing(self) -> None:
+        params = {"w": torch.zeros(3, dtype=torch.float64, requires_grad=True)}
+        H = HessianLinearOperator.from_objective(lambda p, batch: (p["w"].relu() + p["w"] ** 2).sum(), params, [None])
+        report = check(H, rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert "the steps differ by 5.0e-01" in report["finite differences"].text
+
+    @pytest.mark.parametrize("options", [dict(cache=0), dict(dtype=np.float32), dict(engine="compiled")])
+    def test_settings(self, options: dict[str, Any]) -> None:
+        assert check(operator(loss_problem("ce"), **options), rng=0).verdict.startswith("sound")
+
+    def test_batch_normalisation_in_training_mode_over_one_batch(self) -> None:
+        report = check(operator(normalised((9,))), rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert "the only one" in report["batch normalisation"].text
+
+    def test_wrapped(self, tmp_path) -> None:
+        H = operator(loss_problem("ce"))
+        wrapped = [H.damped(0.1), H.submatrix(range(9)), H[::2, :][:, 1::3], H + 2 * H, H.block("0.bias", "2.weight")]
+        for A in wrapped:
+            report = check(A, rng=0)
+            assert report.verdict.startswith("sound"), report
+            assert compared(report) == ["forward mode", "finite differences"]
+        with JournaledLinearOperator(H, tmp_path / "journal") as J:
+            assert check(J, rng=0).verdict.startswith("sound")
+            assert J.num_recorded == 5  # a product that is asked for again is read
+
+    def test_jacobians(self) -> None:
+        J = operator(loss_problem("ce"), "jacobian")
+        report = check(J.T, rng=0)
+        assert report["adjoint"].status == report["reverse mode"].status == "ok"
+        assert check(J.T @ J, rng=0).ok
+
+    def test_functions(self) -> None:
+        problem = loss_problem("mse")
+
+        def objective(params, batch):
+            return ((torch.func.functional_call(problem.model, params, (batch[0],)) - batch[1]) ** 2).mean()
+
+        report = check(HessianLinearOperator.from_objective(objective, problem.params, problem.data), rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert report["dropout"].status == "not applicable"
+
+    def test_sampled_fisher_matrices_have_no_other_route(self) -> None:
+        problem = loss_problem("ce")
+        A = FisherLinearOperator(problem.model, problem.loss_function, problem.params, problem.data, mc_samples=2)
+        report = check(A, rng=0)
+        assert report.ok
+        assert "drawn by the operator" in report["forward mode"].text
+
+
+@seeded
+def normalised(sizes: tuple[int, ...]) -> Problem:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).train()
+    return Problem(model, nn.MSELoss(), cut(torch.randn(9, 4), torch.randn(9, 3), sizes))
+
+
+class Direction(torch.autograd.Function):
+    """x / |x|, whose backward takes the norm for a constant."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x / x.norm()
+
+    @staticmethod
+    def backward(ctx, along):
+        (x,) = ctx.saved_tensors
+        norm = x.detach().norm()
+        return along / norm - x * (x * along).sum() / norm**3
+
+
+class Straight(torch.autograd.Function):
+    """A square whose second derivative is lost."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, along):
+        (x,) = ctx.saved_tensors
+        return 2 * x.detach() * along
+
+
+class Augmented:
+    def __iter__(self):
+        for X, y in loss_problem("mse").data:
+            yield X + 0.1 * torch.randn_like(X), y
+
+
+class TestFaults:
+    def test_dropout(self) -> None:
+        problem = loss_problem("mse")
+        model = nn.Sequential(*problem.model, nn.Dropout(0.5)).train()
+        report = check(operator(Problem(model, nn.MSELoss(), problem.data)), rng=0)
+        assert not report.ok
+        assert with_status(report, "wrong") == ["randomness", "dropout", "products"]
+        assert "'3' (Dropout, p = 0.5)" in report["dropout"].text
+        assert report["dropout"].remedy == "call model.eval()"
+
+    def test_dropout_that_nothing_keeps(self) -> None:
+        problem = loss_problem("mse")
+        model = nn.Sequential(*problem.model, nn.Dropout(0.5)).train()
+        report = check(operator(Problem(model, nn.MSELoss(), problem.data), cache=0), rng=0)
+        assert report["randomness"].status == report["products"].status == "wrong"
+
+    def test_batches_normalised_one_by_one(self) -> None:
+        report = check(operator(normalised((6, 3))), rng=0)
+        assert report.ok
+        assert with_status(report, "warning") == ["batch normalisation"]
+        assert "'1' (BatchNorm1d)" in str(report)
+
+    def test_shuffling(self) -> None:
+        problem = loss_problem("mse")
+        X, y = (torch.cat(parts) for parts in zip(*problem.data, strict=True))
+        problem.data = DataLoader(TensorDataset(X, y), batch_size=2, shuffle=True)
+        report = check(operator(problem), rng=0)
+        assert with_status(report, "warning") == ["order of the data"]
+        problem.data = DataLoader(TensorDataset(X, y), batch_size=2, shuffle=True, drop_last=True)
+        assert check(operator(problem), rng=0)["randomness"].status == "wrong"
+        problem.data = DataLoader(TensorDataset(X, y), batch_size=2, shuffle=True)
+        assert with_status(check(operator(problem, "jacobian"), rng=0), "wrong") == ["order of the data"]
+
+    def test_augmentation(self) -> None:
+        problem = loss_problem("mse")
+        problem.data = Augmented()
+        report = check(operator(problem), rng=0)
+        assert report["randomness"].status == "wrong"
+        assert report["other routes"].status == "not applicable"
+
+    def test_a_derivative_that_is_wrong(self) -> None:
+        problem = loss_problem("mse")
+        problem.loss_function = lambda prediction, y: ((Direction.apply(prediction) - y) ** 2).mean()
+        report = check(operator(problem), rng=0)
+        assert with_status(report, "wrong") == ["symmetry", "finite differences"]
+
+    def test_a_second_derivative_that_is_lost_leaves_the_matrix_symmetric(self) -> None:
+        problem = loss_problem("mse")
+        problem.loss_function = lambda prediction, y: Straight.apply(prediction - y).mean()
+        report = check(operator(problem), rng=0)
+        assert with_status(report, "wrong") == ["finite differences"]
+        assert report["finite differences"].value > 0.01
+        assert "curvop.functorch_hessian" in report["finite differences"].remedy
+
+    def test_half_precision(self) -> None:
+        problem = loss_problem("ce")
+        data = [(X.bfloat16(), y) for X, y in problem.data]
+        report = check(operator(Problem(problem.model.bfloat16(), problem.loss_function, data)), rng=0)
+        assert with_status(report, "warning") == ["precision"]
+
+    def test_data_that_is_not_finite(self) -> None:
+        problem = loss_problem("mse")
+        problem.data[1][0][0, 0] = torch.nan
+        report = check(operator(problem), rng=0)
+        assert with_status(report, "wrong") == ["loss", "products"]
+        assert "batch 1" in report["products"].text
+
+    def test_too_little_memory_for_other_routes(self, monkeypatch) -> None:
+        monkeypatch.setattr("curvop.computed.available_bytes", lambda device: 1000)
+        report = check(operator(loss_problem("ce")), rng=0)
+        assert report.ok
+        assert "float64 takes" in report["forward mode"].text
+
+    def test_warnings_of_products_are_findings(self) -> None:
+        problem = loss_problem("ce")
+        problem.loss_function = nn.CrossEntropyLoss()
+
+        def model(params, X):
+            float(X.sum())  # cannot be traced
+            return torch.func.functional_call(problem_model, params, (X,))
+
+        problem_model, problem.model = problem.model, model
+        report = check(operator(problem, engine="compiled"), rng=0)
+        assert report.ok
+        assert "falls back" in report["warnings"].text
+
+
+FAULTS = {
+    "affine": (dict(matvec=lambda x: S @ x + 1), ["linearity"]),
+    "quadratic": (dict(matvec=lambda x: S @ x**2), ["linearity"]),
+    "random": (dict(matvec=lambda x: S @ x + RNG.standard_normal(x.shape)), ["repeatability"]),
+    "another block": (dict(matvec=lambda x: S @ x, matmat=lambda X: S @ X * 2), ["matvec and matmat"]),
+    "another adjoint": (dict(matvec=lambda x: S @ x, rmatvec=lambda x: S @ x), ["adjoint"]),
+    "not finite": (dict(matvec=lambda x: S @ x + np.inf), ["finite"]),
+}
+
+
+class TestAnyOperator:
+    @pytest.mark.parametrize(
+        "A", [SYMMETRIC, S, S[:, :9], S + 1j * S.T, S + S.T + 1j * (S - S.T), np.eye(5, dtype=int), np.zeros((3, 3))]
+    )
+    def test_matrices(self, A) -> None:
+        report = check(aslinearoperator(A), rng=0)
+        assert report.verdict.startswith("sound"), report
+        symmetric = A.shape[0] == A.shape[1] and np.array_equal(A, A.conj().T)
+        assert report["symmetry"].status == ("ok" if symmetric else "not applicable")
+        assert report["model"].status == "not applicable"
+
+    def test_the_defects_are_those_of_the_matrix(self) -> None:
+        skew = 1e-9 * np.linalg.norm(SYMMETRIC) / np.linalg.norm(S - S.T) * (S - S.T)
+        found = check(aslinearoperator(SYMMETRIC + skew), num_probes=30, rng=0)["symmetry"]
+        assert found.status == "warning"
+        assert found.value == pytest.approx(2e-9, rel=0.5)
+
+    @pytest.mark.parametrize("name", FAULTS)
+    def test_faults(self, name: str) -> None:
+        given, wrong = FAULTS[name]
+        report = check(LinearOperator((30, 30), dtype=float, **given), rng=0)
+        assert set(wrong) <= set(with_status(report, "wrong")), report
+        assert not report.ok
+
+    def test_without_an_adjoint(self) -> None:
+        report = check(LinearOperator((30, 9), matvec=lambda x: S[:, :9] @ x, dtype=float), rng=0)
+        assert report.verdict.startswith("sound")
+        assert "rmatvec" in report["adjoint"].text
+
+    @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)])
+    def test_empty(self, shape) -> None:
+        report = check(aslinearoperator(np.ones(shape)))
+        assert report.ok
+        assert report.products == 0
+
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1)])
+    @pytest.mark.parametrize("num_probes", [1, 5])
+    def test_small(self, shape, num_probes: int) -> None:
+        assert check(aslinearoperator(np.ones(shape)), num_probes=num_probes, rng=0).verdict.startswith("sound")
+
+
+class TestTheReport:
+    def test_products_are_counted(self) -> None:
+        H = operator(loss_problem("ce"))
+        assert check(H, rng=0).products == H.num_products == 7
+        assert check(H, num_probes=5, rng=0).products == 13
+        assert check(H.damped(1.0), rng=0).products == 8
+        assert check(aslinearoperator(SYMMETRIC), rng=0).products == 9
+
+    def test_it_repeats(self) -> None:
+        values = [[one.value for one in check(operator(loss_problem("ce")), rng=1).findings] for _ in range(2)]
+        assert values[0] == values[1]
+
+    def test_the_model_and_the_random_numbers_are_left_as_found(self) -> None:
+        problem = normalised((6, 3))
+        before = {name: value.clone() for name, value in problem.model.state_dict().items()}
+        flags, state = [part.training for part in problem.model.modules()], torch.get_rng_state()
+        check(operator(problem))
+        assert all(torch.equal(before[name], value) for name, value in problem.model.state_dict().items())
+        assert flags == [part.training for part in problem.model.modules()]
+        assert torch.equal(state, torch.get_rng_state())
+        assert all(value.grad is None and value.requires_grad for value in problem.model.parameters())
+
+    def test_it_prints_a_table_with_remedies(self) -> None:
+        text = str(check(operator(normalised((6, 3))), rng=0))
+        lines = text.splitlines()
+        assert lines[0].startswith("check of HessianLinearOperator, 53 by 53, float64: 7 products, ")
+        assert any(line.split()[:3] == ["warning", "batch", "normalisation"] for line in lines)
+        assert "to do: call model.eval(), or pass one batch" in text
+        assert lines[-1] == "nothing is wrong, with 1 warning: batch normalisation"
+        assert max(map(len, lines)) <= 120
+
+    def test_json(self) -> None:
+        report = check(LinearOperator((3, 3), matvec=lambda x: x * np.nan, dtype=float))
+        told = json.loads(json.dumps(report.json(), allow_nan=False))
+        assert (told["ok"], told["findings"][1]["status"]) == (False, "wrong")
+
+    def test_names_of_findings(self) -> None:
+        with pytest.raises(KeyError, match=r"no finding is named 'symetry'; there are .*symmetry"):
+            check(aslinearoperator(S))["symetry"]
+
+
+class TestBadInput:
+    def test_what_is_no_operator(self) -> None:
+        with pytest.raises(TypeError, match=r"A is a ndarray.*aslinearoperator"):
+            check(S)
+
+    @pytest.mark.parametrize("num_probes", [0, -1, 1.5, "two"])
+    def test_numbers_of_probes(self, num_probes) -> None:
+        with pytest.raises(ValueError, match="num_probes is"):
+            check(aslinearoperator(S), num_probes=num_probes)
+
+    def test_a_problem_that_cannot_be_evaluated(self) -> None:
+        problem = Problem(mlp().double(), nn.MSELoss(), [])
+        with pytest.raises(ValueError, match="data is empty"):
+            check(operator(problem))
