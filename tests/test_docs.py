@@ -2,8 +2,8 @@
 
 The Python blocks of a page run in their order in one namespace; a block of ``text`` is what the one before it printed.
 What differs from one machine to the next is not compared: sizes of errors (in units of epsilon, or with an exponent),
-numbers of products, times and bytes. A ``bash`` block is commands: those of ``curvop`` run, on problems that are there; what else there is
-has to be a step of ``.ci``, where it runs as it is.
+numbers of products, times and bytes. A ``bash`` block is commands: those of ``curvop`` run, on problems that are there;
+what else there is has to be a step of ``.ci``, where it runs as it is.
 """
 
 from __future__ import annotations
