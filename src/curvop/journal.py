@@ -17,7 +17,11 @@ from torch import Tensor
 from curvop.operator import BridgeLinearOperator, Rows, WrappingLinearOperator
 from curvop.products import KEY_BYTES, ProductStore
 
-__all__ = ["JournaledLinearOperator"]
+__all__ = ["JournaledLinearOperator", "UnrecordedError"]
+
+
+class UnrecordedError(LookupError):
+    """A product was asked of a journal alone that is not in it."""
 
 
 class JournaledLinearOperator(WrappingLinearOperator):
@@ -101,6 +105,7 @@ class JournaledLinearOperator(WrappingLinearOperator):
         self.args = (A,)
         self._A = A
         self._side = "forward"
+        self._multiplies = True
         self._journal = ProductStore(A, Path(directory), max_bytes, sync_seconds)
 
     @property
@@ -134,6 +139,12 @@ class JournaledLinearOperator(WrappingLinearOperator):
 
     def __str__(self) -> str:
         return self.report()
+
+    def recall(self) -> Self:
+        """Return the operator that answers what is on disk, and raises an `UnrecordedError` instead of multiplying."""
+        recalling = copy.copy(self)  # shares the journal
+        recalling._multiplies = False
+        return recalling
 
     def close(self) -> None:
         """Close the journal, so that another process can open it; products cannot be asked for any more."""
@@ -197,6 +208,8 @@ class JournaledLinearOperator(WrappingLinearOperator):
 
     def _multiply(self, rows: Rows) -> Rows:
         """Return A's products with some rows, in memory that nobody else has."""
+        if not self._multiplies:
+            raise UnrecordedError(f"{len(rows)} products are not in the journal in {self._journal.directory}")
         products = self._A.matvec(rows[0])[None] if len(rows) == 1 else self._A.matmat(rows.T).T
         self._journal.made += len(rows)
         if isinstance(self._A, BridgeLinearOperator):

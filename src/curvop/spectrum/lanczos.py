@@ -163,7 +163,8 @@ class Lanczos:
             return alpha, norm
         steps = at + 1
         bound = self._lost.of_next(run, np.append(self.alphas[run, :at], alpha), self.betas[run, :at], norm)
-        if self._lost.is_low(run, steps, bound):
+        sample = abs(float(basis[0] @ w)) / norm
+        if self._lost.is_low(run, steps, bound, sample):
             return alpha, norm
         overlaps = basis @ torch.stack([basis[at], w]).T
         last, found = _norm(overlaps[:at, 0]), _norm(overlaps[:, 1]) / norm
