@@ -149,11 +149,10 @@ def results(A: Any) -> dict[str, Any]:
         "gradient": gradient,
         "loss": np.array([loss]),
     }
-    if hasattr(A, "diagonal"):
-        try:
-            found["diagonal"] = A.diagonal()
-        except NotImplementedError as error:
-            found["no diagonal"] = str(error)
+    try:
+        found["diagonal"] = A.diagonal()
+    except NotImplementedError as error:
+        found["no diagonal"] = str(error)
     return found
 
 

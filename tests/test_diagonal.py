@@ -103,6 +103,44 @@ def coupled(z: Tensor, y: Tensor) -> Tensor:
     return (z @ z.T).square().mean()
 
 
+@pytest.mark.parametrize("operator", [GGNLinearOperator, EFLinearOperator])
+def test_a_function_that_holds_parameters_of_its_own(operator) -> None:
+    problem = mlp_problem()
+    last = {name: value for name, value in problem.params.items() if name.startswith("2.")}
+
+    def model(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        return torch.func.functional_call(problem.model, params, (X,))
+
+    A = operator(model, problem.loss_function, last, problem.data)
+    close(A.diagonal(), of_dense(A))
+
+
+def test_a_covariance_is_centred_in_double_precision() -> None:
+    far = mlp_problem(lambda z, y: (z.sum(1) / 3 + 0 * y).sum() / len(z))  # one gradient, of every example
+    C = build(GradientCovarianceLinearOperator, far, dtype=np.float32)
+    F = build(EFLinearOperator, far, dtype=np.float32)
+    assert abs(C.diagonal()[-3:]).max() <= 1e-12 * F.diagonal()[-3:].max()
+    assert C.diagonal().dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("operator", [GGNLinearOperator, EFLinearOperator])
+def test_one_example_of_two_classes(operator, dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 2).to(dtype)
+    data = [(torch.tensor([[1.0, -2.0, 0.5]], dtype=dtype), torch.tensor([1]))]
+    A = operator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+    np.testing.assert_allclose(A.diagonal(), of_dense(A), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_parameter_without_effect(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.InstanceNorm2d(2), nn.Flatten(), nn.Linear(18, 3)).to(dtype)
+    data = [(torch.randn(4, 1, 4, 4, dtype=dtype), torch.tensor([0, 1, 2, 1]))]
+    G = GGNLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+    np.testing.assert_allclose(G.block("0.bias").diagonal(), 0.0, atol=1e-12)
+
+
 class Shared(nn.Module):
     """An input that is not cut into examples."""
 

@@ -36,8 +36,9 @@ from curvop.preconditioner import jacobi
 from curvop.spectrum import density
 
 DENSE = {"hessian": functorch_hessian, "ggn": functorch_ggn, "ef": functorch_empirical_fisher, "fisher": functorch_ggn}
-# Ranks give a sign of life in so many seconds, or count as dead; starting processes takes time besides.
-SOON = TIMEOUT + 15
+# Ranks give a sign of life in so many seconds, or count as dead; starting processes takes time besides, and on a busy
+# machine much.
+SOON = TIMEOUT + 45
 
 
 def close(actual: Any, expected: Any, eps: float = 1e-12) -> None:
@@ -55,9 +56,8 @@ def matrices(request, tmp_path_factory) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_matrix_of_all_data(matrices, case: str) -> None:
     found, expected = matrices[case], results(operator(case))
-    if "no diagonal" in found:
-        assert "Hessian" in found.pop("no diagonal")
     assert found.keys() == expected.keys()
+    assert found.pop("no diagonal", None) == expected.pop("no diagonal", None)
     for name in expected:
         single = name == "float32" or case == "float32"
         close(found[name], expected[name], 1e-5 if single else 1e-12)
@@ -308,7 +308,10 @@ class TestOneProcess:
             found = results(W)
             assert fingerprint(W).keys() == {name.replace("data, ", "data, rank 0, ") for name in fingerprint(A)}
         for name, expected in results(A).items():
-            close(found[name], expected, 1e-6 if name == "float32" else 1e-12)
+            if name == "no diagonal":
+                assert found[name] == expected
+            else:
+                close(found[name], expected, 1e-6 if name == "float32" else 1e-12)
         assert "curvop pulse" not in [thread.name for thread in threading.enumerate()]
 
     def test_afterwards_it_cannot_be_used(self) -> None:

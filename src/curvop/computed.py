@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvop.checked import whole_number
 from curvop.cost import Cost, median_seconds
 from curvop.kernels.compiled import CompiledKernel
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
@@ -91,6 +92,7 @@ class ComputedLinearOperator(BridgeLinearOperator):
         Cost
             Prints as one sentence.
         """
+        whole_number("repeats", repeats, 1)
         vector = np.ones((1, self.shape[1]), dtype=self.dtype)
         self._apply(vector)  # what is kept is made here
         peak = peak_rise(lambda: self._apply(vector), self._objective.device)

@@ -105,10 +105,10 @@ def checked_names(what: str, names: str | Sequence[str], layout: ParameterLayout
         raise TypeError(f"{what} is a {type(names).__name__}: pass the name of a parameter, or several")
     names = (names,) if isinstance(names, str) else tuple(names)
     if not names:
-        raise ValueError(f"{what} names no parameter")
+        raise ValueError(f"{what} names no parameter: pass one or more of {', '.join(map(repr, layout.names[:10]))}")
     for name in names:
         if name not in layout.slices:
             raise ValueError(unknown_name(what, name, layout.names))
         if names.count(name) > 1:
-            raise ValueError(f"{what} names {name!r} twice")
+            raise ValueError(f"{what} names {name!r} twice: leave it out once")
     return names

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from numpy.typing import NDArray
 
+from curvop.checked import real_number
 from curvop.operator import Rows
 from curvop.parameters import ParameterLinearOperator
 
@@ -31,7 +32,7 @@ class DampedLinearOperator(ParameterLinearOperator):
     def __init__(self, A: ParameterLinearOperator, damping: float) -> None:
         if not isinstance(A, ParameterLinearOperator):
             raise TypeError(f"A is a {type(A).__name__}: add damping to it as SciPy does, A + damping * identity")
-        if not math.isfinite(damping):
+        if not math.isfinite(real_number("damping", damping)):
             raise ValueError(f"damping is {damping}, but must be finite")
         super().__init__(A.dtype, A._params, A._rows, A._cols, A._counter)
         self._A = A

@@ -158,9 +158,7 @@ class DistributedLinearOperator(ParameterLinearOperator):
             Where it has not, as for a Hessian; `curvop.spectrum.diagonal` estimates it.
         """
         local = self._shard.A
-        if not isinstance(local, SandwichLinearOperator):
-            return super().diagonal()
-        if self._link.alone:
+        if self._link.alone or not isinstance(local, SandwichLinearOperator):
             with self._link.team.turn():
                 return local.diagonal()
         if self._rows.names != self._cols.names:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from curvop.checked import generator
 from curvop.computed import Settings
 from curvop.kernels.fisher import EmpiricalFisherKernel, SampledFisherKernel, gradient_sum
 from curvop.kernels.ggn import GGNKernel
@@ -95,12 +96,12 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         left, right, divisor, count = self._gradient_sum()
         self._mean = None
         exact -= left * right / (divisor * count)
-        return exact.cpu().numpy()
+        return exact.cpu().numpy().astype(self.dtype, copy=False)
 
     def other_routes(self, vector: NDArray[Any]) -> list[Route]:
         """Return products by other routes to the empirical Fisher matrix; the mean is taken away as it always is."""
-        left, right = self._centre()
-        taken = left * (right @ torch.tensor(vector, dtype=torch.float64, device=self.device))
+        left, right, divisor, count = self._gradient_sum()
+        taken = left * (right @ torch.tensor(vector, dtype=torch.float64, device=right.device)) / (divisor * count)
         return [
             route if route.product is None else dataclasses.replace(route, product=route.product - taken)
             for route in super().other_routes(vector)
@@ -198,6 +199,6 @@ class FisherLinearOperator(SandwichLinearOperator):
         Likelihood(objective.loss_function)  # refuses other losses
         self._kernel = GGNKernel
         if mc_samples:
-            seed = int(np.random.default_rng(rng).integers(2**63))
+            seed = int(generator(rng).integers(2**63))
             self._kernel = functools.partial(SampledFisherKernel, samples=int(mc_samples), seed=seed)
         self._setup(objective, Settings(dtype, cache, engine, columns, progress))

@@ -86,7 +86,7 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
             where = next(index for index, part in enumerate(keys) if part is Ellipsis)
             keys[where : where + 1] = [slice(None)] * (3 - len(keys))
         if not 1 <= len(keys) <= 2:
-            raise IndexError(f"A has two axes, but {len(keys)} indices were given")
+            raise IndexError(f"A has two axes, but {len(keys)} indices were given: pass A[rows, cols]")
         rows, cols = (*keys, slice(None))[:2]
         if isinstance(rows, np.ndarray) and isinstance(cols, np.ndarray) and rows.shape[1:] == cols.shape[:-1] == (1,):
             return self.submatrix(rows[:, 0], cols[0])  # as numpy.ix_ makes them
@@ -207,6 +207,9 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
 
     def _floating(self, x: Tensor) -> Tensor:
         """Return `x` cut off from its graph, integers in the operator's dtype."""
+        if x.layout != torch.strided or x.is_quantized or x.is_meta:
+            kind = "on the meta device" if x.is_meta else "quantised" if x.is_quantized else str(x.layout)
+            raise TypeError(f"x is a tensor that is {kind}: pass a dense one with values, such as x.to_dense()")
         if x.is_floating_point() or x.is_complex():
             return x.detach()
         return x.to(torch.float64 if self.dtype == np.float64 else torch.float32)

@@ -43,26 +43,30 @@ class ParameterVectors:
         ValueError
             Where a parameter is missing, unknown, or of another shape.
         """
+        if not isinstance(params, Mapping):
+            raise TypeError(f"params is a {type(params).__name__}: pass a dict of names to tensors or arrays")
         for name in params:
             if name not in self._layout.slices:
                 raise ValueError(unknown_name("params", name, self._layout.names))
         vector = np.empty(self._layout.size, dtype=self.dtype)
         for name, shape in zip(self._layout.names, self._layout.shapes, strict=True):
             if name not in params:
-                raise ValueError(f"params lacks {name!r}")
+                raise ValueError(f"params lacks {name!r}: pass all of {', '.join(map(repr, self._layout.names))}")
             value = params[name]
-            value = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+            value = _as_tensor(f"params[{name!r}]", value)
             if value.shape != shape:
-                raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, not {tuple(shape)}")
+                raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, but must have {tuple(shape)}")
             vector[self._layout.slices[name]] = value.reshape(-1).double().cpu().numpy()
         return vector
 
     def unravel(self, vector: Any) -> dict[str, Tensor]:
         """Return a vector ``(N,)`` as a dict of tensors with the column parameters' shapes, dtype and device."""
         if np.shape(vector) != (self._layout.size,):
-            raise ValueError(f"vector has shape {tuple(np.shape(vector))}, but A has {self._layout.size} columns")
+            raise ValueError(
+                f"vector has shape {tuple(np.shape(vector))}, but A has {self._layout.size} columns: pass ({self._layout.size},)"
+            )
         like = self._params[self._layout.names[0]]
-        vector = vector.detach() if isinstance(vector, Tensor) else torch.from_numpy(np.array(vector))
+        vector = _as_tensor("vector", vector)
         if vector.is_complex():
             raise TypeError("vector is complex, but parameters are real: unravel its real and imaginary parts apart")
         vector = vector.to(like.device, like.dtype, copy=True)
@@ -123,9 +127,11 @@ class ParameterLinearOperator(ParameterVectors, BridgeLinearOperator):
         return DampedLinearOperator(self, damping)
 
     def _check_entries(self, x: Rows) -> None:
-        real = not x.is_complex() if isinstance(x, Tensor) else x.dtype.kind in "biuf"
-        if not real:
+        kind = ("c" if x.is_complex() else "f") if isinstance(x, Tensor) else x.dtype.kind
+        if kind == "c":
             raise TypeError(f"x has dtype {x.dtype}, but A is real: multiply its real and imaginary parts apart")
+        if kind not in "biuf":
+            raise TypeError(f"x has dtype {x.dtype}, but A is real: pass real numbers")
 
     def _block_of(
         self, rows: NDArray[np.intp], cols: NDArray[np.intp]
@@ -136,6 +142,15 @@ class ParameterLinearOperator(ParameterVectors, BridgeLinearOperator):
         if (row_names, col_names) == (self._rows.names, self._cols.names):
             return self, rows, cols
         return self.block(row_names, col_names), rows, cols
+
+
+def _as_tensor(what: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    array = np.array(value)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"{what} has dtype {array.dtype}, but must hold numbers")
+    return torch.from_numpy(array)
 
 
 def touched(layout: ParameterLayout, idxs: NDArray[np.intp]) -> tuple[tuple[str, ...], NDArray[np.intp]]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvop.computed import TORCH_DTYPES
 from curvop.curvature import CurvatureLinearOperator
 from curvop.kernels.diagonal import write_diagonal
 from curvop.kernels.sandwich import SandwichKernel
@@ -38,13 +36,14 @@ class SandwichLinearOperator(CurvatureLinearOperator):
         ValueError
             For a block off the diagonal.
         """
-        return self._diagonal().cpu().numpy()
+        return self._diagonal().cpu().numpy().astype(self.dtype, copy=False)
 
     def _diagonal(self) -> Tensor:
+        """Return it in double precision, for what is to be added or taken away."""
         if self._rows.names != self._cols.names:
             raise ValueError("this is a block off the diagonal, whose rows and columns are different parameters")
         objective = self._objective
-        out = torch.zeros(self.shape[0], dtype=TORCH_DTYPES[np.dtype(self.dtype)], device=objective.device)
+        out = torch.zeros(self.shape[0], dtype=torch.float64, device=objective.device)
         with torch.inference_mode(False):
             write_diagonal(self._kernel(objective, self._rows.names, self._cols.names), self._rows.names, out)
         return out

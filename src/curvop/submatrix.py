@@ -204,7 +204,10 @@ def _as_slice(idxs: NDArray[np.intp]) -> slice | None:
 def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
     """Return `idxs` as an array of its own, checked and free of negative numbers."""
     if isinstance(idxs, slice):
-        return np.arange(*idxs.indices(length), dtype=np.intp)
+        try:
+            return np.arange(*idxs.indices(length), dtype=np.intp)
+        except (TypeError, ValueError) as error:  # floats, and a step of 0
+            raise type(error)(f"{what} is {idxs}: {error}") from None
     if isinstance(idxs, range):
         # No range stays within the axis for longer; what is too long is told without memory taken for all of it.
         idxs = idxs[: 2 * length + 1]
@@ -218,7 +221,10 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
             raise TypeError(f"{what} has dtype {idxs.dtype}, but indices must be integers or a boolean mask")
         array = idxs.numpy(force=True)
     else:
-        array = np.asarray(idxs)
+        try:
+            array = np.asarray(idxs)
+        except ValueError:
+            raise IndexError(f"{what} holds sequences of different lengths, but must be one-dimensional") from None
         if array.size == 0 and isinstance(idxs, list | tuple):
             array = array.astype(np.intp)
     if array.ndim == 0 and isinstance(idxs, Iterable):

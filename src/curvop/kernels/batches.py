@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["batch_size", "leaves", "map_leaves", "on_device", "signature"]
+__all__ = ["at_batch", "batch_size", "leaves", "map_leaves", "on_device", "signature", "told"]
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
@@ -59,6 +60,8 @@ def to_device(tree: Any, device: torch.device) -> Any:
     def move(part: Any) -> Any:
         if not isinstance(part, Tensor):
             return part.to(device)
+        if part.is_meta and device.type != "meta":
+            raise ValueError("data holds a tensor on the meta device, which has no values: pass the tensor itself")
         # From pinned memory the copy to a GPU is only queued; in the other direction one would read too early.
         moved = part.to(device, non_blocking=device.type == "cuda")
         # Autograd cannot save a tensor made under inference mode; a clone made outside of it can be saved.
@@ -106,3 +109,28 @@ def batch_size(tree: Any) -> int | None:
     """Return the leading dimension that all tensors of `tree` share, or None where there is no such number."""
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves(tree)}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+@contextlib.contextmanager
+def at_batch(index: int) -> Iterator[None]:
+    """Add the batch's number to an error of the user's model, loss or data, which keeps its type and its message."""
+    try:
+        yield
+    except Exception as error:
+        note = f"This was at batch {index} of data."
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
+
+
+def told(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches; an error of theirs says at which one."""
+    index, made = 0, iter(batches)
+    while True:
+        with at_batch(index):
+            try:
+                batch = next(made)
+            except StopIteration:
+                return
+        yield batch
+        index += 1

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from curvop.kernels.batches import batch_size
 from curvop.kernels.objective import BatchWeight, Objective
-from curvop.kernels.parameters import checked_params
+from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.weights import loss_reduction
 
 __all__ = ["CallableObjective"]
@@ -25,8 +25,7 @@ class CallableObjective(Objective):
         data: Iterable[Any],
         batch_weight: BatchWeight | None = None,
     ) -> None:
-        if not callable(objective):
-            raise TypeError(f"objective is a {type(objective).__name__}, which cannot be called")
+        check_callable("objective", objective, "a function (params, batch) -> scalar")
         modules = [objective] if isinstance(objective, nn.Module) else []
         super().__init__(modules, checked_params(None, params), data, loss_reduction(objective), batch_weight)
         self._objective = objective

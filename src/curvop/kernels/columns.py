@@ -30,7 +30,7 @@ class Columns:
 
     def __init__(self, setting: int | str, worth: float = math.inf) -> None:
         self._worth = worth
-        self._sizes = _SIZES if setting == "auto" else (int(setting),)
+        self._sizes: tuple[int, ...] = _SIZES if setting == "auto" else (int(setting),)
         self._taken: dict[int, list[float]] = defaultdict(list)
 
     def chunks(self, count: int, room: Callable[[], int], clock: Callable[[], float]) -> Iterator[tuple[int, int]]:
@@ -56,6 +56,12 @@ class Columns:
             if measuring:
                 self._taken[size].append((clock() - began) / size)
             start += size
+
+    def shrink(self) -> bool:
+        """Make chunks smaller from now on; return whether they can be."""
+        largest = self._sizes[-1]
+        self._sizes = self._sizes[:-1] or (max(1, largest // 2),)
+        return largest > 1
 
     def one_by_one(self) -> None:
         """Batch no columns any more: some operation cannot."""

@@ -15,19 +15,25 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from curvop.kernels.batches import leaves, signature
+from curvop.kernels.batches import at_batch, leaves, signature
 from curvop.kernels.columns import Columns
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.kernel import Kernel, Linearization
-from curvop.kernels.memory import Budget, graph_bytes, keep_freed_memory, measured, tensor_bytes
-from curvop.kernels.passes import Pass, precision, same
+from curvop.kernels.memory import (
+    SHORT_OF_MEMORY,
+    Budget,
+    free_unused,
+    graph_bytes,
+    keep_freed_memory,
+    measured,
+    out_of_memory,
+    tensor_bytes,
+)
+from curvop.kernels.passes import REORDERED, DataReorderedError, Pass, precision, same
 from curvop.kernels.state import Fingerprint
+from curvop.kernels.sums import add_sums, set_sums
 
 __all__ = ["Engine"]
-
-
-class _DataReorderedError(Exception):
-    """The batches come in another order than in the first pass, so those kept cannot be told from the others."""
 
 
 class Engine:
@@ -56,6 +62,7 @@ class Engine:
         self._spread = False
         self._first: Pass | None = None
         self.first_passes = 0
+        self._short = False  # of memory
         self._bytes: dict[object, int] = {}
 
     def __getstate__(self) -> dict[str, object]:
@@ -79,19 +86,30 @@ class Engine:
         NonFiniteProductError, NonDeterministicObjectiveError
         """
         with self._objective.slow_backends():
-            try:
-                self._checked_sum(vectors, out, tick)
-            except _DataReorderedError:
-                self._keeps = False
-                self._forget()
-                warnings.warn(
-                    "data yields other batches, or in another order, in every pass, so that some cannot be kept and "
-                    "the others made anew: every product now linearizes them all. Pass shuffle=False to the "
-                    "DataLoader, or a larger cache=, in which all of them fit.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                self._checked_sum(vectors, out, tick)
+            while True:
+                try:
+                    return self._checked_sum(vectors, out, tick)
+                except DataReorderedError:
+                    self._keeps = False
+                    self._forget()
+                    told: str | None = REORDERED
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    told = self._make_room(error)
+                if told is not None:
+                    warnings.warn(told, RuntimeWarning, stacklevel=2)
+
+    def _make_room(self, error: Exception) -> str | None:
+        """Keep less, and multiply fewer columns at once; return what to tell the user, None from the second time on."""
+        smaller = self._budget.shrink(), self._columns.shrink()  # both, as neither's part is known
+        self._forget()
+        if not any(smaller):
+            error.add_note("one column and one batch at a time do not fit: let data yield smaller batches")
+            raise error
+        free_unused(self._objective.device)
+        told, self._short = (not self._short), True
+        return SHORT_OF_MEMORY if told else None
 
     def kept(self) -> tuple[int, float]:
         """Return the bytes that are kept, and the share of the batches they are for, as of the last product."""
@@ -119,7 +137,7 @@ class Engine:
             index = len(weights)
             weights.append(linearization.weight)
             first = self.kernel.by_batch and not self.kernel.rows.names  # then each batch has rows of its own
-            add = _set if first or not unit else _add
+            add = set_sums if first or not unit else add_sums
             unit = unit or linearization.weight  # one batch, or equal ones, are not scaled at all
             share = linearization.weight / unit if unit else 0.0
             if self.kernel.by_batch:
@@ -163,7 +181,9 @@ class Engine:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # measured, so nothing to tell
                 return linearization.apply_many(tangents)
-        except RuntimeError:  # not implemented, an operation that cannot be batched, or too little memory
+        except RuntimeError as error:  # not implemented, or an operation that cannot be batched
+            if out_of_memory(error):
+                raise
             self._columns.one_by_one()
         products = zip(*(linearization.apply(one) for one in zip(*tangents, strict=True)), strict=True)
         return [None if parts[0] is None else torch.stack(cast("tuple[Tensor, ...]", parts)) for parts in products]
@@ -204,10 +224,12 @@ class Engine:
         try:
             for index, batch in self._objective.batches():
                 count, loss = self._measure(first.leaves, index, batch) if keeps else (None, None)
-                linearization = self.kernel.linearize(first.leaves, index, batch)
-                if loss is not None and not same([float(linearization.loss)], [loss], self._eps(linearization.loss)):
+                linearization = self._linearize(first.leaves, index, batch)
+                if loss is not None and not same(
+                    [float(linearization.loss)], [loss], precision(linearization.loss, *first.leaves.values())
+                ):
                     raise NonDeterministicObjectiveError(
-                        self._random(f"the loss of batch {index}", loss, linearization.loss)
+                        self._objective.changed(f"the loss of batch {index}", loss, linearization.loss)
                     )
                 if keeps:
                     if count is None:
@@ -229,27 +251,22 @@ class Engine:
         this = Pass(first.state, first.leaves)
         for index, batch in self._objective.batches():
             if first.kept and Fingerprint.of_data(leaves(batch)) not in first.fingerprints[index : index + 1]:
-                raise _DataReorderedError
+                raise DataReorderedError
             linearization = first.kept.get(index)
             if linearization is None:
-                linearization = self.kernel.linearize(first.leaves, index, batch)
+                linearization = self._linearize(first.leaves, index, batch)
             this.record(linearization)
             yield linearization
             del linearization
         eps = max(this.eps, first.eps)
         if not same(this.losses, first.losses, eps) or not same(this.weights, first.weights, eps):
             raise NonDeterministicObjectiveError(
-                self._random("the loss summed over the data", sum(first.losses), sum(this.losses))
+                self._objective.changed("the loss summed over the data", sum(first.losses), sum(this.losses))
             )
 
-    def _random(self, what: str, then: float, now: Any) -> str:
-        return (
-            f"{what} was {float(then):.9g} at first and is {float(now):.9g} now, at the same parameters: "
-            f"{self._objective.randomness()}"
-        )
-
-    def _eps(self, loss: Tensor) -> float:
-        return precision(loss, *self._objective.params.values())
+    def _linearize(self, point: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
+        with at_batch(index):
+            return self.kernel.linearize(point, index, batch)
 
     def _measure(self, point: Mapping[str, Tensor], index: int, batch: Any) -> tuple[int | None, float | None]:
         """Return the bytes that a linearization of `batch` retains, and its loss where it was made to see that.
@@ -261,9 +278,7 @@ class Engine:
             return self._bytes[like], None
         self.kernel.prepare(point, index, batch)
         try:
-            linearization, count = measured(
-                lambda: self.kernel.linearize(point, index, batch), self._objective.tensors()
-            )
+            linearization, count = measured(lambda: self._linearize(point, index, batch), self._objective.tensors())
         except RuntimeError:
             return None, None
         count += tensor_bytes(linearization.tensors, self._objective.tensors())
@@ -278,7 +293,7 @@ class Engine:
             for vector in vectors if linearization.weight else ():
                 product = vector.new_empty(self.kernel.rows.size)
                 tangents, parts = self._parts(index, vector, product, linearization.whole)
-                _set(parts, linearization.apply(tangents), 1.0)
+                set_sums(parts, linearization.apply(tangents), 1.0)
                 for number, part in enumerate(self.kernel.rows.split(self.kernel.rows.at(product, index))):
                     if not torch.isfinite(part).all():
                         return (
@@ -286,18 +301,3 @@ class Engine:
                             f"(the loss of that batch is {float(linearization.loss):.6g})"
                         )
         return "the product is not finite: the batches are, but their sum overflows"
-
-
-def _set(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: float) -> None:
-    """Begin sums; their share is 1. Cheaper than to add to zero, where the sums are in another precision."""
-    for total, cotangent in zip(totals, cotangents, strict=True):
-        if cotangent is None:
-            total.zero_()
-        else:
-            total.copy_(cotangent)
-
-
-def _add(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: float) -> None:
-    for total, cotangent in zip(totals, cotangents, strict=True):
-        if cotangent is not None:
-            total.add_(cotangent, alpha=share)

@@ -16,9 +16,25 @@ from torch.autograd.graph import Node
 
 from curvop.kernels.graph import nodes
 
-__all__ = ["Budget", "free_bytes", "graph_bytes", "keep_freed_memory", "measured", "peak_rise", "tensor_bytes"]
+__all__ = [
+    "SHORT_OF_MEMORY",
+    "Budget",
+    "free_bytes",
+    "free_unused",
+    "graph_bytes",
+    "keep_freed_memory",
+    "measured",
+    "out_of_memory",
+    "peak_rise",
+    "tensor_bytes",
+]
 
 T = TypeVar("T")
+
+SHORT_OF_MEMORY = (
+    "a product ran out of memory: less is kept from now on, and fewer columns are multiplied at once, which is slower. "
+    "Pass a smaller cache= or columns=, or let data yield smaller batches."
+)
 
 # Where the system does not say how much memory is free: enough for small models, and harmless on any machine.
 _UNKNOWN = 2**30
@@ -34,6 +50,17 @@ def free_bytes(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     limits = [_available(), *_cgroup_v2(), *_cgroup_v1()]
     return max(0, min((limit for limit in limits if limit is not None), default=_UNKNOWN))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; on the host, torch raises a `RuntimeError` of its allocator."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def free_unused(device: torch.device) -> None:
+    """Give back what torch holds of a GPU's memory without using it: pieces that are too small, as it may be."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> None:
@@ -177,6 +204,11 @@ class Budget:
         fits = count <= self.left
         self._spent += count if fits else 0
         return fits
+
+    def shrink(self) -> bool:
+        """Allow half of what is spent from now on; return whether that is less than before."""
+        before, self._limit = self._limit, self._spent // 2
+        return self._limit != before
 
     def give_back(self, count: int) -> None:
         """Take `count` bytes as free again."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from curvop.kernels.closed_forms import loss_derivative
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.objective import BatchLoss, BatchWeight, Objective
-from curvop.kernels.parameters import checked_params
+from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.weights import loss_divisor, loss_kind, loss_reduction
 
 __all__ = ["ModelObjective"]
@@ -31,9 +31,8 @@ class ModelObjective(Objective):
         data: Iterable[Any],
         batch_weight: BatchWeight | None = None,
     ) -> None:
-        for name, value in (("model", model), ("loss_function", loss_function)):
-            if not callable(value):
-                raise TypeError(f"{name} is a {type(value).__name__}, which cannot be called")
+        check_callable("model", model, "an nn.Module, or a function (params, X) -> prediction")
+        check_callable("loss_function", loss_function, "a loss of torch.nn, or a function (prediction, y) -> scalar")
         modules = [part for part in (model, loss_function) if isinstance(part, nn.Module)]
         super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
         self._model = model

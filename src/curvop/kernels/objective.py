@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvop.kernels.batches import at_batch, on_device, told
 from curvop.kernels.batches import leaves as leaves_of
-from curvop.kernels.batches import on_device
 from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError
 from curvop.kernels.generators import Generators
 from curvop.kernels.preflight import Guard, cautions, suspects
 from curvop.kernels.state import Fingerprint, Watch, settings_of
-from curvop.kernels.weights import check_loss
+from curvop.kernels.weights import check_loss, checked_weight
 
 __all__ = ["BatchLoss", "BatchWeight", "Objective", "Share"]
 
@@ -164,7 +164,7 @@ class Objective(abc.ABC):
         """
         index = -1
         with self._generators.private(self.device):
-            for index, batch in enumerate(on_device(self._data, self.device)):
+            for index, batch in enumerate(on_device(told(self._data), self.device)):
                 self._check_order(index, batch)
                 yield index, batch
         if index < 0 and self._share is None:
@@ -176,9 +176,12 @@ class Objective(abc.ABC):
             self.warned = True
             warnings.warn("; ".join(found), RuntimeWarning, stacklevel=2)
 
-    def randomness(self) -> str:
-        """Return what to look at where the loss changes from pass to pass."""
-        return suspects(self.modules)
+    def changed(self, what: str, then: float, now: Any) -> str:
+        """Say that a loss has changed from pass to pass, and what to look at."""
+        return (
+            f"{what} was {float(then):.9g} at first and is {float(now):.9g} now, at the same parameters: "
+            f"{suspects(self.modules)}"
+        )
 
     def keep_order(self) -> None:
         """Refuse, from now on, a loader that yields other batches than in its first pass, or in another order."""
@@ -215,7 +218,7 @@ class Objective(abc.ABC):
 
         Buffers of modules in training mode are copies.
         """
-        with torch.enable_grad(), TwiceDifferentiable():
+        with at_batch(index), torch.enable_grad(), TwiceDifferentiable():
             found = self.guard.run("loss", lambda own: self._loss(leaves, own), batch)
         return self._checked(found, index, batch)
 
@@ -238,7 +241,7 @@ class Objective(abc.ABC):
             return 1.0
         total = math.fsum(weights)
         if total == 0:
-            raise ValueError("data has total weight 0 (every target is ignored): the mean of no losses is not defined")
+            raise ValueError("data has total weight 0 (every target is ignored): pass data with a target that counts")
         return total
 
     @contextlib.contextmanager
@@ -277,12 +280,7 @@ class Objective(abc.ABC):
         if self.reduction == "sum":
             return 1.0
         if self._batch_weight is not None:
-            weight = float(self._batch_weight(batch))
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(
-                    f"batch_weight returned {weight} for batch {index}: it must be finite and not negative"
-                )
-            return weight
+            return checked_weight(self._batch_weight(batch), index)
         if divisor is None:
             if len(self) == 1 and self._share is None:  # the weight of an only batch cancels
                 return 1.0

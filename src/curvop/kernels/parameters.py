@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["checked_params", "unknown_name"]
+__all__ = ["check_callable", "checked_params", "unknown_name"]
+
+
+def check_callable(name: str, value: Any, remedy: str) -> None:
+    """Refuse an argument that cannot be called, and a class in the place of one of its objects."""
+    if isinstance(value, type):
+        raise TypeError(f"{name} is the class {value.__name__}: pass an object of it, {value.__name__}()")
+    if not callable(value):
+        raise TypeError(f"{name} is a {type(value).__name__}, which cannot be called: pass {remedy}")
 
 
 def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
@@ -72,7 +80,7 @@ def _named(own: dict[str, Tensor] | None, params: Iterable[Tensor]) -> dict[str,
                 f"params[{index}] is not one of the model's own parameters: pass a dict of names to tensors"
             )
         if names[id(value)] in named:
-            raise ValueError(f"params[{index}] stands in the list twice: {names[id(value)]!r}")
+            raise ValueError(f"params[{index}] stands in the list twice: leave {names[id(value)]!r} out once")
         named[names[id(value)]] = value
     return named
 
@@ -102,11 +110,16 @@ def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> No
     if own is not None and name not in own:
         raise ValueError(unknown_name("params", name, own))
     if not isinstance(value, Tensor):
-        raise TypeError(f"params[{name!r}] is a {type(value).__name__}, not a tensor")
+        raise TypeError(
+            f"params[{name!r}] is a {type(value).__name__}, not a tensor: pass dict(model.named_parameters())"
+        )
     if isinstance(value, nn.UninitializedParameter):
         raise ValueError(f"params[{name!r}] has no shape yet: call the model once before it is wrapped")
     if own is not None and value.shape != own[name].shape:
-        raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, the model's has {tuple(own[name].shape)}")
+        raise ValueError(
+            f"params[{name!r}] has shape {tuple(value.shape)}, but must have the shape of the model's own, "
+            f"{tuple(own[name].shape)}"
+        )
     if value.is_quantized:
         raise ValueError(f"params[{name!r}] is quantised, and has no derivatives: call dequantize(), or leave it out")
     if value.layout != torch.strided:
@@ -118,7 +131,8 @@ def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> No
         )
     if not value.is_floating_point():
         raise ValueError(
-            f"params[{name!r}] has dtype {value.dtype}: only real floating-point parameters have curvature"
+            f"params[{name!r}] has dtype {value.dtype}: only real floating-point parameters have curvature, so leave "
+            "it out"
         )
     if not value.requires_grad:
         raise ValueError(f"params[{name!r}] does not require grad: call requires_grad_(True) on it, or leave it out")

@@ -13,7 +13,17 @@ from torch import Tensor
 from curvop.kernels.batches import leaves
 from curvop.kernels.kernel import Linearization
 
-__all__ = ["Pass", "precision", "same"]
+__all__ = ["REORDERED", "DataReorderedError", "Pass", "precision", "same"]
+
+REORDERED = (
+    "data yields other batches, or in another order, in every pass, so that some cannot be kept and the others made "
+    "anew: every product now linearizes them all. Pass shuffle=False to the DataLoader, or a larger cache=, in which "
+    "all of them fit."
+)
+
+
+class DataReorderedError(Exception):
+    """The batches come in another order than in the first pass, so those kept cannot be told from the others."""
 
 
 @dataclasses.dataclass

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from curvop.kernels.batches import batch_size
 
-__all__ = ["Divisor", "check_loss", "loss_divisor", "loss_kind", "loss_reduction", "loss_setting"]
+__all__ = ["Divisor", "check_loss", "checked_weight", "loss_divisor", "loss_kind", "loss_reduction", "loss_setting"]
 
 #: ``(prediction, X, y) -> w_b``; None where the batch does not tell.
 Divisor = Callable[[Any, Any, Any], float | None]
@@ -153,9 +153,22 @@ def loss_setting(loss_function: Callable[..., Any], name: str, default: Any) -> 
 def check_loss(loss: Any, index: int) -> None:
     """Refuse what cannot be the loss of batch number `index`."""
     if not isinstance(loss, Tensor):
-        raise TypeError(f"the loss of batch {index} is a {type(loss).__name__}, not a tensor")
+        raise TypeError(f"the loss of batch {index} is a {type(loss).__name__}, but must be a tensor")
     if loss.ndim != 0 or not loss.is_floating_point():
         raise ValueError(
             f"the loss of batch {index} has shape {tuple(loss.shape)} and dtype {loss.dtype}, but must be a real "
             "scalar: reduce it, by mean() or sum()"
         )
+
+
+def checked_weight(value: Any, index: int) -> float:
+    """Return what the user's function gives as the weight of batch number `index`, or refuse it."""
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"batch_weight returned a {type(value).__name__} for batch {index}: it must be one number"
+        ) from None
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"batch_weight returned {weight} for batch {index}: it must be finite and not negative")
+    return weight

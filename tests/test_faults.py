@@ -1,0 +1,175 @@
+"""What goes wrong within a product: memory that runs out, data and models that fail. The next product is right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from cases import loss_problem
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from curvop import GGNLinearOperator, HessianLinearOperator, NonFiniteProductError
+
+OPERATORS = pytest.mark.parametrize("operator", [HessianLinearOperator, GGNLinearOperator])
+
+LIMITED = """
+import resource, sys, warnings
+from pathlib import Path
+import numpy as np, torch
+from torch import nn
+from curvop import HessianLinearOperator
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(20, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 1)).double()
+data = [(torch.randn(2000, 20).double(), torch.randn(2000, 1).double()) for _ in range(12)]
+params = {name: value for name, value in model.named_parameters() if name.endswith("bias")}
+
+def product(cache):
+    H = HessianLinearOperator(model, nn.MSELoss(), params, data, cache=cache)
+    X = np.random.default_rng(0).normal(size=(H.shape[0], 3))
+    return H, X, H @ X
+
+_, X, expected = product(0)  # what needs the least
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]) * 2**20, -1))
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    H, X, found = product(2**40)
+    again = H @ X
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12 * abs(expected).max())
+np.testing.assert_allclose(again, expected, rtol=1e-9, atol=1e-12 * abs(expected).max())
+assert len(told) == 1, [str(one.message) for one in told]
+print(told[0].category.__name__, told[0].message)
+kept, share = H._engine.kept()
+assert 0 <= share < 1, share
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")
+@pytest.mark.parametrize("mebibytes", [150, 300])
+def test_where_memory_runs_out_less_is_kept_and_the_product_is_right(mebibytes: int) -> None:
+    """All twelve linearizations take some 600 MiB, the operator was allowed a terabyte, and the process is not."""
+    command = [sys.executable, "-c", LIMITED, str(mebibytes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("RuntimeWarning a product ran out of memory: less is kept from now on")
+
+
+class Heavy(nn.Module):
+    """Runs out of memory where more than so many columns are multiplied at once, or so many graphs are alive."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2).double()
+        self.error = error
+        self.fails = 0
+
+    def forward(self, X: Tensor) -> Tensor:
+        if self.fails:
+            self.fails -= 1
+            raise self.error
+        return self.layer(X).tanh()
+
+
+@OPERATORS
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_what_counts_as_out_of_memory_is_tried_again(operator, error) -> None:
+    model = Heavy(error)
+    data = [(torch.randn(4, 3).double(), torch.randn(4, 2).double()) for _ in range(3)]
+    A = operator(model, nn.MSELoss(), dict(model.named_parameters()), data)
+    expected = A @ np.eye(A.shape[1])
+    A = operator(model, nn.MSELoss(), dict(model.named_parameters()), data)
+    model.fails = 2
+    with pytest.warns(RuntimeWarning, match="ran out of memory: less is kept") as told:
+        np.testing.assert_allclose(A @ np.eye(A.shape[1]), expected, rtol=1e-10, atol=1e-14)
+    assert len(told) == 1
+
+
+def test_a_batch_that_never_fits_is_said_to_be_too_large() -> None:
+    model = Heavy(torch.OutOfMemoryError("CUDA out of memory"))
+    data = [(torch.randn(4, 3).double(), torch.randn(4, 2).double())]
+    A = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
+    model.fails = 10**6
+    with (
+        pytest.warns(RuntimeWarning, match="ran out of memory"),
+        pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as raised,
+    ):
+        A @ np.eye(A.shape[1])
+    assert any("let data yield smaller batches" in note for note in raised.value.__notes__)
+    model.fails = 0
+    assert np.isfinite(A @ np.eye(A.shape[1])).all()
+
+
+class Examples(Dataset):
+    """Of which some cannot be read."""
+
+    def __init__(self, X: Tensor, y: Tensor) -> None:
+        self.X, self.y, self.broken = X, y, -1
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == self.broken:
+            raise OSError(f"example {index} cannot be read")
+        return self.X[index], self.y[index]
+
+
+def problem(num_workers: int = 0):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    examples = Examples(torch.randn(12, 3).double(), torch.randn(12, 2).double())
+    return model, examples, DataLoader(examples, batch_size=4, num_workers=num_workers)
+
+
+@OPERATORS
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_that_fails_says_at_which_batch(operator, num_workers: int) -> None:
+    model, examples, loader = problem(num_workers)
+    A = operator(model, nn.MSELoss(), dict(model.named_parameters()), loader, cache=0)
+    expected = A @ np.eye(A.shape[1])
+    examples.broken = 9
+    with pytest.raises(OSError, match="example 9 cannot be read") as raised:
+        A @ np.eye(A.shape[1])
+    assert raised.value.__notes__ == ["This was at batch 2 of data."]
+    with pytest.raises(OSError, match="example 9 cannot be read") as raised:
+        A.gradient_and_loss()
+    assert raised.value.__notes__ == ["This was at batch 2 of data."]
+    examples.broken = -1
+    np.testing.assert_allclose(A @ np.eye(A.shape[1]), expected, rtol=1e-12, atol=1e-15)
+
+
+@OPERATORS
+def test_a_corrupt_batch_is_named(operator) -> None:
+    """Its inputs are too wide for the model."""
+    model, _, loader = problem()
+    data = list(loader)
+    data[1] = (torch.randn(4, 5).double(), data[1][1])
+    A = operator(model, nn.MSELoss(), dict(model.named_parameters()), data)
+    for call in (lambda: A @ np.ones(A.shape[1]), A.gradient_and_loss):
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes") as raised:
+            call()
+        assert raised.value.__notes__ == ["This was at batch 1 of data."]
+    data[1] = list(loader)[1]
+    assert np.isfinite(A @ np.ones(A.shape[1])).all()
+
+
+@OPERATORS
+@pytest.mark.parametrize("cache", [0, "auto"])
+def test_nan_from_one_batch_is_named(operator, cache) -> None:
+    case = loss_problem("mse")
+    data = [(X.clone(), y) for X, y in case.data]
+    A = operator(case.model, case.loss_function, case.params, data, cache=cache)
+    expected = A @ np.eye(A.shape[1])
+    whole = data[1][0].clone()
+    data[1][0][0] = torch.nan
+    with pytest.raises(NonFiniteProductError, match="batch 1"):
+        A @ np.ones(A.shape[1])
+    data[1][0].copy_(whole)
+    np.testing.assert_allclose(A @ np.eye(A.shape[1]), expected, rtol=1e-12, atol=1e-15)
