@@ -63,7 +63,8 @@ class ParameterVectors:
         """Return a vector ``(N,)`` as a dict of tensors with the column parameters' shapes, dtype and device."""
         if np.shape(vector) != (self._layout.size,):
             raise ValueError(
-                f"vector has shape {tuple(np.shape(vector))}, but A has {self._layout.size} columns: pass ({self._layout.size},)"
+                f"vector has shape {tuple(np.shape(vector))}, but A has {self._layout.size} columns: pass "
+                f"({self._layout.size},)"
             )
         like = self._params[self._layout.names[0]]
         vector = _as_tensor("vector", vector)

@@ -66,8 +66,7 @@ class Engine:
         self._bytes: dict[object, int] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        # Graphs cannot be pickled and need not be: the first product makes them anew.
-        return self.__dict__ | {"_first": None}
+        return self.__dict__ | {"_first": None}  # graphs cannot be pickled; the first product makes them anew
 
     def apply(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None = None) -> None:
         """Write the products with `vectors` into `out`.
@@ -92,24 +91,23 @@ class Engine:
                 except DataReorderedError:
                     self._keeps = False
                     self._forget()
-                    told: str | None = REORDERED
+                    told = REORDERED
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
                     told = self._make_room(error)
-                if told is not None:
+                if told:
                     warnings.warn(told, RuntimeWarning, stacklevel=2)
 
-    def _make_room(self, error: Exception) -> str | None:
-        """Keep less, and multiply fewer columns at once; return what to tell the user, None from the second time on."""
-        smaller = self._budget.shrink(), self._columns.shrink()  # both, as neither's part is known
-        self._forget()
-        if not any(smaller):
+    def _make_room(self, error: Exception) -> str:
+        """Keep less, and multiply fewer columns at once; return what to tell the user, nothing after the first time."""
+        if not (self._budget.shrink() | self._columns.shrink()):  # both, as neither's part is known
             error.add_note("one column and one batch at a time do not fit: let data yield smaller batches")
             raise error
+        self._forget()
         free_unused(self._objective.device)
-        told, self._short = (not self._short), True
-        return SHORT_OF_MEMORY if told else None
+        told, self._short = "" if self._short else SHORT_OF_MEMORY, True
+        return told
 
     def kept(self) -> tuple[int, float]:
         """Return the bytes that are kept, and the share of the batches they are for, as of the last product."""
@@ -121,11 +119,10 @@ class Engine:
         self._sum(vectors, out, tick)
         # NaN and infinity survive a sum, so one reduction clears the whole product; only a suspect is looked through.
         if not math.isfinite(out.sum().item()) and not torch.isfinite(out).all():
-            try:
-                raise NonFiniteProductError(self._blame(vectors))
-            finally:
-                if torch.isfinite(vectors).all():
-                    self._forget()  # a batch that was read wrong once is not to spoil every later product
+            blame = self._blame(vectors)
+            if torch.isfinite(vectors).all():
+                self._forget()  # a batch that was read wrong once is not to spoil every later product
+            raise NonFiniteProductError(blame)
 
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
         steps = len(self._objective) * len(vectors)
