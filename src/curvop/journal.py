@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvop.checked import real_number
 from curvop.operator import BridgeLinearOperator, Rows, WrappingLinearOperator
 from curvop.products import KEY_BYTES, ProductStore
 
@@ -99,7 +100,7 @@ class JournaledLinearOperator(WrappingLinearOperator):
             )
         if len(A.shape) != 2:
             raise ValueError(f"A has shape {A.shape}: a stack of operators has no journal, take one of them")
-        if max_bytes is not None and not max_bytes >= 0:
+        if max_bytes is not None and not real_number("max_bytes", max_bytes) >= 0:
             raise ValueError(f"max_bytes is {max_bytes}, but must be a number of bytes, or None")
         super().__init__(A.dtype, A.shape)
         self.args = (A,)
