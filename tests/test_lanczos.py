@@ -144,3 +144,19 @@ def test_memory_is_counted_before() -> None:
     assert runs_at_once(A, 2, 60, memory=10**9) == 2
     with pytest.raises(MemoryError, match=r"60 vectors of 1,000 numbers, takes 0\.000528 GB.*fewer num_steps"):
         runs_at_once(A, 8, 60, memory=1000)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_products_that_become_noisy_on_the_way_do_not_spoil_the_basis(seed: int) -> None:
+    """Rounding is learnt from the first steps, and these are exact."""
+    rng = np.random.default_rng(seed)
+    values, quiet, calls = np.r_[rng.uniform(0, 0.05, 194), rng.uniform(0.5, 3, 6)], int(rng.integers(3, 30)), []
+
+    def multiply(X: np.ndarray) -> np.ndarray:
+        calls.append(X)
+        noise = 10.0 ** rng.uniform(-9, -4) if len(calls) > quiet else 0.0
+        return (values * X.T).T + noise * rng.normal(size=X.shape) / len(X) ** 0.5
+
+    lanczos = run(LinearOperator((200, 200), matvec=multiply, matmat=multiply, dtype=np.float64), 64, count=1)
+    basis = lanczos.basis[0, : lanczos.lengths[0]].numpy()
+    assert np.abs(basis @ basis.T - np.eye(len(basis))).max() < 300 * np.finfo(float).eps

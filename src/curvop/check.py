@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from curvop.check_report import NOT_APPLICABLE, OK, WARNING, WRONG, CheckReport, Finding
+from curvop.checked import random_generator
 from curvop.computed import UNTRUSTED, ComputedLinearOperator
 from curvop.model_check import measured, model_findings, route_findings
 
@@ -77,7 +78,7 @@ def check(A: LinearOperator, *, num_probes: int = 2, rng: int | np.random.Genera
     if not isinstance(num_probes, int | np.integer) or num_probes < 1:
         raise ValueError(f"num_probes is {num_probes!r}, but must be a number of vectors from 1 on")
     begun = time.perf_counter()
-    algebra = _Algebra(A, int(num_probes), np.random.default_rng(rng))
+    algebra = _Algebra(A, int(num_probes), random_generator(rng))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")  # that libraries get older is no concern of this check
         warnings.simplefilter("always", RuntimeWarning)

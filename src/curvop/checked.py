@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-__all__ = ["generator", "real_number", "whole_number"]
+__all__ = ["random_generator", "real_number", "real_operator", "whole_number"]
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
@@ -26,7 +27,7 @@ def real_number(name: str, value: Any) -> float:
     raise TypeError(f"{name} is a {type(value).__name__}, but must be a real number")
 
 
-def generator(rng: Any) -> np.random.Generator:
+def random_generator(rng: Any) -> np.random.Generator:
     """Return the source of random numbers that `rng` stands for, as ``numpy.random.default_rng`` does."""
     try:
         return np.random.default_rng(rng)
@@ -34,3 +35,16 @@ def generator(rng: Any) -> np.random.Generator:
         raise TypeError(
             f"rng is {rng!r}, but must be a whole number from 0 on, a numpy.random.Generator, or None"
         ) from None
+
+
+def real_operator(A: Any) -> LinearOperator:
+    """Return `A`, an operator or a matrix, as a ``LinearOperator``; raise a TypeError where it is none, or complex."""
+    try:
+        A = aslinearoperator(A)
+    except TypeError:
+        raise TypeError(f"A is a {type(A).__name__}: pass a LinearOperator, or a matrix") from None
+    if A.dtype is not None and not np.can_cast(A.dtype, np.float64, "same_kind"):
+        raise TypeError(
+            f"A has dtype {A.dtype}, but must be real: view a complex matrix as a real one of twice the size"
+        )
+    return A

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from curvop.checked import generator
+from curvop.checked import random_generator
 from curvop.computed import Settings
 from curvop.kernels.fisher import EmpiricalFisherKernel, SampledFisherKernel, gradient_sum
 from curvop.kernels.ggn import GGNKernel
@@ -199,6 +199,6 @@ class FisherLinearOperator(SandwichLinearOperator):
         Likelihood(objective.loss_function)  # refuses other losses
         self._kernel = GGNKernel
         if mc_samples:
-            seed = int(generator(rng).integers(2**63))
+            seed = int(random_generator(rng).integers(2**63))
             self._kernel = functools.partial(SampledFisherKernel, samples=int(mc_samples), seed=seed)
         self._setup(objective, Settings(dtype, cache, engine, columns, progress))

@@ -14,10 +14,15 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from curvop.checked import real_number
 from curvop.operator import BridgeLinearOperator, Rows, WrappingLinearOperator
 from curvop.products import KEY_BYTES, ProductStore
 
-__all__ = ["JournaledLinearOperator"]
+__all__ = ["JournaledLinearOperator", "UnrecordedError"]
+
+
+class UnrecordedError(LookupError):
+    """A product was asked of a journal alone that is not in it."""
 
 
 class JournaledLinearOperator(WrappingLinearOperator):
@@ -95,12 +100,13 @@ class JournaledLinearOperator(WrappingLinearOperator):
             )
         if len(A.shape) != 2:
             raise ValueError(f"A has shape {A.shape}: a stack of operators has no journal, take one of them")
-        if max_bytes is not None and not max_bytes >= 0:
+        if max_bytes is not None and not real_number("max_bytes", max_bytes) >= 0:
             raise ValueError(f"max_bytes is {max_bytes}, but must be a number of bytes, or None")
         super().__init__(A.dtype, A.shape)
         self.args = (A,)
         self._A = A
         self._side = "forward"
+        self._multiplies = True
         self._journal = ProductStore(A, Path(directory), max_bytes, sync_seconds)
 
     @property
@@ -134,6 +140,12 @@ class JournaledLinearOperator(WrappingLinearOperator):
 
     def __str__(self) -> str:
         return self.report()
+
+    def recall(self) -> Self:
+        """Return the operator that answers what is on disk, and raises an `UnrecordedError` instead of multiplying."""
+        recalling = copy.copy(self)  # shares the journal
+        recalling._multiplies = False
+        return recalling
 
     def close(self) -> None:
         """Close the journal, so that another process can open it; products cannot be asked for any more."""
@@ -197,6 +209,8 @@ class JournaledLinearOperator(WrappingLinearOperator):
 
     def _multiply(self, rows: Rows) -> Rows:
         """Return A's products with some rows, in memory that nobody else has."""
+        if not self._multiplies:
+            raise UnrecordedError(f"{len(rows)} products are not in the journal in {self._journal.directory}")
         products = self._A.matvec(rows[0])[None] if len(rows) == 1 else self._A.matmat(rows.T).T
         self._journal.made += len(rows)
         if isinstance(self._A, BridgeLinearOperator):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from curvop.checked import real_number
 from curvop.kernels.memory import free_bytes
 
 __all__ = ["available_bytes", "check_fits"]
 
 
-def available_bytes(device: torch.device | None = None) -> int:
-    """Return half of the memory that is free on `device`, the host by default: what a study may take unasked."""
+def available_bytes(device: torch.device | None = None, memory: float | None = None) -> int:
+    """Return `memory`, or half of what is free on `device`, the host by default: what a study may take unasked."""
+    if memory is not None:
+        return int(real_number("memory", memory))
     return free_bytes(device or torch.device("cpu")) // 2
 
 

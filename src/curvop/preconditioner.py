@@ -10,6 +10,7 @@ from scipy.linalg import LinAlgError, cholesky, qr, solve_triangular, svd
 from scipy.sparse import diags_array
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
+from curvop.checked import random_generator, real_number, real_operator
 from curvop.spectrum.estimators import diagonal
 
 __all__ = ["NystromPreconditioner", "jacobi", "nystrom"]
@@ -83,10 +84,10 @@ def nystrom(
     algorithm 2.1 and section 5; arXiv:2110.02820.
     """
     size = _square(A)
-    if not 1 <= rank <= size:
+    if not isinstance(rank, int | np.integer) or not 1 <= rank <= size:
         raise ValueError(f"rank is {rank}, but must be between 1 and the {size} rows of A")
     _positive(damping)
-    test = np.random.default_rng(rng).standard_normal((size, rank))
+    test = random_generator(rng).standard_normal((size, rank))
     test = qr(test, mode="economic", overwrite_a=True, check_finite=False)[0]
     product = np.asarray(A @ test, dtype=np.float64)
     if not np.isfinite(product).all():
@@ -120,15 +121,15 @@ def nystrom(
 
 
 def _square(A: LinearOperator) -> int:
-    rows, cols = A.shape
+    rows, cols = real_operator(A).shape
     if rows != cols:
         raise ValueError(f"A has shape {A.shape}, but must be square")
     return int(rows)
 
 
 def _positive(damping: float) -> None:
-    if not (np.isfinite(damping) and damping > 0):
-        raise ValueError(f"damping is {damping}, but must be positive")
+    if not (np.isfinite(real_number("damping", damping)) and damping > 0):
+        raise ValueError(f"damping is {damping}, but must be positive and finite")
 
 
 def _exact_diagonal(A: LinearOperator) -> NDArray[Any] | None:

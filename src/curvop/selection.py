@@ -57,8 +57,8 @@ def select(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass an nn.Module, whose parameters have names")
     own = dict(model.named_parameters(remove_duplicate=False))
-    taken = set().union(*(_fitting("patterns", pattern, own) for pattern in _several(patterns)))
-    for pattern in _several(exclude):
+    taken = set().union(*(_fitting("patterns", pattern, own) for pattern in _several("patterns", patterns)))
+    for pattern in _several("exclude", exclude):
         left_out = {id(own[name]) for name in _fitting("exclude", pattern, own)}
         taken = {name for name in taken if id(own[name]) not in left_out}  # a tied one under all its names
     if types is not None:
@@ -73,8 +73,11 @@ def select(
     return chosen
 
 
-def _several(patterns: str | Iterable[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+def _several(what: str, patterns: str | Iterable[str]) -> list[str]:
+    several = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else list(patterns)
+    if not all(isinstance(pattern, str) for pattern in several):
+        raise TypeError(f"{what} is {patterns!r}, but must be a pattern of names, such as 'layer*', or several")
+    return several
 
 
 def _fitting(what: str, pattern: str, names: Iterable[str]) -> set[str]:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, minres
+from scipy.sparse.linalg import LinearOperator, cg, minres
 from tqdm import tqdm
+
+from curvop.checked import real_operator, whole_number
 
 __all__ = ["SolveResult", "solve"]
 
@@ -124,8 +126,10 @@ def solve(
     ----------
     Hestenes, Stiefel (1952); Paige, Saunders (1975), "Solution of sparse indefinite systems of linear equations".
     """
-    A, b = aslinearoperator(A), np.asarray(b)
+    A, b = real_operator(A), np.asarray(b)
     _check(A, b, damping, rtol, maxiter)
+    if preconditioner is not None and getattr(preconditioner, "shape", None) != A.shape:
+        raise ValueError(f"preconditioner is {preconditioner!r}, but must be a LinearOperator of A's shape, {A.shape}")
     with tqdm(desc="solve", unit=" products", disable=not progress, mininterval=0.5, delay=0.5) as bar:
         most = 10 * len(b) if maxiter is None else maxiter
         result = _Run(A, b.astype(np.float64), damping, rtol, preconditioner, most, callback, bar).result()
@@ -142,18 +146,17 @@ def solve(
 def _check(A: LinearOperator, b: NDArray[Any], damping: Any, rtol: Any, maxiter: Any) -> None:
     if A.shape[0] != A.shape[1] or b.shape != (A.shape[0],):
         raise ValueError(f"A has shape {A.shape} and b has shape {b.shape}: A must be square, and b ({A.shape[0]},)")
-    for name, dtype in (("A", A.dtype), ("b", b.dtype)):
-        if dtype is not None and not np.can_cast(dtype, np.float64, "same_kind"):
-            raise TypeError(f"{name} has dtype {dtype}, but must be real")
+    if not np.can_cast(b.dtype, np.float64, "same_kind"):
+        raise TypeError(f"b has dtype {b.dtype}, but must be real")
     if not np.isfinite(b).all():
-        raise ValueError("b is not finite")
+        raise ValueError("b is not finite: pass finite numbers")
     for name, value in (("damping", damping), ("rtol", rtol)):
         if not isinstance(value, int | float | np.number):
             raise TypeError(f"{name} is a {type(value).__name__}, but must be a number")
     if not (np.isfinite(damping) and 0 < rtol < 1):
         raise ValueError(f"damping is {damping} and rtol is {rtol}: damping must be finite, rtol between 0 and 1")
-    if maxiter is not None and maxiter < 1:
-        raise ValueError(f"maxiter is {maxiter}, but must be at least 1")
+    if maxiter is not None:
+        whole_number("maxiter", maxiter, 1)
 
 
 class _Run:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from curvop.checked import random_generator, whole_number
 from curvop.fingerprint import fingerprint, listed
 from curvop.parameters import ParameterLinearOperator
 from curvop.results import save_arrays
@@ -186,13 +187,12 @@ def blocks(
     until = end_of(seconds)
     if not isinstance(A, ParameterLinearOperator) or A.shape[0] != A.shape[1]:
         raise TypeError(f"A is a {type(A).__name__} of shape {A.shape}: pass a square curvature matrix of this package")
-    if norm_products < 2:
-        raise ValueError(f"norm_products is {norm_products}, but must be 2 or more")
+    whole_number("norm_products", norm_products, 2)
     chosen = {name: [name] for name in A.params_slices} if groups is None else _listed(groups)
     diagonal = {name: A.block(own) for name, own in chosen.items()}
     sizes = np.array([block.shape[0] for block in diagonal.values()])
     # A seed for each block, so that one that is taken up again draws what it would have drawn.
-    seeds = np.random.default_rng(rng).integers(2**63, size=len(chosen)).tolist()
+    seeds = random_generator(rng).integers(2**63, size=len(chosen)).tolist()
     directory = None if checkpoint is None else Path(checkpoint)
 
     def settings() -> dict[str, str]:
@@ -279,6 +279,8 @@ def _of_blocks(names: list[str], sizes: Array, finished: list[list[Array]]) -> B
 
 
 def _listed(groups: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"groups is a {type(groups).__name__}: pass a dict of names to parameters, one name or several")
     if not groups:
         raise ValueError("groups is empty: name parameters, or leave it out for a block of each")
     listed = {name: [own] if isinstance(own, str) else list(own) for name, own in groups.items()}

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from curvop.checked import random_generator, real_number, whole_number
 from curvop.spectrum.bounds import matched_bounds, quadratic_estimates
 from curvop.spectrum.counted import CountedOperator, symmetric_operator
 from curvop.spectrum.missed import limits
@@ -214,8 +215,7 @@ def certify(
     if unusable.any() or len(w) == 0:
         return _nothing(unusable, which, tol)
     with tqdm(desc="certify", unit=" products", disable=not progress, mininterval=0.5, delay=0.5) as bar:
-        counted = CountedOperator(A, bar, np.float64)
-        return _certificate(counted, w, V, which, tol, search, np.random.default_rng(rng))
+        return _certificate(CountedOperator(A, bar, np.float64), w, V, which, tol, search, random_generator(rng))
 
 
 def _checked(size: int, values: Any, vectors: Any, which: str | None, tol: float, search: int) -> tuple[Array, Array]:
@@ -230,8 +230,8 @@ def _checked(size: int, values: Any, vectors: Any, which: str | None, tol: float
             raise TypeError(f"{name} has dtype {array.dtype}, but must be real")
     if which is not None and which not in ENDS:
         raise ValueError(f"which is {which!r}, but must be one of {', '.join(ENDS)}, or None")
-    if not (tol > 0 and search >= 1):
-        raise ValueError(f"tol is {tol} and search is {search}: both must be positive")
+    if not (real_number("tol", tol) > 0 and whole_number("search", search, 1)):
+        raise ValueError(f"tol is {tol}, but must be positive")
     return w.astype(np.float64), V.astype(np.float64)  # V is a copy, to be normalised
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
+from curvop.checked import real_operator
 from curvop.spectrum.lanczos import device_of, multiply
 
 __all__ = ["CountedOperator", "symmetric_operator"]
@@ -22,17 +23,13 @@ def symmetric_operator(A: Any) -> LinearOperator:
     Raises
     ------
     TypeError
-        Where it is complex.
+        Where it is no operator, or complex.
     ValueError
         Where it is not square, or empty.
     """
-    A = aslinearoperator(A)
+    A = real_operator(A)
     if A.shape[0] != A.shape[1] or A.shape[0] == 0:
         raise ValueError(f"A has shape {A.shape}, but must be square and not empty")
-    if A.dtype is not None and not np.can_cast(A.dtype, np.float64, "same_kind"):
-        raise TypeError(
-            f"A has dtype {A.dtype}, but must be real: view a complex matrix as a real one of twice the size"
-        )
     return A
 
 

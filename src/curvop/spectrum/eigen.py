@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from tqdm import tqdm
 
+from curvop.checked import random_generator, real_number, whole_number
 from curvop.memory import available_bytes
 from curvop.spectrum.certificate import ENDS, Certificate, certify
 from curvop.spectrum.counted import CountedOperator, symmetric_operator
@@ -117,8 +118,8 @@ def eigsh(
     until = end_of(seconds)
     A = symmetric_operator(A)
     k, start = _checked(A, k, which, method, tol, maxiter, ncv, v0)
-    generator = np.random.default_rng(rng)
-    available = available_bytes(device_of(A) if method == "device" else None) if memory is None else memory
+    generator = random_generator(rng)
+    available = available_bytes(device_of(A) if method == "device" else None, memory)
     timed = None if seconds is None else TimedOperator(A, until)
     if timed is not None:
         A = timed
@@ -200,11 +201,11 @@ def _checked(
         raise ValueError("which is 'SM', which method='device' does not find: use method='arpack'")
     if which == "BE" and k == 1:
         raise ValueError("k is 1, but which='BE' takes at least one from each end")
-    if not 0 <= tol < 1:
+    if not 0 <= real_number("tol", tol) < 1:
         raise ValueError(f"tol is {tol}, but must be at least 0, and below 1")
-    if maxiter is not None and maxiter < 1:
-        raise ValueError(f"maxiter is {maxiter}, but must be at least 1")
-    if ncv is not None and not (k < ncv <= size or k == ncv == size):
+    if maxiter is not None:
+        whole_number("maxiter", maxiter, 1)
+    if ncv is not None and not (k < whole_number("ncv", ncv, 1) <= size or k == ncv == size):
         raise ValueError(f"ncv is {ncv}, but must be more than k = {k}, and at most {size}")
     if v0 is None:
         return k, None

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import qr, solve_triangular
-from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from scipy.sparse.linalg import LinearOperator
+
+from curvop.checked import random_generator, real_operator, whole_number
 
 __all__ = ["Estimate", "diagonal", "frobenius_norm", "mean_of", "trace"]
 
@@ -105,9 +107,7 @@ def _columns(A: LinearOperator, num_products: int, square: bool = True) -> int:
     """Return the number of test vectors, half of the products."""
     if square and A.shape[0] != A.shape[1]:
         raise ValueError(f"A has shape {A.shape}, but must be square")
-    if num_products < 2:
-        raise ValueError(f"num_products is {num_products}, but must be 2 or more")
-    return num_products // 2
+    return whole_number("num_products", num_products, 2) // 2
 
 
 def trace(A: LinearOperator, num_products: int, rng: int | np.random.Generator | None = None) -> Estimate:
@@ -138,11 +138,12 @@ def trace(A: LinearOperator, num_products: int, rng: int | np.random.Generator |
     Epperly, Tropp, Webber (2024), "XTrace: making the most of every sample in stochastic trace estimation", SIAM J.
     Matrix Anal. Appl. 45(1), section 2.1; arXiv:2301.07825.
     """
+    A = real_operator(A)
     size, count = A.shape[1], _columns(A, num_products)
     if num_products >= size:
         entries = np.diagonal(_product(A, np.eye(size)))
         return Estimate(float(entries.sum()), _EPS * float(np.abs(entries).sum()))
-    tests = np.random.default_rng(rng).standard_normal((size, count))
+    tests = random_generator(rng).standard_normal((size, count))
     sketch = _Sketch(A, A, tests * (size**0.5 / np.linalg.norm(tests, axis=0)))
     core = sketch.Q.T @ sketch.image
     if sketch.found:
@@ -180,10 +181,11 @@ def diagonal(A: LinearOperator, num_products: int, rng: int | np.random.Generato
     ----------
     Epperly, Tropp, Webber (2024), section 3.1 and supplement.
     """
+    A = real_operator(A)
     size, count = A.shape[1], _columns(A, num_products)
     if num_products >= size:
         return Estimate(np.diagonal(_product(A, np.eye(size))).copy(), np.zeros(size))
-    sketch = _Sketch(A, A, np.random.default_rng(rng).choice(np.array([-1.0, 1.0]), (size, count)))
+    sketch = _Sketch(A, A, random_generator(rng).choice(np.array([-1.0, 1.0]), (size, count)))
     exact = _rowwise(sketch.Q, sketch.image)
     if sketch.found:
         return Estimate(exact, np.full(size, max(sketch.rounding, sketch.dropped)))
@@ -216,12 +218,12 @@ def frobenius_norm(A: LinearOperator, num_products: int, rng: int | np.random.Ge
         The square is estimated without bias. The error is the spread of the single estimates, not that of their mean,
         as they have the found range in common and do not average out where the eigenvalues decay.
     """
-    A = aslinearoperator(A)
+    A = real_operator(A)
     count = _columns(A, num_products, square=False)
     if count >= min(A.shape):
         small = A if A.shape[1] <= A.shape[0] else A.H
         return Estimate(float(np.linalg.norm(_product(small, np.eye(small.shape[1])))), 0.0)
-    tests = np.random.default_rng(rng).standard_normal((A.shape[1], count))
+    tests = random_generator(rng).standard_normal((A.shape[1], count))
     sketch = _Sketch(A, A.H, tests * (A.shape[1] ** 0.5 / np.linalg.norm(tests, axis=0)))
     exact = float(np.linalg.norm(sketch.image)) ** 2
     if sketch.found:

@@ -59,7 +59,7 @@ def runs_at_once(A: Any, num_probes: int, num_steps: int, memory: int | None) ->
     MemoryError
         Where not even one does, with the number and the remedy.
     """
-    available = available_bytes(device_of(A)) if memory is None else memory
+    available = available_bytes(device_of(A), memory)
     one: int = basis_dtype(A).itemsize * A.shape[0] * (num_steps + 6)  # the basis, and what a step takes
     what = f"the Lanczos basis of one probe, {num_steps} vectors of {A.shape[0]:,} numbers,"
     check_fits(one, available, what, "take fewer num_steps, or a block of the matrix")
@@ -163,7 +163,8 @@ class Lanczos:
             return alpha, norm
         steps = at + 1
         bound = self._lost.of_next(run, np.append(self.alphas[run, :at], alpha), self.betas[run, :at], norm)
-        if self._lost.is_low(run, steps, bound):
+        sample = abs(float(basis[0] @ w)) / norm
+        if self._lost.is_low(run, steps, bound, sample):
             return alpha, norm
         overlaps = basis @ torch.stack([basis[at], w]).T
         last, found = _norm(overlaps[:at, 0]), _norm(overlaps[:, 1]) / norm

@@ -8,7 +8,8 @@ Between them, the vectors' products :math:`w_{j+1} = Q_j^\top q_{j+1}` obey the 
     \beta_{j+1} \|w_{j+1}\| \le \|T_j - \alpha_j I\| \|w_j\| + \beta_j \|w_{j-1}\| + \text{rounding}.
 
 As long as this bound is small, nothing has to be taken out of the new vector; and looking is what costs, as it reads
-the whole basis.
+the whole basis. One of its vectors is looked at in every step, to see where products become less exact; should noise
+spare this one, more may be lost.
 
 References
 ----------
@@ -71,10 +72,14 @@ class OrthogonalityBound:
         coupling = betas[-1] if len(betas) else 0.0
         return float((spread * last + coupling * before) / norm + fresh)
 
-    def is_low(self, run: int, steps: int, bound: float) -> bool:
-        """Whether no look is due; the bound is then what is known of the next vector."""
+    def is_low(self, run: int, steps: int, bound: float, sample: float) -> bool:
+        """Whether no look is due; the bound is then what is known of the next vector.
+
+        `sample` is its product with one vector of the basis: where it is beyond the bound, the operator's products have
+        become less exact than they were, of which no recurrence knows.
+        """
         _, last, fresh, due = self.state[run]
-        if steps <= _FIRST_STEPS or due or not bound <= _LOOK * self._eps:
+        if steps <= _FIRST_STEPS or due or not sample <= bound <= _LOOK * self._eps:
             return False
         self.state[run] = last, bound, fresh, due
         return True

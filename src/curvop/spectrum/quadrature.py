@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from scipy.sparse.linalg import LinearOperator
 from tqdm import tqdm
 
+from curvop.checked import random_generator, real_operator, whole_number
 from curvop.fingerprint import fingerprint
 from curvop.memory import available_bytes, check_fits
 from curvop.spectrum.checkpoint import Checkpoint
@@ -95,12 +96,12 @@ def density(
     arXiv:1901.10159; Papyan (2018), arXiv:1811.07062; Chen, Trogdon, Ubaru (2021), arXiv:2105.06595.
     """
     until = end_of(seconds)
-    A = aslinearoperator(A)
+    A = real_operator(A)
     _check(A, num_probes, num_steps, deflate)
     size, device = A.shape[0], device_of(A)
     num_steps = min(num_steps, size - deflate)
     at_once = runs_at_once(A, num_probes, num_steps, _left_for_runs(A, deflate, memory))
-    generator = np.random.default_rng(rng)
+    generator = random_generator(rng)
     seed = json.dumps(generator.bit_generator.state, default=str)
     signs = generator.choice(np.array([-1.0, 1.0]), (num_probes, size))
 
@@ -177,20 +178,17 @@ def _quadrature(
 
 
 def _check(A: LinearOperator, num_probes: int, num_steps: int, deflate: int) -> None:
-    if A.shape[0] != A.shape[1]:
-        raise ValueError(f"A has shape {A.shape}, but must be square and symmetric")
-    if A.dtype is not None and not np.can_cast(A.dtype, np.float64, "same_kind"):
-        raise TypeError(f"A has dtype {A.dtype}, but must be real")
+    if A.shape[0] != A.shape[1] or A.shape[0] == 0:
+        raise ValueError(f"A has shape {A.shape}, but must be square and symmetric, and not empty")
     for name, value, least in (("num_probes", num_probes, 1), ("num_steps", num_steps, 1), ("deflate", deflate, 0)):
-        if not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"{name} is {value!r}, but must be a whole number from {least} on")
+        whole_number(name, value, least)
     if deflate >= A.shape[0]:
         raise ValueError(f"deflate is {deflate}, but A has {A.shape[0]} eigenvalues only")
 
 
 def _left_for_runs(A: LinearOperator, count: int, memory: int | None) -> int:
     """Return what deflated vectors, and their copy in the precision of the bases, leave of `memory` bytes."""
-    available = available_bytes(device_of(A)) if memory is None else memory
+    available = available_bytes(device_of(A), memory)
     precise = basis_dtype(A) == torch.float64
     needed: int = count * A.shape[0] * (8 if precise else 8 + basis_dtype(A).itemsize)
     check_fits(needed, available, f"what is deflated, {count} vectors of {A.shape[0]:,} numbers,", "deflate fewer")

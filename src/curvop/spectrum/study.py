@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from curvop.eigs import evaluated
 from curvop.fingerprint import OtherProblemError
-from curvop.journal import JournaledLinearOperator
+from curvop.journal import JournaledLinearOperator, UnrecordedError
 from curvop.matrices import MATRICES, wrap
 from curvop.problems import ProblemError
 from curvop.records import RecordFileError
@@ -23,7 +25,7 @@ from curvop.spectrum.estimators import frobenius_norm, trace
 from curvop.spectrum.findings import Findings
 from curvop.spectrum.page import write_files
 from curvop.spectrum.quadrature import density
-from curvop.spectrum.timed import TimedOperator
+from curvop.spectrum.timed import TimedOperator, end_of
 
 __all__ = ["spectrum_study"]
 
@@ -92,11 +94,14 @@ def _run(found: Findings, A: Any, recorded: LinearOperator, options: argparse.Na
     ends = {"LA": options.k} | ({"SA": min(5, options.k)} if options.matrix == "hessian" else {})
     for number, (which, k) in enumerate(ends.items(), 1):
         _eigenvalues(found, recorded, which, min(k, found.rows), left(_EIGENVALUES * number / len(ends)))
-    estimated = recorded if options.deadline is None else TimedOperator(recorded, until(_ESTIMATES))
     products = min(_ESTIMATE_PRODUCTS, 2 * found.rows)
     for seed, (name, estimate) in enumerate({"trace": trace, "norm": frobenius_norm}.items(), 1):
+
+        def run(A: LinearOperator, seconds: float | None, estimate: Any = estimate, seed: int = seed) -> Any:
+            return estimate(TimedOperator(A, end_of(seconds)), products, rng=seed)
+
         try:
-            setattr(found, name, estimate(estimated, products, rng=seed))
+            setattr(found, name, _recalled(recorded, run, left(_ESTIMATES)))
         except TimeoutError:
             found.undone.append(f"{name}: not done by the deadline")
     checkpoint = None if options.out is None else options.out / "density"
@@ -109,6 +114,14 @@ def _run(found: Findings, A: Any, recorded: LinearOperator, options: argparse.Na
     _blocks(found, A, options, left(_BLOCKS))
 
 
+def _recalled(A: LinearOperator, run: Callable[[LinearOperator, float | None], Any], seconds: float | None) -> Any:
+    """Return ``run(A, seconds)``; without a limit where every product of it is on disk, so that nothing is lost."""
+    if seconds is not None and isinstance(A, JournaledLinearOperator):
+        with contextlib.suppress(UnrecordedError):
+            return run(A.recall(), None)
+    return run(A, seconds)
+
+
 def _eigenvalues(found: Findings, A: LinearOperator, which: str, k: int, seconds: float | None) -> None:
     """Find those of one end, as far as there is time for it.
 
@@ -117,7 +130,7 @@ def _eigenvalues(found: Findings, A: LinearOperator, which: str, k: int, seconds
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of what the report says
-            result = eigsh(A, k, which, method="device", seconds=seconds)
+            result = _recalled(A, lambda B, limit: eigsh(B, k, which, method="device", seconds=limit), seconds)
     except TimeoutError:  # of a matrix so small that it is formed
         result = None
     if result is None or not len(result.values):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from curvop.checked import real_number, real_operator, whole_number
 from curvop.spectrum.eigen import EigenResult, eigsh
 
 __all__ = ["Tracker", "track"]
@@ -133,8 +134,7 @@ def track(A: LinearOperator, k: int = 1, *, every: int = 10, which: str = "LA", 
     array([0, 2])
     """
     for name, value in (("k", k), ("every", every)):
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} is {value!r}, but must be a whole number from 1 on")
+        whole_number(name, value, 1)
     if which not in ("LA", "SA", "LM"):
         raise ValueError(f"which is {which!r}, but must be 'LA', 'SA' or 'LM'")
-    return Tracker(A, k, which, every, tol)
+    return Tracker(real_operator(A), k, which, every, real_number("tol", tol))
