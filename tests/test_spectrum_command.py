@@ -221,6 +221,18 @@ def test_finished_blocks_are_shown_without_being_asked_for(run, spec, tmp_path) 
     assert json.loads(asked)["blocks"] == json.loads(first)["blocks"]
 
 
+def test_no_deadline_takes_away_what_is_on_disk(run, spec, tmp_path) -> None:
+    out = tmp_path / "study"
+    _, first, _ = run(spec, "--k", 2, "--blocks", "--out", out, "--json")
+    _, again, _ = run(spec, "--k", 2, "--blocks", "--out", out, "--resume", "--deadline", "0.01s", "--json")
+    before, after = json.loads(first), json.loads(again)
+    assert after["products"] == 0
+    assert after["undone"] == []
+    assert after["ends"] == before["ends"]
+    for name in before.keys() - {"seconds", "products"}:
+        assert after[name] == before[name], name
+
+
 def test_some_blocks_of_a_run_that_was_killed(run, spec, tmp_path, monkeypatch) -> None:
     """Within the third block: the table shows two, and later all."""
     out, script = tmp_path / "study", "import sys; from curvop.cli import main; sys.exit(main(sys.argv[1:]))"
