@@ -291,5 +291,5 @@ def _listed(groups: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
     listed = {name: [own] if isinstance(own, str) else list(own) for name, own in groups.items()}
     everything = [name for own in listed.values() for name in own]
     if twice := [name for name in everything if everything.count(name) > 1]:
-        raise ValueError(f"groups has {twice[0]!r} twice: a parameter belongs to one block")
+        raise ValueError(f"groups has {twice[0]!r} twice: leave it out of one of them")
     return listed
