@@ -102,6 +102,8 @@ class JournaledLinearOperator(WrappingLinearOperator):
             raise ValueError(f"A has shape {A.shape}: a stack of operators has no journal, take one of them")
         if max_bytes is not None and not real_number("max_bytes", max_bytes) >= 0:
             raise ValueError(f"max_bytes is {max_bytes}, but must be a number of bytes, or None")
+        if not isinstance(directory, str | os.PathLike):
+            raise TypeError(f"directory is a {type(directory).__name__}: pass the path of a directory, it is made")
         super().__init__(A.dtype, A.shape)
         self.args = (A,)
         self._A = A

@@ -241,7 +241,9 @@ def _find_function(module: ModuleType, name: str, source: str) -> Callable[..., 
         raise ProblemError(f"no function {name!r} in {source!r}{_nearest(name, functions)}")
     function = getattr(module, name)
     if not callable(function):
-        raise ProblemError(f"{name!r} in {source!r} is not a function but of type {type(function).__name__}")
+        raise ProblemError(
+            f"{name!r} in {source!r} is not a function but of type {type(function).__name__}: name a function"
+        )
     checked: Callable[..., object] = function
     return checked
 

@@ -145,7 +145,7 @@ class ProductStore:
 def _make(directory: Path) -> None:
     """Make the directory, or see that there is nothing in it but a journal."""
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file: a journal is a directory")
+        raise ValueError(f"{directory} is a file: pass a directory, it is made")
     directory.mkdir(parents=True, exist_ok=True)
     for path in sorted(directory.iterdir()):
         if path.name not in (_FINGERPRINT, _PRODUCTS, _TEMPORARY):

@@ -189,7 +189,7 @@ class RecordFile:
         if len(begin) < len(_SIGNATURE) and _SIGNATURE.startswith(begin):
             size = self._write([_SIGNATURE], 0)
         elif begin != _SIGNATURE:
-            raise RecordFileError(f"{self.path} is not a file of records: it was made by something else")
+            raise RecordFileError(f"{self.path} is not a file of records: pass another, or delete it")
         end = len(_SIGNATURE)
         while end < size:
             header = self._header_at(end, size)

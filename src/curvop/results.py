@@ -1,7 +1,9 @@
 """What a study of eigenvalues finds, and the file it is saved in."""
 
 import os
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ __all__ = [
     "Solve",
     "Spectrum",
     "appearing",
+    "load_arrays",
     "param_arrays",
     "save",
     "save_arrays",
@@ -183,6 +186,25 @@ def save_arrays(path: Path, **arrays: Array) -> None:
     """Write arrays to an ``.npz`` file, which appears only when it is complete."""
     with appearing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
+
+
+def load_arrays(path: str | os.PathLike[str], fields: Iterable[str], writer: str) -> dict[str, Array]:
+    """Return the arrays of the ``.npz`` file that `writer` wrote, which has these `fields`; nothing in it is executed.
+
+    Raises
+    ------
+    ValueError
+        Where it is another file, or damaged.
+    """
+    advice = "pass a file that was, and is whole"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in fields if name not in file]
+            if not missing:
+                return {name: file[name] for name in file}
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):  # pickles, text, .npy, a torn file
+        raise ValueError(f"{os.fspath(path)} was not written by {writer}: {advice}") from None
+    raise ValueError(f"{os.fspath(path)} was not written by {writer}, it lacks {', '.join(missing)}: {advice}")
 
 
 @contextmanager

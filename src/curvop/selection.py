@@ -104,5 +104,5 @@ def _belonging_to(model: nn.Module, types: type[nn.Module] | Iterable[type[nn.Mo
     owners = {name: part for name, part in model.named_modules(remove_duplicate=False) if isinstance(part, types)}
     if not owners:
         present = sorted({type(part).__name__ for part in model.modules() if part._parameters})
-        raise ValueError(f"types is {types}, but the layers with parameters are {', '.join(present)}")
+        raise ValueError(f"types is {types}, but must be among those with parameters: {', '.join(present)}")
     return {f"{prefix}.{name}".lstrip(".") for prefix, part in owners.items() for name in part._parameters}

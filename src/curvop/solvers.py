@@ -129,7 +129,8 @@ def solve(
     A, b = real_operator(A), np.asarray(b)
     _check(A, b, damping, rtol, maxiter)
     if preconditioner is not None and getattr(preconditioner, "shape", None) != A.shape:
-        raise ValueError(f"preconditioner is {preconditioner!r}, but must be a LinearOperator of A's shape, {A.shape}")
+        shape = getattr(preconditioner, "shape", None)
+        raise ValueError(f"preconditioner has shape {shape}, but must be a LinearOperator of A's, {A.shape}")
     with tqdm(desc="solve", unit=" products", disable=not progress, mininterval=0.5, delay=0.5) as bar:
         most = 10 * len(b) if maxiter is None else maxiter
         result = _Run(A, b.astype(np.float64), damping, rtol, preconditioner, most, callback, bar).result()
@@ -206,7 +207,7 @@ class _Run:
         """Correct `x0`, with this residual, until the solver is content with what it carries along."""
         self._x = x0
         if self._preconditioner is not None and not rest @ (self._preconditioner @ rest) > 0:
-            raise ValueError("preconditioner is not positive definite")
+            raise ValueError("preconditioner is not positive definite: pass one that is, or none")
         size = float(np.linalg.norm(rest))
         if self._solver == "cg":
             try:

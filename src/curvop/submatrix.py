@@ -235,7 +235,9 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
         )
     if array.dtype == bool:
         if array.size != length:
-            raise IndexError(f"{what} is a mask of length {array.size}, but the axis has length {length}")
+            raise IndexError(
+                f"{what} is a mask of length {array.size}, but the axis has length {length}: make it as long"
+            )
         return np.flatnonzero(array)
     if array.dtype == object and all(isinstance(index, int) for index in array):
         pass  # integers beyond 64 bits: out of bounds, told below
@@ -251,4 +253,6 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
 
 
 def _out_of_bounds(what: str, index: int, length: int) -> IndexError:
-    return IndexError(f"{what} holds {index}, which is out of bounds for an axis of length {length}")
+    return IndexError(
+        f"{what} holds {index}, which is out of bounds for an axis of length {length}: use {-length} to {length - 1}"
+    )

@@ -61,7 +61,7 @@ class Examples:
         if len({output.shape[:1] for output in outputs}) > 1 or any(not output.ndim for output in outputs):
             raise ValueError(
                 "per-example gradients need predictions with the examples along dimension 0, but these have shapes "
-                f"{[tuple(output.shape) for output in outputs]}"
+                f"{[tuple(output.shape) for output in outputs]}: make the model return one row an example"
             )
 
     def axis(self, ndim: int) -> int | None:

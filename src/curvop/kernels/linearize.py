@@ -285,7 +285,7 @@ class Engine:
     def _blame(self, vectors: Tensor) -> str:
         """Say where a product that is not finite went wrong, by making it once more, batch by batch."""
         if not torch.isfinite(vectors).all():
-            return f"the vector handed in is not finite (as {self._objective.dtype}, the parameters' dtype)"
+            return f"x, the vector handed in, is not finite as {self._objective.dtype}: pass finite numbers"
         for index, linearization in enumerate(self._linearizations()):
             for vector in vectors if linearization.weight else ():
                 product = vector.new_empty(self.kernel.rows.size)
@@ -295,6 +295,6 @@ class Engine:
                     if not torch.isfinite(part).all():
                         return (
                             f"the product is not finite at batch {index} in {self.kernel.rows.label(number)} "
-                            f"(the loss of that batch is {float(linearization.loss):.6g})"
+                            f"(the loss of that batch is {float(linearization.loss):.6g}): look there for NaN"
                         )
         return "the product is not finite: the batches are, but their sum overflows"

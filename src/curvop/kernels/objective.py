@@ -168,7 +168,7 @@ class Objective(abc.ABC):
                 self._check_order(index, batch)
                 yield index, batch
         if index < 0 and self._share is None:
-            raise ValueError("data is empty: it yields no batch, so there is nothing to differentiate")
+            raise ValueError("data is empty: it yields no batch, pass at least one")
 
     def warn_once(self, batches: int) -> None:
         """Warn of what makes a matrix over so many batches another than the user may mean, if nobody has yet."""

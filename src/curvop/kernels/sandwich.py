@@ -171,7 +171,9 @@ def _parts(prediction: Any, function: Callable[[Tensor], Tensor]) -> tuple[Any, 
 
     mapped = map_leaves(visit, prediction, lambda part: not isinstance(part, Mapping | list | tuple))
     if not parts:
-        raise TypeError("a prediction holds no tensor of real numbers, so there is nothing to differentiate")
+        raise TypeError(
+            "a prediction holds no tensor of real numbers: the model must return a tensor, or a tree of tensors"
+        )
     return mapped, parts
 
 

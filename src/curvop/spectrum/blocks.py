@@ -18,8 +18,8 @@ from tqdm import tqdm
 from curvop.checked import random_generator, whole_number
 from curvop.fingerprint import fingerprint, listed
 from curvop.parameters import ParameterLinearOperator
-from curvop.results import save_arrays
-from curvop.spectrum.checkpoint import settled_file
+from curvop.results import load_arrays, save_arrays
+from curvop.spectrum.checkpoint import made, settled_file
 from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.estimators import Estimate
 from curvop.spectrum.quadrature import density
@@ -108,23 +108,22 @@ class BlockStudy:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` has written; nothing in the file is executed."""
-        with np.load(path, allow_pickle=False) as file:
-            if not {"names", "unfinished", "sizes", "norms", "norm_errors", "num_products"} <= set(file):
-                raise ValueError(f"{path} was not written by BlockStudy.save")
-            names, unfinished = ([str(name) for name in file[words]] for words in ("names", "unfinished"))
-            densities = [
-                SpectralDensity(
-                    size=int(file[f"{index} size"]),
-                    nodes=file[f"{index} nodes"],
-                    weights=file[f"{index} weights"],
-                    atoms=file[f"{index} atoms"],
-                    num_products=int(file[f"{index} num_products"]),
-                    complete=bool(file[f"{index} complete"]),
-                )
-                for index in range(len(names))
-            ]
-            norms, errors, taken = file["norms"], file["norm_errors"], int(file["num_products"])
-            return cls(names, file["sizes"], densities, norms, errors, taken, unfinished)
+        fields = ("names", "unfinished", "sizes", "norms", "norm_errors", "num_products")
+        file = load_arrays(path, fields, "BlockStudy.save")
+        names, unfinished = ([str(name) for name in file[words]] for words in ("names", "unfinished"))
+        densities = [
+            SpectralDensity(
+                size=int(file[f"{index} size"]),
+                nodes=file[f"{index} nodes"],
+                weights=file[f"{index} weights"],
+                atoms=file[f"{index} atoms"],
+                num_products=int(file[f"{index} num_products"]),
+                complete=bool(file[f"{index} complete"]),
+            )
+            for index in range(len(names))
+        ]
+        norms, errors, taken = file["norms"], file["norm_errors"], int(file["num_products"])
+        return cls(names, file["sizes"], densities, norms, errors, taken, unfinished)
 
     def plot(self, figure: Any = None) -> Any:
         """Draw the table and the norms; see `curvop.spectrum.plots.plot_blocks`."""
@@ -189,7 +188,7 @@ def blocks(
         raise TypeError(f"A is a {type(A).__name__} of shape {A.shape}: pass a square curvature matrix of this package")
     whole_number("norm_products", norm_products, 2)
     chosen = {name: [name] for name in A.params_slices} if groups is None else _listed(groups)
-    diagonal = {name: A.block(own) for name, own in chosen.items()}
+    diagonal = {name: _block(A, name, own) for name, own in chosen.items()}
     sizes = np.array([block.shape[0] for block in diagonal.values()])
     # A seed for each block, so that one that is taken up again draws what it would have drawn.
     seeds = random_generator(rng).integers(2**63, size=len(chosen)).tolist()
@@ -233,8 +232,7 @@ def blocks(
     ):
         file, finished = None, {}
         if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(settled_file(directory / "blocks.records", settings))
+            file = stack.enter_context(settled_file(made(directory) / "blocks.records", settings))
             finished = {int(key.split()[1]): file.read(offset) for key, offset in file if key.startswith(_BLOCK)}
         for column, name in enumerate(chosen):
             bar.set_postfix_str(name)
@@ -278,6 +276,13 @@ def _of_blocks(names: list[str], sizes: Array, finished: list[list[Array]]) -> B
     return BlockStudy(names[:count], sizes[:count], densities, norms, errors, taken, names[count:])
 
 
+def _block(A: ParameterLinearOperator, name: str, own: list[str]) -> ParameterLinearOperator:
+    try:
+        return A.block(own)
+    except (TypeError, ValueError) as error:  # the operator calls this argument 'rows'
+        raise type(error)(f"groups[{name!r}]{str(error).removeprefix('rows')}") from None
+
+
 def _listed(groups: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
     if not isinstance(groups, Mapping):
         raise TypeError(f"groups is a {type(groups).__name__}: pass a dict of names to parameters, one name or several")
@@ -286,5 +291,5 @@ def _listed(groups: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
     listed = {name: [own] if isinstance(own, str) else list(own) for name, own in groups.items()}
     everything = [name for own in listed.values() for name in own]
     if twice := [name for name in everything if everything.count(name) > 1]:
-        raise ValueError(f"groups has {twice[0]!r} twice: a parameter belongs to one block")
+        raise ValueError(f"groups has {twice[0]!r} twice: leave it out of one of them")
     return listed

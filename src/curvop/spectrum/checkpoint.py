@@ -14,10 +14,18 @@ from curvop.fingerprint import OtherProblemError, differing, listed
 from curvop.records import RecordFile
 from curvop.spectrum.lanczos import Lanczos
 
-__all__ = ["Checkpoint", "settled_file"]
+__all__ = ["Checkpoint", "made", "settled_file"]
 
 Array = NDArray[Any]
 _SETTINGS, _DEFLATED, _GROUP, _STEP = b"settings", b"deflated", b"group", b"step"
+
+
+def made(directory: Path) -> Path:
+    """Make the directory of a checkpoint where it does not exist."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"checkpoint is {directory}, a file: pass a directory, it is made")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def settled_file(path: Path, settings: Callable[[], Mapping[str, str]]) -> RecordFile:
@@ -71,8 +79,7 @@ class Checkpoint:
         self._results: RecordFile | None = None
         if directory is None:
             return
-        self._directory = Path(directory)
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory = made(Path(directory))
         self._results = settled_file(self._directory / "results.records", settings)
         try:
             self._steps = RecordFile(self._directory / "steps.records")

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 from scipy.special import ndtr
 
-from curvop.results import save_arrays
+from curvop.checked import real_number
+from curvop.results import load_arrays, save_arrays
 from curvop.spectrum.estimators import Estimate, mean_of
 
 __all__ = ["SpectralDensity"]
@@ -195,7 +196,7 @@ class SpectralDensity:
 
     def _width(self, sigma: float | None) -> float:
         sigma = self.sigma if sigma is None else sigma
-        if not sigma > 0:
+        if not real_number("sigma", sigma) > 0:
             raise ValueError(f"sigma is {sigma}, but must be positive")
         return float(sigma)
 
@@ -218,12 +219,9 @@ class SpectralDensity:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` has written; nothing in the file is executed."""
-        with np.load(path, allow_pickle=False) as file:
-            names = [field.name for field in dataclasses.fields(cls)]
-            missing = [name for name in names if name not in file]
-            if missing:
-                raise ValueError(f"{path} holds no spectral density: it lacks {', '.join(missing)}")
-            found = {name: file[name] for name in names}
+        names = [field.name for field in dataclasses.fields(cls)]
+        file = load_arrays(path, names, "SpectralDensity.save")
+        found: dict[str, Any] = {name: file[name] for name in names}
         numbers = {name: int(found[name]) for name in ("size", "num_products")}
         return cls(**found | numbers | {"complete": bool(found["complete"])})
 

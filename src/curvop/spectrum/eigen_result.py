@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from curvop.results import save_arrays
+from curvop.results import load_arrays, save_arrays
 from curvop.spectrum.certificate import Certificate
 
 __all__ = ["NO_TIME", "EigenResult"]
@@ -120,11 +120,9 @@ class EigenResult:
         ValueError
             Where the file is another one.
         """
-        with np.load(path, allow_pickle=False) as file:
-            if not {"values", "vectors", "wanted"} <= set(file):
-                raise ValueError(f"{os.fspath(path)} was not written by EigenResult.save")
-            own = {name: file[name] for name in file if not name.startswith(_PREFIX)}
-            other = {name.removeprefix(_PREFIX): file[name] for name in file if name.startswith(_PREFIX)}
+        file = load_arrays(path, ("values", "vectors", "wanted"), "EigenResult.save")
+        own = {name: file[name] for name in file if not name.startswith(_PREFIX)}
+        other = {name.removeprefix(_PREFIX): file[name] for name in file if name.startswith(_PREFIX)}
         certificate = Certificate(**_fields(Certificate, other)) if other else None
         return cls(**{**_fields(cls, own), "certificate": certificate})
 

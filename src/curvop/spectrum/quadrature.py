@@ -183,7 +183,7 @@ def _check(A: LinearOperator, num_probes: int, num_steps: int, deflate: int) -> 
     for name, value, least in (("num_probes", num_probes, 1), ("num_steps", num_steps, 1), ("deflate", deflate, 0)):
         whole_number(name, value, least)
     if deflate >= A.shape[0]:
-        raise ValueError(f"deflate is {deflate}, but A has {A.shape[0]} eigenvalues only")
+        raise ValueError(f"deflate is {deflate}, but must be less than the {A.shape[0]} eigenvalues of A")
 
 
 def _left_for_runs(A: LinearOperator, count: int, memory: int | None) -> int:
