@@ -7,6 +7,7 @@ are passed; then a product is made for each time, in which the fuse blows at tha
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -172,6 +173,42 @@ def test_wherever_a_product_is_interrupted(kind: str, cache: Any) -> None:
         fuse.set(-1)
         np.testing.assert_allclose(A @ probe(A), exact, rtol=1e-12, atol=1e-14)
         assert state(model, data) == before
+
+
+@contextlib.contextmanager
+def interrupted_at(moment: int) -> Iterator[list[int]]:
+    """Interrupt at a line of torch's swapping of a module's tensors, its putting back included; count the lines."""
+    lines = [0]
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(("nn/utils/stateless.py", "nn/utils/_named_member_accessor.py")):
+            return None
+        if event == "line":
+            lines[0] += 1
+            if lines[0] == moment:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def test_wherever_torch_is_interrupted_as_it_swaps_parameters() -> None:
+    exact, (_, _, A) = expected("hessian"), made("hessian", Fuse(), {})
+    with interrupted_at(-1) as lines:
+        A @ probe(A)
+    assert lines[0] > 200
+    for moment in range(1, lines[0] + 1, 11):
+        model, data, A = made("hessian", Fuse(), {})
+        before = state(model, data)
+        with pytest.raises(KeyboardInterrupt), interrupted_at(moment):
+            A @ probe(A)
+        assert state(model, data) == before
+        np.testing.assert_allclose(A @ probe(A), exact, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", KINDS)

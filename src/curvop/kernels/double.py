@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import grad, jvp, vmap
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +29,7 @@ from curvop.kernels.kernel import Kernel
 from curvop.kernels.layout import BatchLayout
 from curvop.kernels.objective import Objective
 from curvop.kernels.sandwich import outputs_of
+from curvop.kernels.stateless import functional_call
 from curvop.kernels.weights import loss_kind
 
 __all__ = ["KINDS", "DoubleBatch", "Point"]

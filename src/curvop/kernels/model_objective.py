@@ -13,6 +13,7 @@ from curvop.kernels.closed_forms import loss_derivative
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.objective import BatchLoss, BatchWeight, Objective
 from curvop.kernels.parameters import check_callable, checked_params
+from curvop.kernels.stateless import functional_call
 from curvop.kernels.weights import loss_divisor, loss_kind, loss_reduction
 
 __all__ = ["ModelObjective"]
@@ -98,7 +99,7 @@ class ModelObjective(Objective):
     def _predict(self, leaves: Mapping[str, Tensor], others: dict[str, Tensor], X: Any) -> Any:
         if not isinstance(self._model, nn.Module):
             return self._model(dict(leaves), X)
-        return torch.func.functional_call(self._model, others | dict(leaves), (X,))
+        return functional_call(self._model, others | dict(leaves), (X,))
 
     def _others(self, leaves: Mapping[str, Tensor], buffers: bool) -> dict[str, Tensor]:
         """Return the model's other parameters, cut off so that nothing is saved for layers below a block."""
@@ -144,6 +145,6 @@ class ModelObjective(Objective):
         """Return a batch's loss as a function of its arguments alone."""
         _, y = self.guard.own(batch)
         if isinstance(self.loss_function, nn.Module):
-            loss: Tensor = torch.func.functional_call(self.loss_function, held["loss"], (prediction, y))
+            loss: Tensor = functional_call(self.loss_function, held["loss"], (prediction, y))
             return loss
         return self.loss_function(prediction, y, **held["loss"])
