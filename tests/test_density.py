@@ -352,7 +352,7 @@ class TestFiles:
 
     def test_another_file(self, tmp_path) -> None:
         np.savez(tmp_path / "x.npz", nodes=np.zeros(3))
-        with pytest.raises(ValueError, match="was not written by SpectralDensity.save, it lacks size, weights"):
+        with pytest.raises(ValueError, match=r"was not written by SpectralDensity.save, it lacks size, weights"):
             SpectralDensity.load(tmp_path / "x.npz")
 
     def test_nothing_in_a_file_is_executed(self, tmp_path) -> None:
@@ -361,7 +361,7 @@ class TestFiles:
             **dict.fromkeys(("size", "nodes", "weights", "atoms", "complete"), np.zeros(1)),
             num_products=np.array([object()]),
         )
-        with pytest.raises(ValueError, match="was not written by SpectralDensity.save"):
+        with pytest.raises(ValueError, match=r"was not written by SpectralDensity.save"):
             SpectralDensity.load(tmp_path / "x.npz")
 
 

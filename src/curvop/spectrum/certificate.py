@@ -15,6 +15,7 @@ from curvop.spectrum.counted import CountedOperator, symmetric_operator
 from curvop.spectrum.missed import limits
 from curvop.spectrum.missed import search as search_missed
 from curvop.spectrum.noise import asymmetric, measure
+from curvop.spectrum.norms import column_norms, unit_of
 
 __all__ = ["Certificate", "certify"]
 
@@ -59,7 +60,8 @@ class Certificate:
         all that was found: there is an eigenvalue there or further out, and it is not among these.
     resolution : float or None
         Had an eigenvalue been missed that is further from the last one found than this, the search would have told with
-        a probability of 0.999 at least. None where nothing was searched, as in an operator that is not symmetric.
+        a probability of 0.999 at least. None where nothing was searched: for 'SM', for lack of time, or as the operator
+        is not symmetric.
     products : int
         Columns multiplied with `A`.
     which, tol : str or None, float
@@ -145,7 +147,7 @@ class Certificate:
 
     def _of_the_search(self) -> str:
         if self.resolution is None:
-            why = f"which is {self.which}" if self.which else "it is not said which these are"
+            why = {None: "it is not said which these are", "SM": "which is SM"}.get(self.which, "there was no time")
             return f"not searched for missed ones, as {why}"
         if self.resolution <= 2 * self.bounds.max() + _ROUNDING * self.norm:
             return "none missed" if self.resolution == 0 else "none missed (with probability 0.999 at least)"
@@ -242,21 +244,15 @@ def _nothing(unusable: Array, which: str | None, tol: float) -> Certificate:
 
 
 def _certificate(
-    A: CountedOperator,
-    w: Array,
-    V: Array,
-    which: str | None,
-    tol: float,
-    steps: int,
-    rng: np.random.Generator,
+    A: CountedOperator, w: Array, V: Array, which: str | None, tol: float, steps: int, rng: np.random.Generator
 ) -> Certificate:
-    lengths = np.linalg.norm(V, axis=0)
+    lengths = column_norms(V)
     V /= lengths
     gram = V.T @ V
     AV = A.matmat(V)
     noise = measure(A, V, AV, rng)
     # From here on in units of a power of two, so that squares neither underflow nor overflow; it costs no rounding.
-    _, unit = np.frexp(max(noise.norm, np.abs(w).max()))
+    unit = unit_of(np.append(w, noise.norm))
     w, AV, norm = np.ldexp(w, -unit), np.ldexp(AV, -unit, out=AV), np.ldexp(noise.norm, -unit)
     error = np.ldexp(noise.error + noise.skew / 2, -unit)  # the eigenvalues are those of the symmetric part
     quotients = np.einsum("ij,ij->j", V, AV)

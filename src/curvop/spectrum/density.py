@@ -16,6 +16,7 @@ from scipy.special import ndtr
 from curvop.checked import real_number
 from curvop.results import load_arrays, save_arrays
 from curvop.spectrum.estimators import Estimate, mean_of
+from curvop.spectrum.norms import norm
 
 __all__ = ["SpectralDensity"]
 
@@ -254,7 +255,7 @@ def _half_rule(nodes: Array, weights: Array) -> tuple[Array, Array]:
         alphas[step] = q @ w
         for _ in range(2):
             w -= basis[: step + 1].T @ (basis[: step + 1] @ w)
-        betas[step] = np.linalg.norm(w)
+        betas[step] = norm(w)
         if not betas[step] > 0:
             count = step + 1
             break

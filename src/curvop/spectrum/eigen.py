@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import warnings
 from typing import Any
@@ -24,6 +25,8 @@ from curvop.spectrum.timed import TimedOperator, TimeUpError, end_of
 __all__ = ["EigenResult", "eigsh"]
 
 Array = NDArray[Any]
+
+_LEAST_SEARCH = 20  # steps: fewer see nothing of a large matrix
 
 
 def eigsh(
@@ -150,8 +153,9 @@ def eigsh(
         else:
             products += certified.products
     converged = found.converged == k
+    out_of_time = found.timed_out and not converged
     result = EigenResult(
-        values, vectors, certified, converged, products, found.method, which, k, note, found.converged, found.timed_out
+        values, vectors, certified, converged, products, found.method, which, k, note, found.converged, out_of_time
     )
     if not result.ok and (certificate or not result.converged):
         warnings.warn(result.verdict, RuntimeWarning, stacklevel=2)
@@ -175,10 +179,12 @@ def _certified(
         if left < 0:
             return None
         search = int(max(1, min(search, left / 2)))  # it takes twice as many where something seems to be missed
+    searched = which if search >= _LEAST_SEARCH else None
     try:
-        return certify(A, values, vectors, which=which, tol=tol, search=search, rng=rng, progress=progress)
+        found = certify(A, values, vectors, which=searched, tol=tol, search=search, rng=rng, progress=progress)
     except TimeUpError:
         return None
+    return dataclasses.replace(found, which=which)
 
 
 def _checked(

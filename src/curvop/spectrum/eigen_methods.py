@@ -17,6 +17,7 @@ from curvop.memory import check_fits
 from curvop.spectrum.counted import CountedOperator
 from curvop.spectrum.missed import search
 from curvop.spectrum.noise import measure
+from curvop.spectrum.norms import unit_of
 from curvop.spectrum.restarted import thick_restart
 from curvop.spectrum.timed import TimeUpError
 
@@ -145,8 +146,9 @@ def lobpcg_blocks(task: Task) -> Found:
     values, scale = np.zeros(0), 1.0
     try:
         noise = measure(task.A, X, task.A.matmat(X), task.rng)
-        first = search(task.A.dot, X[:, :0], (-np.inf, np.inf), 0.0, 10, task.rng)
-        scale = max(noise.norm, abs(first.low), abs(first.high))
+        unit = unit_of(np.array([noise.norm]))
+        first = search(lambda x: np.ldexp(task.A.dot(x), -unit), X[:, :0], (-np.inf, np.inf), 0.0, 10, task.rng)
+        scale = max(noise.norm, float(np.ldexp(max(abs(first.low), abs(first.high)), unit)))
         if scale == 0:
             return _zero(task, "lobpcg")
         precision = float(np.finfo(task.A.dtype).eps) ** (2 / 3)

@@ -10,6 +10,7 @@ from scipy.linalg import qr, solve_triangular
 from scipy.sparse.linalg import LinearOperator
 
 from curvop.checked import random_generator, real_operator, whole_number
+from curvop.spectrum.norms import column_norms, norm, unit_of
 
 __all__ = ["Estimate", "diagonal", "frobenius_norm", "mean_of", "trace"]
 
@@ -41,9 +42,11 @@ class Estimate(NamedTuple):
 def mean_of(values: Any) -> Estimate:
     """Return the mean of independent estimates along the first axis, and its standard error."""
     values = np.asarray(values, dtype=np.float64)
-    count = len(values)
-    error = values.std(0, ddof=1) / count**0.5 if count > 1 else np.full(values.shape[1:], np.nan)
-    return Estimate(values.mean(0)[()], error[()])
+    count, value = len(values), values.mean(0)
+    if count == 1:
+        return Estimate(value[()], np.full(value.shape, np.nan)[()])
+    spread = column_norms((values - value).reshape(count, -1)).reshape(value.shape)
+    return Estimate(value[()], (spread / (count * (count - 1)) ** 0.5)[()])
 
 
 class _Sketch:
@@ -55,6 +58,8 @@ class _Sketch:
 
     Attributes
     ----------
+    unit : int
+        The power of two in whose units all products are, so that their squares neither underflow nor overflow.
     Q, image : ndarray, shape (M, r), (N, r)
         An orthonormal basis of the range, and the adjoint's products with it.
     rounding : float
@@ -68,6 +73,8 @@ class _Sketch:
 
     def __init__(self, A: LinearOperator, adjoint: LinearOperator, tests: Array) -> None:
         products = _product(A, tests)
+        self.unit = unit_of(products)
+        products = np.ldexp(products, -self.unit)
         # Pivoted, as columns may be equal: the signs that a few rows see are few.
         self.Q, R, order = qr(products, mode="economic", pivoting=True, check_finite=False)
         weights = np.abs(np.diag(R))
@@ -78,11 +85,16 @@ class _Sketch:
         self.found = not kept.all()
         if self.found:
             self.Q = self.Q[:, kept]
-        self.image = _product(adjoint, self.Q) if self.Q.size else np.zeros((A.shape[1], 0))
+        image = _product(adjoint, self.Q) if self.Q.size else np.zeros((A.shape[1], 0))
+        self.image = np.ldexp(image, -self.unit)
         if not self.found:
             self.tests, self.products, self._R = tests[:, order], products[:, order], R
             S = solve_triangular(R, np.eye(len(R)), lower=False).T
             self.S = S / np.linalg.norm(S, axis=0)
+
+    def estimate(self, value: Any, error: Any) -> Estimate:
+        """Return what was estimated in units of the power of two."""
+        return Estimate(np.ldexp(value, self.unit)[()], np.ldexp(error, self.unit)[()])
 
     def left_over(self) -> Array:
         """Return the norms ``(r,)`` of each product without its projection on the range of the others."""
@@ -148,13 +160,13 @@ def trace(A: LinearOperator, num_products: int, rng: int | np.random.Generator |
     core = sketch.Q.T @ sketch.image
     if sketch.found:
         # The identity has the largest trace, sqrt(N) times it, where the norm of a product with a test is given.
-        return Estimate(float(np.trace(core)), max(sketch.rounding, size**0.5 * sketch.dropped))
+        return sketch.estimate(np.trace(core), max(sketch.rounding, size**0.5 * sketch.dropped))
     apart, image = sketch.apart()
     # A test vector's direction is uniform in what its projection leaves, of dimension N - count + 1.
     scales = (size - count + 1) / (apart**2).sum(0)
     exact = np.trace(core) - np.einsum("ji,jk,ki->i", sketch.S, core, sketch.S)
     value, error = mean_of(exact + scales * (apart * image).sum(0))
-    return Estimate(value, np.maximum(error, sketch.rounding))
+    return sketch.estimate(value, np.maximum(error, sketch.rounding))
 
 
 def diagonal(A: LinearOperator, num_products: int, rng: int | np.random.Generator | None = None) -> Estimate:
@@ -188,13 +200,13 @@ def diagonal(A: LinearOperator, num_products: int, rng: int | np.random.Generato
     sketch = _Sketch(A, A, random_generator(rng).choice(np.array([-1.0, 1.0]), (size, count)))
     exact = _rowwise(sketch.Q, sketch.image)
     if sketch.found:
-        return Estimate(exact, np.full(size, max(sketch.rounding, sketch.dropped)))
+        return sketch.estimate(exact, np.full(size, max(sketch.rounding, sketch.dropped)))
     # Of the part that the others' range leaves, from the left only: what is left to the right is exact, too.
     QS = sketch.Q @ sketch.S
     inner = np.einsum("ij,ij->j", sketch.S, sketch.image.T @ sketch.tests)
     of_tests = sketch.products - sketch.Q @ (sketch.image.T @ sketch.tests) + QS * inner
     found = mean_of((sketch.tests * of_tests - QS * (sketch.image @ sketch.S)).T)
-    return Estimate(exact + found.value, np.maximum(found.error, sketch.rounding))
+    return sketch.estimate(exact + found.value, np.maximum(found.error, sketch.rounding))
 
 
 def frobenius_norm(A: LinearOperator, num_products: int, rng: int | np.random.Generator | None = None) -> Estimate:
@@ -222,16 +234,16 @@ def frobenius_norm(A: LinearOperator, num_products: int, rng: int | np.random.Ge
     count = _columns(A, num_products, square=False)
     if count >= min(A.shape):
         small = A if A.shape[1] <= A.shape[0] else A.H
-        return Estimate(float(np.linalg.norm(_product(small, np.eye(small.shape[1])))), 0.0)
+        return Estimate(norm(_product(small, np.eye(small.shape[1]))), 0.0)
     tests = random_generator(rng).standard_normal((A.shape[1], count))
     sketch = _Sketch(A, A.H, tests * (A.shape[1] ** 0.5 / np.linalg.norm(tests, axis=0)))
     exact = float(np.linalg.norm(sketch.image)) ** 2
     if sketch.found:
-        return Estimate(exact**0.5, max(sketch.rounding, float(np.hypot(exact**0.5, sketch.dropped)) - exact**0.5))
+        return sketch.estimate(exact**0.5, max(sketch.rounding, np.hypot(exact**0.5, sketch.dropped) - exact**0.5))
     squares = exact - ((sketch.image @ sketch.S) ** 2).sum(0) + sketch.left_over() ** 2
     root = float(squares.mean()) ** 0.5
     spread = float(squares.std(ddof=1)) / (2 * root) if count > 1 else float("nan")
-    return Estimate(root, float(np.maximum(spread, sketch.rounding)))
+    return sketch.estimate(root, np.maximum(spread, sketch.rounding))
 
 
 def _rowwise(left: Array, right: Array) -> Array:

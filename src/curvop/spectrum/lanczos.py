@@ -25,6 +25,7 @@ from torch import Tensor
 
 from curvop.memory import available_bytes, check_fits
 from curvop.operator import BridgeLinearOperator
+from curvop.spectrum.norms import norm_of
 from curvop.spectrum.orthogonality import OrthogonalityBound
 
 Array = NDArray[Any]
@@ -156,7 +157,7 @@ class Lanczos:
         alpha = float((basis[at] * w).sum(dtype=torch.float64))
         w.sub_(basis[at], alpha=alpha)
         self._deflate(w)
-        norm = _norm(w)
+        norm = norm_of(w)
         if not np.isfinite(norm):
             raise ValueError("a product with A is not finite")
         if norm == 0:
@@ -167,7 +168,7 @@ class Lanczos:
         if self._lost.is_low(run, steps, bound, sample):
             return alpha, norm
         overlaps = basis @ torch.stack([basis[at], w]).T
-        last, found = _norm(overlaps[:at, 0]), _norm(overlaps[:, 1]) / norm
+        last, found = norm_of(overlaps[:at, 0]), norm_of(overlaps[:, 1]) / norm
         if not self._lost.needs_cleaning(run, steps, bound, last, found):
             return alpha, norm
         shares = overlaps[:, 1]
@@ -175,7 +176,7 @@ class Lanczos:
             w.addmv_(basis.T, shares, alpha=-1.0)
             alpha += float(shares[at])
             self._deflate(w)
-            before, norm = norm, _norm(w)
+            before, norm = norm, norm_of(w)
             if norm > 0.5 * before or norm <= self._eps * abs(alpha):
                 return alpha, norm
             shares = basis @ w
@@ -195,8 +196,3 @@ class Lanczos:
             values, vectors = eigh_tridiagonal(self.alphas[run, :length], self.betas[run, : length - 1])
             nodes[run, :length], weights[run, :length] = values, vectors[0] ** 2
         return nodes, weights
-
-
-def _norm(w: Tensor) -> float:
-    """Return the norm, summed in double precision: of a long vector in single precision five digits would be right."""
-    return float(torch.linalg.vector_norm(w, dtype=torch.float64))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvop.spectrum.counted import CountedOperator
+from curvop.spectrum.norms import column_norms, norm
 
 __all__ = ["NUM_PRODUCTS", "Noise", "asymmetric", "measure"]
 
@@ -71,10 +72,10 @@ def measure(A: CountedOperator, V: Array, AV: Array, rng: np.random.Generator) -
     X = rng.standard_normal((size, min(_PROBES, size)))
     X /= np.linalg.norm(X, axis=0)
     AX = A.matmat(X)
-    norms = _norms(AX)
-    typical, norm = _rms(norms), float(max(norms.max(), _norms(AV).max()))
+    norms = column_norms(AX)
+    typical, largest = _rms(norms), float(max(norms.max(), column_norms(AV).max()))
 
-    repeated = _norm(A.matvec(X[:, 0]) - AX[:, 0])
+    repeated = norm(A.matvec(X[:, 0]) - AX[:, 0])
     combined = max(repeated, _combined(A, X, AX, rng))
     found = max(_combined(A, V, AV, rng) for _ in range(2))
 
@@ -83,11 +84,11 @@ def measure(A: CountedOperator, V: Array, AV: Array, rng: np.random.Generator) -
     mixed = X.T @ AX
     of_random = math.sqrt(size) * _rms((mixed - mixed.T)[np.triu_indices(len(mixed), 1)])
     return Noise(
-        relative=max(_ratio(combined, typical), _ratio(found, norm)),
-        error=2 * max(combined, found) + _EPS * norm,
-        symmetry=max(_ratio(of_random, typical), _ratio(of_found, norm)),
+        relative=max(_ratio(combined, typical), _ratio(found, largest)),
+        error=2 * max(combined, found) + _EPS * largest,
+        symmetry=max(_ratio(of_random, typical), _ratio(of_found, largest)),
         skew=max(of_random, of_found),
-        norm=norm,
+        norm=largest,
     )
 
 
@@ -95,23 +96,11 @@ def _combined(A: CountedOperator, X: Array, AX: Array, rng: np.random.Generator)
     """Return the norm of ``A (X c) - (A X) c`` for a random c of norm 1."""
     weights = rng.standard_normal((X.shape[1], 1))
     weights /= np.linalg.norm(weights)
-    return _norm(A.matvec((X @ weights)[:, 0]) - (AX @ weights)[:, 0])
-
-
-def _norms(columns: Array) -> Array:
-    """Return the norms ``(K,)`` of columns ``(N, K)``, by squares that neither underflow nor overflow."""
-    _, exponent = np.frexp(max(columns.max(initial=0.0), -columns.min(initial=0.0)))
-    scaled = np.ldexp(columns, -exponent)
-    norms: Array = np.ldexp(np.sqrt(np.einsum("ij,ij->j", scaled, scaled)), exponent)
-    return norms
-
-
-def _norm(array: Array) -> float:
-    return float(_norms(array.reshape(-1, 1))[0])
+    return norm(A.matvec((X @ weights)[:, 0]) - (AX @ weights)[:, 0])
 
 
 def _rms(array: Array) -> float:
-    return _norm(array) / math.sqrt(array.size) if array.size else 0.0
+    return norm(array) / math.sqrt(array.size) if array.size else 0.0
 
 
 def _ratio(part: float, whole: float) -> float:

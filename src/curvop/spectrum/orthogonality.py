@@ -65,12 +65,13 @@ class OrthogonalityBound:
             Of the tridiagonal matrix.
         """
         before, last, fresh, _ = self.state[run]
+        alphas, betas = alphas / norm, betas / norm  # LAPACK squares them
         low, high = (
             eigvalsh_tridiagonal(alphas, betas, select="i", select_range=(end, end))[0] for end in (0, len(alphas) - 1)
         )
         spread = max(high - alphas[-1], alphas[-1] - low)
         coupling = betas[-1] if len(betas) else 0.0
-        return float((spread * last + coupling * before) / norm + fresh)
+        return float(spread * last + coupling * before + fresh)
 
     def is_low(self, run: int, steps: int, bound: float, sample: float) -> bool:
         """Whether no look is due; the bound is then what is known of the next vector.

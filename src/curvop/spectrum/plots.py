@@ -77,8 +77,15 @@ def plot_blocks(study: BlockStudy, figure: Any = None) -> Any:
     Returns
     -------
     matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        Where no block was done in time.
     """
     count = len(study.names)
+    if not count:
+        raise ValueError("no block of this study is done: give `blocks` more seconds")
     if figure is None:
         figure = axes_or_new(None).figure
         figure.clear()
@@ -88,7 +95,7 @@ def plot_blocks(study: BlockStudy, figure: Any = None) -> Any:
 
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     positive = study.norms[study.norms > 0]
-    top = positive.max(initial=1.0)
+    top = positive.max() if positive.size else 1.0
     low = max(positive.min(initial=top), 1e-6 * top)
     image = left.imshow(np.maximum(study.norms, low), norm=LogNorm(low, max(top, 1.001 * low)), cmap="magma")
     left.set(xticks=range(count), yticks=range(count), title="Frobenius norms of the blocks")

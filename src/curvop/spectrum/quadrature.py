@@ -103,7 +103,7 @@ def density(
     at_once = runs_at_once(A, num_probes, num_steps, _left_for_runs(A, deflate, memory))
     generator = random_generator(rng)
     seed = json.dumps(generator.bit_generator.state, default=str)
-    signs = generator.choice(np.array([-1.0, 1.0]), (num_probes, size))
+    signs = generator.choice(np.array([-1, 1], dtype=np.int8), (num_probes, size))
 
     def settings() -> dict[str, str]:
         asked = {"num_probes": num_probes, "num_steps": num_steps, "deflate": deflate}
@@ -129,7 +129,7 @@ def density(
                 nodes, weights, whole = nodes[:first], weights[:first], False
                 break
             else:
-                probes = torch.from_numpy(signs[group]).to(device)
+                probes = torch.from_numpy(signs[group]).to(device, torch.float64)
                 if known is not None:
                     probes -= (probes @ known.T) @ known
                 # A step at least, so that whoever comes back again and again gets on.

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvop.spectrum.norms import norm_of
 from curvop.spectrum.timed import TimeUpError
 
 __all__ = ["thick_restart"]
@@ -57,7 +58,7 @@ def thick_restart(
     """
     size, eps = len(start), float(torch.finfo(start.dtype).eps)
     V = torch.empty(basis + 1, size, dtype=start.dtype, device=start.device)
-    V[0] = start / torch.linalg.vector_norm(start)
+    V[0] = start / norm_of(start)
     H = np.zeros((basis + 1, basis + 1))
     generator = torch.Generator().manual_seed(0)
     kept, scale, timed_out = 0, 0.0, False
@@ -70,13 +71,13 @@ def thick_restart(
                 count, timed_out = at, True
                 break
             H[at, at] = float(_orthogonalise(V[: at + 1], w)[at])
-            beta = float(torch.linalg.vector_norm(w, dtype=torch.float64))
+            beta = norm_of(w)
             scale = max(scale, abs(H[at, at]) + beta)
             if beta <= 10 * eps * scale * size**0.5:  # an invariant subspace: go on from elsewhere
                 beta = 0.0
                 w = torch.randn(size, generator=generator, dtype=start.dtype).to(start.device)
                 _orthogonalise(V[: at + 1], w)
-            V[at + 1] = w / torch.linalg.vector_norm(w, dtype=torch.float64)
+            V[at + 1] = w / norm_of(w)
             H[at, at + 1] = H[at + 1, at] = beta
         values, S = np.linalg.eigh(H[:count, :count])
         wanted = choose(values, min(k, count))

@@ -34,9 +34,13 @@ def end_of(seconds: Any) -> float:
         return math.inf
     if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real):
         raise TypeError(f"seconds is {seconds!r}, but must be a number, or None for no limit")
-    if not float(seconds) >= 0:
+    try:
+        limit = float(seconds)
+    except OverflowError:  # a whole number of more than 308 digits
+        limit = math.inf
+    if not limit >= 0:
         raise ValueError(f"seconds is {seconds}, but must be 0 or more, or None for no limit")
-    return time.monotonic() + float(seconds)
+    return time.monotonic() + limit
 
 
 class TimedOperator(WrappingLinearOperator):

@@ -1,0 +1,48 @@
+"""Norms whose squares neither underflow nor overflow: a matrix may be of any scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["column_norms", "norm", "norm_of", "unit_of"]
+
+Array = NDArray[Any]
+
+_SQUARABLE = 1e-140, 1e140  # so are sums of very many squares
+
+
+def unit_of(array: Array) -> int:
+    """Return the exponent of the power of two just above the largest magnitude; 0 of zeros.
+
+    ``numpy.ldexp(array, -unit)`` is the array in units of it, without any rounding.
+    """
+    return int(np.frexp(max(array.max(initial=0.0), -array.min(initial=0.0)))[1])
+
+
+def column_norms(columns: Array) -> Array:
+    """Return the norms ``(K,)`` of columns ``(N, K)``."""
+    unit = unit_of(columns)
+    scaled = np.ldexp(columns, -unit)
+    norms: Array = np.ldexp(np.sqrt(np.einsum("ij,ij->j", scaled, scaled)), unit)
+    return norms
+
+
+def norm(array: Array) -> float:
+    """Return the root of the sum of the squares of all entries."""
+    return float(column_norms(array.reshape(-1, 1))[0])
+
+
+def norm_of(vector: Tensor) -> float:
+    """Return a tensor's, summed in double precision: of many numbers in single precision five digits would be right."""
+    found = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+    if _SQUARABLE[0] < found < _SQUARABLE[1] or not vector.numel():
+        return found
+    largest = float(vector.abs().max())
+    if largest == 0 or not np.isfinite(largest):
+        return largest
+    return largest * float(torch.linalg.vector_norm(vector / largest, dtype=torch.float64))
