@@ -340,6 +340,12 @@ area(
         "params['0.bias'] has dtype torch.int32",
     ),
     (
+        "half precision",
+        lambda: with_bias(torch.ones(5, dtype=torch.bfloat16, requires_grad=True)),
+        ValueError,
+        "params['0.bias'] is torch.bfloat16, too coarse",
+    ),
+    (
         "complex numbers",
         lambda: with_bias(torch.ones(5, dtype=torch.cfloat)),
         ValueError,
@@ -931,7 +937,7 @@ area(
         CommandError,
         "must be callable without arguments",
     ),
-    ("something that is no function", lambda tmp: of_file(tmp, "number"), CommandError, "is of type int"),
+    ("something that is no function", lambda tmp: of_file(tmp, "number"), CommandError, "not a function but of type int"),
     ("an unknown option", lambda: command("eigs", "digits", "--kk", "3"), CommandError, "unrecognized arguments: --kk"),
     ("a number in words", lambda: command("eigs", "digits", "--k", "ten"), CommandError, "argument --k: 'ten'"),
     ("no eigenvalue", lambda: command("eigs", "digits", "--k", "0"), CommandError, "argument --k: must be 1 or more"),

@@ -193,16 +193,6 @@ class TestEmpirical:
             with pytest.raises(TypeError, match=match):
                 kind(model, problem.loss_function, problem.params, problem.data) @ np.ones(43)
 
-    def test_half_precision_does_not_underflow(self) -> None:
-        model, y = nn.Linear(4, 10), torch.arange(4096) % 10
-        X = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
-        exact = dense_of(EFLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), [(X, y)]))
-        model.half()
-        A = EFLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), [(X.half(), y)])
-        with pytest.warns(RuntimeWarning, match="torch.float16"):
-            matrix = dense_of(A)
-        assert np.linalg.norm(matrix - exact) < 0.02 * np.linalg.norm(exact)
-
     def test_the_losses_own_settings_are_watched(self) -> None:
         problem = loss_problem("ce")
         A = ef(problem)

@@ -142,14 +142,41 @@ class TestBatchNormalisation:
 class TestHalfPrecision:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_products_are_computed_in_it_and_that_is_told(self, dtype: torch.dtype, kind: str) -> None:
+    def test_it_is_refused(self, dtype: torch.dtype, kind: str) -> None:
         problem = problem_of(mlp())
-        exact = product(operator(problem, kind))
         data = [(X.to(dtype), y.to(dtype)) for X, y in problem.data]
-        A = operator(Problem(problem.model.to(dtype), problem.loss_function, data), kind)
-        with pytest.warns(RuntimeWarning, match=f"the parameters are {dtype}.*call model.float"):
-            coarse = product(A)
-        assert 1e-5 < np.linalg.norm(coarse - exact) / np.linalg.norm(exact) < 0.1
+        with pytest.raises(ValueError, match=f"'0.weight'.* is {dtype}, too coarse.*: call model.float"):
+            operator(Problem(problem.model.to(dtype), problem.loss_function, data), kind)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_model_that_is_cast_later_is_refused_until_it_is_cast_back(self, kind: str) -> None:
+        problem = problem_of(mlp())
+        A = operator(problem, kind)
+        exact = product(A)
+        problem.model.half()
+        with pytest.raises(RuntimeError, match=r"'0.weight'.* is torch.float16, too coarse.*: call model.float"):
+            product(A)
+        problem.model.double()
+        assert 1e-7 < np.linalg.norm(product(A) - exact) / np.linalg.norm(exact) < 0.1
+
+    def test_other_layers_may_be_in_it(self) -> None:
+        """As where a backbone in half precision is frozen, and a head is studied."""
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.backbone, self.head = nn.Linear(4, 4).bfloat16(), nn.Linear(4, 3).double()
+
+            def forward(self, X):
+                return self.head(self.backbone(X.bfloat16()).tanh().double())
+
+        torch.manual_seed(0)
+        model, y = Model(), torch.randn(9, 3).double()
+        X = torch.randn(9, 4)
+        features = model.backbone(X.bfloat16()).tanh().double().detach()
+        whole = HessianLinearOperator(model, nn.MSELoss(), list(model.head.parameters()), [(X, y)])
+        head = operator(Problem(model.head, nn.MSELoss(), [(features, y)]))
+        np.testing.assert_allclose(product(whole), product(head), rtol=1e-12)
 
 
 class Writing(nn.Module):

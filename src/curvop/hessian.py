@@ -50,9 +50,9 @@ class HessianLinearOperator(CurvatureLinearOperator):
         ``(prediction, y) -> scalar``. Its attribute ``reduction`` says whether it is a 'mean' (also where it has none)
         or a 'sum'.
     params : dict of str to Tensor, or list of the model's own parameters
-        Any of the model's parameters, in the order of rows and columns: real floating point, one dtype, requiring
-        grad. Their values are used, even where they differ from the module's own. Where they are on several devices,
-        batches and vectors go to the first one's, and the model moves what it hands on and returns.
+        Any of the model's parameters, in the order of rows and columns: all float32 or all float64, requiring grad.
+        Their values are used, even where they differ from the module's own. Where they are on several devices, batches
+        and vectors go to the first one's, and the model moves what it hands on and returns.
     data : iterable of (X, y)
         Read once or more per operator, so no one-shot iterator: a list, a ``DataLoader``. X and y are tensors, or
         (nested) mappings, lists and tuples of tensors; they are moved to the parameters' device. A model that writes
@@ -88,8 +88,8 @@ class HessianLinearOperator(CurvatureLinearOperator):
     -----
     RuntimeWarning
         By the first product, once for an operator and its blocks: where dropout is active, so that the matrix is that
-        of one draw of its masks; where batch normalisation sees each of several batches by itself; where the parameters
-        are in half precision, in which products are then computed. `curvop.check` looks for more.
+        of one draw of its masks; where batch normalisation sees each of several batches by itself. `curvop.check` looks
+        for more.
 
     References
     ----------

@@ -18,6 +18,8 @@ __all__ = ["measured", "model_findings", "route_findings"]
 _INCONCLUSIVE = 1e-3
 # No difference quotient is held to more than its step, relative to the parameters.
 _STEP = float(np.finfo(np.float64).eps ** (1 / 3))
+# Numbers this coarse are not the parameters' own but those of autocast, or of TF32 on a GPU.
+_COARSE = 1e-4
 
 _WRONG_DERIVATIVE = (
     "an operation of the model or the loss has a wrong derivative: check blocks, A.block(name), to find the layer, and "
@@ -67,9 +69,9 @@ def model_findings(seen: Any) -> Iterator[Finding]:
 
 
 def _precision(seen: Any) -> Finding:
-    half = seen.dtype in ("float16", "bfloat16")
     text = f"the parameters are {seen.dtype}; epsilon {seen.eps:.1e}"
-    return Finding("precision", WARNING if half else OK, text, remedy="call model.float(), or model.double()")
+    remedy = "take products outside of torch.autocast, and without TF32 (torch.set_float32_matmul_precision, cudnn)"
+    return Finding("precision", WARNING if seen.eps > _COARSE else OK, text, remedy=remedy)
 
 
 def _order(seen: Any, random: bool) -> Finding:

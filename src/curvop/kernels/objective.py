@@ -172,7 +172,7 @@ class Objective(abc.ABC):
 
     def warn_once(self, batches: int) -> None:
         """Warn of what makes a matrix over so many batches another than the user may mean, if nobody has yet."""
-        if not self.warned and (found := cautions(self.modules, self.dtype, batches)):
+        if not self.warned and (found := cautions(self.modules, batches)):
             self.warned = True
             warnings.warn("; ".join(found), RuntimeWarning, stacklevel=2)
 

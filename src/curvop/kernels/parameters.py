@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_callable", "checked_params", "unknown_name"]
+__all__ = ["check_callable", "checked_params", "too_coarse", "unknown_name"]
 
 
 def check_callable(name: str, value: Any, remedy: str) -> None:
@@ -62,6 +62,17 @@ def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(map(repr, known[:10]))}"
     return f"{what}: no parameter is named {name!r}; {hint}"
+
+
+def too_coarse(name: str, dtype: torch.dtype) -> str | None:
+    """Return the sentence that refuses a parameter for its precision, or None.
+
+    A second derivative in half precision has one digit or two, and sums over a data set none; products computed in a
+    wider one would be those of another model than the user calls.
+    """
+    if torch.finfo(dtype).bits >= 32:
+        return None
+    return f"params[{name!r}] is {dtype}, too coarse for second derivatives: call model.float()"
 
 
 def _named(own: dict[str, Tensor] | None, params: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -134,6 +145,8 @@ def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> No
             f"params[{name!r}] has dtype {value.dtype}: only real floating-point parameters have curvature, so leave "
             "it out"
         )
+    if (coarse := too_coarse(name, value.dtype)) is not None:
+        raise ValueError(coarse)
     if not value.requires_grad:
         raise ValueError(f"params[{name!r}] does not require grad: call requires_grad_(True) on it, or leave it out")
 

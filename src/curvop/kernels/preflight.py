@@ -1,4 +1,4 @@
-"""What is looked at before a product is trusted: modes of modules, coarse numbers, batches that are written to."""
+"""What is looked at before a product is trusted: modes of modules, batches that are written to."""
 
 from __future__ import annotations
 
@@ -88,14 +88,12 @@ def _named(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         yield from module.named_modules()
 
 
-def cautions(modules: Sequence[nn.Module], dtype: torch.dtype, batches: int) -> list[str]:
+def cautions(modules: Sequence[nn.Module], batches: int) -> list[str]:
     """Return what makes the matrix another than the user may mean, with a remedy each.
 
     Parameters
     ----------
     modules : sequence of nn.Module
-    dtype : torch.dtype
-        Of the parameters.
     batches : int
         How many the data has.
     """
@@ -110,11 +108,6 @@ def cautions(modules: Sequence[nn.Module], dtype: torch.dtype, batches: int) -> 
             f"{listed(batchwise)} normalises each of the {batches} batches by its own statistics: the matrix depends "
             "on how the data is cut, and is not that of the whole data set as one batch; call model.eval(), or pass "
             "one batch"
-        )
-    if torch.finfo(dtype).bits < 32:
-        found.append(
-            f"the parameters are {dtype}, and products are computed in it, to a relative {torch.finfo(dtype).eps:.0e} "
-            "or worse; call model.float()"
         )
     return found
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvop.kernels.parameters import too_coarse
+
 __all__ = ["Fingerprint", "Watch", "settings_of"]
 
 _SECTION = 4096
@@ -103,6 +105,8 @@ class Watch:
                     "(load_state_dict(assign=True), a new layer): make a new operator of the model's parameters"
                 )
         for name, shape in self._shapes.items():
+            if (coarse := too_coarse(name, self._params[name].dtype)) is not None:
+                raise RuntimeError(coarse)
             if self._params[name].shape != shape:
                 raise RuntimeError(
                     f"params[{name!r}] had shape {tuple(shape)} and has {tuple(self._params[name].shape)} now: make a "
