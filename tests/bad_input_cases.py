@@ -937,7 +937,12 @@ area(
         CommandError,
         "must be callable without arguments",
     ),
-    ("something that is no function", lambda tmp: of_file(tmp, "number"), CommandError, "not a function but of type int"),
+    (
+        "something that is no function",
+        lambda tmp: of_file(tmp, "number"),
+        CommandError,
+        "not a function but of type int",
+    ),
     ("an unknown option", lambda: command("eigs", "digits", "--kk", "3"), CommandError, "unrecognized arguments: --kk"),
     ("a number in words", lambda: command("eigs", "digits", "--k", "ten"), CommandError, "argument --k: 'ten'"),
     ("no eigenvalue", lambda: command("eigs", "digits", "--k", "0"), CommandError, "argument --k: must be 1 or more"),

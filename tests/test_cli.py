@@ -412,7 +412,8 @@ class TestFailures:
         code, out, err = run("eigs", spec("fails_later"), "--k", 3)
         assert code == 1
         assert "largest (LA)" in out
-        assert re.fullmatch(r"curvop: error: RuntimeError: out of luck \(.+cli_problems.py:\d+\)", err.splitlines()[-1])
+        last = r"curvop: error: RuntimeError: out of luck \(.+cli_problems.py:\d+\). This was at batch 0 of data"
+        assert re.fullmatch(last, err.splitlines()[-1])
         assert "Traceback" not in err
 
     def test_a_product_that_is_not_finite_halfway(self, run, spec):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from distributed_runs import (
     vectors,
 )
 from scipy.sparse.linalg import cg, eigsh
+from torch import nn
 
 from curvop import HessianLinearOperator
 from curvop.distributed import serve
 from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn, functorch_hessian
 from curvop.fingerprint import fingerprint
 from curvop.preconditioner import jacobi
+from curvop.shards import Shard
 from curvop.spectrum import density
 
 DENSE = {"hessian": functorch_hessian, "ggn": functorch_ggn, "ef": functorch_empirical_fisher, "fisher": functorch_ggn}
@@ -336,6 +339,18 @@ class TestOneProcess:
         with pytest.raises(ValueError, match="data is empty"):
             problem @ np.ones(problem.shape[0])
         assert empty.shape == A.shape
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_batch_statistics_are_warned_of_where_every_rank_has_one_batch(self, training: bool) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).train(training)
+        parts = [[(torch.randn(3, 4), torch.randn(3, 3))] for _ in range(2)]
+        params = dict(model.named_parameters())
+        here, there = (Shard(HessianLinearOperator(model, nn.MSELoss(), params, part)) for part in parts)
+        x = torch.ones(1, here.A.shape[1])
+        totals = [sum(both) for both in zip(here.product_sums(x), there.product_sums(x), strict=True)]
+        with pytest.warns(RuntimeWarning, match="each of the 2 batches") if training else nullcontext():
+            here.products(totals, 1)
 
     @pytest.mark.parametrize(
         ("arguments", "options", "message"),

@@ -251,6 +251,12 @@ def test_a_place_inside_a_library_is_not_named(call, described):
     assert describe_error(caught.value.with_traceback(frames)) == described
 
 
+def test_notes_are_told_as_well():
+    error = ValueError("it is too late")
+    error.add_note("This was at batch 3 of data.")
+    assert describe_error(error) == "ValueError: it is too late. This was at batch 3 of data"
+
+
 def test_the_last_layer_of_params_without_modules_is_all_of_them():
     assert last_layer(["w", "b"]) == ("w", "b")
     assert last_layer(["a.w", "a.b", "a.c.w", "a.c.b"]) == ("a.c.w", "a.c.b")

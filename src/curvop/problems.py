@@ -147,7 +147,7 @@ def last_layer(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def describe_error(error: BaseException) -> str:
-    """Describe an exception in one line: its type, its message, and where it was raised.
+    """Describe an exception in one line: its type, its message, where it was raised, and its notes.
 
     The place is the last line of code that belongs to neither this package nor an installed one, as that is where
     a user can act; where there is none, no place is named.
@@ -164,10 +164,10 @@ def describe_error(error: BaseException) -> str:
     """
     name, message = type(error).__name__, one_line(error)
     text = f"{name}: {message}" if message else name
-    if isinstance(error, SyntaxError):  # raised by the compiler: the place is in the message already
-        return text
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_the_users(frame.filename)]
-    return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text
+    if frames and not isinstance(error, SyntaxError):  # raised by the compiler: the place is in the message already
+        text = f"{text} ({frames[-1].filename}:{frames[-1].lineno})"
+    return ". ".join([text, *(" ".join(note.split()).rstrip(".") for note in getattr(error, "__notes__", ()))])
 
 
 def _is_the_users(filename: str) -> bool:

@@ -133,4 +133,5 @@ class Shard:
         weight, batches = totals[-1].tolist()
         if not batches:
             raise ValueError("data is empty on every rank, so there is nothing to differentiate")
+        self._objective.warn_once(int(batches))  # this rank has seen its own only
         return totals[:-1], self._objective.divisor([weight])
