@@ -14,7 +14,19 @@ import curvop
 SOURCE = Path(curvop.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 STUDIES = {
-    *("arguments", "cli", "dense", "eigs", "matrices", "problems", "preconditioner", "report", "results", "singular"),
+    *(
+        "__main__",
+        "arguments",
+        "cli",
+        "dense",
+        "eigs",
+        "matrices",
+        "problems",
+        "preconditioner",
+        "report",
+        "results",
+        "singular",
+    ),
     *("check", "check_report", "model_check", "solvers"),
     *("spectrum", "journal", "products", "fingerprint", "records", "exclusive", "distributed"),
     *("serving", "ranks", "pulse"),

@@ -1,0 +1,8 @@
+"""``python -m curvop``: the command."""
+
+import sys
+
+from curvop.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

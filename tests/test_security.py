@@ -1,0 +1,190 @@
+"""Nothing is executed by reading a file, no code runs that was not named, and nothing asks the network."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.sparse.linalg import aslinearoperator
+from test_cli import PROBLEMS
+
+import curvop
+from curvop import JournaledLinearOperator, spectrum
+from curvop.cli import main
+from curvop.records import RecordFileError
+
+SOURCES = sorted(Path(curvop.__file__).parent.rglob("*.py"))
+A = aslinearoperator(np.diag(np.arange(1.0, 9.0)))
+
+
+class Payload:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self._mark,)
+
+
+class TestSources:
+    """What the code says of itself; one line of it that reads a pickle would be one too many."""
+
+    @pytest.fixture(params=SOURCES, ids=lambda path: str(path.relative_to(SOURCES[0].parent)))
+    def tree(self, request) -> ast.AST:
+        return ast.parse(request.param.read_text())
+
+    def test_no_module_that_executes_or_asks_the_network_is_imported(self, tree) -> None:
+        imported = {
+            name.split(".")[0]
+            for node in ast.walk(tree)
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        refused = {
+            "pickle",
+            "marshal",
+            "shelve",
+            "dill",
+            "joblib",
+            "subprocess",
+            "urllib",
+            "http",
+            "requests",
+            "ftplib",
+        }
+        assert not imported & refused
+
+    def test_nothing_is_called_that_executes_what_it_reads(self, tree) -> None:
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "compile", "__import__", "os.system", "torch.load", "torch.hub.load")
+            if name in ("np.load", "np.save", "np.savez"):
+                assert any(key.arg == "allow_pickle" and not ast.literal_eval(key.value) for key in node.keywords)
+
+
+class TestFilesThatWouldExecute:
+    @pytest.fixture
+    def mark(self, tmp_path) -> Path:
+        return tmp_path / "executed"
+
+    def test_the_payload_does_execute_where_it_is_unpickled(self, mark) -> None:
+        pickle.loads(pickle.dumps(Payload(mark)))
+        assert mark.exists()
+
+    @pytest.mark.parametrize("kind", [spectrum.SpectralDensity, spectrum.EigenResult, spectrum.BlockStudy])
+    @pytest.mark.parametrize("form", ["a pickle", "an array", "an archive", "a field of a result"])
+    def test_results(self, tmp_path, mark, kind, form: str) -> None:
+        path, payload = tmp_path / "result.npz", np.array([Payload(mark)], dtype=object)
+        if form == "a pickle":
+            path.write_bytes(pickle.dumps(Payload(mark)))
+        elif form == "an array":
+            with path.open("wb") as file:
+                np.save(file, payload, allow_pickle=True)
+        elif form == "an archive":
+            np.savez(path, x=payload)
+        else:
+            names = {
+                "SpectralDensity": ("size", "nodes", "weights", "atoms", "num_products", "complete"),
+                "EigenResult": ("values", "vectors", "wanted"),
+                "BlockStudy": ("names", "unfinished", "sizes", "norms", "norm_errors", "num_products"),
+            }
+            np.savez(path, **dict.fromkeys(names[kind.__name__], payload))
+        with pytest.raises(ValueError, match="was not written by"):
+            kind.load(path)
+        assert not mark.exists()
+
+    @pytest.mark.parametrize("name", ["products.records", "fingerprint.json"])
+    def test_journals(self, tmp_path, mark, name: str) -> None:
+        folder = tmp_path / "journal"
+        with JournaledLinearOperator(A, folder) as J:
+            J @ np.ones(8)
+        assert name in {path.name for path in folder.iterdir()}
+        (folder / name).write_bytes(pickle.dumps(Payload(mark)))
+        with pytest.raises((ValueError, RecordFileError)):
+            JournaledLinearOperator(A, folder)
+        assert not mark.exists()
+
+    def test_checkpoints(self, tmp_path, mark) -> None:
+        spectrum.density(A, num_steps=4, checkpoint=tmp_path / "kept", progress=False)
+        for path in (tmp_path / "kept").iterdir():
+            path.write_bytes(pickle.dumps(Payload(mark)))
+        with pytest.raises((ValueError, RecordFileError)):
+            spectrum.density(A, num_steps=4, checkpoint=tmp_path / "kept", progress=False)
+        assert not mark.exists()
+
+
+WITHOUT_NETWORK = """
+import sys
+
+def refuse(event, arguments):
+    if event.startswith(("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib", "http.client")):
+        raise RuntimeError(f"{event} {arguments}")
+
+sys.addaudithook(refuse)
+from curvop.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(curvop.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("command", ["eigs", "check", "spectrum"])
+def test_no_command_asks_the_network(tmp_path, command: str) -> None:
+    more = {"eigs": ["--k", "2"], "check": [], "spectrum": ["--k", "2", "--out", "study", "--steps", "5"]}[command]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NETWORK, command, "digits", *more],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_report_fetches_nothing(tmp_path) -> None:
+    (tmp_path / "problems.py").write_text(PROBLEMS)
+    argv = ["spectrum", f"{tmp_path / 'problems.py'}:small", "--k", "1", "--out", str(tmp_path / "study")]
+    assert main(argv) == 0
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert re.findall(r"(?:src|href)=", page)
+    assert not re.findall(r"""(?:src|href)\s*=\s*(?!["'](?:data:|#))""", page)
+    assert "url(" not in page
+
+
+def test_code_that_lies_around_is_not_run(tmp_path) -> None:
+    """The folder where the command is called holds modules of the names of all that it imports."""
+    trap = f"from pathlib import Path\nPath({str(tmp_path / 'executed')!r}).touch()\n"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("digits", "numpy", "sklearn", "matplotlib", "json", "curvop", "sitecustomize", "problem"):
+        (folder / f"{name}.py").write_text(trap)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "curvop", "eigs", "digits", "--k", "1"],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "executed").exists()
