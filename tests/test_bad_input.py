@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from bad_input_cases import DATA, MODEL, ONES, PARAMS, ROWS, H, Row, X, Y, cubes, table, told
+from bad_inputs import ROWS, Row, table, told
+from bad_inputs.rows import DATA, MODEL, ONES, PARAMS, H, X, Y, cubes
 from cases import cut
 from torch import nn
 
@@ -52,7 +53,7 @@ class TestEveryRow:
 
     def test_the_page_that_lists_them_is_theirs(self) -> None:
         page = Path(__file__).parent.parent / "docs" / "bad_input.rst"
-        assert page.read_text() == table(), "python tests/bad_input_cases.py > docs/bad_input.rst"
+        assert page.read_text() == table(), "python tests/bad_inputs > docs/bad_input.rst"
 
 
 def test_an_unlimited_cache() -> None:

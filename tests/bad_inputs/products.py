@@ -1,0 +1,237 @@
+"""Data, settings, vectors and indices that products cannot be made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from bad_inputs.rows import (
+    DATA,
+    DENSE,
+    MODEL,
+    ONES,
+    PARAMS,
+    H,
+    X,
+    Y,
+    area,
+    called,
+    cubes,
+    first_product,
+    hessian,
+    replaced,
+)
+from curvop import (
+    DampedLinearOperator,
+    JacobianLinearOperator,
+    SubmatrixLinearOperator,
+)
+from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
+
+
+def shuffled() -> Any:
+    data = DataLoader(TensorDataset(X, Y), batch_size=1, shuffle=True)
+    J = JacobianLinearOperator(MODEL, PARAMS, data)
+    for _ in range(8):
+        J @ ONES
+
+
+area(
+    "Data",
+    ("a number", lambda: hessian(data=3), TypeError, "data is a int"),
+    ("a one-shot iterator", lambda: hessian(data=iter(DATA)), TypeError, "data is a one-shot iterator"),
+    ("a generator", lambda: hessian(data=(batch for batch in DATA)), TypeError, "data is a one-shot iterator"),
+    ("no batch", lambda: first_product(data=[]), ValueError, "data is empty"),
+    (
+        "a loader without rows",
+        lambda: first_product(data=DataLoader(TensorDataset(X[:0], Y[:0]))),
+        ValueError,
+        "data is empty",
+    ),
+    ("batches that are no pairs", lambda: first_product(data=[X]), TypeError, "data must yield pairs (X, y)"),
+    ("one pair, not in a list", lambda: first_product(data=(X, Y)), TypeError, "data must yield pairs (X, y)"),
+    ("batches of three", lambda: first_product(data=[(X, Y, Y)]), TypeError, "data must yield pairs (X, y)"),
+    (
+        "a batch on the meta device",
+        lambda: first_product(data=[(X.to("meta"), Y)]),
+        ValueError,
+        "data holds a tensor on the meta device",
+    ),
+    (
+        "nothing but targets that are ignored",
+        lambda: first_product(loss_function=nn.CrossEntropyLoss(), data=[(X, torch.full((4,), -100))]),
+        ValueError,
+        "data has total weight 0",
+    ),
+    (
+        "a loader that shuffles, for a Jacobian",
+        lambda: shuffled(),
+        NonDeterministicObjectiveError,
+        "than in the first pass, but the matrix depends on the order of the data",
+    ),
+    (
+        "batches whose size cannot be told",
+        lambda: (
+            hessian(model=lambda p, tree: called(p, tree[0]), loss_function=cubes, data=[((X, X[:2]), Y)] * 2) @ ONES
+        ),
+        ValueError,
+        "the batch size of batch 0 cannot be told",
+    ),
+    ("``batch_weight`` that is a number", lambda: hessian(batch_weight=3), TypeError, "batch_weight is a int"),
+    (
+        "``batch_weight`` of a sum",
+        lambda: hessian(loss_function=nn.MSELoss(reduction="sum"), batch_weight=len),
+        ValueError,
+        "batch_weight has no meaning with reduction='sum'",
+    ),
+    (
+        "a negative weight",
+        lambda: first_product(batch_weight=lambda batch: -1),
+        ValueError,
+        "batch_weight returned -1.0 for batch 0",
+    ),
+    (
+        "a weight that is a word",
+        lambda: first_product(batch_weight=lambda batch: "x"),
+        TypeError,
+        "batch_weight returned a str for batch 0",
+    ),
+    (
+        "a weight that is a matrix",
+        lambda: first_product(batch_weight=lambda batch: batch[1]),
+        TypeError,
+        "batch_weight returned a Tensor for batch 0",
+    ),
+)
+area(
+    "Settings",
+    ("half precision", lambda: hessian(dtype=np.float16), ValueError, "dtype is <class 'numpy.float16'>"),
+    ("a dtype in words", lambda: hessian(dtype="double precision"), ValueError, "dtype is 'double precision'"),
+    ("torch's dtype", lambda: hessian(dtype=torch.float64), ValueError, "dtype is torch.float64"),
+    ("a negative cache", lambda: hessian(cache=-1), ValueError, "cache is -1"),
+    ("a cache in words", lambda: hessian(cache="all"), ValueError, "cache is 'all'"),
+    ("another engine", lambda: hessian(engine="warp"), ValueError, "engine is 'warp'"),
+    ("no column at a time", lambda: hessian(columns=0), ValueError, "columns is 0"),
+    ("a bar in words", lambda: hessian(progress="yes"), TypeError, "progress is a str"),
+    ("a cost measured never", lambda: H.cost(repeats=0), ValueError, "repeats is 0"),
+)
+area(
+    "Vectors",
+    ("another length", lambda: H @ np.ones(42), ValueError, "x has shape (42,), but A has shape (43, 43)"),
+    ("a matrix of other rows", lambda: H.matmat(np.ones((42, 2))), ValueError, "x has shape (42, 2)"),
+    ("a tensor of another length", lambda: H @ torch.ones(42), ValueError, "x has shape (42,)"),
+    (
+        "another length, for the adjoint of a block",
+        lambda: H.block("0.bias", "2.bias").rmatvec(np.ones(4)),
+        ValueError,
+        "x has shape (4,), but A has shape (3, 5)",
+    ),
+    ("a matrix where a vector is asked", lambda: H.matvec(np.ones((43, 2))), ValueError, "x has shape (43, 2)"),
+    ("a vector where a matrix is asked", lambda: H.matmat(ONES), ValueError, "x has shape (43,)"),
+    ("``None``", lambda: H @ None, ValueError, "x has shape ()"),
+    ("complex numbers", lambda: H @ (1j * ONES), TypeError, "x has dtype complex128, but A is real"),
+    (
+        "a complex tensor",
+        lambda: H @ torch.ones(43, dtype=torch.cfloat),
+        TypeError,
+        "x has dtype torch.complex64, but A is real",
+    ),
+    ("objects", lambda: H @ np.array([None] * 43), TypeError, "x has dtype object"),
+    ("words", lambda: H @ np.array(["a"] * 43), TypeError, "x has dtype <U1"),
+    ("a sparse tensor", lambda: H @ torch.eye(43).to_sparse(), TypeError, "x is a tensor that is torch.sparse_coo"),
+    (
+        "a quantised tensor",
+        lambda: H @ torch.quantize_per_tensor(torch.ones(43), 0.1, 0, torch.qint8),
+        TypeError,
+        "x is a tensor that is quantised",
+    ),
+    (
+        "a tensor on the meta device",
+        lambda: H @ torch.ones(43, device="meta"),
+        TypeError,
+        "x is a tensor that is on the meta device",
+    ),
+    ("NaN", lambda: H @ (np.nan * ONES), NonFiniteProductError, "x, the vector handed in, is not finite"),
+    (
+        "a dict that lacks a parameter",
+        lambda: H.ravel({"0.weight": np.ones((5, 4))}),
+        ValueError,
+        "params lacks '0.bias'",
+    ),
+    (
+        "a dict with an unknown name",
+        lambda: H.ravel({"0.wieght": 1}),
+        ValueError,
+        "params: no parameter is named '0.wieght'; did you mean '0.weight'",
+    ),
+    (
+        "a dict with another shape",
+        lambda: H.ravel(replaced("0.bias", np.ones(4))),
+        ValueError,
+        "params['0.bias'] has shape (4,)",
+    ),
+    ("a dict with a word", lambda: H.ravel(replaced("0.bias", "abc")), TypeError, "params['0.bias'] has dtype <U3"),
+    ("no dict", lambda: H.ravel(None), TypeError, "params is a NoneType"),
+    ("another length, to unravel", lambda: H.unravel(np.ones(4)), ValueError, "vector has shape (4,)"),
+    ("complex numbers, to unravel", lambda: H.unravel(1j * ONES), TypeError, "vector is complex"),
+)
+area(
+    "Blocks and damping",
+    ("a number for a name", lambda: H.block(0), TypeError, "rows is a int"),
+    (
+        "a misspelt name",
+        lambda: H.block("0.bias", "2.bais"),
+        ValueError,
+        "cols: no parameter is named '2.bais'; did you mean '2.bias'",
+    ),
+    ("no name", lambda: H.block([]), ValueError, "rows names no parameter"),
+    ("a name twice", lambda: H.block(["0.bias"] * 2), ValueError, "rows names '0.bias' twice"),
+    (
+        "a misspelt name, of a Jacobian",
+        lambda: JacobianLinearOperator(MODEL, PARAMS, DATA).block("0.bais"),
+        ValueError,
+        "params: no parameter is named '0.bais'; did you mean '0.bias'",
+    ),
+    (
+        "diagonal blocks of a block off the diagonal",
+        lambda: H.block("0.bias", "2.bias").blocks(),
+        ValueError,
+        "A has other parameters for rows than for columns",
+    ),
+    ("damping in words", lambda: H.damped("much"), TypeError, "damping is a str"),
+    ("damping without bound", lambda: H.damped(np.inf), ValueError, "damping is inf"),
+    ("damping of each entry", lambda: H.damped(ONES), TypeError, "damping is a ndarray"),
+    (
+        "another package's operator, to be damped",
+        lambda: DampedLinearOperator(DENSE, 1.0),
+        TypeError,
+        "A is a MatrixLinearOperator",
+    ),
+)
+area(
+    "Indices",
+    ("one beyond the end", lambda: H.submatrix([43]), IndexError, "row_idxs holds 43"),
+    ("one before the beginning", lambda: H.submatrix([-44]), IndexError, "row_idxs holds -44"),
+    ("one beyond 64 bits", lambda: H.submatrix([2**70]), IndexError, "row_idxs holds 1180591620717411303424"),
+    ("floats", lambda: H.submatrix([1.0]), TypeError, "row_idxs has dtype float64"),
+    ("a tensor of floats", lambda: H.submatrix(torch.ones(2)), TypeError, "row_idxs has dtype torch.float32"),
+    ("a mask of another length", lambda: H[:, np.ones(42, bool)], IndexError, "col_idxs is a mask of length 42"),
+    ("a matrix of them", lambda: H.submatrix([[0, 1]]), IndexError, "row_idxs has shape (1, 2)"),
+    ("rows of different lengths", lambda: H.submatrix([[0], [1, 2]]), IndexError, "row_idxs holds sequences"),
+    ("a single one", lambda: H[3, :], IndexError, "row_idxs has shape ()"),
+    ("two lists at once", lambda: H[[0, 1], [0, 1]], IndexError, "A[rows, cols] with two index arrays"),
+    ("three", lambda: H[:, :, 0], IndexError, "A has two axes, but 3 indices were given"),
+    ("a set", lambda: H.submatrix({1, 2}), TypeError, "row_idxs is a set"),
+    ("names", lambda: H.submatrix("0.bias"), TypeError, "row_idxs is a str"),
+    ("a slice of floats", lambda: H[0.5:2, :], TypeError, "row_idxs is slice(0.5, 2, None)"),
+    (
+        "of a matrix that is no operator",
+        lambda: SubmatrixLinearOperator(np.eye(3), [0], [0]),
+        TypeError,
+        "A is a ndarray, not a LinearOperator",
+    ),
+)

@@ -1,0 +1,195 @@
+"""What solvers and studies cannot be asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse.linalg import aslinearoperator
+from torch import nn
+
+from bad_inputs.rows import (
+    COMPLEX,
+    DENSE,
+    DENSITY,
+    INDEFINITE,
+    MODEL,
+    WIDE,
+    H,
+    area,
+    file_with,
+)
+from curvop import (
+    check,
+    preconditioner,
+    select,
+    solve,
+    spectrum,
+)
+from curvop.fingerprint import OtherProblemError
+
+
+def checkpoint_of_something_else(tmp: Path) -> None:
+    spectrum.density(DENSE, num_probes=2, rng=0, checkpoint=tmp, progress=False)
+    spectrum.density(DENSE, num_probes=3, rng=0, checkpoint=tmp, progress=False)
+
+
+def checkpoint_in_a_file(tmp: Path) -> None:
+    spectrum.density(DENSE, checkpoint=file_with(tmp, b"x"), progress=False)
+
+
+area(
+    "Solves and preconditioners",
+    (
+        "a right-hand side of another length",
+        lambda: solve(DENSE, np.ones(3), damping=1.0),
+        ValueError,
+        "b has shape (3,)",
+    ),
+    ("a matrix that is not square", lambda: solve(WIDE, np.ones(3), damping=1.0), ValueError, "A has shape (3, 4)"),
+    ("a complex matrix", lambda: solve(COMPLEX, np.ones(4), damping=1.0), TypeError, "A has dtype complex128"),
+    (
+        "a right-hand side with NaN",
+        lambda: solve(DENSE, np.full(4, np.nan), damping=1.0),
+        ValueError,
+        "b is not finite",
+    ),
+    ("damping in words", lambda: solve(DENSE, np.ones(4), damping="much"), TypeError, "damping is a str"),
+    ("a tolerance of 0", lambda: solve(DENSE, np.ones(4), damping=1.0, rtol=0), ValueError, "rtol is 0"),
+    ("half a step", lambda: solve(DENSE, np.ones(4), damping=1.0, maxiter=0.5), ValueError, "maxiter is 0.5"),
+    (
+        "a preconditioner of another size",
+        lambda: solve(DENSE, np.ones(4), damping=1.0, preconditioner=aslinearoperator(np.eye(3))),
+        ValueError,
+        "preconditioner has shape (3, 3)",
+    ),
+    (
+        "a preconditioner that is indefinite",
+        lambda: solve(DENSE, np.ones(4), damping=1.0, preconditioner=-1.0 * DENSE, progress=False),
+        ValueError,
+        "preconditioner is not positive definite",
+    ),
+    ("a rank of 0", lambda: preconditioner.nystrom(DENSE, 0, 1.0), ValueError, "rank is 0"),
+    ("a rank that is no number", lambda: preconditioner.nystrom(DENSE, 1.5, 1.0), ValueError, "rank is 1.5"),
+    ("no damping for a preconditioner", lambda: preconditioner.nystrom(DENSE, 2, 0.0), ValueError, "damping is 0.0"),
+    (
+        "an indefinite matrix to precondition",
+        lambda: preconditioner.nystrom(INDEFINITE, 3, 1.0, rng=0),
+        ValueError,
+        "A is indefinite",
+    ),
+    (
+        "a complex matrix to precondition",
+        lambda: preconditioner.nystrom(COMPLEX, 2, 1.0),
+        TypeError,
+        "A has dtype complex128",
+    ),
+    (
+        "no matrix to precondition",
+        lambda: preconditioner.nystrom(3, 2, 1.0),
+        TypeError,
+        "A is a int",
+    ),
+)
+area(
+    "Selections",
+    ("from what is no model", lambda: select(3, "*"), TypeError, "model is a int"),
+    ("a pattern that fits nothing", lambda: select(MODEL, "encoder*"), ValueError, "patterns has 'encoder*'"),
+    ("a pattern that is a number", lambda: select(MODEL, 3), TypeError, "patterns is 3"),
+    ("a type in words", lambda: select(MODEL, "*", types="Linear"), TypeError, "types is ("),
+    ("a type that the model lacks", lambda: select(MODEL, "*", types=nn.Conv2d), ValueError, "types is ("),
+    ("everything but everything", lambda: select(MODEL, "*", exclude="*"), ValueError, "no parameter is selected"),
+)
+area(
+    "Eigenvalues and certificates",
+    ("none of them", lambda: spectrum.eigsh(DENSE, 0), ValueError, "k is 0"),
+    ("more than there are", lambda: spectrum.eigsh(DENSE, 5), ValueError, "k is 5"),
+    ("half of one", lambda: spectrum.eigsh(DENSE, 1.5), TypeError, "k is a float"),
+    ("another end", lambda: spectrum.eigsh(DENSE, 1, "XX"), ValueError, "which is 'XX'"),
+    ("another method", lambda: spectrum.eigsh(DENSE, 1, method="qr"), ValueError, "method is 'qr'"),
+    (
+        "an end that a method does not find",
+        lambda: spectrum.eigsh(DENSE, 1, "LM", method="lobpcg"),
+        ValueError,
+        "which is 'LM'",
+    ),
+    ("a negative tolerance", lambda: spectrum.eigsh(DENSE, 1, tol=-1), ValueError, "tol is -1"),
+    ("a tolerance in words", lambda: spectrum.eigsh(DENSE, 1, tol="low"), TypeError, "tol is a str"),
+    ("a basis that is too small", lambda: spectrum.eigsh(DENSE, 2, ncv=1), ValueError, "ncv is 1"),
+    (
+        "a starting vector of another length",
+        lambda: spectrum.eigsh(DENSE, 1, v0=np.ones(3)),
+        ValueError,
+        "v0 has shape",
+    ),
+    ("a starting vector of zeros", lambda: spectrum.eigsh(DENSE, 1, v0=np.zeros(4)), ValueError, "v0 must be finite"),
+    ("a matrix that is not square", lambda: spectrum.eigsh(WIDE, 1), ValueError, "A has shape (3, 4)"),
+    ("a complex matrix", lambda: spectrum.eigsh(COMPLEX, 1), TypeError, "A has dtype complex128"),
+    ("no matrix", lambda: spectrum.eigsh(3, 1), TypeError, "A is a int"),
+    (
+        "too little memory",
+        lambda: spectrum.eigsh(DENSE, 1, method="device", memory=1, progress=False),
+        MemoryError,
+        "the matrix of 4 rows",
+    ),
+    ("negative time", lambda: spectrum.eigsh(DENSE, 1, seconds=-1), ValueError, "seconds is -1"),
+    (
+        "more vectors than values, to certify",
+        lambda: spectrum.certify(DENSE, [3.0], np.eye(4)),
+        ValueError,
+        "values has shape (1,) and vectors (4, 4)",
+    ),
+    (
+        "complex values, to certify",
+        lambda: spectrum.certify(DENSE, [3j], np.eye(4)[:, :1]),
+        TypeError,
+        "values has dtype complex128",
+    ),
+    (
+        "a certificate of no accuracy",
+        lambda: spectrum.certify(DENSE, [3.0], np.eye(4)[:, :1], tol=0),
+        ValueError,
+        "tol is 0",
+    ),
+)
+area(
+    "Spectra",
+    ("no probe", lambda: spectrum.density(DENSE, num_probes=0), ValueError, "num_probes is 0"),
+    ("half a step", lambda: spectrum.density(DENSE, num_steps=0.5), ValueError, "num_steps is 0.5"),
+    ("deflating everything", lambda: spectrum.density(DENSE, deflate=4), ValueError, "deflate is 4"),
+    ("a matrix that is not square", lambda: spectrum.density(WIDE), ValueError, "A has shape (3, 4)"),
+    ("a seed in words", lambda: spectrum.density(DENSE, rng="x", progress=False), TypeError, "rng is 'x'"),
+    ("a checkpoint that is a file", checkpoint_in_a_file, ValueError, "checkpoint is DIRECTORY/file"),
+    ("the checkpoint of something else", checkpoint_of_something_else, OtherProblemError, "num_probes differ"),
+    ("no width", lambda: DENSITY.pdf(np.zeros(1), sigma=0), ValueError, "sigma is 0"),
+    (
+        "the logarithm of what is negative",
+        lambda: spectrum.density(INDEFINITE, rng=0, progress=False).logdet(0.5),
+        ValueError,
+        "damping is 0.5",
+    ),
+    ("a trace from one product", lambda: spectrum.trace(DENSE, 1), ValueError, "num_products is 1"),
+    ("a trace of what is not square", lambda: spectrum.trace(WIDE, 4), ValueError, "A has shape (3, 4)"),
+    ("a trace of a complex matrix", lambda: spectrum.trace(COMPLEX, 4), TypeError, "A has dtype complex128"),
+    ("a diagonal from half products", lambda: spectrum.diagonal(DENSE, 2.5), ValueError, "num_products is 2.5"),
+    ("blocks of another operator", lambda: spectrum.blocks(DENSE), TypeError, "A is a MatrixLinearOperator"),
+    ("no group of blocks", lambda: spectrum.blocks(H, groups={}), ValueError, "groups is empty"),
+    ("groups without names", lambda: spectrum.blocks(H, groups=["0.bias"]), TypeError, "groups is a list"),
+    (
+        "a parameter in two groups",
+        lambda: spectrum.blocks(H, groups={"a": "0.bias", "b": ["0.bias"]}),
+        ValueError,
+        "groups has '0.bias' twice",
+    ),
+    (
+        "a group with a misspelt name",
+        lambda: spectrum.blocks(H, groups={"a": "0.bais"}),
+        ValueError,
+        "groups['a']: no parameter is named '0.bais'",
+    ),
+    ("tracking every zeroth step", lambda: spectrum.track(DENSE, every=0), ValueError, "every is 0"),
+    ("tracking an end that is inside", lambda: spectrum.track(DENSE, which="SM"), ValueError, "which is 'SM'"),
+    ("tracking what is no matrix", lambda: spectrum.track(3), TypeError, "A is a int"),
+    ("checking what is no operator", lambda: check(np.eye(3)), TypeError, "A is a ndarray"),
+    ("checking without probes", lambda: check(DENSE, num_probes=0), ValueError, "num_probes is 0"),
+)
