@@ -22,6 +22,8 @@ __all__ = ["SpectralDensity"]
 
 Array = NDArray[Any]
 
+_EPS = float(np.finfo(np.float64).eps)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SpectralDensity:
@@ -31,11 +33,11 @@ class SpectralDensity:
     :math:`\frac{1}{N} \operatorname{tr} f(A)`. It is kept as it was found; only drawing makes it smooth. Each figure is
     the mean over the probes. Its error is their standard error, so that two probes are the least, and what the
     quadrature may leave of a function that is no polynomial, as the square root of the sum of squares: the difference
-    between the rules of m and of m / 2 steps, averaged over the probes. This is the error of the lesser rule, as far as
-    the greater one is better (Golub, Strakos, 1994, for the inverse); polynomials up to degree m - 1, and probes that
-    found an invariant subspace, have none. It is no bound, and too small where doubling the steps gains little, as for
-    a logarithm of eigenvalues that are spread over many orders of magnitude down to zero; and NaN after a single step,
-    but for the trace.
+    between the rules of m and of m / 2 steps, averaged over the probes. This is the error of the lesser rule, as
+    far as the greater one is better (Golub, Strakos, 1994, for the inverse); polynomials up to degree m - 1, and
+    probes that found an invariant subspace, have none but rounding, below which no error is told. It is no bound,
+    and too small where doubling the steps gains little, as for a logarithm of eigenvalues that are spread over many
+    orders of magnitude down to zero; and NaN after a single step, but for the trace.
 
     Attributes
     ----------
@@ -91,11 +93,12 @@ class SpectralDensity:
         values = np.asarray(f(nodes), dtype=np.float64)
         behind = [1] * (values.ndim - 2)
         steps = self.nodes.shape[1]
-        value, error = mean_of((values[:, :steps] * self.weights.reshape(*self.weights.shape, *behind)).sum(1))
+        weighted = values[:, :steps] * self.weights.reshape(*self.weights.shape, *behind)
+        value, error = mean_of(weighted.sum(1))
         if not exact:
             error = np.hypot(error, (values * differences.reshape(*differences.shape, *behind)).sum(1).mean(0))
         known = np.asarray(f(self.atoms), dtype=np.float64).sum(0) / self.size
-        return Estimate(value + known, error)
+        return Estimate(value + known, np.maximum(error, _EPS * (np.abs(weighted).sum(1).mean(0) + np.abs(known))))
 
     @property
     def _lengths(self) -> Array:
