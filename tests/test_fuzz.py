@@ -31,6 +31,7 @@ from curvop import (
 pytestmark = [
     pytest.mark.filterwarnings("ignore:reduction.*divides:UserWarning"),  # torch says so of its own loss
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # by its own forward mode
+    pytest.mark.filterwarnings("ignore:Calling .r?matvec. on .column vectors.:FutureWarning"),  # SciPy's, from 1.18 on
 ]
 
 settings.register_profile("fuzz", deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -82,6 +83,9 @@ def test_more_random_problems(kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(  # tensors that a function closes over cannot be traced: it says so, and is right
+    "ignore:engine='compiled' falls back to 'autograd'.*convert all Tensors to FakeTensors:RuntimeWarning"
+)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_random_problems_compiled(kind: str) -> None:
     run(kind, "fuzz-compiled", at_least=10, engine="compiled")
