@@ -47,7 +47,7 @@ np.testing.assert_allclose(again, expected, rtol=1e-9, atol=1e-12 * abs(expected
 assert len(told) == 1, [str(one.message) for one in told]
 print(told[0].category.__name__, told[0].message)
 kept, share = H._engine.kept()
-assert 0 <= share < 1, share
+assert 0 < share < 1, share
 """
 
 
@@ -62,7 +62,7 @@ def test_where_memory_runs_out_less_is_kept_and_the_product_is_right(mebibytes: 
 
 
 class Heavy(nn.Module):
-    """Runs out of memory where more than so many columns are multiplied at once, or so many graphs are alive."""
+    """Runs out of memory in so many of the next forward passes."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -174,6 +174,13 @@ def _dense(tensor: Tensor) -> list[Tensor]:
     return [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else []
 
 
+class Holder(Protocol):
+    """Who keeps what bytes are spent on."""
+
+    def forget(self) -> None:
+        """Free all of it, and give the bytes back."""
+
+
 class Budget:
     """Bytes that may be retained, shared by engines.
 
@@ -186,7 +193,13 @@ class Budget:
     def __init__(self, limit: float | str) -> None:
         self._limit = limit
         self._fixed: float | None = None
-        self._spent = 0
+        self._most = 0.0  # that were spent since the limit was last changed
+        self._spent: weakref.WeakKeyDictionary[Holder, int] = (
+            weakref.WeakKeyDictionary()
+        )  # who is gone has spent nothing
+
+    def __reduce__(self) -> tuple[type[Budget], tuple[float | str]]:
+        return Budget, (self._limit,)
 
     def open(self, device: torch.device) -> bool:
         """Fix the limit where nothing is spent yet; return whether there is anything to spend."""
@@ -197,22 +210,27 @@ class Budget:
     @property
     def left(self) -> float:
         """Bytes that are not spent."""
-        return (self._fixed or 0) - self._spent
+        return (self._fixed or 0) - sum(self._spent.values())
 
-    def take(self, count: int) -> bool:
-        """Spend `count` bytes, unless they are more than are left."""
+    def take(self, count: int, holder: Holder) -> bool:
+        """Spend `count` bytes for a holder, unless they are more than are left."""
         fits = count <= self.left
-        self._spent += count if fits else 0
+        if fits:
+            self._spent[holder] = self._spent.get(holder, 0) + count
+            self._most = max(self._most, sum(self._spent.values()))
         return fits
 
     def shrink(self) -> bool:
-        """Allow half of what is spent from now on; return whether that is less than before."""
-        before, self._limit = self._limit, self._spent // 2
-        return self._limit != before
+        """Let all holders forget, and allow half of what they had from now on; return whether that is less."""
+        before, self._limit = self._fixed or 0, self._most // 2
+        self._fixed, self._most = self._limit, 0.0
+        for holder in list(self._spent):
+            holder.forget()
+        return self._fixed < before
 
-    def give_back(self, count: int) -> None:
-        """Take `count` bytes as free again."""
-        self._spent -= count
+    def give_back(self, holder: Holder) -> None:
+        """Take all that a holder has spent as free again."""
+        self._spent.pop(holder, None)
 
 
 def _available() -> int | None:
