@@ -55,3 +55,26 @@ def test_blocks_have_costs_of_their_own(problem: Problem) -> None:
     H = hessian(problem, 10**9)
     H @ np.ones(H.shape[1])
     assert H.block("2.bias").cost().kept_bytes < H.cost().kept_bytes
+
+
+def test_blocks_that_are_no_more_have_given_back_what_they_kept(problem: Problem) -> None:
+    everything = hessian(problem, 10**9).cost().kept_bytes
+    H = hessian(problem, 1.5 * everything)
+    for _ in range(5):
+        assert H.block("0.weight").cost().kept_share == 1
+
+
+def test_an_error_that_somebody_keeps_holds_what_was_kept_by_then(problem: Problem) -> None:
+    """Its traceback does, so that it counts; and when it is dropped, what was kept since still counts."""
+    everything = hessian(problem, 10**9).cost().kept_bytes
+    broken = [*problem.data, "no pair"]
+    H = HessianLinearOperator(problem.model, problem.loss_function, problem.params, broken, cache=1.75 * everything)
+    kept = None
+    try:
+        H @ np.ones(H.shape[1])
+    except TypeError as error:
+        kept = error
+    del broken[2:]
+    assert H.cost().kept_share == 0.5
+    del kept
+    assert H.block("2.bias").cost().kept_share == 1

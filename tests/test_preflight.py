@@ -13,6 +13,7 @@ from cases import Problem, cut, loss_problem, mlp, seeded
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from curvop import (
     EFLinearOperator,
@@ -20,6 +21,7 @@ from curvop import (
     GradientCovarianceLinearOperator,
     HessianLinearOperator,
     JacobianLinearOperator,
+    check,
 )
 
 KINDS = {
@@ -196,6 +198,46 @@ def halved(prediction, y):
     return ((prediction - y.mul_(0.5)) ** 2).mean()
 
 
+class Imputing(nn.Module):
+    """Replaces missing values in its input, where there are any, and counts its calls in a new buffer each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = mlp()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, X):
+        self.calls = self.calls + 1
+        missing = X.isnan()
+        if missing.any():
+            X[missing] = 0.0
+        return self.mlp(X)
+
+
+class Centred(nn.Module):
+    """A loss that remembers where targets were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3).double())
+
+    def forward(self, prediction, y):
+        self.centre.mul_(0.9).add_(0.1 * y.mean(0))
+        return ((prediction - y + self.centre) ** 2).mean()
+
+
+class Normalised(nn.Module):
+    """An objective that is a module, in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+
+    def forward(self, params, batch):
+        prediction = torch.func.functional_call(self.model, params, (batch[0],))
+        return F.mse_loss(prediction, batch[1])
+
+
 class TestWhatUsersCodeWritesTo:
     @pytest.mark.parametrize("engine", ["autograd", "compiled"])
     @pytest.mark.parametrize("cache", ["auto", 0])
@@ -214,6 +256,46 @@ class TestWhatUsersCodeWritesTo:
         assert problem.model.calls == 0
         for pair, saved in zip(problem.data, before, strict=True):
             assert all(map(torch.equal, pair, saved))
+
+    @pytest.mark.parametrize("cache", ["auto", 0])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_where_it_depends_on_the_batch(self, kind: str, cache: Any) -> None:
+        problem = problem_of(Imputing().eval())
+        problem.data[1][0][0, :2] = torch.nan
+        filled = Problem(problem.model.mlp, problem.loss_function, [(X.nan_to_num(), y) for X, y in problem.data])
+        expected = product(operator(filled, kind))
+        A = operator(problem, kind, cache=cache)
+        for _ in range(3):
+            np.testing.assert_allclose(product(A), expected, rtol=1e-10, atol=1e-13)
+        assert problem.data[1][0].isnan().sum() == 2
+        assert problem.model.calls == 0
+
+    @pytest.mark.parametrize("cache", ["auto", 0])
+    @pytest.mark.parametrize("kind", ["hessian", "ggn", "ef"])
+    def test_the_losses_own_buffers(self, kind: str, cache: Any) -> None:
+        problem = problem_of(mlp())
+        problem.loss_function = Centred()
+        A = operator(problem, kind, cache=cache)
+        first = product(A)
+        np.testing.assert_array_equal(product(A), first)
+        assert not problem.loss_function.centre.any()
+        A = operator(problem, kind, cache=0)
+        np.testing.assert_allclose(product(A), first, rtol=1e-12)
+
+    @pytest.mark.filterwarnings("ignore:.*normalises each of the 2 batches:RuntimeWarning")
+    @pytest.mark.parametrize("cache", ["auto", 0])
+    def test_the_buffers_of_an_objective_that_is_a_module(self, cache: Any) -> None:
+        torch.manual_seed(0)
+        objective = Normalised().train()
+        before = copy.deepcopy(objective.state_dict())
+        data = cut(torch.randn(9, 4).double(), torch.randn(9, 3).double(), (6, 3))
+        params = dict(objective.model.named_parameters())
+        H = HessianLinearOperator.from_objective(objective, params, data, cache=cache)
+        exact = product(operator(Problem(objective.model, nn.MSELoss(), data)))
+        for _ in range(2):
+            np.testing.assert_allclose(product(H), exact, rtol=1e-10, atol=1e-13)
+        for name, value in objective.state_dict().items():
+            assert torch.equal(value, before[name]), name
 
     def test_by_an_objective(self) -> None:
         problem = problem_of(mlp())
@@ -362,3 +444,38 @@ class TestTensorsWithoutValuesOrDerivatives:
 def test_nothing_is_told_of_what_is_sound() -> None:
     for kind in KINDS:
         product(operator(loss_problem("mse"), kind))
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its first layers in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh())
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, X):
+        return self.last(checkpoint(self.first, X, use_reentrant=False))
+
+
+class TestGradientCheckpointing:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_with_the_models_own_parameters(self, kind: str) -> None:
+        problem = problem_of(Checkpointed())
+        plain = nn.Sequential(*problem.model.first, problem.model.last)
+        expected = product(operator(Problem(plain, problem.loss_function, problem.data), kind))
+        np.testing.assert_allclose(product(operator(problem, kind)), expected, rtol=1e-10, atol=1e-13)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_with_others_it_is_refused(self, kind: str) -> None:
+        """Torch would recompute with the model's own, and the product would be wrong."""
+        problem = problem_of(Checkpointed())
+        problem.params = {name: (1.3 * value.detach()).requires_grad_() for name, value in problem.params.items()}
+        with pytest.raises(
+            RuntimeError, match=r"gradient checkpointing.*: pass the model's own, or turn checkpointing"
+        ):
+            product(operator(problem, kind))
+
+    def test_a_check_is_not_alarmed(self) -> None:
+        report = check(operator(problem_of(Checkpointed())), rng=0)
+        assert "not to be trusted" not in report.verdict

@@ -90,7 +90,7 @@ class Engine:
                     return self._checked_sum(vectors, out, tick)
                 except DataReorderedError:
                     self._keeps = False
-                    self.forget()
+                    self._forget()
                     told = REORDERED
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
@@ -104,7 +104,7 @@ class Engine:
         if not (self._budget.shrink() | self._columns.shrink()):  # both, as neither's part is known
             error.add_note("one column and one batch at a time do not fit: let data yield smaller batches")
             raise error
-        self.forget()
+        self._forget()
         free_unused(self._objective.device)
         told, self._short = "" if self._short else SHORT_OF_MEMORY, True
         return told
@@ -121,7 +121,7 @@ class Engine:
         if not math.isfinite(out.sum().item()) and not torch.isfinite(out).all():
             blame = self._blame(vectors)
             if torch.isfinite(vectors).all():
-                self.forget()  # a batch that was read wrong once is not to spoil every later product
+                self._forget()  # a batch that was read wrong once is not to spoil every later product
             raise NonFiniteProductError(blame)
 
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
@@ -200,7 +200,7 @@ class Engine:
         """Begin a pass over the batches: the first one where there was none since anything changed."""
         state = self._objective.state()
         if self._first is not None and self._first.stale(state):
-            self.forget()
+            self._forget()
         if self._first is None:
             self._spread = len({value.device for value in self._objective.params.values()}) > 1
             return self._first_pass(state)
@@ -208,40 +208,35 @@ class Engine:
             return iter(self._first.kept.values())
         return self._next_pass(self._first)
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Free what is kept, before anything new is made."""
         self._first = None
-        self._budget.give_back(self)
 
     def _first_pass(self, state: tuple[object, ...]) -> Iterator[Linearization]:
         keep_freed_memory()
         first = Pass(state, self._objective.leaves({*self.kernel.rows.names, *self.kernel.cols.names}))
         keeps = self._keeps and self._budget.open(self._objective.device)
-        try:
-            for index, batch in self._objective.batches():
-                count, loss = self._measure(first.leaves, index, batch) if keeps else (None, None)
-                linearization = self._linearize(first.leaves, index, batch)
-                if loss is not None and not same(
-                    [float(linearization.loss)], [loss], precision(linearization.loss, *first.leaves.values())
-                ):
-                    raise NonDeterministicObjectiveError(
-                        self._objective.changed(f"the loss of batch {index}", loss, linearization.loss)
-                    )
-                if keeps:
-                    if count is None:
-                        count = graph_bytes(linearization.roots, self._objective.tensors())
-                    if self._budget.take(count, self):
-                        first.keep(index, linearization, batch, count)
-                    first.fingerprints.append(Fingerprint.of_data(leaves(batch)))
-                first.record(linearization)
-                yield linearization
-                del linearization
-            self._objective.warn_once(len(first.weights))
-            self._first = first
-            self.first_passes += 1
-        finally:
-            if self._first is not first:
-                self._budget.give_back(self)
+        for index, batch in self._objective.batches():
+            count, loss = self._measure(first.leaves, index, batch) if keeps else (None, None)
+            linearization = self._linearize(first.leaves, index, batch)
+            if loss is not None and not same(
+                [float(linearization.loss)], [loss], precision(linearization.loss, *first.leaves.values())
+            ):
+                raise NonDeterministicObjectiveError(
+                    self._objective.changed(f"the loss of batch {index}", loss, linearization.loss)
+                )
+            if keeps:
+                if count is None:
+                    count = graph_bytes(linearization.roots, self._objective.tensors())
+                if self._budget.take(count, first):
+                    first.keep(index, linearization, batch, count)
+                first.fingerprints.append(Fingerprint.of_data(leaves(batch)))
+            first.record(linearization)
+            yield linearization
+            del linearization
+        self._objective.warn_once(len(first.weights))
+        self._first = first
+        self.first_passes += 1
 
     def _next_pass(self, first: Pass) -> Iterator[Linearization]:
         this = Pass(first.state, first.leaves)

@@ -177,8 +177,8 @@ def _dense(tensor: Tensor) -> list[Tensor]:
 class Holder(Protocol):
     """Who keeps what bytes are spent on."""
 
-    def forget(self) -> None:
-        """Free all of it, and give the bytes back."""
+    def let_go(self) -> None:
+        """Free all of it."""
 
 
 class Budget:
@@ -194,9 +194,8 @@ class Budget:
         self._limit = limit
         self._fixed: float | None = None
         self._most = 0.0  # that were spent since the limit was last changed
-        self._spent: weakref.WeakKeyDictionary[Holder, int] = (
-            weakref.WeakKeyDictionary()
-        )  # who is gone has spent nothing
+        # Who is no more has spent nothing; who is held by an exception that somebody keeps, still has.
+        self._spent: weakref.WeakKeyDictionary[Holder, int] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type[Budget], tuple[float | str]]:
         return Budget, (self._limit,)
@@ -221,16 +220,13 @@ class Budget:
         return fits
 
     def shrink(self) -> bool:
-        """Let all holders forget, and allow half of what they had from now on; return whether that is less."""
+        """Let all holders let go, and allow half of what they had from now on; return whether that is less."""
         before, self._limit = self._fixed or 0, self._most // 2
         self._fixed, self._most = self._limit, 0.0
         for holder in list(self._spent):
-            holder.forget()
+            holder.let_go()
+        self._spent.clear()
         return self._fixed < before
-
-    def give_back(self, holder: Holder) -> None:
-        """Take all that a holder has spent as free again."""
-        self._spent.pop(holder, None)
 
 
 def _available() -> int | None:

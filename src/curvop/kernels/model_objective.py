@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,6 +20,10 @@ from curvop.kernels.weights import loss_divisor, loss_kind, loss_reduction
 __all__ = ["ModelObjective"]
 
 _SETTINGS = (bool, int, float, str)
+_RECOMPUTES = (
+    "the model recomputes layers in the backward pass (gradient checkpointing), where torch takes its own parameters "
+    "for these: pass the model's own, or turn checkpointing off"
+)
 
 
 class ModelObjective(Objective):
@@ -37,6 +42,8 @@ class ModelObjective(Objective):
         modules = [part for part in (model, loss_function) if isinstance(part, nn.Module)]
         super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
         self._model = model
+        own = {id(value) for value in model.parameters()} if isinstance(model, nn.Module) else set()
+        self._apart = self._renormalised or any(id(value) not in own for value in self.params.values())
         self.loss_function = loss_function
         self._has_state = isinstance(loss_function, nn.Module)
         self._divisor = loss_divisor(loss_function)
@@ -60,7 +67,7 @@ class ModelObjective(Objective):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
         training = isinstance(self._model, nn.Module) and any(part.training for part in self._model.modules())
-        return self._predict(leaves, self._others(leaves, buffers=training or self.guard.writes), batch[0])
+        return self._predict(leaves, self._others(leaves, buffers=training), batch[0], self._apart)
 
     def _criterion(self, prediction: Any, batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         _, y = batch
@@ -96,10 +103,12 @@ class ModelObjective(Objective):
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
         return self._divisor(prediction, *batch)
 
-    def _predict(self, leaves: Mapping[str, Tensor], others: dict[str, Tensor], X: Any) -> Any:
+    def _predict(self, leaves: Mapping[str, Tensor], others: dict[str, Tensor], X: Any, apart: bool) -> Any:
+        """Return the prediction; `apart` where the parameters may have other values than the model's own."""
         if not isinstance(self._model, nn.Module):
             return self._model(dict(leaves), X)
-        return functional_call(self._model, others | dict(leaves), (X,))
+        with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES) if apart else contextlib.nullcontext():
+            return functional_call(self._model, others | dict(leaves), (X,))
 
     def _others(self, leaves: Mapping[str, Tensor], buffers: bool) -> dict[str, Tensor]:
         """Return the model's other parameters, cut off so that nothing is saved for layers below a block."""
@@ -139,7 +148,7 @@ class ModelObjective(Objective):
     def traced_prediction(self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any) -> Any:
         """Return a batch's prediction as a function of its arguments alone."""
         X, _ = self.guard.own(batch)
-        return self._predict(leaves, held["model"], X)
+        return self._predict(leaves, held["model"], X, apart=True)
 
     def traced_loss(self, prediction: Any, held: dict[str, dict[str, Tensor]], batch: Any) -> Tensor:
         """Return a batch's loss as a function of its arguments alone."""

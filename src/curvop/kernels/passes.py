@@ -26,7 +26,7 @@ class DataReorderedError(Exception):
     """The batches come in another order than in the first pass, so those kept cannot be told from the others."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Pass:
     """A pass over the data, under the objective's `state` and at the parameters `leaves`.
 
@@ -64,6 +64,10 @@ class Pass:
         self.bytes += count
         # Weakly: tensors that the loader made for this batch alone need not be held to see that nobody changes them.
         self.watched += [(weakref.ref(leaf), leaf._version) for leaf in leaves(batch)]
+
+    def let_go(self) -> None:
+        """Keep nothing any more."""
+        self.kept, self.bytes = {}, 0
 
     def stale(self, state: tuple[object, ...]) -> bool:
         """Whether the objective is in another state now, or a batch was written to."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class Guard:
     """Runs code of the user's that may write to the batch that it gets, or to buffers.
 
-    Whether it does is seen at the first run of each stage, and undone; from then on it gets copies.
+    What it writes is undone. Once it has written, it gets copies, so that what it reads is not what it wrote before.
 
     Attributes
     ----------
@@ -35,25 +35,61 @@ class Guard:
 
     def run(self, stage: str, function: Callable[[Any], T], batch: Any) -> T:
         """Return ``function(batch)``."""
-        if stage not in self._seen and not self.writes:
-            buffers = (buffer for module in self._modules for buffer in module.buffers())
-            saved = [(one, one._version, one.detach().clone()) for one in (*leaves(batch), *buffers) if _counts(one)]
-            try:
-                result = function(self.own(batch))
-            finally:
-                touched = [(one, copy) for one, version, copy in saved if one._version != version]
-                with torch.no_grad():
-                    for one, copy in touched:
-                        one.copy_(copy)
-                self.writes = bool(touched)
-            self._seen.add(stage)
-            if not self.writes:
-                return result
-        return function(self.own(batch))
+        result, wrote = self._watched(stage, function, batch)
+        if wrote:
+            self.writes = True
+            result, _ = self._watched(stage, function, batch)
+        return result
+
+    def _watched(self, stage: str, function: Callable[[Any], T], batch: Any) -> tuple[T, bool]:
+        """Return ``function(batch)``, and whether that wrote to what is the user's."""
+        own = [(part, dict(part._buffers)) for module in self._modules for part in module.modules()]
+        buffers = [buffer for _, found in own for buffer in found.values() if buffer is not None]
+        first = stage not in self._seen and not self.writes
+        # A batch at every run, as what is done to one may depend on it; buffers, which may be large, at the first.
+        saved = [] if self.writes else _saved(leaves(batch))
+        beside = _saved(buffers) if first else []
+        try:
+            if self.writes:
+                for part, found in own:
+                    part._buffers.update({name: _copied(buffer) for name, buffer in found.items()})
+            result = function(self.own(batch))
+        finally:
+            touched = [one for one in saved if one.changed()]
+            if any(one.changed() for one in beside):
+                touched += beside  # batch normalisation counts its batches, but not that it writes its statistics
+            for one in touched:
+                one.restore()
+            for part, found in own:
+                part._buffers.update(found)
+        self._seen.add(stage)
+        return result, bool(touched)
 
     def own(self, batch: Any) -> Any:
         """Return a batch whose mappings and lists, and tensors if need be, can be written to."""
         return map_leaves(lambda leaf: leaf.clone() if self.writes else leaf, batch)
+
+
+class _Saved:
+    """A tensor as it was."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version, self._copy = tensor, tensor._version, tensor.detach().clone()
+
+    def changed(self) -> bool:
+        return self._tensor._version != self._version
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            self._tensor.copy_(self._copy)
+
+
+def _saved(tensors: Iterable[Tensor]) -> list[_Saved]:
+    return [_Saved(one) for one in tensors if _counts(one)]
+
+
+def _copied(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer.detach().clone()
 
 
 def _counts(tensor: Tensor) -> bool:
