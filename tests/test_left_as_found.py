@@ -175,13 +175,18 @@ def test_wherever_a_product_is_interrupted(kind: str, cache: Any) -> None:
         assert state(model, data) == before
 
 
+SWAPPING = ("nn/utils/stateless.py", "nn/utils/_named_member_accessor.py")
+OWN = ("kernels/generators.py", "kernels/differentiable.py")
+MODES = ("torch/overrides.py",)
+
+
 @contextlib.contextmanager
-def interrupted_at(moment: int) -> Iterator[list[int]]:
-    """Interrupt at a line of torch's swapping of a module's tensors, its putting back included; count the lines."""
+def interrupted_at(moment: int, files: tuple[str, ...]) -> Iterator[list[int]]:
+    """Interrupt at a line of these files; count the lines."""
     lines = [0]
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(("nn/utils/stateless.py", "nn/utils/_named_member_accessor.py")):
+        if not frame.f_code.co_filename.endswith(files):
             return None
         if event == "line":
             lines[0] += 1
@@ -197,15 +202,18 @@ def interrupted_at(moment: int) -> Iterator[list[int]]:
         sys.settrace(before)
 
 
-def test_wherever_torch_is_interrupted_as_it_swaps_parameters() -> None:
+@pytest.mark.parametrize(
+    "files", [SWAPPING, OWN, MODES], ids=["swapping parameters", "random numbers and backends", "modes of functions"]
+)
+def test_wherever_a_line_is_interrupted(files: tuple[str, ...]) -> None:
     exact, (_, _, A) = expected("hessian"), made("hessian", Fuse(), {})
-    with interrupted_at(-1) as lines:
+    with interrupted_at(-1, files) as lines:
         A @ probe(A)
-    assert lines[0] > 200
-    for moment in range(1, lines[0] + 1, 11):
+    assert lines[0] > 100
+    for moment in range(1, lines[0] + 1, max(1, lines[0] // 200)):
         model, data, A = made("hessian", Fuse(), {})
         before = state(model, data)
-        with pytest.raises(KeyboardInterrupt), interrupted_at(moment):
+        with pytest.raises(KeyboardInterrupt), interrupted_at(moment, files):
             A @ probe(A)
         assert state(model, data) == before
         np.testing.assert_allclose(A @ probe(A), exact, rtol=1e-12, atol=1e-14)

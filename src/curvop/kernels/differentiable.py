@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.backends import cuda, cudnn, mha
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode
 
 from curvop.kernels.convolution import CONVOLUTIONS
 
@@ -32,11 +32,16 @@ def slow_backends(recurrent: bool) -> Iterator[None]:
         mha.get_fastpath_enabled(),
         cudnn.enabled,
     )
+    depth, grad = torch._C._len_torch_function_stack(), torch.is_grad_enabled()
     try:
-        _choose(False, False, False, True, False, chosen[-1] and not recurrent)
-        yield
-    finally:
-        _choose(*chosen)
+        try:
+            _choose(False, False, False, True, False, chosen[-1] and not recurrent)
+            yield
+        finally:
+            _put_back(chosen, depth, grad)
+    except BaseException:  # Ctrl-C may have come while it was put back
+        _put_back(chosen, depth, grad)
+        raise
 
 
 def _choose(flash: bool, efficient: bool, fused: bool, math: bool, fastpath: bool, cudnn_enabled: bool) -> None:
@@ -49,8 +54,29 @@ def _choose(flash: bool, efficient: bool, fused: bool, math: bool, fastpath: boo
         cudnn.enabled = cudnn_enabled
 
 
+def _put_back(chosen: tuple[bool, ...], depth: int, grad: bool) -> None:
+    _choose(*chosen)
+    _leave_modes(depth)
+    torch.set_grad_enabled(grad)
+
+
+def _leave_modes(depth: int) -> None:
+    """Leave all modes that were entered since the stack of them was so deep."""
+    while torch._C._len_torch_function_stack() > depth:
+        _pop_mode()
+
+
 class TwiceDifferentiable(TorchFunctionMode):
     """Computes in another way what torch differentiates wrongly, or slowly, a second time."""
+
+    def __enter__(self) -> Self:
+        """Enter the mode."""
+        self._depth = torch._C._len_torch_function_stack()
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the mode, unless Ctrl-C has come while torch had left it for a moment."""
+        _leave_modes(self._depth)
 
     def __torch_function__(
         self,

@@ -21,13 +21,17 @@ class Generators:
     def private(self, device: torch.device) -> Iterator[None]:
         """Draw from these streams, on the host and on `device`, and leave the generators as they were found."""
         outside = _states(device)
-        if self._states is not None:
-            _set_states(self._states, device)
         try:
-            yield
-        finally:
-            self._states = _states(device)
+            try:
+                if self._states is not None:
+                    _set_states(self._states, device)
+                yield
+            finally:
+                self._states = _states(device)
+                _set_states(outside, device)
+        except BaseException:  # Ctrl-C may have come while they were put back
             _set_states(outside, device)
+            raise
 
 
 def _states(device: torch.device) -> list[Tensor]:
