@@ -115,6 +115,29 @@ def test_a_problem_that_wants_to_write_html(run, tmp_path) -> None:
     assert not Page((tmp_path / "study" / "report.html").read_text()).scripts
 
 
+NAMED = """
+import torch
+from torch import nn
+
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("$\\\\frac$", nn.Linear(3, 2))
+    model.add_module("<b>", nn.Linear(2, 1))
+    data = [(torch.randn(8, 3), torch.randn(8, 1))]
+    return dict(model=model, loss_function=nn.MSELoss(), params=dict(model.named_parameters()), data=data)
+"""
+
+
+def test_names_are_no_formulas(run, tmp_path) -> None:
+    (tmp_path / "problem.py").write_text(NAMED)
+    code, _, err = run(f"{tmp_path / 'problem.py'}:problem", "--k", 1, "--blocks", "--out", tmp_path / "study")
+    assert code == 0, err
+    found = json.loads((tmp_path / "study" / "spectrum.json").read_text())
+    assert next(iter(found["blocks"])) == "$\\frac$.weight"
+    assert "&lt;b&gt;.weight" in (tmp_path / "study" / "report.html").read_text()
+
+
 def test_resuming_makes_no_product_twice(run, spec, tmp_path) -> None:
     out = tmp_path / "study"
     _, first, _ = run(spec, "--k", 3, "--out", out, "--json")

@@ -37,12 +37,12 @@ def write_files(found: Findings, directory: Path) -> None:
         found.density.save(directory / "density.npz")
     if found.blocks is not None:
         found.blocks.save(directory / "blocks.npz")
+    _write(directory / "spectrum.json", (json.dumps(found.json(), indent=2) + "\n").encode())
     pictures = _pictures(found)
     for name, figure in pictures.items():
         for kind in ("png", "svg"):
             _write(directory / f"{name}.{kind}", _drawn(figure, kind))
     page = _page(found, {name: _drawn(figure, "png") for name, figure in pictures.items()})
-    _write(directory / "spectrum.json", (json.dumps(found.json(), indent=2) + "\n").encode())
     _write(directory / "report.html", page.encode())
 
 
