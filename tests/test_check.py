@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -150,7 +151,7 @@ class TestSound:
         problem = loss_problem("ce")
         A = FisherLinearOperator(problem.model, problem.loss_function, problem.params, problem.data, mc_samples=2)
         report = check(A, rng=0)
-        assert report.ok
+        assert with_status(report, "warning") == ["independent route"]
         assert "drawn by the operator" in report["forward mode"].text
 
 
@@ -249,6 +250,28 @@ class TestFaults:
         assert report["finite differences"].value > 0.01
         assert "curvop.functorch_hessian" in report["finite differences"].remedy
 
+    def test_a_derivative_that_no_route_can_be_compared_with_is_not_called_sound(self) -> None:
+        torch.manual_seed(0)
+        widths = (20, 200, 200, 3)
+        layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+        data = [(torch.randn(500, 20).double(), torch.randn(500, 3).double())]
+        wrong = Problem(nn.Sequential(*layers[:-1]).double(), lambda z, y: Straight.apply(z - y).mean(), data)
+        report = check(operator(wrong), rng=0)
+        assert with_status(report, "warning") == ["independent route"], report
+        assert {report[name].status for name in ("forward mode", "finite differences")} == {"not applicable"}
+        assert report.verdict == "nothing is wrong, with 1 warning: independent route"
+        assert "smooth activations" in report["independent route"].remedy
+
+    def test_a_model_that_fixes_its_dtype_is_not_called_sound(self) -> None:
+        class Hard(nn.Linear):
+            def forward(self, X):
+                return super().forward(X.float())
+
+        data = [(torch.randn(20, 4), torch.randn(20, 3))]
+        report = check(operator(Problem(Hard(4, 3), nn.MSELoss(), data)), rng=0)
+        assert with_status(report, "warning") == ["independent route"], report
+        assert "not in float64" in report["forward mode"].text
+
     def test_data_that_is_not_finite(self) -> None:
         problem = loss_problem("mse")
         problem.data[1][0][0, 0] = torch.nan
@@ -259,7 +282,7 @@ class TestFaults:
     def test_too_little_memory_for_other_routes(self, monkeypatch) -> None:
         monkeypatch.setattr("curvop.computed.available_bytes", lambda device: 1000)
         report = check(operator(loss_problem("ce")), rng=0)
-        assert report.ok
+        assert with_status(report, "warning") == ["independent route"]
         assert "float64 takes" in report["forward mode"].text
 
     def test_warnings_of_products_are_findings(self) -> None:

@@ -25,6 +25,10 @@ _WRONG_DERIVATIVE = (
     "an operation of the model or the loss has a wrong derivative: check blocks, A.block(name), to find the layer, and "
     "compare smaller models with curvop.functorch_hessian"
 )
+_NO_ROUTE = (
+    "check a small copy of the problem where a route applies: with smooth activations in place of ReLU, with "
+    "setup_context and jvp in each autograd.Function, without dtypes that the code names"
+)
 
 
 def measured(name: str, value: float, eps: float, what: str, remedy: str, limit: float = 0.0) -> Finding:
@@ -107,7 +111,7 @@ def _modes(seen: Any, random: bool) -> Iterator[Finding]:
 
 
 def route_findings(routes: Sequence[Any], product: NDArray[Any], eps: float) -> Iterator[Finding]:
-    """Yield the comparisons of a product with those by other routes."""
+    """Yield the comparisons of a product with those by other routes; a warning where none of them can be compared."""
     found = [_compared(route, product, eps) for route in routes]
     sound = any(one.status == OK for one in found)
     for one in found:
@@ -118,6 +122,9 @@ def route_findings(routes: Sequence[Any], product: NDArray[Any], eps: float) -> 
             yield Finding(one.name, WARNING, text, one.value, one.limit, remedy)
         else:
             yield one
+    if all(one.status == NOT_APPLICABLE for one in found):
+        text = "the product was compared with none: a derivative that is wrong would go unnoticed"
+        yield Finding("independent route", WARNING, text, remedy=_NO_ROUTE)
 
 
 def _compared(route: Any, product: NDArray[Any], eps: float) -> Finding:
