@@ -304,6 +304,9 @@ FAULTS = {
     "quadratic": (dict(matvec=lambda x: S @ x**2), ["linearity"]),
     "random": (dict(matvec=lambda x: S @ x + RNG.standard_normal(x.shape)), ["repeatability"]),
     "another block": (dict(matvec=lambda x: S @ x, matmat=lambda X: S @ X * 2), ["matvec and matmat"]),
+    "a block of zeros": (dict(matvec=lambda x: S @ x, matmat=np.zeros_like), ["matvec and matmat"]),
+    "zero but for blocks": (dict(matvec=np.zeros_like, matmat=lambda X: S @ X), ["matvec and matmat"]),
+    "an adjoint of zero": (dict(matvec=np.zeros_like, rmatvec=lambda x: S @ x), ["adjoint"]),
     "another adjoint": (dict(matvec=lambda x: S @ x, rmatvec=lambda x: S @ x), ["adjoint"]),
     "not finite": (dict(matvec=lambda x: S @ x + np.inf), ["finite"]),
 }
@@ -332,6 +335,32 @@ class TestAnyOperator:
         report = check(LinearOperator((30, 30), dtype=float, **given), rng=0)
         assert set(wrong) <= set(with_status(report, "wrong")), report
         assert not report.ok
+
+    @pytest.mark.parametrize(
+        ("scale", "dtype"), [(1e-170, np.float64), (1e160, np.float64), (1e-25, np.float32), (1e22, np.float32)]
+    )
+    @pytest.mark.parametrize("name", ["sound", *FAULTS])
+    def test_scales_whose_squares_underflow_or_overflow(self, name: str, scale: float, dtype: type) -> None:
+        given, wrong = FAULTS.get(name, (dict(matvec=lambda x: SYMMETRIC @ x), []))
+
+        def scaled(product):
+            return lambda x: (scale * product(x.astype(np.float64))).astype(dtype)
+
+        products = {what: scaled(product) for what, product in given.items()}
+        report = check(LinearOperator((30, 30), dtype=dtype, **products), rng=0)
+        assert set(wrong) <= set(with_status(report, "wrong")), report
+        assert report.ok == (not wrong)
+        assert with_status(report, "warning") == []
+
+    def test_a_curvature_of_any_scale(self) -> None:
+        problem = loss_problem("mse")
+        for scale in (1e-170, 1e-250, 1e160):
+            problem.loss_function = lambda z, y, scale=scale: scale * ((z - y) ** 2).mean()
+            report = check(operator(problem), rng=0)
+            assert report.verdict.startswith("sound"), report
+            assert compared(report) == ["forward mode", "finite differences"]
+            problem.loss_function = lambda z, y, scale=scale: scale * Straight.apply(z - y).mean()
+            assert with_status(check(operator(problem), rng=0), "wrong") == ["finite differences"]
 
     def test_without_an_adjoint(self) -> None:
         report = check(LinearOperator((30, 9), matvec=lambda x: S[:, :9] @ x, dtype=float), rng=0)

@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator
 from curvop.check_report import NOT_APPLICABLE, OK, WARNING, WRONG, CheckReport, Finding
 from curvop.checked import random_generator
 from curvop.computed import UNTRUSTED, ComputedLinearOperator
-from curvop.model_check import measured, model_findings, route_findings
+from curvop.model_check import magnitude, measured, model_findings, ratio, route_findings
 
 __all__ = ["check"]
 
@@ -159,21 +159,22 @@ class _Algebra:
             yield Finding("finite", WRONG, "a product holds NaN or infinity", remedy="mend it: solvers do not look")
             return
         yield Finding("finite", OK, "all entries")
-        size = math.sqrt(float((np.abs(AX) ** 2).sum()) / AX.shape[1])
         single = self._product(A, X[:, 0])
         self._known = X[:, 0], single
-        noise = [_ratio(np.linalg.norm(single - AX[:, 0]), size)]
+        again, weights = self._product(A, X[:, 0]), self._rng.standard_normal(self._num_probes).astype(self._dtype)
+        weights *= 3 / np.linalg.norm(weights)
+        combined = self._product(A, X @ weights)
+        # Of all products, so that none is measured by one that is zero by mistake.
+        size = max(magnitude(AX) / math.sqrt(AX.shape[1]), magnitude(single), magnitude(again), magnitude(combined) / 3)
+        noise = [ratio(magnitude(single - AX[:, 0]), size)]
         yield self._measured(
             "matvec and matmat", noise[0], "they differ", "one of the two is wrong, or products draw random numbers"
         )
-        noise.append(_ratio(np.linalg.norm(self._product(A, X[:, 0]) - single), size))
+        noise.append(ratio(magnitude(again - single), size))
         yield self._measured(
             "repeatability", noise[1], "the same product differs when it is made again", "look for random numbers"
         )
-        weights = self._rng.standard_normal(self._num_probes).astype(self._dtype)
-        weights *= 3 / np.linalg.norm(weights)
-        combined = self._product(A, X @ weights)
-        noise.append(_ratio(np.linalg.norm(combined - AX @ weights), 3 * size))
+        noise.append(ratio(magnitude(combined - AX @ weights), 3 * size))
         yield self._measured(
             "linearity",
             noise[2],
@@ -197,7 +198,7 @@ class _Algebra:
         def defect(products: Array) -> float:
             # For u of norm 1 in a random direction, sqrt(M) |u' d| is |d| on the average of squares.
             difference = mixed - products.conj().T @ X
-            return _ratio(math.sqrt(len(U) * float((np.abs(difference) ** 2).mean())), size)
+            return ratio(math.sqrt(len(U) / difference.size) * magnitude(difference), size)
 
         if own:
             yield Finding("adjoint", NOT_APPLICABLE, "A is its own adjoint: see symmetry")
@@ -245,7 +246,3 @@ class _Algebra:
 
     def _measured(self, name: str, value: float, what: str, remedy: str) -> Finding:
         return measured(name, value, self._eps, what, remedy)
-
-
-def _ratio(part: Any, whole: float) -> float:
-    return float(part) / whole if whole > 0 else 0.0

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from curvop.check_report import NOT_APPLICABLE, OK, WARNING, WRONG, Finding
 from curvop.dense import rounding
+from curvop.norms import norm
 
-__all__ = ["measured", "model_findings", "route_findings"]
+__all__ = ["magnitude", "measured", "model_findings", "ratio", "route_findings"]
 
 # Wrong formulas that were met changed a product in its third digit or before it.
 _INCONCLUSIVE = 1e-3
@@ -29,6 +30,16 @@ _NO_ROUTE = (
     "check a small copy of the problem where a route applies: with smooth activations in place of ReLU, with "
     "setup_context and jvp in each autograd.Function, without dtypes that the code names"
 )
+
+
+def magnitude(array: NDArray[Any]) -> float:
+    """Return the root of the sum of all squares, of real or complex numbers of any scale and any precision."""
+    return norm(np.abs(array.astype(np.result_type(array.dtype, np.float64), copy=False)))
+
+
+def ratio(part: float, whole: float) -> float:
+    """Return ``part / whole``: of nothing, nothing is none of it, and anything else more than all."""
+    return 0.0 if part == 0 else part / whole if whole else math.inf
 
 
 def measured(name: str, value: float, eps: float, what: str, remedy: str, limit: float = 0.0) -> Finding:
@@ -134,7 +145,7 @@ def _compared(route: Any, product: NDArray[Any], eps: float) -> Finding:
         text = f"the steps differ by {route.error:.1e} between themselves, as at the kinks of ReLU: nothing can be said"
         return Finding(route.name, NOT_APPLICABLE, text)
     other = route.product.cpu().numpy()
-    value = float(np.linalg.norm(product - other) / (np.linalg.norm(other) or 1.0))
+    value = ratio(magnitude(product - other), magnitude(other))
     limit = 4 * route.error + _STEP if route.name == "finite differences" else 0.0
     if limit and route.error > _STEP and limit < value < 100 * route.error:  # a smooth function leaves less
         text = f"kinks, as of ReLU, lie within a step: it agrees to {value:.1e}, and no more can be said"

@@ -120,7 +120,8 @@ class _Sum:
         if not coarse:
             return Route(self.name, fine)
         # That of the finer step is a third of the difference, of truncation; of rounding about all of it.
-        difference, norm = float((fine - coarse[0]).norm()), float(fine.norm())
+        unit = float(fine.abs().sum()) or 1.0  # whose squares might underflow
+        difference, norm = float(((fine - coarse[0]) / unit).norm()), float((fine / unit).norm())
         return Route(self.name, fine, difference / norm if norm else 0.0)
 
 

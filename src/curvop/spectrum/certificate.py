@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from curvop.checked import random_generator, real_number, whole_number
+from curvop.norms import column_norms, unit_of
 from curvop.spectrum.bounds import matched_bounds, quadratic_estimates
 from curvop.spectrum.counted import CountedOperator, symmetric_operator
 from curvop.spectrum.missed import limits
 from curvop.spectrum.missed import search as search_missed
 from curvop.spectrum.noise import asymmetric, measure
-from curvop.spectrum.norms import column_norms, unit_of
 
 __all__ = ["Certificate", "certify"]
 

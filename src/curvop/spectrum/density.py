@@ -14,9 +14,9 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.special import ndtr
 
 from curvop.checked import real_number
+from curvop.norms import norm
 from curvop.results import load_arrays, save_arrays
 from curvop.spectrum.estimators import Estimate, mean_of
-from curvop.spectrum.norms import norm
 
 __all__ = ["SpectralDensity"]
 

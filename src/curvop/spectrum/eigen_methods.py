@@ -14,10 +14,10 @@ from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, lobpcg
 from scipy.sparse.linalg import eigsh as scipy_eigsh
 
 from curvop.memory import check_fits
+from curvop.norms import unit_of
 from curvop.spectrum.counted import CountedOperator
 from curvop.spectrum.missed import search
 from curvop.spectrum.noise import measure
-from curvop.spectrum.norms import unit_of
 from curvop.spectrum.restarted import thick_restart
 from curvop.spectrum.timed import TimeUpError
 

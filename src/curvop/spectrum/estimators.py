@@ -10,7 +10,7 @@ from scipy.linalg import qr, solve_triangular
 from scipy.sparse.linalg import LinearOperator
 
 from curvop.checked import random_generator, real_operator, whole_number
-from curvop.spectrum.norms import column_norms, norm, unit_of
+from curvop.norms import column_norms, norm, unit_of
 
 __all__ = ["Estimate", "diagonal", "frobenius_norm", "mean_of", "trace"]
 

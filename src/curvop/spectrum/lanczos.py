@@ -24,8 +24,8 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from curvop.memory import available_bytes, check_fits
+from curvop.norms import norm_of
 from curvop.operator import BridgeLinearOperator
-from curvop.spectrum.norms import norm_of
 from curvop.spectrum.orthogonality import OrthogonalityBound
 
 Array = NDArray[Any]
