@@ -196,6 +196,15 @@ class Augmented:
             yield X + 0.1 * torch.randn_like(X), y
 
 
+class Noise(nn.Module):
+    def __init__(self, sigma: float) -> None:
+        super().__init__()
+        self.sigma = sigma
+
+    def forward(self, X):
+        return X + self.sigma * torch.randn_like(X)
+
+
 class TestFaults:
     def test_dropout(self) -> None:
         problem = loss_problem("mse")
@@ -235,6 +244,37 @@ class TestFaults:
         report = check(operator(problem), rng=0)
         assert report["randomness"].status == "wrong"
         assert report["other routes"].status == "not applicable"
+
+    @pytest.mark.parametrize(("sigma", "status"), [(1e-2, "wrong"), (1e-3, "warning")])
+    def test_noise_in_a_layer(self, sigma: float, status: str) -> None:
+        torch.manual_seed(0)
+        layers = nn.Linear(8, 16), nn.Tanh(), Noise(sigma), nn.Linear(16, 3)
+        data = [(torch.randn(500, 8), torch.randint(0, 3, (500,))) for _ in range(4)]
+        report = check(operator(Problem(nn.Sequential(*layers), nn.CrossEntropyLoss(), data)), rng=0)
+        assert report["randomness"].status == status, report
+        assert "in one pass and" in report["randomness"].text
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_losses_that_cancel_are_not_random(self, reduction: str) -> None:
+        torch.manual_seed(0)
+        policy = nn.Linear(8, 4).double()
+        nn.init.zeros_(policy.weight), nn.init.zeros_(policy.bias)  # the loss is then the mean of the advantages
+        advantages = torch.randn(256).double()
+        advantages -= advantages.mean()
+        rows = [
+            *zip(torch.randn(256, 8).double(), zip(torch.randint(0, 4, (256,)), advantages, strict=True), strict=True)
+        ]
+
+        def loss(z, chosen):
+            terms = -z.log_softmax(1).gather(1, chosen[0][:, None])[:, 0] * chosen[1]
+            return getattr(terms, reduction)()
+
+        loss.reduction = reduction
+        shuffled = Problem(policy, loss, DataLoader(rows, 50, shuffle=True))
+        report = check(operator(shuffled), rng=0)
+        assert with_status(report, "warning") == ["order of the data"], report
+        assert report.ok
+        assert abs(HessianLinearOperator(policy, loss, shuffled.params, shuffled.data).gradient_and_loss()[1]) < 1e-12
 
     def test_a_derivative_that_is_wrong(self) -> None:
         problem = loss_problem("mse")

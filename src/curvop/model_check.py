@@ -57,15 +57,16 @@ def measured(name: str, value: float, eps: float, what: str, remedy: str, limit:
 def model_findings(seen: Any) -> Iterator[Finding]:
     """Yield what `inspect` of an operator has seen."""
     yield _precision(seen)
-    limit = seen.eps**0.5  # as in every sweep over the data
-    random = seen.change > limit
+    random = seen.change > seen.eps**0.5  # as in every sweep over the data
     first, second = seen.losses
     if not math.isfinite(first + second):  # not random: the product that it spoils says where
         yield Finding("loss", WRONG, f"it is {first:g}", remedy="look for NaN and infinity in the data")
+    limit = rounding(seen.eps)
+    changed = seen.change > limit
     yield Finding(
         "randomness",
-        WRONG if random else OK,
-        f"the loss is {first:.9g} in one pass and {second:.9g} in the next" if random else "of the loss",
+        WRONG if random else WARNING if changed else OK,
+        f"the loss is {first:.9g} in one pass and {second:.9g} in the next" if changed else "of the loss",
         seen.change,
         limit,
         "call model.eval(), and take random augmentation out of the data"

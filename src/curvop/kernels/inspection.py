@@ -38,7 +38,7 @@ class Inspection:
     losses : tuple of float
         Of all the data, in each of the two passes.
     change : float
-        The largest relative change of the loss, or of a batch's, between them.
+        The largest change of the loss, or of a batch's, between them, relative to the sizes of the batches' losses.
     reordered : bool
         Whether the batches of the second pass are others, or come in another order.
     unreached : list of str
@@ -76,11 +76,16 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
                     reached = zip(names, loss.gradient([values[name] for name in names]), strict=True)
                     unreached -= {name for name, part in reached if part is not None}
     objective.warned = True  # what a product would warn of is told here
-    losses = [sum(w * loss for w, loss in one) / objective.divisor([w for w, _ in one]) for one in passes]
+    divisors = [objective.divisor([w for w, _ in one]) for one in passes]
+    losses = [sum(w * loss for w, loss in one) / divisor for one, divisor in zip(passes, divisors, strict=True)]
     reordered = batches[0] != batches[1]
-    pairs = [(losses[0], losses[1])]
+    # By the sizes of the batches' losses: their sum may cancel, as that of a policy gradient does.
+    size = sum(abs(w * loss) for one in passes for w, loss in one) or 1.0
+    change = abs(losses[0] - losses[1]) / (size / sum(divisors))
     if not reordered:
-        pairs += [(first, second) for (_, first), (_, second) in zip(*passes, strict=True)]
+        usual = size / sum(w for one in passes for w, _ in one)
+        pairs = ((first, second) for (_, first), (_, second) in zip(*passes, strict=True))
+        change = max(change, *(abs(first - second) / usual for first, second in pairs))
     return Inspection(
         dtype=str(objective.dtype).removeprefix("torch."),
         eps=eps,
@@ -88,7 +93,7 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
         batchwise=batchwise_modules(objective.modules),
         batches=len(batches[0]),
         losses=(losses[0], losses[1]),
-        change=max(abs(first - second) / max(abs(first), abs(second), 1e-300) for first, second in pairs),
+        change=change,
         reordered=reordered,
         unreached=[name for name in names if name in unreached],
         looked_into=any(True for module in objective.modules for _ in module.parameters()),
