@@ -352,6 +352,52 @@ FAULTS = {
 }
 
 
+class Attention(nn.Module):
+    """Adding the same to all keys changes no softmax: the matrix's rows and columns of ``k.bias`` are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, size) for size in (8, 8, 8, 3))
+
+    def forward(self, X):
+        weights = (self.q(X) @ self.k(X).transpose(-1, -2) / 8**0.5).softmax(-1)
+        return self.o((weights @ self.v(X)).mean(1))
+
+
+class TestBlocksThatAreZeroUpToRounding:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("kind", [*OPERATORS, "jacobian"])
+    def test_biases_of_keys(self, kind: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        data = [(torch.randn(20, 5, 8, dtype=dtype), torch.randint(0, 3, (20,))) for _ in range(2)]
+        A = operator(Problem(Attention().to(dtype), nn.CrossEntropyLoss(), data), kind)
+        assert check(A, rng=0).verdict.startswith("sound")
+        assert check(A.block("q.bias"), rng=0).verdict.startswith("sound")
+        zero = A.block("k.bias")
+        wrapped = [zero, 2 * zero] if kind == "jacobian" else [zero, zero.submatrix(range(4)), zero.damped(1.0)]
+        for B in [*wrapped, zero.T]:
+            report = check(B, rng=0)
+            assert report.ok, report
+            assert with_status(report, "warning") == ["zero block"], report
+        assert "rounding errors" in report["zero block"].remedy
+
+    def test_bias_below_batch_normalisation(self) -> None:
+        H = operator(normalised((9,)))
+        report = check(H.block("0.bias"), rng=0)
+        assert with_status(report, "warning") == ["zero block"], report
+        assert with_status(report, "wrong") == []
+
+    def test_a_small_block_whose_derivative_is_wrong_is_not_called_zero(self) -> None:
+        params = {name: torch.randn(5, dtype=torch.float64, requires_grad=True) for name in ("large", "small")}
+
+        def objective(p, batch):
+            return (p["large"] ** 4).sum() + 1e-13 * ((Direction.apply(p["small"]) - 0.3) ** 3).sum()
+
+        report = check(HessianLinearOperator.from_objective(objective, params, [None]).block("small"), rng=0)
+        assert "symmetry" in with_status(report, "wrong"), report
+        assert "finite differences" in with_status(report, "wrong"), report
+
+
 class TestAnyOperator:
     @pytest.mark.parametrize(
         "A", [SYMMETRIC, S, S[:, :9], S + 1j * S.T, S + S.T + 1j * (S - S.T), np.eye(5, dtype=int), np.zeros((3, 3))]

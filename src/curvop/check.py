@@ -15,7 +15,8 @@ from scipy.sparse.linalg import LinearOperator
 from curvop.check_report import NOT_APPLICABLE, OK, WARNING, WRONG, CheckReport, Finding
 from curvop.checked import random_generator
 from curvop.computed import UNTRUSTED, ComputedLinearOperator
-from curvop.model_check import magnitude, measured, model_findings, ratio, route_findings
+from curvop.dense import rounding
+from curvop.model_check import magnitude, measured, model_findings, ratio, route_findings, zero_block
 
 __all__ = ["check"]
 
@@ -111,6 +112,9 @@ class _Algebra:
         self._dtype = A.dtype if inexact else np.dtype(np.float64)
         self._eps = float(np.finfo(self._dtype).eps)
         self._known: tuple[Array, Array] | None = None
+        self._compared: dict[ComputedLinearOperator, tuple[Array, Array, list[Any]]] = {}
+        self._bases: list[ComputedLinearOperator] = []
+        self._zero = False
         self.products = 0
 
     def findings(self) -> Iterator[Finding]:
@@ -131,6 +135,7 @@ class _Algebra:
             yield Finding(
                 "model", NOT_APPLICABLE, "this is none of the package's operators: only its algebra is checked"
             )
+        self._bases = [] if random else bases
         try:
             yield from self._algebra()
             for base in bases:
@@ -166,15 +171,18 @@ class _Algebra:
         combined = self._product(A, X @ weights)
         # Of all products, so that none is measured by one that is zero by mistake.
         size = max(magnitude(AX) / math.sqrt(AX.shape[1]), magnitude(single), magnitude(again), magnitude(combined) / 3)
-        noise = [ratio(magnitude(single - AX[:, 0]), size)]
+        parts = [magnitude(single - AX[:, 0]), magnitude(again - single), magnitude(combined - AX @ weights) / 3]
+        # Where all that is left of a block are the rounding errors of what cancels, they are measured by its size.
+        if self._is_noise(max(parts), size) and size <= rounding(self._eps) * (scale := self._scale()):
+            yield zero_block(size, scale)
+            self._zero, size = True, scale
+        noise = [ratio(part, size) for part in parts]
         yield self._measured(
             "matvec and matmat", noise[0], "they differ", "one of the two is wrong, or products draw random numbers"
         )
-        noise.append(ratio(magnitude(again - single), size))
         yield self._measured(
             "repeatability", noise[1], "the same product differs when it is made again", "look for random numbers"
         )
-        noise.append(ratio(magnitude(combined - AX @ weights), 3 * size))
         yield self._measured(
             "linearity",
             noise[2],
@@ -237,12 +245,34 @@ class _Algebra:
         if random:
             yield Finding("other routes", NOT_APPLICABLE, "the loss is random: there is nothing to compare")
             return
-        if base is self._A and self._known is not None:
-            vector, product = self._known
-        else:
-            vector = self._rng.standard_normal(base.shape[1]).astype(base.dtype)
-            product = self._product(base, vector)
-        yield from route_findings(base.other_routes(vector), product, self._eps)
+        vector, product, routes = self._compare(base)
+        scale, size = max(route.scale for route in routes), magnitude(product)
+        zero = self._zero and base is self._A
+        if base is not self._A and size <= rounding(self._eps) * scale:
+            tripled = self._product(base, 3 * vector)
+            zero = self._is_noise(magnitude(tripled - 3 * product), size)
+            if zero and not self._zero:
+                yield zero_block(size, scale)
+        yield from route_findings(routes, product, self._eps, scale if zero else 0.0)
+
+    def _compare(self, base: ComputedLinearOperator) -> tuple[Array, Array, list[Any]]:
+        """Return a vector of norm 1, the product with it, and those by other routes."""
+        if base not in self._compared:
+            if base is self._A and self._known is not None:
+                vector, product = self._known
+            else:
+                vector = self._rng.standard_normal(base.shape[1])
+                vector = (vector / np.linalg.norm(vector)).astype(base.dtype)
+                product = self._product(base, vector)
+            self._compared[base] = vector, product, base.other_routes(vector)
+        return self._compared[base]
+
+    def _scale(self) -> float:
+        """Return the norm of what the rounding errors of a block's products are a part of."""
+        return max((route.scale for base in self._bases for route in self._compare(base)[2]), default=0.0)
+
+    def _is_noise(self, part: float, size: float) -> bool:
+        return part > rounding(self._eps) * size
 
     def _measured(self, name: str, value: float, what: str, remedy: str) -> Finding:
         return measured(name, value, self._eps, what, remedy)

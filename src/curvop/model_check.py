@@ -13,7 +13,7 @@ from curvop.check_report import NOT_APPLICABLE, OK, WARNING, WRONG, Finding
 from curvop.dense import rounding
 from curvop.norms import norm
 
-__all__ = ["magnitude", "measured", "model_findings", "ratio", "route_findings"]
+__all__ = ["magnitude", "measured", "model_findings", "ratio", "route_findings", "zero_block"]
 
 # Wrong formulas that were met changed a product in its third digit or before it.
 _INCONCLUSIVE = 1e-3
@@ -122,9 +122,19 @@ def _modes(seen: Any, random: bool) -> Iterator[Finding]:
     yield Finding("batch normalisation", status, text, remedy="call model.eval(), or pass one batch")
 
 
-def route_findings(routes: Sequence[Any], product: NDArray[Any], eps: float) -> Iterator[Finding]:
-    """Yield the comparisons of a product with those by other routes; a warning where none of them can be compared."""
-    found = [_compared(route, product, eps) for route in routes]
+def zero_block(size: float, scale: float) -> Finding:
+    """Return the finding that a block is zero, where its products of norm `size` are the rounding errors of others'."""
+    text = f"the block is zero up to rounding: of a product with all parameters, {scale:.1e}, its products are"
+    remedy = "leave its parameters out: its eigenvalues are rounding errors. What follows is relative to all parameters"
+    return Finding("zero block", WARNING, f"{text} {size / scale:.1e}", remedy=remedy)
+
+
+def route_findings(routes: Sequence[Any], product: NDArray[Any], eps: float, scale: float = 0.0) -> Iterator[Finding]:
+    """Yield the comparisons of a product with those by other routes; a warning where none of them can be compared.
+
+    Differences are relative to the product, or to `scale` where that is larger.
+    """
+    found = [_compared(route, product, eps, scale) for route in routes]
     sound = any(one.status == OK for one in found)
     for one in found:
         if one.status == WRONG and sound:
@@ -139,16 +149,18 @@ def route_findings(routes: Sequence[Any], product: NDArray[Any], eps: float) -> 
         yield Finding("independent route", WARNING, text, remedy=_NO_ROUTE)
 
 
-def _compared(route: Any, product: NDArray[Any], eps: float) -> Finding:
+def _compared(route: Any, product: NDArray[Any], eps: float, scale: float) -> Finding:
     if route.product is None:
         return Finding(route.name, NOT_APPLICABLE, route.reason)
-    if route.error > _INCONCLUSIVE:
-        text = f"the steps differ by {route.error:.1e} between themselves, as at the kinks of ReLU: nothing can be said"
-        return Finding(route.name, NOT_APPLICABLE, text)
     other = route.product.cpu().numpy()
-    value = ratio(magnitude(product - other), magnitude(other))
-    limit = 4 * route.error + _STEP if route.name == "finite differences" else 0.0
-    if limit and route.error > _STEP and limit < value < 100 * route.error:  # a smooth function leaves less
+    size = max(magnitude(other), scale)
+    error = route.error * ratio(magnitude(other), size)
+    if error > _INCONCLUSIVE:
+        text = f"the steps differ by {error:.1e} between themselves, as at the kinks of ReLU: nothing can be said"
+        return Finding(route.name, NOT_APPLICABLE, text)
+    value = ratio(magnitude(product - other), size)
+    limit = 4 * error + _STEP if route.name == "finite differences" else 0.0
+    if limit and error > _STEP and limit < value < 100 * error:  # a smooth function leaves less
         text = f"kinks, as of ReLU, lie within a step: it agrees to {value:.1e}, and no more can be said"
         return Finding(route.name, NOT_APPLICABLE, text)
     return measured(route.name, value, eps, "A's product differs from it", _WRONG_DERIVATIVE, limit)

@@ -6,6 +6,7 @@ between.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -16,6 +17,7 @@ from curvop.kernels.double import KINDS, DoubleBatch, Point
 from curvop.kernels.fisher import SampledFisherKernel
 from curvop.kernels.jacobian import JacobianKernel
 from curvop.kernels.kernel import Kernel
+from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.memory import measured
 from curvop.kernels.objective import Objective
 
@@ -41,12 +43,16 @@ class Route:
         Its own, relative, as far as the route tells; 0 where it is exact up to rounding.
     reason : str
         Why there is no product.
+    scale : float
+        Of a block, the norm of a product of the matrix of all the objective's parameters with a vector of norm 1, by
+        finite differences: what a block that is zero has rounding errors of. 0 of the whole matrix.
     """
 
     name: str
     product: Tensor | None = None
     error: float = 0.0
     reason: str = ""
+    scale: float = 0.0
 
 
 def other_routes(kernel: Kernel, vector: Tensor, available: int) -> list[Route]:
@@ -67,7 +73,11 @@ def other_routes(kernel: Kernel, vector: Tensor, available: int) -> list[Route]:
     kind = KINDS.get(type(kernel))
     if kind is None:
         return [Route(name, reason=f"there is no other route to a {type(kernel).__name__}") for name in names]
-    sums = [_Sum(name) for name in (names if kernel.cols.names else [REVERSE])]
+    steps = {FORWARD: (None,), DIFFERENCES: (STEP, STEP / 2)} if kernel.cols.names else {REVERSE: (None,)}
+    sums = [_Sum(name, *sizes) for name, sizes in steps.items()]
+    whole, scale = _whole(kernel), _Sum("scale", STEP)
+    some = torch.randn(whole.cols.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    some = (some / some.norm()).to(vector.device)
     weights: list[float] = []
     objective = kernel.objective
     autocast = torch.autocast(objective.device.type, enabled=False)
@@ -83,15 +93,30 @@ def other_routes(kernel: Kernel, vector: Tensor, available: int) -> list[Route]:
             weights.append(at.weight)
             for one in sums if at.weight else ():
                 one.add(at, vector)
-    whole = 1.0 if isinstance(kernel, JacobianKernel) else objective.divisor(weights)
-    return [one.route(whole) for one in sums]
+            if at.weight and whole is not kernel:
+                scale.add(kind(whole, point, index, batch), some)
+    divisor = 1.0 if isinstance(kernel, JacobianKernel) else objective.divisor(weights)
+    known = scale.route(divisor).product
+    size = 0.0 if known is None else float(known.norm())
+    return [dataclasses.replace(one.route(divisor), scale=size) for one in sums]
+
+
+def _whole(kernel: Any) -> Any:
+    """Return the kernel with all of the objective's parameters, or itself where it has them."""
+    params = kernel.objective.params
+    whole = copy.copy(kernel)
+    for side in ("rows", "cols"):
+        if 0 < len(getattr(kernel, side).names) < len(params):
+            setattr(whole, side, ParameterLayout(params, list(params)))
+    return kernel if (whole.rows, whole.cols) == (kernel.rows, kernel.cols) else whole
 
 
 class _Sum:
     """A route's product, summed over the batches; two of them where steps of two sizes are compared."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *steps: float | None) -> None:
         self.name = name
+        self._steps = steps
         self._products: list[list[Tensor]] = []
         self._reason = ""
 
@@ -99,8 +124,7 @@ class _Sum:
         if self._reason:
             return
         try:
-            steps = (STEP, STEP / 2) if self.name == DIFFERENCES else (None,)
-            products = [at.weight * at.product(vector, step).double().detach() for step in steps]
+            products = [at.weight * at.product(vector, step).double().detach() for step in self._steps]
         except Exception as error:  # an operation without this derivative, or too little memory
             self._reason = f"torch cannot: {_first_line(error)}"
             self._products = []
@@ -114,7 +138,7 @@ class _Sum:
                 parts.append(product)
 
     def route(self, divisor: float) -> Route:
-        if self._reason:
+        if self._reason or not self._products:
             return Route(self.name, reason=self._reason)
         *coarse, fine = [torch.cat(parts) / divisor for parts in self._products]
         if not coarse:
