@@ -147,6 +147,36 @@ class TestSound:
         assert report.verdict.startswith("sound"), report
         assert report["dropout"].status == "not applicable"
 
+    @pytest.mark.parametrize("padding_idx", [0, -1])
+    def test_rows_of_padding_are_constants(self, padding_idx: int) -> None:
+        torch.manual_seed(0)
+        problem = Problem(Padded(padding_idx).double(), nn.CrossEntropyLoss(), padded())
+        for kind in (*OPERATORS, "jacobian"):
+            report = check(operator(problem, kind), rng=0)
+            assert report.verdict.startswith("sound"), report
+            assert compared(report) == ["forward mode", "finite differences"]
+
+        def model(params, X):
+            return torch.func.functional_call(problem.model, params, (X,))
+
+        def objective(params, batch):
+            return nn.functional.cross_entropy(model(params, batch[0]), batch[1])
+
+        of_function = HessianLinearOperator(model, nn.CrossEntropyLoss(), problem.params, problem.data)
+        for H in (of_function, HessianLinearOperator.from_objective(objective, problem.params, problem.data)):
+            report = check(H, rng=0)
+            assert report.verdict.startswith("sound"), report
+            assert compared(report) == ["forward mode", "finite differences"]
+
+    def test_a_row_of_padding_that_another_module_uses(self) -> None:
+        torch.manual_seed(0)
+        model = Padded(0)
+        model.out = nn.Linear(6, 10, bias=False)
+        model.out.weight = model.embed.weight
+        report = check(operator(Problem(model.double(), nn.CrossEntropyLoss(), padded())), rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert compared(report) == ["forward mode", "finite differences"]
+
     def test_sampled_fisher_matrices_have_no_other_route(self) -> None:
         problem = loss_problem("ce")
         A = FisherLinearOperator(problem.model, problem.loss_function, problem.params, problem.data, mc_samples=2)
@@ -159,6 +189,22 @@ class TestSound:
 def normalised(sizes: tuple[int, ...]) -> Problem:
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).train()
     return Problem(model, nn.MSELoss(), cut(torch.randn(9, 4), torch.randn(9, 3), sizes))
+
+
+class Padded(nn.Module):
+    def __init__(self, padding_idx: int) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(10, 6, padding_idx=padding_idx), nn.Linear(6, 3)
+        nn.init.normal_(self.embed.weight)
+
+    def forward(self, X):
+        return self.out(torch.tanh(self.embed(X)).mean(1))
+
+
+def padded() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    places = torch.randint(0, 10, (20, 5))
+    places[:10, 3:], places[10:, 3:] = 0, 9
+    return [(places[::2], torch.randint(0, 3, (10,))), (places[1::2], torch.randint(0, 3, (10,)))]
 
 
 class Direction(torch.autograd.Function):

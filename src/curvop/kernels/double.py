@@ -10,7 +10,7 @@ import abc
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,6 @@ class Point:
         leaves = objective.leaves(())
         self.values: Values = in_double(leaves)
         self._held: dict[str, Values] = in_double(objective.held(leaves))
-        self._padding = dict(_padding(objective.modules))
         training = any(part.training for module in objective.modules for part in module.modules())
         self._written_to = training or objective.guard.writes
 
@@ -54,28 +53,6 @@ class Point:
         held: dict[str, Values] = map_leaves(torch.clone, self._held) if self._written_to else self._held
         return held
 
-    def along(self, parts: Values) -> Values:
-        """Return a direction without an embedding's row at `padding_idx`, which is a constant to its gradient."""
-        kept = dict(parts)
-        for name in parts.keys() & self._padding.keys():
-            row, tied = self._padding[name]
-            if tied:
-                raise RuntimeError(f"{name!r} has a row at padding_idx, which another module uses")
-            kept[name] = parts[name].clone()
-            kept[name][row] = 0.0
-        return kept
-
-
-def _padding(modules: Sequence[nn.Module]) -> Iterator[tuple[str, tuple[int, bool]]]:
-    """Yield names of embeddings with the row of the padding, and whether another module has the same parameter."""
-    for module in modules[:1]:
-        for part in module.modules():
-            if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.padding_idx is not None:
-                named = module.named_parameters(remove_duplicate=False)
-                names = [name for name, value in named if value is part.weight]
-                for name in names:
-                    yield name, (part.padding_idx, len(names) > 1)
-
 
 def in_double(tree: Any) -> Any:
     """Return a tree of tensors with those of real numbers in float64."""
@@ -83,7 +60,18 @@ def in_double(tree: Any) -> Any:
 
 
 class _Composite(TorchFunctionMode):
-    """Computes by elementary operations what torch has no forward mode for."""
+    """Computes by elementary operations what torch has no forward mode for, and holds embeddings' padding still.
+
+    Parameters
+    ----------
+    rows : list of Tensor
+        Those at `padding_idx`, constants to torch's gradient, one of each call that there is; where it is empty, it is
+        filled, so that later runs at other points have those of the first one.
+    """
+
+    def __init__(self, rows: list[Tensor]) -> None:
+        super().__init__()
+        self._rows, self._calls = rows, 0
 
     def __torch_function__(
         self,
@@ -93,7 +81,17 @@ class _Composite(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call what stands in for `func`, or `func` itself."""
-        return _COMPOSITES.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is functional.embedding and kwargs.get("padding_idx") is not None:
+            return self._padded(*args, **kwargs)
+        return _COMPOSITES.get(func, func)(*args, **kwargs)
+
+    def _padded(self, places: Tensor, weight: Tensor, *, padding_idx: int, **settings: Any) -> Tensor:
+        found = functional.embedding(places, weight, padding_idx, **settings)
+        if self._calls == len(self._rows):
+            self._rows.append(weight[padding_idx].detach())
+        self._calls += 1
+        return torch.where((places == padding_idx % len(weight))[..., None], self._rows[self._calls - 1], found)
 
 
 def _composite(terms_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -126,6 +124,7 @@ class DoubleBatch(abc.ABC):
         self.kernel, self.objective, self.point = kernel, kernel.objective, point
         self.batch = in_double(batch)
         self.index = index
+        self._padding: list[Tensor] = []
         self.values = {name: point.values[name] for name in (*kernel.rows.names, *kernel.cols.names)}
         with torch.enable_grad():  # a model may contain derivatives of its own
             self.prediction = self._traced({})[1]
@@ -144,12 +143,12 @@ class DoubleBatch(abc.ABC):
         """
 
     def _traced(self, values: Values) -> tuple[Tensor, Any]:
-        with _Composite():
+        with _Composite(self._padding):
             found: tuple[Tensor, Any] = self.objective.traced(self.point.values | values, self.point.held(), self.batch)
         return found
 
     def _predict(self, values: Values) -> Parts:
-        with _Composite():
+        with _Composite(self._padding):
             return tuple(outputs_of(self._prediction(values)))
 
     def _prediction(self, values: Values) -> Any:
@@ -157,7 +156,7 @@ class DoubleBatch(abc.ABC):
 
     def _along(self, vector: Tensor) -> Values:
         zeros = {name: torch.zeros_like(value) for name, value in self.values.items()}
-        return zeros | self.point.along(dict(zip(self.kernel.cols.names, self.kernel.cols.split(vector), strict=True)))
+        return zeros | dict(zip(self.kernel.cols.names, self.kernel.cols.split(vector), strict=True))
 
     def _rows(self, parts: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([part.reshape(-1) for part in self.kernel.rows.of(parts)])
@@ -233,7 +232,7 @@ class _GaussNewton(DoubleBatch):
     def _loss_of(self, outputs: Values) -> Tensor:
         rest = iter(outputs.values())
         prediction = map_leaves(lambda part: next(rest) if part.is_floating_point() else part, self.prediction)
-        with _Composite():
+        with _Composite([]):
             loss: Tensor = self.objective.traced_loss(prediction, self.point.held(), self.batch)
         return loss
 
@@ -246,7 +245,7 @@ class _EmpiricalFisher(DoubleBatch):
 
     def _losses(self, values: Values) -> Parts:
         """Return the examples' losses; `curvop.kernels.examples` says what an example is."""
-        with _Composite():
+        with _Composite(self._padding):
             prediction, y = self._prediction(values), self.batch[1]
             terms: Tensor
             held, loss_function = self.point.held()["loss"], self.objective.loss_function
