@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -533,6 +534,26 @@ class TestTheReport:
         assert torch.equal(state, torch.get_rng_state())
         assert all(value.grad is None and value.requires_grad for value in problem.model.parameters())
 
+    def test_products_warn_afterwards_as_they_would_have(self) -> None:
+        H = operator(normalised((6, 3)))
+        check(H, rng=0)
+        with pytest.warns(RuntimeWarning, match="normalises each of the 2 batches"):
+            H.block("0.weight") @ np.ones(20)
+        check(H, rng=0)
+        H.block("0.bias") @ np.ones(5)  # it was said
+
+    def test_a_bar_where_it_takes_long(self, capsys) -> None:
+        def slow(x):
+            time.sleep(0.15)
+            return SYMMETRIC @ x
+
+        A = LinearOperator((30, 30), matvec=slow, dtype=float)
+        check(A, rng=0, progress=False)
+        check(aslinearoperator(SYMMETRIC), rng=0)
+        assert capsys.readouterr().err == ""
+        check(A, rng=0)
+        assert "check: " in capsys.readouterr().err
+
     def test_it_prints_a_table_with_remedies(self) -> None:
         text = str(check(operator(normalised((6, 3))), rng=0))
         lines = text.splitlines()
@@ -557,9 +578,9 @@ class TestBadInput:
         with pytest.raises(TypeError, match=r"A is a ndarray.*aslinearoperator"):
             check(S)
 
-    @pytest.mark.parametrize("num_probes", [0, -1, 1.5, "two"])
+    @pytest.mark.parametrize("num_probes", [0, -1, 1.5, "two", True])
     def test_numbers_of_probes(self, num_probes) -> None:
-        with pytest.raises(ValueError, match="num_probes is"):
+        with pytest.raises(ValueError, match=r"num_probes is .*must be a whole number from 1 on"):
             check(aslinearoperator(S), num_probes=num_probes)
 
     def test_a_problem_that_cannot_be_evaluated(self) -> None:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
 
 from curvop.check_report import NOT_APPLICABLE, OK, WARNING, WRONG, Finding
+from curvop.computed import ComputedLinearOperator
 from curvop.dense import rounding
+from curvop.fingerprint import listed
 from curvop.norms import norm
 
-__all__ = ["magnitude", "measured", "model_findings", "ratio", "route_findings", "zero_block"]
+__all__ = [
+    "computed_parts",
+    "magnitude",
+    "measured",
+    "model_findings",
+    "ratio",
+    "route_findings",
+    "warned_as_before",
+    "zero_block",
+]
 
 # Wrong formulas that were met changed a product in its third digit or before it.
 _INCONCLUSIVE = 1e-3
@@ -30,6 +43,26 @@ _NO_ROUTE = (
     "check a small copy of the problem where a route applies: with smooth activations in place of ReLU, with "
     "setup_context and jvp in each autograd.Function, without dtypes that the code names"
 )
+
+
+def computed_parts(A: LinearOperator) -> list[ComputedLinearOperator]:
+    """Return the operators of this package that `A` is, or is made of."""
+    if isinstance(A, ComputedLinearOperator):
+        return [A]
+    parts = (part for part in getattr(A, "args", ()) if isinstance(part, LinearOperator))
+    return list({id(one): one for part in parts for one in computed_parts(part)}.values())
+
+
+@contextlib.contextmanager
+def warned_as_before(bases: list[ComputedLinearOperator]) -> Iterator[None]:
+    """Let products warn, later, of what is a finding here."""
+    objectives = [base._objective for base in bases]
+    before = [objective.warned for objective in objectives]
+    try:
+        yield
+    finally:
+        for objective, warned in zip(objectives, before, strict=True):
+            objective.warned = warned
 
 
 def magnitude(array: NDArray[Any]) -> float:
@@ -79,7 +112,7 @@ def model_findings(seen: Any) -> Iterator[Finding]:
     yield Finding(
         "parameters reached",
         OK if reached else WARNING,
-        "all" if reached else f"the loss does not depend on {_listed(seen.unreached)}",
+        "all" if reached else f"the loss does not depend on {listed(seen.unreached)}",
         remedy="their rows and columns are zero, and so many eigenvalues: leave them out of params",
     )
 
@@ -111,12 +144,12 @@ def _modes(seen: Any, random: bool) -> Iterator[Finding]:
         yield Finding("batch normalisation", NOT_APPLICABLE, text)
         return
     status = OK if not seen.random else WRONG if random else WARNING
-    text = f"active in {_listed(seen.random)}" if seen.random else "none is active"
+    text = f"active in {listed(seen.random)}" if seen.random else "none is active"
     yield Finding("dropout", status, text, remedy="call model.eval()")
     cut = seen.batches > 1
     text = "none sees the batch"
     if seen.batchwise:
-        text = f"{_listed(seen.batchwise)} uses the statistics of each batch"
+        text = f"{listed(seen.batchwise)} uses the statistics of each batch"
         text += f", {seen.batches} in all: the matrix depends on how the data is cut" if cut else ", of the only one"
     status = WARNING if seen.batchwise and cut else OK
     yield Finding("batch normalisation", status, text, remedy="call model.eval(), or pass one batch")
@@ -164,8 +197,3 @@ def _compared(route: Any, product: NDArray[Any], eps: float, scale: float) -> Fi
         text = f"kinks, as of ReLU, lie within a step: it agrees to {value:.1e}, and no more can be said"
         return Finding(route.name, NOT_APPLICABLE, text)
     return measured(route.name, value, eps, "A's product differs from it", _WRONG_DERIVATIVE, limit)
-
-
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
