@@ -94,6 +94,26 @@ class TestSound:
         assert "outside of torch.autocast" in report["precision"].remedy
         assert 1e-4 < report["forward mode"].value < report["forward mode"].limit < 0.05
 
+    @pytest.mark.parametrize("kind", [*OPERATORS, "jacobian"])
+    def test_parts_that_are_computed_in_single_precision(self, kind: str) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), SingleNorm(), nn.Tanh(), nn.Linear(6, 3)).double()
+        problem = Problem(model, nn.CrossEntropyLoss(), [(torch.randn(20, 4).double(), torch.randint(0, 3, (20,)))])
+        report = check(operator(problem, kind), rng=0)
+        assert report.verdict.startswith("sound"), report
+        assert "the parameters are float64, and parts of the loss are computed in float32" in report["precision"].text
+        assert report["forward mode"].limit == pytest.approx(torch.finfo(torch.float32).eps ** (2 / 3))
+
+    def test_data_in_single_precision_lowers_no_limit(self) -> None:
+        problem = loss_problem("mse")
+        model = problem.model
+
+        def cast(params, X):
+            return torch.func.functional_call(model, params, ((2 * X.float()).double(),))
+
+        report = check(HessianLinearOperator(cast, nn.MSELoss(), problem.params, problem.data), rng=0)
+        assert report["precision"].text == "the parameters are float64; epsilon 2.2e-16"
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("kind", OPERATORS)
     def test_kinks_are_no_fault(self, kind: str, dtype: torch.dtype) -> None:
@@ -190,6 +210,14 @@ class TestSound:
 def normalised(sizes: tuple[int, ...]) -> Problem:
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).train()
     return Problem(model, nn.MSELoss(), cut(torch.randn(9, 4), torch.randn(9, 3), sizes))
+
+
+class SingleNorm(nn.Module):
+    """Divides by the root of the mean square, in single precision, as language models do."""
+
+    def forward(self, X):
+        single = X.float()
+        return (single * torch.rsqrt(single.square().mean(-1, keepdim=True) + 1e-6)).to(X.dtype)
 
 
 class Padded(nn.Module):

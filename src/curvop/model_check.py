@@ -118,8 +118,12 @@ def model_findings(seen: Any) -> Iterator[Finding]:
 
 
 def _precision(seen: Any) -> Finding:
-    text = f"the parameters are {seen.dtype}; epsilon {seen.eps:.1e}"
-    remedy = "take products outside of torch.autocast, and without TF32 (torch.set_float32_matmul_precision, cudnn)"
+    parts = "" if seen.coarsest == seen.dtype else f", and parts of the loss are computed in {seen.coarsest}"
+    text = f"the parameters are {seen.dtype}{parts}; epsilon {seen.eps:.1e}"
+    remedy = (
+        "take products outside of torch.autocast, without TF32 (torch.set_float32_matmul_precision, cudnn), and let "
+        "the model cast to nothing coarser"
+    )
     return Finding("precision", WARNING if seen.eps > _COARSE else OK, text, remedy=remedy)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.backends import cuda, cudnn
+from torch.overrides import TorchFunctionMode
 
 from curvop.kernels.batches import leaves
 from curvop.kernels.objective import Objective
@@ -22,6 +23,29 @@ __all__ = ["Inspection", "inspect", "working_epsilon"]
 _TF32_EPSILON = 2.0**-10
 
 
+class _Dtypes(TorchFunctionMode):
+    """Collects the dtypes in which anything is computed that depends on the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call `func`, and look at what it returns."""
+        found = func(*args, **(kwargs or {}))
+        parts = found if isinstance(found, tuple | list) else (found,)
+        self.seen |= {
+            part.dtype for part in parts if isinstance(part, Tensor) and part.requires_grad and part.is_floating_point()
+        }
+        return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Inspection:
     """What is known of an objective.
@@ -30,6 +54,8 @@ class Inspection:
     ----------
     dtype : str
         Of the parameters.
+    coarsest : str
+        The one of the least precision in which anything is computed that depends on them.
     eps : float
         Of the coarsest numbers that a product is computed in.
     random, batchwise : list of str
@@ -48,6 +74,7 @@ class Inspection:
     """
 
     dtype: str
+    coarsest: str
     eps: float
     random: list[str]
     batchwise: list[str]
@@ -64,17 +91,19 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
     values, unreached = objective.leaves(names), set(names)
     passes: list[list[tuple[float, float]]] = [[], []]
     batches: list[list[list[float | None]]] = [[], []]
-    eps = 0.0
+    eps, dtypes = 0.0, _Dtypes()
     with objective.slow_backends():
         for number in range(2):
             for index, batch in objective.batches():
                 batches[number].append(Fingerprint.of_data(leaves(batch)))
-                loss = objective.evaluate(values, index, batch)
+                with dtypes:
+                    loss = objective.evaluate(values, index, batch)
                 passes[number].append((loss.weight, float(loss.value) if loss.weight else 0.0))
                 eps = max(eps, working_epsilon(objective, loss.value))
                 if number == 0 and unreached and loss.weight:
                     reached = zip(names, loss.gradient([values[name] for name in names]), strict=True)
                     unreached -= {name for name, part in reached if part is not None}
+    coarsest = max({objective.dtype, *dtypes.seen}, key=lambda dtype: torch.finfo(dtype).eps)
     objective.warned = True  # what a product would warn of is told here
     divisors = [objective.divisor([w for w, _ in one]) for one in passes]
     losses = [sum(w * loss for w, loss in one) / divisor for one, divisor in zip(passes, divisors, strict=True)]
@@ -88,7 +117,8 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
         change = max(change, *(abs(first - second) / usual for first, second in pairs))
     return Inspection(
         dtype=str(objective.dtype).removeprefix("torch."),
-        eps=eps,
+        coarsest=str(coarsest).removeprefix("torch."),
+        eps=max(eps, torch.finfo(coarsest).eps),
         random=random_modules(objective.modules),
         batchwise=batchwise_modules(objective.modules),
         batches=len(batches[0]),
