@@ -45,7 +45,8 @@ def check(
     Of any operator: that products repeat, are linear, agree between ``matvec`` and ``matmat``, that the adjoint is the
     adjoint, and symmetry. Of this package's, also where they are wrapped (damped, journaled, a submatrix, a sum): the
     product by other routes in float64, in forward mode and by finite differences of first derivatives; randomness in
-    the loss, shuffling of the data, modules in training mode, parameters that the loss does not reach.
+    the loss, shuffling of the data, modules in training mode, parameters that the loss does not reach, blocks that are
+    zero up to rounding. Where no other route can be compared, it warns.
 
     It takes ``3 + 2 num_probes`` products of a symmetric operator of this package, 7 by default; 2 `num_probes` more of
     a square one that is not known to be its own adjoint, and one more of an operator that is wrapped. Besides, it reads
