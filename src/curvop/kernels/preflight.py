@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from curvop.kernels.batches import leaves, map_leaves
+from curvop.kernels.stateless import replace
 
 __all__ = ["Guard", "batchwise_modules", "cautions", "listed", "random_modules", "suspects"]
 
@@ -52,7 +53,7 @@ class Guard:
         try:
             if self.writes:
                 for part, found in own:
-                    part._buffers.update({name: _copied(buffer) for name, buffer in found.items()})
+                    replace(part._buffers, {name: _copied(buffer) for name, buffer in found.items()})
             result = function(self.own(batch))
         finally:
             touched = [one for one in saved if one.changed()]
@@ -61,7 +62,7 @@ class Guard:
             for one in touched:
                 one.restore()
             for part, found in own:
-                part._buffers.update(found)
+                replace(part._buffers, found)
         self._seen.add(stage)
         return result, bool(touched)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["functional_call"]
+__all__ = ["functional_call", "replace"]
 
 
 def functional_call(module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...]) -> Any:
@@ -20,6 +20,13 @@ def functional_call(module: nn.Module, tensors: dict[str, Tensor], args: tuple[A
         return torch.func.functional_call(module, tensors, args)
     except BaseException:
         for part, parameters, buffers in own:
-            part._parameters.update(parameters)
-            part._buffers.update(buffers)
+            replace(part._parameters, parameters)
+            replace(part._buffers, buffers)
         raise
+
+
+def replace(tensors: dict[str, Any], others: dict[str, Any]) -> None:
+    """Put other tensors in the places of a module's; a scripted module's are in no dict, and have no `update`."""
+    for name, other in others.items():
+        if tensors[name] is not other:
+            tensors[name] = other
