@@ -133,7 +133,7 @@ class ComputedLinearOperator(BridgeLinearOperator):
     def other_routes(self, vector: NDArray[Any]) -> list[Route]:
         """Return products with `vector` ``(N,)`` in float64, by derivatives that are not the engine's.
 
-        In forward mode, where torch has it, and by finite differences; they take one pass over the data, of some fifteen
+        In forward mode, where torch has it, and by finite differences; they take a pass over the data, of fifteen or so
         gradients, and no more than half of the memory that is free. `curvop.check` compares with them.
         """
         there = torch.tensor(vector, dtype=torch.float64, device=self.device)
