@@ -186,6 +186,22 @@ def solvers(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def seeds(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Two runs with one journal, of which another rank than 0 draws other numbers in the second."""
+    found: dict[str, Any] = {}
+    problem = singles("mse")
+    for name, seed in (("first", rank), ("same", rank), ("other", 7 * rank)):
+        data = spread(problem.data, rank, size, "uneven")
+        F = FisherLinearOperator(problem.model, nn.MSELoss(), problem.params, data, mc_samples=1, rng=seed)
+        with serve(F, timeout=TIMEOUT) as W:
+            if rank == 0:
+                found[name] = W @ np.ones(W.shape[0])
+                found[f"{name}, told"] = fingerprint(W)
+                with raised(found, f"{name}, journal"), JournaledLinearOperator(W, folder / "journal") as J:
+                    found[f"{name}, from the journal"] = J @ np.ones(W.shape[0])
+    return found
+
+
 @contextmanager
 def raised(found: dict[str, Any], name: str) -> Iterator[None]:
     """Report what is raised."""

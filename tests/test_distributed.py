@@ -33,7 +33,7 @@ from torch import nn
 from curvop import HessianLinearOperator
 from curvop.distributed import serve
 from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn, functorch_hessian
-from curvop.fingerprint import fingerprint
+from curvop.fingerprint import differing, fingerprint
 from curvop.preconditioner import jacobi
 from curvop.shards import Shard
 from curvop.spectrum import density
@@ -110,6 +110,17 @@ class TestSolvers:
         assert {name: value for name, value in told.items() if not name.startswith("data, ")} == {
             name: value for name, value in plain.items() if not name.startswith("data, ")
         }
+
+
+def test_a_journal_tells_the_settings_of_every_rank(tmp_path) -> None:
+    found = Ranks("seeds", 2, tmp_path).check()[0]
+    assert differing(found["first, told"], found["same, told"]) == []
+    assert differing(found["first, told"], found["other, told"]) == ["rank 1, seed"]
+    close(found["same, from the journal"], found["first"])
+    assert np.linalg.norm(found["other"] - found["first"]) > 1e-2 * np.linalg.norm(found["first"])
+    error = found["other, journal"]
+    assert error["kind"] == "OtherProblemError"
+    assert "rank 1, seed" in error["message"]
 
 
 def test_what_rank_0_writes_to_the_model_is_written_everywhere(tmp_path) -> None:

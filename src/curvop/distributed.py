@@ -18,6 +18,7 @@ from torch import Tensor
 
 from curvop.computed import TORCH_DTYPES
 from curvop.curvature import CurvatureLinearOperator
+from curvop.fingerprint import differing
 from curvop.operator import Rows
 from curvop.parameters import ParameterLinearOperator
 from curvop.pulse import RankError
@@ -167,15 +168,21 @@ class DistributedLinearOperator(ParameterLinearOperator):
         return diagonal.cpu().numpy().astype(self.dtype, copy=False)
 
     def fingerprint(self) -> dict[str, str]:
-        """Return what the matrix depends on, as digests; see `curvop.fingerprint`. All ranks read their data once."""
+        """Return what the matrix depends on, as digests; see `curvop.fingerprint`. All ranks read their data once.
+
+        It is told as by rank 0, with the data of each (``data, rank 1, batch 0``), and what else differs on another
+        (``rank 1, seed``).
+        """
         link = self._link
         with link.team.turn():
             parts = [self._shard.fingerprint()]
             if not link.alone:
                 link.refresh()
                 parts += [answer["parts"] for answer in link.answers("fingerprint", adjoint=self._flipped)]
-        told = {name: value for name, value in parts[0].items() if not name.startswith("data, ")}
-        for rank, one in enumerate(parts):
+        shared = [{name: one[name] for name in one if not name.startswith("data, ")} for one in parts]
+        told = dict(shared[0])
+        for rank, one in enumerate(parts):  # what differs is its seed, or was only warned of
+            told |= {f"rank {rank}, {name}": one.get(name, "none") for name in differing(shared[0], shared[rank])}
             data = {name.removeprefix("data, "): value for name, value in one.items() if name.startswith("data, ")}
             told |= {f"data, rank {rank}, {name}": value for name, value in data.items()}
         return told
