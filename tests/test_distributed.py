@@ -263,6 +263,64 @@ class TestErrors:
         assert found[1]["training mode"] == []
 
 
+class TestOtherTensors:
+    """Ranks whose model or loss holds other tensors: each would multiply another matrix."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def found(cls, tmp_path_factory) -> list[dict[str, Any]]:
+        return Ranks("other_tensors", 2, tmp_path_factory.mktemp("other_tensors")).check()
+
+    @pytest.mark.parametrize(
+        ("loss", "named"),
+        [
+            ("module", "loss_function['weight']"),
+            ("partial", "loss_function['weight']"),
+            ("function", "loss_function['weight']"),
+            ("object", "loss_function['weights'][0]"),
+        ],
+    )
+    def test_of_the_loss(self, found, loss: str, named: str) -> None:
+        error = found[0][f"{loss}, False"]
+        assert error["kind"] == "ValueError"
+        assert error["message"].startswith(f"the operator of rank 1 is not that of rank 0: {named} differ. Give all")
+        assert (found[1][f"{loss}, False"]["kind"], found[1][f"{loss}, False"]["rank"]) == ("RankError", 0)
+        assert [one[f"{loss}, True"] for one in found] == [None, None]
+
+    def test_of_a_model_that_is_a_function(self, found) -> None:
+        assert "not that of rank 0: model['factor'] differ" in found[0]["model"]["message"]
+
+
+class TestNewTensors:
+    """Tensors that take the place of the model's own."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def found(cls, tmp_path_factory) -> list[dict[str, Any]]:
+        return Ranks("new_tensors", 2, tmp_path_factory.mktemp("new_tensors")).check()
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_before_the_block(self, found, which: int) -> None:
+        own, other = (found[rank][f"assigned on rank {which}"] for rank in (which, 1 - which))
+        assert own["kind"] == "RuntimeError"
+        assert "params['0.weight'] was the model's own parameter" in own["message"]
+        assert (other["kind"], other["rank"]) == ("RankError", which)
+        assert own["message"] in other["message"]
+
+    def test_a_model_that_is_cast_within_the_block_ends_it(self, found) -> None:
+        told = "rank 0's model has a tensor that is float32 [5, 4] now, but float64 [5, 4] on rank 1"
+        for error in (found[0]["cast"], found[1]["serve"]):
+            assert (error["kind"], error["rank"]) == ("RankError", 0)
+            assert error["message"].startswith(told)
+        assert found[0]["afterwards"]["kind"] == "RuntimeError"
+        assert told in found[0]["afterwards"]["message"]
+
+    def test_to_exit_is_a_normal_end(self, found) -> None:
+        assert found[0]["exit"]["kind"] == "SystemExit"
+        assert found[1]["exit"] is None
+        assert found[1]["exit with an error"]["message"] == "rank 0 left its block by SystemExit: 3"
+
+
 class TestDeath:
     """A rank has ended: so does the run, soon, and says which."""
 

@@ -24,7 +24,7 @@ from curvop.parameters import ParameterLinearOperator
 from curvop.pulse import RankError
 from curvop.ranks import Team
 from curvop.sandwich import SandwichLinearOperator
-from curvop.serving import Link, Served, Worker, compare, told
+from curvop.serving import Link, Served, Worker, compare
 from curvop.shards import Shard
 
 __all__ = ["DistributedLinearOperator", "RankError", "serve"]
@@ -97,21 +97,25 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
     try:
         try:
             shards = [Shard(A) for A in operators]
-            mine = {"operators": [told(shard) for shard in shards]}
+            for shard in shards:
+                shard.A.state()  # raises where the parameters are not the model's any more
+            mine = {"operators": [shard.told() for shard in shards]}
             all_told = [one["operators"] for one in team.meet(mine, operators[0].device)]
+            whole: Sequence[DistributedLinearOperator | None] = (None,) * len(shards)
             if team.rank == 0:
                 compare(all_told)
+                whole = _wholes(team, shards)
             else:
                 Worker(team, shards).run()
         except BaseException as error:
             team.fail(error)
             raise
-        whole = _wholes(team, shards) if team.rank == 0 else (None,) * len(shards)
         _serving = team.rank == 0
         try:
             yield whole if len(whole) > 1 else whole[0]
         except BaseException as error:
-            team.dismiss(error)
+            at_ease = isinstance(error, SystemExit) and error.code in (None, 0)
+            team.dismiss(None if at_ease else error)
             raise
         team.dismiss(None)
     finally:
