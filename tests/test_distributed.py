@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,14 @@ from distributed_runs import (
     results,
     vectors,
 )
-from scipy.sparse.linalg import cg, eigsh
+from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from torch import nn
 
 from curvop import HessianLinearOperator
 from curvop.distributed import serve
 from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn, functorch_hessian
 from curvop.fingerprint import differing, fingerprint
-from curvop.preconditioner import jacobi
+from curvop.preconditioner import jacobi, nystrom
 from curvop.shards import Shard
 from curvop.spectrum import density
 
@@ -370,6 +371,27 @@ class TestDeath:
         error = ranks.found[0]["serve"]
         assert (error["kind"], error["rank"]) == ("RankError", 1)
         assert "did not come" in error["message"]
+
+
+def test_a_preconditioner_lets_signs_of_life_be_given() -> None:
+    """They come from a thread, which a routine of linear algebra may not stop for as long as it runs."""
+    size, scales = 200_000, 1 / np.arange(1.0, 200_001)
+    A = LinearOperator((size, size), matvec=None, matmat=lambda X: scales[:, None] * X, dtype=np.float64)
+    beats, ended = [time.monotonic()], threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.01):
+            beats.append(time.monotonic())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        nystrom(A, 60, 1e-3, rng=0)
+    finally:
+        ended.set()
+        thread.join()
+    beats.append(time.monotonic())
+    assert np.diff(beats).max() < (beats[-1] - beats[0]) / 4
 
 
 class TestOneProcess:

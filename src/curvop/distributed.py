@@ -50,8 +50,9 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
         Of this rank's part of the data, one or more, the same kinds in the same order on all ranks. A Fisher matrix by
         sampling needs another `rng` on each rank.
     timeout : float
-        Seconds without a sign of life after which a rank counts as dead. Processes give signs while they compute; a
-        product may take any time.
+        Seconds without a sign of life after which a rank counts as dead. Processes give signs while they compute, from
+        a thread: a product may take any time, but what holds Python's lock for as long as this counts as dead, such as
+        ``scipy.linalg.eigh`` of a large matrix within the block.
     arrival : float
         Seconds that ranks wait for each other at the beginning, as while some of them still load data.
 
