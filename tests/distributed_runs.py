@@ -565,6 +565,10 @@ def killed_rank_0(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return death(rank, size, 0, signal.SIGKILL)
 
 
+def stopped_rank_0(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    return death(rank, size, 0, signal.SIGSTOP)
+
+
 def idle_kill(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """A rank ends while rank 0 asks for nothing."""
     found: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from distributed_runs import (
 from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from torch import nn
 
-from curvop import HessianLinearOperator
+from curvop import GGNLinearOperator, HessianLinearOperator
 from curvop.distributed import serve
 from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn, functorch_hessian
 from curvop.fingerprint import differing, fingerprint
@@ -358,6 +359,12 @@ class TestDeath:
             assert (found["serve"]["kind"], found["serve"]["rank"]) == ("RankError", 0)
         assert ranks.seconds < SOON
 
+    def test_rank_0_is_stopped_and_does_not_hold_the_store(self, tmp_path) -> None:
+        ranks = Ranks("stopped_rank_0", 2, tmp_path, stays=0, launcher_has_the_store=True)
+        assert ranks.hung == [0]
+        assert (ranks.found[1]["serve"]["kind"], ranks.found[1]["serve"]["rank"]) == ("RankError", 0)
+        assert ranks.seconds < SOON
+
     def test_ctrl_c_on_a_worker(self, tmp_path) -> None:
         ranks = Ranks("ctrl_c_on_a_worker", 2, tmp_path)
         assert ranks.hung == []
@@ -460,22 +467,45 @@ class TestOneProcess:
             pass
 
 
-def test_the_documented_script_runs_under_torchrun(tmp_path) -> None:
+@pytest.mark.parametrize(("nodes", "each"), [(0, 0), (1, 2), (2, 1)], ids=["alone", "one machine", "two"])
+def test_the_documented_script_runs(tmp_path, nodes: int, each: int) -> None:
+    """By itself, under torchrun, and under one torchrun for each of several machines, which are one here."""
     page = Path(__file__).parents[1] / "docs" / "distributed.rst"
     lines = page.read_text().partition(".. code-block:: python\n\n")[2].splitlines()
     end = next(index for index, line in enumerate(lines) if line and not line.startswith("    "))
     script = tmp_path / "script.py"
     script.write_text("\n".join(line.removeprefix("    ") for line in lines[:end]))
-    launched = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--master-addr", "127.0.0.1", "--master-port", str(free_port()), str(script)),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert launched.returncode == 0, launched.stderr
-    assert "largest eigenvalues" in launched.stdout
+    own = [sys.executable]
+    torchrun = [*own, "-m", "torch.distributed.run", "--nproc-per-node", str(each), "--nnodes", str(nodes)]
+    torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
+    commands = [[*torchrun, str(node)] for node in range(nodes)] or [own]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    launched = [
+        subprocess.Popen(
+            [*command, str(script)],
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
+    try:
+        told = [process.communicate(timeout=120) for process in launched]
+    finally:
+        for process in launched:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in launched] == [0] * len(launched), told
+    assert ["largest eigenvalues" in printed for printed, _ in told] == [True, False][: len(launched)]
+    values = torch.tensor([float(word) for word in re.findall(r"[0-9.]+(?:e[-+][0-9]+)?", told[0][0])])
+    expected = eigsh(documented(), k=3, return_eigenvectors=False)
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
+def documented() -> GGNLinearOperator:
+    """Return the matrix of the documented script's whole data set."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5))
+    data = [(torch.randn(50, 20), torch.randint(0, 5, (50,))) for _ in range(7)]
+    return GGNLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
