@@ -387,6 +387,18 @@ def other_tensors(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def left(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Ctrl-C ends rank 0's block, and its process, while rank 1 computes for much longer."""
+    found: dict[str, Any] = {}
+    A, data = parts(rank, size)
+    data.pause = 15.0 * rank
+    with raised(found, "serve"), serve(A) as W:
+        if rank == 0:
+            with interrupted(0.5):
+                W @ np.ones(W.shape[0])
+    return found
+
+
 def new_tensors(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Tensors that take the place of a model's own, before the block and within it."""
     found: dict[str, Any] = {}

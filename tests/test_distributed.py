@@ -365,6 +365,17 @@ class TestDeath:
         assert (ranks.found[1]["serve"]["kind"], ranks.found[1]["serve"]["rank"]) == ("RankError", 0)
         assert ranks.seconds < SOON
 
+    @pytest.mark.parametrize("launcher_has_the_store", [False, True])
+    def test_ctrl_c_ends_rank_0_while_another_computes(self, tmp_path, launcher_has_the_store: bool) -> None:
+        ranks = Ranks("left", 2, tmp_path, launcher_has_the_store=launcher_has_the_store)
+        assert (ranks.hung, ranks.exits) == ([], [0, 0])
+        here, there = (found["serve"] for found in ranks.found)
+        assert here["kind"] == "KeyboardInterrupt"
+        assert here["seconds"] < 12
+        assert (there["kind"], there["rank"]) == ("RankError", 0)
+        assert there["message"] == "rank 0 left its block by KeyboardInterrupt"
+        assert there["seconds"] > 14
+
     def test_ctrl_c_on_a_worker(self, tmp_path) -> None:
         ranks = Ranks("ctrl_c_on_a_worker", 2, tmp_path)
         assert ranks.hung == []
