@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -186,6 +187,22 @@ def solvers(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def seeds(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Two runs with one journal, of which another rank than 0 draws other numbers in the second."""
+    found: dict[str, Any] = {}
+    problem = singles("mse")
+    for name, seed in (("first", rank), ("same", rank), ("other", 7 * rank)):
+        data = spread(problem.data, rank, size, "uneven")
+        F = FisherLinearOperator(problem.model, nn.MSELoss(), problem.params, data, mc_samples=1, rng=seed)
+        with serve(F, timeout=TIMEOUT) as W:
+            if rank == 0:
+                found[name] = W @ np.ones(W.shape[0])
+                found[f"{name}, told"] = fingerprint(W)
+                with raised(found, f"{name}, journal"), JournaledLinearOperator(W, folder / "journal") as J:
+                    found[f"{name}, from the journal"] = J @ np.ones(W.shape[0])
+    return found
+
+
 @contextmanager
 def raised(found: dict[str, Any], name: str) -> Iterator[None]:
     """Report what is raised."""
@@ -218,17 +235,20 @@ def interrupted(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-class Faulty(list):
-    """Data that cannot be read, from some time on."""
+class Faulty:
+    """A loader that cannot read its data, from some time on."""
 
     error: BaseException | None = None
     pause = 0.0
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
 
     def __iter__(self) -> Iterator[Any]:
         time.sleep(self.pause)
         if self.error is not None:
             raise self.error
-        return super().__iter__()
+        return iter(self.batches)
 
 
 def parts(rank: int, size: int, **options: Any) -> tuple[GGNLinearOperator, Faulty]:
@@ -281,7 +301,7 @@ def survivors(rank: int, size: int, folder: Path) -> dict[str, Any]:
         W @ x
     B, data = parts(rank, size)
     if rank == 1:
-        data[0] = (data[0][0] * np.inf, data[0][1])
+        data.batches[0] = (data.batches[0][0] * np.inf, data.batches[0][1])
     with raised(found, "infinite data"), serve(B, timeout=TIMEOUT) as W:
         if rank == 0:
             W @ x
@@ -321,6 +341,92 @@ def survivors(rank: int, size: int, folder: Path) -> dict[str, Any]:
         with serve(GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), singles("mse").data)):
             pass
         found["training mode"] = [str(one.message) for one in caught]
+    return found
+
+
+def enclosing(weight: Any) -> Any:
+    return lambda prediction, y: nn.functional.cross_entropy(prediction, y, weight=weight)
+
+
+class Weighing:
+    """A loss function that is an object, of no module's kind."""
+
+    def __init__(self, weight: Any) -> None:
+        self.weights = [weight]
+
+    def __call__(self, prediction: Any, y: Any) -> Any:
+        return nn.functional.cross_entropy(prediction, y, weight=self.weights[0])
+
+
+def losses(weight: Any) -> dict[str, Any]:
+    """Return the same loss in all ways that it can hold its weights."""
+    return {
+        "module": nn.CrossEntropyLoss(weight=weight),
+        "partial": functools.partial(nn.functional.cross_entropy, weight=weight),
+        "function": enclosing(weight),
+        "object": Weighing(weight),
+    }
+
+
+def other_tensors(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Ranks that differ in a tensor of the loss or the model."""
+    found: dict[str, Any] = {}
+    problem = singles("ce-weights")
+    data, shared = spread(problem.data, rank, size, "uneven"), torch.ones(3).double()
+    for name in losses(shared):
+        for same in (False, True):
+            loss = losses(shared if same else shared + rank)[name]
+            A = GGNLinearOperator(problem.model, loss, problem.params, data, batch_weight=rows_of)
+            with raised(found, f"{name}, {same}"), serve(A, timeout=TIMEOUT):
+                pass
+    factor, model = shared + rank, problem.model
+    function = lambda params, X: factor * torch.func.functional_call(model, params, (X,))  # noqa: E731
+    A = GGNLinearOperator(function, nn.CrossEntropyLoss(), problem.params, data)
+    with raised(found, "model"), serve(A, timeout=TIMEOUT):
+        pass
+    return found
+
+
+def left(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Ctrl-C ends rank 0's block, and its process, while rank 1 computes for much longer."""
+    found: dict[str, Any] = {}
+    A, data = parts(rank, size)
+    data.pause = 15.0 * rank
+    with raised(found, "serve"), serve(A) as W:
+        if rank == 0:
+            with interrupted(0.5):
+                W @ np.ones(W.shape[0])
+    return found
+
+
+def new_tensors(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Tensors that take the place of a model's own, before the block and within it."""
+    found: dict[str, Any] = {}
+    for which in range(size):
+        A, _ = parts(rank, size)
+        if rank == which:
+            model = A._objective.modules[0]
+            model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+        with raised(found, f"assigned on rank {which}"), serve(A, timeout=TIMEOUT):
+            pass
+    A, _ = parts(rank, size)
+    with raised(found, "serve"), serve(A, timeout=TIMEOUT) as W:
+        if rank == 0:
+            x = vectors(W.shape[0])[:, 0]
+            W @ x
+            A._objective.modules[0].float()
+            with raised(found, "cast"):
+                W @ x
+            with raised(found, "afterwards"):
+                W @ x
+    A, _ = parts(rank, size)
+    with raised(found, "exit"), serve(A, timeout=TIMEOUT) as W:
+        if rank == 0:
+            found["product"] = W @ x
+            sys.exit(0)
+    with raised(found, "exit with an error"), serve(A, timeout=TIMEOUT) as W:
+        if rank == 0:
+            sys.exit(3)
     return found
 
 
@@ -423,20 +529,19 @@ def on_gpu(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-class Deadly(list):
-    """Data that ends its process, in the third pass."""
+class Deadly:
+    """A loader that ends its process, in the third pass."""
 
     passes = 0
 
-    def __init__(self, data: list[Any], number: int) -> None:
-        super().__init__(data)
-        self.number = number
+    def __init__(self, batches: list[Any], number: int) -> None:
+        self.batches, self.number = batches, number
 
     def __iter__(self) -> Iterator[Any]:
         self.passes += 1
         if self.passes == 3:
             os.kill(os.getpid(), self.number)
-        return super().__iter__()
+        return iter(self.batches)
 
 
 def deadly(rank: int, size: int, which: int, number: int) -> GGNLinearOperator:
@@ -470,6 +575,10 @@ def stopped_worker(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 def killed_rank_0(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return death(rank, size, 0, signal.SIGKILL)
+
+
+def stopped_rank_0(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    return death(rank, size, 0, signal.SIGSTOP)
 
 
 def idle_kill(rank: int, size: int, folder: Path) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,14 @@ from distributed_runs import (
     results,
     vectors,
 )
-from scipy.sparse.linalg import cg, eigsh
+from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from torch import nn
 
-from curvop import HessianLinearOperator
+from curvop import GGNLinearOperator, HessianLinearOperator
 from curvop.distributed import serve
 from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn, functorch_hessian
-from curvop.fingerprint import fingerprint
-from curvop.preconditioner import jacobi
+from curvop.fingerprint import differing, fingerprint
+from curvop.preconditioner import jacobi, nystrom
 from curvop.shards import Shard
 from curvop.spectrum import density
 
@@ -110,6 +112,17 @@ class TestSolvers:
         assert {name: value for name, value in told.items() if not name.startswith("data, ")} == {
             name: value for name, value in plain.items() if not name.startswith("data, ")
         }
+
+
+def test_a_journal_tells_the_settings_of_every_rank(tmp_path) -> None:
+    found = Ranks("seeds", 2, tmp_path).check()[0]
+    assert differing(found["first, told"], found["same, told"]) == []
+    assert differing(found["first, told"], found["other, told"]) == ["rank 1, seed"]
+    close(found["same, from the journal"], found["first"])
+    assert np.linalg.norm(found["other"] - found["first"]) > 1e-2 * np.linalg.norm(found["first"])
+    error = found["other, journal"]
+    assert error["kind"] == "OtherProblemError"
+    assert "rank 1, seed" in error["message"]
 
 
 def test_what_rank_0_writes_to_the_model_is_written_everywhere(tmp_path) -> None:
@@ -252,6 +265,64 @@ class TestErrors:
         assert found[1]["training mode"] == []
 
 
+class TestOtherTensors:
+    """Ranks whose model or loss holds other tensors: each would multiply another matrix."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def found(cls, tmp_path_factory) -> list[dict[str, Any]]:
+        return Ranks("other_tensors", 2, tmp_path_factory.mktemp("other_tensors")).check()
+
+    @pytest.mark.parametrize(
+        ("loss", "named"),
+        [
+            ("module", "loss_function['weight']"),
+            ("partial", "loss_function['weight']"),
+            ("function", "loss_function['weight']"),
+            ("object", "loss_function['weights'][0]"),
+        ],
+    )
+    def test_of_the_loss(self, found, loss: str, named: str) -> None:
+        error = found[0][f"{loss}, False"]
+        assert error["kind"] == "ValueError"
+        assert error["message"].startswith(f"the operator of rank 1 is not that of rank 0: {named} differ. Give all")
+        assert (found[1][f"{loss}, False"]["kind"], found[1][f"{loss}, False"]["rank"]) == ("RankError", 0)
+        assert [one[f"{loss}, True"] for one in found] == [None, None]
+
+    def test_of_a_model_that_is_a_function(self, found) -> None:
+        assert "not that of rank 0: model['factor'] differ" in found[0]["model"]["message"]
+
+
+class TestNewTensors:
+    """Tensors that take the place of the model's own."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def found(cls, tmp_path_factory) -> list[dict[str, Any]]:
+        return Ranks("new_tensors", 2, tmp_path_factory.mktemp("new_tensors")).check()
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_before_the_block(self, found, which: int) -> None:
+        own, other = (found[rank][f"assigned on rank {which}"] for rank in (which, 1 - which))
+        assert own["kind"] == "RuntimeError"
+        assert "params['0.weight'] was the model's own parameter" in own["message"]
+        assert (other["kind"], other["rank"]) == ("RankError", which)
+        assert own["message"] in other["message"]
+
+    def test_a_model_that_is_cast_within_the_block_ends_it(self, found) -> None:
+        told = "rank 0's model has a tensor that is float32 [5, 4] now, but float64 [5, 4] on rank 1"
+        for error in (found[0]["cast"], found[1]["serve"]):
+            assert (error["kind"], error["rank"]) == ("RankError", 0)
+            assert error["message"].startswith(told)
+        assert found[0]["afterwards"]["kind"] == "RuntimeError"
+        assert told in found[0]["afterwards"]["message"]
+
+    def test_to_exit_is_a_normal_end(self, found) -> None:
+        assert found[0]["exit"]["kind"] == "SystemExit"
+        assert found[1]["exit"] is None
+        assert found[1]["exit with an error"]["message"] == "rank 0 left its block by SystemExit: 3"
+
+
 class TestDeath:
     """A rank has ended: so does the run, soon, and says which."""
 
@@ -288,6 +359,23 @@ class TestDeath:
             assert (found["serve"]["kind"], found["serve"]["rank"]) == ("RankError", 0)
         assert ranks.seconds < SOON
 
+    def test_rank_0_is_stopped_and_does_not_hold_the_store(self, tmp_path) -> None:
+        ranks = Ranks("stopped_rank_0", 2, tmp_path, stays=0, launcher_has_the_store=True)
+        assert ranks.hung == [0]
+        assert (ranks.found[1]["serve"]["kind"], ranks.found[1]["serve"]["rank"]) == ("RankError", 0)
+        assert ranks.seconds < SOON
+
+    @pytest.mark.parametrize("launcher_has_the_store", [False, True])
+    def test_ctrl_c_ends_rank_0_while_another_computes(self, tmp_path, launcher_has_the_store: bool) -> None:
+        ranks = Ranks("left", 2, tmp_path, launcher_has_the_store=launcher_has_the_store)
+        assert (ranks.hung, ranks.exits) == ([], [0, 0])
+        here, there = (found["serve"] for found in ranks.found)
+        assert here["kind"] == "KeyboardInterrupt"
+        assert here["seconds"] < 12
+        assert (there["kind"], there["rank"]) == ("RankError", 0)
+        assert there["message"] == "rank 0 left its block by KeyboardInterrupt"
+        assert there["seconds"] > 14
+
     def test_ctrl_c_on_a_worker(self, tmp_path) -> None:
         ranks = Ranks("ctrl_c_on_a_worker", 2, tmp_path)
         assert ranks.hung == []
@@ -301,6 +389,27 @@ class TestDeath:
         error = ranks.found[0]["serve"]
         assert (error["kind"], error["rank"]) == ("RankError", 1)
         assert "did not come" in error["message"]
+
+
+def test_a_preconditioner_lets_signs_of_life_be_given() -> None:
+    """They come from a thread, which a routine of linear algebra may not stop for as long as it runs."""
+    size, scales = 200_000, 1 / np.arange(1.0, 200_001)
+    A = LinearOperator((size, size), matvec=None, matmat=lambda X: scales[:, None] * X, dtype=np.float64)
+    beats, ended = [time.monotonic()], threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.01):
+            beats.append(time.monotonic())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        nystrom(A, 60, 1e-3, rng=0)
+    finally:
+        ended.set()
+        thread.join()
+    beats.append(time.monotonic())
+    assert np.diff(beats).max() < (beats[-1] - beats[0]) / 4
 
 
 class TestOneProcess:
@@ -369,22 +478,45 @@ class TestOneProcess:
             pass
 
 
-def test_the_documented_script_runs_under_torchrun(tmp_path) -> None:
+@pytest.mark.parametrize(("nodes", "each"), [(0, 0), (1, 2), (2, 1)], ids=["alone", "one machine", "two"])
+def test_the_documented_script_runs(tmp_path, nodes: int, each: int) -> None:
+    """By itself, under torchrun, and under one torchrun for each of several machines, which are one here."""
     page = Path(__file__).parents[1] / "docs" / "distributed.rst"
     lines = page.read_text().partition(".. code-block:: python\n\n")[2].splitlines()
     end = next(index for index, line in enumerate(lines) if line and not line.startswith("    "))
     script = tmp_path / "script.py"
     script.write_text("\n".join(line.removeprefix("    ") for line in lines[:end]))
-    launched = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--master-addr", "127.0.0.1", "--master-port", str(free_port()), str(script)),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert launched.returncode == 0, launched.stderr
-    assert "largest eigenvalues" in launched.stdout
+    own = [sys.executable]
+    torchrun = [*own, "-m", "torch.distributed.run", "--nproc-per-node", str(each), "--nnodes", str(nodes)]
+    torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
+    commands = [[*torchrun, str(node)] for node in range(nodes)] or [own]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    launched = [
+        subprocess.Popen(
+            [*command, str(script)],
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
+    try:
+        told = [process.communicate(timeout=120) for process in launched]
+    finally:
+        for process in launched:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in launched] == [0] * len(launched), told
+    assert ["largest eigenvalues" in printed for printed, _ in told] == [True, False][: len(launched)]
+    values = torch.tensor([float(word) for word in re.findall(r"[0-9.]+(?:e[-+][0-9]+)?", told[0][0])])
+    expected = eigsh(documented(), k=3, return_eigenvectors=False)
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
+def documented() -> GGNLinearOperator:
+    """Return the matrix of the documented script's whole data set."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5))
+    data = [(torch.randn(50, 20), torch.randint(0, 5, (50,))) for _ in range(7)]
+    return GGNLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data)

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from curvop.computed import TORCH_DTYPES
 from curvop.curvature import CurvatureLinearOperator
+from curvop.fingerprint import differing
 from curvop.operator import Rows
 from curvop.parameters import ParameterLinearOperator
 from curvop.pulse import RankError
 from curvop.ranks import Team
 from curvop.sandwich import SandwichLinearOperator
-from curvop.serving import Link, Served, Worker, compare, told
+from curvop.serving import Link, Served, Worker, compare
 from curvop.shards import Shard
 
 __all__ = ["DistributedLinearOperator", "RankError", "serve"]
@@ -49,8 +50,9 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
         Of this rank's part of the data, one or more, the same kinds in the same order on all ranks. A Fisher matrix by
         sampling needs another `rng` on each rank.
     timeout : float
-        Seconds without a sign of life after which a rank counts as dead. Processes give signs while they compute; a
-        product may take any time.
+        Seconds without a sign of life after which a rank counts as dead. Processes give signs while they compute, from
+        a thread: a product may take any time, but what holds Python's lock for as long as this counts as dead, such as
+        ``scipy.linalg.eigh`` of a large matrix within the block.
     arrival : float
         Seconds that ranks wait for each other at the beginning, as while some of them still load data.
 
@@ -96,21 +98,25 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
     try:
         try:
             shards = [Shard(A) for A in operators]
-            mine = {"operators": [told(shard) for shard in shards]}
+            for shard in shards:
+                shard.A.state()  # raises where the parameters are not the model's any more
+            mine = {"operators": [shard.told() for shard in shards]}
             all_told = [one["operators"] for one in team.meet(mine, operators[0].device)]
+            whole: Sequence[DistributedLinearOperator | None] = (None,) * len(shards)
             if team.rank == 0:
                 compare(all_told)
+                whole = _wholes(team, shards)
             else:
                 Worker(team, shards).run()
         except BaseException as error:
             team.fail(error)
             raise
-        whole = _wholes(team, shards) if team.rank == 0 else (None,) * len(shards)
         _serving = team.rank == 0
         try:
             yield whole if len(whole) > 1 else whole[0]
         except BaseException as error:
-            team.dismiss(error)
+            at_ease = isinstance(error, SystemExit) and error.code in (None, 0)
+            team.dismiss(None if at_ease else error)
             raise
         team.dismiss(None)
     finally:
@@ -167,15 +173,21 @@ class DistributedLinearOperator(ParameterLinearOperator):
         return diagonal.cpu().numpy().astype(self.dtype, copy=False)
 
     def fingerprint(self) -> dict[str, str]:
-        """Return what the matrix depends on, as digests; see `curvop.fingerprint`. All ranks read their data once."""
+        """Return what the matrix depends on, as digests; see `curvop.fingerprint`. All ranks read their data once.
+
+        It is told as by rank 0, with the data of each (``data, rank 1, batch 0``), and what else differs on another
+        (``rank 1, seed``).
+        """
         link = self._link
         with link.team.turn():
             parts = [self._shard.fingerprint()]
             if not link.alone:
                 link.refresh()
                 parts += [answer["parts"] for answer in link.answers("fingerprint", adjoint=self._flipped)]
-        told = {name: value for name, value in parts[0].items() if not name.startswith("data, ")}
-        for rank, one in enumerate(parts):
+        shared = [{name: one[name] for name in one if not name.startswith("data, ")} for one in parts]
+        told = dict(shared[0])
+        for rank, one in enumerate(parts):  # what differs is its seed, or was only warned of
+            told |= {f"rank {rank}, {name}": one.get(name, "none") for name in differing(shared[0], shared[rank])}
             data = {name.removeprefix("data, "): value for name, value in one.items() if name.startswith("data, ")}
             told |= {f"data, rank {rank}, {name}": value for name, value in data.items()}
         return told

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import LinAlgError, cholesky, qr, solve_triangular, svd
 from scipy.sparse import diags_array
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
@@ -67,7 +66,7 @@ def nystrom(
     A : LinearOperator, shape (N, N)
         Symmetric positive semi-definite, undamped.
     rank : int
-        Columns of the block product; N rank numbers are kept, in float64, and six times as many for a while.
+        Columns of the block product; N rank numbers are kept, in float64, and five times as many for a while.
     damping : float
         Positive.
     rng : int or numpy.random.Generator, optional
@@ -88,12 +87,14 @@ def nystrom(
         raise ValueError(f"rank is {rank}, but must be between 1 and the {size} rows of A")
     _positive(damping)
     test = random_generator(rng).standard_normal((size, rank))
-    test = qr(test, mode="economic", overwrite_a=True, check_finite=False)[0]
+    # By what lets other threads run meanwhile, such as those by which ranks tell each other that they live: NumPy's
+    # solve and svd, not SciPy's routines, and not NumPy's qr and norm.
+    test = np.linalg.svd(test, full_matrices=False)[0]
     product = np.asarray(A @ test, dtype=np.float64)
     if not np.isfinite(product).all():
         raise ValueError("a product with A is not finite")
     inner = test.T @ product
-    norm = float(np.linalg.norm(product, 2))
+    norm = float(np.sqrt(max(0.0, np.linalg.eigvalsh(product.T @ product)[-1])))
     if norm == 0:
         return NystromPreconditioner(test, np.zeros(rank), damping)
     eigenvalue = float(np.linalg.eigvalsh((inner + inner.T) / 2)[0])
@@ -109,13 +110,16 @@ def nystrom(
         try:
             doubled = inner + inner.T
             doubled[np.diag_indices(rank)] += 2 * shift
-            factor = cholesky(doubled, lower=False) / 2**0.5
+            factor = np.linalg.cholesky(doubled) / 2**0.5
             break
-        except LinAlgError:
+        except np.linalg.LinAlgError:
             shift *= 10
     shifted = product + shift * test
-    left = solve_triangular(factor, shifted.T, trans="T", lower=False).T
-    vectors, singular, _ = svd(left, full_matrices=False, overwrite_a=True, check_finite=False)
+    del test, product
+    # Backwards it is an upper triangle, which the solver takes as its own factor: rows are not exchanged.
+    left = np.linalg.solve(factor[::-1, ::-1], shifted.T[::-1])[::-1].T
+    del shifted
+    vectors, singular, _ = np.linalg.svd(left, full_matrices=False)
     values = np.maximum(0, singular**2 - shift)
     return NystromPreconditioner(vectors, values, damping)
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["Pulse", "RankError"]
+__all__ = ["Pulse", "RankError", "described"]
 
 
 class RankError(RuntimeError):
@@ -71,11 +71,8 @@ class Pulse(threading.Thread):
         ------
         RankError
         """
-        if self._lost is not None:
+        if self._failed is not None or self._lost is not None:
             raise self.gone(self._lost)
-        if self._failed is not None:
-            told = json.loads(self._failed)
-            raise RankError(told["rank"], told["message"])
         for rank, (_, turns) in self._beats.items():
             if turns * self.interval >= (self._timeout if patience is None else patience):
                 raise RankError(
@@ -84,8 +81,11 @@ class Pulse(threading.Thread):
                     "(killed, out of memory), is stopped, or cannot be reached",
                 )
 
-    def gone(self, error: Exception) -> RankError:
-        """Return what it means that the store cannot be reached."""
+    def gone(self, error: Exception | None) -> RankError:
+        """Return what it means that the store cannot be reached: what was told before, if anything."""
+        if self._failed is not None:
+            told = json.loads(self._failed)
+            return RankError(told["rank"], told["message"])
         rank = 0 if self._rank else None
         return RankError(rank, f"the store of the process group is gone, as it is where rank 0 has ended: {error}")
 
@@ -114,3 +114,8 @@ class Pulse(threading.Thread):
 
     def _beat(self, number: int) -> None:
         self._store.set(f"beat/{self._rank}", str(number))
+
+
+def described(error: BaseException) -> str:
+    """Return what an error is, in one line."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from curvop.pulse import Pulse, RankError
+from curvop.pulse import Pulse, RankError, described
 
 __all__ = ["Team"]
 
@@ -30,6 +30,8 @@ _runs = itertools.count()
 _PIECE = 1 << 23
 #: Seconds without a sign of life after which a rank is named, where a connection has broken already.
 _SOON = 5.0
+#: Seconds that rank 0 waits for those that compute, when an error or Ctrl-C ends its block.
+_FAREWELL = 2.0
 #: Seconds between two looks at the store at most.
 _LONGEST = 0.05
 
@@ -65,8 +67,9 @@ class Team:
         if not _joined(arrival):
             return
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._store = _store(f"curvop/{next(_runs)}")
-        self._pulse = Pulse(self._store.clone(), self.rank, timeout)
+        group: Any = dist.group.WORLD
+        self._store: Any = dist.PrefixStore(f"curvop/{next(_runs)}", group.get_group_store())  # type: ignore[attr-defined]
+        self._pulse = Pulse(self._store.clone(), self.rank, timeout)  # type: ignore[attr-defined]
 
     def meet(self, told: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
         """Wait until all ranks are here; return what each of them tells, in the order of ranks.
@@ -95,9 +98,11 @@ class Team:
         nccl = own and dist.is_nccl_available() and all(one["kind"] == "cuda" for one in found)
         if nccl:
             self.device = device
-        # Collectives of another group than the user's own, for which nobody has to wait longer than for the dead.
+        # Collectives of another group than the user's own, for which nobody has to wait longer than for the dead; but
+        # NCCL ends the process when the time is over, so that it has to be known before who is dead.
+        backend, limit = ("nccl", 4 * self._timeout) if nccl else ("gloo", self._timeout)
         try:
-            self._group = dist.new_group(backend="nccl" if nccl else "gloo", timeout=timedelta(seconds=self._timeout))
+            self._group = dist.new_group(backend=backend, timeout=timedelta(seconds=limit))
         except RuntimeError as error:
             self._blame(error)
         return found
@@ -152,7 +157,10 @@ class Team:
 
     def answer(self, number: int, **answer: Any) -> None:
         """Answer rank 0."""
-        self._store.set(f"{number}/{self.rank}", json.dumps(answer))
+        try:
+            self._store.set(f"{number}/{self.rank}", json.dumps(answer))
+        except dist.DistError as error:  # rank 0 has left meanwhile
+            raise self._pulse.gone(error) from error
 
     def broadcast(self, tensor: Tensor) -> None:
         """Fill the contiguous `tensor` with that of rank 0."""
@@ -170,7 +178,7 @@ class Team:
         if self._over is not None or self.size == 1:
             return
         rank = error.rank if isinstance(error, RankError) else self.rank
-        message = str(error) if isinstance(error, RankError) else f"rank {rank} raised {_described(error)}"
+        message = str(error) if isinstance(error, RankError) else f"rank {rank} raised {described(error)}"
         self._over = message
         with contextlib.suppress(Exception):  # who cannot be told any more will see for itself
             if not self._store.check(["failed"]):
@@ -191,11 +199,15 @@ class Team:
     def dismiss(self, error: BaseException | None) -> None:
         """Let the other ranks go, as rank 0; with what has ended its block, they raise."""
         if self._over is None and self.size > 1:
-            told = None if error is None else f"rank 0 left its block by {_described(error)}"
-            with contextlib.suppress(RankError, dist.DistError):  # nothing more is asked of them
-                number, end = self._post("stop", error=told), time.monotonic() + self._timeout
+            told = None if error is None else f"rank 0 left its block by {described(error)}"
+            end = time.monotonic() + (self._timeout if told is None else _FAREWELL)
+            try:
+                number = self._post("stop", error=told)
                 for rank in range(1, self.size):
                     self._wait(f"{number}/{rank}", end)
+            except (RankError, dist.DistError):  # nothing more is asked of them
+                if told is not None:
+                    self.fail(RankError(0, told))  # which their pulses hear while they compute
         self.leave()
 
     def _post(self, do: str, **arguments: Any) -> int:
@@ -234,7 +246,7 @@ class Team:
                     raise RankError(rank, f"rank {rank} did not come to curvop.distributed.serve in time")
         except dist.DistError as error:
             raise self._pulse.gone(error) from error
-        raise AssertionError("unreachable")
+        raise AssertionError
 
     def _looks(self, longest: float) -> Iterator[None]:
         """Yield again and again, as long as the others live, with pauses that grow with what was waited already."""
@@ -283,14 +295,5 @@ def _joined(arrival: float) -> bool:
     return dist.get_world_size() > 1
 
 
-def _store(prefix: str) -> Any:
-    group: Any = dist.group.WORLD
-    return dist.PrefixStore(prefix, group.get_group_store())  # type: ignore[attr-defined]
-
-
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     return tensor.view(-1).split(_PIECE) if tensor.numel() else ()
-
-
-def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

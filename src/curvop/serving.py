@@ -17,7 +17,7 @@ from curvop.pulse import RankError
 from curvop.ranks import Team
 from curvop.shards import ERRORS, Shard
 
-__all__ = ["Link", "Served", "Worker", "compare", "told"]
+__all__ = ["Link", "Served", "Worker", "compare"]
 
 #: What is told of a problem by its code, which may differ between ranks without the matrix being another.
 _CODE = ("model", "loss_function", "objective", "batch_weight")
@@ -82,9 +82,20 @@ class Link:
         if state == served.state:
             return
         whole = Link(served)
+        for rank, answer in enumerate(whole.answers("layout"), 1):
+            if answer["layout"] != (layout := served.shard.layout()):
+                ours, theirs = next(
+                    both for both in itertools.zip_longest(layout, answer["layout"]) if both[0] != both[1]
+                )
+                raise RankError(
+                    0,
+                    f"rank 0's model has a tensor that is {ours or 'missing'} now, but {theirs or 'missing'} on rank "
+                    f"{rank}: values may be written within the block, but to cast, resize, add or remove tensors, "
+                    "leave it and make new operators on all ranks",
+                )
         tensors = [_bytes(tensor).to(self.team.device) for tensor in served.shard.tensors()]
         answers = whole.answers("tensors", tensors)
-        compare([[told(served.shard)], *([answer["told"]] for answer in answers)])
+        compare([[served.shard.told()], *([answer["told"]] for answer in answers)])
         served.state = state
 
 
@@ -147,6 +158,10 @@ class Worker:
         shard = self._shard(**which)
         return lambda: {"parts": shard.fingerprint()}
 
+    def _layout(self, **which: Any) -> Callable[[], dict[str, Any]]:
+        shard = self._shard(**which)
+        return lambda: {"layout": shard.layout()}
+
     def _tensors(self, **which: Any) -> Callable[[], dict[str, Any]]:
         shard = self._shard(**which)
         for tensor in shard.tensors():
@@ -154,7 +169,7 @@ class Worker:
             self._team.broadcast(fresh)
             with torch.no_grad():
                 tensor.copy_(fresh.view(tensor.dtype).view(tensor.shape))
-        return lambda: {"told": told(shard)}
+        return lambda: {"told": shard.told()}
 
     def _shard(self, of: int, drop: Sequence[int], adjoint: bool = False) -> Shard:
         for number in drop:
@@ -169,12 +184,6 @@ class Worker:
         return {}
 
 
-def told(shard: Shard) -> dict[str, str]:
-    """Return what must be equal on all ranks: all but the data."""
-    layout = " ".join(f"{tensor.dtype}{list(tensor.shape)}" for tensor in shard.tensors())
-    return shard.A.fingerprint(data=False) | {"number and shapes of the model's tensors": layout}
-
-
 def compare(descriptions: list[list[dict[str, str]]]) -> None:
     """Refuse operators that are not the same on all ranks, naming rank and difference."""
     for rank, one in enumerate(descriptions):
@@ -185,7 +194,8 @@ def compare(descriptions: list[list[dict[str, str]]]) -> None:
             if hard := [name for name in names if name not in _CODE]:
                 raise ValueError(
                     f"the operator of rank {rank} is not that of rank 0: {listed(hard)} differ. Give all ranks "
-                    "the same model (of the same seed or checkpoint, and no step of training that they do not share)"
+                    "the same model and loss (of the same seed or checkpoint, class weights of the whole data set, and "
+                    "no step of training that they do not share)"
                 )
             if names:
                 warnings.warn(

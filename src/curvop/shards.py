@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Self
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvop.curvature import CurvatureLinearOperator
 from curvop.fisher import GradientCovarianceLinearOperator
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
+from curvop.kernels.fingerprint import digest
 from curvop.sandwich import SandwichLinearOperator
 
 __all__ = ["ERRORS", "Shard"]
@@ -56,6 +60,21 @@ class Shard:
     def tensors(self) -> list[Tensor]:
         """Return the tensors that the matrix depends on besides the data, each once: parameters first, buffers last."""
         return list({id(tensor): tensor for tensor in self._objective.tensors()}.values())
+
+    def layout(self) -> list[str]:
+        """Return dtypes and shapes of the `tensors`, in their order."""
+        return [f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in self.tensors()]
+
+    def told(self) -> dict[str, str]:
+        """Return what must be equal on all ranks: all but the data, by name, and each tensor by a name of its own."""
+        parts = self.A.fingerprint(data=False)
+        params = {id(value) for value in self._objective.params.values()}
+        own = vars(self._objective)  # of either kind
+        for name in ("_model", "loss_function", "_objective", "_batch_weight"):
+            for one, tensor in _held(own.get(name), name.removeprefix("_"), ()):
+                if one not in parts and id(tensor) not in params:
+                    parts[one] = digest(tensor)
+        return parts | {"number and shapes of the model's tensors": " ".join(self.layout())}
 
     def fingerprint(self) -> dict[str, str]:
         """Return what the matrix depends on; see `ComputedLinearOperator.fingerprint`. The data may be empty."""
@@ -135,3 +154,45 @@ class Shard:
             raise ValueError("data is empty on every rank, so there is nothing to differentiate")
         self._objective.warn_once(int(batches))  # this rank has seen its own only
         return totals[:-1], self._objective.divisor([weight])
+
+
+def _held(value: Any, name: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that modules and functions hold, by name; `above` are the identities of what they are part of.
+
+    It looks where digests look: into what functions enclose, and the tensors, modules and functions that they refer to.
+    """
+    parts: Mapping[Any, Any] = {}
+    if id(value) in above:
+        return
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, nn.Module):
+        parts = {key: one for part in value.modules() for key, one in vars(part).items() if isinstance(one, Tensor)}
+        parts |= dict(value.named_parameters()) | dict(value.named_buffers())
+    elif isinstance(value, Mapping):
+        parts = value
+    elif isinstance(value, list | tuple):
+        parts = dict(enumerate(value))
+    elif isinstance(value, functools.partial):
+        parts = {"func": value.func, "args": value.args, **value.keywords}
+    elif isinstance(value, types.MethodType):
+        parts = {"self": value.__self__, value.__name__: value.__func__}
+    elif str(getattr(value, "__module__", None)).partition(".")[0] == "torch":
+        return
+    elif isinstance(value, types.FunctionType):
+        there = value.__globals__
+        named = {key: there[key] for key in value.__code__.co_names if key in there}
+        parts = {
+            key: one
+            for key, one in named.items()
+            if isinstance(one, Tensor | nn.Module)
+            or (isinstance(one, types.FunctionType) and one.__module__ == value.__module__)
+        }
+        parts |= {"defaults": value.__defaults__, **(value.__kwdefaults__ or {})}
+        for key, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # not set yet
+                parts |= {key: cell.cell_contents}
+    elif callable(value) and not isinstance(value, type):
+        parts = getattr(value, "__dict__", {})
+    for key, one in parts.items():
+        yield from _held(one, f"{name}[{key!r}]", (*above, id(value)))
