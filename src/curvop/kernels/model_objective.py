@@ -107,7 +107,9 @@ class ModelObjective(Objective):
         """Return the prediction; `apart` where the parameters may have other values than the model's own."""
         if not isinstance(self._model, nn.Module):
             return self._model(dict(leaves), X)
-        with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES) if apart else contextlib.nullcontext():
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True)  # by who measures memory, for one
+        refused = apart and hooked is None
+        with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES) if refused else contextlib.nullcontext():
             return functional_call(self._model, others | dict(leaves), (X,))
 
     def _others(self, leaves: Mapping[str, Tensor], buffers: bool) -> dict[str, Tensor]:
