@@ -286,10 +286,10 @@ class TestTime:
     @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
     def test_device_returns_the_pairs_so_far_with_their_certificate(self, which: str) -> None:
         values = np.linspace(-1, 1, 4000) ** 3
-        A = Slow(diags_array(values).tocsr(), 0.002)
+        A = Slow(diags_array(values).tocsr(), 0.006)
         with pytest.warns(RuntimeWarning, match="not converged, as time was up: . of 4 eigenvalues did; "):
-            result = eigsh(A, 4, which, method="device", seconds=0.5)
-        assert A.last < A.begun + 0.6  # half a second after it was called
+            result = eigsh(A, 4, which, method="device", seconds=1.0)
+        assert A.last < A.begun + 1.2  # a second after it was called
         assert (result.timed_out, result.converged, result.ok) == (True, False, False)
         assert result.products == A.products
         assert result.vectors.shape == (4000, 4)
