@@ -81,6 +81,21 @@ def curvop(problem: Problem, work: Work, engine: str = "autograd") -> Any:
     return H if work.kind == "eigsh" else H.__matmul__
 
 
+def curvop_tensors(problem: Problem, work: Work, engine: str = "autograd") -> Any:
+    """Tensors in and out, which stay where the model is."""
+    return with_tensors(curvop(problem, work, engine), problem, work)
+
+
+def with_tensors(multiply: Callable[[Tensor], Tensor], problem: Problem, work: Work) -> Callable[..., Tensor]:
+    vectors = tensor_like(problem, work.vectors)
+    return lambda _: multiply(vectors)
+
+
+def tensor_like(problem: Problem, array: np.ndarray) -> Tensor:
+    """Return the array as a tensor of the precision and on the device of the parameters."""
+    return torch.from_numpy(array).to(next(iter(problem["params"].values())))
+
+
 def curvop_one_batch(problem: Problem, work: Work, engine: str = "autograd") -> Any:
     return curvop(problem | {"data": [joined(problem)]}, work, engine)
 
@@ -146,8 +161,7 @@ def curvlinops_scipy(problem: Problem, work: Work) -> Any:
 
 def curvlinops_eager(problem: Problem, work: Work) -> Any:
     """Tensors in and out, without the way through NumPy."""
-    H, vectors = curvlinops_operator(problem, work), torch.from_numpy(work.vectors).float()
-    return lambda _: H @ vectors
+    return with_tensors(curvlinops_operator(problem, work).__matmul__, problem, work)
 
 
 def curvlinops_compiled(problem: Problem, work: Work) -> Any:
@@ -162,7 +176,7 @@ def pyhessian_single(problem: Problem, work: Work) -> Any:
     from pyhessian import hessian
     from pyhessian.utils import hessian_vector_product
 
-    H = hessian(copy.deepcopy(problem["model"]), problem["loss_function"], data=joined(problem), cuda=False)
+    H = hessian(copy.deepcopy(problem["model"]), problem["loss_function"], data=joined(problem), cuda=on_gpu(problem))
     multiply = by_column(problem, lambda parts: hessian_vector_product(H.gradsH, H.params, parts))
     if work.kind != "eigsh":
         return multiply
@@ -172,15 +186,20 @@ def pyhessian_single(problem: Problem, work: Work) -> Any:
 def pyhessian_loader(problem: Problem, work: Work) -> Any:
     from pyhessian import hessian
 
-    H = hessian(copy.deepcopy(problem["model"]), problem["loss_function"], dataloader=problem["data"], cuda=False)
+    model, loss_function, data = copy.deepcopy(problem["model"]), problem["loss_function"], problem["data"]
+    H = hessian(model, loss_function, dataloader=data, cuda=on_gpu(problem))
     return by_column(problem, lambda parts: H.dataloader_hv_product(parts)[1])
+
+
+def on_gpu(problem: Problem) -> bool:
+    return next(iter(problem["params"].values())).is_cuda
 
 
 def by_column(problem: Problem, product: Callable[[list[Tensor]], Sequence[Tensor]]) -> Callable[..., np.ndarray]:
     params = list(problem["params"].values())
 
     def one(vector: np.ndarray) -> np.ndarray:
-        pieces = torch.from_numpy(vector).float().split([param.numel() for param in params])
+        pieces = tensor_like(problem, vector).split([param.numel() for param in params])
         parts = [piece.view_as(param) for piece, param in zip(pieces, params, strict=True)]
         joined = torch.cat([part.reshape(-1) for part in product(parts)])
         return joined.numpy(force=True).astype(vector.dtype, copy=False)
@@ -195,8 +214,9 @@ def by_hand(problem: Problem, work: Work) -> Any:
     """Double backward from the beginning in every product, as scripts do it."""
 
     def multiply(vectors: np.ndarray) -> np.ndarray:
-        columns = list(torch.from_numpy(vectors.T).float().reshape(-1, len(vectors)))
-        products = double_backward(problem, work.rows, work.cols, columns).numpy().astype(vectors.dtype, copy=False)
+        columns = list(tensor_like(problem, vectors.T).reshape(-1, len(vectors)))
+        found = double_backward(problem, work.rows, work.cols, columns)
+        products = found.numpy(force=True).astype(vectors.dtype, copy=False)
         return products[0] if vectors.ndim == 1 else products.T
 
     return multiply
@@ -240,6 +260,7 @@ def own(engine: str) -> dict[str, Contender]:
 
     return {
         name: contender(curvop, *WHOLE, *BLOCKS, "eigsh", *OTHERS),
+        f"{name}, tensors": contender(curvop_tensors, "product", "block of 8"),
         f"{name}, one batch": contender(curvop_one_batch, "product"),
         f"{name}, restricted": contender(curvop_restricted, "slice"),
         f"{name}, whole": contender(curvop_whole, "off diagonal", yardstick=True),

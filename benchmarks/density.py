@@ -2,7 +2,7 @@
 
 Run ``python -m pip install -e ".[bench]" && python benchmarks/density.py``; it writes
 ``benchmarks/results/density.json`` and takes about twelve minutes. Times are medians of runs in turns. What is not
-within a product is the recurrence's.
+within a product is the recurrence's. On a GPU: ``--device cuda --out benchmarks/results/density-gpu.json``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from curvlinops.papyan2020traces.spectrum import lanczos_approximate_spectrum
 from environment import environment
-from models import PEER_PROBLEMS
+from models import PEER_PROBLEMS, on_device
+from reference import finish
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvop import HessianLinearOperator
-from curvop.operator import BridgeLinearOperator
+from curvop.operator import WrappingLinearOperator
 from curvop.spectrum import density
 from curvop.spectrum.lanczos import Lanczos
 
@@ -33,7 +34,7 @@ MODELS = ("MLP 784-512-512-10", "GPT 4 layers, d = 128", "CNN 32x32")
 PROBES, STEPS = 8, 64
 
 
-class Stopwatch(BridgeLinearOperator):
+class Stopwatch(WrappingLinearOperator):
     """Another operator, whose products' time is added up."""
 
     def __init__(self, A: Any) -> None:
@@ -41,15 +42,19 @@ class Stopwatch(BridgeLinearOperator):
         self._A, self.seconds = A, 0.0
 
     def _apply(self, rows: Any) -> Any:
+        finish()
         begun = time.perf_counter()
         products = (self._A @ rows.T).T
+        finish()
         self.seconds += time.perf_counter() - begun
         return products
 
 
 def seconds(function: Any) -> float:
+    finish()
     begun = time.perf_counter()
     function()
+    finish()
     return time.perf_counter() - begun
 
 
@@ -59,16 +64,17 @@ def ours(operator: Any) -> float:
 
 def orthogonality(operator: Any) -> float:
     """Return the largest entry of ``Q' Q - I`` after all steps of one probe."""
-    lanczos = Lanczos(operator, torch.randn(1, operator.shape[0], generator=torch.Generator().manual_seed(0)), STEPS)
+    start = torch.randn(1, operator.shape[0], generator=torch.Generator().manual_seed(0))
+    lanczos = Lanczos(operator, start.to(operator.device), STEPS)
     while lanczos.running:
         lanczos.step()
-    basis = lanczos.basis[0, : lanczos.lengths[0]].double()
+    basis = lanczos.basis[0, : lanczos.lengths[0]].double().cpu()
     return float((basis @ basis.T - torch.eye(len(basis), dtype=torch.float64)).abs().max())
 
 
-def measure(name: str, repeats: int) -> dict[str, Any]:
+def measure(name: str, repeats: int, device: str) -> dict[str, Any]:
     torch.manual_seed(0)
-    problem = PEER_PROBLEMS[name]()
+    problem = on_device(PEER_PROBLEMS[name](), device)
     arguments = problem["model"], problem["loss_function"], problem["params"], problem["data"]
     operators = {
         engine: HessianLinearOperator(*arguments, dtype=np.float32, engine=engine)
@@ -104,12 +110,20 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; 3")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the models are; cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results; benchmarks/results/density.json")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    results: dict[str, Any] = {"environment": environment(), "probes": PROBES, "steps": STEPS, "models": {}}
+    torch.backends.cudnn.allow_tf32 = False  # as wrong as 1e-3
+    results: dict[str, Any] = {
+        "environment": environment(options.device),
+        "probes": PROBES,
+        "steps": STEPS,
+        "models": {},
+    }
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         for name in MODELS:
-            results["models"][name] = measure(name, options.repeats)
+            results["models"][name] = measure(name, options.repeats, options.device)
             print(name, json.dumps(results["models"][name], indent=2), flush=True)
     ratios = [
         [one["ratio to curvlinops"][engine] for one in results["models"].values()]
@@ -119,7 +133,7 @@ def main() -> None:
         engine: float(np.exp(np.mean(np.log(own))))
         for engine, own in zip(("autograd", "compiled"), ratios, strict=True)
     }
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    options.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

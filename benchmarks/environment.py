@@ -21,8 +21,9 @@ from curvop.kernels.memory import peak_rise
 __all__ = ["environment", "peak_mb"]
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Return versions, the commit and the machine, as JSON takes them."""
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "curvop": __version__,
@@ -34,6 +35,7 @@ def environment() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **gpu,
     }
 
 
@@ -46,9 +48,9 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_mb(function: Callable[[], object]) -> float:
-    """Return by how many megabytes the host's memory rose at most while `function()` ran."""
-    rise = peak_rise(function, torch.device("cpu"))
+def peak_mb(function: Callable[[], object], device: str = "cpu") -> float:
+    """Return by how many megabytes the memory of `device` rose at most while `function()` ran."""
+    rise = peak_rise(function, torch.device(device))
     if rise is None:
         raise RuntimeError("this system does not tell the peak of memory")
     return rise / 1e6

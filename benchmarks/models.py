@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LARGE_PROBLEMS", "PEER_PROBLEMS", "PROBLEMS", "tutorial"]
+__all__ = ["LARGE_PROBLEMS", "PEER_PROBLEMS", "PROBLEMS", "on_device", "tutorial"]
 
 TUTORIAL = Path(__file__).resolve().parents[1] / "docs" / "examples" / "submatrices.py"
 
@@ -141,6 +141,15 @@ def problem(model: nn.Module, shape: tuple[int, ...], batch: int, count: int, to
         "params": dict(model.named_parameters()),
         "data": data,
     }
+
+
+def on_device(problem: dict[str, Any], device: str, larger: int = 1) -> dict[str, Any]:
+    """Move a problem to a device, each of its batches `larger` times as large by repeating it."""
+    problem["model"].to(device)  # its parameters stay the same objects
+    data = [
+        tuple(part.to(device).repeat(larger, *[1] * (part.ndim - 1)) for part in batch) for batch in problem["data"]
+    ]
+    return problem | {"data": data}
 
 
 PROBLEMS = {

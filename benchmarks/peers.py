@@ -4,6 +4,7 @@ Run ``python -m pip install -e ".[bench]" && python benchmarks/peers.py``; it wr
 and ``peers.md``, and takes about an hour. Every pair of a model and a kind of work has a process of its own, in which
 the contenders take turns; a time is the median of its runs, an error is relative to double backward in float64, and
 what is wrong is not timed. Peak memory is that of a process that does nothing but build one contender and multiply.
+On a GPU: ``--device cuda --out benchmarks/results/peers-gpu``, with ``--larger 32`` for batches that fill it.
 """
 
 from __future__ import annotations
@@ -29,12 +30,11 @@ import torch
 from contenders import CONTENDERS, WORK, Work
 from environment import environment, peak_mb
 from goals import GOALS, reached
-from models import PEER_PROBLEMS
-from reference import exact, medians
+from models import PEER_PROBLEMS, on_device
+from reference import exact, finish, flops, medians, on_device_ms
 from scipy.sparse.linalg import eigsh
 from tables import cell, document
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).resolve().parent / "results"
 #: Beyond this relative error a product is wrong in float32, however fast; an eigenpair's residual is judged by `TOL`.
@@ -118,13 +118,19 @@ def error_of(value: Any, problem: Problem, work: Work, reference: np.ndarray | N
     if reference is None:
         values, vectors = value
         value, reference = vectors * values, exact(problem, vectors)
+    if isinstance(value, torch.Tensor):
+        value = value.numpy(force=True)
     return float(np.linalg.norm(np.asarray(value) - reference) / np.linalg.norm(reference))
 
 
-def measure(model: str, kind: str, least: int, room: float) -> dict[str, Any]:
-    """Time all contenders on one kind of work, in turns."""
+def problem_of(model: str, options: argparse.Namespace) -> Problem:
     torch.manual_seed(0)
-    problem = PEER_PROBLEMS[model]()
+    return on_device(PEER_PROBLEMS[model](), options.device, options.larger)
+
+
+def measure(model: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Time all contenders on one kind of work, in turns."""
+    problem = problem_of(model, options)
     work = work_of(kind, problem)
     solving = kind == "eigsh"
     reference = None if solving else exact(problem, work.vectors, work.rows, work.cols, kind)
@@ -148,23 +154,18 @@ def measure(model: str, kind: str, least: int, room: float) -> dict[str, Any]:
             results[name]["values"] = value[0].tolist()
         if contender.yardstick or results[name]["error"] < (TOL if solving else WRONG):
             tasks[name] = run_of(contender, built, problem, work)
-    for name, (taken, runs) in timed(tasks, least, room).items():
+    for name, (taken, runs) in timed(tasks, options.runs, options.room).items():
         results[name] |= {"ms": taken, "runs": runs}
+        if options.device == "cuda":
+            results[name]["device_ms"] = on_device_ms(tasks[name], runs)
     found = {"P": sum(value.numel() for value in problem["params"].values()), "by": results}
     if kind == "product":
         if len(problem["data"]) == 1:
             results |= {f"{name}, one batch": results[name] for name in results if name.startswith("curvop")}
-        found["flops"] = {name: flops(name, problem, work) for name in ("curvop", "gradient")}
+        found["flops"] = {
+            name: flops(CONTENDERS[name].build(problem, work), work.vectors) for name in ("curvop", "gradient")
+        }
     return found
-
-
-def flops(name: str, problem: Problem, work: Work) -> int:
-    """Count the floating-point operations of a contender's product, once it has linearized."""
-    multiply = CONTENDERS[name].build(problem, work)
-    multiply(work.vectors)
-    with FlopCounterMode(display=False) as counter:
-        multiply(work.vectors)
-    return counter.get_total_flops()
 
 
 def run_of(contender: Any, built: Any, problem: Problem, work: Work) -> Callable[[], Any]:
@@ -178,6 +179,7 @@ def timed(tasks: dict[str, Callable[[], Any]], least: int, room: float) -> dict[
     start, taken = time.perf_counter(), 1e-9
     for task in tasks.values():
         task()
+        finish()
         taken = time.perf_counter() - start
         if least * taken > room:
             break
@@ -186,9 +188,8 @@ def timed(tasks: dict[str, Callable[[], Any]], least: int, room: float) -> dict[
     return {name: (taken, runs) for name, taken in zip(tasks, found, strict=True)}
 
 
-def peak_of(model: str, kind: str, name: str) -> float:
-    torch.manual_seed(0)
-    problem = PEER_PROBLEMS[model]()
+def peak_of(model: str, kind: str, options: argparse.Namespace) -> float:
+    problem, name = problem_of(model, options), options.peak
     work = work_of(kind, problem)
     gradient = CONTENDERS["gradient"].build(problem, work)
     gradient(work.vectors)  # what torch's libraries take at their first use
@@ -198,15 +199,15 @@ def peak_of(model: str, kind: str, name: str) -> float:
         for _ in range(2):
             built(work.vectors)
 
-    return peak_mb(run)
+    return peak_mb(run, options.device)
 
 
 def child(options: argparse.Namespace, *what: str) -> Any:
     """Run this file in a process of its own; return what it found, or why it found nothing."""
-    passed = [f"--{name}={getattr(options, name)}" for name in ("runs", "room", "memory")]
+    passed = [f"--{name}={getattr(options, name)}" for name in ("runs", "room", "memory", "device", "larger")]
     command = [sys.executable, __file__, "--child", *passed, *what]
     # SciPy's BLAS on one thread: its others would wait actively, on the cores that torch computes on.
-    own = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OPENBLAS_NUM_THREADS": "1"}
+    own = os.environ | {"OPENBLAS_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         try:
             code = subprocess.run(command, stdout=out, stderr=err, timeout=options.limit, env=own).returncode
@@ -222,13 +223,13 @@ def child(options: argparse.Namespace, *what: str) -> Any:
 
 def in_child(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
-    bytes_ = int(options.memory * GIB)
-    resource.setrlimit(resource.RLIMIT_DATA, (bytes_, bytes_))  # an error in here, not the end of the machine
+    if options.device == "cpu":
+        bytes_ = int(options.memory * GIB)
+        resource.setrlimit(resource.RLIMIT_DATA, (bytes_, bytes_))  # an error in here, not the end of the machine
+    torch.backends.cudnn.allow_tf32 = False  # as wrong as 1e-3
     [model], [kind] = options.model, options.work
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        result = (
-            peak_of(model, kind, options.peak) if options.peak else measure(model, kind, options.runs, options.room)
-        )
+        result = peak_of(model, kind, options) if options.peak else measure(model, kind, options)
     print(json.dumps(result))
 
 
@@ -241,6 +242,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--room", type=float, default=3.0, help="seconds for more runs than that; 3")
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds that one process may take; 1200")
     parser.add_argument("--memory", type=float, default=0.6 * memory, help="GiB for one process; 60 %% of all there is")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the models are; cpu")
+    parser.add_argument("--larger", type=int, default=1, help="so many times the batches; 1")
     parser.add_argument("--out", type=Path, default=RESULTS / "peers", help="results, without .json and .md; peers")
     parser.add_argument("--peak", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -253,7 +256,8 @@ def main() -> None:
         in_child(options)
         return
     start = time.perf_counter()
-    about = environment() | {"peers": {name: version(name) for name in ("curvlinops-for-pytorch", "PyHessian")}}
+    about = environment(options.device)
+    about["peers"] = {name: version(name) for name in ("curvlinops-for-pytorch", "PyHessian")}
     about["command"] = shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]])
     rows, peaks = [], []
     for model in options.model or PEER_PROBLEMS:

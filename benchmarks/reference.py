@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["double_backward", "exact", "medians"]
+__all__ = ["double_backward", "exact", "finish", "flops", "medians", "on_device_ms"]
 
 QUICK = 20.0
 """Milliseconds below which caches matter."""
@@ -30,7 +31,7 @@ def double_backward(
     seeds = [
         [part.view_as(param) for part, param in zip(parts(vector, right), right, strict=True)] for vector in vectors
     ]
-    total = torch.zeros(len(vectors), sum(param.numel() for param in left), dtype=left[0].dtype)
+    total = torch.zeros(len(vectors), sum(param.numel() for param in left), dtype=left[0].dtype, device=left[0].device)
     examples = sum(len(X) for X, _ in problem["data"])
     for X, y in problem["data"]:
         loss = problem["loss_function"](problem["model"](X), y)
@@ -63,11 +64,13 @@ def exact(
         "data": [tuple(map(as_double, batch)) for batch in problem["data"]],
     }
     columns = torch.from_numpy(np.array(vectors.T, np.float64, ndmin=2, order="C"))
+    columns = columns.to(next(double["model"].parameters()).device)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         if matrix in ("Gauss-Newton", "empirical Fisher"):
-            products = torch.stack([through_predictions(double, vector, matrix) for vector in columns]).numpy()
+            products = torch.stack([through_predictions(double, vector, matrix) for vector in columns])
         else:
-            products = double_backward(double, rows, cols, list(columns)).numpy()
+            products = double_backward(double, rows, cols, list(columns))
+    products = products.numpy(force=True)
     return products[0] if vectors.ndim == 1 else products.T
 
 
@@ -116,8 +119,35 @@ def medians(*functions: Callable[[], object], repeats: int, warm: int = 2, fair:
         for index in order:
             if fair and times[index] and times[index][-1] < QUICK:
                 functions[index]()
+            finish()
             start = time.perf_counter()
             functions[index]()
+            finish()
             if repeat >= warm:
                 times[index].append(1e3 * (time.perf_counter() - start))
     return [statistics.median(own) for own in times]
+
+
+def flops(multiply: Callable[[Any], object], vectors: Any) -> int:
+    """Count the floating-point operations of a product, once it has linearized."""
+    multiply(vectors)
+    with FlopCounterMode(display=False) as counter:
+        multiply(vectors)
+    return counter.get_total_flops()
+
+
+def finish() -> None:
+    """Wait for a GPU to have done what it was asked to."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def on_device_ms(function: Callable[[], object], repeats: int) -> float:
+    """Return the milliseconds that a GPU takes for one of several calls, by its own clock."""
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun.record()
+    for _ in range(repeats):
+        function()
+    ended.record()
+    finish()
+    return float(begun.elapsed_time(ended)) / repeats

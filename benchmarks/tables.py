@@ -18,7 +18,8 @@ def cell(result: dict[str, Any] | None) -> str:
         return "failed"
     if "ms" not in result:
         return f"wrong ({result['error']:.0e})"
-    return f"{result['ms']:.3g} ms" + (f" ({result['error']:.0e})" if "error" in result else "")
+    device = f", {result['device_ms']:.3g} on the device" if "device_ms" in result else ""
+    return f"{result['ms']:.3g} ms{device}" + (f" ({result['error']:.0e})" if "error" in result else "")
 
 
 def times(rows: list[dict[str, Any]]) -> str:
@@ -72,7 +73,8 @@ def document(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["peers"].items())
     return f"""# This package and its peers
 
-Written by `{about["command"]}` on {about["date"]}, commit {about["commit"]}: {about["processor"]}, \
+Written by `{about["command"]}` on {about["date"]}, commit {about["commit"]}: \
+{about["gpu"] + " beside " if "gpu" in about else ""}{about["processor"]}, \
 {about["threads"]} threads, Python {about["python"]}, torch {about["torch"]}, SciPy {about["scipy"]}, {versions}; \
 {results["seconds"] / 60:.0f} minutes.
 

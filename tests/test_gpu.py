@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -13,10 +15,19 @@ from cases import Problem
 from distributed_runs import KINDS, Ranks, pipeline
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvop import GGNLinearOperator, HessianLinearOperator, check, staging
+from curvop import (
+    GGNLinearOperator,
+    HessianLinearOperator,
+    JournaledLinearOperator,
+    check,
+    preconditioner,
+    solve,
+    staging,
+)
+from curvop.cli import main
 from curvop.kernels.batches import on_device
 from curvop.kernels.replay import Recorder
-from curvop.spectrum import density, eigsh
+from curvop.spectrum import blocks, density, diagonal, eigsh, frobenius_norm, trace, track
 from curvop.spectrum.lanczos import Lanczos
 from curvop.staging import Staging
 
@@ -242,3 +253,152 @@ class TestSpectrum:
         model = copy.deepcopy(problem.model).cuda()
         there = GGNLinearOperator(model, problem.loss_function, dict(model.named_parameters()), problem.data)
         close(there.diagonal(), expected)
+
+    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "device", "dense"])
+    def test_eigenvalues_are_certified(self, method: str) -> None:
+        there, here = pair("conv")
+        found = eigsh(there, 3, "LA", method=method, progress=False)
+        assert found.ok, found.verdict
+        close(found.values, np.linalg.eigvalsh(here @ np.eye(here.shape[0]))[:-4:-1])
+
+    @pytest.mark.parametrize("estimate", [trace, diagonal, frobenius_norm])
+    def test_estimates(self, estimate) -> None:
+        there, here = pair("conv")
+        for found, expected in zip(*(estimate(A, 20, rng=0) for A in (there, here)), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-10)
+
+    def test_layer_by_layer(self) -> None:
+        found, expected = (blocks(A, num_probes=2, num_steps=10, progress=False) for A in pair("conv"))
+        np.testing.assert_allclose(found.largest, expected.largest, rtol=1e-6, atol=1e-10)
+        np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-6, atol=1e-10)
+
+    def test_along_training(self) -> None:
+        there, here = pair("conv")
+        trackers = [track(A, k=2, every=1, tol=1e-8) for A in (there, here)]
+        for _ in range(3):
+            for A, tracker in zip((there, here), trackers, strict=True):
+                tracker.step()
+                with torch.no_grad():
+                    for value in A._objective.params.values():
+                        value *= 0.95
+        np.testing.assert_allclose(*(tracker.values for tracker in trackers), rtol=1e-6)
+
+    def test_a_density_is_taken_up_again(self, tmp_path) -> None:
+        options = {"num_probes": 3, "num_steps": 12, "rng": 0, "progress": False}
+        there, _ = pair("conv", columns=1)
+        expected = density(there, **options)
+        product, made = there._apply, []
+
+        def dying(rows):
+            made.append(len(rows))
+            if len(made) == 8:
+                raise KeyboardInterrupt
+            return product(rows)
+
+        there._apply = dying
+        with pytest.raises(KeyboardInterrupt):
+            density(there, checkpoint=tmp_path, **options)
+        assert any(tmp_path.iterdir())
+        found = density(there, checkpoint=tmp_path, **options)
+        for name in ("nodes", "weights"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+class TestAround:
+    def test_solves(self) -> None:
+        problem = architecture_problem("conv")
+        model = copy.deepcopy(problem.model).cuda()
+        here = GGNLinearOperator(problem.model, problem.loss_function, problem.params, problem.data)
+        there = GGNLinearOperator(model, problem.loss_function, dict(model.named_parameters()), problem.data)
+        M = preconditioner.nystrom(there, rank=10, damping=1e-2)
+        b, _ = there.gradient_and_loss()
+        found = solve(there, b, damping=1e-2, preconditioner=M, rtol=1e-12, progress=False)
+        assert found.converged
+        n = here.shape[0]
+        np.testing.assert_allclose(
+            found.solution, np.linalg.solve(here @ np.eye(n) + 1e-2 * np.eye(n), b), rtol=1e-8, atol=1e-12
+        )
+
+    def test_journals(self, tmp_path) -> None:
+        x = vectors(pair("conv")[0], 1)[:, 0]
+        products = []
+        for _ in range(2):
+            there, _ = pair("conv")
+            with JournaledLinearOperator(there, tmp_path) as J:
+                products.append(J @ x)
+                products.append((J @ torch.from_numpy(x).cuda()).cpu().numpy())
+        assert there.num_products <= 1  # for the fingerprint, if any
+        for product in products:
+            np.testing.assert_array_equal(product, products[0])
+
+    def test_the_command(self, tmp_path, capsys) -> None:
+        (tmp_path / "mine.py").write_text(PROBLEM)
+        out = tmp_path / "study"
+        arguments = ["--probes", "2", "--steps", "10", "--blocks", "--out", str(out)]
+        assert main(["spectrum", f"{tmp_path / 'mine.py'}:problem", *arguments]) == 0
+        assert (out / "report.html").exists()
+        assert main(["check", f"{tmp_path / 'mine.py'}:problem"]) == 0
+        assert "sound" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_memory_is_flat(self, engine: str) -> None:
+        there, _ = pair("conv", engine=engine)
+        x, taken = torch.from_numpy(vectors(there, 1)[:, 0]).cuda(), []
+        for _ in range(10):
+            for _ in range(100):
+                there @ x
+            taken.append(torch.cuda.memory_allocated())
+        assert taken[1:] == [taken[1]] * 9
+
+    @pytest.mark.parametrize("mebibytes", [150, 300])
+    def test_where_memory_runs_out_less_is_kept_and_the_product_is_right(self, mebibytes: int) -> None:
+        """All twelve linearizations take some 600 MiB, the operator was allowed a terabyte, and the process is not."""
+        command = [sys.executable, "-c", LIMITED, str(mebibytes)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("RuntimeWarning a product ran out of memory: less is kept from now on")
+
+
+PROBLEM = """
+import torch
+from torch import nn
+
+
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).cuda()
+    data = [(torch.randn(20, 6), torch.randint(0, 3, (20,))) for _ in range(2)]
+    return dict(model=model, loss_function=nn.CrossEntropyLoss(), params=dict(model.named_parameters()), data=data)
+"""
+
+LIMITED = """
+import sys, warnings
+import numpy as np, torch
+from torch import nn
+from curvop import HessianLinearOperator
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(20, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 1)).double().cuda()
+data = [(torch.randn(2000, 20).double(), torch.randn(2000, 1).double()) for _ in range(12)]
+params = {name: value for name, value in model.named_parameters() if name.endswith("bias")}
+
+def product(cache):
+    H = HessianLinearOperator(model, nn.MSELoss(), params, data, cache=cache)
+    X = np.random.default_rng(0).normal(size=(H.shape[0], 3))
+    return H, X, H @ X
+
+_, X, expected = product(0)  # what needs the least
+torch.cuda.empty_cache()
+_, total = torch.cuda.mem_get_info()
+torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + int(sys.argv[1]) * 2**20) / total)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    H, X, found = product(2**40)
+    again = H @ X
+np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12 * abs(expected).max())
+np.testing.assert_allclose(again, expected, rtol=1e-9, atol=1e-12 * abs(expected).max())
+assert len(told) == 1, [str(one.message) for one in told]
+print(told[0].category.__name__, told[0].message)
+kept, share = H._engine.kept()
+assert 0 < share < 1, share
+"""
