@@ -109,7 +109,8 @@ class TestKinds:
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_tensors_on_a_gpu(self):
         assert_selects(torch.tensor([-1, 5, 5], device="cuda"), [-1, 5, 5])
-        assert_selects(torch.arange(N, device="cuda") % 3 == 0, slice(0, N, 3))
+        mask = torch.arange(N, device="cuda") % 3 == 0
+        assert_array_equal(SubmatrixLinearOperator(A, slice(None), mask) @ np.eye(67), DENSE[:, ::3])
 
     @pytest.mark.parametrize("wrap", [np.array, list, tuple, torch.tensor])
     @pytest.mark.parametrize("step", [1, 3, 1000])

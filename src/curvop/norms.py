@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["column_norms", "norm", "norm_of", "unit_of"]
+__all__ = ["column_norms", "norm", "norm_of", "norms_of", "unit_of"]
 
 Array = NDArray[Any]
 
@@ -40,23 +40,28 @@ def norm(array: Array) -> float:
 
 
 def norm_of(vector: Tensor) -> float:
-    """Return that of a tensor ``(N,)``.
+    """Return that of a tensor ``(N,)``; see `norms_of`."""
+    return float(norms_of(vector[None])[0])
+
+
+def norms_of(rows: Tensor) -> Array:
+    """Return those ``(K,)`` of the rows of a tensor ``(K, N)``.
 
     Sections are summed in double precision: of many numbers in single precision five digits would be right, and to
     make all of them double would take longer than to read them four times.
     """
-    found = _sectioned(vector)
-    low, high = _SQUARABLE[vector.dtype]
-    if low < found < high or not vector.numel():
-        return found
-    largest = float(vector.abs().max())
-    if largest == 0 or not np.isfinite(largest):
-        return largest
-    return largest * _sectioned(vector / largest)
+    found = _sectioned(rows)
+    low, high = _SQUARABLE[rows.dtype]
+    for row in np.flatnonzero(~((low < found) & (found < high))) if rows.shape[1] else ():
+        largest = float(rows[row].abs().max())
+        scaled = largest == 0 or not np.isfinite(largest)
+        found[row] = largest if scaled else largest * _sectioned(rows[row : row + 1] / largest)[0]
+    return found
 
 
-def _sectioned(vector: Tensor) -> float:
-    whole = vector.numel() // _SECTION * _SECTION
-    sections = torch.linalg.vector_norm(vector[:whole].reshape(-1, _SECTION), dim=1)
-    rest = torch.linalg.vector_norm(vector[whole:])
-    return float(torch.linalg.vector_norm(torch.cat([sections, rest[None]]), dtype=torch.float64))
+def _sectioned(rows: Tensor) -> Array:
+    whole = rows.shape[1] // _SECTION * _SECTION
+    sections = torch.linalg.vector_norm(rows[:, :whole].reshape(len(rows), -1, _SECTION), dim=2)
+    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
+    norms = torch.linalg.vector_norm(torch.cat([sections, rest], 1), dim=1, dtype=torch.float64)
+    return np.asarray(norms.cpu())

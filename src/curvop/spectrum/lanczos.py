@@ -15,6 +15,7 @@ orthogonalisation.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from curvop.memory import available_bytes, check_fits
-from curvop.norms import norm_of
+from curvop.norms import column_norms, norms_of
 from curvop.operator import BridgeLinearOperator
 from curvop.spectrum.orthogonality import OrthogonalityBound
 
@@ -125,13 +126,24 @@ class Lanczos:
         at = int(self.lengths[runs[0]])
         everything = len(runs) == len(self.lengths)
         products = multiply(self._A, self.basis[:, at] if everything else self.basis[torch.from_numpy(runs), at])
-        for run, product in zip(runs.tolist(), products, strict=True):
-            w = product.to(self.basis.dtype)
-            self.alphas[run, at], self.betas[run, at] = self._orthogonalise(run, at, w)
-            if self.betas[run, at] > 0:
-                self.basis[run, at + 1] = w.div_(float(self.betas[run, at]))
+        products = products.to(self.basis.dtype)
+        for start, stop in self._together(runs):
+            group, W = slice(runs[start], runs[stop - 1] + 1), products[start:stop]
+            self.alphas[group, at], self.betas[group, at] = self._orthogonalise(group, at, W)
+            norms = self.betas[group, at]
+            torch.div(W, self._column(np.where(norms > 0, norms, np.inf)), out=self.basis[group, at + 1])
         self._advance(runs)
         return runs
+
+    def _together(self, runs: NDArray[np.intp]) -> list[tuple[int, int]]:
+        """Return bounds of runs that take their step together.
+
+        On a GPU, those beside each other, as it is the number of operations that costs. On the host, each alone: its
+        vector then stays in the processor's cache.
+        """
+        alone = self.basis.device.type == "cpu"
+        cuts = np.flatnonzero(np.diff(runs) > (0 if alone else 1)) + 1
+        return list(itertools.pairwise([0, *cuts.tolist(), len(runs)]))
 
     def last_step(self, runs: NDArray[np.intp]) -> tuple[NDArray[Any], ...]:
         """Return what `replay` takes for the last step of `runs`, on the host."""
@@ -156,41 +168,45 @@ class Lanczos:
         if at + 2 == self.basis.shape[1]:
             self._running[:] = False
 
-    def _orthogonalise(self, run: int, at: int, w: Tensor) -> tuple[float, float]:
-        """Take the basis out of `w`, in place; return the diagonal's entry and the norm of what is left."""
-        basis = self.basis[run, : at + 1]
+    def _orthogonalise(self, group: slice, at: int, W: Tensor) -> tuple[Array, Array]:
+        """Take the basis out of rows `W` ``(g, N)``, in place; return the diagonal's entries and the norms left."""
+        basis = self.basis[group, : at + 1]
         if at:
-            w.sub_(basis[at - 1], alpha=float(self.betas[run, at - 1]))
-        alpha = float((basis[at] * w).sum(dtype=torch.float64))
-        w.sub_(basis[at], alpha=alpha)
-        self._deflate(w)
-        norm = norm_of(w)
-        if not np.isfinite(norm):
+            W.addcmul_(basis[:, at - 1], self._column(self.betas[group, at - 1]), value=-1)
+        dots = (basis[:, at] * W).sum(1, dtype=torch.float64)
+        W.addcmul_(basis[:, at], dots[:, None].to(W.dtype), value=-1)
+        self._deflate(W)
+        alphas, norms = dots.cpu().numpy(), norms_of(W)
+        if not np.isfinite(norms).all():
             raise ValueError("a product with A is not finite")
-        if norm == 0:
-            return alpha, norm
-        steps = at + 1
-        bound = self._lost.of_next(run, np.append(self.alphas[run, :at], alpha), self.betas[run, :at], norm)
-        sample = abs(float(basis[0] @ w)) / norm
-        if self._lost.is_low(run, steps, bound, sample):
-            return alpha, norm
-        overlaps = basis @ torch.stack([basis[at], w]).T
-        last, found = norm_of(overlaps[:at, 0]), norm_of(overlaps[:, 1]) / norm
-        if not self._lost.needs_cleaning(run, steps, bound, last, found):
-            return alpha, norm
-        shares = overlaps[:, 1]
-        while True:
-            w.addmv_(basis.T, shares, alpha=-1.0)
-            alpha += float(shares[at])
-            self._deflate(w)
-            before, norm = norm, norm_of(w)
-            if norm > 0.5 * before or norm <= self._eps * abs(alpha):
-                return alpha, norm
-            shares = basis @ w
+        units = np.where(norms > 0, norms, 1.0)
+        bounds = self._lost.of_next(group, np.c_[self.alphas[group, :at], alphas], self.betas[group, :at], units)
+        samples = _overlaps(basis[:, :1], W).abs()[:, 0].cpu().numpy() / units
+        looked = (norms > 0) & ~self._lost.is_low(group, at + 1, bounds, samples)
+        if not looked.any():
+            return alphas, norms
+        shares = _overlaps(basis, W)
+        found = column_norms(shares.double().cpu().numpy().T) / units
+        cleaned = self._lost.needs_cleaning(group, at + 1, bounds, found, looked)
+        while cleaned.any():
+            if not cleaned.all():
+                shares *= self._column(cleaned)
+            W[:, None].baddbmm_(shares[:, None], basis, alpha=-1)
+            alphas = alphas + shares[:, at].cpu().numpy()
+            self._deflate(W)
+            before, norms = norms, norms_of(W)
+            cleaned &= (norms <= 0.5 * before) & (norms > self._eps * np.abs(alphas))
+            if cleaned.any():
+                shares = _overlaps(basis, W)
+        return alphas, norms
 
-    def _deflate(self, w: Tensor) -> None:
+    def _column(self, numbers: Array) -> Tensor:
+        """Return numbers of the runs ``(g, 1)`` as the basis has them."""
+        return torch.from_numpy(numbers).to(self.basis.device, self.basis.dtype)[:, None]
+
+    def _deflate(self, W: Tensor) -> None:
         if self._deflated is not None:
-            w.addmv_(self._deflated.T, self._deflated @ w, alpha=-1.0)
+            W.addmm_(W @ self._deflated.T, self._deflated, alpha=-1)
 
     def quadrature(self) -> tuple[np.ndarray, np.ndarray]:
         """Return nodes and weights ``(K, num_steps)`` of each run's Gauss quadrature; the weights of a run sum to 1.
@@ -203,3 +219,8 @@ class Lanczos:
             values, vectors = eigh_tridiagonal(self.alphas[run, :length], self.betas[run, : length - 1])
             nodes[run, :length], weights[run, :length] = values, vectors[0] ** 2
         return nodes, weights
+
+
+def _overlaps(basis: Tensor, W: Tensor) -> Tensor:
+    """Return the products ``(g, m)`` of each row of `W` ``(g, N)`` with its own basis ``(g, m, N)``."""
+    return torch.bmm(basis, W[:, :, None])[:, :, 0]

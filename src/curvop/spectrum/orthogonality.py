@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigvalsh_tridiagonal
+from scipy.linalg.lapack import dstebz
 
 __all__ = ["OrthogonalityBound"]
 
@@ -56,43 +56,55 @@ class OrthogonalityBound:
         self._eps = eps
         self.state = np.tile([0.0, 0.0, _FRESH * eps, 0.0], (count, 1))
 
-    def of_next(self, run: int, alphas: Array, betas: Array, norm: float) -> float:
-        """Bound the loss of the next vector, of this norm as yet, after j steps of a run.
+    def of_next(self, group: slice, alphas: Array, betas: Array, norms: Array) -> Array:
+        """Bound the losses ``(g,)`` of the next vectors, of these norms as yet, after j steps of a group of runs.
 
         Parameters
         ----------
-        alphas, betas : ndarray, shapes (j,) and (j - 1,)
-            Of the tridiagonal matrix.
+        alphas, betas : ndarray, shapes (g, j) and (g, j - 1)
+            Of the tridiagonal matrices.
+        norms : ndarray, shape (g,)
         """
-        before, last, fresh, _ = self.state[run]
-        alphas, betas = alphas / norm, betas / norm  # LAPACK squares them
-        low, high = (
-            eigvalsh_tridiagonal(alphas, betas, select="i", select_range=(end, end))[0] for end in (0, len(alphas) - 1)
-        )
-        spread = max(high - alphas[-1], alphas[-1] - low)
-        coupling = betas[-1] if len(betas) else 0.0
-        return float(spread * last + coupling * before + fresh)
+        before, last, fresh, _ = self.state[group].T
+        alphas, betas = alphas / norms[:, None], betas / norms[:, None]  # LAPACK squares them
+        low, high = np.transpose([_ends(*entries) for entries in zip(alphas, betas, strict=True)])
+        spread = np.maximum(high - alphas[:, -1], alphas[:, -1] - low)
+        coupling = betas[:, -1] if betas.shape[1] else np.zeros(len(norms))
+        bounds: Array = spread * last + coupling * before + fresh
+        return bounds
 
-    def is_low(self, run: int, steps: int, bound: float, sample: float) -> bool:
-        """Whether no look is due; the bound is then what is known of the next vector.
+    def is_low(self, group: slice, steps: int, bounds: Array, samples: Array) -> Array:
+        """Tell for which runs ``(g,)`` no look is due; the bound is then what is known of the next vector.
 
-        `sample` is its product with one vector of the basis: where it is beyond the bound, the operator's products have
-        become less exact than they were, of which no recurrence knows.
+        `samples` are the products of the next vectors with one of the basis each: where one is beyond the bound, the
+        operator's products have become less exact than they were, of which no recurrence knows.
         """
-        _, last, fresh, due = self.state[run]
-        if steps <= _FIRST_STEPS or due or not sample <= bound <= _LOOK * self._eps:
-            return False
-        self.state[run] = last, bound, fresh, due
-        return True
+        _, last, fresh, due = self.state[group].T
+        low = (steps > _FIRST_STEPS) & (due == 0) & (samples <= bounds) & (bounds <= _LOOK * self._eps)
+        known = np.stack([last, bounds, fresh, due], axis=1)
+        self.state[group] = np.where(low[:, None], known, self.state[group])
+        return np.asarray(low)
 
-    def needs_cleaning(self, run: int, steps: int, bound: float, last: float, found: float) -> bool:
-        """Take in the losses of the last vector and of the next as a look has shown them; say what to do."""
-        _, _, fresh, due = self.state[run]
+    def needs_cleaning(self, group: slice, steps: int, bounds: Array, found: Array, looked: Array) -> Array:
+        """Take in the losses of the next vectors as a look at some has `found` them; tell which are to be cleaned."""
+        _, last, fresh, due = self.state[group].T
         first = steps <= _FIRST_STEPS
-        if first or found > bound:  # products are less exact than the precision
-            fresh = max(fresh, found)
-        clean = first or bool(due) or max(last, found) > _CLEAN * self._eps
+        inexact = first | (found > bounds)  # products are less exact than the precision
+        fresh = np.where(inexact, np.maximum(fresh, found), fresh)
+        clean = first | (due > 0) | (found > _CLEAN * self._eps)
         # What is wrong with the last vector goes over to the one after the next: two in turn are cleaned.
-        due = clean and not first and not due
-        self.state[run] = max(last, fresh), fresh if clean else max(found, fresh), fresh, due
-        return clean
+        due = clean & (not first) & (due == 0)
+        known = np.stack(
+            [np.maximum(last, fresh), np.where(clean, fresh, np.maximum(found, fresh)), fresh, due], axis=1
+        )
+        self.state[group] = np.where(looked[:, None], known, self.state[group])
+        return np.asarray(clean & looked)
+
+
+def _ends(alphas: Array, betas: Array) -> tuple[float, float]:
+    """Return the least and the largest eigenvalue of a tridiagonal matrix."""
+    count = len(alphas)
+    if count == 1:
+        return alphas[0], alphas[0]
+    found = [dstebz(alphas, betas, 2, 0.0, 0.0, end, end, 0.0, "E")[1][0] for end in (1, count)]
+    return found[0], found[1]
