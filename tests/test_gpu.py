@@ -149,28 +149,31 @@ class TestRanks:
 
 
 class TestRecording:
-    def test_is_used_from_the_third_product_on(self) -> None:
-        there, here = pair("conv", engine="compiled")
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_is_used_from_the_third_product_on(self, engine: str) -> None:
+        there, here = pair("conv", engine=engine)
         x = vectors(here, 1)[:, 0]
         for _ in range(3):
             there @ x
         assert all(one._replay is not None for one in there._engine._first.kept.values())
 
     def test_one_product_does_not_overwrite_another(self) -> None:
-        run = Recorder().record(lambda x: 2 * x, torch.ones(3, device="cuda"), 2 * torch.ones(3, device="cuda"))
+        run = Recorder(warns=True).record(
+            lambda x: 2 * x, torch.ones(3, device="cuda"), 2 * torch.ones(3, device="cuda")
+        )
         first, second = run(torch.ones(3, device="cuda")), run(torch.zeros(3, device="cuda"))
         assert first.tolist() == [2, 2, 2]
         assert second.tolist() == [0, 0, 0]
 
     def test_products_of_several_batches_share_memory(self) -> None:
-        recorder, x = Recorder(), torch.ones(1000, device="cuda")
+        recorder, x = Recorder(warns=True), torch.ones(1000, device="cuda")
         runs = [recorder.record(lambda x, a=a: (a * x).sin(), x, (a * x).sin()) for a in range(5)]
         y = torch.rand(1000, device="cuda")
         for a, run in enumerate(runs):
             torch.testing.assert_close(run(y), (a * y).sin())
 
     def test_what_cannot_be_recorded_runs_as_it_is(self) -> None:
-        recorder, x = Recorder(), torch.ones(3, device="cuda")
+        recorder, x = Recorder(warns=True), torch.ones(3, device="cuda")
         with pytest.warns(RuntimeWarning, match="not recorded"):
             assert recorder.record(lambda x: x * float(x.sum()), x, 3 * x) is None
         with warnings.catch_warnings():
@@ -180,7 +183,7 @@ class TestRecording:
     def test_what_differs_is_not_used(self) -> None:
         x = torch.ones(3, device="cuda")
         with pytest.warns(RuntimeWarning, match="differs"):
-            assert Recorder().record(lambda x: 2 * x, x, x) is None
+            assert Recorder(warns=True).record(lambda x: 2 * x, x, x) is None
 
 
 class TestStaging:

@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 from submatrix_cases import DAMPED, DAMPING, DENSE, H, P, hessian, mlp, part
 
 DEVICES = [

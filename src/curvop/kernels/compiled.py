@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ class CompiledKernel(Kernel):
         Whose products are compiled.
     """
 
+    compiled = True
     worth_batching = 2e-3  # seconds a column; a longer product gains less than its compilation takes
 
     def __init__(self, kernel: Kernel) -> None:
@@ -179,19 +179,9 @@ class _Residuals(Linearization):
     def __init__(self, loss: Tensor, weight: float, program: Program, residuals: Sequence[Tensor]) -> None:
         super().__init__(loss, weight, tensors=residuals)
         self._program = program
-        self._run = functools.partial(program.apply, residuals)
-        self._replay: Callable[[Tensor], Tensor] | None = None
-        self._times = 0
 
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        [vector] = tangents
-        if self._replay is not None:
-            return [self._replay(vector)]
-        product = self._run(vector)
-        self._times += 1
-        if vector.is_cuda and self._times == 2:  # the first prepared kernels; what is not kept has no second
-            self._replay = self._program.recorder.record(self._run, vector, product)
-        return [product]
+        return [self._program.apply(self.tensors, *tangents)]
 
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         return [self._program.apply_many(self.tensors, *tangents)]

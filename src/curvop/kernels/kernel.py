@@ -73,6 +73,8 @@ class Kernel(abc.ABC):
     symmetric: bool
     #: Whether rows or columns are what the batches yield, one batch after another.
     by_batch = False
+    #: Whether products are made by compiled programs, so that one is told where a GPU cannot record them.
+    compiled = False
     #: Seconds that a column takes above which no batching of columns is tried.
     worth_batching: float = math.inf
 

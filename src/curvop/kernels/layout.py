@@ -85,9 +85,13 @@ class ParameterLayout(Layout):
         ]
 
     def join(self, parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """Return the vector of one part a parameter, None for zero, in the dtype and on the device of `like`."""
-        pairs = zip(parts, self._sizes, strict=True)
-        return torch.cat([like.new_zeros(size) if part is None else part.reshape(-1) for part, size in pairs])
+        """Return the vector of one part a parameter, None for zero, in the dtype and on the device of `like`.
+
+        Or several of them, as many as there are in `like`.
+        """
+        shapes = [(*like.shape[:-1], size) for size in self._sizes]
+        pairs = zip(parts, shapes, strict=True)
+        return torch.cat([like.new_zeros(shape) if part is None else part.reshape(shape) for part, shape in pairs], -1)
 
     def label(self, part: int) -> str:
         """Return a parameter's name."""

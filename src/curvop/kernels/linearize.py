@@ -17,6 +17,7 @@ from torch import Tensor
 
 from curvop.kernels.batches import at_batch, leaves, signature
 from curvop.kernels.columns import Columns
+from curvop.kernels.cuda_graphs import on_own_stream
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.memory import (
@@ -30,6 +31,7 @@ from curvop.kernels.memory import (
     tensor_bytes,
 )
 from curvop.kernels.passes import REORDERED, DataReorderedError, Pass, precision, same
+from curvop.kernels.replay import Recorder
 from curvop.kernels.state import Fingerprint
 from curvop.kernels.sums import add_sums, set_sums
 
@@ -62,6 +64,7 @@ class Engine:
         self._spread = False
         self._first: Pass | None = None
         self.first_passes = 0
+        self._recorder = Recorder(kernel.compiled)
         self._short = False  # of memory
         self._bytes: dict[object, int] = {}
 
@@ -84,7 +87,7 @@ class Engine:
         ------
         NonFiniteProductError, NonDeterministicObjectiveError
         """
-        with self._objective.slow_backends():
+        with self._objective.slow_backends(), on_own_stream(self._objective.device):
             while True:
                 try:
                     return self._checked_sum(vectors, out, tick)
@@ -229,7 +232,8 @@ class Engine:
                 if count is None:
                     count = graph_bytes(linearization.roots, self._objective.tensors())
                 if self._budget.take(count, first):
-                    first.keep(index, linearization, batch, count)
+                    kept = linearization if self._spread else self._recorder.watching(linearization, self.kernel)
+                    first.keep(index, kept, batch, count)
                 first.fingerprints.append(Fingerprint.of_data(leaves(batch)))
             first.record(linearization)
             yield linearization

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, fx
 
 from curvop.kernels.layout import Layout
-from curvop.kernels.replay import Recorder
 
 __all__ = ["Program", "agree", "compile_product"]
 
@@ -44,8 +43,6 @@ class Program:
     ----------
     seconds : float
         What tracing and compiling took.
-    recorder : Recorder
-        Of products on a GPU.
     """
 
     seconds: float
@@ -55,7 +52,6 @@ class Program:
     _inputs: list[int]
     _extras: int
     _rows: Layout
-    recorder: Recorder = dataclasses.field(default_factory=Recorder)
     _many: dict[int, Callable[..., Sequence[Tensor]]] = dataclasses.field(default_factory=dict)
 
     def linearize(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
