@@ -58,58 +58,62 @@ def seconds(function: Any) -> float:
     return time.perf_counter() - begun
 
 
-def ours(operator: Any) -> float:
-    return seconds(lambda: density(operator, num_probes=PROBES, num_steps=STEPS, progress=False))
+def ours(operator: Any, steps: int) -> float:
+    return seconds(lambda: density(operator, num_probes=PROBES, num_steps=steps, progress=False))
 
 
-def orthogonality(operator: Any) -> float:
+def orthogonality(operator: Any, steps: int) -> float:
     """Return the largest entry of ``Q' Q - I`` after all steps of one probe."""
     start = torch.randn(1, operator.shape[0], generator=torch.Generator().manual_seed(0))
-    lanczos = Lanczos(operator, start.to(operator.device), STEPS)
+    lanczos = Lanczos(operator, start.to(operator.device), steps)
     while lanczos.running:
         lanczos.step()
     basis = lanczos.basis[0, : lanczos.lengths[0]].double().cpu()
     return float((basis @ basis.T - torch.eye(len(basis), dtype=torch.float64)).abs().max())
 
 
-def measure(name: str, repeats: int, device: str) -> dict[str, Any]:
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    problem = on_device(PEER_PROBLEMS[name](), device)
+    problem, steps = on_device(PEER_PROBLEMS[name](), options.device), options.steps
     arguments = problem["model"], problem["loss_function"], problem["params"], problem["data"]
     operators = {
-        engine: HessianLinearOperator(*arguments, dtype=np.float32, engine=engine)
-        for engine in ("autograd", "compiled")
+        engine: HessianLinearOperator(*arguments, dtype=np.float32, engine=engine) for engine in options.engine
     }
     for operator in operators.values():
-        operator @ np.ones((operator.shape[0], PROBES), dtype=np.float32)  # linearize, compile, choose columns
+        for _ in range(4):  # linearize, compile, choose columns, record
+            operator @ np.ones((operator.shape[0], PROBES), dtype=np.float32)
     other = curvlinops.HessianLinearOperator(
         problem["model"], problem["loss_function"], list(problem["params"].values()), problem["data"]
     )
     ends = density(operators["autograd"], num_probes=1, num_steps=10, progress=False).range
-    tasks = {engine: lambda operator=operator: ours(operator) for engine, operator in operators.items()}
+    tasks = {engine: lambda operator=operator: ours(operator, steps) for engine, operator in operators.items()}
     tasks["curvlinops"] = lambda: seconds(
-        lambda: lanczos_approximate_spectrum(other, STEPS, num_repeats=PROBES, boundaries=ends)
+        lambda: lanczos_approximate_spectrum(other, steps, num_repeats=PROBES, boundaries=ends)
     )
     times: dict[str, list[float]] = {task: [] for task in tasks}
     overheads = []
-    for _ in range(repeats):
+    for _ in range(options.repeats):
         for task, run in tasks.items():
             times[task].append(run())
         watched = Stopwatch(operators["autograd"])
-        overheads.append(ours(watched) / watched.seconds - 1)
+        overheads.append(ours(watched, steps) / watched.seconds - 1)
     found = {task: statistics.median(values) for task, values in times.items()}
     return {
         "P": other.shape[0],
+        "steps": steps,
         "seconds": found,
         "ratio to curvlinops": {engine: found["curvlinops"] / found[engine] for engine in operators},
         "recurrence / products": statistics.median(overheads),
-        "orthogonality": orthogonality(operators["autograd"]),
+        "orthogonality": orthogonality(operators["autograd"], steps),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; 3")
+    parser.add_argument("--model", choices=MODELS, action="append", help="only this; may be repeated")
+    parser.add_argument("--engine", nargs="+", default=["autograd", "compiled"], help="of ours, autograd among them")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each probe; 64")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the models are; cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results; benchmarks/results/density.json")
     options = parser.parse_args()
@@ -122,16 +126,12 @@ def main() -> None:
         "models": {},
     }
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        for name in MODELS:
-            results["models"][name] = measure(name, options.repeats, options.device)
+        for name in options.model or MODELS:
+            results["models"][name] = measure(name, options)
             print(name, json.dumps(results["models"][name], indent=2), flush=True)
-    ratios = [
-        [one["ratio to curvlinops"][engine] for one in results["models"].values()]
-        for engine in ("autograd", "compiled")
-    ]
+    ratios = [one["ratio to curvlinops"] for one in results["models"].values()]
     results["geometric means"] = {
-        engine: float(np.exp(np.mean(np.log(own))))
-        for engine, own in zip(("autograd", "compiled"), ratios, strict=True)
+        engine: statistics.geometric_mean(one[engine] for one in ratios) for engine in options.engine
     }
     options.out.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -75,11 +75,12 @@ def kinds_of(model: str) -> list[str]:
     return [kind for kind in WORK if kind != "dense" or model in TINY]
 
 
-def competing(model: str, kind: str) -> list[str]:
+def competing(model: str, kind: str, only: list[str] | None = None) -> list[str]:
     return [
         name
         for name, contender in CONTENDERS.items()
         if kind in contender.kinds
+        and name in (only or CONTENDERS)
         and (model not in LARGE or name in LARGE_CONTENDERS)
         and name not in LEFT_OUT.get((model, kind), ())
     ]
@@ -136,7 +137,7 @@ def measure(model: str, kind: str, options: argparse.Namespace) -> dict[str, Any
     reference = None if solving else exact(problem, work.vectors, work.rows, work.cols, kind)
     results: dict[str, dict[str, Any]] = {}
     tasks: dict[str, Callable[[], Any]] = {}
-    for name in competing(model, kind):
+    for name in competing(model, kind, options.only):
         contender = CONTENDERS[name]
         try:
             start = time.perf_counter()
@@ -155,9 +156,8 @@ def measure(model: str, kind: str, options: argparse.Namespace) -> dict[str, Any
         if contender.yardstick or results[name]["error"] < (TOL if solving else WRONG):
             tasks[name] = run_of(contender, built, problem, work)
     for name, (taken, runs) in timed(tasks, options.runs, options.room).items():
-        results[name] |= {"ms": taken, "runs": runs}
-        if options.device == "cuda":
-            results[name]["device_ms"] = on_device_ms(tasks[name], runs)
+        device = {"device_ms": on_device_ms(tasks[name], runs)} if options.device == "cuda" else {}
+        results[name] |= {"ms": taken, "runs": runs} | device
     found = {"P": sum(value.numel() for value in problem["params"].values()), "by": results}
     if kind == "product":
         if len(problem["data"]) == 1:
@@ -205,6 +205,7 @@ def peak_of(model: str, kind: str, options: argparse.Namespace) -> float:
 def child(options: argparse.Namespace, *what: str) -> Any:
     """Run this file in a process of its own; return what it found, or why it found nothing."""
     passed = [f"--{name}={getattr(options, name)}" for name in ("runs", "room", "memory", "device", "larger")]
+    passed += [f"--only={name}" for name in options.only or ()]
     command = [sys.executable, __file__, "--child", *passed, *what]
     # SciPy's BLAS on one thread: its others would wait actively, on the cores that torch computes on.
     own = os.environ | {"OPENBLAS_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})
@@ -238,6 +239,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(PEER_PROBLEMS), action="append", help="only this; may be repeated")
     parser.add_argument("--work", choices=WORK, action="append", help="only this, without peaks; may be repeated")
+    parser.add_argument("--only", choices=list(CONTENDERS), action="append", help="of these; may be repeated")
     parser.add_argument("--runs", type=int, default=7, help="the least number of runs; 7")
     parser.add_argument("--room", type=float, default=3.0, help="seconds for more runs than that; 3")
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds that one process may take; 1200")
@@ -256,9 +258,10 @@ def main() -> None:
         in_child(options)
         return
     start = time.perf_counter()
-    about = environment(options.device)
-    about["peers"] = {name: version(name) for name in ("curvlinops-for-pytorch", "PyHessian")}
-    about["command"] = shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]])
+    about = environment(options.device) | {
+        "peers": {name: version(name) for name in ("curvlinops-for-pytorch", "PyHessian")},
+        "command": shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
+    }
     rows, peaks = [], []
     for model in options.model or PEER_PROBLEMS:
         for kind in [kind for kind in kinds_of(model) if kind in (options.work or WORK)]:
@@ -273,7 +276,7 @@ def main() -> None:
             found = {
                 label: child(options, "--model", model, "--work", kind, "--peak", name)
                 for label, (kind, name) in PEAKS.items()
-                if name in competing(model, "product")
+                if name in competing(model, "product", options.only)
             }
             peaks.append({"model": model, "peak_mb": found})
             print(f"{model}, peak MB: {found}", flush=True)

@@ -13,6 +13,7 @@ import torch
 from architectures import ARCHITECTURES, architecture_problem
 from cases import Problem
 from distributed_runs import KINDS, Ranks, pipeline
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvop import (
@@ -152,10 +153,44 @@ class TestRecording:
     @pytest.mark.parametrize("engine", ENGINES)
     def test_is_used_from_the_third_product_on(self, engine: str) -> None:
         there, here = pair("conv", engine=engine)
-        x = vectors(here, 1)[:, 0]
-        for _ in range(3):
-            there @ x
-        assert all(one._replay is not None for one in there._engine._first.kept.values())
+        for x in vectors(here, 4).T:
+            close(there @ x, here @ x)
+        assert all(one._replays for one in there._engine._first.kept.values())
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_blocks_are_recorded_too(self, engine: str) -> None:
+        there, here = pair("conv", engine=engine, columns=8)
+        for seed in range(4):
+            X = np.random.default_rng(seed).normal(size=(here.shape[1], 8))
+            close(there @ X, here @ X)
+        assert all((8, here.shape[1]) in one._replays for one in there._engine._first.kept.values())
+
+    def test_a_model_that_cannot_be_recorded_is_multiplied_as_it_is(self) -> None:
+        class Steps(nn.Module):
+            def forward(self, x):
+                return Waits.apply(x @ weight.T)
+
+        class Waits(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x.tanh()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                [x] = ctx.saved_tensors
+                float(gradient.sum())  # waits for the device
+                return gradient * (1 - x.tanh() ** 2)
+
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(2, 3, device="cuda", dtype=torch.float64))
+        X, y = torch.randn(5, 3, dtype=torch.float64).cuda(), torch.randn(5, 2, dtype=torch.float64).cuda()
+        model = Steps()
+        model.weight = weight
+        H = HessianLinearOperator(model, nn.MSELoss(), [weight], [(X, y)])
+        expected = H @ np.eye(6)
+        for _ in range(4):
+            close(H @ np.ones(6), expected.sum(1))
 
     def test_one_product_does_not_overwrite_another(self) -> None:
         run = Recorder(warns=True).record(

@@ -76,7 +76,6 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         for batch in batches:
             yield to_device(batch, device)
         return
-    _begin_on(device)
     stream = _copying_stream(device)
     coming: list[tuple[Any, torch.cuda.Event]] = []
     for batch in batches:
@@ -94,14 +93,6 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
 def _arrived(batch: Any, copied: torch.cuda.Event, device: torch.device) -> Any:
     torch.cuda.current_stream(device).wait_event(copied)
     return batch
-
-
-@functools.cache
-def _begin_on(device: torch.device) -> None:
-    """Let autograd's own thread for a GPU make its first step with what no library is for: cuBLAS would warn there."""
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = torch.zeros(1, device=device, requires_grad=True)
-        torch.autograd.grad(leaf.exp().sum(), leaf)
 
 
 @functools.cache

@@ -57,6 +57,10 @@ class Columns:
                 self._taken[size].append((clock() - began) / size)
             start += size
 
+    def forget(self) -> None:
+        """Measure anew."""
+        self._taken.clear()
+
     def shrink(self) -> bool:
         """Make chunks smaller from now on; return whether they can be."""
         largest = self._sizes[-1]

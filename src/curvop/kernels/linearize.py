@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curvop.kernels.batches import at_batch, leaves, signature
 from curvop.kernels.columns import Columns
-from curvop.kernels.cuda_graphs import on_own_stream
+from curvop.kernels.cuda import on_own_stream
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.memory import (
@@ -232,7 +232,7 @@ class Engine:
                 if count is None:
                     count = graph_bytes(linearization.roots, self._objective.tensors())
                 if self._budget.take(count, first):
-                    kept = linearization if self._spread else self._recorder.watching(linearization, self.kernel)
+                    kept = linearization if self._spread else self._recorder.watching(linearization, self.kernel, count)
                     first.keep(index, kept, batch, count)
                 first.fingerprints.append(Fingerprint.of_data(leaves(batch)))
             first.record(linearization)
@@ -241,6 +241,8 @@ class Engine:
         self._objective.warn_once(len(first.weights))
         self._first = first
         self.first_passes += 1
+        if self.first_passes == 1 and keeps:
+            self._columns.forget()  # what was timed while linearizations were made
 
     def _next_pass(self, first: Pass) -> Iterator[Linearization]:
         this = Pass(first.state, first.leaves)

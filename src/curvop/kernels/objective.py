@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from curvop.kernels.batches import at_batch, on_device, told
 from curvop.kernels.batches import leaves as leaves_of
+from curvop.kernels.cuda import begin_on
 from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError
 from curvop.kernels.generators import Generators
@@ -163,6 +164,8 @@ class Objective(abc.ABC):
         numbers in every pass, so that randomness in the objective shows itself instead of being frozen by accident.
         """
         index = -1
+        for device in {value.device for value in self.params.values()}:
+            begin_on(device)
         with self._generators.private(self.device):
             for index, batch in enumerate(on_device(told(self._data), self.device)):
                 self._check_order(index, batch)

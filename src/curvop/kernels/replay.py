@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from curvop.kernels.cuda_graphs import on_own_stream, recorded
+from curvop.kernels.cuda import on_own_stream, recorded
 from curvop.kernels.kernel import Kernel, Linearization
 
 __all__ = ["Recorder"]
 
 Product = Callable[[Tensor], Tensor]
+Multiply = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 
 
 class Recorder:
@@ -33,26 +36,32 @@ class Recorder:
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_static": {}}
 
-    def watching(self, linearization: Linearization, kernel: Kernel) -> Linearization:
-        """Return a linearization that is kept as one whose products are recorded, where it is on a GPU."""
-        return Replayed(linearization, kernel, self) if linearization.loss.is_cuda else linearization
+    def watching(self, linearization: Linearization, kernel: Kernel, count: int) -> Linearization:
+        """Return a linearization that is kept as one whose products are recorded, where it is on a GPU.
 
-    def record(self, run: Product, vector: Tensor, product: Tensor) -> Product | None:
+        It retains `count` bytes, and a product of so many columns is taken to need as many times that.
+        """
+        return Replayed(linearization, kernel, self, count) if linearization.loss.is_cuda else linearization
+
+    def record(self, run: Product, vectors: Tensor, products: Tensor, needed: int = 0) -> Product | None:
         """Return what does as `run` does, None where it cannot be recorded.
 
         Parameters
         ----------
         run : callable
-            ``vector -> product`` on a GPU, which ran before: what it does once is not recorded.
-        vector, product : Tensor
+            ``vectors -> products`` on a GPU, which ran before: what it does once is not recorded.
+        vectors, products : Tensor
             An example, by which the recorded product is judged.
+        needed : int
+            Bytes that it takes meanwhile. They stay taken, so that nothing is recorded where memory is scarce.
         """
-        if self._gave_up or not torch.isfinite(product).all():
+        free, total = torch.cuda.mem_get_info(vectors.device)
+        if self._gave_up or free - needed < total // 8 or not torch.isfinite(products).all():
             return None
         try:
-            replay = self._recorded(run, vector, product)
-            difference = torch.linalg.vector_norm(replay(vector) - product)
-            if difference <= torch.finfo(product.dtype).eps ** 0.5 * torch.linalg.vector_norm(product):
+            replay = self._recorded(run, vectors, products)
+            difference = torch.linalg.vector_norm(replay(vectors) - products)
+            if difference <= torch.finfo(products.dtype).eps ** 0.5 * torch.linalg.vector_norm(products):
                 return replay
             reason = "the recorded product differs"
         except RuntimeError as error:  # what waits for the device, or computes on the host
@@ -62,18 +71,18 @@ class Recorder:
             warnings.warn(f"products are not recorded as CUDA graphs: {reason}", RuntimeWarning, stacklevel=2)
         return None
 
-    def _recorded(self, run: Product, vector: Tensor, product: Tensor) -> Product:
+    def _recorded(self, run: Product, vectors: Tensor, products: Tensor) -> Product:
         if not self._static:
             self._pool = torch.cuda.graph_pool_handle()
-        sizes = vector.shape, product.shape
-        if sizes not in self._static:
-            self._static[sizes] = torch.empty_like(vector), torch.empty_like(product)
-        static, result = self._static[sizes]
-        with on_own_stream(vector.device):
+        shapes = vectors.shape, products.shape
+        if shapes not in self._static:
+            self._static[shapes] = torch.empty_like(vectors), torch.empty_like(products)
+        static, result = self._static[shapes]
+        with on_own_stream(vectors.device):
             again = recorded(lambda: result.copy_(run(static)), self._pool)
 
-        def replay(vector: Tensor) -> Tensor:
-            static.copy_(vector)
+        def replay(vectors: Tensor) -> Tensor:
+            static.copy_(vectors)
             return again().clone()  # the next product of any batch is written to the same place
 
         return replay
@@ -82,39 +91,41 @@ class Recorder:
 class Replayed(Linearization):
     """A linearization that is kept, and whose products are recorded.
 
-    Its first is computed as it is, and recorded then: what is done once was done for the product before.
+    Those with as many columns are computed as they are at first, to do what is done once; the second is recorded.
     """
 
     whole = True
 
-    def __init__(self, linearization: Linearization, kernel: Kernel, recorder: Recorder) -> None:
+    def __init__(self, linearization: Linearization, kernel: Kernel, recorder: Recorder, count: int) -> None:
         super().__init__(linearization.loss, linearization.weight, linearization.roots, linearization.tensors)
         self._linearization, self._cols, self._rows = linearization, kernel.cols, kernel.rows
-        self._recorder = recorder
-        self._replay: Product | None = None
-        self._tried = False
+        self._recorder, self._count = recorder, count
+        self._times: dict[torch.Size, int] = defaultdict(int)
+        self._replays: dict[torch.Size, Product] = {}
 
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Multiply one vector, which comes whole."""
-        [vector] = tangents
-        if self._replay is not None:
-            return [self._replay(vector)]
-        product = self._run(vector)
-        if not self._tried:
-            self._tried = True
-            self._replay = self._recorder.record(self._run, vector, product)
-        return [product]
+        return [self._multiply(self._linearization.apply, tangents[0], count=1)]
 
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Multiply several vectors at once, which are not recorded."""
-        return [self._multiplied(self._linearization.apply_many, *tangents)]
+        """Multiply several vectors at once."""
+        return [self._multiply(self._linearization.apply_many, tangents[0], count=len(tangents[0]))]
 
-    def _run(self, vector: Tensor) -> Tensor:
-        return self._multiplied(self._linearization.apply, vector)
+    def _multiply(self, multiply: Multiply, vectors: Tensor, count: int) -> Tensor:
+        replay = self._replays.get(vectors.shape)
+        if replay is not None:
+            return replay(vectors)
 
-    def _multiplied(self, multiply: Callable[[Sequence[Tensor]], Sequence[Tensor | None]], vectors: Tensor) -> Tensor:
-        if self._linearization.whole:
-            [product] = multiply([vectors])
-            assert product is not None
-            return product
-        return self._rows.join(multiply(self._cols.split(vectors)), vectors)
+        def run(vectors: Tensor) -> Tensor:
+            if not self._linearization.whole:
+                return self._rows.join(multiply(self._cols.split(vectors)), vectors)
+            [products] = multiply([vectors])
+            return cast("Tensor", products)
+
+        products = run(vectors)
+        self._times[vectors.shape] += 1
+        if self._times[vectors.shape] == 2:
+            needed = count * self._count + vectors.nbytes + products.nbytes
+            if (made := self._recorder.record(run, vectors, products, needed)) is not None:
+                self._replays[vectors.shape] = made
+        return products

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from curvop.kernels.cuda_graphs import on_own_stream, recorded
+from curvop.kernels.cuda import on_own_stream, recorded
 from curvop.kernels.parameters import too_coarse
 
 __all__ = ["Fingerprint", "Watch", "settings_of"]

@@ -102,9 +102,9 @@ class OrthogonalityBound:
 
 
 def _ends(alphas: Array, betas: Array) -> tuple[float, float]:
-    """Return the least and the largest eigenvalue of a tridiagonal matrix."""
-    count = len(alphas)
+    """Return bounds of the eigenvalues of a tridiagonal matrix, a thousandth of its norm or less beyond them."""
+    count, norm = len(alphas), np.abs(alphas).max() + 2 * betas.max(initial=0.0)
     if count == 1:
         return alphas[0], alphas[0]
-    found = [dstebz(alphas, betas, 2, 0.0, 0.0, end, end, 0.0, "E")[1][0] for end in (1, count)]
-    return found[0], found[1]
+    least, largest = (dstebz(alphas, betas, 2, 0.0, 0.0, end, end, 1e-3 * norm, "E")[1][0] for end in (1, count))
+    return least - 1e-3 * norm, largest + 1e-3 * norm

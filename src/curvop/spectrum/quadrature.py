@@ -129,7 +129,7 @@ def density(
                 nodes, weights, whole = nodes[:first], weights[:first], False
                 break
             else:
-                probes = torch.from_numpy(signs[group]).to(device, torch.float64)
+                probes = torch.from_numpy(signs[group]).to(device).to(torch.float64)
                 if known is not None:
                     probes -= (probes @ known.T) @ known
                 # A step at least, so that whoever comes back again and again gets on.

@@ -1,19 +1,29 @@
-"""CUDA graphs: what launches many kernels is recorded once, and launches them together.
+"""What a GPU asks for: streams, and CUDA graphs.
 
-Where a model is small, a GPU waits for the host to launch the next kernel; what is recorded is one launch.
+Where a model is small, a GPU waits for the host to launch the next kernel; what is recorded as a graph is one launch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["on_own_stream", "recorded"]
+__all__ = ["begin_on", "on_own_stream", "recorded"]
+
+
+@functools.cache
+def begin_on(device: torch.device) -> None:
+    """Let autograd's own thread for a GPU make its first step with what no library is for: cuBLAS would warn there."""
+    if device.type == "cuda":
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = torch.zeros(1, device=device, requires_grad=True)
+            torch.autograd.grad(leaf.exp().sum(), leaf)
 
 
 @contextlib.contextmanager
@@ -48,12 +58,14 @@ def recorded(compute: Callable[[], Tensor], pool: Any = None) -> Callable[[], Te
         Where the host takes part in it.
     """
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as a loader's that pins memory, may ask the device for something meanwhile.
-    graph.capture_begin(pool, capture_error_mode="thread_local")
-    try:
-        result = compute()
-    finally:
-        graph.capture_end()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # where an error ends it early
+        # Other threads, such as a loader's that pins memory, may ask the device for something meanwhile.
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            result = compute()
+        finally:
+            graph.capture_end()
 
     def replay() -> Tensor:
         graph.replay()
