@@ -63,7 +63,7 @@ PEAKS = {
     if name in CONTENDERS
     and kind in CONTENDERS[name].kinds
     and not CONTENDERS[name].yardstick
-    and not name.endswith("one batch")
+    and not name.endswith(("one batch", "tensors"))
 }
 
 Problem = dict[str, Any]
@@ -119,9 +119,8 @@ def error_of(value: Any, problem: Problem, work: Work, reference: np.ndarray | N
     if reference is None:
         values, vectors = value
         value, reference = vectors * values, exact(problem, vectors)
-    if isinstance(value, torch.Tensor):
-        value = value.numpy(force=True)
-    return float(np.linalg.norm(np.asarray(value) - reference) / np.linalg.norm(reference))
+    value = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
+    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
 
 
 def problem_of(model: str, options: argparse.Namespace) -> Problem:
@@ -157,7 +156,7 @@ def measure(model: str, kind: str, options: argparse.Namespace) -> dict[str, Any
             tasks[name] = run_of(contender, built, problem, work)
     for name, (taken, runs) in timed(tasks, options.runs, options.room).items():
         device = {"device_ms": on_device_ms(tasks[name], runs)} if options.device == "cuda" else {}
-        results[name] |= {"ms": taken, "runs": runs} | device
+        results[name] |= {"ms": taken, "runs": runs, **device}
     found = {"P": sum(value.numel() for value in problem["params"].values()), "by": results}
     if kind == "product":
         if len(problem["data"]) == 1:
@@ -224,9 +223,8 @@ def child(options: argparse.Namespace, *what: str) -> Any:
 
 def in_child(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
-    if options.device == "cpu":
-        bytes_ = int(options.memory * GIB)
-        resource.setrlimit(resource.RLIMIT_DATA, (bytes_, bytes_))  # an error in here, not the end of the machine
+    if options.device == "cpu":  # an error in here, not the end of the machine
+        resource.setrlimit(resource.RLIMIT_DATA, (int(options.memory * GIB),) * 2)
     torch.backends.cudnn.allow_tf32 = False  # as wrong as 1e-3
     [model], [kind] = options.model, options.work
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
@@ -258,10 +256,9 @@ def main() -> None:
         in_child(options)
         return
     start = time.perf_counter()
-    about = environment(options.device) | {
-        "peers": {name: version(name) for name in ("curvlinops-for-pytorch", "PyHessian")},
-        "command": shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
-    }
+    peers = {name: version(name) for name in ("curvlinops-for-pytorch", "PyHessian")}
+    command = shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]])
+    about = environment(options.device) | {"peers": peers, "command": command}
     rows, peaks = [], []
     for model in options.model or PEER_PROBLEMS:
         for kind in [kind for kind in kinds_of(model) if kind in (options.work or WORK)]:
