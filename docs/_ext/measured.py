@@ -117,17 +117,24 @@ def large() -> str:
     return table(head, lines)
 
 
-def densities() -> str:
+def densities(name: str = "density") -> str:
     """Tabulate densities of as many probes and steps."""
+    heads = {"autograd": "curvop", "compiled": "curvop, compiled", "curvlinops": "curvlinops"}
+    found = results(name)["models"]
+    there = [key for key in heads if all(key in row["seconds"] for row in found.values())]
     lines = [
         [
             model,
             f"{row['P']:,}",
-            *(f"{row['seconds'][name]:.1f}\N{NO-BREAK SPACE}s" for name in ("autograd", "compiled", "curvlinops")),
+            str(row["steps"]),
+            *(f"{row['seconds'][key]:.2g}\N{NO-BREAK SPACE}s" for key in there),
+            f"{row['ratio to curvlinops']['autograd']:.1f}",
+            f"{row['recurrence / products']:.0%}",
         ]
-        for model, row in results("density")["models"].items()
+        for model, row in found.items()
     ]
-    return table(["model", "parameters", "curvop", "curvop, compiled", "curvlinops"], lines)
+    head = ["model", "parameters", "steps", *(heads[key] for key in there), "ratio", "recurrence / products"]
+    return table(head, lines)
 
 
 def goals() -> str:
@@ -151,6 +158,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "Gauss-Newton": lambda: times("Gauss-Newton", "curvature"),
     "empirical Fisher": lambda: times("empirical Fisher", "curvature"),
     "density": densities,
+    "product on a GPU": lambda: times("product", "peers-gpu"),
+    "density on a GPU": lambda: densities("density-gpu"),
     "peaks": peaks,
     "budget": budget,
     "large": large,
@@ -188,6 +197,12 @@ def _density() -> str:
     return f"{found['probes']} probes of {found['steps']} steps"
 
 
+def _gpu() -> str:
+    about = results("peers-gpu")["environment"]
+    versions = (f"{name} {about[name.lower()]}" for name in ("CUDA", "Python", "torch", "SciPy"))
+    return ", ".join([about["gpu"], *versions])
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "environment": _environment,
     "product ratio": lambda: f"{ratio(_PRODUCT, _THEIRS):.1f}",
@@ -201,6 +216,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "their error": lambda: f"{error('product', 'curvlinops to_scipy', 'GPT 4 layers, d = 128'):.0e}",
     "our error": lambda: f"{error('product', 'curvop', 'GPT 4 layers, d = 128'):.0e}",
     "density setting": _density,
+    "gpu": _gpu,
+    "product ratio on a GPU": lambda: f"{ratio(_PRODUCT, _THEIRS, name='peers-gpu'):.0f}",
+    "gradients on a GPU": lambda: f"{ratio('one product in gradients', 'curvop / gradient', name='peers-gpu'):.2f}",
 }
 
 
@@ -218,7 +236,8 @@ def setup(app: Any) -> dict[str, Any]:
         final_argument_whitespace = True
 
         def run(self) -> list[Any]:
-            self.env.note_dependency(str(RESULTS / "peers.json"))
+            for file in RESULTS.glob("*.json"):
+                self.env.note_dependency(str(file))
             return list(self.parse_text_to_nodes(TABLES[self.arguments[0]]()))
 
     app.add_directive("measured", Measured)
