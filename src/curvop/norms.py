@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["column_norms", "norm", "norm_of", "norms_of", "unit_of"]
+__all__ = ["column_norms", "dots_of", "norm", "norm_of", "norms_of", "unit_of"]
 
 Array = NDArray[Any]
 
@@ -45,23 +45,29 @@ def norm_of(vector: Tensor) -> float:
 
 
 def norms_of(rows: Tensor) -> Array:
-    """Return those ``(K,)`` of the rows of a tensor ``(K, N)``.
+    """Return those ``(K,)`` of the rows of a tensor ``(K, N)``, summed as `dots_of` does."""
+    found: Array = np.sqrt(dots_of(rows, rows).cpu().numpy())
+    low, high = _SQUARABLE[rows.dtype]
+    for row in np.flatnonzero(~((low < found) & (found < high))) if rows.shape[1] else ():
+        largest = float(rows[row].abs().max())
+        if largest == 0 or not np.isfinite(largest):
+            found[row] = largest
+        else:
+            scaled = rows[row : row + 1] / largest
+            found[row] = largest * float(dots_of(scaled, scaled)) ** 0.5
+    return found
+
+
+def dots_of(rows: Tensor, others: Tensor) -> Tensor:
+    """Return the products ``(K,)`` of the rows of two tensors ``(K, N)``, in float64 and on their device.
 
     Sections are summed in double precision: of many numbers in single precision five digits would be right, and to
     make all of them double would take longer than to read them four times.
     """
-    found = _sectioned(rows)
-    low, high = _SQUARABLE[rows.dtype]
-    for row in np.flatnonzero(~((low < found) & (found < high))) if rows.shape[1] else ():
-        largest = float(rows[row].abs().max())
-        scaled = largest == 0 or not np.isfinite(largest)
-        found[row] = largest if scaled else largest * _sectioned(rows[row : row + 1] / largest)[0]
-    return found
-
-
-def _sectioned(rows: Tensor) -> Array:
     whole = rows.shape[1] // _SECTION * _SECTION
-    sections = torch.linalg.vector_norm(rows[:, :whole].reshape(len(rows), -1, _SECTION), dim=2)
-    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
-    norms = torch.linalg.vector_norm(torch.cat([sections, rest], 1), dim=1, dtype=torch.float64)
-    return np.asarray(norms.cpu())
+    sums = []
+    for start, stop, length in ((0, whole, _SECTION), (whole, rows.shape[1], rows.shape[1] - whole)):
+        if start < stop:
+            one, two = (part[:, start:stop].reshape(-1, 1, length) for part in (rows, others))
+            sums.append(torch.bmm(one, two.mT).reshape(len(rows), -1))  # strides that MKL takes ten times faster
+    return torch.cat([*sums, rows.new_zeros(len(rows), 1)], 1).sum(1, dtype=torch.float64)

@@ -82,6 +82,7 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         # Before it copies, the stream waits for what was computed with the batch before last. So no copy is written to
         # memory of a batch that was freed but is still being read, and none of its tensors needs record_stream.
         stream.wait_stream(torch.cuda.current_stream(device))
+        stream.wait_stream(torch.cuda.default_stream(device))  # where a loader's thread may have made the batch
         with torch.cuda.stream(stream):
             coming.append((to_device(batch, device), stream.record_event()))
         if len(coming) > 1:

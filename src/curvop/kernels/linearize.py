@@ -103,11 +103,12 @@ class Engine:
                     warnings.warn(told, RuntimeWarning, stacklevel=2)
 
     def _make_room(self, error: Exception) -> str:
-        """Keep less, and multiply fewer columns at once; return what to tell the user, nothing after the first time."""
+        """Keep less, and multiply fewer columns at once; return what to tell the user, nothing after that."""
         if not (self._budget.shrink() | self._columns.shrink()):  # both, as neither's part is known
             error.add_note("one column and one batch at a time do not fit: let data yield smaller batches")
             raise error
         self._forget()
+        self._recorder = Recorder(self.kernel.compiled)
         free_unused(self._objective.device)
         told, self._short = "" if self._short else SHORT_OF_MEMORY, True
         return told
@@ -222,9 +223,8 @@ class Engine:
         for index, batch in self._objective.batches():
             count, loss = self._measure(first.leaves, index, batch) if keeps else (None, None)
             linearization = self._linearize(first.leaves, index, batch)
-            if loss is not None and not same(
-                [float(linearization.loss)], [loss], precision(linearization.loss, *first.leaves.values())
-            ):
+            eps = precision(linearization.loss, *first.leaves.values())
+            if loss is not None and not same([float(linearization.loss)], [loss], eps):
                 raise NonDeterministicObjectiveError(
                     self._objective.changed(f"the loss of batch {index}", loss, linearization.loss)
                 )
@@ -241,8 +241,8 @@ class Engine:
         self._objective.warn_once(len(first.weights))
         self._first = first
         self.first_passes += 1
-        if self.first_passes == 1 and keeps:
-            self._columns.forget()  # what was timed while linearizations were made
+        if keeps and self.first_passes == 1 and self._objective.device.type == "cuda":
+            self._columns.forget()  # what was timed before anything was recorded
 
     def _next_pass(self, first: Pass) -> Iterator[Linearization]:
         this = Pass(first.state, first.leaves)

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from curvop.kernels.cuda import on_own_stream, recorded
+from curvop.kernels.cuda import on_own_stream, recorded, waits
 from curvop.kernels.kernel import Kernel, Linearization
 
 __all__ = ["Recorder"]
@@ -31,17 +31,20 @@ class Recorder:
     def __init__(self, warns: bool) -> None:
         self._warns = warns
         self._gave_up = False
-        self._static: dict[tuple[torch.Size, torch.Size], tuple[Tensor, Tensor]] = {}
+        self._memory: _Memory | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_static": {}}
+        return self.__dict__ | {"_memory": None}
 
     def watching(self, linearization: Linearization, kernel: Kernel, count: int) -> Linearization:
-        """Return a linearization that is kept as one whose products are recorded, where it is on a GPU.
+        """Return a linearization that is kept as one whose products are recorded, where that can be.
 
         It retains `count` bytes, and a product of so many columns is taken to need as many times that.
         """
-        return Replayed(linearization, kernel, self, count) if linearization.loss.is_cuda else linearization
+        objective = kernel.objective  # autocast has casts of its own, which it forgets
+        if self._gave_up or objective.device.type != "cuda" or objective.autocast() is not None:
+            return linearization
+        return Replayed(linearization, kernel, self, count)
 
     def record(self, run: Product, vectors: Tensor, products: Tensor, needed: int = 0) -> Product | None:
         """Return what does as `run` does, None where it cannot be recorded.
@@ -55,16 +58,18 @@ class Recorder:
         needed : int
             Bytes that it takes meanwhile. They stay taken, so that nothing is recorded where memory is scarce.
         """
+        if self._gave_up:
+            return None
+        size = torch.linalg.vector_norm(products)
         free, total = torch.cuda.mem_get_info(vectors.device)
-        if self._gave_up or free - needed < total // 8 or not torch.isfinite(products).all():
+        if free - needed < total // 8 or not 0 < size < torch.inf:
             return None
         try:
             replay = self._recorded(run, vectors, products)
-            difference = torch.linalg.vector_norm(replay(vectors) - products)
-            if difference <= torch.finfo(products.dtype).eps ** 0.5 * torch.linalg.vector_norm(products):
+            if torch.linalg.vector_norm(replay(vectors) - products) <= torch.finfo(products.dtype).eps ** 0.5 * size:
                 return replay
             reason = "the recorded product differs"
-        except RuntimeError as error:  # what waits for the device, or computes on the host
+        except Exception as error:  # whatever the host's part in it says
             reason = " ".join(str(error).split())[:300]
         self._gave_up = True
         if self._warns:
@@ -72,20 +77,36 @@ class Recorder:
         return None
 
     def _recorded(self, run: Product, vectors: Tensor, products: Tensor) -> Product:
-        if not self._static:
-            self._pool = torch.cuda.graph_pool_handle()
-        shapes = vectors.shape, products.shape
-        if shapes not in self._static:
-            self._static[shapes] = torch.empty_like(vectors), torch.empty_like(products)
-        static, result = self._static[shapes]
         with on_own_stream(vectors.device):
-            again = recorded(lambda: result.copy_(run(static)), self._pool)
+            if self._memory is None:
+                if waits(lambda: run(vectors)):
+                    raise RuntimeError("the host waits for the device")
+                self._memory = _Memory(vectors)
+            static, result = self._memory.of(vectors, products)
+            again = recorded(lambda: result.copy_(run(static)), self._memory.pool)
 
         def replay(vectors: Tensor) -> Tensor:
             static.copy_(vectors)
             return again().clone()  # the next product of any batch is written to the same place
 
         return replay
+
+
+class _Memory:
+    """What recorded products have in common: the places of vectors and products, and a pool for the temporaries."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        nothing = like.new_zeros(1)
+        self._anchor = recorded(nothing.zero_, self.pool)  # a pool dies with the last of its graphs
+        self._places: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def of(self, vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the places for a vector and a product, or several, like these."""
+        key = tuple(part for one in (vectors, products) for part in (one.shape, one.dtype, one.device))
+        if key not in self._places:
+            self._places[key] = torch.empty_like(vectors), torch.empty_like(products)
+        return self._places[key]
 
 
 class Replayed(Linearization):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvop.kernels.cuda import on_own_stream, recorded
 from curvop.kernels.parameters import too_coarse
 
 __all__ = ["Fingerprint", "Watch", "settings_of"]
@@ -130,8 +128,6 @@ class Fingerprint:
         self._rows: list[tuple[Tensor, Tensor]] = []
         self._small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
         self._others: list[Tensor] = []
-        self._calls = 0
-        self._again: Callable[[], Tensor] | None = None
         for tensor in tensors:
             if tensor.layout != torch.strided or not tensor.numel() or tensor.device.type == "meta":
                 continue
@@ -146,27 +142,15 @@ class Fingerprint:
 
     def __call__(self) -> list[float]:
         """Return the fingerprint of the tensors as they are now."""
-        if self._again is not None:
-            return cast("list[float]", self._again().tolist())
-        sums = self._sums()
-        device = sums[0].device if sums else torch.device("cpu")
-        if any(one.device != device for one in sums):
-            return [entry for one in sums for entry in one.tolist()]
-        found = torch.cat(sums).tolist() if sums else []
-        self._calls += 1
-        if device.type == "cuda" and self._calls == 2:
-            with contextlib.suppress(RuntimeError), on_own_stream(device):
-                again = recorded(lambda: torch.cat(self._sums()))
-                self._again = again if again().tolist() == found else None
-        return found
-
-    def _sums(self) -> list[Tensor]:
         rows = self._rows.copy()
         for tensors in self._small.values():
             rows += _sections(torch.cat(tensors))
         for tensor in self._others:
             rows += _sections(_real(tensor.detach()).reshape(-1))
-        return [torch.mv(matrix, numbers) for matrix, numbers in rows]
+        sums = [torch.mv(matrix, numbers) for matrix, numbers in rows]
+        if len(sums) > 1 and len({one.device for one in sums}) == 1:
+            return torch.cat(sums).tolist()
+        return [entry for one in sums for entry in one.tolist()]
 
     @staticmethod
     def of_data(tensors: Iterable[Tensor]) -> list[float | None]:

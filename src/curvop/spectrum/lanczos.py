@@ -25,7 +25,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from curvop.memory import available_bytes, check_fits
-from curvop.norms import column_norms, norms_of
+from curvop.norms import column_norms, dots_of, norms_of
 from curvop.operator import BridgeLinearOperator
 from curvop.spectrum.orthogonality import OrthogonalityBound
 
@@ -173,7 +173,7 @@ class Lanczos:
         basis = self.basis[group, : at + 1]
         if at:
             W.addcmul_(basis[:, at - 1], self._column(self.betas[group, at - 1]), value=-1)
-        dots = (basis[:, at] * W).sum(1, dtype=torch.float64)
+        dots = dots_of(basis[:, at], W)
         W.addcmul_(basis[:, at], dots[:, None].to(W.dtype), value=-1)
         self._deflate(W)
         alphas, norms = dots.cpu().numpy(), norms_of(W)
