@@ -164,11 +164,30 @@ class TestRecording:
             close(there @ X, here @ X)
         assert all((8, here.shape[1]) in one._replays for one in there._engine._first.kept.values())
 
-    def test_a_model_that_cannot_be_recorded_is_multiplied_as_it_is(self) -> None:
-        class Steps(nn.Module):
-            def forward(self, x):
-                return Waits.apply(x @ weight.T)
+    def test_goes_on_at_other_parameters(self) -> None:
+        there, here = pair("conv")
+        for step in range(3):
+            for x in vectors(here, 4).T:
+                close(there @ x, here @ x)
+            assert all(one._replays for one in there._engine._first.kept.values())
+            with torch.no_grad():
+                for H in (there, here):
+                    for value in H._objective.params.values():
+                        value += 0.1 * (step + 1)
 
+    def test_blocks_that_come_and_go_leave_the_others_right(self) -> None:
+        """What a graph of this stream has of cuBLAS's memory is not freed with another one."""
+        there, here = pair("conv")
+        X = vectors(here, 20)
+        for x in X.T:
+            close(there @ x, here @ x)
+            block = there.block(next(iter(there.params_slices)))
+            for _ in range(4):
+                block @ np.ones(block.shape[1])
+            del block
+
+    @pytest.mark.parametrize("wait", [lambda x: float(x.sum()), lambda x: torch.cuda.synchronize()])
+    def test_a_model_that_cannot_be_recorded_is_multiplied_as_it_is(self, wait) -> None:
         class Waits(torch.autograd.Function):
             @staticmethod
             def forward(ctx, x):
@@ -178,18 +197,19 @@ class TestRecording:
             @staticmethod
             def backward(ctx, gradient):
                 [x] = ctx.saved_tensors
-                float(gradient.sum())  # waits for the device
+                wait(gradient)
                 return gradient * (1 - x.tanh() ** 2)
 
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(2, 3, device="cuda", dtype=torch.float64))
-        X, y = torch.randn(5, 3, dtype=torch.float64).cuda(), torch.randn(5, 2, dtype=torch.float64).cuda()
-        model = Steps()
-        model.weight = weight
-        H = HessianLinearOperator(model, nn.MSELoss(), [weight], [(X, y)])
+        data = [(torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64))]
+        H = HessianLinearOperator(lambda p, X: Waits.apply(X @ p["w"].T), nn.MSELoss(), {"w": weight}, data)
         expected = H @ np.eye(6)
         for _ in range(4):
             close(H @ np.ones(6), expected.sum(1))
+        assert not any(one._replays for one in H._engine._first.kept.values())
+        torch.cuda.empty_cache()  # torch is not left as while recording
+        assert torch.rand(3, device="cuda").std() > 0
 
     def test_one_product_does_not_overwrite_another(self) -> None:
         run = Recorder(warns=True).record(
