@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import expm
-from scipy.sparse.linalg import aslinearoperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from scipy.stats import t, wasserstein_distance
 from test_solve import matrix
 from torch import nn
@@ -406,3 +406,20 @@ def test_bad_input(A, options, match) -> None:
         quietly(np.eye(2) * 1j)
     with pytest.raises(TypeError, match="seconds is '60', but must be a number"):
         quietly(np.eye(2), seconds="60")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_long_vectors_of_either_precision(dtype) -> None:
+    """Rounding does not grow with the length: no run ends early, and no outlier leaks into the bulk."""
+    size, bulk = 100_000, 1e-3
+    values = np.r_[np.linspace(0.2, 1, 10), np.random.default_rng(0).uniform(0, bulk, size - 10)]
+    entries = values.astype(dtype)
+    A = LinearOperator(
+        (size, size), matvec=lambda x: entries * x.ravel(), matmat=lambda X: entries[:, None] * X, dtype=dtype
+    )
+    found = density(A, num_probes=2, num_steps=40, progress=False)
+    assert found.num_steps == 40
+    for f in (np.sqrt, lambda x: 1 / (np.abs(x) + bulk / 10)):
+        value, error = found.apply(lambda x, f=f: f(np.abs(x)))
+        assert 0 < error < 1e-3 * value
+        assert abs(value - f(values).sum()) < 12 * error  # Student's t of two probes, 95 %

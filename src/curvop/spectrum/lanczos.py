@@ -31,6 +31,8 @@ from curvop.spectrum.orthogonality import OrthogonalityBound
 
 Array = NDArray[Any]
 
+_SECTION = 16384
+
 __all__ = ["Lanczos", "basis_dtype", "device_of", "multiply", "runs_at_once"]
 
 
@@ -163,8 +165,8 @@ class Lanczos:
         self.lengths[runs] += 1
         alphas, betas = self.alphas[runs, at], self.betas[runs, at]
         self._scale = max(self._scale, float((np.abs(alphas) + betas).max()))
-        # Rounding leaves so much of a vector that is in the span of the basis.
-        self._running[runs] = betas > 10 * self._eps * self._scale * self.basis.shape[2] ** 0.5
+        # Rounding leaves so much of a vector that is in the span of the basis, whatever its length.
+        self._running[runs] = betas > 10 * self._eps * self._scale
         if at + 2 == self.basis.shape[1]:
             self._running[:] = False
 
@@ -181,7 +183,7 @@ class Lanczos:
             raise ValueError("a product with A is not finite")
         units = np.where(norms > 0, norms, 1.0)
         bounds = self._lost.of_next(group, np.c_[self.alphas[group, :at], alphas], self.betas[group, :at], units)
-        samples = _overlaps(basis[:, :1], W).abs()[:, 0].cpu().numpy() / units
+        samples = dots_of(basis[:, 0], W).abs().cpu().numpy() / units
         looked = (norms > 0) & ~self._lost.is_low(group, at + 1, bounds, samples)
         if not looked.any():
             return alphas, norms
@@ -222,5 +224,15 @@ class Lanczos:
 
 
 def _overlaps(basis: Tensor, W: Tensor) -> Tensor:
-    """Return the products ``(g, m)`` of each row of `W` ``(g, N)`` with its own basis ``(g, m, N)``."""
-    return torch.bmm(basis, W[:, :, None])[:, :, 0]
+    """Return the products ``(g, m)`` of each row of `W` ``(g, N)`` with its own basis ``(g, m, N)``.
+
+    On the host, where many numbers are summed one after another, by sections: what is wrong with them beside large
+    eigenvalues grows by these in every step. A GPU sums in a tree.
+    """
+    size = W.shape[1]
+    section = _SECTION if basis.device.type == "cpu" else size
+    total = torch.zeros(basis.shape[:2], dtype=torch.float64, device=basis.device)
+    for start in range(0, size, section):
+        where = slice(start, start + section)
+        total += torch.bmm(basis[:, :, where], W[:, where, None])[:, :, 0]
+    return total.to(W.dtype)

@@ -73,7 +73,7 @@ def thick_restart(
             H[at, at] = float(_orthogonalise(V[: at + 1], w)[at])
             beta = norm_of(w)
             scale = max(scale, abs(H[at, at]) + beta)
-            if beta <= 10 * eps * scale * size**0.5:  # an invariant subspace: go on from elsewhere
+            if beta <= 10 * eps * scale:  # an invariant subspace: go on from elsewhere
                 beta = 0.0
                 w = torch.randn(size, generator=generator, dtype=start.dtype).to(start.device)
                 _orthogonalise(V[: at + 1], w)
