@@ -62,7 +62,8 @@ def density(
     deflate : int
         So many eigenvalues of largest magnitude are found by `eigsh`, taken out, and added back as what they are
         (Papyan, 2018): sharper where a few outliers are of interest, and the probes' spread no longer stems from them.
-        To find them takes its time, whatever `seconds` says.
+        To find them takes its time, whatever `seconds` says; they are certified, with a warning where one may be
+        missing, and recorded in a checkpoint when all of them are found.
     memory : int, optional
         Bytes for the bases, 8 N m and some for each probe, half of it where `A` is float32, and for `deflate` vectors
         of 8 N (12 N where `A` is float32); by default half of what is free. Where they do not fit, probes take turns.
@@ -202,7 +203,7 @@ def _largest(A: LinearOperator, count: int, memory: int | None, progress: bool) 
     from curvop.spectrum.eigen import eigsh
 
     method = "arpack" if device_of(A).type == "cpu" else "device"
-    found = eigsh(A, count, "LM", method=method, memory=memory, certificate=False, progress=progress)
+    found = eigsh(A, count, "LM", method=method, memory=memory, progress=progress)
     if not found.converged:
         raise RuntimeError(f"deflate is {count}, but only {len(found.values)} eigenvalues converged: deflate fewer")
     return found.values.astype(np.float64), np.ascontiguousarray(found.vectors.T, dtype=np.float64), found.products
