@@ -34,7 +34,7 @@ class JournaledLinearOperator(WrappingLinearOperator):
 
     Any solver takes it, ``svds`` and ``lsmr`` by products with the adjoint as well. Products are looked up by a hash of
     the vector's bytes, column by column; what is missing of a block is multiplied together and written as one record.
-    So blocks of which a part is missing round otherwise than whole ones, in the last bits, unless `A` has ``columns=1``.
+    So blocks of which a part is missing round otherwise than whole ones in the last bits, but with ``columns=1``.
 
     Parameters
     ----------
