@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import html.parser
 import json
 import os
@@ -19,7 +21,7 @@ from test_cli import PROBLEMS
 from curvop.cli import main
 from curvop.examples.functorch import functorch_ggn, functorch_hessian
 from curvop.problems import load
-from curvop.spectrum import BlockStudy, EigenResult, SpectralDensity
+from curvop.spectrum import BlockStudy, EigenResult, SpectralDensity, eigsh
 
 
 @pytest.fixture
@@ -278,6 +280,37 @@ def test_some_blocks_of_a_run_that_was_killed(run, spec, tmp_path, monkeypatch) 
     _, text, _ = run(slow, "--k", 2, "--out", out, "--blocks", "--resume", "--json")
     for name, told in json.loads(text)["blocks"].items():
         assert told == pytest.approx(json.loads(whole)["blocks"][name], rel=1e-9, abs=1e-12)
+
+
+NORMALISED = """
+def normalised():
+    problem = network()
+    problem["model"] = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().train()
+    return problem | dict(params=dict(problem["model"].named_parameters()))
+"""
+
+
+def test_batch_statistics_are_warned_of(run, tmp_path) -> None:
+    (tmp_path / "normalised.py").write_text(PROBLEMS + NORMALISED)
+    with pytest.warns(RuntimeWarning, match="'1' .BatchNorm1d. normalises each of the 2 batches"):
+        run(f"{tmp_path / 'normalised.py'}:normalised", "--k", 1)
+
+
+def test_a_full_journal_is_told_and_the_study_goes_on(run, spec, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("curvop.products.shutil.disk_usage", lambda path: argparse.Namespace(free=2_000))
+    with pytest.warns(RuntimeWarning, match="has reached max_bytes"):
+        code, text, _ = run(spec, "--k", 1, "--out", tmp_path / "study")
+    assert code == 0
+    assert "everything that was asked for is done" in text
+
+
+def test_what_the_report_says_is_no_warning(run, slow, monkeypatch) -> None:
+    monkeypatch.setenv("CURVOP_TEST_NAP", "0")
+    monkeypatch.setattr("curvop.spectrum.study.eigsh", functools.partial(eigsh, maxiter=1, tol=1e-15))
+    code, text, err = run(slow, "--k", 3)
+    assert code == 1
+    assert "not converged" in text
+    assert "error" not in err
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from curvop import NonDeterministicObjectiveError, NonFiniteProductError, check
 from curvop.arguments import UsageError, parse
 from curvop.dense import DenseCheck
-from curvop.eigs import evaluated, quiet, study
+from curvop.eigs import evaluated, study
 from curvop.matrices import MATRICES, wrap
 from curvop.preconditioner import nystrom
 from curvop.problems import ProblemError, describe_error, load, one_line
@@ -22,6 +22,7 @@ from curvop.results import Result, param_arrays, save, save_arrays
 from curvop.singular import singular_study, wrap_jacobian
 from curvop.solvers import solve
 from curvop.spectrum.study import spectrum_study
+from curvop.verdicts import quiet
 
 __all__ = ["main"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from curvop.spectrum.findings import Findings
 from curvop.spectrum.page import write_files
 from curvop.spectrum.quadrature import density
 from curvop.spectrum.timed import TimedOperator, end_of
+from curvop.verdicts import quiet
 
 __all__ = ["spectrum_study"]
 
@@ -128,8 +128,7 @@ def _eigenvalues(found: Findings, A: LinearOperator, which: str, k: int, seconds
     The same method with and without a deadline: one study takes up the products that the other has recorded.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of what the report says
+        with quiet():
             result = _recalled(A, lambda B, limit: eigsh(B, k, which, method="device", seconds=limit), seconds)
     except TimeoutError:  # of a matrix so small that it is formed
         result = None
