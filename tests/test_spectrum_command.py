@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import html.parser
 import json
@@ -21,7 +22,7 @@ from test_cli import PROBLEMS
 from curvop.cli import main
 from curvop.examples.functorch import functorch_ggn, functorch_hessian
 from curvop.problems import load
-from curvop.spectrum import BlockStudy, EigenResult, SpectralDensity, eigsh
+from curvop.spectrum import BlockStudy, EigenResult, SpectralDensity, density, eigsh
 
 
 @pytest.fixture
@@ -311,6 +312,79 @@ def test_what_the_report_says_is_no_warning(run, slow, monkeypatch) -> None:
     assert code == 1
     assert "not converged" in text
     assert "error" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RuntimeError("no luck"), 1, "the study ended early: RuntimeError: no luck"),
+        (KeyboardInterrupt(), 130, "the study ended early: it was interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+    ],
+)
+def test_what_was_found_before_an_error_is_on_disk(run, spec, tmp_path, monkeypatch, error, code, said) -> None:
+    out, meanwhile = tmp_path / "study", []
+
+    def fail(*args, **options) -> None:
+        meanwhile.append(json.loads((out / "spectrum.json").read_text()))
+        raise error
+
+    monkeypatch.setattr("curvop.spectrum.study.density", fail)
+    assert run(spec, "--k", 3, "--out", out)[0] == code
+    [before], after = meanwhile, json.loads((out / "spectrum.json").read_text())
+    assert before["undone"] == ["density: not done yet"]
+    assert after["undone"][0] == "density: not done"
+    assert said in after["undone"][1]
+    values = np.linalg.eigvalsh(functorch_hessian(**load(spec)).numpy())
+    page = (out / "report.html").read_text()
+    assert said in page
+    for found in (before, after):
+        assert not found["ok"]
+        assert found["products"] > 0
+        assert found["trace"]["value"] == pytest.approx(values.sum())
+        assert found["frobenius_norm"]["value"] == pytest.approx(np.linalg.norm(values))
+    for which, expected in (("LA", values[:-4:-1]), ("SA", values[:3])):
+        np.testing.assert_allclose(EigenResult.load(out / f"eigenpairs_{which}.npz").values, expected, atol=1e-12)
+        assert f"{expected[0]:.10g}" in page
+    assert f"{values.sum():.6g}" in page
+    monkeypatch.undo()
+    again = json.loads(run(spec, "--k", 3, "--out", out, "--resume", "--json")[1])
+    assert again["ok"]
+    assert again["ends"] == after["ends"]
+
+
+def test_an_error_in_the_blocks_leaves_those_that_are_done(run, spec, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "study"
+
+    def fail(A, *args, **options):
+        if A.shape[0] == 8:  # the third block
+            raise RuntimeError("no luck")
+        return density(A, *args, **options)
+
+    monkeypatch.setattr(sys.modules["curvop.spectrum.blocks"], "density", fail)
+    code, _, err = run(spec, "--k", 1, "--blocks", "--out", out)
+    assert code == 1
+    assert "no luck" in err
+    assert BlockStudy.load(out / "blocks.npz").names == ["0.weight", "0.bias"]
+    assert json.loads((out / "spectrum.json").read_text())["undone"][0] == "blocks: not done"
+
+
+@pytest.mark.parametrize(
+    ("argv", "room", "said"),
+    [
+        (["--steps", "1000"], 8 * 26 * 31, "--steps 1000: the basis of one probe, 26 vectors of 26 numbers, takes"),
+        ([], 4 * 8 * 52 * 26 - 1, "what the trace and the norm are estimated from, 208 vectors"),
+    ],
+)
+def test_memory_is_counted_before_anything_is_computed(run, spec, tmp_path, monkeypatch, argv, room, said) -> None:
+    monkeypatch.setattr("curvop.spectrum.study.available_bytes", lambda device=None: room)
+    monkeypatch.setattr("curvop.spectrum.study.evaluated", lambda A: pytest.fail("it was evaluated"))
+    code, _, err = run(spec, *argv, "--out", tmp_path / "study")
+    assert code == 2
+    assert said in err
+    assert "--block of the matrix" in err
+    assert "memory=" not in err
+    assert not (tmp_path / "study").exists()
 
 
 @pytest.mark.parametrize(
