@@ -6,6 +6,7 @@ import argparse
 import errno
 import functools
 import html.parser
+import io
 import json
 import os
 import re
@@ -385,6 +386,40 @@ def test_memory_is_counted_before_anything_is_computed(run, spec, tmp_path, monk
     assert "--block of the matrix" in err
     assert "memory=" not in err
     assert not (tmp_path / "study").exists()
+
+
+BARS = {"eigsh": 2, "certify": 2, "trace": 1, "norm": 1, "density": 1}
+FEW = ("--k", 2, "--probes", 2, "--steps", 12)
+
+
+@pytest.fixture
+def few_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("CURVOP_TEST_NAP", "0.02")
+    monkeypatch.setattr("curvop.progress._DELAY", 0.01)
+    (tmp_path / "few_slow.py").write_text(PROBLEMS + SLOW.replace("hidden=40", "hidden=4"))
+    return f"{tmp_path / 'few_slow.py'}:slow"
+
+
+def test_a_log_has_a_line_for_each_step(run, few_slow) -> None:
+    err = run(few_slow, *FEW)[2]
+    assert err.count("\r") == err.count("\n") == sum(BARS.values())
+    for name, count in BARS.items():
+        done = "" if name == "eigsh" else r"100%\|.*"
+        assert len(re.findall(rf"^\s*{name}: {done}\d+ ?.*products", err, re.MULTILINE)) == count, name
+    assert len(re.findall(r"certify: .* 34/34 \[", err)) == 2  # 2 pairs, 8 for the noise, and 24 of the search
+
+
+def test_on_a_terminal_each_step_says_when_it_will_end(few_slow, monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert main(["spectrum", few_slow, *map(str, FEW)]) == 0
+    shown = sys.stderr.getvalue()
+    for name, total in {"certify": 34, "trace": 52, "density": 24}.items():
+        counts = re.findall(rf"{name}: +\d+%\|[^|]*\| (\d+)/{total} \[\d\d:\d\d<\d\d:\d\d", shown)
+        assert any(0 < int(count) < total for count in counts), name
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,10 @@ from curvop.journal import JournaledLinearOperator, UnrecordedError
 from curvop.matrices import MATRICES, wrap
 from curvop.memory import available_bytes, check_fits
 from curvop.problems import ProblemError, describe_error, one_line
+from curvop.progress import step_bar
 from curvop.records import RecordFileError
 from curvop.spectrum.blocks import blocks
+from curvop.spectrum.counted import CountedOperator
 from curvop.spectrum.eigen import eigsh
 from curvop.spectrum.estimators import frobenius_norm, trace
 from curvop.spectrum.findings import Findings
@@ -169,7 +171,11 @@ def _steps(
 
     def estimated(name: str, estimate: Any, seed: int) -> None:
         def run(A: LinearOperator, seconds: float | None) -> Any:
-            return estimate(TimedOperator(A, end_of(seconds)), _estimate_products(A), rng=seed)
+            count = _estimate_products(A)
+            with step_bar(name, total=count) as bar:
+                found = estimate(TimedOperator(CountedOperator(A, bar), end_of(seconds)), count, rng=seed)
+                bar.total = bar.n  # a small matrix is read off with fewer
+            return found
 
         try:
             setattr(found, name, _recalled(recorded, run, left(_ESTIMATES)))
