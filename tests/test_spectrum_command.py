@@ -154,6 +154,27 @@ def test_resuming_makes_no_product_twice(run, spec, tmp_path) -> None:
         assert again[name] == first[name]
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_resuming_nothing_begins(run, spec, tmp_path, made) -> None:
+    out = tmp_path / "study"
+    if made:
+        out.mkdir()
+    first, again = (run(spec, "--k", 1, "--out", out, "--resume", "--json") for _ in range(2))
+    assert (first[0], again[0]) == (0, 0)
+    assert json.loads(first[1])["products"] > 0
+    assert json.loads(again[1])["products"] == 0
+
+
+def test_what_the_journal_takes_is_told(run, spec, tmp_path) -> None:
+    out = tmp_path / "study"
+    _, text, _ = run(spec, "--k", 1, "--out", out)
+    size = (out / "journal" / "products.records").stat().st_size
+    assert size > 26 * 26 * 8
+    assert re.search(rf"journal of the products, on disk +{size / 1e6:.3g} MB\n", text)
+    assert json.loads((out / "spectrum.json").read_text())["journal_bytes"] == size
+    assert "on disk" not in run(spec, "--k", 1)[1]
+
+
 def test_what_a_deadline_leaves_undone_is_said_and_can_be_done_later(run, tmp_path) -> None:
     out = tmp_path / "study"
     code, text, _ = run("digits", "--deadline", "0.001s", "--blocks", "--out", out)
@@ -428,7 +449,7 @@ def test_on_a_terminal_each_step_says_when_it_will_end(few_slow, monkeypatch) ->
         (["--resume"], "argument --resume: needs --out"),
         (["--out", "nowhere/study"], "argument --out: no folder"),
         (["--out", "{full}"], "is not empty: pass --resume"),
-        (["--out", "{empty}", "--resume"], "holds no study"),
+        (["--out", "{full}", "--resume"], "holds no study, but other things: pass another --out"),
         (["--out", "{file}"], "is no folder"),
         (["--deadline", "soon"], "is no time such as"),
         (["--probes", "0"], "argument --probes: must be 1 or more"),
@@ -436,11 +457,10 @@ def test_on_a_terminal_each_step_says_when_it_will_end(few_slow, monkeypatch) ->
     ],
 )
 def test_bad_arguments(run, spec, tmp_path, argv, said) -> None:
-    for name in ("full", "empty"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "full").mkdir()
     for file in (tmp_path / "full" / "x", tmp_path / "file"):
         file.write_text("")
-    places = {name: tmp_path / name for name in ("full", "empty", "file")}
+    places = {name: tmp_path / name for name in ("full", "file")}
     code, _, err = run(spec, *(part.format(**places) for part in argv))
     assert code == 2
     assert said in err

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
+from curvop.arguments import JOURNAL
 from curvop.eigs import evaluated
 from curvop.fingerprint import OtherProblemError
 from curvop.journal import JournaledLinearOperator, UnrecordedError
@@ -76,8 +77,11 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, begun: 
             _run(found, A, _steps(found, A, A, options, begun), None, begun)
         else:
             out.mkdir(exist_ok=True)
-            with JournaledLinearOperator(A, out / "journal") as journal:
-                _run(found, A, _steps(found, A, journal, options, begun), StudyFiles(out), begun)
+            with JournaledLinearOperator(A, out / JOURNAL) as journal:
+                files = StudyFiles(out)
+                _run(found, A, _steps(found, A, journal, options, begun), files, begun)
+                found.journal_bytes = journal.num_bytes
+                files.write(found)
     except (OtherProblemError, RecordFileError) as error:
         raise ProblemError(f"--out: {error}") from error
     return found
@@ -114,7 +118,7 @@ Step = Callable[[], None]
 
 
 def _run(found: Findings, A: Any, steps: dict[str, Step], files: StudyFiles | None, begun: float) -> None:
-    """Take one step after another, and write what is found after each, also where one fails."""
+    """Take one step after another, and write what is found after each but the last, also where one fails."""
 
     def state() -> tuple[int, int]:
         return A.num_products, id(found.blocks)
@@ -137,8 +141,6 @@ def _run(found: Findings, A: Any, steps: dict[str, Step], files: StudyFiles | No
             write([*(f"{name}: not done" for name in waiting), f"the study ended early: {why}"])
         raise
     found.products, found.seconds = found.products + A.num_products, time.monotonic() - begun
-    if files is not None:
-        files.write(found)
 
 
 def _so_far(found: Findings, A: Any, begun: float, undone: list[str]) -> Findings:
