@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
+import functools
 import html.parser
+import io
 import json
 import os
 import re
@@ -19,7 +23,7 @@ from test_cli import PROBLEMS
 from curvop.cli import main
 from curvop.examples.functorch import functorch_ggn, functorch_hessian
 from curvop.problems import load
-from curvop.spectrum import BlockStudy, EigenResult, SpectralDensity
+from curvop.spectrum import BlockStudy, EigenResult, SpectralDensity, density, eigsh
 
 
 @pytest.fixture
@@ -148,6 +152,27 @@ def test_resuming_makes_no_product_twice(run, spec, tmp_path) -> None:
     assert again["products"] == 0
     for name in ("ends", "trace", "frobenius_norm", "density"):
         assert again[name] == first[name]
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_resuming_nothing_begins(run, spec, tmp_path, made) -> None:
+    out = tmp_path / "study"
+    if made:
+        out.mkdir()
+    first, again = (run(spec, "--k", 1, "--out", out, "--resume", "--json") for _ in range(2))
+    assert (first[0], again[0]) == (0, 0)
+    assert json.loads(first[1])["products"] > 0
+    assert json.loads(again[1])["products"] == 0
+
+
+def test_what_the_journal_takes_is_told(run, spec, tmp_path) -> None:
+    out = tmp_path / "study"
+    _, text, _ = run(spec, "--k", 1, "--out", out)
+    size = (out / "journal" / "products.records").stat().st_size
+    assert size > 26 * 26 * 8
+    assert re.search(rf"journal of the products, on disk +{size / 1e6:.3g} MB\n", text)
+    assert json.loads((out / "spectrum.json").read_text())["journal_bytes"] == size
+    assert "on disk" not in run(spec, "--k", 1)[1]
 
 
 def test_what_a_deadline_leaves_undone_is_said_and_can_be_done_later(run, tmp_path) -> None:
@@ -280,13 +305,151 @@ def test_some_blocks_of_a_run_that_was_killed(run, spec, tmp_path, monkeypatch) 
         assert told == pytest.approx(json.loads(whole)["blocks"][name], rel=1e-9, abs=1e-12)
 
 
+NORMALISED = """
+def normalised():
+    problem = network()
+    problem["model"] = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().train()
+    return problem | dict(params=dict(problem["model"].named_parameters()))
+"""
+
+
+def test_batch_statistics_are_warned_of(run, tmp_path) -> None:
+    (tmp_path / "normalised.py").write_text(PROBLEMS + NORMALISED)
+    with pytest.warns(RuntimeWarning, match="'1' .BatchNorm1d. normalises each of the 2 batches"):
+        run(f"{tmp_path / 'normalised.py'}:normalised", "--k", 1)
+
+
+def test_a_full_journal_is_told_and_the_study_goes_on(run, spec, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("curvop.products.shutil.disk_usage", lambda path: argparse.Namespace(free=2_000))
+    with pytest.warns(RuntimeWarning, match="has reached max_bytes"):
+        code, text, _ = run(spec, "--k", 1, "--out", tmp_path / "study")
+    assert code == 0
+    assert "everything that was asked for is done" in text
+
+
+def test_what_the_report_says_is_no_warning(run, slow, monkeypatch) -> None:
+    monkeypatch.setenv("CURVOP_TEST_NAP", "0")
+    monkeypatch.setattr("curvop.spectrum.study.eigsh", functools.partial(eigsh, maxiter=1, tol=1e-15))
+    code, text, err = run(slow, "--k", 3)
+    assert code == 1
+    assert "not converged" in text
+    assert "error" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RuntimeError("no luck"), 1, "the study ended early: RuntimeError: no luck"),
+        (KeyboardInterrupt(), 130, "the study ended early: it was interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+    ],
+)
+def test_what_was_found_before_an_error_is_on_disk(run, spec, tmp_path, monkeypatch, error, code, said) -> None:
+    out, meanwhile = tmp_path / "study", []
+
+    def fail(*args, **options) -> None:
+        meanwhile.append(json.loads((out / "spectrum.json").read_text()))
+        raise error
+
+    monkeypatch.setattr("curvop.spectrum.study.density", fail)
+    assert run(spec, "--k", 3, "--out", out)[0] == code
+    [before], after = meanwhile, json.loads((out / "spectrum.json").read_text())
+    assert before["undone"] == ["density: not done yet"]
+    assert after["undone"][0] == "density: not done"
+    assert said in after["undone"][1]
+    values = np.linalg.eigvalsh(functorch_hessian(**load(spec)).numpy())
+    page = (out / "report.html").read_text()
+    assert said in page
+    for found in (before, after):
+        assert not found["ok"]
+        assert found["products"] > 0
+        assert found["trace"]["value"] == pytest.approx(values.sum())
+        assert found["frobenius_norm"]["value"] == pytest.approx(np.linalg.norm(values))
+    for which, expected in (("LA", values[:-4:-1]), ("SA", values[:3])):
+        np.testing.assert_allclose(EigenResult.load(out / f"eigenpairs_{which}.npz").values, expected, atol=1e-12)
+        assert f"{expected[0]:.10g}" in page
+    assert f"{values.sum():.6g}" in page
+    monkeypatch.undo()
+    again = json.loads(run(spec, "--k", 3, "--out", out, "--resume", "--json")[1])
+    assert again["ok"]
+    assert again["ends"] == after["ends"]
+
+
+def test_an_error_in_the_blocks_leaves_those_that_are_done(run, spec, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "study"
+
+    def fail(A, *args, **options):
+        if A.shape[0] == 8:  # the third block
+            raise RuntimeError("no luck")
+        return density(A, *args, **options)
+
+    monkeypatch.setattr(sys.modules["curvop.spectrum.blocks"], "density", fail)
+    code, _, err = run(spec, "--k", 1, "--blocks", "--out", out)
+    assert code == 1
+    assert "no luck" in err
+    assert BlockStudy.load(out / "blocks.npz").names == ["0.weight", "0.bias"]
+    assert json.loads((out / "spectrum.json").read_text())["undone"][0] == "blocks: not done"
+
+
+@pytest.mark.parametrize(
+    ("argv", "room", "said"),
+    [
+        (["--steps", "1000"], 8 * 26 * 31, "--steps 1000: the basis of one probe, 26 vectors of 26 numbers, takes"),
+        ([], 4 * 8 * 52 * 26 - 1, "what the trace and the norm are estimated from, 208 vectors"),
+    ],
+)
+def test_memory_is_counted_before_anything_is_computed(run, spec, tmp_path, monkeypatch, argv, room, said) -> None:
+    monkeypatch.setattr("curvop.spectrum.study.available_bytes", lambda device=None: room)
+    monkeypatch.setattr("curvop.spectrum.study.evaluated", lambda A: pytest.fail("it was evaluated"))
+    code, _, err = run(spec, *argv, "--out", tmp_path / "study")
+    assert code == 2
+    assert said in err
+    assert "--block of the matrix" in err
+    assert "memory=" not in err
+    assert not (tmp_path / "study").exists()
+
+
+BARS = {"eigsh": 2, "certify": 2, "trace": 1, "norm": 1, "density": 1}
+FEW = ("--k", 2, "--probes", 2, "--steps", 12)
+
+
+@pytest.fixture
+def few_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("CURVOP_TEST_NAP", "0.02")
+    monkeypatch.setattr("curvop.progress._DELAY", 0.01)
+    (tmp_path / "few_slow.py").write_text(PROBLEMS + SLOW.replace("hidden=40", "hidden=4"))
+    return f"{tmp_path / 'few_slow.py'}:slow"
+
+
+def test_a_log_has_a_line_for_each_step(run, few_slow) -> None:
+    err = run(few_slow, *FEW)[2]
+    assert err.count("\r") == err.count("\n") == sum(BARS.values())
+    for name, count in BARS.items():
+        done = "" if name == "eigsh" else r"100%\|.*"
+        assert len(re.findall(rf"^\s*{name}: {done}\d+ ?.*products", err, re.MULTILINE)) == count, name
+    assert len(re.findall(r"certify: .* 34/34 \[", err)) == 2  # 2 pairs, 8 for the noise, and 24 of the search
+
+
+def test_on_a_terminal_each_step_says_when_it_will_end(few_slow, monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert main(["spectrum", few_slow, *map(str, FEW)]) == 0
+    shown = sys.stderr.getvalue()
+    for name, total in {"certify": 34, "trace": 52, "density": 24}.items():
+        counts = re.findall(rf"{name}: +\d+%\|[^|]*\| (\d+)/{total} \[\d\d:\d\d<\d\d:\d\d", shown)
+        assert any(0 < int(count) < total for count in counts), name
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["--resume"], "argument --resume: needs --out"),
         (["--out", "nowhere/study"], "argument --out: no folder"),
         (["--out", "{full}"], "is not empty: pass --resume"),
-        (["--out", "{empty}", "--resume"], "holds no study"),
+        (["--out", "{full}", "--resume"], "holds no study, but other things: pass another --out"),
         (["--out", "{file}"], "is no folder"),
         (["--deadline", "soon"], "is no time such as"),
         (["--probes", "0"], "argument --probes: must be 1 or more"),
@@ -294,11 +457,10 @@ def test_some_blocks_of_a_run_that_was_killed(run, spec, tmp_path, monkeypatch) 
     ],
 )
 def test_bad_arguments(run, spec, tmp_path, argv, said) -> None:
-    for name in ("full", "empty"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "full").mkdir()
     for file in (tmp_path / "full" / "x", tmp_path / "file"):
         file.write_text("")
-    places = {name: tmp_path / name for name in ("full", "empty", "file")}
+    places = {name: tmp_path / name for name in ("full", "file")}
     code, _, err = run(spec, *(part.format(**places) for part in argv))
     assert code == 2
     assert said in err

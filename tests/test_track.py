@@ -80,6 +80,14 @@ def test_what_does_not_converge_does_not_end_the_training(monkeypatch: pytest.Mo
     assert len(losses) == 3
 
 
+def test_what_the_operator_warns_of_is_heard() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double().train()
+    data = [(torch.randn(8, 3).double(), torch.randn(8, 1).double()) for _ in range(2)]
+    tracker = track(HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data))
+    with pytest.warns(RuntimeWarning, match="normalises each of the 2 batches"):
+        tracker.step()
+
+
 def test_the_plot() -> None:
     import matplotlib as mpl
 

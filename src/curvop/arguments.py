@@ -12,7 +12,10 @@ from curvop import __version__
 from curvop.matrices import MATRICES
 from curvop.report import ENDS
 
-__all__ = ["UsageError", "parse"]
+__all__ = ["JOURNAL", "UsageError", "parse"]
+
+JOURNAL = "journal"
+"""The folder that a study makes first of all in its own."""
 
 _DESCRIPTION = """\
 Wraps a curvature matrix of the problem's loss over its whole data set, and prints its extreme eigenvalues with their
@@ -38,10 +41,10 @@ problem; 130 interrupted"""
 
 _SPECTRUM_DESCRIPTION = """\
 Studies the spectrum of a curvature matrix: its density, extreme eigenvalues with a certificate, trace and norm with
-error bars, and with --blocks every layer. With --out it keeps what it does, so that --resume continues a run that was
-killed or ended by its --deadline, and writes report.html. The deadline counts from the start of the command; nothing is
-broken off, so it can be overrun by the loading of the problem, its gradient, and a product with --probes vectors. The
-problem is named as for 'curvop eigs'."""
+error bars, and with --blocks every layer. With --out it keeps what it does, and writes report.html after each step;
+--resume continues a run that was killed or ended by its --deadline, and begins where there is none. The deadline counts
+from the start of the command; nothing is broken off, so it can be overrun by the loading of the problem, its gradient,
+and a product with --probes vectors. The problem is named as for 'curvop eigs'."""
 
 _SPECTRUM_EPILOG = """\
 exit codes: 0 all is well; 1 an eigenvalue is not certified, or the deadline left something undone; 2 a bad argument or
@@ -145,7 +148,7 @@ def _parser() -> _Parser:
         "--deadline", type=_duration, metavar="TIME", help="end by then with what there is: 90s, 30m, 2h, 1h30m"
     )
     spectrum.add_argument("--out", metavar="DIR", type=Path, help="save results, pictures and report.html here")
-    spectrum.add_argument("--resume", action="store_true", help="continue the study that --out holds")
+    spectrum.add_argument("--resume", action="store_true", help="continue the study that --out holds, or begin one")
     check = commands.add_parser(
         "check",
         help="a check of a problem, before something long is done with it",
@@ -243,8 +246,9 @@ def _check_directory(out: Path | None, resume: bool) -> None:
         raise UsageError(f"argument --out: no folder {str(out.resolve().parent)!r}")
     if not os.access(out if out.exists() else out.resolve().parent, os.W_OK):
         raise UsageError(f"argument --out: cannot write {str(out)!r}")
-    there = out.exists() and any(out.iterdir())
-    if there and not resume:
+    if not (out.exists() and any(out.iterdir())):
+        return  # to be begun, with --resume too: a job that is queued again is started by the same line
+    if not resume:
         raise UsageError(f"argument --out: {str(out)!r} is not empty: pass --resume to continue, or another folder")
-    if resume and not there:
-        raise UsageError(f"argument --resume: {str(out)!r} holds no study")
+    if not (out / JOURNAL).is_dir():
+        raise UsageError(f"argument --resume: {str(out)!r} holds no study, but other things: pass another --out")

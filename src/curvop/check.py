@@ -27,6 +27,7 @@ from curvop.model_check import (
     warned_as_before,
     zero_block,
 )
+from curvop.progress import step_bar
 
 __all__ = ["check"]
 
@@ -98,7 +99,7 @@ def check(
     num_probes, rng = whole_number("num_probes", num_probes, 1), random_generator(rng)
     begun = time.perf_counter()
     with (
-        tqdm(desc="check", unit=" products", disable=not progress, mininterval=0.5, delay=0.5) as bar,
+        step_bar("check", progress) as bar,
         warned_as_before(computed_parts(A)),
         warnings.catch_warnings(record=True) as caught,
     ):

@@ -8,20 +8,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
-from tqdm import tqdm
-
 from curvop import NonDeterministicObjectiveError, NonFiniteProductError, check
 from curvop.arguments import UsageError, parse
 from curvop.dense import DenseCheck
-from curvop.eigs import evaluated, quiet, study
+from curvop.eigs import evaluated, study
 from curvop.matrices import MATRICES, wrap
 from curvop.preconditioner import nystrom
 from curvop.problems import ProblemError, describe_error, load, one_line
+from curvop.progress import new_bar
 from curvop.report import eigs_json, eigs_report, num_products, solve_json, solve_report
 from curvop.results import Result, param_arrays, save, save_arrays
 from curvop.singular import singular_study, wrap_jacobian
 from curvop.solvers import solve
 from curvop.spectrum.study import spectrum_study
+from curvop.verdicts import quiet
 
 __all__ = ["main"]
 
@@ -162,15 +162,8 @@ def _check(options: argparse.Namespace) -> int:
 def _progress_bar() -> Iterator[Any]:
     """Give a bar that counts products on stderr, silent while its delay is not over: bad problems end in one line."""
     terminal = sys.stderr.isatty()
-    bar = tqdm(
-        desc="first pass",
-        unit=" products",
-        file=sys.stderr,
-        leave=not terminal,  # a log keeps the last line, a terminal is left clean
-        mininterval=0.1 if terminal else 10.0,
-        delay=0.5,
-        dynamic_ncols=True,
-    )
+    # A log keeps the last line, a terminal is left clean.
+    bar = new_bar("first pass", leave=not terminal, delay=0.5, dynamic_ncols=True)
     try:
         yield bar
     finally:

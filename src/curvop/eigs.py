@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +15,9 @@ from curvop.problems import ProblemError, describe_error, last_layer
 from curvop.results import Array, Cost, End, Result, Setup, Solve, Spectrum
 from curvop.solvers import solve
 from curvop.spectrum.eigen import eigsh
+from curvop.verdicts import quiet
 
-__all__ = ["MAX_RESTARTS", "evaluated", "measured", "named_params", "quiet", "setup_of", "study"]
+__all__ = ["MAX_RESTARTS", "evaluated", "measured", "named_params", "setup_of", "study"]
 
 MAX_RESTARTS = 1000  # of each `eigsh`, 10,000 products and more; SciPy's 10 N would let a large problem run for ever
 
@@ -193,11 +193,3 @@ def _solve(block: Any, damping: float, rtol: float, bar: Any) -> Solve:
     with measured(block) as cost, quiet():
         result = solve(block, gradient, damping=damping, rtol=rtol, progress=False)
     return Solve(tuple(block.params_slices), block.shape[0], damping, rtol, result, cost)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Ignore what `eigsh` and `solve` warn of, as the report says it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"not converged|converged: relative residual", RuntimeWarning)
-        yield

@@ -17,10 +17,10 @@ def available_bytes(device: torch.device | None = None, memory: float | None = N
     return free_bytes(device or torch.device("cpu")) // 2
 
 
-def check_fits(needed: int, available: int, what: str, remedy: str) -> None:
-    """Raise a `MemoryError` with both numbers where `what` does not fit."""
+def check_fits(needed: int, available: int, what: str, remedy: str, adjustable: bool = True) -> None:
+    """Raise a `MemoryError` with both numbers where `what` does not fit; `adjustable`: by an argument ``memory=``."""
     if needed > available:
+        more = ", or pass memory= in bytes if there is more" if adjustable else ""
         raise MemoryError(
-            f"{what} takes {needed / 1e9:.3g} GB, but {available / 1e9:.3g} GB may be used: {remedy}, or pass memory= "
-            "in bytes if there is more"
+            f"{what} takes {needed / 1e9:.3g} GB, but {available / 1e9:.3g} GB may be used: {remedy}{more}"
         )

@@ -14,6 +14,7 @@ from scipy.sparse.linalg import LinearOperator, cg, minres
 from tqdm import tqdm
 
 from curvop.checked import real_operator, whole_number
+from curvop.progress import step_bar
 
 __all__ = ["SolveResult", "solve"]
 
@@ -131,7 +132,7 @@ def solve(
     if preconditioner is not None and getattr(preconditioner, "shape", None) != A.shape:
         shape = getattr(preconditioner, "shape", None)
         raise ValueError(f"preconditioner has shape {shape}, but must be a LinearOperator of A's, {A.shape}")
-    with tqdm(desc="solve", unit=" products", disable=not progress, mininterval=0.5, delay=0.5) as bar:
+    with step_bar("solve", progress) as bar:
         most = 10 * len(b) if maxiter is None else maxiter
         result = _Run(A, b.astype(np.float64), damping, rtol, preconditioner, most, callback, bar).result()
     if result.solver == "minres":

@@ -13,11 +13,11 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from curvop.checked import random_generator, whole_number
 from curvop.fingerprint import fingerprint, listed
 from curvop.parameters import ParameterLinearOperator
+from curvop.progress import step_bar
 from curvop.results import load_arrays, save_arrays
 from curvop.spectrum.checkpoint import made, settled_file
 from curvop.spectrum.density import SpectralDensity
@@ -228,7 +228,7 @@ def blocks(
     work = sum(min(num_steps, size) * num_probes for size in sizes) + norm_products * len(chosen)
     with (
         contextlib.ExitStack() as stack,
-        tqdm(desc="blocks", unit=" products", total=int(work), disable=not progress, mininterval=0.5, delay=0.5) as bar,
+        step_bar("blocks", progress, int(work)) as bar,
     ):
         file, finished = None, {}
         if directory is not None:

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from curvop.checked import random_generator, real_number, whole_number
 from curvop.norms import column_norms, unit_of
+from curvop.progress import step_bar
 from curvop.spectrum.bounds import matched_bounds, quadratic_estimates
 from curvop.spectrum.counted import CountedOperator, symmetric_operator
 from curvop.spectrum.missed import limits
 from curvop.spectrum.missed import search as search_missed
-from curvop.spectrum.noise import asymmetric, measure
+from curvop.spectrum.noise import NUM_PRODUCTS, asymmetric, measure
 
 __all__ = ["Certificate", "certify"]
 
@@ -216,8 +216,11 @@ def certify(
     unusable = ~(np.isfinite(w) & np.isfinite(V).all(axis=0) & V.any(axis=0))
     if unusable.any() or len(w) == 0:
         return _nothing(unusable, which, tol)
-    with tqdm(desc="certify", unit=" products", disable=not progress, mininterval=0.5, delay=0.5) as bar:
-        return _certificate(CountedOperator(A, bar, np.float64), w, V, which, tol, search, random_generator(rng))
+    most = len(w) + NUM_PRODUCTS + (0 if limits(w, which) is None else min(search, A.shape[0] - len(w)))
+    with step_bar("certify", progress, most) as bar:
+        found = _certificate(CountedOperator(A, bar, np.float64), w, V, which, tol, search, random_generator(rng))
+        bar.total = found.products  # the search ends where it has seen enough
+        return found
 
 
 def _checked(size: int, values: Any, vectors: Any, which: str | None, tol: float, search: int) -> tuple[Array, Array]:

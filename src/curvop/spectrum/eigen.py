@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
-from tqdm import tqdm
 
 from curvop.checked import random_generator, real_number, whole_number
 from curvop.memory import available_bytes
+from curvop.progress import step_bar
 from curvop.spectrum.certificate import ENDS, Certificate, certify
 from curvop.spectrum.counted import CountedOperator, symmetric_operator
 from curvop.spectrum.eigen_methods import METHODS, Task, outermost_first
@@ -128,7 +128,7 @@ def eigsh(
         A = timed
         partial = method in ("device", "lobpcg")  # can be had, and certified: twice the time that this will take
         timed.spare = 2 * (k + NUM_PRODUCTS) if certificate and partial else 0
-    with tqdm(desc="eigsh", unit=" products", disable=not progress, mininterval=0.5, delay=0.5) as bar:
+    with step_bar("eigsh", progress) as bar:
         counted = CountedOperator(A, bar, None if method == "arpack" else np.float64)
         start = None if start is None else start.astype(counted.dtype)
         task = Task(counted, k, which, float(tol), maxiter, ncv, start, generator, available)

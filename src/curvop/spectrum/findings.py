@@ -33,6 +33,7 @@ class Findings:
     undone: list[str] = dataclasses.field(default_factory=list)
     products: int = 0
     seconds: float = 0.0
+    journal_bytes: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -55,7 +56,10 @@ class Findings:
             low, high = self.density.range
             found.append(("range seen by the density", f"{low:.6g} to {high:.6g}"))
         cost = f"{self.products:,} in {self.seconds:.1f} s"
-        return [*found, ("products, those answered from disk left out", cost)]
+        found.append(("products, those answered from disk left out", cost))
+        if self.journal_bytes is not None:
+            found.append(("journal of the products, on disk", f"{self.journal_bytes / 1e6:.3g} MB"))
+        return found
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.facts)
@@ -75,10 +79,8 @@ class Findings:
         def estimate(found: Estimate | None) -> dict[str, Any] | None:
             return None if found is None else {"value": number(found.value), "error": number(found.error)}
 
-        own = {
-            name: getattr(self, name)
-            for name in ("problem", "title", "rows", "parameters", "names", "undone", "products", "seconds")
-        }
+        names = ("problem", "title", "rows", "parameters", "names", "undone", "products", "seconds", "journal_bytes")
+        own = {name: getattr(self, name) for name in names}
         return own | {
             "loss": number(self.loss),
             "gradient_norm": number(self.gradient_norm),

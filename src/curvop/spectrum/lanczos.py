@@ -31,9 +31,10 @@ from curvop.spectrum.orthogonality import OrthogonalityBound
 
 Array = NDArray[Any]
 
-_SECTION = 16384
+__all__ = ["Lanczos", "basis_dtype", "bytes_of_run", "device_of", "multiply", "runs_at_once"]
 
-__all__ = ["Lanczos", "basis_dtype", "device_of", "multiply", "runs_at_once"]
+# Numbers that are summed one after another in the basis's own precision.
+_SECTION = 16384
 
 
 def device_of(A: Any) -> torch.device:
@@ -55,6 +56,11 @@ def basis_dtype(A: Any) -> torch.dtype:
     return torch.float32 if A.dtype == np.float32 else torch.float64
 
 
+def bytes_of_run(A: Any, num_steps: int) -> int:
+    """Return what one run takes: its basis, and what a step takes."""
+    return int(basis_dtype(A).itemsize * A.shape[0] * (num_steps + 6))
+
+
 def runs_at_once(A: Any, num_probes: int, num_steps: int, memory: int | None) -> int:
     """Return how many runs fit into `memory` bytes, half of what is free by default.
 
@@ -64,7 +70,7 @@ def runs_at_once(A: Any, num_probes: int, num_steps: int, memory: int | None) ->
         Where not even one does, with the number and the remedy.
     """
     available = available_bytes(device_of(A), memory)
-    one: int = basis_dtype(A).itemsize * A.shape[0] * (num_steps + 6)  # the basis, and what a step takes
+    one = bytes_of_run(A, num_steps)
     what = f"the Lanczos basis of one probe, {num_steps} vectors of {A.shape[0]:,} numbers,"
     check_fits(one, available, what, "take fewer num_steps, or a block of the matrix")
     return min(num_probes, available // one)

@@ -14,7 +14,7 @@ from curvop.fingerprint import listed
 from curvop.results import appearing
 from curvop.spectrum.findings import Findings
 
-__all__ = ["write_files"]
+__all__ = ["StudyFiles"]
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -26,40 +26,58 @@ img { max-width: 100% } .good { color: #06603a } .bad { color: #a11 } footer { m
 """
 
 
-def write_files(found: Findings, directory: Path) -> None:
-    """Write everything that was found into a folder; each file appears only when it is complete.
+class StudyFiles:
+    """The files of a study in a folder; each appears only when it is complete.
 
     ``report.html`` needs no other file, and executes nothing. Without matplotlib there are no pictures.
+
+    Parameters
+    ----------
+    directory : Path
     """
-    for end in found.ends:
-        end.save(directory / f"eigenpairs_{end.which}.npz")
-    if found.density is not None:
-        found.density.save(directory / "density.npz")
-    if found.blocks is not None:
-        found.blocks.save(directory / "blocks.npz")
-    _write(directory / "spectrum.json", (json.dumps(found.json(), indent=2) + "\n").encode())
-    pictures = _pictures(found)
-    for name, figure in pictures.items():
-        for kind in ("png", "svg"):
-            _write(directory / f"{name}.{kind}", _drawn(figure, kind))
-    page = _page(found, {name: _drawn(figure, "png") for name, figure in pictures.items()})
-    _write(directory / "report.html", page.encode())
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._written: dict[str, Any] = {}
+        self._pictures: dict[str, bytes] = {}
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are results of this run or of an earlier one."""
+        return (self._directory / "spectrum.json").exists()
+
+    def write(self, found: Findings) -> None:
+        """Write everything that was found; arrays and pictures only of what this object has not written yet."""
+        parts: dict[str, Any] = {f"eigenpairs_{end.which}": end for end in found.ends}
+        parts |= {name: getattr(found, name) for name in ("density", "blocks") if getattr(found, name) is not None}
+        fresh = {name for name, part in parts.items() if self._written.get(name) is not part}
+        for name in sorted(fresh):
+            parts[name].save(self._directory / f"{name}.npz")
+        _write(self._directory / "spectrum.json", (json.dumps(found.json(), indent=2) + "\n").encode())
+        for name, figure in _pictures(found, fresh).items():
+            self._pictures[name] = _drawn(figure, "png")
+            for kind, content in (("png", self._pictures[name]), ("svg", _drawn(figure, "svg"))):
+                _write(self._directory / f"{name}.{kind}", content)
+        _write(self._directory / "report.html", _page(found, self._pictures).encode())
+        self._written = parts
 
 
-def _pictures(found: Findings) -> dict[str, Any]:
+def _pictures(found: Findings, wanted: set[str]) -> dict[str, Any]:
+    if not wanted & {"density", "blocks"}:
+        return {}
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return {}
     pictures = {}
-    if found.density is not None:
+    if found.density is not None and "density" in wanted:
         pictures["density"] = Figure(figsize=(9, 4.5), layout="constrained")
         axes = pictures["density"].add_subplot()
         found.density.plot(axes)
         for end in found.ends:
             axes.plot(end.values, [axes.get_ylim()[0]] * len(end.values), "|", color="tab:red", markersize=14)
         axes.set_title("density (red: eigenvalues found one by one)")
-    if found.blocks is not None:
+    if found.blocks is not None and "blocks" in wanted:
         count = len(found.blocks.names)
         pictures["blocks"] = Figure(figsize=(9 + 0.12 * count, 3 + 0.22 * count), layout="constrained")
         found.blocks.plot(pictures["blocks"])

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
-from tqdm import tqdm
 
 from curvop.checked import random_generator, real_operator, whole_number
 from curvop.fingerprint import fingerprint
 from curvop.memory import available_bytes, check_fits
+from curvop.progress import step_bar
 from curvop.spectrum.checkpoint import Checkpoint
 from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.lanczos import Lanczos, basis_dtype, device_of, runs_at_once
@@ -116,7 +116,7 @@ def density(
     total = num_probes * num_steps
     with (
         contextlib.closing(kept),
-        tqdm(desc="density", unit=" products", total=total, disable=not progress, mininterval=0.5, delay=0.5) as bar,
+        step_bar("density", progress, total) as bar,
     ):
         values, vectors, taken = kept.deflated(lambda: _largest(A, deflate, memory, progress))
         known = torch.from_numpy(vectors).to(device) if deflate else None
