@@ -228,7 +228,8 @@ class TestPicture:
 
     def test_no_two_labels_of_ticks_overlap(self, figure) -> None:
         for ax in figure.axes:
-            labels = [label for label in ax.get_xticklabels() if ax.get_xlim()[0] <= label.get_position()[0]]
+            low, high = ax.get_xlim()
+            labels = [label for label in ax.get_xticklabels() if low <= label.get_position()[0] <= high]
             ends = sorted(box.intervalx.tolist() for label in labels if (box := label.get_window_extent()).width)
             assert len(ends) > 2
             assert all(left[1] < right[0] for left, right in itertools.pairwise(ends))
