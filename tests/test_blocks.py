@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from cases import loss_problem
+from matplotlib.collections import FillBetweenPolyCollection
 from scipy.sparse.linalg import aslinearoperator
 from torch import nn
 
 from curvop import HessianLinearOperator
 from curvop.examples.functorch import functorch_hessian
 from curvop.problems import digits
-from curvop.spectrum import BlockStudy, blocks
+from curvop.spectrum import BlockStudy, blocks, plots
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_round_trip(study, tmp_path) -> None:
     study.save(tmp_path / "blocks.npz")
     loaded = BlockStudy.load(tmp_path / "blocks.npz")
     assert str(loaded) == str(study)
-    np.testing.assert_array_equal(loaded.norms, study.norms)
+    assert_same(loaded, study)
     np.savez(tmp_path / "x.npz", names=np.zeros(2))
     with pytest.raises(ValueError, match="not written by"):
         BlockStudy.load(tmp_path / "x.npz")
@@ -185,18 +187,69 @@ def test_sigkill(network, tmp_path: Path) -> None:
     assert_same(BlockStudy.load(tmp_path / "blocks.npz"), expected)
 
 
-def test_the_table_and_the_picture(study) -> None:
-    import matplotlib as mpl
+@pytest.fixture
+def figure(study):
+    """The picture of a study, drawn."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
+    figure = study.plot(Figure(figsize=plots.blocks_size(study)))
+    FigureCanvasAgg(figure).draw()
+    return figure
 
-    lines = str(study).splitlines()
-    assert len(lines) == 5
-    assert len({len(line) for line in lines}) == 1
-    assert len(study.plot().axes) == 3
-    assert len(study.plot(plt.figure()).axes) == 3
-    plt.close("all")
+
+def test_the_table(study) -> None:
+    head, *lines = str(study).splitlines()
+    assert head.split() == ["block", "rows", "smallest", "largest", "trace", "norm"]
+    assert [line.split()[0] for line in lines] == study.names
+    assert len({len(line) for line in [head, *lines]}) == 1
+    weight = lines[0].split()
+    assert float(weight[2]) == pytest.approx(study.smallest[0], rel=1e-3)
+    assert float(weight[4]) == pytest.approx(study.traces.value[0], rel=1e-5)
+
+
+class TestPicture:
+    def test_it_shows_the_table_and_the_densities(self, study, figure) -> None:
+        table, norms = figure.axes
+        assert [label.get_text() for label in table.get_yticklabels()] == study.lines
+        assert norms.images[0].get_array().shape == study.norms.shape
+        strips = [one for one in table.collections if isinstance(one, FillBetweenPolyCollection)]
+        for row, (strip, found) in enumerate(zip(strips, study.densities, strict=True)):
+            x, y = strip.get_paths()[0].vertices.T
+            drawn = x[y < row + 0.25]  # its baseline is at row + 0.3
+            # Every node is drawn where it is, and nothing far from all of them.
+            at = table.xaxis.get_transform().transform
+            heavy = found.nodes[found.weights * found.size > 1]
+            distances = np.abs(at(heavy)[:, None] - at(drawn))
+            width = np.ptp(at(np.array(table.get_xlim())))
+            assert distances.min(1).max() < 0.005 * width
+            every = at(found.nodes[found.weights > 0])
+            assert np.abs(at(drawn)[:, None] - every).min(1).max() < 0.03 * width
+
+    def test_no_two_labels_of_ticks_overlap(self, figure) -> None:
+        for ax in figure.axes:
+            low, high = ax.get_xlim()
+            labels = [label for label in ax.get_xticklabels() if low <= label.get_position()[0] <= high]
+            ends = sorted(box.intervalx.tolist() for label in labels if (box := label.get_window_extent()).width)
+            assert len(ends) > 2
+            assert all(left[1] < right[0] for left, right in itertools.pairwise(ends))
+
+    def test_nothing_is_cut_off(self, figure) -> None:
+        box = figure.get_tightbbox()
+        width, height = figure.get_size_inches()
+        assert box.x0 > -0.01
+        assert box.y0 > -0.01
+        assert box.x1 < width + 0.01
+        assert box.y1 < height + 0.01
+
+    def test_in_a_new_figure(self, study) -> None:
+        import matplotlib as mpl
+
+        mpl.use("agg")
+        import matplotlib.pyplot as plt
+
+        assert tuple(study.plot().get_size_inches()) == pytest.approx(plots.blocks_size(study))
+        plt.close("all")
 
 
 def test_a_layer_without_curvature() -> None:

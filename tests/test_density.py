@@ -122,6 +122,11 @@ class TestFigures:
         assert (error[inside] > 0).all()
         np.testing.assert_allclose(np.gradient(found.cdf(grid, 0.05).value, grid), value, atol=1e-3)
         np.testing.assert_allclose(found.cdf([-2, 0, 2], sigma=0).value, [0, 0.5, 1], atol=0.05)
+        shares = np.array([0.03, 0.5, 0.97])
+        values = found.quantile(shares)
+        assert (found.cdf(values, sigma=0).value >= shares - 1e-12).all()
+        assert (found.cdf(values - 1e-9, sigma=0).value < shares).all()
+        assert tuple(found.quantile([0, 1])) == found.range
 
     def test_one_probe_has_no_error_bar(self) -> None:
         assert np.isnan(quietly(np.eye(5), num_probes=1, num_steps=2).trace().error)

@@ -15,8 +15,9 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import nn
 
 from curvop import GGNLinearOperator, HessianLinearOperator
+from curvop.examples.functorch import functorch_hessian
 from curvop.problems import digits
-from curvop.spectrum import eigen
+from curvop.spectrum import density, eigen
 from curvop.spectrum.eigen import EigenResult
 
 CLUSTERED = [1.0, 1.0, 1.0, 0.5, 0.4, *np.linspace(-0.1, 0.1, 295), -0.3, -0.3, -0.6]
@@ -76,19 +77,22 @@ class TestMethods:
         assert result.certificate.bounds.max() < 1e-9 * scale
 
     def test_lobpcg_multiplies_blocks(self, clustered) -> None:
-        def refuse(x):
-            raise AssertionError("one vector at a time")
+        """And nothing else, but for the few single vectors that measure the norm and the noise."""
+        singles, widths = [], []
 
-        widths = []
+        def single(x):
+            singles.append(x)
+            return clustered @ x
 
         def block(X):
             widths.append(X.shape[1])
             return clustered @ X
 
-        A = LinearOperator(clustered.shape, matvec=lambda x: clustered @ x, matmat=block, dtype=float)
+        A = LinearOperator(clustered.shape, matvec=single, matmat=block, dtype=float)
         result = eigsh(A, 3, method="lobpcg", certificate=False)
         assert max(widths) == 5
-        assert sum(widths) > 0.8 * result.products
+        assert sum(widths) + len(singles) == result.products
+        assert len(singles) < 12 < len(widths)
 
     @pytest.mark.parametrize("which", ["LA", "SA", "LM", "SM", "BE"])
     def test_dense(self, clustered, which: str) -> None:
@@ -535,6 +539,23 @@ class TestModels:
         dense = np.linalg.eigvalsh(double @ np.eye(A.shape[0]))[::-1][:4]
         assert (np.abs(result.values - dense) <= result.certificate.bounds).all()
         assert result.certificate.bounds.max() < 1e-4 * dense[0]
+
+    def test_of_a_convolutional_network_against_its_dense_hessian(self) -> None:
+        """Which another code forms, in forward mode."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 4)).double()
+            data = [(torch.randn(12, 1, 6, 6).double(), torch.randint(0, 4, (12,))) for _ in range(2)]
+        problem = model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data
+        dense = functorch_hessian(*problem).numpy()
+        H = HessianLinearOperator(*problem)
+        assert len(dense) == 300
+        result = eigsh(H, 8, "BE")
+        assert result.ok
+        np.testing.assert_allclose(result.values, expected(np.linalg.eigvalsh(dense), 8, "BE"), rtol=1e-9)
+        assert result.values[0] < -0.01 < 0.01 < result.values[-1]
+        value, error = density(H, num_probes=300, num_steps=4, rng=0, progress=False).trace()
+        assert abs(value - np.trace(dense)) < 4 * error < 0.4 * np.trace(dense)
 
     def test_of_a_block_and_a_submatrix(self, hessian) -> None:
         H, _ = hessian

@@ -161,6 +161,7 @@ area(
     ("a seed in words", lambda: spectrum.density(DENSE, rng="x", progress=False), TypeError, "rng is 'x'"),
     ("a checkpoint that is a file", checkpoint_in_a_file, ValueError, "checkpoint is DIRECTORY/file"),
     ("the checkpoint of something else", checkpoint_of_something_else, OtherProblemError, "num_probes differ"),
+    ("more than all of a density", lambda: DENSITY.quantile(1.5), ValueError, "shares is 1.5"),
     ("no width", lambda: DENSITY.pdf(np.zeros(1), sigma=0), ValueError, "sigma is 0"),
     (
         "the logarithm of what is negative",

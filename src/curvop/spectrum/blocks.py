@@ -43,7 +43,7 @@ class BlockStudy:
     sizes : ndarray, shape (n,)
         Rows of each diagonal block.
     densities : list of SpectralDensity
-        Of each diagonal block: ``range`` are its extreme eigenvalues, ``trace()`` its trace.
+        Of each diagonal block, its nodes and weights: ``range`` are its extreme eigenvalues, ``trace()`` its trace.
     norms, norm_errors : ndarray, shape (n, n)
         The Frobenius norms of all blocks, and their standard errors.
     num_products : int
@@ -81,18 +81,24 @@ class BlockStudy:
         found = [found.trace() for found in self.densities]
         return Estimate(np.array([one.value for one in found]), np.array([one.error for one in found]))
 
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """The cells of a table with a line for each block, the head first."""
+        lines: list[tuple[str, ...]] = [("block", "rows", "smallest", "largest", "trace", "norm")]
+        for name, found, norm in zip(self.names, self.densities, self.norms.diagonal(), strict=True):
+            ends = [f"{end:.4g}" for end in found.range]
+            lines.append((name, f"{found.size:,}", *ends, str(found.trace()), f"{norm:.4g}"))
+        return lines
+
+    @property
+    def lines(self) -> list[str]:
+        """The table as lines of text of one length."""
+        widths = [max(map(len, column)) for column in zip(*self.table, strict=True)]
+        return ["  ".join([f"{cells[0]:<{widths[0]}}", *map(str.rjust, cells[1:], widths[1:])]) for cells in self.table]
+
     def __str__(self) -> str:
-        width = max(map(len, ["block", *self.names]))
-        lines = [f"{'block':<{width}}  {'rows':>10}  {'smallest':>12}  {'largest':>12}  {'trace':>26}  {'norm':>12}"]
-        traces = self.traces
-        for index, name in enumerate(self.names):
-            ends = f"{self.smallest[index]:>12.4g}  {self.largest[index]:>12.4g}"
-            trace = f"{traces.value[index]:.6g} +- {traces.error[index]:.2g}"
-            norm = self.norms[index, index]
-            lines.append(f"{name:<{width}}  {self.sizes[index]:>10,}  {ends}  {trace:>26}  {norm:>12.4g}")
-        if self.unfinished:
-            lines.append(f"not studied, as time was up: {listed(self.unfinished)}")
-        return "\n".join(lines)
+        undone = f"not studied, as time was up: {listed(self.unfinished)}"
+        return "\n".join([*self.lines, undone] if self.unfinished else self.lines)
 
     def save(self, path: str | Path) -> None:
         """Write it to an ``.npz`` file, which appears only when it is complete."""
@@ -126,7 +132,7 @@ class BlockStudy:
         return cls(names, file["sizes"], densities, norms, errors, taken, unfinished)
 
     def plot(self, figure: Any = None) -> Any:
-        """Draw the table and the norms; see `curvop.spectrum.plots.plot_blocks`."""
+        """Draw the table with the densities, and the norms; see `curvop.spectrum.plots.plot_blocks`."""
         from curvop.spectrum.plots import plot_blocks
 
         return plot_blocks(self, figure)
@@ -202,16 +208,9 @@ def blocks(
         """Return nodes, weights and products of a block's density, and of each test the squares of all norms."""
         block, generator = diagonal[name], np.random.default_rng(seed)
         _check_time(until)
-        left = None if seconds is None else until - time.monotonic()
-        found = density(
-            block,
-            num_probes=num_probes,
-            num_steps=num_steps,
-            rng=generator,
-            checkpoint=steps,
-            seconds=None if left is None else max(0.0, left),
-            progress=False,
-        )
+        left = None if seconds is None else max(0.0, until - time.monotonic())
+        size = {"num_probes": num_probes, "num_steps": num_steps}
+        found = density(block, **size, rng=generator, checkpoint=steps, seconds=left, progress=False)
         if not found.complete:
             raise TimeUpError
         bar.update(found.num_products)

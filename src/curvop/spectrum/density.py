@@ -198,6 +198,25 @@ class SpectralDensity:
         width = self._width(sigma)
         return self._at(grid, lambda distances: ndtr(distances / width))
 
+    def quantile(self, shares: Any) -> Array:
+        """Return the eigenvalues up to which `shares` of all lie, by the steps of the `cdf`; 0.5 for the median.
+
+        Parameters
+        ----------
+        shares : array_like
+            Between 0 and 1.
+        """
+        shares = np.asarray(shares, dtype=np.float64)
+        if not ((shares >= 0) & (shares <= 1)).all():
+            raise ValueError(f"shares is {shares}, but must be between 0 and 1")
+        there = self.weights > 0
+        nodes = np.concatenate([self.nodes[there], self.atoms])
+        weights = np.concatenate([self.weights[there] / len(self.weights), np.full(len(self.atoms), 1 / self.size)])
+        order = nodes.argsort()
+        reached = weights[order].cumsum()
+        found: Array = nodes[order][np.searchsorted(reached / reached[-1], shares)]
+        return found
+
     def _width(self, sigma: float | None) -> float:
         sigma = self.sigma if sigma is None else sigma
         if not real_number("sigma", sigma) > 0:

@@ -13,6 +13,8 @@ from curvop.spectrum.estimators import Estimate
 
 __all__ = ["Findings"]
 
+_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of a density's eigenvalues, for which its quantiles are told
+
 
 @dataclasses.dataclass(eq=False)
 class Findings:
@@ -79,6 +81,15 @@ class Findings:
         def estimate(found: Estimate | None) -> dict[str, Any] | None:
             return None if found is None else {"value": number(found.value), "error": number(found.error)}
 
+        def density(found: SpectralDensity) -> dict[str, Any]:
+            return {
+                "probes": len(found.nodes),
+                "steps": found.num_steps,
+                "range": list(found.range),
+                "trace": estimate(found.trace()),
+                "quantiles": dict(zip(map(str, _SHARES), found.quantile(_SHARES).tolist(), strict=True)),
+            }
+
         names = ("problem", "title", "rows", "parameters", "names", "undone", "products", "seconds", "journal_bytes")
         own = {name: getattr(self, name) for name in names}
         return own | {
@@ -87,14 +98,7 @@ class Findings:
             "ok": self.ok,
             "trace": estimate(self.trace),
             "frobenius_norm": estimate(self.norm),
-            "density": None
-            if self.density is None
-            else {
-                "probes": len(self.density.nodes),
-                "steps": self.density.num_steps,
-                "range": list(self.density.range),
-                "trace": estimate(self.density.trace()),
-            },
+            "density": None if self.density is None else density(self.density),
             "ends": [
                 {
                     "which": end.which,
@@ -109,13 +113,17 @@ class Findings:
             "blocks": None
             if self.blocks is None
             else {
-                name: {"rows": int(size), "smallest": low, "largest": high, "trace": trace, "norm": norm}
-                for name, size, low, high, trace, norm in zip(
+                name: {
+                    "rows": found.size,
+                    "smallest": found.range[0],
+                    "largest": found.range[1],
+                    "trace": float(found.trace().value),
+                    "norm": norm,
+                    "density": density(found),
+                }
+                for name, found, norm in zip(
                     self.blocks.names,
-                    self.blocks.sizes,
-                    self.blocks.smallest.tolist(),
-                    self.blocks.largest.tolist(),
-                    self.blocks.traces.value.tolist(),
+                    self.blocks.densities,
                     self.blocks.norms.diagonal().tolist(),
                     strict=True,
                 )

@@ -78,8 +78,9 @@ def _pictures(found: Findings, wanted: set[str]) -> dict[str, Any]:
             axes.plot(end.values, [axes.get_ylim()[0]] * len(end.values), "|", color="tab:red", markersize=14)
         axes.set_title("density (red: eigenvalues found one by one)")
     if found.blocks is not None and "blocks" in wanted:
-        count = len(found.blocks.names)
-        pictures["blocks"] = Figure(figsize=(9 + 0.12 * count, 3 + 0.22 * count), layout="constrained")
+        from curvop.spectrum.plots import blocks_size
+
+        pictures["blocks"] = Figure(figsize=blocks_size(found.blocks), layout="constrained")
         found.blocks.plot(pictures["blocks"])
     return pictures
 
@@ -113,24 +114,16 @@ def _page(found: Findings, pictures: dict[str, bytes]) -> str:
             rows.append((str(index + 1), f"{value:.10g}", *told))
         parts.append(_table(rows[1:], rows[0]))
     if found.blocks is not None:
-        study, traces = found.blocks, found.blocks.traces
+        study = found.blocks
         parts += ["<h2>Layer by layer</h2>"]
         if study.unfinished:
             parts.append(f'<p class="bad">not studied, as time was up: {html.escape(listed(study.unfinished))}</p>')
+        head, *lines = study.table
+        table = _table(lines, head)
         if "blocks" in pictures:
-            parts.append(_image(pictures["blocks"], "norms of the blocks, and their eigenvalues"))
-        lines = [
-            (
-                name,
-                f"{study.sizes[index]:,}",
-                f"{study.smallest[index]:.4g}",
-                f"{study.largest[index]:.4g}",
-                f"{traces.value[index]:.4g} ± {traces.error[index]:.2g}",
-                f"{study.norms[index, index]:.4g}",
-            )
-            for index, name in enumerate(study.names)
-        ]
-        parts.append(_table(lines, ("block", "rows", "smallest", "largest", "trace", "norm")))
+            parts.append(_image(pictures["blocks"], "the blocks: eigenvalues, traces, densities, and norms of all"))
+            table = f"<details><summary>The table as text</summary>\n{table}\n</details>"
+        parts.append(table)
     parts.append(f"<footer>curvop {html.escape(__version__)}</footer>")
     body = "\n".join(parts)
     return (

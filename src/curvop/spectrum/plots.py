@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from curvop.spectrum.density import SpectralDensity
     from curvop.spectrum.track import Tracker
 
-__all__ = ["axes_or_new", "plot_blocks", "plot_density", "plot_track"]
+__all__ = ["axes_or_new", "blocks_size", "plot_blocks", "plot_density", "plot_track"]
 
 _FLOOR = 0.1  # of an eigenvalue's peak: what a logarithmic axis shows of the space between eigenvalues
+_LETTER = 0.067  # inches that a letter of the blocks' table is wide, in 8 points
 
 
 def axes_or_new(ax: Any) -> Any:
@@ -65,14 +66,30 @@ def plot_density(density: SpectralDensity, ax: Any = None, log: bool = True) -> 
     return ax
 
 
+def blocks_size(study: BlockStudy) -> tuple[float, float]:
+    """Return the width and height, in inches, of a figure that `plot_blocks` fills."""
+    count = len(study.names)
+    return max(4 + _LETTER * len(study.lines[0]), 5 + 0.2 * count), sum(_heights(count))
+
+
+def _heights(count: int) -> tuple[float, float]:
+    """Return those of the table and of the norms of so many blocks, in inches."""
+    return 0.9 + 0.3 * count, 2.8 + 0.22 * count
+
+
 def plot_blocks(study: BlockStudy, figure: Any = None) -> Any:
-    """Draw the norms of all blocks as a heat map, beside the extreme eigenvalues of the diagonal ones.
+    """Draw the table of the diagonal blocks, with the density of each in its line, and the norms of all blocks below.
+
+    The height of a density is on a logarithmic scale, from a tenth of an eigenvalue to all of the largest block's; it
+    counts eigenvalues within about a hundredth of the width of the axis. Close to zero this is finer than what the
+    quadrature resolves: gaps between single nodes need not be gaps of the spectrum, and more steps fill them.
 
     Parameters
     ----------
     study : BlockStudy
     figure : matplotlib.figure.Figure, optional
-        A new one by default.
+        An empty one, about as large as `blocks_size` says; by default a new one. Without a layout engine it gets the
+        constrained one, which makes room for the table.
 
     Returns
     -------
@@ -89,31 +106,75 @@ def plot_blocks(study: BlockStudy, figure: Any = None) -> Any:
     if figure is None:
         figure = axes_or_new(None).figure
         figure.clear()
-        figure.set_size_inches(9 + 0.12 * count, 3 + 0.22 * count)
-    from matplotlib.colors import LogNorm
-    from matplotlib.ticker import SymmetricalLogLocator
+        figure.set_size_inches(*blocks_size(study))
+    if figure.get_layout_engine() is None:
+        figure.set_layout_engine("constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=_heights(count))
+    _draw_table(study, upper.subplots())
+    _draw_norms(study, lower.subplots())
+    return figure
 
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+
+def _draw_table(study: BlockStudy, ax: Any) -> None:
+    """Draw the lines of the table as the labels of rows, and in the rows the densities."""
+    positions = _symmetric_log(ax, float(study.smallest.min()), float(study.largest.max()))
+    to_axis = ax.xaxis.get_transform()
+    at = to_axis.transform(positions)
+    width = 0.004 * (at[-1] - at[0])
+    ceiling = np.log(study.sizes.max() / _FLOOR)
+    for row, found in enumerate(study.densities):
+
+        def near(values: Any) -> Any:
+            return np.exp(-0.5 * ((to_axis.transform_non_affine(values)[..., None] - at) / width) ** 2)
+
+        number = np.maximum(found.apply(near).value, _FLOOR)
+        height = 0.85 * np.log(number / _FLOOR) / ceiling
+        ax.fill_between(positions, row + 0.3, row + 0.3 - height, color="tab:gray", alpha=0.7, linewidth=0)
+    rows = np.arange(len(study.names)) + 0.3
+    ax.hlines(rows, study.smallest, study.largest, color="tab:gray", linewidth=0.8)
+    for name, ends, color in (("largest", study.largest, "tab:red"), ("smallest", study.smallest, "tab:blue")):
+        ax.plot(ends, rows, "o", color=color, markersize=3, label=name)
+    ax.set(yticks=range(-1, len(study.names)), ylim=(len(study.names) - 0.5, -1.5), xlabel="eigenvalue")
+    ax.set_yticklabels(study.lines, fontsize=8, family="monospace", parse_math=False)
+    ax.tick_params(axis="y", length=0, pad=10)
+    ax.tick_params(axis="x", labelsize=8)
+    ax.spines[["left", "right", "top"]].set_visible(False)
+    ax.text(0, -1, "density", transform=ax.get_yaxis_transform(), fontsize=8, family="monospace", va="center_baseline")
+    ax.legend(fontsize=8, frameon=False, ncols=2, loc="upper right", borderpad=0, borderaxespad=0)
+
+
+def _symmetric_log(ax: Any, low: float, high: float) -> Any:
+    """Make the x axis one that shows all eigenvalues between `low` and `high`, and return points all along it."""
+    from matplotlib.ticker import FixedLocator
+
+    top = max(-low, high)
+    threshold = 1e-5 * top or 1.0
+    ax.set_xscale("symlog", linthresh=threshold)
+    transform = ax.xaxis.get_transform()
+    ends = transform.transform(np.array([min(low, -threshold), max(high, threshold)]))
+    margin = 0.03 * (ends[1] - ends[0])
+    points = transform.inverted().transform(np.linspace(ends[0] - margin, ends[1] + margin, 600))
+    ax.set_xlim(points[0], points[-1])
+    # Those within a decade of the linear part would be printed over the zero.
+    exponents = np.arange(np.floor(np.log10(max(top, threshold))), np.log10(threshold) + 1, -2)
+    powers = 10.0**exponents
+    ax.xaxis.set_major_locator(FixedLocator([*-powers, 0.0, *powers]))
+    ax.xaxis.set_minor_locator(FixedLocator([]))
+    return points
+
+
+def _draw_norms(study: BlockStudy, ax: Any) -> None:
+    from matplotlib.colors import LogNorm
+
     positive = study.norms[study.norms > 0]
     top = positive.max() if positive.size else 1.0
     low = max(positive.min(initial=top), 1e-6 * top)
-    image = left.imshow(np.maximum(study.norms, low), norm=LogNorm(low, max(top, 1.001 * low)), cmap="magma")
-    left.set(xticks=range(count), yticks=range(count), title="Frobenius norms of the blocks")
-    left.set_xticklabels(study.names, rotation=90, fontsize=8, parse_math=False)
-    left.set_yticklabels(study.names, fontsize=8, parse_math=False)
-    figure.colorbar(image, ax=left, shrink=0.8)
-    rows = np.arange(count)
-    right.hlines(rows, study.smallest, study.largest, color="tab:gray", linewidth=1)
-    right.plot(study.largest, rows, "o", color="tab:red", markersize=4, label="largest")
-    right.plot(study.smallest, rows, "o", color="tab:blue", markersize=4, label="smallest")
-    threshold = 1e-5 * np.abs([study.smallest, study.largest]).max() or 1.0
-    right.set_xscale("symlog", linthresh=threshold)
-    right.xaxis.set_major_locator(SymmetricalLogLocator(base=100, linthresh=threshold))
-    right.set(yticks=rows, title="eigenvalues of the diagonal blocks", ylim=(count - 0.5, -0.5))
-    right.set_yticklabels([])
-    right.tick_params(axis="x", labelsize=8, rotation=45)
-    right.legend(fontsize=8, frameon=False)
-    return figure
+    image = ax.imshow(np.maximum(study.norms, low), norm=LogNorm(low, max(top, 1.001 * low)), cmap="magma")
+    everyone = range(len(study.names))
+    ax.set(xticks=everyone, yticks=everyone, title="Frobenius norms of the blocks")
+    ax.set_xticklabels(study.names, rotation=90, fontsize=8, parse_math=False)
+    ax.set_yticklabels(study.names, fontsize=8, parse_math=False)
+    ax.figure.colorbar(image, cax=ax.inset_axes([1.04, 0.1, 0.04, 0.8]))
 
 
 def plot_track(tracker: Tracker, ax: Any = None, learning_rate: float | None = None) -> Any:
