@@ -414,7 +414,7 @@ class TestAround:
         command = [sys.executable, "-c", LIMITED, str(mebibytes)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("RuntimeWarning a product ran out of memory: less is kept from now on")
+        assert done.stdout.startswith("RuntimeWarning an operator ran out of memory: less is kept from now on")
 
 
 PROBLEM = """
