@@ -25,6 +25,7 @@ from curvop import (
     JacobianLinearOperator,
     check,
 )
+from curvop.kernels.generators import Generators
 
 KINDS = {
     "hessian": HessianLinearOperator,
@@ -238,6 +239,21 @@ def test_wherever_a_line_is_interrupted(files: tuple[str, ...], change: Any) -> 
         assert state(model, data) == before
         np.testing.assert_allclose(A @ probe(A), exact, rtol=1e-12, atol=1e-14)
         assert state(model, data) == before
+
+
+def test_random_numbers_of_every_gpu(monkeypatch) -> None:
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    states = {first: torch.tensor([1]), second: torch.tensor([2])}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.__setitem__(device, state))
+    generators, outside = Generators(), dict(states)
+    for number, devices in enumerate([{first, second}, {second}, {torch.device("cpu"), first}]):
+        with contextlib.suppress(KeyboardInterrupt), generators.private(devices):
+            assert number == 0 or states[first] == outside[first]  # what they drew is forgotten where they are left
+            assert number != 1 or states[second] == 12
+            states.update({device: state + 10 for device, state in states.items() if device in devices})
+            raise KeyboardInterrupt
+        assert states == outside
 
 
 @pytest.mark.parametrize("kind", KINDS)

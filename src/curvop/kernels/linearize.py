@@ -109,7 +109,8 @@ class Engine:
             raise error
         self._forget()
         self._recorder = Recorder(self.kernel.compiled)
-        free_unused(self._objective.device)
+        for device in self._objective.devices:
+            free_unused(device)
         told, self._short = "" if self._short else SHORT_OF_MEMORY, True
         return told
 
@@ -206,7 +207,7 @@ class Engine:
         if self._first is not None and self._first.stale(state):
             self._forget()
         if self._first is None:
-            self._spread = len({value.device for value in self._objective.params.values()}) > 1
+            self._spread = len(self._objective.devices) > 1
             return self._first_pass(state)
         if len(self._first.kept) == len(self._first.losses):
             return iter(self._first.kept.values())
