@@ -221,6 +221,9 @@ class TestCache:
         assert 0 < free_bytes(torch.device("cpu")) < 2**50
 
 
+AUTOCAST = pytest.mark.filterwarnings("ignore:torch.autocast is enabled:RuntimeWarning")
+
+
 class Moving(nn.Module):
     """Its layers compute something else in the other container."""
 
@@ -386,6 +389,7 @@ class TestChangesAreNoticed:
         H = hessian(problem)
         assert (H @ np.ones(H.shape[1])).any()
 
+    @AUTOCAST
     def test_autocasts_dtype(self) -> None:
         problem = moving_problem()
         problem.model.float()
@@ -405,6 +409,7 @@ class TestChangesAreNoticed:
         np.testing.assert_allclose(H @ x, H @ x, rtol=1e-12)
         assert 0 < len(H._engine._first.kept) < 4
 
+    @AUTOCAST
     def test_autocast(self, problem: Problem) -> None:
         problem.model.float()
         problem.data = [(X.float(), y) for X, y in problem.data]

@@ -180,7 +180,8 @@ class Objective(abc.ABC):
 
     def warn_once(self, batches: int) -> None:
         """Warn of what makes a matrix over so many batches another than the user may mean, if nobody has yet."""
-        if not self.warned and (found := cautions(self.modules, batches)):
+        cast = self.autocast() if any(one.dtype != torch.float64 for one in self.params.values()) else None
+        if not self.warned and (found := cautions(self.modules, batches, cast)):
             self.warned = True
             warnings.warn("; ".join(found), RuntimeWarning, stacklevel=2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -131,7 +132,7 @@ def _named(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         yield from module.named_modules()
 
 
-def cautions(modules: Sequence[nn.Module], batches: int) -> list[str]:
+def cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.dtype | None) -> list[str]:
     """Return what makes the matrix another than the user may mean, with a remedy each.
 
     Parameters
@@ -139,6 +140,8 @@ def cautions(modules: Sequence[nn.Module], batches: int) -> list[str]:
     modules : sequence of nn.Module
     batches : int
         How many the data has.
+    autocast : torch.dtype or None
+        In which autocast computes, where it does.
     """
     found = []
     if random := random_modules(modules):
@@ -151,6 +154,11 @@ def cautions(modules: Sequence[nn.Module], batches: int) -> list[str]:
             f"{listed(batchwise)} normalises each of the {batches} batches by its own statistics: the matrix depends "
             "on how the data is cut, and is not that of the whole data set as one batch; call model.eval(), or pass "
             "one batch"
+        )
+    if autocast is not None:
+        found.append(
+            f"torch.autocast is enabled: a product is computed in {str(autocast).removeprefix('torch.')}, whose "
+            f"epsilon is {torch.finfo(autocast).eps:.1e}, and is as coarse; take products outside of it"
         )
     return found
 
