@@ -265,7 +265,24 @@ class TestRefuses:
     def test_what_is_not_finite(self) -> None:
         problem = mlp_problem()
         problem.data[0][0][0, 0] = torch.nan
-        with pytest.raises((NonFiniteProductError, NotImplementedError)):
+        for operator in EXACT:
+            with pytest.raises(NonFiniteProductError, match="the diagonal is not finite at batch 0 in the prediction"):
+                build(operator, problem).diagonal()
+
+    def test_targets_that_are_not_finite(self) -> None:
+        problem = regression(torch.ones(64))
+        problem.data[1][1][0, 0] = torch.nan
+        with pytest.raises(NonFiniteProductError, match=r"at batch 1 in the curvature of the loss .*batch is nan"):
+            build(EFLinearOperator, problem).diagonal()
+        assert np.isfinite(build(GGNLinearOperator, problem).diagonal()).all()  # the targets are not in it
+
+    def test_derivatives_that_are_not_finite(self) -> None:
+        class Root(nn.Linear):
+            def forward(self, X: Tensor) -> Tensor:
+                return (0 * super().forward(X)).sqrt()
+
+        problem = mlp_problem(None, lambda: Root(4, 3))
+        with pytest.raises(NonFiniteProductError, match="at batch 0 in parameter 'weight'"):
             build(GGNLinearOperator, problem).diagonal()
 
 

@@ -58,7 +58,7 @@ def test_where_memory_runs_out_less_is_kept_and_the_product_is_right(mebibytes: 
     command = [sys.executable, "-c", LIMITED, str(mebibytes)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("RuntimeWarning a product ran out of memory: less is kept from now on")
+    assert done.stdout.startswith("RuntimeWarning an operator ran out of memory: less is kept from now on")
 
 
 class Heavy(nn.Module):
@@ -89,6 +89,27 @@ def test_what_counts_as_out_of_memory_is_tried_again(operator, error) -> None:
     with pytest.warns(RuntimeWarning, match="ran out of memory: less is kept") as told:
         np.testing.assert_allclose(A @ np.eye(A.shape[1]), expected, rtol=1e-10, atol=1e-14)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("call", [GGNLinearOperator.gradient_and_loss, GGNLinearOperator.diagonal])
+def test_besides_products_memory_is_what_they_keep(call) -> None:
+    model = Heavy(torch.OutOfMemoryError("CUDA out of memory"))
+    data = [(torch.randn(4, 3).double(), torch.randn(4, 2).double()) for _ in range(3)]
+    A = GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
+    expected, product = call(A), A @ np.ones(A.shape[1])
+    assert A._engine.kept()[0]
+    model.fails = 1
+    with pytest.warns(RuntimeWarning, match="ran out of memory: less is kept") as told:
+        found = call(A)
+    assert len(told) == 1
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert not A._engine.kept()[0]
+    model.fails = 1
+    with pytest.raises(torch.OutOfMemoryError) as raised:  # nothing is kept that could be freed
+        call(A)
+    assert any("let data yield smaller batches" in note for note in raised.value.__notes__)
+    np.testing.assert_allclose(A @ np.ones(A.shape[1]), product, rtol=1e-12)
+    assert 0 < A._engine.kept()[1] < 1
 
 
 def test_a_batch_that_never_fits_is_said_to_be_too_large() -> None:
@@ -173,3 +194,40 @@ def test_nan_from_one_batch_is_named(operator, cache) -> None:
         A @ np.ones(A.shape[1])
     data[1][0].copy_(whole)
     np.testing.assert_allclose(A @ np.eye(A.shape[1]), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_nan_in_a_gradient_is_named() -> None:
+    case = loss_problem("mse")
+    data = [(X.clone(), y) for X, y in case.data]
+    A = HessianLinearOperator(case.model, case.loss_function, case.params, data)
+    expected, loss = A.gradient_and_loss()
+    whole = data[1][0].clone()
+    data[1][0][0] = torch.nan
+    with pytest.raises(NonFiniteProductError, match=r"gradient is not finite at batch 1 in parameter '0.weight' .*nan"):
+        A.gradient_and_loss()
+    data[1][0].copy_(whole)
+    found, again = A.gradient_and_loss()
+    np.testing.assert_array_equal(found, expected)
+    assert again == loss
+
+
+def test_a_loss_without_a_gradient_is_named() -> None:
+    case = loss_problem("mse")
+
+    def loss_function(z: Tensor, y: Tensor) -> Tensor:
+        return case.loss_function(z, y) + (torch.inf if len(z) < len(case.data[0][0]) else 0.0)
+
+    A = HessianLinearOperator(case.model, loss_function, case.params, case.data)
+    shorter = next(index for index, (X, _) in enumerate(case.data) if len(X) < len(case.data[0][0]))
+    with pytest.raises(NonFiniteProductError, match=f"the loss is not finite at batch {shorter} .*is inf"):
+        A.gradient_and_loss()
+
+
+def test_a_gradient_warns_as_a_product_does() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+    data = [(torch.randn(4, 3).double(), torch.randn(4, 2).double())]
+    A = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
+    with pytest.warns(RuntimeWarning, match=r"dropout is active in '1'") as told:
+        A.gradient_and_loss()
+    assert len(told) == 1
+    A.gradient_and_loss()  # it is told once

@@ -117,6 +117,32 @@ class TestCheck:
         assert report["symmetry"].limit > 1e-3
 
 
+@pytest.mark.parametrize("first", ["cpu", "cuda"])
+def test_random_numbers_stay_where_a_product_raises(first: str) -> None:
+    """On every device that has parameters, whichever has the first of them."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 5).double().to(first), nn.Linear(5, 3).double().cuda()
+
+        def forward(self, X: torch.Tensor) -> torch.Tensor:
+            z = nn.functional.dropout(self.first(X).cuda(), 0.5, self.training)
+            return nn.functional.dropout(self.last(z), 0.5, self.training).to(X.device)
+
+    def fail(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError
+
+    model, data = Model().train(), [(torch.randn(4, 6).double(), torch.randn(4, 3).double())]
+    for loss_function, error in ((fail, ArithmeticError), (nn.MSELoss(), RuntimeError)):  # or the loss has changed
+        H = HessianLinearOperator(model, loss_function, dict(model.named_parameters()), data)
+        states = torch.get_rng_state(), torch.cuda.get_rng_state()
+        with pytest.raises(error):
+            H @ np.ones(H.shape[1])
+        assert torch.equal(states[0], torch.get_rng_state())
+        assert torch.equal(states[1], torch.cuda.get_rng_state())
+
+
 class TestSeveralDevices:
     """The host is one of them, so that one GPU suffices; the first has the vectors."""
 
@@ -414,7 +440,7 @@ class TestAround:
         command = [sys.executable, "-c", LIMITED, str(mebibytes)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("RuntimeWarning a product ran out of memory: less is kept from now on")
+        assert done.stdout.startswith("RuntimeWarning an operator ran out of memory: less is kept from now on")
 
 
 PROBLEM = """

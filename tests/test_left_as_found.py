@@ -25,6 +25,7 @@ from curvop import (
     JacobianLinearOperator,
     check,
 )
+from curvop.kernels.generators import Generators
 
 KINDS = {
     "hessian": HessianLinearOperator,
@@ -157,6 +158,17 @@ def expected(kind: str) -> np.ndarray:
     return A @ probe(A)
 
 
+def writing(model: nn.Module) -> None:
+    """Let a model write to its batch and to a buffer."""
+
+    def write(model: nn.Module, args: tuple[Tensor]) -> None:
+        args[0].add_(1.0)
+        model.calls.add_(1.0)
+
+    model.register_buffer("calls", torch.zeros(()))
+    model.register_forward_pre_hook(write)
+
+
 @pytest.mark.parametrize("cache", ["auto", 0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_wherever_a_product_is_interrupted(kind: str, cache: Any) -> None:
@@ -178,6 +190,7 @@ def test_wherever_a_product_is_interrupted(kind: str, cache: Any) -> None:
 SWAPPING = ("nn/utils/stateless.py", "nn/utils/_named_member_accessor.py")
 OWN = ("kernels/generators.py", "kernels/differentiable.py")
 MODES = ("torch/overrides.py",)
+GUARD = ("kernels/preflight.py",)
 
 
 @contextlib.contextmanager
@@ -203,20 +216,44 @@ def interrupted_at(moment: int, files: tuple[str, ...]) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "files", [SWAPPING, OWN, MODES], ids=["swapping parameters", "random numbers and backends", "modes of functions"]
+    ("files", "change"),
+    [(SWAPPING, None), (OWN, None), (MODES, None), (GUARD, None), (GUARD, writing)],
+    ids=["swapping parameters", "random numbers and backends", "modes of functions", "watching", "undoing writes"],
 )
-def test_wherever_a_line_is_interrupted(files: tuple[str, ...]) -> None:
-    exact, (_, _, A) = expected("hessian"), made("hessian", Fuse(), {})
+def test_wherever_a_line_is_interrupted(files: tuple[str, ...], change: Any) -> None:
+    def fresh() -> tuple[nn.Module, list[Any], Any]:
+        model, data, A = made("hessian", Fuse(), {})
+        if change is not None:
+            change(model)
+        return model, data, A
+
+    _, _, A = fresh()
     with interrupted_at(-1, files) as lines:
-        A @ probe(A)
+        exact = A @ probe(A)
     assert lines[0] > 100
     for moment in range(1, lines[0] + 1, max(1, lines[0] // 200)):
-        model, data, A = made("hessian", Fuse(), {})
+        model, data, A = fresh()
         before = state(model, data)
         with pytest.raises(KeyboardInterrupt), interrupted_at(moment, files):
             A @ probe(A)
         assert state(model, data) == before
         np.testing.assert_allclose(A @ probe(A), exact, rtol=1e-12, atol=1e-14)
+        assert state(model, data) == before
+
+
+def test_random_numbers_of_every_gpu(monkeypatch) -> None:
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    states = {first: torch.tensor([1]), second: torch.tensor([2])}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.__setitem__(device, state))
+    generators, outside = Generators(), dict(states)
+    for number, devices in enumerate([{first, second}, {second}, {torch.device("cpu"), first}]):
+        with contextlib.suppress(KeyboardInterrupt), generators.private(devices):
+            assert number == 0 or states[first] == outside[first]  # what they drew is forgotten where they are left
+            assert number != 1 or states[second] == 12
+            states.update({device: state + 10 for device, state in states.items() if device in devices})
+            raise KeyboardInterrupt
+        assert states == outside
 
 
 @pytest.mark.parametrize("kind", KINDS)

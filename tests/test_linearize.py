@@ -221,6 +221,9 @@ class TestCache:
         assert 0 < free_bytes(torch.device("cpu")) < 2**50
 
 
+AUTOCAST = pytest.mark.filterwarnings("ignore:torch.autocast is enabled:RuntimeWarning")
+
+
 class Moving(nn.Module):
     """Its layers compute something else in the other container."""
 
@@ -303,6 +306,22 @@ class TestChangesAreNoticed:
         model.weight.data.mul_(2.0)
         np.testing.assert_allclose(H @ np.ones(4096), 4 * before, rtol=1e-12)
 
+    @pytest.mark.parametrize("buffer", ["running_mean", "running_var"])
+    def test_writing_through_data_to_a_buffer(self, buffer: str) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+        data = [(torch.randn(6, 4).double(), torch.randn(6, 3).double())]
+        self.check(Problem(model, nn.MSELoss(), data), lambda: getattr(model[1], buffer).data.add_(1.0))
+
+    @pytest.mark.parametrize("entry", [-torch.inf, torch.nan])
+    def test_a_mask_is_no_change_and_hides_none_of_the_parameters(self, problem: Problem, entry: float) -> None:
+        problem.model.register_buffer("mask", torch.full((3, 3), entry))
+        H = hessian(problem)
+        H @ np.ones(43)
+        H @ np.ones(43)
+        assert H._engine.first_passes == 1
+        self.check(problem, lambda: problem.model[0].weight.data.add_(1.0))
+
     def test_a_buffer_replaced_again_and_again_at_recycled_addresses(self) -> None:
         class Shifted(nn.Module):
             def __init__(self) -> None:
@@ -370,6 +389,7 @@ class TestChangesAreNoticed:
         H = hessian(problem)
         assert (H @ np.ones(H.shape[1])).any()
 
+    @AUTOCAST
     def test_autocasts_dtype(self) -> None:
         problem = moving_problem()
         problem.model.float()
@@ -389,6 +409,7 @@ class TestChangesAreNoticed:
         np.testing.assert_allclose(H @ x, H @ x, rtol=1e-12)
         assert 0 < len(H._engine._first.kept) < 4
 
+    @AUTOCAST
     def test_autocast(self, problem: Problem) -> None:
         problem.model.float()
         problem.data = [(X.float(), y) for X, y in problem.data]

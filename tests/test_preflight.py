@@ -181,6 +181,30 @@ class TestHalfPrecision:
         np.testing.assert_allclose(product(whole), product(head), rtol=1e-12)
 
 
+class TestAutocast:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_it_is_told_once_by_the_first_product_within(self, kind: str) -> None:
+        problem = problem_of(mlp())
+        problem.model.float()
+        problem.data = [(X.float(), y.float()) for X, y in problem.data]
+        A = operator(problem, kind)
+        exact = product(A)
+        with torch.autocast("cpu", torch.bfloat16):
+            with pytest.warns(RuntimeWarning, match=r"torch.autocast is enabled.*bfloat16.*7\.8e-03.*outside") as told:
+                coarse = product(A)
+            assert len(told) == 1
+            product(A)
+        assert 1e-4 < np.linalg.norm(coarse - exact) / np.linalg.norm(exact) < 0.1
+        np.testing.assert_allclose(product(A), exact, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_double_precision_is_left_as_it_is(self, kind: str) -> None:
+        A = operator(problem_of(mlp()), kind)
+        exact = product(A)
+        with torch.autocast("cpu", torch.bfloat16):
+            np.testing.assert_allclose(product(A), exact, rtol=1e-12)
+
+
 class Writing(nn.Module):
     """Writes to its input, and counts its calls in a buffer."""
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from typing import Any, Self
+import warnings
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from curvop.kernels.gradient import gradient_and_loss
 from curvop.kernels.inspection import Inspection, inspect
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.linearize import Engine
-from curvop.kernels.memory import Budget, peak_rise
+from curvop.kernels.memory import Budget, out_of_memory, peak_rise
 from curvop.kernels.routes import Route, other_routes
 from curvop.memory import available_bytes
 from curvop.operator import BridgeLinearOperator, Rows
@@ -29,6 +31,8 @@ from curvop.progress import Progress
 from curvop.staging import Staging
 
 __all__ = ["TORCH_DTYPES", "UNTRUSTED", "ComputedLinearOperator", "Settings"]
+
+T = TypeVar("T")
 
 #: What a product raises that cannot be trusted.
 UNTRUSTED = (NonDeterministicObjectiveError, NonFiniteProductError)
@@ -146,7 +150,23 @@ class ComputedLinearOperator(BridgeLinearOperator):
         layout = kernel.rows if kernel.rows.names else kernel.cols
         gradient = torch.zeros(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
         with torch.inference_mode(False):
-            return gradient, gradient_and_loss(self._objective, layout.names, gradient)
+            return gradient, self._in_room(lambda: gradient_and_loss(self._objective, layout.names, gradient))
+
+    def _in_room(self, compute: Callable[[], T]) -> T:
+        """Return ``compute()``; where memory runs out, once more without what is kept for products."""
+        try:
+            return compute()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if not any(engine.kept()[0] for engine in (self._engine, self._adjoint_engine)):
+                error.add_note("one batch at a time does not fit: let data yield smaller batches")
+                raise
+            told = self._engine.make_room(error)
+        # Out of the handler, whose traceback holds what the first try has made.
+        if told:
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
+        return compute()
 
     def _adjoint(self) -> Self:
         if self._adjoint_engine is self._engine:

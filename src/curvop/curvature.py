@@ -88,6 +88,11 @@ class CurvatureLinearOperator(ComputedLinearOperator, ParameterLinearOperator):
         """Return the gradient ``(M,)`` with respect to the row parameters, and the loss, in one pass over the data.
 
         Both are weighted over the batches as the curvature is: ``cg(A.damped(lam), gradient)`` is a Newton step.
+
+        Raises
+        ------
+        NonFiniteProductError
+            Where one of them is NaN or infinite; the message names the batch.
         """
         gradient, loss = self._gradient()
         return gradient.cpu().numpy(), loss

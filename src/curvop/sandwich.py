@@ -33,6 +33,8 @@ class SandwichLinearOperator(CurvatureLinearOperator):
             Where the model or the loss couples the examples (batch normalisation in training mode), torch cannot map
             over them (recurrent layers), a prediction is more than one tensor, or an example has more than 256 outputs:
             `curvop.spectrum.diagonal` estimates it.
+        NonFiniteProductError
+            Where it holds NaN or infinity; the message names the batch.
         ValueError
             For a block off the diagonal.
         """
@@ -45,5 +47,6 @@ class SandwichLinearOperator(CurvatureLinearOperator):
         objective = self._objective
         out = torch.zeros(self.shape[0], dtype=torch.float64, device=objective.device)
         with torch.inference_mode(False):
-            write_diagonal(self._kernel(objective, self._rows.names, self._cols.names), self._rows.names, out)
+            kernel = self._kernel(objective, self._rows.names, self._cols.names)
+            self._in_room(lambda: write_diagonal(kernel, self._rows.names, out))
         return out

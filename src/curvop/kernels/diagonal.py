@@ -7,7 +7,7 @@ backward pass of every example for each of its outputs (for a matrix of gradient
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch.func import vjp, vmap
 
 from curvop.kernels.batches import batch_size, map_leaves
 from curvop.kernels.batches import leaves as leaves_of
-from curvop.kernels.errors import NonFiniteProductError
+from curvop.kernels.errors import NonFiniteProductError, not_finite
 from curvop.kernels.layout import ParameterLayout
+from curvop.kernels.memory import out_of_memory
 from curvop.kernels.sandwich import Middle, SandwichKernel, cut_off, outputs_of
 
 __all__ = ["write_diagonal"]
@@ -36,6 +37,8 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
     NotImplementedError
         Where the prediction is no tensor of examples that are computed apart from each other by what torch can map
         over, or an example has more than 256 outputs.
+    NonFiniteProductError
+        Where it holds NaN or infinity.
     """
     objective, weights = kernel.objective, []
     values = objective.leaves(())
@@ -49,10 +52,14 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
                 continue
             if more or not z.ndim:
                 raise NotImplementedError("the prediction is not one tensor with the examples along dimension 0")
+            # Before the examples are compared: NaN differs from itself, which is not for coupled examples.
+            told = functools.partial(not_finite, "diagonal", index, float(loss.value))
+            if z.isnan().any():  # infinity may be a mask
+                raise NonFiniteProductError(told("the prediction"))
             given = kernel.given(index, prediction, batch)
             middle = kernel.middle([z], batch, given, functools.partial(loss.gradient, [z]))
-            strengths, vectors = _decomposed(middle, z)
-            _check_gradient(kernel, names, batch, z)
+            strengths, vectors = _decomposed(middle, z, told)
+            _check_gradient(kernel, names, batch, z, told)
             for part, value in zip(parts, _squares(kernel, names, batch[0], z, strengths, vectors), strict=True):
                 part.add_(value.to(part.device), alpha=loss.weight)
     objective.warn_once(len(weights))
@@ -61,7 +68,12 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
         raise NonFiniteProductError("the diagonal holds NaN or infinity")
 
 
-def _decomposed(middle: Middle, z: Tensor) -> tuple[Tensor, Tensor]:
+def _check_finite(tensor: Tensor, where: str, told: Callable[[str], str]) -> None:
+    if not tensor.isfinite().all():
+        raise NonFiniteProductError(told(where))
+
+
+def _decomposed(middle: Middle, z: Tensor, told: Callable[[str], str]) -> tuple[Tensor, Tensor]:
     """Return ``(C, n)`` eigenvalues of the examples' blocks of `M`, and their eigenvectors ``(C, n, ...)``."""
     count, outputs = len(z), z.numel() // max(len(z), 1)
     if outputs > _MOST_OUTPUTS:
@@ -73,6 +85,7 @@ def _decomposed(middle: Middle, z: Tensor) -> tuple[Tensor, Tensor]:
 
     units = torch.eye(outputs, dtype=z.dtype, device=z.device)
     blocks = torch.stack([multiply(unit.expand(count, outputs).contiguous()) for unit in units], dim=-1)
+    _check_finite(blocks, "the curvature of the loss", told)
     probe = torch.linspace(1, 2, z.numel(), dtype=z.dtype, device=z.device).cos().view(count, outputs)
     expected = torch.einsum("nij,nj->ni", blocks, probe)
     # By the blocks' own size: a probe may lie where they vanish, such as the same number for every class.
@@ -86,7 +99,9 @@ def _decomposed(middle: Middle, z: Tensor) -> tuple[Tensor, Tensor]:
     return strengths[there], vectors[there].reshape(-1, *z.shape)
 
 
-def _check_gradient(kernel: SandwichKernel, names: Sequence[str], batch: Any, z: Tensor) -> None:
+def _check_gradient(
+    kernel: SandwichKernel, names: Sequence[str], batch: Any, z: Tensor, told: Callable[[str], str]
+) -> None:
     """Refuse a model that couples its examples in derivatives alone: one backward pass of the batch, one of each."""
     objective = kernel.objective
     probe = torch.linspace(1, 2, z.numel(), dtype=z.dtype, device=z.device).cos().view_as(z)
@@ -96,6 +111,9 @@ def _check_gradient(kernel: SandwichKernel, names: Sequence[str], batch: Any, z:
         return
     chosen = [leaves[name] for name in names]
     whole = torch.autograd.grad(output, chosen, probe, allow_unused=True)
+    for name, part in zip(names, whole, strict=True):
+        if part is not None:
+            _check_finite(part, f"parameter {name!r}", told)
     sums = _squares(
         kernel, names, batch[0], z, torch.ones(1, len(z), dtype=z.dtype, device=z.device), probe[None], power=1
     )
@@ -146,6 +164,8 @@ def _squares(
                     [leaf[rows] for leaf in leaves_of(X)], strengths[:, rows], vectors[:, rows]
                 )
         except Exception as error:  # the whole batch went well: what torch, or the model, cannot map over
+            if out_of_memory(error):
+                raise
             reason = str(error).strip().partition("\n")[0]
             raise NotImplementedError(f"the model cannot be mapped over its examples: {reason}") from error
         _agree(images, z[rows], "the model couples its examples, as batch normalisation in training mode does")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["NonDeterministicObjectiveError", "NonFiniteProductError"]
+__all__ = ["NonDeterministicObjectiveError", "NonFiniteProductError", "not_finite"]
 
 
 class NonFiniteProductError(ArithmeticError):
@@ -17,3 +17,11 @@ class NonDeterministicObjectiveError(RuntimeError):
 
     The usual causes are dropout or batch normalisation in training mode, and random augmentation in the data.
     """
+
+
+def not_finite(what: str, index: int, loss: float, where: str) -> str:
+    """Say in which batch a product, a gradient or a diagonal is not finite, and where in it."""
+    return (
+        f"the {what} is not finite at batch {index} in {where} (the loss of that batch is {loss:.6g}): look there for "
+        "NaN"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,35 +10,40 @@ from torch import Tensor
 
 __all__ = ["Generators"]
 
+_HOST = torch.device("cpu")
+
 
 class Generators:
     """Torch's default generators, as one user of them left them."""
 
     def __init__(self) -> None:
-        self._states: list[Tensor] | None = None
+        self._states: dict[torch.device, Tensor] = {}
 
     @contextmanager
-    def private(self, device: torch.device) -> Iterator[None]:
-        """Draw from these streams, on the host and on `device`, and leave the generators as they were found."""
-        outside = _states(device)
+    def private(self, devices: Iterable[torch.device]) -> Iterator[None]:
+        """Draw from these streams, on the host and on `devices`, and leave the generators as they were found."""
+        gpus = [device for device in devices if device.type == "cuda"]
+        outside = _states(gpus)
         try:
             try:
-                if self._states is not None:
-                    _set_states(self._states, device)
+                _set_states({device: self._states[device] for device in self._states.keys() & outside.keys()})
                 yield
             finally:
-                self._states = _states(device)
-                _set_states(outside, device)
+                self._states = _states(gpus)
+                _set_states(outside)
         except BaseException:  # Ctrl-C may have come while they were put back
-            _set_states(outside, device)
+            _set_states(outside)
             raise
 
 
-def _states(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+def _states(gpus: Iterable[torch.device]) -> dict[torch.device, Tensor]:
+    """Return the states of the generators of the host and of `gpus`."""
+    return {_HOST: torch.get_rng_state()} | {device: torch.cuda.get_rng_state(device) for device in gpus}
 
 
-def _set_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+def _set_states(states: Mapping[torch.device, Tensor]) -> None:
+    for device, state in states.items():
+        if device == _HOST:
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)

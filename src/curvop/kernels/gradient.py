@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from curvop.kernels.errors import NonFiniteProductError, not_finite
 from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.objective import Objective
 
@@ -14,19 +16,42 @@ __all__ = ["gradient_and_loss"]
 
 
 def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -> float:
-    """Write the gradient with respect to the parameters `names` into `out` ``(N,)`` and return the loss; one pass."""
+    """Write the gradient with respect to the parameters `names` into `out` ``(N,)`` and return the loss; one pass.
+
+    Raises
+    ------
+    NonFiniteProductError
+        Where the gradient or the loss holds NaN or infinity.
+    """
     leaves = objective.leaves(names)
-    parts = ParameterLayout(objective.params, names).split(out.zero_())
-    losses, weights = [], []
+    layout = ParameterLayout(objective.params, names)
+    parts = layout.split(out.zero_())
+    losses, weights, sums = [], [], []
     with objective.slow_backends():
         for index, batch in objective.batches():
             loss = objective.evaluate(leaves, index, batch)
             weights.append(loss.weight)
-            if loss.weight:
-                losses.append(loss.weight * loss.value.item())
+            losses.append(loss.weight * loss.value.item() if loss.weight else 0.0)
             for part, value in zip(parts, loss.gradient([leaves[name] for name in names]), strict=True):
                 if value is not None:
                     part.add_(value.to(part.device), alpha=loss.weight)
+            sums.append(
+                out.sum()
+            )  # NaN and infinity survive it; read at the end only, as a GPU would be waited for here
+    objective.warn_once(len(weights))
+    _check(out, layout, sums, losses, weights)
     divisor = objective.divisor(weights)
     out.div_(divisor)
     return math.fsum(losses) / divisor
+
+
+def _check(
+    out: Tensor, layout: ParameterLayout, sums: Sequence[Tensor], losses: Sequence[float], weights: Sequence[float]
+) -> None:
+    """Name the first batch at which the gradient, or its loss, is not finite, given the sums of `out` after each."""
+    where = [layout.label(index) for index, part in enumerate(layout.split(out)) if not part.isfinite().all()]
+    spoilt = ~torch.stack(list(sums)).isfinite() if where else [False] * len(losses)
+    for index, (loss, weight) in enumerate(zip(losses, weights, strict=True)):
+        if spoilt[index] or not math.isfinite(loss):
+            what, there = ("gradient", where[0]) if spoilt[index] else ("loss", "its value")
+            raise NonFiniteProductError(not_finite(what, index, loss / (weight or 1.0), there))

@@ -135,7 +135,8 @@ def working_epsilon(objective: Objective, loss: Tensor) -> float:
     eps = precision(loss, *objective.params.values())
     if (autocast := objective.autocast()) is not None:
         eps = max(eps, torch.finfo(autocast).eps)
-    if objective.device.type == "cuda" and objective.dtype == torch.float32:
+    single = {value.device.type for value in objective.params.values() if value.dtype == torch.float32}
+    if "cuda" in single:
         parts = [part for module in objective.modules for part in module.modules()]
         convolves = not parts or any(isinstance(part, nn.modules.conv._ConvNd | nn.RNNBase) for part in parts)
         if _allows_tf32(cuda.matmul) or (convolves and _allows_tf32(cudnn)):

@@ -18,7 +18,7 @@ from torch import Tensor
 from curvop.kernels.batches import at_batch, leaves, signature
 from curvop.kernels.columns import Columns
 from curvop.kernels.cuda import on_own_stream
-from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
+from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError, not_finite
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.memory import (
     SHORT_OF_MEMORY,
@@ -98,18 +98,19 @@ class Engine:
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
-                    told = self._make_room(error)
+                    told = self.make_room(error)
                 if told:
                     warnings.warn(told, RuntimeWarning, stacklevel=2)
 
-    def _make_room(self, error: Exception) -> str:
+    def make_room(self, error: Exception) -> str:
         """Keep less, and multiply fewer columns at once; return what to tell the user, nothing after that."""
         if not (self._budget.shrink() | self._columns.shrink()):  # both, as neither's part is known
             error.add_note("one column and one batch at a time do not fit: let data yield smaller batches")
             raise error
         self._forget()
         self._recorder = Recorder(self.kernel.compiled)
-        free_unused(self._objective.device)
+        for device in self._objective.devices:
+            free_unused(device)
         told, self._short = "" if self._short else SHORT_OF_MEMORY, True
         return told
 
@@ -206,7 +207,7 @@ class Engine:
         if self._first is not None and self._first.stale(state):
             self._forget()
         if self._first is None:
-            self._spread = len({value.device for value in self._objective.params.values()}) > 1
+            self._spread = len(self._objective.devices) > 1
             return self._first_pass(state)
         if len(self._first.kept) == len(self._first.losses):
             return iter(self._first.kept.values())
@@ -293,8 +294,5 @@ class Engine:
                 set_sums(parts, linearization.apply(tangents), 1.0)
                 for number, part in enumerate(self.kernel.rows.split(self.kernel.rows.at(product, index))):
                     if not torch.isfinite(part).all():
-                        return (
-                            f"the product is not finite at batch {index} in {self.kernel.rows.label(number)} "
-                            f"(the loss of that batch is {float(linearization.loss):.6g}): look there for NaN"
-                        )
+                        return not_finite("product", index, float(linearization.loss), self.kernel.rows.label(number))
         return "the product is not finite: the batches are, but their sum overflows"

@@ -32,8 +32,8 @@ __all__ = [
 T = TypeVar("T")
 
 SHORT_OF_MEMORY = (
-    "a product ran out of memory: less is kept from now on, and fewer columns are multiplied at once, which is slower. "
-    "Pass a smaller cache= or columns=, or let data yield smaller batches."
+    "an operator ran out of memory: less is kept from now on, and fewer columns are multiplied at once, which is "
+    "slower. Pass a smaller cache= or columns=, or let data yield smaller batches."
 )
 
 # Where the system does not say how much memory is free: enough for small models, and harmless on any machine.

@@ -128,6 +128,11 @@ class Objective(abc.ABC):
         return next(iter(self.params.values())).device
 
     @property
+    def devices(self) -> set[torch.device]:
+        """Where any of the parameters is."""
+        return {value.device for value in self.params.values()}
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the parameters are now."""
         return next(iter(self.params.values())).dtype
@@ -163,10 +168,10 @@ class Objective(abc.ABC):
         Loaders and models that draw random numbers leave torch's global generators as they found them, yet draw other
         numbers in every pass, so that randomness in the objective shows itself instead of being frozen by accident.
         """
-        index = -1
-        for device in {value.device for value in self.params.values()}:
+        index, devices = -1, self.devices
+        for device in devices:
             begin_on(device)
-        with self._generators.private(self.device):
+        with self._generators.private(devices):
             for index, batch in enumerate(on_device(told(self._data), self.device)):
                 self._check_order(index, batch)
                 yield index, batch
@@ -175,7 +180,8 @@ class Objective(abc.ABC):
 
     def warn_once(self, batches: int) -> None:
         """Warn of what makes a matrix over so many batches another than the user may mean, if nobody has yet."""
-        if not self.warned and (found := cautions(self.modules, batches)):
+        cast = self.autocast() if any(one.dtype != torch.float64 for one in self.params.values()) else None
+        if not self.warned and (found := cautions(self.modules, batches, cast)):
             self.warned = True
             warnings.warn("; ".join(found), RuntimeWarning, stacklevel=2)
 

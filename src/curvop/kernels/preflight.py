@@ -37,10 +37,7 @@ class Guard:
     def run(self, stage: str, function: Callable[[Any], T], batch: Any) -> T:
         """Return ``function(batch)``."""
         result, wrote = self._watched(stage, function, batch)
-        if wrote:
-            self.writes = True
-            result, _ = self._watched(stage, function, batch)
-        return result
+        return self._watched(stage, function, batch)[0] if wrote else result
 
     def _watched(self, stage: str, function: Callable[[Any], T], batch: Any) -> tuple[T, bool]:
         """Return ``function(batch)``, and whether that wrote to what is the user's."""
@@ -50,19 +47,30 @@ class Guard:
         # A batch at every run, as what is done to one may depend on it; buffers, which may be large, at the first.
         saved = [] if self.writes else _saved(leaves(batch))
         beside = _saved(buffers) if first else []
-        try:
-            if self.writes:
-                for part, found in own:
-                    replace(part._buffers, {name: _copied(buffer) for name, buffer in found.items()})
-            result = function(self.own(batch))
-        finally:
-            touched = [one for one in saved if one.changed()]
+        touched: list[_Saved] = []
+
+        def put_back() -> None:
+            touched[:] = [one for one in saved if one.changed()]
             if any(one.changed() for one in beside):
-                touched += beside  # batch normalisation counts its batches, but not that it writes its statistics
+                touched.extend(beside)  # batch normalisation counts its batches, but not that it writes its statistics
             for one in touched:
                 one.restore()
             for part, found in own:
                 replace(part._buffers, found)
+
+        try:
+            try:
+                if self.writes:
+                    for part, found in own:
+                        replace(part._buffers, {name: _copied(buffer) for name, buffer in found.items()})
+                result = function(self.own(batch))
+            finally:
+                put_back()
+        except BaseException:  # Ctrl-C may have come while it was put back
+            put_back()
+            raise
+        # Before the stage counts as seen: its buffers are not looked at again, so Ctrl-C must not come in between.
+        self.writes = self.writes or bool(touched)
         self._seen.add(stage)
         return result, bool(touched)
 
@@ -81,8 +89,7 @@ class _Saved:
         return self._tensor._version != self._version
 
     def restore(self) -> None:
-        with torch.no_grad():
-            self._tensor.copy_(self._copy)
+        self._tensor.detach().copy_(self._copy)  # not under no_grad, which Ctrl-C might leave switched on
 
 
 def _saved(tensors: Iterable[Tensor]) -> list[_Saved]:
@@ -125,7 +132,7 @@ def _named(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         yield from module.named_modules()
 
 
-def cautions(modules: Sequence[nn.Module], batches: int) -> list[str]:
+def cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.dtype | None) -> list[str]:
     """Return what makes the matrix another than the user may mean, with a remedy each.
 
     Parameters
@@ -133,6 +140,8 @@ def cautions(modules: Sequence[nn.Module], batches: int) -> list[str]:
     modules : sequence of nn.Module
     batches : int
         How many the data has.
+    autocast : torch.dtype or None
+        In which autocast computes, where it does.
     """
     found = []
     if random := random_modules(modules):
@@ -145,6 +154,11 @@ def cautions(modules: Sequence[nn.Module], batches: int) -> list[str]:
             f"{listed(batchwise)} normalises each of the {batches} batches by its own statistics: the matrix depends "
             "on how the data is cut, and is not that of the whole data set as one batch; call model.eval(), or pass "
             "one batch"
+        )
+    if autocast is not None:
+        found.append(
+            f"torch.autocast is enabled: a product is computed in {str(autocast).removeprefix('torch.')}, whose "
+            f"epsilon is {torch.finfo(autocast).eps:.1e}, and is as coarse; take products outside of it"
         )
     return found
 

@@ -25,7 +25,8 @@ class Watch:
     """Watches an objective's modules, parameters and list of batches for changes.
 
     A replaced tensor has another identity; writing to one moves its version counter, save through ``.data``. As this
-    is what code that perturbs weights uses, all parameters are fingerprinted besides.
+    is what code that perturbs weights uses, all parameters are fingerprinted besides, and buffers of real numbers, such
+    as running means. Buffers have a fingerprint of their own: what is infinite in one, as in a mask, would hide others.
     """
 
     def __init__(self, modules: Sequence[nn.Module], params: Mapping[str, Tensor], data: Iterable[Any]) -> None:
@@ -43,7 +44,7 @@ class Watch:
         self._children: list[nn.Module | None] | None = None
         self._tensors: list[Tensor | None] = []  # held, so that no new tensor can have the identity of an old one
         self._versions: list[object] = []
-        self._fingerprint = Fingerprint([])
+        self._fingerprint, self._of_buffers = Fingerprint([]), Fingerprint([])
         self._batches: list[Any] = []
         self._lists_seen = 0
 
@@ -74,7 +75,7 @@ class Watch:
             if not same:
                 self._batches = list(self._data)
                 self._lists_seen += 1
-        return flags, self._children, versions, self._lists_seen, self._fingerprint()
+        return flags, self._children, versions, self._lists_seen, self._fingerprint(), self._of_buffers.finite()
 
     def _walk(self) -> tuple[list[bool], list[nn.Module | None], list[Tensor | None]]:
         """Return the modules' flags, the modules below each, and all tensors."""
@@ -115,6 +116,8 @@ class Watch:
         parameters = {id(value): value for value in (*own.values(), *self._params.values())}
         self._tensors, self._versions = tensors, versions
         self._fingerprint = Fingerprint(parameters.values())
+        buffers = [one for module in self._modules for one in module.buffers() if one.is_floating_point()]
+        self._of_buffers = Fingerprint(buffers)
 
 
 class Fingerprint:
@@ -152,10 +155,14 @@ class Fingerprint:
             return torch.cat(sums).tolist()
         return [entry for one in sums for entry in one.tolist()]
 
+    def finite(self) -> list[float | None]:
+        """Return it of tensors that may hold NaN and infinity, as masks and missing values do."""
+        return [entry if math.isfinite(entry) else None for entry in self()]
+
     @staticmethod
     def of_data(tensors: Iterable[Tensor]) -> list[float | None]:
-        """Return the fingerprint of tensors that may hold NaN and infinity, as masks and missing values do."""
-        return [entry if math.isfinite(entry) else None for entry in Fingerprint(tensors)()]
+        """Return the fingerprint of a batch's tensors."""
+        return Fingerprint(tensors).finite()
 
 
 def settings_of(modules: Iterable[nn.Module]) -> list[object]:
