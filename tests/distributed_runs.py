@@ -36,6 +36,7 @@ from curvop import (
     GradientCovarianceLinearOperator,
     HessianLinearOperator,
     JournaledLinearOperator,
+    check,
 )
 from curvop.distributed import serve
 from curvop.fingerprint import fingerprint
@@ -184,6 +185,23 @@ def solvers(rank: int, size: int, folder: Path) -> dict[str, Any]:
                 with JournaledLinearOperator(G, folder / "journal") as J:
                     found.setdefault("journal", []).append([(J @ b), J.num_products, J.num_answered])
             found["fingerprint"] = fingerprint(G)
+    return found
+
+
+def checks(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """A check of what is served, in either precision, plain and wrapped; and of products that are wrong by 1 %."""
+    found: dict[str, Any] = {}
+    for case in ("float32", "mse"):
+        with serve(operator(case, rank, size), timeout=TIMEOUT) as A:
+            if rank == 0:
+                found[case] = check(A, rng=0)
+                found[f"{case}, damped"] = check(A.damped(1.0), rng=0)
+                found[f"{case}, block"] = check(A.block("0.weight", "2.bias"), rng=0)
+                with raised(found, "cost"):
+                    A.cost()
+                multiply, A._multiply = A._multiply, lambda X, own=A._multiply: own(X) + 0.01 * X.abs()
+                found[f"{case}, wrong"] = check(A, rng=0)
+                A._multiply = multiply
     return found
 
 

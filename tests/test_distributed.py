@@ -114,6 +114,33 @@ class TestSolvers:
         }
 
 
+class TestCheck:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def found(cls, tmp_path_factory) -> dict[str, Any]:
+        return Ranks("checks", 2, tmp_path_factory.mktemp("checks")).check()[0]
+
+    @pytest.mark.parametrize("wrapped", ["", ", damped", ", block"])
+    @pytest.mark.parametrize(("case", "dtype"), [("float32", np.float32), ("mse", np.float64)])
+    def test_it_is_judged_by_the_precision_of_the_model(self, found, case: str, dtype: type, wrapped: str) -> None:
+        report = found[case + wrapped]
+        assert report.verdict.startswith("sound"), report
+        assert report["linearity"].limit == pytest.approx(float(np.finfo(dtype).eps) ** (2 / 3))
+        assert f"{np.finfo(dtype).eps:.1e}" in report["precision"].text
+        assert "each rank's own operator" in report["model"].text
+
+    @pytest.mark.parametrize("case", ["float32", "mse"])
+    def test_what_is_wrong_is_found(self, found, case: str) -> None:
+        report = found[f"{case}, wrong"]
+        assert report.verdict == "not to be trusted: linearity, noise floor, symmetry", report
+
+    def test_what_a_product_costs_is_asked_elsewhere(self, found) -> None:
+        assert found["cost"]["kind"] == "NotImplementedError"
+        assert (
+            "call cost() of the operator that each rank passes to serve, before the block" in found["cost"]["message"]
+        )
+
+
 def test_a_journal_tells_the_settings_of_every_rank(tmp_path) -> None:
     found = Ranks("seeds", 2, tmp_path).check()[0]
     assert differing(found["first, told"], found["same, told"]) == []
