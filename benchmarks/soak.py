@@ -1,9 +1,10 @@
 """Soak: products, blocks, submatrices and studies in random order for half an hour, with faults in the user's code.
 
 Run ``OMP_NUM_THREADS=1 python benchmarks/soak.py``; it writes ``benchmarks/results/soak.json``, and exits with 1 where
-anything was wrong. Each result is compared with a dense matrix in float64 by `torch.func`. Faults are what a user's own
-model, loader, parameters and files do: they raise, are interrupted, hold NaN, draw random numbers, are written to, are
-cut off. Under one, an operation is to raise it, refuse, or be right; after it, the same operator is to be right again.
+anything was wrong, or memory grew by more than `GROWTH` in the second half. Each result is compared with a dense matrix
+in float64 by `torch.func`. Faults are what a user's own model, loader, parameters and files do: they raise, are
+interrupted, hold NaN, draw random numbers, are written to, are cut off. Under one, an operation is to raise it, refuse,
+or be right; after it, the same operator is to be right again.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "soak.json"
 EXAMPLES = 40
 REFUSALS = (curvop.NonFiniteProductError, curvop.NonDeterministicObjectiveError, ValueError)
 LIMITS = {"float64": 1e-10, "float32": 2e-4}  # of what an error is measured by, the norm of the matrix and the vector
+GROWTH = 1.0  # MiB in 1,000 operations; a leak of one vector or batch in each of them is more
 LONG = ("solve", "eigsh", "density", "journal", "check")
 
 
@@ -245,6 +247,12 @@ def resident() -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
+def growth(memory: list[tuple[int, float]]) -> float:
+    """Return by how many MiB in 1,000 operations memory grew in the second half; 0 where that is too short to tell."""
+    half = np.array(memory[len(memory) // 2 :])
+    return 1000 * float(np.polyfit(*half.T, 1)[0]) if len(half) > 2 else 0.0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0, help="how long; 30")
@@ -264,7 +272,6 @@ def main() -> None:
         if passed >= 60 * options.minutes or len(soak.wrong) >= 20:
             break
         soak.step()
-    operations, mib = np.array(memory[len(memory) // 2 :]).T
     results = {
         "environment": environment(),
         "seed": options.seed,
@@ -277,11 +284,11 @@ def main() -> None:
         "wrong": soak.wrong,
         "largest relative error": {kind: {"found": soak.largest[kind], "limit": LIMITS[kind]} for kind in LIMITS},
         "resident MiB": {"first": memory[0][1], "last": memory[-1][1], "every 30 s": [one for _, one in memory]},
-        "MiB per 1,000 operations, second half": 1000 * float(np.polyfit(operations, mib, 1)[0]),
+        "MiB per 1,000 operations, second half": growth(memory),
     }
     options.out.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
-    raise SystemExit(bool(soak.wrong))
+    raise SystemExit(bool(soak.wrong) or growth(memory) > GROWTH)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from curvop import (
     GradientCovarianceLinearOperator,
     HessianLinearOperator,
     JournaledLinearOperator,
+    check,
 )
 from curvop.distributed import serve
 from curvop.fingerprint import fingerprint
@@ -187,6 +188,23 @@ def solvers(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def checks(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """A check of what is served, in either precision, plain and wrapped; and of products that are wrong by 1 %."""
+    found: dict[str, Any] = {}
+    for case in ("float32", "mse"):
+        with serve(operator(case, rank, size), timeout=TIMEOUT) as A:
+            if rank == 0:
+                found[case] = check(A, rng=0)
+                found[f"{case}, damped"] = check(A.damped(1.0), rng=0)
+                found[f"{case}, block"] = check(A.block("0.weight", "2.bias"), rng=0)
+                with raised(found, "cost"):
+                    A.cost()
+                multiply, A._multiply = A._multiply, lambda X, own=A._multiply: own(X) + 0.01 * X.abs()
+                found[f"{case}, wrong"] = check(A, rng=0)
+                A._multiply = multiply
+    return found
+
+
 def seeds(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Two runs with one journal, of which another rank than 0 draws other numbers in the second."""
     found: dict[str, Any] = {}
@@ -216,6 +234,7 @@ def raised(found: dict[str, Any], name: str) -> Iterator[None]:
             "message": str(error),
             "rank": getattr(error, "rank", None),
             "seconds": time.monotonic() - began,
+            "at": time.monotonic(),  # a clock of the machine, not of a process
         }
 
 
@@ -529,33 +548,38 @@ def on_gpu(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def kill(process: int, number: int, folder: Path) -> None:
+    """End or stop a process, and leave word of when."""
+    (folder / "killed").write_text(repr(time.monotonic()))
+    os.kill(process, number)
+
+
 class Deadly:
     """A loader that ends its process, in the third pass."""
 
     passes = 0
 
-    def __init__(self, batches: list[Any], number: int) -> None:
-        self.batches, self.number = batches, number
+    def __init__(self, batches: list[Any], number: int, folder: Path) -> None:
+        self.batches, self.number, self.folder = batches, number, folder
 
     def __iter__(self) -> Iterator[Any]:
         self.passes += 1
         if self.passes == 3:
-            os.kill(os.getpid(), self.number)
+            kill(os.getpid(), self.number, self.folder)
         return iter(self.batches)
 
 
-def deadly(rank: int, size: int, which: int, number: int) -> GGNLinearOperator:
+def deadly(rank: int, size: int, which: int, number: int, folder: Path) -> GGNLinearOperator:
     problem = singles("ce-weights")
     data = spread(problem.data, rank, size, "uneven")
-    return GGNLinearOperator(
-        problem.model, problem.loss_function, problem.params, Deadly(data, number) if rank == which else data, cache=0
-    )
+    data = Deadly(data, number, folder) if rank == which else data
+    return GGNLinearOperator(problem.model, problem.loss_function, problem.params, data, cache=0)
 
 
-def death(rank: int, size: int, which: int, number: int) -> dict[str, Any]:
+def death(rank: int, size: int, which: int, number: int, folder: Path) -> dict[str, Any]:
     """One rank ends in the middle of an eigen-solver's third product."""
     found: dict[str, Any] = {}
-    A = deadly(rank, size, which, number)
+    A = deadly(rank, size, which, number, folder)
     with raised(found, "serve"), serve(A, timeout=TIMEOUT) as W:
         if rank == 0:
             with raised(found, "eigsh"):
@@ -566,19 +590,19 @@ def death(rank: int, size: int, which: int, number: int) -> dict[str, Any]:
 
 
 def killed_worker(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    return death(rank, size, size - 1, signal.SIGKILL)
+    return death(rank, size, size - 1, signal.SIGKILL, folder)
 
 
 def stopped_worker(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    return death(rank, size, 1, signal.SIGSTOP)
+    return death(rank, size, 1, signal.SIGSTOP, folder)
 
 
 def killed_rank_0(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    return death(rank, size, 0, signal.SIGKILL)
+    return death(rank, size, 0, signal.SIGKILL, folder)
 
 
 def stopped_rank_0(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    return death(rank, size, 0, signal.SIGSTOP)
+    return death(rank, size, 0, signal.SIGSTOP, folder)
 
 
 def idle_kill(rank: int, size: int, folder: Path) -> dict[str, Any]:
@@ -589,7 +613,7 @@ def idle_kill(rank: int, size: int, folder: Path) -> dict[str, Any]:
     with raised(found, "serve"), serve(A, timeout=TIMEOUT) as W:
         if rank == 0:
             W @ np.ones(W.shape[0])
-            os.kill(int((folder / "pid1").read_text()), signal.SIGKILL)
+            kill(int((folder / "pid1").read_text()), signal.SIGKILL, folder)
             with raised(found, "product"):
                 W @ np.ones(W.shape[0])
     return found
@@ -644,7 +668,7 @@ class Ranks:
         folder: Path,
         stays: int | None = None,
         launcher_has_the_store: bool = False,
-        seconds: float = 60,
+        seconds: float = 120,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("forkserver")
@@ -666,6 +690,7 @@ class Ranks:
                 if rank != stays:  # which is stopped, and ends not by itself
                     process.join(max(0.1, began + seconds - time.monotonic()))
         finally:
+            self.ended = time.monotonic()
             self.hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
             for process in self.processes:
                 process.kill()

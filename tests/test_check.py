@@ -419,6 +419,14 @@ class TestFaults:
         assert "falls back" in report["warnings"].text
 
 
+@seeded
+def normalised_layers() -> tuple[HessianLinearOperator, Problem]:
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    nn.init.normal_(model[1].weight)
+    problem = Problem(model, nn.CrossEntropyLoss(), [(torch.randn(22, 6), torch.randint(0, 3, (22,)))])
+    return operator(problem), problem
+
+
 FAULTS = {
     "affine": (dict(matvec=lambda x: S @ x + 1), ["linearity"]),
     "quadratic": (dict(matvec=lambda x: S @ x**2), ["linearity"]),
@@ -532,6 +540,47 @@ class TestAnyOperator:
         report = check(LinearOperator((30, 9), matvec=lambda x: S[:, :9] @ x, dtype=float), rng=0)
         assert report.verdict.startswith("sound")
         assert "rmatvec" in report["adjoint"].text
+
+    def test_a_hessian_without_an_adjoint_that_is_not_symmetric(self) -> None:
+        """What ``jvp(jacrev(loss))`` makes of a LayerNorm with a trainable weight; ``jvp(grad(loss))`` is right."""
+        H, problem = normalised_layers()
+        point = {name: value.detach() for name, value in problem.params.items()}
+        [(X, y)] = problem.data
+
+        def loss(params):
+            return problem.loss_function(torch.func.functional_call(problem.model, params, (X,)), y)
+
+        def product(derivative, x):
+            return H.ravel(torch.func.jvp(derivative(loss), (point,), (H.unravel(x.reshape(-1)),))[1])
+
+        def bare(derivative, **more):
+            return LinearOperator(H.shape, matvec=lambda x: product(derivative, x), dtype=float, **more)
+
+        report = check(bare(torch.func.jacrev), rng=0)
+        assert with_status(report, "warning") == ["symmetry"], report
+        assert report.verdict == "nothing is wrong, with 1 warning: symmetry"
+        found, dense = report["symmetry"], bare(torch.func.jacrev) @ np.eye(len(H.ravel(point)))
+        assert found.text == "A is not symmetric"
+        defect = np.linalg.norm(dense - dense.T) / np.linalg.norm(dense)
+        assert defect > 0.01
+        assert defect / 5 < found.value < 5 * defect
+        for words in ("eigsh, cg and densities need a symmetric matrix", "pass rmatvec="):
+            assert words in found.remedy
+        report = check(bare(torch.func.jacrev, rmatvec=lambda u: dense.T @ u), rng=0)
+        assert report["symmetry"].status == "not applicable"
+        assert report.verdict.startswith("sound"), report
+        report = check(bare(torch.func.grad), rng=0)
+        assert report["symmetry"].status == "ok"
+        assert report.verdict.startswith("sound"), report
+
+    @pytest.mark.parametrize("part", [1e-9, 1e-6, 1.0])
+    def test_a_lack_of_symmetry_without_an_adjoint(self, part: float) -> None:
+        A = SYMMETRIC + part * (S - S.T)
+        bare = LinearOperator(A.shape, matvec=lambda x: A @ x, dtype=float)
+        for wrapped in (bare, 2 * bare, bare + bare):
+            report = check(wrapped, rng=0)
+            assert with_status(report, "warning") == ["symmetry"], report
+            assert "pass rmatvec=" in report["symmetry"].remedy
 
     @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)])
     def test_empty(self, shape) -> None:

@@ -158,7 +158,7 @@ def in_reference() -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    [curvop, curvop.spectrum, curvop.preconditioner, curvop.utils, functorch],
+    [curvop, curvop.distributed, curvop.preconditioner, curvop.spectrum, curvop.utils, functorch],
     ids=lambda module: module.__name__,
 )
 def test_every_public_name_is_in_the_reference(module: Any) -> None:
@@ -196,6 +196,15 @@ class TestFigures:
                     if name in row["by"]:
                         shown = row["by"][name]["ms"]
                         assert f"{shown / 1e3 if shown >= 1e3 else shown:.3g}\N{NO-BREAK SPACE}" in table
+
+    def test_the_gain_of_ranks_stands_beside_how_far_their_products_differ(self, tmp_path, monkeypatch) -> None:
+        module = measured()
+        product = {"seconds alone": 0.25, "seconds shared": 0.125, "gain": 2.0, "relative difference": 3e-16}
+        (tmp_path / "distributed.json").write_text(json.dumps({"ranks": 2, "products": {"a model, ggn": product}}))
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+        cells = re.findall(r"- (.*)", module.distributed().replace("\N{NO-BREAK SPACE}", " "))
+        assert cells[:5] == ["product", "one rank", "2 ranks", "gain", "difference"]
+        assert cells[5:] == ["a model, ggn", "250 ms", "125 ms", "2.00", "3e-16"]
 
     def test_ratios_are_those_of_the_times(self) -> None:
         rows = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())["rows"]

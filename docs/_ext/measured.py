@@ -161,6 +161,21 @@ def density_goals() -> list[list[str]]:
     return lines
 
 
+def distributed() -> str:
+    """Tabulate products of one rank, and of several that share the data."""
+    found = results("distributed")
+    lines = [
+        [
+            product,
+            *(f"{one[key] * 1e3:.3g}\N{NO-BREAK SPACE}ms" for key in ("seconds alone", "seconds shared")),
+            f"{one['gain']:.2f}",
+            f"{one['relative difference']:.0e}",
+        ]
+        for product, one in found["products"].items()
+    ]
+    return table(["product", "one rank", f"{found['ranks']} ranks", "gain", "difference"], lines)
+
+
 def goals() -> str:
     """Tabulate every goal, reached or not."""
     lines = []
@@ -189,6 +204,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "budget": budget,
     "large": large,
     "goals": goals,
+    **({"distributed": distributed} if (RESULTS / "distributed.json").exists() else {}),
 }
 
 

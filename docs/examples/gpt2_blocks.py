@@ -29,9 +29,11 @@ config = GPT2Config(
     resid_pdrop=0,
     embd_pdrop=0,
     attn_pdrop=0,
-    loss_type="ForCausalLM",
+    bos_token_id=0,
+    eos_token_id=0,
 )
 model = GPT2LMHeadModel(config).eval()
+model.loss_type = "ForCausalLM"  # which the name of its class does not tell
 
 source = globals().get("__file__", "gpt2_blocks.py")
 codes = torch.tensor([min(byte, 127) for byte in Path(source).read_bytes()])

@@ -24,6 +24,9 @@ from curvop.model_check import (
     model_findings,
     ratio,
     route_findings,
+    served_findings,
+    served_parts,
+    symmetry_finding,
     warned_as_before,
     zero_block,
 )
@@ -44,10 +47,11 @@ def check(
     """Check an operator before something long is done with it, and say what to do about each thing that is found.
 
     Of any operator: that products repeat, are linear, agree between ``matvec`` and ``matmat``, that the adjoint is the
-    adjoint, and symmetry. Of this package's, also where they are wrapped (damped, journaled, a submatrix, a sum): the
-    product by other routes in float64, in forward mode and by finite differences of first derivatives; randomness in
-    the loss, shuffling of the data, modules in training mode, parameters that the loss does not reach, blocks that are
-    zero up to rounding. Where no other route can be compared, it warns.
+    adjoint, and symmetry; where a square one has no adjoint and is not symmetric, it warns. Of this package's, also
+    where they are wrapped (damped, journaled, a submatrix, a sum): the product by other routes in float64, in forward
+    mode and by finite differences of first derivatives; randomness in the loss, shuffling of the data, modules in
+    training mode, parameters that the loss does not reach, blocks that are zero up to rounding. Where no other route
+    can be compared, it warns. Of one that several processes serve, the precision besides the algebra.
 
     It takes ``3 + 2 num_probes`` products of a symmetric operator of this package, 7 by default; 2 `num_probes` more of
     a square one that is not known to be its own adjoint, and one more of an operator that is wrapped. Besides, it reads
@@ -146,10 +150,10 @@ class _Algebra:
             found = list(model_findings(seen))
             random |= any(one.name == "randomness" and one.status == WRONG for one in found)
             yield from found
+        for served in served_parts(self._A):
+            self._eps = max(self._eps, served.epsilon)
         if not bases:
-            yield Finding(
-                "model", NOT_APPLICABLE, "this is none of the package's operators: only its algebra is checked"
-            )
+            yield from served_findings(served_parts(self._A))
         self._bases = [] if random else bases
         try:
             yield from self._algebra()
@@ -215,12 +219,12 @@ class _Algebra:
             f"{floor / self._eps:.3g} times epsilon, {self._eps:.1e}",
             "no residual gets below it: pass solvers a tolerance above, or compute in float64 (model.double())",
         )
-        yield from self._mirror(X, AX, U, size)
+        yield from self._mirror(X, AX, U, size, floor)
 
-    def _mirror(self, X: Array, AX: Array, U: Array, size: float) -> Iterator[Finding]:
+    def _mirror(self, X: Array, AX: Array, U: Array, size: float, noise: float) -> Iterator[Finding]:
         """Compare ``u' (A x)`` with ``(A' u)' x`` and, where `A` is square, with ``(A u)' x``."""
         A, square, mixed = self._A, self._A.shape[0] == self._A.shape[1], U.conj().T @ AX
-        own = square and A.H is A
+        own, alone = square and A.H is A, False
 
         def defect(products: Array) -> float:
             # For u of norm 1 in a random direction, sqrt(M) |u' d| is |d| on the average of squares.
@@ -234,6 +238,7 @@ class _Algebra:
                 pulled = np.stack([np.asarray(A.rmatvec(u)) for u in U.T], axis=1)
                 self._count(U.shape[1])
             except NotImplementedError:
+                alone = True
                 yield Finding("adjoint", NOT_APPLICABLE, "A has none: it was made without rmatvec")
             else:
                 yield self._measured(
@@ -245,20 +250,7 @@ class _Algebra:
         if not square:
             yield Finding("symmetry", NOT_APPLICABLE, "A is not square")
             return
-        value = defect(self._product(A, U))
-        if own or value <= math.sqrt(self._eps):
-            yield self._measured(
-                "symmetry",
-                value,
-                "u' (A x) is not (A u)' x",
-                "an operation of the model has a wrong derivative: eigsh, cg and curvop.spectrum go astray",
-            )
-        else:
-            yield Finding(
-                "symmetry",
-                NOT_APPLICABLE,
-                f"A is not symmetric, by {value:.1e}: it is for eigs and gmres, not eigsh, cg",
-            )
+        yield symmetry_finding(defect(self._product(A, U)), self._eps, noise, own, alone)
 
     def _routes(self, base: ComputedLinearOperator, random: bool) -> Iterator[Finding]:
         if random:

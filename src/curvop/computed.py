@@ -20,7 +20,7 @@ from curvop.kernels.compiled import CompiledKernel
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.fingerprint import digest, objective_parts, objective_state
 from curvop.kernels.gradient import gradient_and_loss
-from curvop.kernels.inspection import Inspection, inspect
+from curvop.kernels.inspection import Inspection, inspect, working_epsilon
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.linearize import Engine
 from curvop.kernels.memory import Budget, out_of_memory, peak_rise
@@ -87,6 +87,14 @@ class ComputedLinearOperator(BridgeLinearOperator):
     def device(self) -> torch.device:
         """That of the parameters: tensors that are there need no copy."""
         return self._objective.device
+
+    @property
+    def epsilon(self) -> float:
+        """Of the coarsest numbers that a product is computed in, as parameters, autocast and TF32 tell without a pass.
+
+        What the model or the loss casts to besides, `inspect` sees.
+        """
+        return working_epsilon(self._objective, next(iter(self._objective.params.values())))
 
     def cost(self, repeats: int = 5) -> Cost:
         """Measure what a product costs, in time and memory; it takes `repeats` products and gradients, not counted.

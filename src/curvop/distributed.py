@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvop.computed import TORCH_DTYPES
+from curvop.cost import Cost
 from curvop.curvature import CurvatureLinearOperator
 from curvop.fingerprint import differing
 from curvop.operator import Rows
@@ -141,6 +142,24 @@ class DistributedLinearOperator(ParameterLinearOperator):
     def device(self) -> torch.device:
         """That of rank 0's parameters."""
         return self._shard.A.device
+
+    @property
+    def epsilon(self) -> float:
+        """That of rank 0's operator."""
+        return self._shard.A.epsilon
+
+    def cost(self, repeats: int = 5) -> Cost:
+        """Tell whom to ask: each rank knows what its own part of a product costs.
+
+        Raises
+        ------
+        NotImplementedError
+            Always.
+        """
+        raise NotImplementedError(
+            "a product of all ranks takes as long as the slowest of them, and each keeps what is its own: call cost() "
+            "of the operator that each rank passes to serve, before the block; within it, time a product"
+        )
 
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
         """Return the operator of the block that the named parameters span; see `HessianLinearOperator.block`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from scipy.sparse.linalg import LinearOperator
 from curvop.check_report import NOT_APPLICABLE, OK, WARNING, WRONG, Finding
 from curvop.computed import ComputedLinearOperator
 from curvop.dense import rounding
+from curvop.distributed import DistributedLinearOperator
 from curvop.fingerprint import listed
 from curvop.norms import norm
 
@@ -24,9 +25,14 @@ __all__ = [
     "model_findings",
     "ratio",
     "route_findings",
+    "served_findings",
+    "served_parts",
+    "symmetry_finding",
     "warned_as_before",
     "zero_block",
 ]
+
+_Operator = TypeVar("_Operator", bound=LinearOperator)
 
 # Wrong formulas that were met changed a product in its third digit or before it.
 _INCONCLUSIVE = 1e-3
@@ -34,6 +40,8 @@ _INCONCLUSIVE = 1e-3
 _STEP = float(np.finfo(np.float64).eps ** (1 / 3))
 # Numbers this coarse are not the parameters' own but those of autocast, or of TF32 on a GPU.
 _COARSE = 1e-4
+# What products that are not linear lack in symmetry is no more than a few times what they lack in linearity.
+_NOISY = 10
 
 _WRONG_DERIVATIVE = (
     "an operation of the model or the loss has a wrong derivative: check blocks, A.block(name), to find the layer, and "
@@ -47,10 +55,19 @@ _NO_ROUTE = (
 
 def computed_parts(A: LinearOperator) -> list[ComputedLinearOperator]:
     """Return the operators of this package that `A` is, or is made of."""
-    if isinstance(A, ComputedLinearOperator):
+    return _parts(A, ComputedLinearOperator)
+
+
+def served_parts(A: LinearOperator) -> list[DistributedLinearOperator]:
+    """Return the operators of several processes that `A` is, or is made of."""
+    return _parts(A, DistributedLinearOperator)
+
+
+def _parts(A: LinearOperator, kind: type[_Operator]) -> list[_Operator]:
+    if isinstance(A, kind):
         return [A]
     parts = (part for part in getattr(A, "args", ()) if isinstance(part, LinearOperator))
-    return list({id(one): one for part in parts for one in computed_parts(part)}.values())
+    return list({id(one): one for part in parts for one in _parts(part, kind)}.values())
 
 
 @contextlib.contextmanager
@@ -89,7 +106,8 @@ def measured(name: str, value: float, eps: float, what: str, remedy: str, limit:
 
 def model_findings(seen: Any) -> Iterator[Finding]:
     """Yield what `inspect` of an operator has seen."""
-    yield _precision(seen)
+    parts = "" if seen.coarsest == seen.dtype else f", and parts of the loss are computed in {seen.coarsest}"
+    yield _precision(f"the parameters are {seen.dtype}{parts}; epsilon {seen.eps:.1e}", seen.eps)
     random = seen.change > seen.eps**0.5  # as in every sweep over the data
     first, second = seen.losses
     if not math.isfinite(first + second):  # not random: the product that it spoils says where
@@ -117,14 +135,24 @@ def model_findings(seen: Any) -> Iterator[Finding]:
     )
 
 
-def _precision(seen: Any) -> Finding:
-    parts = "" if seen.coarsest == seen.dtype else f", and parts of the loss are computed in {seen.coarsest}"
-    text = f"the parameters are {seen.dtype}{parts}; epsilon {seen.eps:.1e}"
+def served_findings(served: Sequence[DistributedLinearOperator]) -> Iterator[Finding]:
+    """Yield what is known where no model is at hand: the precision of what ranks compute, if it is theirs."""
+    for one in served:
+        yield _precision(f"epsilon {one.epsilon:.1e}, of the parameters of rank 0, and autocast", one.epsilon)
+    text = (
+        "its model and data are looked at on no rank, only its algebra is checked: check each rank's own operator, too"
+        if served
+        else "this is none of the package's operators: only its algebra is checked"
+    )
+    yield Finding("model", NOT_APPLICABLE, text)
+
+
+def _precision(text: str, eps: float) -> Finding:
     remedy = (
         "take products outside of torch.autocast, without TF32 (torch.set_float32_matmul_precision, cudnn), and let "
         "the model cast to nothing coarser"
     )
-    return Finding("precision", WARNING if seen.eps > _COARSE else OK, text, remedy=remedy)
+    return Finding("precision", WARNING if eps > _COARSE else OK, text, remedy=remedy)
 
 
 def _order(seen: Any, random: bool) -> Finding:
@@ -157,6 +185,25 @@ def _modes(seen: Any, random: bool) -> Iterator[Finding]:
         text += f", {seen.batches} in all: the matrix depends on how the data is cut" if cut else ", of the only one"
     status = WARNING if seen.batchwise and cut else OK
     yield Finding("batch normalisation", status, text, remedy="call model.eval(), or pass one batch")
+
+
+def symmetry_finding(value: float, eps: float, noise: float, own: bool, alone: bool) -> Finding:
+    """Return what a lack of symmetry is, of an operator that is its `own` adjoint, has none (`alone`), or has another.
+
+    One that has another says by it that it need not be symmetric; one that has none says nothing. `noise` is how far
+    products are from linear.
+    """
+    if alone and not value <= rounding(eps):
+        if value <= _NOISY * noise:
+            text = f"it cannot be told: of products that are exact to {noise:.1e} only, A lacks it by {value:.1e}"
+            return Finding("symmetry", NOT_APPLICABLE, text)
+        remedy = "eigsh, cg and densities need a symmetric matrix; if it is not meant to be, pass rmatvec="
+        return Finding("symmetry", WARNING, "A is not symmetric", value, rounding(eps), remedy)
+    if own or value <= math.sqrt(eps):
+        remedy = "an operation of the model has a wrong derivative: eigsh, cg and curvop.spectrum go astray"
+        return measured("symmetry", value, eps, "u' (A x) is not (A u)' x", remedy)
+    text = f"A is not symmetric, by {value:.1e}: it is for eigs and gmres, not eigsh, cg"
+    return Finding("symmetry", NOT_APPLICABLE, text)
 
 
 def zero_block(size: float, scale: float) -> Finding:

@@ -183,9 +183,16 @@ def param_arrays(slices: dict[str, slice]) -> dict[str, Array]:
 
 
 def save_arrays(path: Path, **arrays: Array) -> None:
-    """Write arrays to an ``.npz`` file, which appears only when it is complete."""
+    """Write arrays to an ``.npz`` file, which appears only when it is complete; no objects, which would be pickled."""
+    # Not left to `allow_pickle` of `np.savez`: NumPy 2.0 takes that for the name of one more array.
+    checked: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
+    if refused := [name for name, array in checked.items() if array.dtype.hasobject]:
+        raise TypeError(
+            f"{', '.join(refused)} cannot be saved in {path}, as their dtype holds Python objects: pass arrays of "
+            "numbers, or of strings (dtype=np.str_)"
+        )
     with appearing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **checked)
 
 
 def load_arrays(path: str | os.PathLike[str], fields: Iterable[str], writer: str) -> dict[str, Array]:
