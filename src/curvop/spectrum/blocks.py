@@ -22,13 +22,14 @@ from curvop.results import load_arrays, save_arrays
 from curvop.spectrum.checkpoint import made, settled_file
 from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.estimators import Estimate
+from curvop.spectrum.groups import block_of, listed_groups
 from curvop.spectrum.quadrature import density
 from curvop.spectrum.timed import TimeUpError, end_of
 
 __all__ = ["BlockStudy", "blocks"]
 
 Array = NDArray[Any]
-_BLOCK = b"block"
+_BLOCK, _NORMS = b"block", b"norms"
 _AT_ONCE = 4  # of a column group's products for the norms, which are as high as the whole matrix
 
 
@@ -174,7 +175,7 @@ def blocks(
         with the same seed, and ends with the same bits as one that was not.
     seconds : float, optional
         End after so long with the blocks that are studied, or one block product of `num_probes` vectors later; 0 for
-        those that the checkpoint holds, without a product.
+        those that the checkpoint holds, without a product. With a checkpoint, repeated calls get on, however short.
     progress : bool
         Count products on a bar.
 
@@ -189,12 +190,12 @@ def blocks(
     ValueError, RecordFileError, OSError
         Where the checkpoint is of something else (naming it), in use, damaged, or cannot be written.
     """
-    until = end_of(seconds)
+    until, idle = end_of(seconds), seconds != 0  # at first something is done, so that who comes again gets on
     if not isinstance(A, ParameterLinearOperator) or A.shape[0] != A.shape[1]:
         raise TypeError(f"A is a {type(A).__name__} of shape {A.shape}: pass a square curvature matrix of this package")
     whole_number("norm_products", norm_products, 2)
-    chosen = {name: [name] for name in A.params_slices} if groups is None else _listed(groups)
-    diagonal = {name: _block(A, name, own) for name, own in chosen.items()}
+    chosen = {name: [name] for name in A.params_slices} if groups is None else listed_groups(groups)
+    diagonal = {name: block_of(A, name, own) for name, own in chosen.items()}
     sizes = np.array([block.shape[0] for block in diagonal.values()])
     # A seed for each block, so that one that is taken up again draws what it would have drawn.
     seeds = random_generator(rng).integers(2**63, size=len(chosen)).tolist()
@@ -204,23 +205,34 @@ def blocks(
         asked = {"num_probes": num_probes, "num_steps": num_steps, "norm_products": norm_products, "rng": seeds[0]}
         return fingerprint(A) | {"groups": json.dumps(chosen)} | {name: str(value) for name, value in asked.items()}
 
-    def study(name: str, seed: int, steps: Path | None) -> list[Array]:
+    def study(name: str, seed: int, steps: Path | None, column: int) -> list[Array]:
         """Return nodes, weights and products of a block's density, and of each test the squares of all norms."""
+        nonlocal idle
         block, generator = diagonal[name], np.random.default_rng(seed)
-        _check_time(until)
+        if not idle:
+            _check_time(until)
+        before = block.num_products
         left = None if seconds is None else max(0.0, until - time.monotonic())
         size = {"num_probes": num_probes, "num_steps": num_steps}
         found = density(block, **size, rng=generator, checkpoint=steps, seconds=left, progress=False)
         if not found.complete:
             raise TimeUpError
         bar.update(found.num_products)
+        idle = idle and block.num_products == before
         tests = generator.choice(np.array([-1.0, 1.0]), (block.shape[0], norm_products))
         whole = A.block([one for own in chosen.values() for one in own], chosen[name])
         squares = []
         for at in range(0, norm_products, _AT_ONCE):
-            _check_time(until)
-            image = np.split(whole @ tests[:, at : at + _AT_ONCE], np.cumsum(sizes)[:-1])
-            squares.append(np.array([(part.astype(np.float64) ** 2).sum(0) for part in image]))
+            key = b"%s %d %d" % (_NORMS, column, at)
+            if key not in norms:
+                if not idle:
+                    _check_time(until)
+                idle = False
+                image = np.split(whole @ tests[:, at : at + _AT_ONCE], np.cumsum(sizes)[:-1])
+                norms[key] = np.array([(part.astype(np.float64) ** 2).sum(0) for part in image])
+                if file is not None:
+                    file.append(key, norms[key])
+            squares.append(norms[key])
             bar.update(squares[-1].shape[1])
         return [found.nodes, found.weights, np.array(found.num_products), np.concatenate(squares, axis=1)]
 
@@ -229,10 +241,11 @@ def blocks(
         contextlib.ExitStack() as stack,
         step_bar("blocks", progress, int(work)) as bar,
     ):
-        file, finished = None, {}
+        file, finished, norms = None, {}, {}
         if directory is not None:
             file = stack.enter_context(settled_file(made(directory) / "blocks.records", settings))
             finished = {int(key.split()[1]): file.read(offset) for key, offset in file if key.startswith(_BLOCK)}
+            norms = {key: file.read(offset)[0] for key, offset in file if key.startswith(_NORMS)}
         for column, name in enumerate(chosen):
             bar.set_postfix_str(name)
             steps = None if directory is None else directory / f"block {column}"
@@ -240,7 +253,7 @@ def blocks(
                 bar.update(norm_products + int(finished[column][2]))
             else:
                 try:
-                    finished[column] = study(name, seeds[column], steps)
+                    finished[column] = study(name, seeds[column], steps, column)
                 except TimeUpError:
                     break
                 if file is not None:
@@ -273,22 +286,3 @@ def _of_blocks(names: list[str], sizes: Array, finished: list[list[Array]]) -> B
     norms = means**0.5
     errors = np.divide(variances**0.5, 2 * norms, out=np.zeros_like(norms), where=norms > 0)
     return BlockStudy(names[:count], sizes[:count], densities, norms, errors, taken, names[count:])
-
-
-def _block(A: ParameterLinearOperator, name: str, own: list[str]) -> ParameterLinearOperator:
-    try:
-        return A.block(own)
-    except (TypeError, ValueError) as error:  # the operator calls this argument 'rows'
-        raise type(error)(f"groups[{name!r}]{str(error).removeprefix('rows')}") from None
-
-
-def _listed(groups: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
-    if not isinstance(groups, Mapping):
-        raise TypeError(f"groups is a {type(groups).__name__}: pass a dict of names to parameters, one name or several")
-    if not groups:
-        raise ValueError("groups is empty: name parameters, or leave it out for a block of each")
-    listed = {name: [own] if isinstance(own, str) else list(own) for name, own in groups.items()}
-    everything = [name for own in listed.values() for name in own]
-    if twice := [name for name in everything if everything.count(name) > 1]:
-        raise ValueError(f"groups has {twice[0]!r} twice: leave it out of one of them")
-    return listed
