@@ -586,7 +586,10 @@ class TestBadArguments:
             ("small", ["--block", "2.bias", "--block", "2.bias"], "--block: names '2.bias' twice"),
             ("fails_at_once", [], "the problem cannot be evaluated: RuntimeError: no second floor in this house ("),
             ("not_finite", [], "the problem cannot be evaluated: NonFiniteProductError"),
-            ("dropout", [], "the problem cannot be evaluated: NonDeterministicObjectiveError"),
+            pytest.param(
+                *("dropout", [], "the problem cannot be evaluated: NonDeterministicObjectiveError"),
+                marks=pytest.mark.filterwarnings("ignore:dropout is active"),  # which is said besides
+            ),
             ("no_data", [], "data is empty"),
             ("one_shot", [], "data is a one-shot iterator"),
             ("no_reduction", [], "reduction"),
