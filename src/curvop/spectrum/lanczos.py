@@ -27,7 +27,7 @@ from torch import Tensor
 from curvop.memory import available_bytes, check_fits
 from curvop.norms import column_norms, dots_of, norms_of
 from curvop.operator import BridgeLinearOperator
-from curvop.spectrum.orthogonality import OrthogonalityBound
+from curvop.spectrum.orthogonality import OrthogonalityBound, rounding_left
 
 Array = NDArray[Any]
 
@@ -172,8 +172,7 @@ class Lanczos:
         self.lengths[runs] += 1
         alphas, betas = self.alphas[runs, at], self.betas[runs, at]
         self._scale = max(self._scale, float((np.abs(alphas) + betas).max()))
-        # Rounding leaves so much of a vector that is in the span of the basis, whatever its length.
-        self._running[runs] = betas > 10 * self._eps * self._scale
+        self._running[runs] = betas > rounding_left(self.basis.dtype, self.basis.shape[2]) * self._scale
         if at + 2 == self.basis.shape[1]:
             self._running[:] = False
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvop.norms import norm_of
+from curvop.spectrum.orthogonality import rounding_left
 from curvop.spectrum.timed import TimeUpError
 
 __all__ = ["thick_restart"]
@@ -73,7 +74,7 @@ def thick_restart(
             H[at, at] = float(_orthogonalise(V[: at + 1], w)[at])
             beta = norm_of(w)
             scale = max(scale, abs(H[at, at]) + beta)
-            if beta <= 10 * eps * scale:  # an invariant subspace: go on from elsewhere
+            if beta <= rounding_left(start.dtype, size) * scale:  # an invariant subspace: go on from elsewhere
                 beta = 0.0
                 w = torch.randn(size, generator=generator, dtype=start.dtype).to(start.device)
                 _orthogonalise(V[: at + 1], w)
