@@ -357,12 +357,14 @@ class TestTime:
         np.testing.assert_allclose(timed.values, plain.values, rtol=1e-12)
 
     def test_the_search_for_missed_ones_takes_what_is_left(self) -> None:
-        A = Slow(matrix([5.0, 4.0, 3.0, *np.linspace(2.9, -2.9, 497)]), 0.01)
+        A = Slow(
+            matrix([5.0, 4.0, 3.0, *np.linspace(2.9, -2.9, 497)]), 0.04
+        )  # a busy machine adds some milliseconds to each product
         whole = eigsh(A.inner, 3, method="device")
         assert whole.certificate.products > 3 + 8 + 50
         needed = whole.products - whole.certificate.products
-        result = eigsh(A, 3, method="device", seconds=0.011 * (needed + 3 + 8 + 2 * 20))
-        assert A.last - A.begun < 0.011 * (needed + 3 + 8 + 2 * 20) + 0.1
+        result = eigsh(A, 3, method="device", seconds=0.044 * (needed + 3 + 8 + 2 * 20))
+        assert A.last - A.begun < 0.044 * (needed + 3 + 8 + 2 * 20) + 0.1
         assert result.converged
         assert 3 + 8 < result.certificate.products < 3 + 8 + 40
         assert result.certificate.resolution > whole.certificate.resolution
