@@ -35,9 +35,8 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
             for part, value in zip(parts, loss.gradient([leaves[name] for name in names]), strict=True):
                 if value is not None:
                     part.add_(value.to(part.device), alpha=loss.weight)
-            sums.append(
-                out.sum()
-            )  # NaN and infinity survive it; read at the end only, as a GPU would be waited for here
+            # NaN and infinity survive a sum. It is read at the end only, as a GPU would be waited for here.
+            sums.append(out.sum())
     objective.warn_once(len(weights))
     _check(out, layout, sums, losses, weights)
     divisor = objective.divisor(weights)
