@@ -197,6 +197,15 @@ class TestAutocast:
         assert 1e-4 < np.linalg.norm(coarse - exact) / np.linalg.norm(exact) < 0.1
         np.testing.assert_allclose(product(A), exact, rtol=1e-5, atol=1e-6)
 
+    def test_it_is_told_where_something_else_was_told_before(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        data = [(torch.randn(5, 4), torch.randn(5, 3)) for _ in range(2)]
+        A = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
+        with pytest.warns(RuntimeWarning, match=r"^'1' \(BatchNorm1d\) normalises each of the 2 batches"):
+            product(A)
+        with torch.autocast("cpu", torch.bfloat16), pytest.warns(RuntimeWarning, match=r"^torch.autocast is enabled"):
+            product(A)
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_double_precision_is_left_as_it_is(self, kind: str) -> None:
         A = operator(problem_of(mlp()), kind)

@@ -74,12 +74,12 @@ def _parts(A: LinearOperator, kind: type[_Operator]) -> list[_Operator]:
 def warned_as_before(bases: list[ComputedLinearOperator]) -> Iterator[None]:
     """Let products warn, later, of what is a finding here."""
     objectives = [base._objective for base in bases]
-    before = [objective.warned for objective in objectives]
+    before = [set(objective.told) for objective in objectives]
     try:
         yield
     finally:
-        for objective, warned in zip(objectives, before, strict=True):
-            objective.warned = warned
+        for objective, told in zip(objectives, before, strict=True):
+            objective.told = told
 
 
 def magnitude(array: NDArray[Any]) -> float:

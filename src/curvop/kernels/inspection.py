@@ -104,7 +104,7 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
                     reached = zip(names, loss.gradient([values[name] for name in names]), strict=True)
                     unreached -= {name for name, part in reached if part is not None}
     coarsest = max({objective.dtype, *dtypes.seen}, key=lambda dtype: torch.finfo(dtype).eps)
-    objective.warned = True  # what a product would warn of is told here
+    objective.warn_once(len(batches[0]), aloud=False)  # what a product would warn of is told here
     divisors = [objective.divisor([w for w, _ in one]) for one in passes]
     losses = [sum(w * loss for w, loss in one) / divisor for one, divisor in zip(passes, divisors, strict=True)]
     reordered = batches[0] != batches[1]

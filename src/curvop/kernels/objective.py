@@ -85,8 +85,8 @@ class Objective(abc.ABC):
         Model and loss function, where they are modules.
     guard : Guard
         By which code of the user's is run.
-    warned : bool
-        Whether `warn_once` has nothing to say any more.
+    told : set of str
+        What `warn_once` has warned of.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Objective(abc.ABC):
         self._batch_weight = batch_weight
         self._generators = Generators()
         self._order: list[list[float | None]] | None = None
-        self.warned = False
+        self.told: set[str] = set()
         self._share: Share | None = None
         self._watch = Watch(self.modules, params, data)
         parts = [part for module in modules for part in module.modules()]
@@ -178,12 +178,13 @@ class Objective(abc.ABC):
         if index < 0 and self._share is None:
             raise ValueError("data is empty: it yields no batch, pass at least one")
 
-    def warn_once(self, batches: int) -> None:
-        """Warn of what makes a matrix over so many batches another than the user may mean, if nobody has yet."""
+    def warn_once(self, batches: int, *, aloud: bool = True) -> None:
+        """Warn of what makes a matrix over so many batches another than the user may mean, of each thing once."""
         cast = self.autocast() if any(one.dtype != torch.float64 for one in self.params.values()) else None
-        if not self.warned and (found := cautions(self.modules, batches, cast)):
-            self.warned = True
-            warnings.warn("; ".join(found), RuntimeWarning, stacklevel=2)
+        found = cautions(self.modules, batches, cast)
+        if aloud and (new := [found[kind] for kind in found if kind not in self.told]):
+            warnings.warn("; ".join(new), RuntimeWarning, stacklevel=2)
+        self.told.update(found)
 
     def changed(self, what: str, then: float, now: Any) -> str:
         """Say that a loss has changed from pass to pass, and what to look at."""
@@ -255,10 +256,7 @@ class Objective(abc.ABC):
 
     @contextlib.contextmanager
     def as_share(self) -> Iterator[Share]:
-        """Take the data for a part of a larger set: sums over it are not divided, and it may be empty.
-
-        Yields what is filled in once it was read.
-        """
+        """Take the data for a part of a larger set: it may be empty, no sum is divided, and its share is filled in."""
         self._share = Share()
         try:
             yield self._share

@@ -132,8 +132,8 @@ def _named(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         yield from module.named_modules()
 
 
-def cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.dtype | None) -> list[str]:
-    """Return what makes the matrix another than the user may mean, with a remedy each.
+def cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.dtype | None) -> dict[str, str]:
+    """Return what makes the matrix another than the user may mean, by kind, with a remedy each.
 
     Parameters
     ----------
@@ -143,20 +143,20 @@ def cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.dtype |
     autocast : torch.dtype or None
         In which autocast computes, where it does.
     """
-    found = []
+    found = {}
     if random := random_modules(modules):
-        found.append(
+        found["dropout"] = (
             f"dropout is active in {listed(random)}: a product is that of one draw of the masks, and the next pass "
             "over the data draws others; call model.eval()"
         )
     if batches > 1 and (batchwise := batchwise_modules(modules)):
-        found.append(
+        found["batch normalisation"] = (
             f"{listed(batchwise)} normalises each of the {batches} batches by its own statistics: the matrix depends "
             "on how the data is cut, and is not that of the whole data set as one batch; call model.eval(), or pass "
             "one batch"
         )
     if autocast is not None:
-        found.append(
+        found["autocast"] = (
             f"torch.autocast is enabled: a product is computed in {str(autocast).removeprefix('torch.')}, whose "
             f"epsilon is {torch.finfo(autocast).eps:.1e}, and is as coarse; take products outside of it"
         )
