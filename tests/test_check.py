@@ -139,7 +139,7 @@ class TestSound:
 
     @pytest.mark.parametrize("options", [dict(cache=0), dict(dtype=np.float32), dict(engine="compiled")])
     def test_settings(self, options: dict[str, Any]) -> None:
-        assert check(operator(loss_problem("ce"), **options), rng=0).verdict.startswith("sound")
+        assert check(operator(loss_problem("ce", "one"), **options), rng=0).verdict.startswith("sound")
 
     def test_batch_normalisation_in_training_mode_over_one_batch(self) -> None:
         report = check(operator(normalised((9,))), rng=0)

@@ -99,7 +99,7 @@ class TestPrograms:
 
 
 def test_rectangular_blocks_and_their_adjoints() -> None:
-    problem = loss_problem("mse")
+    problem = loss_problem("mse", "one")
     dense = hessian(problem, "autograd") @ np.eye(P)
     H = hessian(problem)
     rows, cols = H.params_slices["2.bias"], H.params_slices["0.weight"]
@@ -112,7 +112,7 @@ def test_training_mode_is_another_program_and_buffers_stay() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
     problem = Problem(model, nn.MSELoss(), cut(torch.randn(6, 4).double(), torch.randn(6, 3).double(), (6,)))
-    H = check(problem)
+    H = check(problem, columns=1)  # one program a mode, not one more for blocks of vectors
     model.train()
     before = {name: value.clone() for name, value in model.named_buffers()}
     np.testing.assert_allclose(
@@ -126,14 +126,14 @@ def test_settings_of_modules_are_part_of_the_program() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).double()
     problem = Problem(model, nn.MSELoss(), [(torch.randn(6, 4).double(), torch.randn(6, 3).double())])
-    H = check(problem)
+    H = check(problem, columns=1)
     model[1].eps = 1.0
     model[0].bias.data.add_(0.1)
     np.testing.assert_allclose(H @ np.ones(21), hessian(problem, "autograd") @ np.ones(21), rtol=1e-10, atol=1e-13)
 
 
 def test_dropout_in_training_mode_is_told() -> None:
-    problem = loss_problem("mse")
+    problem = loss_problem("mse", "one")
     problem.model.insert(2, nn.Dropout(0.5)).train()
     problem.params = dict(problem.model.named_parameters())
     with (
@@ -144,7 +144,7 @@ def test_dropout_in_training_mode_is_told() -> None:
 
 
 def test_single_precision() -> None:
-    problem = loss_problem("ce")
+    problem = loss_problem("ce", "one")
     problem.model.float()
     problem.data = [(X.float(), y) for X, y in problem.data]
     A, B = hessian(problem, "autograd"), hessian(problem)
@@ -282,7 +282,7 @@ class Doubled(nn.Linear):
 def test_what_is_changed_besides_the_parameters_is_seen_with_them(change) -> None:
     model = Python()
     problem = Problem(model, nn.MSELoss(), [(torch.randn(6, 4), torch.randn(6, 3))])
-    H = hessian(problem)
+    H = hessian(problem, columns=1)
     H @ np.ones(15)
     CHANGES[change](model)
     with torch.no_grad():
@@ -358,9 +358,9 @@ def test_inputs_that_require_grad_and_numbers_are_told_apart() -> None:
     X, y = torch.randn(6, 4), torch.randn(6, 3)
     data = [((X.clone().requires_grad_(), 0.0), y), ((X, -0.0), y), ((X + 1, 0.0), y)]
     problem = Problem(model, nn.MSELoss(), data, dict(layer.named_parameters()))
-    weight = {"batch_weight": lambda batch: 6.0}
-    expected = hessian(problem, "autograd", **weight) @ np.eye(15)
-    np.testing.assert_allclose(hessian(problem, **weight) @ np.eye(15), expected, rtol=1e-10, atol=1e-13)
+    options = {"batch_weight": lambda batch: 6.0, "columns": 1}
+    expected = hessian(problem, "autograd", **options) @ np.eye(15)
+    np.testing.assert_allclose(hessian(problem, **options) @ np.eye(15), expected, rtol=1e-10, atol=1e-13)
 
 
 def test_sparse_batches_fall_back() -> None:

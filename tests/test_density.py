@@ -147,7 +147,7 @@ class TestQuadrature:
     @pytest.mark.parametrize(
         ("values", "f", "steps"),
         [
-            (np.logspace(-4, 1, N), np.log, 16),  # within 2 errors: 100 of 100; within 2 of the probes' alone: 0
+            (np.logspace(-4, 1, N), np.log, 16),  # of 100 seeds, within 2 errors: 100; of the probes' alone: 0
             (np.logspace(-6, 1, N), lambda x: 1 / (x + 1e-2), 16),  # 100, 0
             (np.logspace(-6, 1, N), lambda x: 1 / (x + 1e-3), 32),  # 100, 0
             (np.linspace(0, 1, N) ** 2, lambda x: 1 / (x + 1e-3), 16),  # 100, 7
@@ -156,13 +156,13 @@ class TestQuadrature:
     )
     def test_the_error_covers_what_the_steps_leave(self, values, f, steps: int) -> None:
         A, truth, within, within_spread = matrix(values), f(values).sum(), 0, 0
-        for seed in range(100):
+        for seed in range(40):
             found = quietly(A, num_probes=8, num_steps=steps, rng=seed)
             value, error = found.apply(f)
             within += abs(value - truth) <= 2 * error
             within_spread += abs(value - truth) <= 2 * of_the_probes(found, f)
-        assert within >= 90
-        assert within_spread <= 10
+        assert within >= 38
+        assert within_spread <= 6
 
     @pytest.mark.parametrize("deflate", [0, 5])
     @pytest.mark.parametrize("steps", [2, 5, 8])

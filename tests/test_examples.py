@@ -29,6 +29,7 @@ def shown(monkeypatch) -> list[int]:
     return figures
 
 
+@pytest.mark.slow  # the gallery, which is built with the documentation, runs them too
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_it_runs(path: Path, shown, capsys) -> None:
     with torch.random.fork_rng():

@@ -64,6 +64,8 @@ def dots_of(rows: Tensor, others: Tensor) -> Tensor:
     Sections are summed in double precision: of many numbers in single precision five digits would be right, and to
     make all of them double would take longer than to read them four times.
     """
+    if rows.shape[1] <= _SECTION:
+        return torch.bmm(rows[:, None], others[:, None].mT)[:, 0, 0].double()
     whole = rows.shape[1] // _SECTION * _SECTION
     sums = []
     for start, stop, length in ((0, whole, _SECTION), (whole, rows.shape[1], rows.shape[1] - whole)):
