@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from cases import loss_problem
+from limited_memory import assert_less_is_kept_and_the_product_is_right
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,49 +16,11 @@ from curvop import GGNLinearOperator, HessianLinearOperator, NonFiniteProductErr
 
 OPERATORS = pytest.mark.parametrize("operator", [HessianLinearOperator, GGNLinearOperator])
 
-LIMITED = """
-import resource, sys, warnings
-from pathlib import Path
-import numpy as np, torch
-from torch import nn
-from curvop import HessianLinearOperator
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(20, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 1)).double()
-data = [(torch.randn(2000, 20).double(), torch.randn(2000, 1).double()) for _ in range(12)]
-params = {name: value for name, value in model.named_parameters() if name.endswith("bias")}
-
-def product(cache):
-    H = HessianLinearOperator(model, nn.MSELoss(), params, data, cache=cache)
-    X = np.random.default_rng(0).normal(size=(H.shape[0], 3))
-    return H, X, H @ X
-
-_, X, expected = product(0)  # what needs the least
-used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]) * 2**20, -1))
-with warnings.catch_warnings(record=True) as told:
-    warnings.simplefilter("always")
-    H, X, found = product(2**40)
-    again = H @ X
-resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12 * abs(expected).max())
-np.testing.assert_allclose(again, expected, rtol=1e-9, atol=1e-12 * abs(expected).max())
-assert len(told) == 1, [str(one.message) for one in told]
-print(told[0].category.__name__, told[0].message)
-kept, share = H._engine.kept()
-assert 0 < share < 1, share
-"""
-
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")
 @pytest.mark.parametrize("mebibytes", [150, 300])
 def test_where_memory_runs_out_less_is_kept_and_the_product_is_right(mebibytes: int) -> None:
-    """All twelve linearizations take some 600 MiB, the operator was allowed a terabyte, and the process is not."""
-    command = [sys.executable, "-c", LIMITED, str(mebibytes)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("RuntimeWarning an operator ran out of memory: less is kept from now on")
+    assert_less_is_kept_and_the_product_is_right("cpu", mebibytes)
 
 
 class Heavy(nn.Module):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from architectures import ARCHITECTURES, architecture_problem
 from cases import Problem
 from distributed_runs import KINDS, Ranks, pipeline
+from limited_memory import assert_less_is_kept_and_the_product_is_right
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -436,11 +435,7 @@ class TestAround:
 
     @pytest.mark.parametrize("mebibytes", [150, 300])
     def test_where_memory_runs_out_less_is_kept_and_the_product_is_right(self, mebibytes: int) -> None:
-        """All twelve linearizations take some 600 MiB, the operator was allowed a terabyte, and the process is not."""
-        command = [sys.executable, "-c", LIMITED, str(mebibytes)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("RuntimeWarning an operator ran out of memory: less is kept from now on")
+        assert_less_is_kept_and_the_product_is_right("cuda", mebibytes)
 
 
 PROBLEM = """
@@ -453,36 +448,4 @@ def problem():
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).cuda()
     data = [(torch.randn(20, 6), torch.randint(0, 3, (20,))) for _ in range(2)]
     return dict(model=model, loss_function=nn.CrossEntropyLoss(), params=dict(model.named_parameters()), data=data)
-"""
-
-LIMITED = """
-import sys, warnings
-import numpy as np, torch
-from torch import nn
-from curvop import HessianLinearOperator
-
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(20, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 1)).double().cuda()
-data = [(torch.randn(2000, 20).double(), torch.randn(2000, 1).double()) for _ in range(12)]
-params = {name: value for name, value in model.named_parameters() if name.endswith("bias")}
-
-def product(cache):
-    H = HessianLinearOperator(model, nn.MSELoss(), params, data, cache=cache)
-    X = np.random.default_rng(0).normal(size=(H.shape[0], 3))
-    return H, X, H @ X
-
-_, X, expected = product(0)  # what needs the least
-torch.cuda.empty_cache()
-_, total = torch.cuda.mem_get_info()
-torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + int(sys.argv[1]) * 2**20) / total)
-with warnings.catch_warnings(record=True) as told:
-    warnings.simplefilter("always")
-    H, X, found = product(2**40)
-    again = H @ X
-np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12 * abs(expected).max())
-np.testing.assert_allclose(again, expected, rtol=1e-9, atol=1e-12 * abs(expected).max())
-assert len(told) == 1, [str(one.message) for one in told]
-print(told[0].category.__name__, told[0].message)
-kept, share = H._engine.kept()
-assert 0 < share < 1, share
 """
