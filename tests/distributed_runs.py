@@ -1,13 +1,13 @@
 """What the processes of the distributed tests run; each rank reports to a file of its own.
 
-``launch`` starts ranks from a server that has imported torch already, and never waits for longer than it is told.
+`Ranks` are started from a server that has imported torch already, and never waited for longer than is said.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -671,8 +672,7 @@ class Ranks:
         seconds: float = 120,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["distributed_runs"])
+        context = server_of_processes()
         port = free_port()
         shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if launcher_has_the_store:  # as under torchrun
@@ -707,6 +707,16 @@ class Ranks:
         assert self.hung == []
         assert self.exits == [0] * len(self.exits)
         return self.found
+
+
+def server_of_processes() -> multiprocessing.context.ForkServerContext:
+    """Return what forks processes that have imported this module, which takes seconds, already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    # The server looks on its own path, and says nothing where it finds nothing there.
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def free_port() -> int:
