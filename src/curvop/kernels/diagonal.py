@@ -51,7 +51,7 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
             if not loss.weight:
                 continue
             if more or not z.ndim:
-                raise NotImplementedError("the prediction is not one tensor with the examples along dimension 0")
+                raise _unknown("the prediction is not one tensor with the examples along dimension 0")
             # Before the examples are compared: NaN differs from itself, which is not for coupled examples.
             told = functools.partial(not_finite, "diagonal", index, float(loss.value))
             if z.isnan().any():  # infinity may be a mask
@@ -68,6 +68,12 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
         raise NonFiniteProductError("the diagonal holds NaN or infinity")
 
 
+def _unknown(reason: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"the exact diagonal cannot be told, as {reason}: curvop.spectrum.diagonal estimates it from products"
+    )
+
+
 def _check_finite(tensor: Tensor, where: str, told: Callable[[str], str]) -> None:
     if not tensor.isfinite().all():
         raise NonFiniteProductError(told(where))
@@ -77,7 +83,7 @@ def _decomposed(middle: Middle, z: Tensor, told: Callable[[str], str]) -> tuple[
     """Return ``(C, n)`` eigenvalues of the examples' blocks of `M`, and their eigenvectors ``(C, n, ...)``."""
     count, outputs = len(z), z.numel() // max(len(z), 1)
     if outputs > _MOST_OUTPUTS:
-        raise NotImplementedError(f"an example has {outputs:,} outputs, more than {_MOST_OUTPUTS}")
+        raise _unknown(f"an example has {outputs:,} outputs, more than {_MOST_OUTPUTS}")
 
     def multiply(vectors: Tensor) -> Tensor:
         [product] = middle([vectors.view_as(z)])
@@ -124,7 +130,7 @@ def _check_gradient(
     allowed = eps**0.5 * sum(float(part.norm()) for part in expected) + 100 * eps * float(probe.norm())
     for found, part in zip(sums, expected, strict=True):
         if not float((found - part).norm()) <= allowed:
-            raise NotImplementedError("the model couples its examples in their derivatives")
+            raise _unknown("the model couples its examples in their derivatives")
 
 
 def _squares(
@@ -139,7 +145,7 @@ def _squares(
     """Return the weighted sums of squares of ``J_n' u_nc``, or another power, for each parameter."""
     objective = kernel.objective
     if batch_size(X) != len(z):
-        raise NotImplementedError("the inputs' first dimensions are not the examples of the prediction")
+        raise _unknown("the inputs' first dimensions are not the examples of the prediction")
     params = {name: objective.params[name].detach() for name in names}
     leaves = objective.leaves(())
     held = objective.held(leaves)
@@ -167,7 +173,7 @@ def _squares(
             if out_of_memory(error):
                 raise
             reason = str(error).strip().partition("\n")[0]
-            raise NotImplementedError(f"the model cannot be mapped over its examples: {reason}") from error
+            raise _unknown(f"the model cannot be mapped over its examples: {reason}") from error
         _agree(images, z[rows], "the model couples its examples, as batch normalisation in training mode does")
         for total, value in zip(sums, totals, strict=True):
             total += value.sum(0)
@@ -177,4 +183,4 @@ def _squares(
 def _agree(found: Tensor, expected: Tensor, otherwise: str, size: Tensor | None = None) -> None:
     difference, size = (found - expected).detach().norm(), expected.detach().norm() if size is None else size
     if not difference <= torch.finfo(expected.dtype).eps ** 0.5 * size:
-        raise NotImplementedError(otherwise)
+        raise _unknown(otherwise)
