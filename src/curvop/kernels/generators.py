@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["Generators"]
+__all__ = ["Generators", "random_state"]
 
 _HOST = torch.device("cpu")
 
@@ -34,6 +34,11 @@ class Generators:
         except BaseException:  # Ctrl-C may have come while they were put back
             _set_states(outside)
             raise
+
+
+def random_state(devices: Iterable[torch.device]) -> Tensor:
+    """Return bytes that are others once a default generator, of the host or of `devices`, was drawn from."""
+    return torch.cat([state.cpu() for state in _states(device for device in devices if device.type == "cuda").values()])
 
 
 def _states(gpus: Iterable[torch.device]) -> dict[torch.device, Tensor]:

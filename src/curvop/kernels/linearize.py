@@ -19,6 +19,7 @@ from curvop.kernels.batches import at_batch, leaves, signature
 from curvop.kernels.columns import Columns
 from curvop.kernels.cuda import on_own_stream
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError, not_finite
+from curvop.kernels.generators import random_state
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.memory import (
     SHORT_OF_MEMORY,
@@ -130,8 +131,7 @@ class Engine:
             raise NonFiniteProductError(blame)
 
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
-        steps = len(self._objective) * len(vectors)
-        done = 0
+        steps, done = len(self._objective) * len(vectors), 0
         chunks: dict[tuple[int, int, bool], tuple[list[Tensor], list[Tensor]]] = {}
         weights: list[float] = []
         unit = 0.0
@@ -223,12 +223,17 @@ class Engine:
         keeps = self._keeps and self._budget.open(self._objective.device)
         for index, batch in self._objective.batches():
             count, loss = self._measure(first.leaves, index, batch) if keeps else (None, None)
+            before = random_state(self._objective.devices)
             linearization = self._linearize(first.leaves, index, batch)
+            if loss is None and not torch.equal(random_state(self._objective.devices), before):
+                loss = float(linearization.loss)
+                del linearization
+                linearization = self._linearize(first.leaves, index, batch)
             eps = precision(linearization.loss, *first.leaves.values())
             if loss is not None and not same([float(linearization.loss)], [loss], eps):
-                raise NonDeterministicObjectiveError(
-                    self._objective.changed(f"the loss of batch {index}", loss, linearization.loss)
-                )
+                self._bytes.clear()  # so that the next product looks again
+                what = f"the loss of batch {index}"
+                raise NonDeterministicObjectiveError(self._objective.changed(what, loss, linearization.loss))
             if keeps:
                 if count is None:
                     count = graph_bytes(linearization.roots, self._objective.tensors())
@@ -256,11 +261,8 @@ class Engine:
             this.record(linearization)
             yield linearization
             del linearization
-        eps = max(this.eps, first.eps)
-        if not same(this.losses, first.losses, eps) or not same(this.weights, first.weights, eps):
-            raise NonDeterministicObjectiveError(
-                self._objective.changed("the loss summed over the data", sum(first.losses), sum(this.losses))
-            )
+        if (found := first.differs(this, self._objective.ordered or bool(first.kept))) is not None:
+            raise NonDeterministicObjectiveError(self._objective.changed(*found))
 
     def _linearize(self, point: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         with at_batch(index):
@@ -279,8 +281,7 @@ class Engine:
             linearization, count = measured(lambda: self._linearize(point, index, batch), self._objective.tensors())
         except RuntimeError:
             return None, None
-        count += tensor_bytes(linearization.tensors, self._objective.tensors())
-        self._bytes[like] = count
+        self._bytes[like] = count = count + tensor_bytes(linearization.tensors, self._objective.tensors())
         return count, float(linearization.loss)
 
     def _blame(self, vectors: Tensor) -> str:

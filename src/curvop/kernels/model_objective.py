@@ -52,12 +52,12 @@ class ModelObjective(Objective):
     def predict(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         """Return the model's prediction, differentiable twice in `leaves` within `slow_backends`."""
         with torch.enable_grad(), TwiceDifferentiable():
-            return self.guard.run("prediction", lambda own: self._prediction(leaves, own), batch)
+            return self.guard.run(lambda own: self._prediction(leaves, own), batch)
 
     def criterion(self, prediction: Any, index: int, batch: Any) -> BatchLoss:
         """Return the loss of batch number `index` as a function of a prediction."""
         with torch.enable_grad(), TwiceDifferentiable():
-            found = self.guard.run("criterion", lambda own: self._criterion(prediction, own), batch)
+            found = self.guard.run(lambda own: self._criterion(prediction, own), batch)
         return self._checked(found, index, batch)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:

@@ -85,6 +85,8 @@ class Objective(abc.ABC):
         Model and loss function, where they are modules.
     guard : Guard
         By which code of the user's is run.
+    ordered : bool
+        Whether batches come in the same order in every pass, as those of a list do.
     told : set of str
         What `warn_once` has warned of.
     """
@@ -115,6 +117,7 @@ class Objective(abc.ABC):
         self._batch_weight = batch_weight
         self._generators = Generators()
         self._order: list[list[float | None]] | None = None
+        self.ordered = isinstance(data, list | tuple)
         self.told: set[str] = set()
         self._share: Share | None = None
         self._watch = Watch(self.modules, params, data)
@@ -195,7 +198,7 @@ class Objective(abc.ABC):
 
     def keep_order(self) -> None:
         """Refuse, from now on, a loader that yields other batches than in its first pass, or in another order."""
-        if self._order is None and not isinstance(self._data, list | tuple):
+        if self._order is None and not self.ordered:
             self._order = []
 
     def _check_order(self, index: int, batch: Any) -> None:
@@ -229,13 +232,12 @@ class Objective(abc.ABC):
         Buffers of modules in training mode are copies.
         """
         with at_batch(index), torch.enable_grad(), TwiceDifferentiable():
-            found = self.guard.run("loss", lambda own: self._loss(leaves, own), batch)
+            found = self.guard.run(lambda own: self._loss(leaves, own), batch)
         return self._checked(found, index, batch)
 
     def _checked(self, found: tuple[Tensor, float | None, Tensor, Tensor | None], index: int, batch: Any) -> BatchLoss:
-        loss, divisor, output, derivative = found
-        check_loss(loss, index)
-        return BatchLoss(loss.detach(), self._weight(index, batch, divisor), output, derivative)
+        check_loss(found[0], index)
+        return BatchLoss(found[0].detach(), self._weight(index, batch, found[1]), *found[2:])
 
     def weight(self, prediction: Any, index: int, batch: Any) -> float:
         """Return the weight ``w_b`` of batch number `index`, of whose prediction the shape is asked."""

@@ -65,6 +65,17 @@ class Pass:
         # Weakly: tensors that the loader made for this batch alone need not be held to see that nobody changes them.
         self.watched += [(weakref.ref(leaf), leaf._version) for leaf in leaves(batch)]
 
+    def differs(self, later: Pass, ordered: bool) -> tuple[str, float, float] | None:
+        """Return what is another in a later pass than in this one, then and now; batch by batch where `ordered`."""
+        eps = max(self.eps, later.eps)
+        if not same(later.losses, self.losses, eps) or not same(later.weights, self.weights, eps):
+            return "the loss summed over the data", sum(self.losses), sum(later.losses)
+        usual = sum(map(abs, self.losses)) / max(len(self.losses), 1)
+        for index, (then, now) in enumerate(zip(self.losses, later.losses, strict=False) if ordered else ()):
+            if abs(now - then) > usual * eps**0.5:
+                return f"the loss of batch {index}, times its weight,", then, now
+        return None
+
     def let_go(self) -> None:
         """Keep nothing any more."""
         self.kept, self.bytes = {}, 0

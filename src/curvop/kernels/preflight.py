@@ -31,22 +31,19 @@ class Guard:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
-        self._seen: set[str] = set()
         self.writes = False
 
-    def run(self, stage: str, function: Callable[[Any], T], batch: Any) -> T:
+    def run(self, function: Callable[[Any], T], batch: Any) -> T:
         """Return ``function(batch)``."""
-        result, wrote = self._watched(stage, function, batch)
-        return self._watched(stage, function, batch)[0] if wrote else result
+        result, wrote = self._watched(function, batch)
+        return self._watched(function, batch)[0] if wrote else result
 
-    def _watched(self, stage: str, function: Callable[[Any], T], batch: Any) -> tuple[T, bool]:
+    def _watched(self, function: Callable[[Any], T], batch: Any) -> tuple[T, bool]:
         """Return ``function(batch)``, and whether that wrote to what is the user's."""
         own = [(part, dict(part._buffers)) for module in self._modules for part in module.modules()]
         buffers = [buffer for _, found in own for buffer in found.values() if buffer is not None]
-        first = stage not in self._seen and not self.writes
-        # A batch at every run, as what is done to one may depend on it; buffers, which may be large, at the first.
-        saved = [] if self.writes else _saved(leaves(batch))
-        beside = _saved(buffers) if first else []
+        # At every run, as what is written may depend on the batch.
+        saved, beside = ([], []) if self.writes else (_saved(leaves(batch)), _saved(buffers))
         touched: list[_Saved] = []
 
         def put_back() -> None:
@@ -69,9 +66,7 @@ class Guard:
         except BaseException:  # Ctrl-C may have come while it was put back
             put_back()
             raise
-        # Before the stage counts as seen: its buffers are not looked at again, so Ctrl-C must not come in between.
         self.writes = self.writes or bool(touched)
-        self._seen.add(stage)
         return result, bool(touched)
 
     def own(self, batch: Any) -> Any:

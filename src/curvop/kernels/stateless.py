@@ -26,7 +26,12 @@ def functional_call(module: nn.Module, tensors: dict[str, Tensor], args: tuple[A
 
 
 def replace(tensors: dict[str, Any], others: dict[str, Any]) -> None:
-    """Put other tensors in the places of a module's; a scripted module's are in no dict, and have no `update`."""
+    """Put other tensors in the places of a module's, and take out what has no place among them.
+
+    A scripted module's are in no dict, and have neither `update` nor a set of keys.
+    """
+    for name in [name for name, _ in tensors.items() if name not in others]:
+        del tensors[name]
     for name, other in others.items():
-        if tensors[name] is not other:
+        if name not in tensors or tensors[name] is not other:
             tensors[name] = other
