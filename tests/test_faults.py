@@ -74,6 +74,31 @@ def test_besides_products_memory_is_what_they_keep(call) -> None:
     assert 0 < A._engine.kept()[1] < 1
 
 
+def test_for_room_for_the_products_less_is_kept(monkeypatch) -> None:
+    model = Heavy(MemoryError())
+    data = [(torch.randn(4, 3).double(), torch.randn(4, 2).double()) for _ in range(3)]
+    A = GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
+    X = np.eye(A.shape[1])
+    expected = A @ X
+    assert A._engine.kept()[1] == 1
+    empty, fails = np.empty, [True, False, True, False]
+
+    def short(*args, **options):
+        if fails.pop(0):
+            raise MemoryError
+        return empty(*args, **options)
+
+    monkeypatch.setattr("curvop.computed.np.empty", short)
+    with pytest.warns(RuntimeWarning, match="ran out of memory: less is kept") as told:
+        np.testing.assert_allclose(A @ X, expected, rtol=1e-12)
+    assert len(told) == 1
+    A = GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data, cache=0)
+    with pytest.raises(MemoryError) as raised:
+        A @ X
+    assert raised.value.__notes__ == ["it does not fit though nothing is kept: multiply with fewer columns at a time"]
+    np.testing.assert_allclose(A @ X, expected, rtol=1e-12)
+
+
 def test_a_batch_that_never_fits_is_said_to_be_too_large() -> None:
     model = Heavy(torch.OutOfMemoryError("CUDA out of memory"))
     data = [(torch.randn(4, 3).double(), torch.randn(4, 2).double())]

@@ -67,6 +67,9 @@ class Settings:
         object.__setattr__(self, "progress", Progress(self.progress))
 
 
+_FEWER = "multiply with fewer columns at a time"
+
+
 class ComputedLinearOperator(BridgeLinearOperator):
     """An operator whose products an engine sums over the batches of an objective."""
 
@@ -160,17 +163,20 @@ class ComputedLinearOperator(BridgeLinearOperator):
         with torch.inference_mode(False):
             return gradient, self._in_room(lambda: gradient_and_loss(self._objective, layout.names, gradient))
 
-    def _in_room(self, compute: Callable[[], T]) -> T:
+    def _in_room(self, compute: Callable[[], T], remedy: str = "let data yield smaller batches") -> T:
         """Return ``compute()``; where memory runs out, once more without what is kept for products."""
+        told = ""
         try:
             return compute()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            if not any(engine.kept()[0] for engine in (self._engine, self._adjoint_engine)):
-                error.add_note("one batch at a time does not fit: let data yield smaller batches")
+            keeping = [engine for engine in {self._engine, self._adjoint_engine} if engine.kept()[0]]
+            if not keeping:
+                error.add_note(f"it does not fit though nothing is kept: {remedy}")
                 raise
-            told = self._engine.make_room(error)
+            for engine in keeping:
+                told = engine.make_room(error) or told
         # Out of the handler, whose traceback holds what the first try has made.
         if told:
             warnings.warn(told, RuntimeWarning, stacklevel=2)
@@ -189,29 +195,37 @@ class ComputedLinearOperator(BridgeLinearOperator):
             return self._apply_tensor(rows) if isinstance(rows, Tensor) else self._apply_array(rows)
 
     def _apply_tensor(self, rows: Tensor) -> Tensor:
-        here = self._objective.device
-        vectors = rows.to(here, self._objective.dtype).contiguous()
-        products = torch.empty(
-            len(rows), self.shape[0], device=here, dtype=torch.promote_types(rows.dtype, self._objective.dtype)
+        here, dtype = self._objective.device, torch.promote_types(rows.dtype, self._objective.dtype)
+        vectors, products = self._in_room(
+            lambda: (
+                rows.to(here, self._objective.dtype).contiguous(),
+                torch.empty(len(rows), self.shape[0], device=here, dtype=dtype),
+            ),
+            _FEWER,
         )
         self._run(vectors, products)
-        return products.to(rows.device, rows.dtype)
+        return self._in_room(lambda: products.to(rows.device, rows.dtype), _FEWER)
 
     def _apply_array(self, rows: NDArray[Any]) -> NDArray[Any]:
         dtype = np.result_type(self.dtype, rows.dtype)
         dtype = dtype if dtype in TORCH_DTYPES else np.dtype(np.float64)  # torch knows no longdouble
         here = self._objective.device
-        if not (rows.dtype in TORCH_DTYPES and rows.flags.c_contiguous and rows.flags.writeable):  # as torch wants it
-            rows = np.require(rows, _stage_dtype(self._objective.dtype), ["C", "W"])
-        if here.type == "cpu":
-            array = np.empty((len(rows), self.shape[0]), dtype=dtype)
-            vectors = torch.from_numpy(rows).to(self._objective.dtype)  # by torch, which converts on all cores
-            self._run(vectors, torch.from_numpy(array))
-            return array
-        vectors = self._staging.to_device(rows, here, self._objective.dtype)
-        products = torch.empty(len(rows), self.shape[0], device=here, dtype=TORCH_DTYPES[dtype])
+
+        def hand_over() -> tuple[Tensor, Tensor]:
+            given = rows
+            if not (rows.dtype in TORCH_DTYPES and rows.flags.c_contiguous and rows.flags.writeable):  # as torch wants
+                given = np.require(rows, _stage_dtype(self._objective.dtype), ["C", "W"])
+            if here.type == "cpu":  # by torch, which converts on all cores
+                vectors = torch.from_numpy(given).to(self._objective.dtype)
+                return vectors, torch.from_numpy(np.empty((len(rows), self.shape[0]), dtype=dtype))
+            vectors = self._staging.to_device(given, here, self._objective.dtype)
+            return vectors, torch.empty(len(rows), self.shape[0], device=here, dtype=TORCH_DTYPES[dtype])
+
+        vectors, products = self._in_room(hand_over, _FEWER)
         self._run(vectors, products)
-        return self._staging.to_array(products)
+        if here.type == "cpu":
+            return products.numpy()
+        return self._in_room(lambda: self._staging.to_array(products), _FEWER)
 
     def _run(self, vectors: Tensor, products: Tensor) -> None:
         with self._settings.progress.of(len(vectors)) as tick:

@@ -142,7 +142,7 @@ class Worker:
     def _products(self, count: int, dtype: str, **which: Any) -> Callable[[], dict[str, Any]]:
         shard = self._shard(**which)
         kind = torch.float32 if dtype == "float32" else torch.float64
-        vectors = torch.empty(count, shard.A.shape[1], dtype=kind, device=self._team.device)
+        vectors = shard.A._in_room(lambda: torch.empty(count, shard.A.shape[1], dtype=kind, device=self._team.device))
         self._team.broadcast(vectors)
         return lambda: self._keep(shard.product_sums(vectors))
 
