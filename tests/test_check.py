@@ -153,9 +153,23 @@ class TestSound:
             report = check(A, rng=0)
             assert report.verdict.startswith("sound"), report
             assert compared(report) == ["forward mode", "finite differences"]
+
+    def test_journals_answer_nothing(self, tmp_path) -> None:
+        H = operator(loss_problem("ce"))
         with JournaledLinearOperator(H, tmp_path / "journal") as J:
-            assert check(J, rng=0).verdict.startswith("sound")
-            assert J.num_recorded == 5  # a product that is asked for again is read
+            x = np.ones(J.shape[1])
+            J @ x
+            for A in (J, 3 * J):
+                for _ in range(2):
+                    before = J.num_products
+                    report = check(A, rng=0)
+                    assert report.verdict.startswith("sound"), report
+                    assert J.num_products - before >= 7
+            assert (J.num_recorded, J.num_answered) == (1, 0)
+            J @ x
+            assert J.num_answered == 1
+            with pytest.raises(LookupError, match="not in the journal"):
+                check(J.recall(), rng=0)
 
     def test_jacobians(self) -> None:
         J = operator(loss_problem("ce"), "jacobian")

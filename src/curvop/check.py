@@ -22,6 +22,7 @@ from curvop.model_check import (
     magnitude,
     measured,
     model_findings,
+    past_journals,
     ratio,
     route_findings,
     served_findings,
@@ -105,6 +106,7 @@ def check(
     with (
         step_bar("check", progress) as bar,
         warned_as_before(computed_parts(A)),
+        past_journals(A),
         warnings.catch_warnings(record=True) as caught,
     ):
         algebra = _Algebra(A, num_probes, rng, bar)

@@ -16,6 +16,7 @@ from curvop.computed import ComputedLinearOperator
 from curvop.dense import rounding
 from curvop.distributed import DistributedLinearOperator
 from curvop.fingerprint import listed
+from curvop.journal import JournaledLinearOperator
 from curvop.norms import norm
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "magnitude",
     "measured",
     "model_findings",
+    "past_journals",
     "ratio",
     "route_findings",
     "served_findings",
@@ -56,6 +58,15 @@ _NO_ROUTE = (
 def computed_parts(A: LinearOperator) -> list[ComputedLinearOperator]:
     """Return the operators of this package that `A` is, or is made of."""
     return _parts(A, ComputedLinearOperator)
+
+
+@contextlib.contextmanager
+def past_journals(A: LinearOperator) -> Iterator[None]:
+    """Let products be made that a journal would answer: what it has on disk says nothing of what is made now."""
+    with contextlib.ExitStack() as stack:
+        for journal in _parts(A, JournaledLinearOperator):
+            stack.enter_context(journal.bypassed())
+        yield
 
 
 def served_parts(A: LinearOperator) -> list[DistributedLinearOperator]:

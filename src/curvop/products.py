@@ -41,11 +41,14 @@ class ProductStore:
         Each product's record, by its offset, and its row in it.
     made, answered : int
         Products that were made in this process, and that were read.
+    bypassed : bool
+        Whether nothing is to be read or recorded for now.
     """
 
     def __init__(self, A: LinearOperator, directory: Path, max_bytes: float | None, sync_seconds: float) -> None:
         self.directory = directory
         self.made = self.answered = 0
+        self.bypassed = False
         self.where: dict[bytes, tuple[int, int]] = {}
         self._A = A
         self._stopped = False
