@@ -642,6 +642,14 @@ def sharded_parameters(rank: int, size: int, folder: Path) -> dict[str, Any]:
     fully_shard(problem.model, mesh=init_device_mesh("cpu", (size,)))
     with raised(found, "sharded"):
         GGNLinearOperator(problem.model, nn.MSELoss(), dict(problem.model.named_parameters()), problem.data)
+    head = nn.Linear(3, 3).double()
+    with raised(found, "sharded beside"):
+        GGNLinearOperator(
+            nn.Sequential(problem.model, head),
+            nn.MSELoss(),
+            {"1.weight": head.weight, "1.bias": head.bias},
+            problem.data,
+        )
     return found
 
 

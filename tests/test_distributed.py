@@ -195,7 +195,8 @@ def test_models_on_several_devices(tmp_path, size: int) -> None:
 
 def test_parameters_are_whole_on_each_rank(tmp_path) -> None:
     for found in Ranks("sharded_parameters", 2, tmp_path).check():
-        assert [found[name]["kind"] for name in ("sharded", "wrapped")] == ["TypeError", "TypeError"]
+        assert {found[name]["kind"] for name in ("sharded", "sharded beside", "wrapped")} == {"TypeError"}
+        assert "model's parameter '0.0.weight' is a DTensor" in found["sharded beside"]["message"]
         assert "params['0.weight'] is a DTensor" in found["sharded"]["message"]
         assert "curvop.distributed.serve" in found["sharded"]["message"]
         assert "pass model.module" in found["wrapped"]["message"]

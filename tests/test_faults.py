@@ -40,7 +40,9 @@ class Heavy(nn.Module):
 
 
 @OPERATORS
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("CUDA error: out of memory")]
+)
 def test_what_counts_as_out_of_memory_is_tried_again(operator, error) -> None:
     model = Heavy(error)
     data = [(torch.randn(4, 3).double(), torch.randn(4, 2).double()) for _ in range(3)]

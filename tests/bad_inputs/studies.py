@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.sparse.linalg import aslinearoperator
@@ -26,6 +27,7 @@ from curvop import (
     solve,
     spectrum,
 )
+from curvop.distributed import serve
 from curvop.fingerprint import OtherProblemError
 
 
@@ -193,4 +195,24 @@ area(
     ("tracking what is no matrix", lambda: spectrum.track(3), TypeError, "A is a int"),
     ("checking what is no operator", lambda: check(np.eye(3)), TypeError, "A is a ndarray"),
     ("checking without probes", lambda: check(DENSE, num_probes=0), ValueError, "num_probes is 0"),
+)
+
+
+def served(*operators: Any, **options: Any) -> None:
+    with serve(*operators, **options):
+        pass
+
+
+def served_within() -> None:
+    with serve(H):
+        served(H)
+
+
+area(
+    "Several processes",
+    ("serving nothing", lambda: served(), TypeError, "serve() takes an operator"),
+    ("serving an array", lambda: served(DENSE @ np.eye(4)), TypeError, "A is a ndarray"),
+    ("no time at all", lambda: served(H, timeout=0), ValueError, "timeout is 0"),
+    ("ranks that come in no time", lambda: served(H, arrival=-1), ValueError, "arrival is -1"),
+    ("serving within a block that serves", lambda: served_within(), RuntimeError, "within another one's block"),
 )

@@ -38,6 +38,12 @@ SHORT_OF_MEMORY = (
 
 # Where the system does not say how much memory is free: enough for small models, and harmless on any machine.
 _UNKNOWN = 2**30
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 # Of glibc's <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -53,8 +59,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; on the host, torch raises a `RuntimeError` of its allocator."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an error says that memory ran out; torch on the host, and NVIDIA's libraries, say so in words alone."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
 
 
 def free_unused(device: torch.device) -> None:

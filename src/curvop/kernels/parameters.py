@@ -112,9 +112,11 @@ def _check_own(model: Any, named: Mapping[str, Tensor]) -> None:
         )
     if fsdp is not None and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in parts):
         raise TypeError(f"model is sharded by FullyShardedDataParallel, but {remedy}")
-    for name, value in named.items():
+    others = {name: value for part in parts[:1] for name, value in part.named_parameters() if name not in named}
+    for name, value in {**named, **others}.items():
         if tensors is not None and isinstance(value, tensors.DTensor):
-            raise TypeError(f"params[{name!r}] is a DTensor, as fully_shard makes them, but {remedy}")
+            where = f"params[{name!r}]" if name in named else f"model's parameter {name!r}"
+            raise TypeError(f"{where} is a DTensor, as fully_shard makes them, but {remedy}")
 
 
 def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> None:
