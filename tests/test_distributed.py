@@ -492,7 +492,7 @@ class TestOneProcess:
     @pytest.mark.parametrize(
         ("arguments", "options", "message"),
         [
-            ([], {}, "takes an operator"),
+            ([], {}, "was given no operator"),
             ([np.eye(3)], {}, "A is a ndarray"),
             (["mse"], {"timeout": 0}, "timeout is 0"),
             (["mse"], {"arrival": -1}, "arrival is -1"),

@@ -91,7 +91,7 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
             "all operators to one, serve(A, B)"
         )
     if not operators:
-        raise TypeError("serve() takes an operator of this rank's part of the data, or several")
+        raise TypeError("serve() was given no operator: pass that of this rank's part of the data, or several")
     if not (timeout > 0 and arrival > 0):
         raise ValueError(f"timeout is {timeout} and arrival is {arrival}, but both must be positive")
     team = Team(timeout, arrival)

@@ -210,7 +210,7 @@ def served_within() -> None:
 
 area(
     "Several processes",
-    ("serving nothing", lambda: served(), TypeError, "serve() takes an operator"),
+    ("serving nothing", lambda: served(), TypeError, "serve() was given no operator"),
     ("serving an array", lambda: served(DENSE @ np.eye(4)), TypeError, "A is a ndarray"),
     ("no time at all", lambda: served(H, timeout=0), ValueError, "timeout is 0"),
     ("ranks that come in no time", lambda: served(H, arrival=-1), ValueError, "arrival is -1"),
