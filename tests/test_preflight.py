@@ -97,6 +97,7 @@ class TestDropout:
     def test_it_is_named_by_every_product(self, name: str, kind: str, cache: Any) -> None:
         make, where = RANDOM[name]
         A = operator(problem_of(make().train()), kind, cache=cache)
+        torch.manual_seed(1)  # two draws of so few numbers may be the same
         for _ in range(2):
             with pytest.raises(NonDeterministicObjectiveError, match=f"dropout is active in {where}: call model.eval"):
                 product(A)
