@@ -13,16 +13,16 @@ __all__ = ["functional_call", "replace"]
 def functional_call(module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...]) -> Any:
     """Call a module with other tensors in the place of its own, as `torch.func.functional_call` does.
 
-    That one puts the module's own tensors back as well, but not where Ctrl-C comes while it swaps them.
+    That one puts the module's own tensors back as well, but not where Ctrl-C comes while it swaps them, and it leaves
+    what the module has registered meanwhile, which may be a tensor of a tracer's.
     """
     own = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
     try:
         return torch.func.functional_call(module, tensors, args)
-    except BaseException:
+    finally:
         for part, parameters, buffers in own:
             replace(part._parameters, parameters)
             replace(part._buffers, buffers)
-        raise
 
 
 def replace(tensors: dict[str, Any], others: dict[str, Any]) -> None:
