@@ -204,7 +204,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "budget": budget,
     "large": large,
     "goals": goals,
-    **({"distributed": distributed} if (RESULTS / "distributed.json").exists() else {}),
+    "distributed": distributed,
 }
 
 
