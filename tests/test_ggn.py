@@ -93,6 +93,11 @@ def test_predictions_that_are_trees() -> None:
     close(ggn(problem, engine="compiled", columns=1) @ np.eye(G.shape[1]), G @ np.eye(G.shape[1]))
 
 
+@pytest.mark.slow
+def test_predictions_that_are_trees_compiled() -> None:
+    assert_ggn(two_heads(), diagonal=False, engine="compiled")
+
+
 @pytest.mark.parametrize("loss", CONVEX)
 def test_convex_losses_make_it_positive_semi_definite(loss: str) -> None:
     G = ggn(loss_problem(loss))

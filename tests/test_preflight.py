@@ -128,6 +128,7 @@ class TestBatchNormalisation:
             product(A)
         assert len(told) == 1
         product(A)  # it is told once
+        product(A.block("0.bias"))  # nor do blocks tell more
 
     def test_without_running_statistics_evaluation_mode_does_not_help(self) -> None:
         model = self.model(track_running_stats=False).eval()
