@@ -419,6 +419,18 @@ def left(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def stayed(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Rank 0 goes on after Ctrl-C, to the end of its block, while rank 1 computes for longer than `TIMEOUT`."""
+    found: dict[str, Any] = {}
+    A, data = parts(rank, size)
+    data.pause = 1.5 * TIMEOUT * rank
+    with raised(found, "serve"), serve(A, timeout=TIMEOUT) as W:
+        if rank == 0:
+            with raised(found, "product"), interrupted(0.5):
+                W @ np.ones(W.shape[0])
+    return found
+
+
 def new_tensors(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Tensors that take the place of a model's own, before the block and within it."""
     found: dict[str, Any] = {}
@@ -617,6 +629,21 @@ def idle_kill(rank: int, size: int, folder: Path) -> dict[str, Any]:
             kill(int((folder / "pid1").read_text()), signal.SIGKILL, folder)
             with raised(found, "product"):
                 W @ np.ones(W.shape[0])
+    return found
+
+
+def killed_at_the_end(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """A rank ends after the last product, before rank 0 leaves its block."""
+    found: dict[str, Any] = {}
+    A, _ = parts(rank, size)
+    (folder / f"pid{rank}").write_text(str(os.getpid()))
+    with warnings.catch_warnings(record=True) as found["warnings"], raised(found, "serve"):
+        with serve(A, timeout=TIMEOUT) as W:
+            if rank == 0:
+                found["product"] = W @ np.ones(W.shape[0])
+                kill(int((folder / "pid1").read_text()), signal.SIGKILL, folder)
+        found["left"] = time.monotonic()
+    found["warnings"] = [(one.category.__name__, str(one.message)) for one in found["warnings"]]
     return found
 
 

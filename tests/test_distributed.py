@@ -382,6 +382,19 @@ class TestDeath:
     def test_a_worker_is_killed_between_products(self, run) -> None:
         run("idle_kill", 2, {0: "product"}, dead=1)
 
+    def test_a_worker_is_killed_after_the_last_product(self, run, tmp_path) -> None:
+        ranks = run("killed_at_the_end", 2, {}, dead=1)
+        assert ranks.exits == [0, -signal.SIGKILL]
+        here, killed = ranks.found[0], float((tmp_path / "killed").read_text())
+        assert here["serve"] is None
+        assert 0 < here["left"] - killed < SOON
+        [(kind, message)] = here["warnings"]
+        assert kind == "RuntimeWarning"
+        assert message.startswith("rank 1 has given no sign of life")
+        assert message.endswith("after the last product of the block, whose results hold")
+        A, _ = parts(0, 1)
+        close(here["product"], A @ np.ones(A.shape[0]))
+
     def test_a_worker_is_stopped(self, run) -> None:
         run("stopped_worker", 3, {0: "eigsh", 2: "serve"}, dead=1, stays=1)
 
@@ -403,6 +416,12 @@ class TestDeath:
         assert (there["kind"], there["rank"]) == ("RankError", 0)
         assert there["message"] == "rank 0 left its block by KeyboardInterrupt"
         assert there["seconds"] > 14
+
+    def test_rank_0_goes_on_after_ctrl_c_and_waits_for_another_that_computes(self, tmp_path) -> None:
+        here, there = Ranks("stayed", 2, tmp_path).check()
+        assert here["product"]["kind"] == "KeyboardInterrupt"
+        assert here["product"]["seconds"] < TIMEOUT
+        assert (here["serve"], there["serve"]) == (None, None)
 
     def test_ctrl_c_on_a_worker(self, tmp_path) -> None:
         ranks = Ranks("ctrl_c_on_a_worker", 2, tmp_path)

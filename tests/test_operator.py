@@ -364,3 +364,21 @@ class TestBookkeeping:
         eigsh(H, k=2)
         H._settings.progress._bar.close()
         assert "products" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_the_bits_do_not_depend_on_where_a_vector_lies(kind) -> None:
+    """MKL sums in another order where memory begins at other bytes: here, a matrix times a vector does."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.Tanh(), torch.nn.Linear(10, 1)).double()
+    data = [(torch.randn(50, 20).double(), torch.randn(50, 1).double())]
+    A = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
+    for v in np.random.default_rng(0).normal(size=(20, A.shape[0])):
+        memory = np.empty(v.nbytes + 128, np.uint8)
+        start = -memory.ctypes.data % 64
+        products = set()
+        for offset in range(0, 64, 8):
+            moved = memory[start + offset :][: v.nbytes].view(np.float64)
+            moved[:] = v
+            products.add(np.asarray(A @ kind(moved)).tobytes())
+        assert len(products) == 1

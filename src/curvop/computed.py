@@ -28,7 +28,7 @@ from curvop.kernels.routes import Route, other_routes
 from curvop.memory import available_bytes
 from curvop.operator import BridgeLinearOperator, Rows
 from curvop.progress import Progress
-from curvop.staging import Staging
+from curvop.staging import Staging, aligned
 
 __all__ = ["TORCH_DTYPES", "UNTRUSTED", "ComputedLinearOperator", "Settings"]
 
@@ -196,13 +196,13 @@ class ComputedLinearOperator(BridgeLinearOperator):
 
     def _apply_tensor(self, rows: Tensor) -> Tensor:
         here, dtype = self._objective.device, torch.promote_types(rows.dtype, self._objective.dtype)
-        vectors, products = self._in_room(
-            lambda: (
-                rows.to(here, self._objective.dtype).contiguous(),
-                torch.empty(len(rows), self.shape[0], device=here, dtype=dtype),
-            ),
-            _FEWER,
-        )
+
+        def hand_over() -> tuple[Tensor, Tensor]:
+            vectors = rows.to(here, self._objective.dtype).contiguous()
+            vectors = aligned(vectors) if here.type == "cpu" else vectors
+            return vectors, torch.empty(len(rows), self.shape[0], device=here, dtype=dtype)
+
+        vectors, products = self._in_room(hand_over, _FEWER)
         self._run(vectors, products)
         return self._in_room(lambda: products.to(rows.device, rows.dtype), _FEWER)
 
@@ -216,7 +216,7 @@ class ComputedLinearOperator(BridgeLinearOperator):
             if not (rows.dtype in TORCH_DTYPES and rows.flags.c_contiguous and rows.flags.writeable):  # as torch wants
                 given = np.require(rows, _stage_dtype(self._objective.dtype), ["C", "W"])
             if here.type == "cpu":  # by torch, which converts on all cores
-                vectors = torch.from_numpy(given).to(self._objective.dtype)
+                vectors = aligned(torch.from_numpy(given).to(self._objective.dtype))
                 return vectors, torch.from_numpy(np.empty((len(rows), self.shape[0]), dtype=dtype))
             vectors = self._staging.to_device(given, here, self._objective.dtype)
             return vectors, torch.empty(len(rows), self.shape[0], device=here, dtype=TORCH_DTYPES[dtype])

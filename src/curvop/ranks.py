@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -197,16 +198,22 @@ class Team:
             self._close(broken=False)
 
     def dismiss(self, error: BaseException | None) -> None:
-        """Let the other ranks go, as rank 0; with what has ended its block, they raise."""
+        """Let the other ranks go, as rank 0; with what has ended its block, they raise.
+
+        One that has died meanwhile is warned of, as nothing more was to be asked of it.
+        """
         if self._over is None and self.size > 1:
             told = None if error is None else f"rank 0 left its block by {described(error)}"
-            end = time.monotonic() + (self._timeout if told is None else _FAREWELL)
+            end = float("inf") if told is None else time.monotonic() + _FAREWELL
             try:
                 number = self._post("stop", error=told)
                 for rank in range(1, self.size):
                     self._wait(f"{number}/{rank}", end)
-            except (RankError, dist.DistError):  # nothing more is asked of them
-                if told is not None:
+            except (RankError, dist.DistError) as lost:
+                if told is None:
+                    after = "after the last product of the block, whose results hold"
+                    warnings.warn(f"{lost}. So it is {after}", RuntimeWarning, stacklevel=2)
+                else:
                     self.fail(RankError(0, told))  # which their pulses hear while they compute
         self.leave()
 

@@ -1,4 +1,4 @@
-"""The way between NumPy's arrays and a GPU."""
+"""The way between NumPy's arrays, or a user's tensors, and memory that products are made in."""
 
 from __future__ import annotations
 
@@ -10,10 +10,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Staging"]
+__all__ = ["LINE", "Staging", "aligned"]
+
+# Bytes that torch aligns its own memory to, and NumPy does not.
+LINE = 64
+# What is larger gets pages of its own from the C library, and so lies at the same bytes of a line always.
+_LARGE = 2**25
 
 # Pinned memory is taken from everyone on the machine: what is larger goes the slower way, unpinned.
 _MOST = 2**29
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor on the host, or a copy of it where it begins elsewhere than torch's own would.
+
+    MKL sums in another order there, so that the last bits of a product would depend on where its vector lies.
+    """
+    if tensor.data_ptr() % LINE == 0 or tensor.nbytes >= _LARGE:
+        return tensor
+    return tensor.clone()
 
 
 class Staging:

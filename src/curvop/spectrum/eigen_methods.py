@@ -178,7 +178,7 @@ def device(task: Task) -> Found:
     if basis >= task.size:
         return dense(task, "the basis would have been the whole space")
     basis, note = _basis_that_fits(task, basis, "the Lanczos", 1.5)  # half of it is made anew beside it, at a restart
-    start = torch.from_numpy(np.array(task.start() if task.v0 is None else task.v0, dtype=task.A.dtype))
+    start = torch.tensor(np.array(task.start() if task.v0 is None else task.v0, dtype=task.A.dtype))
     restarts = task.maxiter or min(_MAX_RESTARTS, 10 * task.size)
 
     def choose(values: Array, count: int) -> Array:

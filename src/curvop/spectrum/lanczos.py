@@ -16,6 +16,7 @@ orthogonalisation.
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from curvop.memory import available_bytes, check_fits
 from curvop.norms import column_norms, dots_of, norms_of
 from curvop.operator import BridgeLinearOperator
 from curvop.spectrum.orthogonality import OrthogonalityBound, rounding_left
+from curvop.staging import LINE, aligned
 
 Array = NDArray[Any]
 
@@ -48,7 +50,7 @@ def multiply(A: Any, rows: Tensor) -> Tensor:
         product: Tensor = A @ rows.T
         return product.T
     array = np.array((A @ rows.numpy().T).T, order="C")  # a copy, as an operator may return its argument
-    return torch.from_numpy(array).to(torch.promote_types(rows.dtype, torch.float32))
+    return aligned(torch.from_numpy(array).to(torch.promote_types(rows.dtype, torch.float32)))
 
 
 def basis_dtype(A: Any) -> torch.dtype:
@@ -80,7 +82,10 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Return a tensor of zeros; on the host from NumPy, whose large arrays take huge pages, made four times as fast."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(shape, np.float32 if dtype == torch.float32 else np.float64))
+    count = math.prod(shape)
+    room = torch.from_numpy(np.zeros(count + LINE, np.float32 if dtype == torch.float32 else np.float64))
+    start = -room.data_ptr() % LINE // room.itemsize  # as `aligned` has it
+    return room[start : start + count].view(shape)
 
 
 class Lanczos:
