@@ -31,14 +31,14 @@ from sklearn.datasets import load_digits
 from soak_cases import INJECTED, MATRICES, Case, Fault, World, modules, references
 
 import curvop
-from curvop.spectrum import density, eigsh
+from curvop.spectrum import blocks, density, eigsh
 
 RESULTS = Path(__file__).resolve().parent / "results" / "soak.json"
 EXAMPLES = 40
 REFUSALS = (curvop.NonFiniteProductError, curvop.NonDeterministicObjectiveError, ValueError)
 LIMITS = {"float64": 1e-10, "float32": 2e-4}  # of what an error is measured by, the norm of the matrix and the vector
 GROWTH = 1.0  # MiB in 1,000 operations; a leak of one vector or batch in each of them is more
-LONG = ("solve", "eigsh", "density", "journal", "check")
+LONG = ("solve", "eigsh", "density", "blocks", "journal", "check")
 
 
 class RefusedError(Exception):
@@ -129,6 +129,20 @@ class _Operations:
         norm = np.linalg.norm(case.dense, 2)
         return max(abs(found.moment(p).value - expected.moment(p).value) / norm**p for p in (1, 2))
 
+    def blocks(self, case: Case) -> float:
+        """Block by block, told by two moments of each."""
+        seed, settings = int(self.rng.integers(1000)), {"num_probes": 2, "num_steps": 6, "progress": False}
+        found = blocks(case.A, **settings, norm_products=2, rng=seed)
+        seeds = np.random.default_rng(seed).integers(2**63, size=len(found.names))  # one for each block
+        worst = 0.0
+        for name, own, one in zip(found.names, found.densities, seeds.tolist(), strict=True):
+            where = case.A.params_slices[name]
+            part = case.dense[where, where]
+            expected = density(aslinearoperator(part), **settings, rng=np.random.default_rng(one))
+            norm = np.linalg.norm(part, 2)
+            worst = max(worst, *(abs(own.moment(p).value - expected.moment(p).value) / norm**p for p in (1, 2)))
+        return float(worst)
+
     def journal(self, case: Case) -> float:
         """Its file is cut off between two openings, at any byte of its last two records."""
         x = self.vectors(case, case.A.shape[1], 3)
@@ -199,7 +213,9 @@ class _Soak:
             self.cases[index] = self.case()
         case = self.cases[index]
         names = ["matvec", "matmat", "adjoint", "tensors", "block", "submatrix", "matvec", "matmat", "submatrix"]
-        names += ["journal"] if case.matrix == "jacobian" else ["damped", "solve", "eigsh", "density", "journal"]
+        names += (
+            ["journal"] if case.matrix == "jacobian" else ["damped", "solve", "eigsh", "density", "blocks", "journal"]
+        )
         name = "check" if self.rng.random() < 0.02 else self.pick(*names)
         fault = self.pick(*INJECTED, "NaN", "random loss", "written to") if self.rng.random() < 0.3 else ""
         try:

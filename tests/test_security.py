@@ -175,9 +175,14 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.parametrize("command", ["eigs", "check", "spectrum"])
 def test_no_command_asks_the_network(tmp_path, command: str) -> None:
-    more = {"eigs": ["--k", "2"], "check": [], "spectrum": ["--k", "2", "--out", "study", "--steps", "5"]}[command]
+    (tmp_path / "problems.py").write_text(PROBLEMS)
+    more = {
+        "eigs": ["problems.py:small", "--k", "2"],
+        "check": ["digits"],
+        "spectrum": ["problems.py:small", "--k", "2", "--out", "study", "--steps", "5"],
+    }[command]
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_NETWORK, command, "digits", *more],
+        [sys.executable, "-c", WITHOUT_NETWORK, command, *more],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
@@ -206,7 +211,7 @@ def test_code_that_lies_around_is_not_run(tmp_path) -> None:
     for name in ("digits", "numpy", "sklearn", "matplotlib", "json", "curvop", "sitecustomize", "problem"):
         (folder / f"{name}.py").write_text(trap)
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "curvop", "eigs", "digits", "--k", "1"],
+        [sys.executable, "-P", "-m", "curvop", "check", "digits"],
         cwd=folder,
         env=environment(),
         capture_output=True,
