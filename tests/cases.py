@@ -8,6 +8,7 @@ from collections import UserDict, namedtuple
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,6 +69,12 @@ def mlp(inputs: int = 4, outputs: int = 3) -> nn.Sequential:
 
 N = 9
 BATCHINGS = {"one": (9,), "unequal": (6, 3), "singles": (1,) * 9}
+
+
+def slow(*names: str) -> list[Any]:
+    """Return parameters whose tests take long."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
 
 # Losses: name -> (loss, targets); the model is an MLP with three outputs.
 

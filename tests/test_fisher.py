@@ -11,7 +11,7 @@ import pytest
 import torch
 from agreement import assert_matrix, close
 from architectures import ARCHITECTURES, RECURRENT, architecture_problem
-from cases import BATCHINGS, LOSSES, Problem, input_problem, log_problem, loss_problem, sequences
+from cases import BATCHINGS, LOSSES, Problem, input_problem, log_problem, loss_problem, sequences, slow
 from test_ggn import two_heads
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,10 +28,6 @@ from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn
 from curvop.kernels.likelihoods import Likelihood
 
 LIKELIHOODS = [name for name in LOSSES if name.startswith(("mse", "ce", "bce", "f-"))]
-
-
-def slow(*names: str) -> list:
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def ef(problem: Problem, **options) -> EFLinearOperator:
@@ -74,9 +70,9 @@ class TestEmpirical:
     def test_every_architecture(self, name: str) -> None:
         assert_ef(architecture_problem(name), diagonal=name not in RECURRENT)
 
-    @pytest.mark.parametrize("name", ["ce-everything"])
-    def test_the_compiled_engine(self, name: str) -> None:
-        assert_ef(loss_problem(name), engine="compiled", columns=1)
+    @pytest.mark.parametrize("batching", ["one", *slow("unequal")])  # each shape of batch is compiled by itself
+    def test_the_compiled_engine(self, batching: str) -> None:
+        assert_ef(loss_problem("ce-everything", batching), engine="compiled", columns=1)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -322,11 +318,10 @@ class TestSampled:
         assert_matrix(build, dense)
         assert np.linalg.eigvalsh(dense).min() > -1e-12
 
-    @pytest.mark.parametrize(
-        "loss", ["ce-everything", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mse", "bce-weights"))]
-    )
-    def test_the_compiled_engine_draws_the_same(self, loss: str) -> None:
-        problem = loss_problem(loss)
+    @pytest.mark.parametrize("batching", ["one", *slow("unequal")])
+    @pytest.mark.parametrize("loss", ["ce-everything", *slow("mse", "bce-weights")])
+    def test_the_compiled_engine_draws_the_same(self, loss: str, batching: str) -> None:
+        problem = loss_problem(loss, batching)
         dense = dense_of(fisher(problem, mc_samples=2, rng=5))
         assert_matrix(functools.partial(fisher, problem, mc_samples=2, rng=5, columns=1), dense, engine="compiled")
 

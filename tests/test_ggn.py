@@ -9,7 +9,7 @@ import pytest
 import torch
 from agreement import assert_matrix, close
 from architectures import ARCHITECTURES, RECURRENT, architecture_problem
-from cases import BATCHINGS, LOSSES, Problem, cut, input_problem, log_problem, loss_problem, seeded, sequences
+from cases import BATCHINGS, LOSSES, Problem, cut, input_problem, log_problem, loss_problem, seeded, sequences, slow
 from scipy.sparse.linalg import cg
 from torch import Tensor, nn
 
@@ -55,9 +55,9 @@ def test_every_architecture(name: str) -> None:
     assert_ggn(architecture_problem(name), diagonal=name not in RECURRENT)
 
 
-@pytest.mark.parametrize("name", ["ce-everything"])
-def test_the_compiled_engine(name: str) -> None:
-    assert_ggn(loss_problem(name), engine="compiled")
+@pytest.mark.parametrize("batching", ["one", *slow("unequal")])  # each shape of batch is compiled by itself
+def test_the_compiled_engine(batching: str) -> None:
+    assert_ggn(loss_problem("ce-everything", batching), engine="compiled")
 
 
 @pytest.mark.slow

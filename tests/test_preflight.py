@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from typing import Any
 
@@ -290,10 +291,16 @@ class Normalised(nn.Module):
 
 
 class TestWhatUsersCodeWritesTo:
-    @pytest.mark.parametrize("engine", ["autograd", "compiled"])
     @pytest.mark.parametrize("cache", ["auto", 0])
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_inputs_targets_and_buffers(self, kind: str, cache: Any, engine: str) -> None:
+    @pytest.mark.parametrize(
+        ("kind", "engine"),
+        [
+            *itertools.product(KINDS, ["autograd"]),
+            ("hessian", "compiled"),
+            *(pytest.param(kind, "compiled", marks=pytest.mark.slow) for kind in KINDS if kind != "hessian"),
+        ],
+    )
+    def test_inputs_targets_and_buffers(self, kind: str, engine: str, cache: Any) -> None:
         problem = problem_of(Writing().eval())
         problem.loss_function = halved
         plain = Problem(
