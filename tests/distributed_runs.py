@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -19,12 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from cases import Problem, cut, log_problem, loss_problem, mlp, seeded
+from processes import started
 from scipy.sparse.linalg import cg, eigsh
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -707,19 +706,13 @@ class Ranks:
         seconds: float = 120,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        context = server_of_processes()
         port = free_port()
         shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if launcher_has_the_store:  # as under torchrun
             self._store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
             shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-        self.processes = [
-            context.Process(target=_run, args=(run, rank, size, shared, str(folder)), daemon=True)
-            for rank in range(size)
-        ]
         began = time.monotonic()
-        for process in self.processes:
-            process.start()
+        self.processes = [started(_run, run, rank, size, shared, str(folder)) for rank in range(size)]
         try:
             for rank, process in enumerate(self.processes):
                 if rank != stays:  # which is stopped, and ends not by itself
@@ -744,16 +737,6 @@ class Ranks:
         return self.found
 
 
-def server_of_processes() -> multiprocessing.context.ForkServerContext:
-    """Return what forks processes that have imported this module, which takes seconds, already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    # The server looks on its own path, and says nothing where it finds nothing there.
-    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
-        multiprocessing.forkserver.ensure_running()
-    return context
-
-
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -773,6 +756,6 @@ def _run(run: str, rank: int, size: int, shared: dict[str, str], folder: str) ->
 
 
 if __name__ == "__main__":  # by hand: python distributed_runs.py solvers 2 /tmp/somewhere
-    started = Ranks(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
-    print(json.dumps({"seconds": started.seconds, "exits": started.exits, "hung": started.hung}))
-    print(*started.found, sep="\n")
+    ranks = Ranks(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    print(json.dumps({"seconds": ranks.seconds, "exits": ranks.exits, "hung": ranks.hung}))
+    print(*ranks.found, sep="\n")

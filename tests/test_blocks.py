@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from cases import loss_problem
+from killed_runs import blocks_of_digits
 from matplotlib.collections import FillBetweenPolyCollection
+from processes import started
 from scipy.sparse.linalg import aslinearoperator
 from torch import nn
 
@@ -154,36 +154,14 @@ class TestTakenUpAgain:
         assert loaded.unfinished == list(H.params_slices)
 
 
-SCRIPT = """
-import os, signal, sys
-import curvop, torch
-from curvop.problems import digits
-from curvop.spectrum import blocks
-
-class Dying(curvop.HessianLinearOperator):
-    left = int(sys.argv[1])
-
-    def _apply(self, rows):
-        Dying.left -= len(rows)
-        if Dying.left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super()._apply(rows)
-
-torch.set_num_threads(1)  # as here: more of them sum in another order
-blocks(Dying(**digits(), columns=1), **{options!r}, checkpoint={directory!r}).save({out!r})
-"""
-
-
 def test_sigkill(network, tmp_path: Path) -> None:
     """Within the first block's density, before its norms, and within the third block: no product is made twice."""
-    script = SCRIPT.format(options=OPTIONS, directory=str(tmp_path / "c"), out=str(tmp_path / "blocks.npz"))
     expected = blocks(network, **OPTIONS)
     left = expected.num_products - (12 + 18 + 60)
-    for made in (14, 18, 60):
-        killed = subprocess.run([sys.executable, "-c", script, str(made)], timeout=120, check=False)
-        assert killed.returncode == -signal.SIGKILL
-    last = subprocess.run([sys.executable, "-c", script, str(left)], timeout=120, check=False)
-    assert last.returncode == 0
+    for made, code in ((14, -signal.SIGKILL), (18, -signal.SIGKILL), (60, -signal.SIGKILL), (left, 0)):
+        process = started(blocks_of_digits, made, tmp_path / "c", tmp_path / "blocks.npz", OPTIONS)
+        process.join(120)
+        assert process.exitcode == code
     assert_same(BlockStudy.load(tmp_path / "blocks.npz"), expected)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from killed_runs import density_of_digits
+from processes import started
 from scipy.sparse.linalg import LinearOperator
 from test_solve import matrix
 
@@ -135,48 +135,28 @@ def test_one_at_a_time(tmp_path: Path) -> None:
         run(Nested(), tmp_path)
 
 
-SCRIPT = """
-import sys
-import numpy as np
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import curvop
-from curvop.problems import digits
-from curvop.spectrum import density
-
-class Counted(curvop.HessianLinearOperator):
-    def _apply(self, rows):
-        with open({log!r}, "ab") as log:  # a byte for each product that begins
-            log.write(b"." * len(rows))
-        return super()._apply(rows)
-
-H = Counted(**digits(), columns=1)
-found = density(H, num_probes=6, num_steps={steps}, rng=0, checkpoint={directory!r}, progress=False)
-found.save({out!r})
-"""
-
-
 def killed_runs(kills: int, steps: int, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    paths = {"tests": str(Path(__file__).parent), "log": str(tmp_path / "log"), "steps": steps}
-    plain = SCRIPT.format(
-        **paths | {"log": str(tmp_path / "plain")}, directory=str(tmp_path / "p"), out=str(tmp_path / "p.npz")
-    )
-    command = [sys.executable, "-c"]
-    subprocess.run([*command, plain], check=True, timeout=300)
-    script = SCRIPT.format(**paths, directory=str(tmp_path / "c"), out=str(tmp_path / "c.npz"))
-    log, done = tmp_path / "log", 0
+    rng, log, done = np.random.default_rng(0), tmp_path / "log", 0
+
+    def child(name: str, log: Path) -> BaseProcess:
+        return started(density_of_digits, log, tmp_path / name, tmp_path / f"{name}.npz", steps)
+
+    def finish(name: str, log: Path) -> None:
+        process = child(name, log)
+        process.join(300)
+        assert process.exitcode == 0
+
+    finish("p", tmp_path / "plain")
     for _ in range(kills):
         size = log.stat().st_size if log.exists() else 0
-        process = subprocess.Popen([*command, script])
-        while process.poll() is None and (not log.exists() or log.stat().st_size == size):
+        process = child("c", log)
+        while process.is_alive() and (not log.exists() or log.stat().st_size == size):
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.02))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            done += 1
-        process.wait(60)
-    subprocess.run([*command, script], check=True, timeout=300)
+        done += process.is_alive()
+        process.kill()
+        process.join(60)
+    finish("c", log)
     assert done == kills
     one, other = np.load(tmp_path / "p.npz"), np.load(tmp_path / "c.npz")
     for name in one.files:

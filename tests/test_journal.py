@@ -8,9 +8,8 @@ import pickle
 import random
 import resource
 import shutil
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ import torch
 from cases import Problem, loss_problem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from killed_runs import journaled
+from processes import started
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, eigsh, lobpcg, lsmr, svds
 from torch.utils.data import DataLoader
 
@@ -29,7 +30,6 @@ from curvop.journal import JournaledLinearOperator
 from curvop.records import RecordFileError
 
 P = 43
-SCRIPT = Path(__file__).with_name("journaled_runs.py")
 
 
 def hessian(problem: Problem, **options: Any) -> HessianLinearOperator:
@@ -407,33 +407,32 @@ class TestDisk:
         assert J.num_products == 0
 
 
-def started(there: Path, solver: str) -> subprocess.Popen[bytes]:
-    """Start the script; what it makes is in the directory `there`."""
-    files = [there, there / f"{solver}.count", solver, there / f"{solver}.npy"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, SCRIPT, *files], stdout=subprocess.DEVNULL, env=environment)
-
-
-def kill(child: subprocess.Popen[bytes], count: Path, moment: int, delay: float) -> bool:
+def kill(child: BaseProcess, count: Path, moment: int, delay: float) -> bool:
     """Kill the child `delay` seconds after it begins product number `moment`; whether it had not finished."""
-    while child.poll() is None and not (count.exists() and count.stat().st_size >= moment):
+    while child.is_alive() and not (count.exists() and count.stat().st_size >= moment):
         time.sleep(1e-4)
     time.sleep(delay)
     child.kill()
-    return child.wait() != 0
+    child.join()
+    return child.exitcode != 0
+
+
+def finish(there: Path, solver: str) -> None:
+    child = started(journaled, there, solver)
+    child.join()
+    assert child.exitcode == 0
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     there = tmp_path_factory.mktemp("undisturbed")
     for solver in ("eigsh", "cg"):
-        with started(there, solver) as child:
-            assert child.wait() == 0
+        finish(there, solver)
     return there
 
 
 class TestKilled:
-    """The script is killed at random moments and started again; it ends as if nothing had happened."""
+    """A process is killed at random moments and started again; it ends as if nothing had happened."""
 
     @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("solver", ["eigsh", "cg"])
@@ -441,10 +440,8 @@ class TestKilled:
         total = (undisturbed / f"{solver}.count").stat().st_size
         count, rng, killed = tmp_path / f"{solver}.count", random.Random(f"{solver} {kills}"), 0
         for moment in sorted(rng.sample(range(1, total - 5), kills)):
-            with started(tmp_path, solver) as child:
-                killed += kill(child, count, moment, rng.uniform(0, 0.005))
-        with started(tmp_path, solver) as child:
-            assert child.wait() == 0
+            killed += kill(started(journaled, tmp_path, solver), count, moment, rng.uniform(0, 0.005))
+        finish(tmp_path, solver)
         assert killed == kills
         assert (tmp_path / f"{solver}.npy").read_bytes() == (undisturbed / f"{solver}.npy").read_bytes()
         assert total <= count.stat().st_size <= total + killed

@@ -66,9 +66,9 @@ print(f"loss {loss.item():.2f}")
 # The largest eigenvalue of each block
 # ------------------------------------
 #
-# ``select`` takes patterns: all weights of both layers. SciPy's ``tol`` is a part of the eigenvalue that is asked for, and
-# the smallest is next to nothing beside the largest. What is far from zero is their difference, an eigenvalue of the
-# block less the largest times the identity.
+# ``select`` takes patterns: all weights of both layers. SciPy's ``tol`` is a part of the eigenvalue that is asked for,
+# and the smallest is next to nothing beside the largest. What is far from zero is their difference, an eigenvalue of
+# the block less the largest times the identity.
 
 params = select(model, "transformer.h.*.weight", exclude="*ln_*")
 H = HessianLinearOperator.from_objective(objective, params, data, batch_weight=predicted)
