@@ -71,9 +71,9 @@ N = 9
 BATCHINGS = {"one": (9,), "unequal": (6, 3), "singles": (1,) * 9}
 
 
-def slow(*names: str) -> list[Any]:
-    """Return parameters whose tests take long."""
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+def slow(*values: Any) -> list[Any]:
+    """Return values of a parameter with which a test is a slow one."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 # Losses: name -> (loss, targets); the model is an MLP with three outputs.

@@ -52,7 +52,7 @@ for axis, classes in zip(axes, (4, 6, 10), strict=True):
     print(f"{classes} classes, {H.shape[0]:,} parameters: {outliers} outliers; {found.verdict}")
     assert classes - 1 <= outliers <= classes
     assert found.ok
-    density(H, num_probes=8, num_steps=80, rng=0, progress=False).plot(axis)
+    density(H, num_probes=3, num_steps=60, rng=0, progress=False).plot(axis)
     axis.plot(found.values[:outliers], np.full(outliers, axis.get_ylim()[0] * 1.3), "v", color="tab:red")
     axis.set_title(f"{classes} classes: {outliers} outliers")
 plt.show()
