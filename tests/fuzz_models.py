@@ -385,8 +385,8 @@ class Case:
         shape = {"vector": (3,), "image": (1, 3, 4), "sequence": (LENGTH, 4), "tokens": (LENGTH,)}[self.kind]
         if self.kind == "tokens":
             X = torch.randint(0, TOKENS, (count, *shape))
-            # Two of them differ. Where all are one, an instance normalisation divides rounding errors by the root of its
-            # epsilon, and three after one another do so with 1e-16 up to 1e-8: two routes in float64 differ by that.
+            # Two of them differ. Where all are one, an instance normalisation divides rounding errors by the root of an
+            # epsilon, and three after one another make 1e-8 of 1e-16: two routes in float64 differ by that.
             X[:, 1] = (X[:, 0] + torch.randint(1, TOKENS, (count,))) % TOKENS
         else:
             X = torch.randn(count, *shape)
