@@ -11,11 +11,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -423,10 +424,14 @@ def stayed(rank: int, size: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     A, data = parts(rank, size)
     data.pause = 1.5 * TIMEOUT * rank
-    with raised(found, "serve"), serve(A, timeout=TIMEOUT) as W:
-        if rank == 0:
-            with raised(found, "product"), interrupted(0.5):
-                W @ np.ones(W.shape[0])
+    for name in ("patient", "impatient"):
+        with raised(found, name), ExitStack() as stack, serve(A, timeout=TIMEOUT) as W:
+            if rank == 0:
+                with raised(found, f"{name}, product"), interrupted(0.5):
+                    W @ np.ones(W.shape[0])
+                if name == "impatient":
+                    stack.enter_context(interrupted(0.5))
+        found[f"{name}, threads"] = [thread.name for thread in threading.enumerate()]
     return found
 
 
@@ -632,17 +637,23 @@ def idle_kill(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def killed_at_the_end(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """A rank ends after the last product, before rank 0 leaves its block."""
+    """Rank 1 ends after the last product, before rank 0 leaves its block, while rank 2 computes still."""
     found: dict[str, Any] = {}
-    A, _ = parts(rank, size)
+    A, data = parts(rank, size)
     (folder / f"pid{rank}").write_text(str(os.getpid()))
-    with warnings.catch_warnings(record=True) as found["warnings"], raised(found, "serve"):
-        with serve(A, timeout=TIMEOUT) as W:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with raised(found, "serve"), serve(A, timeout=TIMEOUT) as W:
             if rank == 0:
                 found["product"] = W @ np.ones(W.shape[0])
+        data.pause = 2.5 * TIMEOUT if rank == 2 else 0.0
+        with raised(found, "serve again"), serve(A, timeout=TIMEOUT) as W:
+            if rank == 0:
+                with raised(found, "interrupted"), interrupted(0.5):
+                    W @ np.ones(W.shape[0])
+                time.sleep(0.5)  # rank 1 has done its part
                 kill(int((folder / "pid1").read_text()), signal.SIGKILL, folder)
-        found["left"] = time.monotonic()
-    found["warnings"] = [(one.category.__name__, str(one.message)) for one in found["warnings"]]
+    found["warnings"] = [(one.category.__name__, Path(one.filename).name, str(one.message)) for one in told]
     return found
 
 

@@ -382,16 +382,17 @@ class TestDeath:
     def test_a_worker_is_killed_between_products(self, run) -> None:
         run("idle_kill", 2, {0: "product"}, dead=1)
 
-    def test_a_worker_is_killed_after_the_last_product(self, run, tmp_path) -> None:
-        ranks = run("killed_at_the_end", 2, {}, dead=1)
-        assert ranks.exits == [0, -signal.SIGKILL]
-        here, killed = ranks.found[0], float((tmp_path / "killed").read_text())
-        assert here["serve"] is None
-        assert 0 < here["left"] - killed < SOON
-        [(kind, message)] = here["warnings"]
-        assert kind == "RuntimeWarning"
+    def test_a_worker_is_killed_after_the_last_product(self, run) -> None:
+        """While another still computes, which is waited for."""
+        ranks = run("killed_at_the_end", 3, {}, dead=1)
+        assert ranks.exits == [0, -signal.SIGKILL, 0]
+        here, _, there = ranks.found
+        assert here["interrupted"]["kind"] == "KeyboardInterrupt"
+        assert [found[name] for found in (here, there) for name in ("serve", "serve again")] == [None] * 4
+        [(kind, file, message)] = here["warnings"]
+        assert (kind, file) == ("RuntimeWarning", "distributed_runs.py")
         assert message.startswith("rank 1 has given no sign of life")
-        assert message.endswith("after the last product of the block, whose results hold")
+        assert message.endswith("at the end of the block, whose products were all right")
         A, _ = parts(0, 1)
         close(here["product"], A @ np.ones(A.shape[0]))
 
@@ -419,9 +420,13 @@ class TestDeath:
 
     def test_rank_0_goes_on_after_ctrl_c_and_waits_for_another_that_computes(self, tmp_path) -> None:
         here, there = Ranks("stayed", 2, tmp_path).check()
-        assert here["product"]["kind"] == "KeyboardInterrupt"
-        assert here["product"]["seconds"] < TIMEOUT
-        assert (here["serve"], there["serve"]) == (None, None)
+        for name in ("patient, product", "impatient, product", "impatient"):
+            assert here[name]["kind"] == "KeyboardInterrupt"
+            assert here[name]["seconds"] < TIMEOUT
+        assert (here["patient"], there["patient"]) == (None, None)
+        for found in (here, there):
+            for name in ("patient", "impatient"):
+                assert "curvop pulse" not in found[f"{name}, threads"]
 
     def test_ctrl_c_on_a_worker(self, tmp_path) -> None:
         ranks = Ranks("ctrl_c_on_a_worker", 2, tmp_path)

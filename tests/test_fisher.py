@@ -318,10 +318,9 @@ class TestSampled:
         assert_matrix(build, dense)
         assert np.linalg.eigvalsh(dense).min() > -1e-12
 
-    @pytest.mark.parametrize("batching", ["one", *slow("unequal")])
     @pytest.mark.parametrize("loss", ["ce-everything", *slow("mse", "bce-weights")])
-    def test_the_compiled_engine_draws_the_same(self, loss: str, batching: str) -> None:
-        problem = loss_problem(loss, batching)
+    def test_the_compiled_engine_draws_the_same(self, loss: str) -> None:
+        problem = loss_problem(loss)
         dense = dense_of(fisher(problem, mc_samples=2, rng=5))
         assert_matrix(functools.partial(fisher, problem, mc_samples=2, rng=5, columns=1), dense, engine="compiled")
 

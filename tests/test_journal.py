@@ -8,6 +8,8 @@ import pickle
 import random
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -417,17 +419,13 @@ def kill(child: BaseProcess, count: Path, moment: int, delay: float) -> bool:
     return child.exitcode != 0
 
 
-def finish(there: Path, solver: str) -> None:
-    child = started(journaled, there, solver)
-    child.join()
-    assert child.exitcode == 0
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
+    """Of another interpreter, with memory and hash seed of its own."""
     there = tmp_path_factory.mktemp("undisturbed")
-    for solver in ("eigsh", "cg"):
-        finish(there, solver)
+    script = "import sys, killed_runs, pathlib; [killed_runs.journaled(pathlib.Path('.'), one) for one in sys.argv[1:]]"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script, "eigsh", "cg"], cwd=there, env=environment, check=True)
     return there
 
 
@@ -441,7 +439,9 @@ class TestKilled:
         count, rng, killed = tmp_path / f"{solver}.count", random.Random(f"{solver} {kills}"), 0
         for moment in sorted(rng.sample(range(1, total - 5), kills)):
             killed += kill(started(journaled, tmp_path, solver), count, moment, rng.uniform(0, 0.005))
-        finish(tmp_path, solver)
+        child = started(journaled, tmp_path, solver)
+        child.join()
+        assert child.exitcode == 0
         assert killed == kills
         assert (tmp_path / f"{solver}.npy").read_bytes() == (undisturbed / f"{solver}.npy").read_bytes()
         assert total <= count.stat().st_size <= total + killed

@@ -29,7 +29,7 @@ STUDIES = {
     ),
     *("check", "check_report", "model_check", "solvers"),
     *("spectrum", "journal", "products", "fingerprint", "records", "exclusive", "distributed"),
-    *("serving", "ranks", "pulse"),
+    *("serving", "ranks", "launch", "pulse"),
 }
 
 

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, eigsh
 from tqdm import tqdm
 
-from curvop import DampedLinearOperator, HessianLinearOperator
+from curvop import DampedLinearOperator, GradientCovarianceLinearOperator, HessianLinearOperator
 
 P = 43
 DEVICES = [
@@ -367,12 +367,13 @@ class TestBookkeeping:
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
-def test_the_bits_do_not_depend_on_where_a_vector_lies(kind) -> None:
+@pytest.mark.parametrize("matrix", [HessianLinearOperator, GradientCovarianceLinearOperator])
+def test_the_bits_do_not_depend_on_where_a_vector_lies(matrix, kind) -> None:
     """MKL sums in another order where memory begins at other bytes: here, a matrix times a vector does."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.Tanh(), torch.nn.Linear(10, 1)).double()
     data = [(torch.randn(50, 20).double(), torch.randn(50, 1).double())]
-    A = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
+    A = matrix(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
     for v in np.random.default_rng(0).normal(size=(20, A.shape[0])):
         memory = np.empty(v.nbytes + 128, np.uint8)
         start = -memory.ctypes.data % 64

@@ -210,8 +210,11 @@ def test_code_that_lies_around_is_not_run(tmp_path) -> None:
     folder.mkdir()
     for name in ("digits", "numpy", "sklearn", "matplotlib", "json", "curvop", "sitecustomize", "problem"):
         (folder / f"{name}.py").write_text(trap)
+    (tmp_path / "problems.py").write_text(PROBLEMS)
+    problem = f"{tmp_path / 'problems.py'}:small"
+    script = "import sys; from curvop.cli import main; sys.exit(main(['check', 'digits']) or main(sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "curvop", "check", "digits"],
+        [sys.executable, "-P", "-c", script, "spectrum", problem, "--k", "1", "--out", str(tmp_path / "study")],
         cwd=folder,
         env=environment(),
         capture_output=True,

@@ -198,8 +198,7 @@ class ComputedLinearOperator(BridgeLinearOperator):
         here, dtype = self._objective.device, torch.promote_types(rows.dtype, self._objective.dtype)
 
         def hand_over() -> tuple[Tensor, Tensor]:
-            vectors = rows.to(here, self._objective.dtype).contiguous()
-            vectors = aligned(vectors) if here.type == "cpu" else vectors
+            vectors = aligned(rows.to(here, self._objective.dtype).contiguous())
             return vectors, torch.empty(len(rows), self.shape[0], device=here, dtype=dtype)
 
         vectors, products = self._in_room(hand_over, _FEWER)

@@ -23,6 +23,7 @@ from curvop.kernels.objective import BatchWeight
 from curvop.kernels.routes import Route
 from curvop.operator import Rows
 from curvop.sandwich import SandwichLinearOperator
+from curvop.staging import aligned
 
 __all__ = ["EFLinearOperator", "FisherLinearOperator", "GradientCovarianceLinearOperator"]
 
@@ -118,7 +119,7 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
 
     def _apply(self, rows: Rows) -> Rows:
         # What centring takes away may be most of the product: in double precision, as far as the model's goes.
-        lifted: Any = rows.double() if isinstance(rows, Tensor) else rows.astype(np.float64)
+        lifted: Any = aligned(rows.double().contiguous()) if isinstance(rows, Tensor) else rows.astype(np.float64)
         products: Any = super()._apply(lifted)
         left, right, divisor, count = self._gradient_sum()
         if isinstance(rows, Tensor):

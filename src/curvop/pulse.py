@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 __all__ = ["Pulse", "RankError", "described"]
@@ -80,6 +81,17 @@ class Pulse(threading.Thread):
                     f"rank {rank} has given no sign of life for {turns * self.interval:.0f} s: its process has ended "
                     "(killed, out of memory), is stopped, or cannot be reached",
                 )
+
+    def looks(self, longest: float) -> Iterator[None]:
+        """Yield again and again, as long as the others live, with pauses that grow with what was waited already."""
+        began = checked = time.monotonic()
+        while True:
+            yield
+            now = time.monotonic()
+            if now - checked > self.interval:
+                checked = now
+                self.check()
+            time.sleep(min(longest, (now - began) / 16))
 
     def gone(self, error: Exception | None) -> RankError:
         """Return what it means that the store cannot be reached: what was told before, if anything."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import socket
 import threading
 import time
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from curvop.launch import joined
 from curvop.pulse import Pulse, RankError, described
 
 __all__ = ["Team"]
@@ -65,7 +65,7 @@ class Team:
         self._asked: int | None = None
         self._over: str | None = None
         self._lock = threading.Lock()
-        if not _joined(arrival):
+        if not joined(arrival):
             return
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         group: Any = dist.group.WORLD
@@ -158,10 +158,7 @@ class Team:
 
     def answer(self, number: int, **answer: Any) -> None:
         """Answer rank 0."""
-        try:
-            self._store.set(f"{number}/{self.rank}", json.dumps(answer))
-        except dist.DistError as error:  # rank 0 has left meanwhile
-            raise self._pulse.gone(error) from error
+        self._tell(f"{number}/{self.rank}", answer)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Fill the contiguous `tensor` with that of rank 0."""
@@ -198,29 +195,50 @@ class Team:
             self._close(broken=False)
 
     def dismiss(self, error: BaseException | None) -> None:
-        """Let the other ranks go, as rank 0; with what has ended its block, they raise.
+        """Let the other ranks go, as rank 0; with what has ended its block, they raise. A dead one is warned of."""
+        told = None if error is None else f"rank 0 left its block by {described(error)}"
+        lost = None
+        try:
+            if self._over is None and self.size > 1:
+                self._part(told)
+        except RankError as one:
+            lost = one
+            if told is not None:
+                self.fail(RankError(0, told))  # which their pulses hear while they compute
+        finally:
+            self.leave()
+        if lost is not None and told is None:
+            said = f"{lost}. This showed at the end of the block, whose products were all right"
+            warnings.warn(said, RuntimeWarning, stacklevel=4)
 
-        One that has died meanwhile is warned of, as nothing more was to be asked of it.
-        """
-        if self._over is None and self.size > 1:
-            told = None if error is None else f"rank 0 left its block by {described(error)}"
-            end = float("inf") if told is None else time.monotonic() + _FAREWELL
+    def _part(self, told: str | None) -> None:
+        """Wait until the others have heard that rank 0 leaves, the living ones before it is raised who is dead."""
+        end = float("inf") if told is None else time.monotonic() + _FAREWELL
+        lost, waiting = None, list(range(1, self.size))
+        number = self._post("stop", error=told)
+        while waiting:
             try:
-                number = self._post("stop", error=told)
-                for rank in range(1, self.size):
-                    self._wait(f"{number}/{rank}", end)
-            except (RankError, dist.DistError) as lost:
-                if told is None:
-                    after = "after the last product of the block, whose results hold"
-                    warnings.warn(f"{lost}. So it is {after}", RuntimeWarning, stacklevel=2)
-                else:
-                    self.fail(RankError(0, told))  # which their pulses hear while they compute
-        self.leave()
+                self._wait(f"{number}/{waiting[0]}", end)
+                del waiting[0]
+            except RankError as error:
+                if told is not None or error.rank not in waiting:
+                    raise
+                lost = error
+                waiting.remove(error.rank)
+                self._pulse.watch(waiting)
+        if lost is not None:
+            raise lost
 
     def _post(self, do: str, **arguments: Any) -> int:
         number, self._number = self._number, self._number + 1
-        self._store.set(str(number), json.dumps({"do": do, **arguments}))
+        self._tell(str(number), {"do": do, **arguments})
         return number
+
+    def _tell(self, key: str, told: dict[str, Any]) -> None:
+        try:
+            self._store.set(key, json.dumps(told))
+        except dist.DistError as error:  # as where rank 0 has left meanwhile
+            raise self._pulse.gone(error) from error
 
     def _close(self, broken: bool) -> None:
         if self.size == 1:
@@ -245,7 +263,7 @@ class Team:
     def _wait(self, key: str, end: float = float("inf")) -> bytes:
         """Return what the store has under `key`, as soon as it has it, as long as the others live."""
         try:
-            for _ in self._looks(_LONGEST):  # the store's own waiting logs a warning whenever its time is over
+            for _ in self._pulse.looks(_LONGEST):  # the store's own waiting logs a warning whenever its time is over
                 if self._store.check([key]):
                     return bytes(self._store.get(key))
                 if time.monotonic() > end:
@@ -255,21 +273,10 @@ class Team:
             raise self._pulse.gone(error) from error
         raise AssertionError
 
-    def _looks(self, longest: float) -> Iterator[None]:
-        """Yield again and again, as long as the others live, with pauses that grow with what was waited already."""
-        began = checked = time.monotonic()
-        while True:
-            yield
-            now = time.monotonic()
-            if now - checked > self._pulse.interval:
-                checked = now
-                self._pulse.check()
-            time.sleep(min(longest, (now - began) / 16))
-
     def _finish(self, works: Sequence[Any]) -> None:
         try:
             for work in works:
-                for _ in self._looks(1e-3):
+                for _ in self._pulse.looks(1e-3):
                     if work.is_completed():
                         break
                 work.wait()
@@ -286,20 +293,6 @@ class Team:
             self._pulse.check(min(_SOON, self._timeout / 2))
             time.sleep(self._pulse.interval / 4)
         raise RankError(None, f"the connection between the ranks is broken: {error}") from error
-
-
-def _joined(arrival: float) -> bool:
-    """Whether this is one of several processes; join them where a launcher has started them and nobody has yet."""
-    if not dist.is_available():
-        return False
-    if not dist.is_initialized():
-        if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or int(os.environ["WORLD_SIZE"]) == 1:
-            return False
-        try:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=arrival))
-        except (dist.DistError, RuntimeError) as error:
-            raise RankError(None, f"not all ranks came together within {arrival:g} s: {error}") from error
-    return dist.get_world_size() > 1
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:

@@ -16,6 +16,7 @@ from curvop.fisher import GradientCovarianceLinearOperator
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.fingerprint import digest
 from curvop.sandwich import SandwichLinearOperator
+from curvop.staging import aligned
 
 __all__ = ["ERRORS", "Shard"]
 
@@ -85,7 +86,7 @@ class Shard:
         """Return the sums of the products with `vectors` ``(K, N)``, in float32 or float64, on any device."""
 
         def compute() -> list[Tensor]:
-            lifted = vectors.to(self._objective.device, torch.float64)
+            lifted = aligned(vectors.to(self._objective.device, torch.float64))
             products = self.A._apply_tensor(lifted)
             if self._centred is None:
                 return [products]

@@ -12,23 +12,19 @@ from torch import Tensor
 
 __all__ = ["LINE", "Staging", "aligned"]
 
-# Bytes that torch aligns its own memory to, and NumPy does not.
+# Bytes that torch aligns its own memory to, on the host; NumPy's begins at multiples of 16, and slices anywhere.
 LINE = 64
-# What is larger gets pages of its own from the C library, and so lies at the same bytes of a line always.
-_LARGE = 2**25
 
 # Pinned memory is taken from everyone on the machine: what is larger goes the slower way, unpinned.
 _MOST = 2**29
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor on the host, or a copy of it where it begins elsewhere than torch's own would.
+    """Return a contiguous tensor, or a copy of it where it begins elsewhere than torch's own would.
 
     MKL sums in another order there, so that the last bits of a product would depend on where its vector lies.
     """
-    if tensor.data_ptr() % LINE == 0 or tensor.nbytes >= _LARGE:
-        return tensor
-    return tensor.clone()
+    return tensor if tensor.data_ptr() % LINE == 0 else tensor.clone()
 
 
 class Staging:

@@ -83,9 +83,10 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     count = math.prod(shape)
-    room = torch.from_numpy(np.zeros(count + LINE, np.float32 if dtype == torch.float32 else np.float64))
-    start = -room.data_ptr() % LINE // room.itemsize  # as `aligned` has it
-    return room[start : start + count].view(shape)
+    room = torch.from_numpy(
+        np.zeros(count + LINE // dtype.itemsize, np.float32 if dtype == torch.float32 else np.float64)
+    )
+    return room[-room.data_ptr() % LINE // dtype.itemsize :][:count].view(shape)  # as `aligned` has it
 
 
 class Lanczos:
