@@ -251,19 +251,19 @@ class TestMillionsOfIndices:
 
     def test_are_checked_in_less_than_a_second(self, long):
         for selection in self.kinds():
-            start = time.perf_counter()
+            start = time.process_time()  # another process may have the cores
             S = SubmatrixLinearOperator(long, selection, [1])
-            took = time.perf_counter() - start
+            took = time.process_time() - start
             assert S.shape == (COUNT, 1)
             assert took < 1, type(selection)
 
     def test_a_bad_one_among_them_is_found_as_fast(self, long):
         selection = np.arange(COUNT)
         selection[-1] = LENGTH
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(IndexError, match=f"{LENGTH}.*{LENGTH}"):
             SubmatrixLinearOperator(long, selection, [1])
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
     def test_products_are_those_of_the_few_entries_that_count(self, long):
         S = SubmatrixLinearOperator(long, range(LENGTH - COUNT, LENGTH), [-1, -COUNT])
