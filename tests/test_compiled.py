@@ -144,6 +144,7 @@ def test_dropout_in_training_mode_is_told() -> None:
 
 
 def test_single_precision() -> None:
+    torch.set_default_dtype(torch.float32)  # torch 2.11 compiles it with no other, and the operator says so
     problem = loss_problem("ce", "one")
     problem.model.float()
     problem.data = [(X.float(), y) for X, y in problem.data]
