@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
@@ -240,7 +241,7 @@ class DistributedLinearOperator(ParameterLinearOperator):
         with torch.inference_mode(False):
             vectors = vectors.to(self._link.team.device).contiguous()
             count, dtype = len(vectors), str(vectors.dtype).removeprefix("torch.")
-            local = lambda: self._shard.product_sums(vectors)  # noqa: E731
+            local = functools.partial(self._shard.product_sums, vectors)
             totals = self._totals("products", local, [vectors], count=count, dtype=dtype)
             return self._shard.products(totals, count)
 

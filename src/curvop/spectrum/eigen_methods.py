@@ -20,6 +20,7 @@ from curvop.spectrum.missed import search
 from curvop.spectrum.noise import measure
 from curvop.spectrum.restarted import thick_restart
 from curvop.spectrum.timed import TimeUpError
+from curvop.staging import aligned
 
 __all__ = ["METHODS", "Found", "Task"]
 
@@ -178,7 +179,7 @@ def device(task: Task) -> Found:
     if basis >= task.size:
         return dense(task, "the basis would have been the whole space")
     basis, note = _basis_that_fits(task, basis, "the Lanczos", 1.5)  # half of it is made anew beside it, at a restart
-    start = torch.tensor(np.array(task.start() if task.v0 is None else task.v0, dtype=task.A.dtype))
+    start = aligned(torch.from_numpy(np.array(task.start() if task.v0 is None else task.v0, dtype=task.A.dtype)))
     restarts = task.maxiter or min(_MAX_RESTARTS, 10 * task.size)
 
     def choose(values: Array, count: int) -> Array:

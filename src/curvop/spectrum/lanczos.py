@@ -82,11 +82,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Return a tensor of zeros; on the host from NumPy, whose large arrays take huge pages, made four times as fast."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    count = math.prod(shape)
-    room = torch.from_numpy(
-        np.zeros(count + LINE // dtype.itemsize, np.float32 if dtype == torch.float32 else np.float64)
-    )
-    return room[-room.data_ptr() % LINE // dtype.itemsize :][:count].view(shape)  # as `aligned` has it
+    size = math.prod(shape) * dtype.itemsize
+    room = torch.from_numpy(np.zeros(size + LINE, np.uint8))
+    return room[-room.data_ptr() % LINE :][:size].view(dtype).view(shape)  # as `aligned` has it
 
 
 class Lanczos:
