@@ -37,7 +37,7 @@ model.loss_type = "ForCausalLM"  # which the name of its class does not tell
 
 source = globals().get("__file__", "gpt2_blocks.py")
 codes = torch.tensor([min(byte, 127) for byte in Path(source).read_bytes()])
-tokens = codes[: len(codes) // 32 * 32].view(-1, 32)[:48]
+tokens = codes[: len(codes) // 32 * 32].view(-1, 32)[:32]
 data = [{"input_ids": part, "labels": part} for part in tokens.split(16)]
 
 # %%
@@ -96,8 +96,9 @@ rng = np.random.default_rng(0)
 norms = np.empty((len(params), len(params)))
 for j, col in enumerate(params):
     probes = rng.choice([-1.0, 1.0], (H.params_slices[col].stop - H.params_slices[col].start, 4))
+    products = np.asarray(H.block(list(params), col) @ probes)  # of all rows at once
     for i, row in enumerate(params):
-        norms[i, j] = np.sqrt((np.asarray(H.block(row, col) @ probes) ** 2).sum() / 4)
+        norms[i, j] = np.sqrt((products[H.params_slices[row]] ** 2).sum() / 4)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 left.barh(names, largest, color="tab:red", label="largest")

@@ -45,7 +45,7 @@ decay = 5e-3
 def fit(network, X, y, steps):
     """Minimise the mean over all training images, also where one is missing."""
     optimizer = torch.optim.LBFGS(
-        network.parameters(), max_iter=steps, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+        network.parameters(), max_iter=steps, tolerance_grad=1e-7, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def objective():
@@ -58,7 +58,7 @@ def fit(network, X, y, steps):
     optimizer.step(objective)
 
 
-fit(model, X[train], y[train], 3000)
+fit(model, X[train], y[train], 1000)
 accuracy = (model(X[test]).argmax(1) == y[test]).double().mean()
 print(f"accuracy on {len(test)} test images: {accuracy:.1%}")
 
@@ -97,7 +97,7 @@ def retrained_without(image):
     """Return by how much the test loss changes."""
     rest = torch.arange(len(train)) != image
     twin = copy.deepcopy(model)
-    fit(twin, X[train][rest], y[train][rest], 500)
+    fit(twin, X[train][rest], y[train][rest], 200)
     return float(loss_function(twin(X[test]), y[test]).detach()) - test_loss
 
 
