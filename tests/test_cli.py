@@ -22,6 +22,7 @@ from curvop.examples.functorch import (
     functorch_hessian,
     functorch_jacobian,
 )
+from curvop.kernels.columns import Columns
 from curvop.problems import load
 
 PROBLEMS = """
@@ -314,11 +315,27 @@ class TestNumbers:
         assert few["products"] < many["products"]
         assert few["dense"]["allowed"] == pytest.approx(1e-1)
 
-    def test_runs_repeat(self, run_json, spec):
-        one, two = (run_json(spec("small"), "--k", 3)[1] for _ in range(2))
-        for result in (one, two):
-            del result["seconds"], result["solve"]["seconds"], result["dense"]["seconds"]
+    @pytest.mark.parametrize("columns", [1, 8])
+    def test_runs_repeat(self, run_json, spec, columns):
+        one, two = (self.untimed(run_json(spec("small"), "--k", 3, "--columns", columns)[1]) for _ in range(2))
         assert one == two
+
+    def test_runs_that_measure_repeat_where_the_same_is_fastest(self, run_json, spec, monkeypatch):
+        """How many columns a block multiplies at once is measured, and each number has last digits of its own."""
+        monkeypatch.setattr(Columns, "_seconds", lambda self, size: 1 / size)
+        one, two = (self.untimed(run_json(spec("small"), "--k", 3)[1]) for _ in range(2))
+        assert one == two
+        monkeypatch.setattr(Columns, "_seconds", lambda self, size: size)
+        other = self.untimed(run_json(spec("small"), "--k", 3)[1])
+        assert other["solve"] == one["solve"]  # of single vectors
+        np.testing.assert_allclose(other["eigenvalues"], one["eigenvalues"], rtol=1e-12, atol=1e-15)
+        assert max(other["residuals"]) < 1e-13
+        assert other["dense"]["difference"] < 1e-13
+
+    @staticmethod
+    def untimed(result):
+        del result["seconds"], result["solve"]["seconds"], result["dense"]["seconds"]
+        return result
 
     def test_cg_solves_with_the_damped_last_layer(self, run_json, spec):
         code, result = run_json(spec("small"), "--k", 3, "--damping", 0.5)
@@ -559,6 +576,11 @@ class TestBadArguments:
             (["eigs", "digits", "--damping", "inf"], "argument --damping: must be finite and 0 or more, not inf"),
             (["eigs", "digits", "--damping", "-1"], "argument --damping: must be finite and 0 or more, not -1"),
             (["eigs", "digits", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+            (
+                ["eigs", "digits", "--columns", "0"],
+                "argument --columns: must be a number from 1 on, or 'auto', not '0'",
+            ),
+            (["eigs", "digits", "--columns", "all"], "argument --columns: must be a number from 1 on"),
             (["eigs", "digits", "--out", "no/such/folder/x.npz"], "argument --out: no folder 'no/such/folder'"),
             (["eigs", "digits", "--out", "x.npy"], "argument --out: 'x.npy' does not end in .npz"),
             (["eigs", "digts"], "did you mean 'digits'?"),
@@ -618,7 +640,8 @@ class TestCost:
         assert run_json(spec("small"))[1]["cost"] is None
 
     def test_the_compiled_engine(self, run_json, spec) -> None:
-        code, result = run_json(spec("small"), "--engine", "compiled", "--cost")
+        part = ("--block", "2.weight", "--k", 2, "--columns", 1)  # one program for each shape of batch
+        code, result = run_json(spec("small"), "--engine", "compiled", "--cost", *part)
         assert code == 0
         assert result["cost"]["compile_seconds"] > 0
 

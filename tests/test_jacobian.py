@@ -7,7 +7,7 @@ import pytest
 import torch
 from agreement import close
 from architectures import ARCHITECTURES, architecture_problem
-from cases import BATCHINGS, Problem, input_problem, loss_problem, sequences
+from cases import BATCHINGS, Problem, input_problem, loss_problem, sequences, slow
 from scipy.sparse.linalg import lsmr, svds
 from test_ggn import two_heads
 from torch.utils.data import DataLoader, TensorDataset
@@ -81,7 +81,7 @@ def test_every_architecture_compiled(name: str) -> None:
     assert_jacobian(architecture_problem(name), engine="compiled")
 
 
-@pytest.mark.parametrize("engine", ["autograd", "compiled"])
+@pytest.mark.parametrize("engine", ["autograd", *slow("compiled")])
 def test_predictions_that_are_trees_follow_each_other_batch_by_batch(engine: str) -> None:
     problem = two_heads()
     J = jacobian(problem, engine=engine)

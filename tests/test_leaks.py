@@ -199,7 +199,6 @@ def failing(A: Any) -> None:
 
 @pytest.fixture
 def no_collector():
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

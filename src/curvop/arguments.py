@@ -6,13 +6,13 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from curvop import __version__
 from curvop.matrices import MATRICES
 from curvop.report import ENDS
 
-__all__ = ["JOURNAL", "UsageError", "parse"]
+__all__ = ["JOURNAL", "UsageError", "parse", "settings_of"]
 
 JOURNAL = "journal"
 """The folder that a study makes first of all in its own."""
@@ -93,6 +93,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
     return options
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what an operator is told of how to compute."""
+    return {name: getattr(options, name) for name in ("dtype", "engine", "columns")}
+
+
 def _parser() -> _Parser:
     parser = _Parser(
         prog="curvop", description="Curvature matrices of PyTorch models as SciPy operators.", allow_abbrev=False
@@ -169,6 +174,13 @@ def _common(command: argparse.ArgumentParser, matrices: tuple[str, ...]) -> None
         "--dtype", choices=("float32", "float64"), default="float64", help="of the vectors (default: float64)"
     )
     command.add_argument("--engine", choices=("autograd", "compiled"), default="autograd", help="computes the products")
+    command.add_argument(
+        "--columns",
+        type=_columns,
+        default="auto",
+        metavar="N",
+        help="multiplied at once in a block; a fixed number repeats the last digits (default: auto, what is fastest)",
+    )
     command.add_argument("--block", metavar="NAME", action="append", help="this parameter's block; can be repeated")
     command.add_argument("--json", action="store_true", help="print JSON instead of the report")
 
@@ -181,6 +193,15 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
     return value
+
+
+def _columns(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return _count(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 on, or 'auto', not {text!r}") from None
 
 
 def _nonnegative(text: str) -> float:

@@ -28,8 +28,7 @@ def study(
     matrix: str,
     ends: Sequence[tuple[str, int]],
     tol: float,
-    dtype: str,
-    engine: str,
+    settings: dict[str, Any],
     cost: bool,
     block: Sequence[str] | None,
     damping: float,
@@ -47,10 +46,8 @@ def study(
         Which eigenvalues, in `eigsh`'s words, and how many of them; one call of `eigsh` each.
     tol : float
         `eigsh`'s relative accuracy of an eigenvalue; 0 is machine precision.
-    dtype : str
-        Of the vectors: ``'float32'`` or ``'float64'``.
-    engine : str
-        ``'autograd'`` or ``'compiled'``.
+    settings : dict
+        Of the operator: dtype, engine and columns.
     cost : bool
         Whether to measure what one product costs.
     block : sequence of str or None
@@ -70,7 +67,7 @@ def study(
     ProblemError
         If the problem cannot be wrapped or evaluated, or is too small for the number of eigenvalues.
     """
-    whole, operator = wrap(problem, matrix, dtype, engine, block, bar)
+    whole, operator = wrap(problem, matrix, settings, block, bar)
     N, most = operator.shape[0], max(count for _, count in ends)
     if most >= N:
         raise ProblemError(f"--k = {most} is too large: eigsh finds at most N - 1 eigenvalues, and here N = {N:,}")

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn, functorch_hessian
@@ -34,7 +33,7 @@ MATRICES = {
 
 
 def wrap(
-    problem: dict[str, Any], matrix: str, dtype: str, engine: str, block: Sequence[str] | None, progress: Any = False
+    problem: dict[str, Any], matrix: str, settings: dict[str, Any], block: Sequence[str] | None, progress: Any = False
 ) -> tuple[Any, Any]:
     """Return the operators of a problem's matrix, and of the part of it that `block` names.
 
@@ -44,7 +43,7 @@ def wrap(
         If the problem cannot be wrapped.
     """
     try:
-        whole = MATRICES[matrix].operator(**problem, dtype=np.dtype(dtype), engine=engine, progress=progress)
+        whole = MATRICES[matrix].operator(**problem, **settings, progress=progress)
     except (ValueError, TypeError) as error:
         raise ProblemError(one_line(error)) from error
     try:

@@ -23,8 +23,7 @@ def singular_study(
     *,
     k: int,
     tol: float,
-    dtype: str,
-    engine: str,
+    settings: dict[str, Any],
     cost: bool,
     block: Sequence[str] | None,
     bar: Any,
@@ -41,7 +40,7 @@ def singular_study(
     ProblemError
         If the problem cannot be wrapped or evaluated, or is too small for the number of singular values.
     """
-    whole, operator = wrap_jacobian(problem, dtype, engine, block, bar)
+    whole, operator = wrap_jacobian(problem, settings, block, bar)
     if k >= min(operator.shape):
         raise ProblemError(f"--k = {k} is too large: the Jacobian is {operator.shape[0]:,} by {operator.shape[1]:,}")
     problem = {**problem, "params": named_params(problem, whole)}
@@ -59,7 +58,7 @@ def singular_study(
 
 
 def wrap_jacobian(
-    problem: dict[str, Any], dtype: str, engine: str, block: Sequence[str] | None, progress: Any = False
+    problem: dict[str, Any], settings: dict[str, Any], block: Sequence[str] | None, progress: Any = False
 ) -> tuple[Any, Any]:
     """Return the Jacobian of a problem, and the part of it that `block` names; `curvop.matrices.wrap` does the others.
 
@@ -68,9 +67,9 @@ def wrap_jacobian(
     ProblemError
         If the problem cannot be wrapped.
     """
-    settings = {"dtype": np.dtype(dtype), "engine": engine, "progress": progress}
+    of = (problem["model"], problem["params"], problem["data"])
     try:
-        whole = JacobianLinearOperator(problem["model"], problem["params"], problem["data"], **settings)
+        whole = JacobianLinearOperator(*of, **settings, progress=progress)
     except Exception as error:  # the user's model and data run here for the first time
         raise ProblemError(one_line(error)) from error
     try:
