@@ -48,7 +48,7 @@ numpydoc_xref_param_type = False
 sphinx_gallery_conf = {
     "examples_dirs": "examples",
     "gallery_dirs": "gallery",
-    "filename_pattern": r"\.py$",  # all of them run: a minute and a half in all
+    "filename_pattern": r"\.py$",  # all of them run: two to three minutes in all
     "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": False,
     "write_computation_times": False,

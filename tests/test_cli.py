@@ -316,12 +316,13 @@ class TestNumbers:
         assert few["dense"]["allowed"] == pytest.approx(1e-1)
 
     @pytest.mark.parametrize("columns", [1, 8])
-    def test_runs_repeat(self, run_json, spec, columns):
+    def test_runs_repeat(self, run_json, spec, columns, monkeypatch):
+        monkeypatch.setattr(Columns, "_seconds", lambda self, size: pytest.fail("it is measured"))
         one, two = (self.untimed(run_json(spec("small"), "--k", 3, "--columns", columns)[1]) for _ in range(2))
         assert one == two
 
     def test_runs_that_measure_repeat_where_the_same_is_fastest(self, run_json, spec, monkeypatch):
-        """How many columns a block multiplies at once is measured, and each number has last digits of its own."""
+        """Which number of columns at once is, is measured; another one has other last digits on some machines."""
         monkeypatch.setattr(Columns, "_seconds", lambda self, size: 1 / size)
         one, two = (self.untimed(run_json(spec("small"), "--k", 3)[1]) for _ in range(2))
         assert one == two
@@ -640,10 +641,35 @@ class TestCost:
         assert run_json(spec("small"))[1]["cost"] is None
 
     def test_the_compiled_engine(self, run_json, spec) -> None:
-        part = ("--block", "2.weight", "--k", 2, "--columns", 1)  # one program for each shape of batch
-        code, result = run_json(spec("small"), "--engine", "compiled", "--cost", *part)
+        few = ("--k", 2, "--columns", 1)  # no programs for blocks of vectors
+        code, result = run_json(spec("small"), "--engine", "compiled", "--cost", *few)
         assert code == 0
         assert result["cost"]["compile_seconds"] > 0
+
+
+class TestColumns:
+    @pytest.mark.parametrize(
+        ("command", "options"),
+        [
+            ("eigs", "--k 2"),
+            ("eigs", "--matrix jacobian --k 2"),
+            ("solve", ""),
+            ("check", ""),
+            ("check", "--matrix jacobian"),
+            ("spectrum", "--k 2 --steps 3"),
+        ],
+    )
+    def test_every_command_is_told(self, run, spec, monkeypatch, command, options) -> None:
+        told = set()
+        init = Columns.__init__
+
+        def listen(self, setting, *args):
+            told.add(setting)
+            init(self, setting, *args)
+
+        monkeypatch.setattr(Columns, "__init__", listen)
+        run(command, spec("small"), *options.split(), "--columns", 3)
+        assert told == {3}
 
 
 class TestMatrices:

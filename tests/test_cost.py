@@ -44,7 +44,7 @@ def test_time_in_gradients(problem: Problem) -> None:
 
 
 def test_the_time_is_that_of_a_product(problem: Problem) -> None:
-    """In seconds it is one of a busy machine, so it is compared with what the same machine is seen to take."""
+    """A busy machine takes longer, so it is compared with products that are timed beside it."""
     H = hessian(problem, 10**9)
     vector = np.ones(H.shape[1])
     H @ vector

@@ -48,7 +48,7 @@ def dense_of(A) -> np.ndarray:
 
 
 class TestEmpirical:
-    @pytest.mark.parametrize("batching", BATCHINGS)
+    @pytest.mark.parametrize("batching", ["one", "unequal", *slow("singles")])  # those of the Hessian are by default
     @pytest.mark.parametrize("loss", LOSSES)
     def test_every_loss_however_the_data_is_cut(self, loss: str, batching: str) -> None:
         assert_ef(loss_problem(loss, batching))
@@ -300,7 +300,9 @@ class TestExact:
 
 
 class TestSampled:
-    @pytest.mark.parametrize("loss", ["mse", "mse-sum", "ce-everything", "ce-probabilities", "bce-weights"])
+    @pytest.mark.parametrize(
+        "loss", ["mse", *slow("mse-sum"), "ce-everything", *slow("ce-probabilities"), "bce-weights"]
+    )
     def test_the_mean_over_many_draws_is_the_exact_matrix(self, loss: str) -> None:
         problem = loss_problem(loss)
         exact = dense_of(fisher(problem))

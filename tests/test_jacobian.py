@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -81,10 +83,10 @@ def test_every_architecture_compiled(name: str) -> None:
     assert_jacobian(architecture_problem(name), engine="compiled")
 
 
-@pytest.mark.parametrize("engine", ["autograd", *slow("compiled")])
-def test_predictions_that_are_trees_follow_each_other_batch_by_batch(engine: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"engine": "compiled", "columns": 1}, *slow({"engine": "compiled"})], ids=str)
+def test_predictions_that_are_trees_follow_each_other_batch_by_batch(options: dict[str, Any]) -> None:
     problem = two_heads()
-    J = jacobian(problem, engine=engine)
+    J = jacobian(problem, **options)
     parts = [functorch_jacobian(problem.model, problem.params, [batch]).numpy() for batch in problem.data]
     close(J @ np.eye(J.shape[1]), np.concatenate(parts))
 

@@ -37,8 +37,8 @@ model.loss_type = "ForCausalLM"  # which the name of its class does not tell
 
 source = globals().get("__file__", "gpt2_blocks.py")
 codes = torch.tensor([min(byte, 127) for byte in Path(source).read_bytes()])
-tokens = codes[: len(codes) // 32 * 32].view(-1, 32)[:32]
-data = [{"input_ids": part, "labels": part} for part in tokens.split(16)]
+tokens = codes[: len(codes) // 32 * 32].view(-1, 32)[:16]
+data = [{"input_ids": part, "labels": part} for part in tokens.split(8)]
 
 # %%
 # The model computes its own loss, so the objective calls it. What weighs a batch is how many tokens it predicts.
@@ -90,7 +90,8 @@ assert whole >= max(largest) * 0.98  # a block's eigenvalues lie between those o
 # How layers depend on each other
 # -------------------------------
 #
-# The Frobenius norm of ``H[i, j]`` is the mean of ``|H[i, j] v|^2`` over random signs `v` (Hutchinson, 1989).
+# The square of the Frobenius norm of ``H[i, j]`` is the mean of ``|H[i, j] v|^2`` over random signs `v` (Hutchinson,
+# 1989). All blocks of a column are multiplied at once.
 
 rng = np.random.default_rng(0)
 norms = np.empty((len(params), len(params)))

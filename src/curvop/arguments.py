@@ -12,7 +12,7 @@ from curvop import __version__
 from curvop.matrices import MATRICES
 from curvop.report import ENDS
 
-__all__ = ["JOURNAL", "UsageError", "parse", "settings_of"]
+__all__ = ["JOURNAL", "UsageError", "operator_settings", "parse"]
 
 JOURNAL = "journal"
 """The folder that a study makes first of all in its own."""
@@ -93,7 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
     return options
 
 
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+def operator_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what an operator is told of how to compute."""
     return {name: getattr(options, name) for name in ("dtype", "engine", "columns")}
 
@@ -178,8 +178,9 @@ def _common(command: argparse.ArgumentParser, matrices: tuple[str, ...]) -> None
         "--columns",
         type=_columns,
         default="auto",
-        metavar="N",
-        help="multiplied at once in a block; a fixed number repeats the last digits (default: auto, what is fastest)",
+        metavar="N|auto",
+        help="how many vectors are multiplied at once; 1 repeats the last digits in every run (default: auto, what is "
+        "measured to be fastest)",
     )
     command.add_argument("--block", metavar="NAME", action="append", help="this parameter's block; can be repeated")
     command.add_argument("--json", action="store_true", help="print JSON instead of the report")

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 from curvop import NonDeterministicObjectiveError, NonFiniteProductError, check
-from curvop.arguments import UsageError, parse, settings_of
+from curvop.arguments import UsageError, operator_settings, parse
 from curvop.dense import DenseCheck
 from curvop.eigs import evaluated, study
 from curvop.matrices import MATRICES, wrap
@@ -91,7 +91,8 @@ def _eigs(options: argparse.Namespace) -> int:
 
 
 def _study(problem: dict[str, Any], options: argparse.Namespace, bar: Any) -> Iterator[Result]:
-    common = {name: getattr(options, name) for name in ("tol", "cost", "block")} | {"settings": settings_of(options)}
+    common = {name: getattr(options, name) for name in ("tol", "cost", "block")}
+    common["settings"] = operator_settings(options)
     if options.matrix == "jacobian":
         return singular_study(problem, k=options.k, bar=bar, **common)
     return study(problem, matrix=options.matrix, ends=_ends(options), damping=options.damping, bar=bar, **common)
@@ -108,7 +109,7 @@ def _solve(options: argparse.Namespace) -> int:
     """Run ``curvop solve``."""
     with redirect_stdout(sys.stderr) if options.json else nullcontext(), _progress_bar() as bar:
         problem = load(options.problem)
-        _, operator = wrap(problem, options.matrix, settings_of(options), options.block, bar)
+        _, operator = wrap(problem, options.matrix, operator_settings(options), options.block, bar)
         gradient, loss = evaluated(operator)
         M = None
         if options.rank:
@@ -144,11 +145,11 @@ def _check(options: argparse.Namespace) -> int:
     """Run ``curvop check``."""
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
         problem = load(options.problem)
-        settings = settings_of(options), options.block
+        part = operator_settings(options), options.block
         if options.matrix == "jacobian":
-            title, (_, operator) = "Jacobian", wrap_jacobian(problem, *settings)
+            title, (_, operator) = "Jacobian", wrap_jacobian(problem, *part)
         else:
-            title, (_, operator) = MATRICES[options.matrix].title, wrap(problem, options.matrix, *settings)
+            title, (_, operator) = MATRICES[options.matrix].title, wrap(problem, options.matrix, *part)
         try:
             report = check(operator, num_probes=options.probes, rng=0)
         except Exception as error:  # the user's model, loss and data run here for the first time

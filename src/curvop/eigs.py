@@ -47,7 +47,7 @@ def study(
     tol : float
         `eigsh`'s relative accuracy of an eigenvalue; 0 is machine precision.
     settings : dict
-        Of the operator: dtype, engine and columns.
+        Of the operator: ``dtype``, ``engine`` and ``columns``, as `HessianLinearOperator` takes them.
     cost : bool
         Whether to measure what one product costs.
     block : sequence of str or None

@@ -69,7 +69,8 @@ class HessianLinearOperator(CurvatureLinearOperator):
         different, it falls back to 'autograd' with a warning that says why.
     columns : int or 'auto'
         How many columns of a block ``H @ X`` are multiplied at once: 1, one by one; 'auto', what a short measurement on
-        the first columns finds fastest. A fixed number makes blocks repeat to the last bit in every run.
+        the first columns finds fastest. A fixed number makes blocks repeat to the last bit in every run, as long as
+        there is memory for so many.
     batch_weight : callable, optional
         ``batch -> w_b``, given ``(X, y)``, in place of the divisor of a mean. By default torch's own losses are
         weighted by their divisor, others by the batch size, the first dimension of X.

@@ -67,9 +67,9 @@ def wrap_jacobian(
     ProblemError
         If the problem cannot be wrapped.
     """
-    of = (problem["model"], problem["params"], problem["data"])
+    settings = {**settings, "progress": progress}
     try:
-        whole = JacobianLinearOperator(*of, **settings, progress=progress)
+        whole = JacobianLinearOperator(problem["model"], problem["params"], problem["data"], **settings)
     except Exception as error:  # the user's model and data run here for the first time
         raise ProblemError(one_line(error)) from error
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.arguments import JOURNAL, settings_of
+from curvop.arguments import JOURNAL, operator_settings
 from curvop.eigs import evaluated
 from curvop.fingerprint import OtherProblemError
 from curvop.journal import JournaledLinearOperator, UnrecordedError
@@ -59,7 +59,7 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, begun: 
         Where the problem cannot be wrapped or evaluated, or the folder holds the study of another one, or there is not
         the memory for a later step, before anything is computed.
     """
-    whole, A = wrap(problem, options.matrix, settings_of(options), options.block)
+    whole, A = wrap(problem, options.matrix, operator_settings(options), options.block)
     _check_memory(A, options)
     gradient, loss = evaluated(A)
     found = Findings(
