@@ -97,7 +97,7 @@ rng = np.random.default_rng(0)
 norms = np.empty((len(params), len(params)))
 for j, col in enumerate(params):
     probes = rng.choice([-1.0, 1.0], (H.params_slices[col].stop - H.params_slices[col].start, 4))
-    products = np.asarray(H.block(list(params), col) @ probes)  # of all rows at once
+    products = np.asarray(H.block(list(params), col) @ probes)
     for i, row in enumerate(params):
         norms[i, j] = np.sqrt((products[H.params_slices[row]] ** 2).sum() / 4)
 

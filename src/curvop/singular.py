@@ -67,9 +67,10 @@ def wrap_jacobian(
     ProblemError
         If the problem cannot be wrapped.
     """
-    settings = {**settings, "progress": progress}
     try:
-        whole = JacobianLinearOperator(problem["model"], problem["params"], problem["data"], **settings)
+        whole = JacobianLinearOperator(
+            problem["model"], problem["params"], problem["data"], **settings, progress=progress
+        )
     except Exception as error:  # the user's model and data run here for the first time
         raise ProblemError(one_line(error)) from error
     try:
