@@ -23,13 +23,13 @@ from curvop.kernels.batches import map_leaves
 from curvop.kernels.differentiable import STAND_INS
 from curvop.kernels.fisher import EmpiricalFisherKernel
 from curvop.kernels.ggn import GGNKernel
+from curvop.kernels.guard import replaced
 from curvop.kernels.hessian import HessianKernel
 from curvop.kernels.jacobian import JacobianKernel
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.layout import BatchLayout
 from curvop.kernels.objective import Objective
 from curvop.kernels.sandwich import outputs_of
-from curvop.kernels.stateless import functional_call
 from curvop.kernels.weights import loss_kind
 
 __all__ = ["KINDS", "DoubleBatch", "Point"]
@@ -233,7 +233,8 @@ class _GaussNewton(DoubleBatch):
         rest = iter(outputs.values())
         prediction = map_leaves(lambda part: next(rest) if part.is_floating_point() else part, self.prediction)
         with _Composite([]):
-            loss: Tensor = self.objective.traced_loss(prediction, self.point.held(), self.batch)
+            leaves = self.point.values
+            loss: Tensor = self.objective.traced_loss(leaves, prediction, self.point.held(), self.batch)
         return loss
 
 
@@ -248,16 +249,20 @@ class _EmpiricalFisher(DoubleBatch):
         with _Composite(self._padding):
             prediction, y = self._prediction(values), self.batch[1]
             terms: Tensor
-            held, loss_function = self.point.held()["loss"], self.objective.loss_function
+            held, loss_function = self.point.held(), self.objective.loss_function
             if loss_kind(loss_function) is None:
                 of_one = self.objective.traced_loss
-                return (vmap(lambda z, y: of_one(_alone(z), {"loss": held}, (None, _alone(y))))(prediction, y),)
+                return (
+                    vmap(lambda z, y: of_one(self.point.values, _alone(z), held, (None, _alone(y))))(prediction, y),
+                )
             if isinstance(loss_function, nn.Module):
                 unreduced: Any = copy.copy(loss_function)
                 unreduced.reduction = "none"
-                terms = functional_call(unreduced, held, (prediction, y))
+                own = dict(unreduced.named_parameters()) | dict(unreduced.named_buffers())
+                with replaced([unreduced], {id(own[name]): value for name, value in held["loss"].items()}):
+                    terms = unreduced(prediction, y)
             else:
-                terms = functools.partial(loss_function, reduction="none", **held)(prediction, y)
+                terms = functools.partial(loss_function, reduction="none", **held["loss"])(prediction, y)
         by_row = terms.shape == prediction.shape and terms.ndim > 1
         return ((terms.sum(-1) if by_row else terms).reshape(-1),)
 

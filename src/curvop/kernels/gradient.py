@@ -26,22 +26,21 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
     leaves = objective.leaves(names)
     layout = ParameterLayout(objective.params, names)
     parts = layout.split(out.zero_())
-    losses, weights, sums = [], [], []
+    totals, sums = objective.totals(), []
     with objective.slow_backends():
         for index, batch in objective.batches():
             loss = objective.evaluate(leaves, index, batch)
-            weights.append(loss.weight)
-            losses.append(loss.weight * loss.value.item() if loss.weight else 0.0)
+            totals.add(loss.value, loss.weight, *leaves.values())
             for part, value in zip(parts, loss.gradient([leaves[name] for name in names]), strict=True):
                 if value is not None:
                     part.add_(value.to(part.device), alpha=loss.weight)
             # NaN and infinity survive a sum. It is read at the end only, as a GPU would be waited for here.
             sums.append(out.sum())
-    objective.warn_once(len(weights))
-    _check(out, layout, sums, losses, weights)
-    divisor = objective.divisor(weights)
+        _check(out, layout, sums, totals.losses, totals.weights)
+        objective.conclude(totals)
+    divisor = objective.divisor(totals.weights)
     out.div_(divisor)
-    return math.fsum(losses) / divisor
+    return math.fsum(totals.losses) / divisor
 
 
 def _check(
