@@ -18,9 +18,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from curvop.submatrix import SubmatrixLinearOperator
 
-__all__ = ["BridgeLinearOperator", "ProductCounter", "WrappingLinearOperator"]
+__all__ = ["BridgeLinearOperator", "ProductCounter", "WrappingLinearOperator", "without_values"]
 
 Rows = NDArray[Any] | Tensor
+
+_BOOLEANS = {np.dtype(bool), torch.bool}
 
 
 class ProductCounter:
@@ -88,8 +90,8 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
         if not 1 <= len(keys) <= 2:
             raise IndexError(f"A has two axes, but {len(keys)} indices were given: pass A[rows, cols]")
         rows, cols = (*keys, slice(None))[:2]
-        if isinstance(rows, np.ndarray) and isinstance(cols, np.ndarray) and rows.shape[1:] == cols.shape[:-1] == (1,):
-            return self.submatrix(rows[:, 0], cols[0])  # as numpy.ix_ makes them
+        if _is_open_mesh(rows, cols):
+            return self.submatrix(rows[:, 0], cols.reshape(-1))
         if not isinstance(rows, slice) and not isinstance(cols, slice):
             raise IndexError(
                 "A[rows, cols] with two index arrays means single entries to NumPy: use A[rows, :][:, cols] or "
@@ -207,8 +209,7 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
 
     def _floating(self, x: Tensor) -> Tensor:
         """Return `x` cut off from its graph, integers in the operator's dtype."""
-        if x.layout != torch.strided or x.is_quantized or x.is_meta:
-            kind = "on the meta device" if x.is_meta else "quantised" if x.is_quantized else str(x.layout)
+        if (kind := without_values(x)) is not None:
             raise TypeError(f"x is a tensor that is {kind}: pass a dense one with values, such as x.to_dense()")
         if x.is_floating_point() or x.is_complex():
             return x.detach()
@@ -223,6 +224,26 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
                 f"x has shape {tuple(shape)}, but A has shape {self.shape}: "
                 f"x must be ({self.shape[1]},) or ({self.shape[1]}, K)"
             )
+
+
+def _is_open_mesh(rows: Any, cols: Any) -> bool:
+    """Whether two arrays or tensors of integers are ``(m, 1)`` and ``(1, n)`` or ``(n,)``, as `numpy.ix_` makes them.
+
+    NumPy takes a mask of two dimensions for one of entries.
+    """
+    kinds = np.ndarray | Tensor
+    if not (isinstance(rows, kinds) and isinstance(cols, kinds)) or {rows.dtype, cols.dtype} & _BOOLEANS:
+        return False
+    return rows.shape[1:] == (1,) and tuple(cols.shape[:-1]) in ((1,), ())
+
+
+def without_values(x: Tensor) -> str | None:
+    """Return what keeps a tensor from holding an array of values, None if it holds one."""
+    if x.is_meta:
+        return "on the meta device"
+    if x.is_quantized:
+        return "quantised"
+    return None if x.layout == torch.strided else str(x.layout)
 
 
 class WrappingLinearOperator(BridgeLinearOperator):
