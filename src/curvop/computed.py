@@ -206,8 +206,7 @@ class ComputedLinearOperator(BridgeLinearOperator):
         return self._in_room(lambda: products.to(rows.device, rows.dtype), _FEWER)
 
     def _apply_array(self, rows: NDArray[Any]) -> NDArray[Any]:
-        dtype = np.result_type(self.dtype, rows.dtype)
-        dtype = dtype if dtype in TORCH_DTYPES else np.dtype(np.float64)  # torch knows no longdouble
+        dtype = self._product_dtype(rows.dtype)
         here = self._objective.device
 
         def hand_over() -> tuple[Tensor, Tensor]:
