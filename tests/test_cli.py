@@ -626,7 +626,7 @@ class TestCost:
     def test_in_the_report_and_in_the_json(self, run, run_json, spec) -> None:
         code, out, _ = run("eigs", spec("small"), "--cost")
         assert code == 0
-        assert re.search(r"cost +a product takes .* gradients; 100% of the batches are kept", out)
+        assert re.search(r"cost +one product: .* ms \(.* gradients\); all batches cached", out)
         _, result = run_json(spec("small"), "--cost")
         assert result["cost"]["seconds"] > 0
         assert result["cost"]["kept_share"] == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,6 +13,8 @@ from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.weights import loss_reduction
 
 __all__ = ["CallableObjective"]
+
+T = TypeVar("T")
 
 
 class CallableObjective(Objective):
@@ -33,6 +35,10 @@ class CallableObjective(Objective):
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         loss = self._objective(dict(leaves), batch)
         return loss, self._mean_divisor(None, batch), loss, None
+
+    def plainly(self, leaves: Mapping[str, Tensor], batch: Any, use: Callable[[Callable[[], Tensor]], T]) -> T:
+        """Return ``use(loss)``, `loss` being a function that calls the objective."""
+        return use(lambda: self._objective(dict(leaves), batch))
 
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
         return batch_size(batch)

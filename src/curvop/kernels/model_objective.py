@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from curvop.kernels.stateless import functional_call
 from curvop.kernels.weights import loss_divisor, loss_kind, loss_reduction
 
 __all__ = ["ModelObjective"]
+
+T = TypeVar("T")
 
 _SETTINGS = (bool, int, float, str)
 _RECOMPUTES = (
@@ -80,6 +82,23 @@ class ModelObjective(Objective):
         loss = self.loss_function(prediction, y)
         with torch.no_grad():
             return loss, self._mean_divisor(prediction, batch), loss, None
+
+    def plainly(self, leaves: Mapping[str, Tensor], batch: Any, use: Callable[[Callable[[], Tensor]], T]) -> T:
+        """Return ``use(loss)``, `loss` being a function that calls the model and the loss function as the user does."""
+        model, (X, y) = self._model, batch
+
+        def loss() -> Tensor:
+            prediction = model(X) if isinstance(model, nn.Module) else model(dict(leaves), X)
+            return self.loss_function(prediction, y)
+
+        if not isinstance(model, nn.Module):
+            return use(loss)
+        # Replaced once, before the user's code is called, so that this costs nothing that a user does not pay.
+        tensors = {f"model.{name}": value for name, value in leaves.items()}
+        if any(part.training for part in model.modules()):  # which write to their buffers
+            tensors |= {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
+        result: T = functional_call(_Holder(model), tensors, (lambda: use(loss),))
+        return result
 
     def divisor_of(self, prediction: Any, index: int, batch: Any) -> float:
         """Return by what the loss of batch number `index` divides the sum over its examples."""
@@ -159,3 +178,14 @@ class ModelObjective(Objective):
             loss: Tensor = functional_call(self.loss_function, held["loss"], (prediction, y))
             return loss
         return self.loss_function(prediction, y, **held["loss"])
+
+
+class _Holder(nn.Module):
+    """Calls a function while the tensors of `model` are replaced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], T]) -> T:
+        return function()

@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from curvop.kernels.state import Fingerprint, Watch, settings_of
 from curvop.kernels.weights import check_loss, checked_weight
 
 __all__ = ["BatchLoss", "BatchWeight", "Objective", "Share"]
+
+T = TypeVar("T")
 
 #: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
 BatchWeight = Callable[[Any], float]
@@ -143,6 +145,10 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         """Return the batch's loss, the divisor of its mean (None where it is not known), `output` and `derivative`."""
+
+    @abc.abstractmethod
+    def plainly(self, leaves: Mapping[str, Tensor], batch: Any, use: Callable[[Callable[[], Tensor]], T]) -> T:
+        """Return ``use(loss)``, `loss` being a function that calls the user's code as the user does, at `leaves`."""
 
     @abc.abstractmethod
     def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
