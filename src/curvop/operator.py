@@ -217,6 +217,8 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
 
     def __rmatmul__(self, other: Any) -> Any:
         """Multiply from the right, ``x @ A``."""
+        if isinstance(other, Mapping | list | tuple) and self._is_tree(other):
+            return self.T.dot(other)
         other = _as_number(other)
         if not isinstance(other, Tensor):
             return super().__rmatmul__(other)
