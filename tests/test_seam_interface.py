@@ -230,9 +230,9 @@ class TestArraysInBatches:
             ((MODEL(X) - y) ** 2).mean()
 
     def test_other_failures_keep_their_type(self) -> None:
-        with pytest.raises(TypeError, match="^mine$"), arrays_explained(DATA[0]):
+        with pytest.raises(TypeError, match=r"^mine$"), arrays_explained(DATA[0]):
             raise TypeError("mine")
-        with pytest.raises(ValueError, match="^mine$"), arrays_explained((np.ones(3), 1)):
+        with pytest.raises(ValueError, match=r"^mine$"), arrays_explained((np.ones(3), 1)):
             raise ValueError("mine")
 
 
