@@ -21,6 +21,7 @@ from curvop.kernels.likelihoods import Likelihood
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight
 from curvop.kernels.routes import Route
+from curvop.keywords import named_keywords
 from curvop.operator import Rows
 from curvop.sandwich import SandwichLinearOperator
 from curvop.staging import aligned
@@ -126,7 +127,7 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
             along = lifted @ right.to(products.device) / (divisor * count)
             return cast("Tensor", products - along[:, None] * left.to(products.device)).to(rows.dtype)
         products -= (lifted @ right.cpu().numpy() / (divisor * count))[:, None] * left.cpu().numpy()
-        return cast("Rows", products.astype(np.result_type(self.dtype, rows.dtype), copy=False))
+        return cast("Rows", products.astype(self._product_dtype(rows.dtype), copy=False))
 
     def _gradient_sum(self) -> tuple[Tensor, Tensor, float, float]:
         """Return the sum of the examples' gradients by the rows and by the columns, `W`, and how many there are."""
@@ -178,6 +179,7 @@ class FisherLinearOperator(SandwichLinearOperator):
     Martens (2020), "New insights and perspectives on the natural gradient method", JMLR 21, sections 5 and 9.
     """
 
+    @named_keywords
     def __init__(
         self,
         model: nn.Module | Callable[[dict[str, Tensor], Any], Any],

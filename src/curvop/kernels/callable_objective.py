@@ -35,6 +35,10 @@ class CallableObjective(Objective):
         loss = self._objective(dict(leaves), batch)
         return loss, self._mean_divisor(None, batch), loss, None
 
+    def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Return the loss as the user's own call computes it."""
+        return self._objective(dict(leaves), batch)
+
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
         return batch_size(*batch) if isinstance(batch, list | tuple) else batch_size(batch)
 
@@ -56,5 +60,5 @@ class CallableObjective(Objective):
         self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
     ) -> tuple[Tensor, Any]:
         """Return a batch's loss, and no prediction."""
-        with replaced(self.modules, self._replacements(leaves)):
+        with replaced(self.modules, self.replacements(leaves)):
             return self._objective(dict(leaves), own_batch(batch, self.guard.writes)), None

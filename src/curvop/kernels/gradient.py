@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from curvop.kernels.errors import NonFiniteProductError, not_finite
 from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.objective import Objective
 
-__all__ = ["gradient_and_loss"]
+__all__ = ["gradient_and_loss", "plain_gradient_seconds"]
 
 
 def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -> float:
@@ -41,6 +43,33 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
     divisor = objective.divisor(totals.weights)
     out.div_(divisor)
     return math.fsum(totals.losses) / divisor
+
+
+def plain_gradient_seconds(objective: Objective, names: Sequence[str]) -> float:
+    """Return the seconds that the gradients of all batches take, as the user's own ``torch.autograd.grad`` does.
+
+    Reading the data, putting the parameters in place and what is done for second derivatives do not count.
+    """
+    leaves = objective.leaves(names)
+    params = [leaves[name] for name in names]
+    gpus = [device for device in objective.devices if device.type == "cuda"]
+
+    def now() -> float:
+        for device in gpus:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def timed(batch: Any) -> float:
+        start = now()
+        value = objective.plain_loss(leaves, batch)
+        if value.requires_grad:
+            torch.autograd.grad(value, params, allow_unused=True)
+        return now() - start
+
+    with torch.enable_grad():
+        return sum(
+            objective.guard.run(timed, batch, objective.replacements(leaves)) for _, batch in objective.batches()
+        )
 
 
 def _check(

@@ -24,7 +24,7 @@ __all__ = ["ModelObjective"]
 _SETTINGS = (bool, int, float, str)
 _RECOMPUTES = (
     "the model recomputes layers in the backward pass (gradient checkpointing), where torch takes its own parameters "
-    "for these: pass the model's own, or turn checkpointing off"
+    "for these: pass the model's own, or turn checkpointing off (its own must require grad)"
 )
 
 
@@ -45,7 +45,9 @@ class ModelObjective(Objective):
         super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
         self._model = model
         own = {id(value) for value in model.parameters()} if isinstance(model, nn.Module) else set()
-        self._apart = self._renormalised or any(id(value) not in own for value in self.params.values())
+        self._apart = self._renormalised or any(
+            id(value) not in own or not value.requires_grad for value in self.params.values()
+        )
         self.loss_function = loss_function
         self._has_state = isinstance(loss_function, nn.Module)
         self._divisor = loss_divisor(loss_function)
@@ -103,6 +105,11 @@ class ModelObjective(Objective):
         loss = self.loss_function(prediction, y)
         with torch.no_grad():
             return loss, self._mean_divisor(prediction, batch), loss, None
+
+    def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Return the loss as the user's own call computes it."""
+        X, y = batch
+        return self.loss_function(self._predict(leaves, X, apart=False), y)
 
     def divisor_of(self, prediction: Any, index: int, batch: Any) -> float:
         """Return by what the loss of batch number `index` divides the sum over its examples."""

@@ -24,7 +24,7 @@ from curvop.kernels.batches import at_batch, on_device, to_device, told
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.cuda import begin_on
 from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
-from curvop.kernels.errors import NonDeterministicObjectiveError
+from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
 from curvop.kernels.generators import Generators
 from curvop.kernels.guard import Guard
 from curvop.kernels.passes import Totals, precision
@@ -49,6 +49,7 @@ ZERO_MATRIX = (
 _ALIKE = 1e-3  # relative difference below which two losses say little about their weights
 
 T = TypeVar("T")
+
 
 #: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
 BatchWeight = Callable[[Any], float]
@@ -177,6 +178,10 @@ class Objective(abc.ABC):
         """Return the batch's loss, the divisor of its mean (None where it is not known), `output` and `derivative`."""
 
     @abc.abstractmethod
+    def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Return the loss as the user's own call computes it, within ``guard.run`` with `replacements`."""
+
+    @abc.abstractmethod
     def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return what the loss depends on besides `leaves` and the batch, as far as torch modules hold it."""
 
@@ -272,17 +277,17 @@ class Objective(abc.ABC):
 
         The graph of the tensors that are returned is searched for parameters, until `what` is known to be sound.
         """
-        if what in self._looked_at:
-            return self.guard.run(function, batch, self._replacements(leaves))
-        users = self._users_tensors()
+        users = {} if what in self._looked_at else self._users_tensors()
 
         def run(own: Any) -> T:
             _require_grad(users)
             found = function(own)
-            self._look(what, list(leaves_of(found)), users, leaves)
+            if users:
+                self._look(what, list(leaves_of(found)), users, leaves)
             return found
 
-        return self.guard.run(run, batch, self._replacements(leaves))
+        with arrays_explained(batch):
+            return self.guard.run(run, batch, self.replacements(leaves))
 
     def _look(
         self, what: str, outputs: list[Tensor], users: Mapping[str, Sequence[Tensor]], leaves: Mapping[str, Tensor]
@@ -310,7 +315,7 @@ class Objective(abc.ABC):
         """Return the tensors of the user's for which leaves stand in, by the names of the parameters."""
         return {name: [value] for name, value in self.params.items()}
 
-    def _replacements(self, leaves: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    def replacements(self, leaves: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Return the leaves by the identities of the tensors for which they stand in."""
         users = self._users_tensors()
         found = {id(one): leaf for name, leaf in leaves.items() for one in users[name]}
