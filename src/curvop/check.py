@@ -49,8 +49,8 @@ def check(
 
     Of any operator: that products repeat, are linear, agree between ``matvec`` and ``matmat``, that the adjoint is the
     adjoint, and symmetry; where a square one has no adjoint and is not symmetric, it warns. Of this package's, also
-    where they are wrapped (damped, journaled, a submatrix, a sum): the product by other routes in float64, in forward
-    mode and by finite differences of first derivatives; randomness in the loss, shuffling of the data, modules in
+    where they are wrapped (damped, journaled, a submatrix, a sum): the product in forward mode, and by finite
+    differences of your own code, which is called as you call it, at parameters beside your own; the gradient; randomness in the loss, shuffling of the data, modules in
     training mode, parameters that the loss does not reach, blocks that are zero up to rounding. Where no other route
     can be compared, it warns. Of one that several processes serve, the precision besides the algebra.
 
@@ -266,7 +266,8 @@ class _Algebra:
             zero = self._is_noise(magnitude(tripled - 3 * product), size)
             if zero and not self._zero:
                 yield zero_block(size, scale)
-        yield from route_findings(routes, product, self._eps, scale if zero else 0.0)
+        gradient = base._gradient()[0].cpu().numpy()
+        yield from route_findings(routes, product, gradient, self._eps, scale if zero else 0.0)
 
     def _compare(self, base: ComputedLinearOperator) -> tuple[Array, Array, list[Any]]:
         """Return a vector of norm 1, the product with it, and those by other routes."""
