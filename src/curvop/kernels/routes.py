@@ -21,7 +21,7 @@ from curvop.kernels.kernel import Kernel
 from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.memory import measured
 from curvop.kernels.objective import Objective
-from curvop.kernels.user_code import OwnProduct, own_product
+from curvop.kernels.own_product import OwnProduct, own_product
 
 __all__ = ["DIFFERENCES", "FORWARD", "GRADIENT", "REVERSE", "Route", "other_routes"]
 

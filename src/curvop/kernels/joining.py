@@ -1,0 +1,69 @@
+"""Batches, and predictions, as one: tensors along their first dimension."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvop.kernels.batches import batch_size, leaves
+
+__all__ = ["CannotJoinError", "is_by_example", "joined"]
+
+
+class CannotJoinError(Exception):
+    """Batches cannot be put together."""
+
+
+def joined(trees: Sequence[Any]) -> Any:
+    """Return trees of tensors as one, tensors along their first dimension.
+
+    A list that has one entry an example, as of images of several sizes, is put together by ``+``.
+    """
+    if len(trees) == 1:
+        return trees[0]
+    return _join(trees, [_size(tree) for tree in trees])
+
+
+def _size(tree: Any) -> int | None:
+    """Return the first dimension of the tensors that are in no inner list, or None if they differ."""
+    parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else [tree]
+    outside = [part for part in parts if not isinstance(part, list)]
+    return batch_size(tuple(outside))
+
+
+def _join(trees: Sequence[Any], sizes: Sequence[int | None]) -> Any:
+    first = trees[0]
+    if isinstance(first, Tensor):
+        if any(not isinstance(tree, Tensor) or not tree.ndim or tree.shape[1:] != first.shape[1:] for tree in trees):
+            raise CannotJoinError("their tensors have other shapes")
+        return torch.cat(list(trees))
+    if any(type(tree) is not type(first) for tree in trees):
+        raise CannotJoinError("they are of several kinds")
+    if isinstance(first, Mapping):
+        if any(tree.keys() != first.keys() for tree in trees):
+            raise CannotJoinError("their keys differ")
+        found = copy.copy(first) if isinstance(first, MutableMapping) else {}
+        for key in first:
+            found[key] = _join([tree[key] for tree in trees], sizes)
+        return found
+    if isinstance(first, list) and all(map(is_by_example, trees, sizes)):
+        return [example for tree in trees for example in tree]
+    if isinstance(first, list | tuple):
+        if len({len(tree) for tree in trees}) > 1:
+            raise CannotJoinError("they have other lengths")
+        parts = [_join(part, sizes) for part in zip(*trees, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    if any(not (tree is first or tree == first) for tree in trees):
+        raise CannotJoinError(f"a {type(first).__name__} cannot be put together with another")
+    return first
+
+
+def is_by_example(tree: list[Any], size: int | None) -> bool:
+    """Whether a list has one entry for each of `size` examples, and not one for each of several inputs."""
+    tensors = list(leaves(tree))
+    inputs = bool(tensors) and all(leaf.ndim and len(leaf) == size for leaf in tensors)
+    return len(tree) == size and not inputs
