@@ -96,7 +96,7 @@ def check(
     >>> data = [(torch.ones(5, 3, dtype=torch.float64), torch.zeros(5, 2, dtype=torch.float64))]
     >>> report = check(HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data))
     >>> report.verdict, report.products
-    ('sound: 15 checks passed', 7)
+    ('sound: 16 checks passed', 7)
     """
     if not isinstance(A, LinearOperator):
         raise TypeError(

@@ -21,8 +21,9 @@ _INCONCLUSIVE = 1e-3
 _STEP = float(np.finfo(np.float64).eps ** (1 / 3))
 
 _WRONG_DERIVATIVE = (
-    "an operation of the model or the loss has a wrong derivative: check blocks, A.block(name), to find the layer, and "
-    "compare smaller models with curvop.functorch_hessian"
+    "an operation of the model or the loss has a wrong derivative, or holds constant what depends on the parameters "
+    "(no_grad(), as of spectral_norm in training mode): check blocks, A.block(name), to find the layer, and compare "
+    "smaller models with curvop.functorch_hessian"
 )
 _OTHER_CODE = (
     "the matrix is not that of what your code computes: look for parameters that the loss reaches other than through "
@@ -30,8 +31,8 @@ _OTHER_CODE = (
     "what the loss divides by, and for a loss that couples the examples"
 )
 _HELD_STILL = (
-    "your code holds constant what depends on the parameters (detach(), no_grad()), which is no error if it is meant, "
-    "or a torch.autograd.Function has a wrong backward"
+    "your code holds constant what depends on the parameters (detach(), no_grad()), which is no error if it is meant; "
+    "or a torch.autograd.Function has a wrong backward; or kinks (ReLU) lie within a step"
 )
 _LONG_STEPS = (
     "forward mode agrees with A: it may be kinks (ReLU) within a step, which is long where code computes in float32"
@@ -50,20 +51,22 @@ def route_findings(
     Differences are relative to the product, or to `scale` where that is larger.
     """
     gradients = [_gradient_finding(route, gradient, eps) for route in routes if route.name == "gradient"]
-    seams_agree = all(one.status == OK for one in gradients)
+    calls = all(one.status == OK for one in gradients)  # whether it is called as you call it, so far
     products = [route for route in routes if route.name != "gradient"]
     found = [_compared(route, product, eps, scale) for route in products]
     status = {one.name: one.status for one in found}
     for one, route in zip(found, products, strict=True):
         if one.status != WRONG:
             yield one
-        elif route.own is None and status.get("finite differences") == OK:
+        elif one.name != "finite differences" and status.get("finite differences") == OK:
             text = f"{one.text}, but finite differences of your own code agree with A"
             remedy = "torch's backward and its forward mode differ for an operation of the model or the loss"
             yield dataclasses.replace(one, status=WARNING, text=text, remedy=remedy)
-        elif route.own is not None and status.get("forward mode") == OK and not route.own.fine and seams_agree:
+        elif one.name == "finite differences" and status.get("forward mode") == OK == status.get("double backward"):
+            yield dataclasses.replace(one, status=WARNING, remedy=_HELD_STILL)
+        elif one.name == "finite differences" and status.get("forward mode") == OK and not route.own.fine and calls:
             yield dataclasses.replace(one, status=WARNING, remedy=_LONG_STEPS)
-        elif route.own is not None and (status.get("forward mode") == OK or not seams_agree):
+        elif one.name == "double backward" or (route.own and (status.get("forward mode") == OK or not calls)):
             yield dataclasses.replace(one, remedy=_OTHER_CODE)
         else:
             yield one
@@ -104,13 +107,15 @@ def _linear(known: bool) -> Finding:
 def _compared(route: Any, product: NDArray[Any], eps: float, scale: float) -> Finding:
     if not route.products:
         return Finding(route.name, NOT_APPLICABLE, route.reason)
-    others = [other.cpu().numpy() for other in route.products]
+    first, *others = [other.cpu().numpy() for other in route.products]
     # Of the product by the shorter step; the longer one has less rounding, and agrees where no kink is near.
-    size = max(magnitude(others[-1]), scale)
-    error = route.error * ratio(magnitude(others[-1]), size)
-    value = min(ratio(magnitude(product - other), size) for other in others)
-    limit = 0.0 if len(others) == 1 else _STEP
-    if limit and value > max(limit, rounding(eps)):
+    shorter = others[0] if others else first
+    size = max(magnitude(shorter), scale)
+    error = route.error * ratio(magnitude(shorter), size)
+    values = [ratio(magnitude(product - other), size) for other in (first, *others)]
+    value, limit = min(values), _STEP if others else 0.0
+    if limit and value > max(limit, rounding(eps)):  # with none that it agrees with by no accident
+        value = min(values[:2])
         if error > _INCONCLUSIVE:
             text = f"the steps differ by {error:.1e} between themselves, as at the kinks of ReLU: nothing can be said"
             return Finding(route.name, NOT_APPLICABLE, text)

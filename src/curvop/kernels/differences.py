@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from curvop.kernels.batches import map_leaves
+from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.examples import Examples
 from curvop.kernels.fisher import EmpiricalFisherKernel
 from curvop.kernels.ggn import GGNKernel
 from curvop.kernels.hessian import HessianKernel
 from curvop.kernels.jacobian import JacobianKernel
-from curvop.kernels.joining import CannotJoinError, is_by_example
+from curvop.kernels.joining import CannotJoinError, example_of
 from curvop.kernels.layout import BatchLayout
 from curvop.kernels.sandwich import outputs_of
 from curvop.kernels.user_code import UserCode, Values, gradient_of
@@ -74,6 +75,10 @@ class Differences(abc.ABC):
     def whole_divisor(self, loss: Tensor, predictions: Any, batches: list[Any]) -> float:
         """Return by what the product of the whole data set is divided."""
         return 1.0
+
+    def exact(self, batches: list[Any]) -> Tensor | None:
+        """Return the product without differences, by the operator's formulas; None if there is none."""
+        return None
 
     def count(self, batches: list[Any]) -> float:
         """Return how many examples count, of a matrix whose examples have a mean."""
@@ -147,6 +152,19 @@ class _Hessian(Differences):
         holds = abs(rate - slope) > _HELD * max(abs(rate), abs(slope)) + change + noise
         return Part(self.rows({name: (ahead[name] - behind[name]) / (2 * size) for name in ahead}), holds)
 
+    def exact(self, batches: list[Any]) -> Tensor:
+        """Return the product by double backward."""
+
+        def product(own: list[Any]) -> Values:
+            with TwiceDifferentiable():
+                loss = self.code.loss(own)[0]
+                inputs = [self.code.targets[name] for name in self.along]
+                found = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+                inner = torch.stack([(a * b).sum() for a, b in zip(found, self.along.values(), strict=True)]).sum()
+                return self.code.gradient([inner])
+
+        return self.rows(self.code.run(product, batches))
+
 
 class _GaussNewton(Differences):
     curves = True
@@ -164,7 +182,10 @@ class _GaussNewton(Differences):
         eps = torch.finfo(self.vector.dtype).eps
         change = 2 * size * norm(middle)
         linear = norm(pushed) > 0 and norm(ahead) > 0 and change <= 100 * eps * norm(ahead)
-        return Part(self.rows(pulled), self.holds(middle, pushed, pulled), linear)
+        if norm(middle):
+            return Part(self.rows(pulled), self.holds(middle, pushed, pulled), linear)
+        seeded = self.pulled(self.predicted, batches, ahead)
+        return Part(self.rows(pulled), self.holds(ahead, pushed, seeded), linear)
 
     def _slope(self, predictions: list[Any], along: list[Tensor], size: float, own: list[Any]) -> list[Tensor]:
         """Return the derivative of the loss by the predictions, `size` away from them along a direction."""
@@ -191,7 +212,8 @@ class _EmpiricalFisher(Differences):
         pulled = self.pulled(self._losses, batches, pushed)
         total = self.pulled(self._losses, batches, [torch.ones_like(part) for part in pushed])
         inner = sum(float(part.sum()) for part in pushed)
-        return Part(self.rows(pulled), self.holds(pushed, pushed, pulled), inner=inner, total=self.rows(total))
+        holds = self.holds([torch.ones_like(part) for part in pushed], pushed, total)
+        return Part(self.rows(pulled), holds, inner=inner, total=self.rows(total))
 
     def divisor(self, weight: float, prediction: Any, index: int, batch: Any) -> float:
         return float(self.code.objective.divisor_of(prediction, index, batch))  # type: ignore[attr-defined]
@@ -222,7 +244,7 @@ class _EmpiricalFisher(Differences):
             count = len(outputs_of(prediction)[0])
             if count > _MOST_EXAMPLES:
                 raise ValueError(f"a batch has {count:,} examples, too many to be evaluated one by one")
-            pairs = (_example((prediction, y), index, count) for index in range(count))
+            pairs = (example_of((prediction, y), index, count) for index in range(count))
             return torch.stack([loss_function(*pair) for pair in pairs])
         if isinstance(loss_function, nn.Module):
             loss_function = copy.copy(loss_function)
@@ -235,25 +257,12 @@ class _EmpiricalFisher(Differences):
         return losses
 
 
-def _example(tree: Any, index: int, count: int) -> Any:
-    """Return the part of a tree that belongs to one of `count` examples."""
-
-    def cut(part: Any) -> Any:
-        if isinstance(part, Tensor) and (not part.ndim or len(part) != count):
-            raise ValueError("predictions and targets differ in their first dimension, and cannot be cut into examples")
-        return part[index : index + 1]
-
-    def is_cut(part: Any) -> bool:
-        return isinstance(part, Tensor) or (isinstance(part, list) and is_by_example(part, count))
-
-    return map_leaves(cut, tree, is_cut)
-
-
 class _Jacobian(Differences):
     def part(self, batches: list[Any], index: int, step: float) -> Part:
         pushed = self.pushed(self.predicted, batches, self.size(step))
-        pulled = self.pulled(self.predicted, batches, pushed)
-        return Part(torch.cat([part.reshape(-1) for part in pushed]), self.holds(pushed, pushed, pulled))
+        seeds = pushed if norm(pushed) else [torch.ones_like(part) for part in pushed]
+        pulled = self.pulled(self.predicted, batches, seeds)
+        return Part(torch.cat([part.reshape(-1) for part in pushed]), self.holds(seeds, pushed, pulled))
 
 
 class _TransposedJacobian(Differences):

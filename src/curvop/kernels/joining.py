@@ -1,4 +1,4 @@
-"""Batches, and predictions, as one: tensors along their first dimension."""
+"""Batches and predictions put together, and cut into examples, along their first dimension."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.kernels.batches import batch_size, leaves
+from curvop.kernels.batches import batch_size, leaves, map_leaves
 
-__all__ = ["CannotJoinError", "is_by_example", "joined"]
+__all__ = ["CannotJoinError", "example_of", "joined"]
 
 
 class CannotJoinError(Exception):
@@ -26,6 +26,20 @@ def joined(trees: Sequence[Any]) -> Any:
     if len(trees) == 1:
         return trees[0]
     return _join(trees, [_size(tree) for tree in trees])
+
+
+def example_of(tree: Any, index: int, count: int) -> Any:
+    """Return the part of a tree that belongs to one of `count` examples."""
+
+    def cut(part: Any) -> Any:
+        if isinstance(part, Tensor) and (not part.ndim or len(part) != count):
+            raise ValueError("predictions and targets differ in their first dimension, and cannot be cut into examples")
+        return part[index : index + 1]
+
+    def is_cut(part: Any) -> bool:
+        return isinstance(part, Tensor) or (isinstance(part, list) and _is_by_example(part, count))
+
+    return map_leaves(cut, tree, is_cut)
 
 
 def _size(tree: Any) -> int | None:
@@ -50,7 +64,7 @@ def _join(trees: Sequence[Any], sizes: Sequence[int | None]) -> Any:
         for key in first:
             found[key] = _join([tree[key] for tree in trees], sizes)
         return found
-    if isinstance(first, list) and all(map(is_by_example, trees, sizes)):
+    if isinstance(first, list) and all(map(_is_by_example, trees, sizes)):
         return [example for tree in trees for example in tree]
     if isinstance(first, list | tuple):
         if len({len(tree) for tree in trees}) > 1:
@@ -62,7 +76,7 @@ def _join(trees: Sequence[Any], sizes: Sequence[int | None]) -> Any:
     return first
 
 
-def is_by_example(tree: list[Any], size: int | None) -> bool:
+def _is_by_example(tree: list[Any], size: int | None) -> bool:
     """Whether a list has one entry for each of `size` examples, and not one for each of several inputs."""
     tensors = list(leaves(tree))
     inputs = bool(tensors) and all(leaf.ndim and len(leaf) == size for leaf in tensors)

@@ -35,11 +35,16 @@ class OwnProduct:
     Attributes
     ----------
     products : list of Tensor, shape (M,)
-        By the longer and by the shorter step, in float64; one alone if nothing is differenced. None if `reason` is set.
+        By the longer and by the shorter step, in float64; one alone if nothing is differenced. Then those by other
+        pairs of steps, if any. Empty if there is a `reason`.
     error : float
-        Relative difference between the two.
+        Relative difference between the first two.
     gradient : Tensor or None
         Of the objective, by the parameters of the rows, or else of the columns.
+    exact : Tensor or None
+        The product without differences, by the operator's formulas: the code alone is called in another way.
+    unknown : str
+        Why there is no such product, if there should be one.
     centred : list of Tensor
         Of an empirical Fisher matrix, what the mean of the gradients takes away from each product.
     holds : bool
@@ -62,6 +67,8 @@ class OwnProduct:
     products: list[Tensor] = dataclasses.field(default_factory=list)
     error: float = 0.0
     gradient: Tensor | None = None
+    exact: Tensor | None = None
+    unknown: str = ""
     centred: list[Tensor] = dataclasses.field(default_factory=list)
     holds: bool = False
     linear: bool = False
@@ -85,19 +92,21 @@ def own_product(kernel: Any, vector: Tensor, needed: int, available: int) -> Own
     available : int
         Bytes that may be used.
     """
-    objective, best = kernel.objective, OwnProduct()
+    objective, tried = kernel.objective, [OwnProduct()]
     batches = max(1, available // max(needed, 1))
     for dtype in dict.fromkeys((torch.float64, objective.dtype)):
         # What is computed in float32 within a model in float64 asks for the longer steps, too.
         for steps in [_STEPS[torch.float64], _STEPS[torch.float32]] if dtype == torch.float64 else [_STEPS[dtype]]:
-            found = _found(kernel, vector, dtype, steps, batches)
-            if not best.products or (found.products and found.error < best.error):
-                best = found
-            if found.reason or best.error <= _CONCLUSIVE:
+            tried.append(_found(kernel, vector, dtype, steps, batches))
+            if not tried[-1].products or tried[-1].error <= _CONCLUSIVE:
                 break
-        if best.products:
-            break
-    return best
+        found = sorted((one for one in tried if one.products), key=lambda one: one.error)
+        if found:
+            products = [product for one in found for product in one.products]
+            return dataclasses.replace(
+                found[0], products=products, centred=[mean for one in found for mean in one.centred]
+            )
+    return tried[-1]
 
 
 def _found(kernel: Any, vector: Tensor, dtype: torch.dtype, steps: tuple[float, ...], most: int) -> OwnProduct:
@@ -135,6 +144,8 @@ class _Sums:
         self._inner = [0.0 for _ in self._steps]
         self._gradients: list[Values] = []
         self._weights: list[float] = []
+        self._exact: list[Tensor] = []
+        self._unknown = ""
         self._count = 0.0
         self._holds, self._linear, self._reason = False, True, ""
 
@@ -147,7 +158,7 @@ class _Sums:
         except Exception as error:  # whatever a model does that cannot be done in this dtype, or for want of memory
             self._clear()
             self._kind.code.return_to_point()
-            self._reason = "" if whole else f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            self._reason = "" if whole else _first_line(error)
             return False
         return True
 
@@ -180,6 +191,11 @@ class _Sums:
             if part.total is not None:
                 self._totals[number].append(share * part.total.double())
         self._count += share * kind.count(batches)
+        try:
+            if not self._unknown and (exact := kind.exact(batches)) is not None:
+                self._exact.append(share * exact.double())
+        except Exception as error:  # an operation without a second derivative, or too little memory
+            self._unknown = f"torch cannot: {_first_line(error)}"
 
     def result(self, whole: bool) -> OwnProduct:
         """Return what was summed."""
@@ -203,6 +219,8 @@ class _Sums:
             products=products,
             error=difference / size if size else 0.0,
             gradient=torch.cat([part.reshape(-1) for part in layout.of(gradient)]),
+            exact=_total(self._exact) / divisor if self._exact and not self._unknown else None,
+            unknown=self._unknown,
             centred=centred,
             holds=self._holds,
             linear=self._linear,
@@ -211,6 +229,10 @@ class _Sums:
             fine=self._steps[0] <= _LONG[torch.float64],
             size=max(norm(gradient.values()), self._kind.change(products[0])),
         )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _total(parts: list[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """Products by other routes than the engine's, which they are checked against.
 
-Forward mode is exact up to rounding, but calls the model as the engine does. Differences of the user's own code are
+Forward mode is exact up to rounding, but calls the model as the engine does. Double backward through the user's own
+code, called as the user calls it, is as exact, but has the engine's formulas. Differences of the user's own code are
 less precise, and share nothing with the engine: neither a second derivative nor the way in which the code is called.
 """
 
@@ -23,9 +24,10 @@ from curvop.kernels.memory import measured
 from curvop.kernels.objective import Objective
 from curvop.kernels.own_product import OwnProduct, own_product
 
-__all__ = ["DIFFERENCES", "FORWARD", "GRADIENT", "REVERSE", "Route", "other_routes"]
+__all__ = ["DIFFERENCES", "DOUBLE", "FORWARD", "GRADIENT", "REVERSE", "Route", "other_routes"]
 
-FORWARD, DIFFERENCES, REVERSE, GRADIENT = "forward mode", "finite differences", "reverse mode", "gradient"
+FORWARD, DOUBLE, DIFFERENCES = "forward mode", "double backward", "finite differences"
+REVERSE, GRADIENT = "reverse mode", "gradient"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,8 @@ def other_routes(kernel: Kernel, vector: Tensor, available: int) -> list[Route]:
         return [Route(name, reason=reason) for name in names]
     routes = [_forward(kernel, vector)] if kernel.cols.names else []
     own = own_product(kernel, vector, needed, available)
+    if own.exact is not None or own.unknown:
+        routes.append(Route(DOUBLE, () if own.exact is None else (own.exact,), reason=own.unknown, own=own))
     routes.append(Route(names[-1], tuple(own.products), own.error, own.reason, own=own))
     if own.gradient is not None:
         routes.append(Route(GRADIENT, (own.gradient,), own=own))

@@ -155,7 +155,11 @@ class UserCode:
         objective = self.objective
         if kernel.by_batch or objective._batch_weight is not None or objective._share is not None:
             return False
-        return self._model is not None or not batchwise_modules(objective.modules)
+        # A model that is called once a batch would find in its buffers what it has left there.
+        parts = list(self._model.modules()) if isinstance(self._model, nn.Module) else []
+        buffers = (one for part in parts if part.training for one in part.buffers(recurse=False))
+        writes = objective.guard.writes or any(True for _ in buffers)
+        return not writes and not batchwise_modules(objective.modules)
 
     def run(self, function: Callable[[list[Any]], Any], batches: list[Any]) -> Any:
         """Return ``function(batches)``; what it writes to batches and buffers is undone."""
