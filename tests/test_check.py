@@ -386,13 +386,23 @@ class TestFaults:
         assert report["finite differences"].value > 0.01
         assert "curvop.functorch_hessian" in report["finite differences"].remedy
 
-    def test_a_derivative_that_no_route_can_be_compared_with_is_not_called_sound(self) -> None:
+    def test_a_derivative_that_is_wrong_among_many_kinks(self) -> None:
         torch.manual_seed(0)
         widths = (20, 200, 200, 3)
         layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
         data = [(torch.randn(500, 20).double(), torch.randn(500, 3).double())]
         wrong = Problem(nn.Sequential(*layers[:-1]).double(), lambda z, y: Straight.apply(z - y).mean(), data)
         report = check(operator(wrong), rng=0)
+        assert report["forward mode"].status == "not applicable"
+        assert with_status(report, "wrong") == ["finite differences"], report
+
+    def test_a_derivative_that_no_route_can_be_compared_with_is_not_called_sound(self) -> None:
+        params = {"w": torch.zeros(3, dtype=torch.float64, requires_grad=True)}
+
+        def objective(p, batch):
+            return (p["w"].relu() + Straight.apply(p["w"])).sum()
+
+        report = check(HessianLinearOperator.from_objective(objective, params, [None]), rng=0)
         assert with_status(report, "warning") == ["independent route"], report
         assert {report[name].status for name in ("forward mode", "finite differences")} == {"not applicable"}
         assert report.verdict == "nothing is wrong, with 1 warning: independent route"
@@ -402,7 +412,7 @@ class TestFaults:
         problem = loss_problem("mse")
         problem.loss_function = lambda prediction, y: ((prediction / prediction.norm() - y) ** 2).mean()
         report = check(operator(problem), rng=0)
-        assert with_status(report, "wrong") == ["finite differences", "gradient"]
+        assert with_status(report, "wrong") == ["double backward", "finite differences", "gradient"]
         assert "a loss that couples the examples" in report["finite differences"].remedy
         one = loss_problem("mse", "one")
         one.loss_function = problem.loss_function

@@ -16,13 +16,14 @@ from curvop.kernels.user_code import UserCode, Values
 
 __all__ = ["OwnProduct", "own_product"]
 
-# Steps of central differences, relative to the parameters. The cube root of epsilon balances truncation, of the order
-# of the step's square, with rounding, of the order of epsilon over the step. The second step is so much shorter that
-# far fewer kinks, as ReLU has, lie within it: where the two products agree, no kink spoils them.
-_LONG = {dtype: torch.finfo(dtype).eps ** (1 / 3) for dtype in (torch.float64, torch.float32)}
+# Pairs of steps of central differences, relative to the parameters, to be tried until the two products agree. The cube
+# root of epsilon balances truncation, of the order of the step's square, with rounding, of the order of epsilon over
+# the step. Far fewer kinks, as ReLU has, lie within the shorter ones. What is computed in float32 within a model in
+# float64 asks for the longer ones.
+_FINE, _COARSE = (torch.finfo(dtype).eps ** (1 / 3) for dtype in (torch.float64, torch.float32))
 _STEPS = {
-    torch.float64: (_LONG[torch.float64], _LONG[torch.float64] / 256),
-    torch.float32: (_LONG[torch.float32], _LONG[torch.float32] / 4),
+    torch.float64: [(_FINE, _FINE / 2**8), (_FINE / 2**8, _FINE / 2**12), (_COARSE, _COARSE / 4)],
+    torch.float32: [(_COARSE, _COARSE / 4)],
 }
 #: Relative difference of the two products up to which they are taken for the derivative.
 _CONCLUSIVE = 1e-3
@@ -95,8 +96,7 @@ def own_product(kernel: Any, vector: Tensor, needed: int, available: int) -> Own
     objective, tried = kernel.objective, [OwnProduct()]
     batches = max(1, available // max(needed, 1))
     for dtype in dict.fromkeys((torch.float64, objective.dtype)):
-        # What is computed in float32 within a model in float64 asks for the longer steps, too.
-        for steps in [_STEPS[torch.float64], _STEPS[torch.float32]] if dtype == torch.float64 else [_STEPS[dtype]]:
+        for steps in _STEPS[dtype]:
             tried.append(_found(kernel, vector, dtype, steps, batches))
             if not tried[-1].products or tried[-1].error <= _CONCLUSIVE:
                 break
@@ -226,7 +226,7 @@ class _Sums:
             linear=self._linear,
             known=_is_torch_loss(objective),
             whole=whole,
-            fine=self._steps[0] <= _LONG[torch.float64],
+            fine=self._steps[0] <= _FINE,
             size=max(norm(gradient.values()), self._kind.change(products[0])),
         )
 
