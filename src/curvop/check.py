@@ -59,8 +59,9 @@ def check(
 
     It takes ``3 + 2 num_probes`` products of a symmetric operator of this package, 7 by default; 2 `num_probes` more of
     a square one that is not known to be its own adjoint, and one more of an operator that is wrapped. Besides, it reads
-    the data five times or six, for a gradient and a loss of the operator's and for the other routes. All of it takes
-    some twenty to fifty gradients, the more the more kinks the model has. Products of a journal are recorded as any others.
+    the data five times or more, for a gradient and a loss of the operator's and for the other routes. All of it takes
+    some twenty to fifty gradients, most of them if the model has kinks (ReLU). Products of a journal are recorded as
+    any others.
 
     What is found is measured by the epsilon of the coarsest numbers that a product is computed in: of the model's
     parameters and its loss, of autocast, of a GPU's TF32, of the vectors. Up to its 2/3 power (4e-11 in float64, 2e-5

@@ -160,8 +160,8 @@ class ComputedLinearOperator(BridgeLinearOperator):
         """Return the gradient by the parameters of the rows, or else of the columns, and the loss."""
         kernel = self._engine.kernel
         layout = kernel.rows if kernel.rows.names else kernel.cols
-        gradient = torch.zeros(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
         with torch.inference_mode(False):
+            gradient = torch.zeros(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
             return gradient, self._in_room(lambda: gradient_and_loss(self._objective, layout.names, gradient))
 
     def _in_room(self, compute: Callable[[], T], remedy: str = "let data yield smaller batches") -> T:
