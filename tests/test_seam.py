@@ -549,8 +549,7 @@ class TestDataThatChange:
         with pytest.warns(RuntimeWarning, match="shuffles, and drops 2 of 12 examples"):
             G @ np.ones(67)
         with pytest.raises(NonDeterministicObjectiveError):
-            for _ in range(3):
-                G.gradient_and_loss()
+            [G.gradient_and_loss() for _ in range(3)]  # each of which may draw the same by chance
         assert not check(G, progress=False, rng=0).ok
 
     @pytest.mark.parametrize(
@@ -849,7 +848,7 @@ class TestWrappedModules:
         inner, X, y = classification()
         model = nn.DataParallel(inner)
         A = kind(model, nn.CrossEntropyLoss(), named(model), halves(X, y), engine=engine)
-        assert list(A.params_slices)[0] == "module.0.weight"
+        assert next(iter(A.params_slices)) == "module.0.weight"
         close(of(A), of(kind(inner, nn.CrossEntropyLoss(), named(inner), halves(X, y))))
         close(of(A.block("module.2.bias")), of(A)[40:, 40:])
 

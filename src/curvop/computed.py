@@ -155,10 +155,11 @@ class ComputedLinearOperator(BridgeLinearOperator):
             return inspect(self._objective, names)
 
     def other_routes(self, vector: NDArray[Any]) -> list[Route]:
-        """Return products with `vector` ``(N,)`` in float64, by derivatives that are not the engine's.
+        """Return products with `vector` ``(N,)`` by other routes, and the gradient; `curvop.check` compares with them.
 
-        In forward mode, where torch has it, and by finite differences; they take a pass over the data, of fifteen or so
-        gradients, and no more than half of the memory that is free. `curvop.check` compares with them.
+        In forward mode, where torch has it, in float64; and by differences of the user's own code, called as the user
+        calls it. They take three passes over the data, of fifteen or so gradients, and no more than the memory that
+        may be used.
         """
         there = torch.tensor(vector, dtype=torch.float64, device=self.device)
         with torch.inference_mode(False):
@@ -167,8 +168,8 @@ class ComputedLinearOperator(BridgeLinearOperator):
     def _gradient(self) -> tuple[Tensor, float]:
         """Return the gradient by the parameters of the rows, or else of the columns, and the loss."""
         layout = self._parameters()
-        gradient = torch.zeros(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
         with torch.inference_mode(False):
+            gradient = torch.zeros(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
             return gradient, self._in_room(lambda: gradient_and_loss(self._objective, layout.names, gradient))
 
     def _plain_gradient_seconds(self) -> float:

@@ -12,7 +12,7 @@ from torch.backends import cuda, cudnn
 from torch.overrides import TorchFunctionMode
 
 from curvop.kernels.batches import leaves
-from curvop.kernels.objective import Objective
+from curvop.kernels.objective import BATCHING_REMEDY, Objective
 from curvop.kernels.passes import precision
 from curvop.kernels.preflight import batchwise_modules, random_modules
 from curvop.kernels.state import Fingerprint
@@ -71,8 +71,8 @@ class Inspection:
         Parameters that no batch's loss depends on.
     looked_into : bool
         Whether the model is made of modules, so that it could be looked into.
-    batching : str
-        How the loss of two batches as one contradicts their weights; empty if it does not.
+    batching, batching_remedy : str
+        How the loss of two batches as one contradicts their weights, empty if it does not; and what to do about it.
     """
 
     dtype: str
@@ -87,6 +87,7 @@ class Inspection:
     unreached: list[str]
     looked_into: bool
     batching: str
+    batching_remedy: str = BATCHING_REMEDY
 
 
 def inspect(objective: Objective, names: Sequence[str]) -> Inspection:

@@ -27,9 +27,10 @@ from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
 from curvop.kernels.generators import Generators
 from curvop.kernels.guard import Guard
+from curvop.kernels.joining import joined
 from curvop.kernels.passes import Totals, precision
 from curvop.kernels.preflight import batchwise_modules, cautions, random_modules, suspects
-from curvop.kernels.seam import BatchPair, disagreement, joined, random_subset, reached
+from curvop.kernels.seam import BatchPair, disagreement, random_subset, reached
 from curvop.kernels.state import Fingerprint, Watch, settings_of
 from curvop.kernels.weights import check_loss, checked_weight
 
@@ -336,12 +337,13 @@ class Objective(abc.ABC):
             return
         with self._generators.private(self.devices):
             for (index, first), (other, second) in pair.candidates():
-                parts = [to_device(batch, self.device) for batch in (first, second)]
-                for both in joined(*parts):
-                    with contextlib.suppress(Exception):  # of a model that cannot take a batch of this size
-                        found = self._disagreement(totals, (index, other), (*parts, both))
-                        self.batching = f"batches {index} and {other}: {found}" if found else ""
-                        return
+                with contextlib.suppress(
+                    Exception
+                ):  # of batches that cannot be joined, or a model that cannot take them
+                    parts = [to_device(batch, self.device) for batch in (first, second)]
+                    found = self._disagreement(totals, (index, other), (*parts, joined(parts)))
+                    self.batching = f"batches {index} and {other}: {found}" if found else ""
+                    return
 
     def _disagreement(self, totals: Totals, numbers: tuple[int, int], batches: tuple[Any, Any, Any]) -> str:
         """Say how the loss of two batches as one, the last, differs from what their weights say; nothing if not."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
@@ -14,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRand
 from curvop.kernels.batches import batch_size, leaves
 from curvop.kernels.graph import nodes
 
-__all__ = ["BatchPair", "disagreement", "joined", "random_subset", "reached"]
+__all__ = ["BatchPair", "disagreement", "random_subset", "reached"]
 
 
 def reached(outputs: Iterable[Tensor], inputs: Mapping[str, Sequence[Tensor]]) -> set[str]:
@@ -67,47 +65,6 @@ def _figures(batch: Any) -> list[float]:
         sum(int((leaf >= 0).sum()) for leaf in integers),
         sum(int((leaf != 0).sum()) for leaf in integers),
     ]
-
-
-def joined(first: Any, second: Any) -> Iterator[Any]:
-    """Yield two batches as one, in all ways that there are: tensors end to end, lists of examples end to end."""
-    for sequences in (True, False):
-        try:
-            yield _joined(first, second, sequences, top=True)
-        except ValueError:
-            continue
-
-
-def _joined(first: Any, second: Any, sequences: bool, top: bool = False) -> Any:
-    """Join trees; lists and tuples other than the batch itself end to end if `sequences`, else entry by entry."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return _end_to_end(first, second)
-    if type(first) is not type(second):
-        raise ValueError("these are of different kinds")
-    if isinstance(first, Mapping):
-        if list(first) != list(second):
-            raise ValueError("these have different keys")
-        mapping: Any = copy.copy(first) if isinstance(first, MutableMapping) else {}
-        for key in first:
-            mapping[key] = _joined(first[key], second[key], sequences)
-        return mapping
-    if isinstance(first, list | tuple):
-        if sequences and not top and not hasattr(first, "_fields"):
-            return first + second
-        if len(first) != len(second):
-            raise ValueError("these have different lengths")
-        pairs = [_joined(one, other, sequences) for one, other in zip(first, second, strict=True)]
-        return type(first)(*pairs) if hasattr(first, "_fields") else type(first)(pairs)
-    if first is second or (isinstance(first, int | float | str) and first == second):
-        return first
-    raise ValueError("what is no tensor differs")
-
-
-def _end_to_end(first: Tensor, second: Tensor) -> Tensor:
-    """Join along the first dimension; along another one may lie time, and padded sequences are no longer ones."""
-    if first.shape[1:] != second.shape[1:] or not first.ndim or first.dtype != second.dtype:
-        raise ValueError("these cannot be joined")
-    return torch.cat([first, second])
 
 
 def random_subset(data: Any) -> str:
