@@ -81,12 +81,12 @@ area(
         "than in the first pass, but the matrix depends on the order of the data",
     ),
     (
-        "batches whose size cannot be told",
+        "batches of unknown size",
         lambda: (
             hessian(model=lambda p, tree: called(p, tree[0]), loss_function=cubes, data=[((X, X[:2]), Y)] * 2) @ ONES
         ),
         ValueError,
-        "the batch size of batch 0 cannot be told",
+        "the size of batch 0 is not known",
     ),
     ("``batch_weight`` that is a number", lambda: hessian(batch_weight=3), TypeError, "batch_weight is a int"),
     (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -68,7 +68,7 @@ class Guard:
         flags = [(tensor, tensor.requires_grad) for tensor in (*parameters, *state, *given)]
         # Modules in training mode are expected to write to their buffers.
         training = any(part.training for module in self._modules for part in module.modules())
-        copied = state if self.writes or training else [one for one in state if _is_delicate(one)]
+        copied = state if self.writes or training else _with_neighbours(filter(_is_delicate, state), state)
         # At every run, as what is written may depend on the batch.
         saved = _saved(state, by_value=True) + ([] if self.writes else _saved(given))
         own = own_batch(batch, copies=self.writes)
@@ -95,8 +95,8 @@ class Guard:
             raise
         if self.writes and wrote[0]:
             raise RuntimeError(
-                "the model writes to one of its tensors by another name than that of the buffer or attribute, such as "
-                "a view of it: let it write to the buffer itself"
+                "the model writes to a buffer, or to its batch, that an object of another kind than a module holds: "
+                "let it write to the buffer of the module itself"
             )
         self.writes = self.writes or wrote[0]
         return result, wrote[0]
@@ -266,7 +266,40 @@ def _hold_constant(parameters: Iterable[Tensor]) -> None:
 
 
 def _copies(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    return {id(tensor): tensor.detach().clone() for tensor in tensors}
+    """Return copies; those of tensors that share memory share it, too."""
+    sharing: dict[object, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        sharing[_memory(tensor)].append(tensor)
+    copies: dict[int, Tensor] = {}
+    for group in sharing.values():
+        if len({id(tensor) for tensor in group}) == 1:
+            copies[id(group[0])] = group[0].detach().clone()
+            continue
+        whole = torch.empty(0, dtype=group[0].dtype, device=group[0].device).set_(group[0].untyped_storage()).clone()
+        views = len({id(one if one._base is None else one._base) for one in group}) == 1
+        for one in group:
+            where = one.storage_offset(), one.shape, one.stride()
+            # Autograd knows that writing to a view changes the others; memory that is shared otherwise it does not.
+            copy = (
+                whole.as_strided(*where[1:], where[0])
+                if views
+                else whole.new_empty(0).set_(whole.untyped_storage(), *where)
+            )
+            copies[id(one)] = copy
+    return copies
+
+
+def _memory(tensor: Tensor) -> object:
+    """Return what is equal for tensors that share memory."""
+    if tensor.layout != torch.strided or tensor.is_quantized or not tensor.numel():
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr(), tensor.dtype, tensor.device
+
+
+def _with_neighbours(some: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return those of the tensors that share memory with some of them."""
+    memory = {_memory(tensor) for tensor in some}
+    return [tensor for tensor in tensors if _memory(tensor) in memory]
 
 
 def own_batch(batch: Any, copies: bool) -> Any:

@@ -133,16 +133,18 @@ class ModelObjective(Objective):
     def _look(
         self, what: str, outputs: list[Tensor], users: Mapping[str, Sequence[Tensor]], leaves: Mapping[str, Tensor]
     ) -> None:
-        if what == "criterion":
-            if beside := reached(outputs, {name: [leaf] for name, leaf in leaves.items()}):
-                raise ValueError(
-                    f"the loss depends on {min(beside, key=list(leaves).index)!r} in another way than through the "
-                    "prediction, as a penalty does, but this matrix is of the prediction: use HessianLinearOperator, "
-                    "or take the penalty out of loss_function and add its curvature to the matrix G: for decay times "
-                    "the sum of squares this is G + 2 * decay * I, G.damped(2 * decay)"
-                )
-            self._looked_at.add(what)
+        if what != "criterion":
+            super()._look(what, outputs, users, leaves)
+            return
+        if beside := reached(outputs, {name: [leaf] for name, leaf in leaves.items()}):
+            raise ValueError(
+                f"the loss depends on {min(beside, key=list(leaves).index)!r} in another way than through the "
+                "prediction, as a penalty does, but this matrix is of the prediction: use HessianLinearOperator, or "
+                "take the penalty out of loss_function and add its curvature to the matrix G: for decay times the sum "
+                "of squares this is G + 2 * decay * I, G.damped(2 * decay)"
+            )
         super()._look(what, outputs, users, leaves)
+        self._looked_at.add(what)
 
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
         return self._divisor(prediction, *batch)

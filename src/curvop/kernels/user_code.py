@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvop.kernels.batches import batch_size
 from curvop.kernels.callable_objective import CallableObjective
 from curvop.kernels.double import HeldPadding, in_double
-from curvop.kernels.joining import CannotJoinError, joined
+from curvop.kernels.joining import joined
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import Objective
 from curvop.kernels.preflight import batchwise_modules
