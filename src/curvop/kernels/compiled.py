@@ -139,7 +139,7 @@ class CompiledKernel(Kernel):
                 parts[position] = tensor.detach().requires_grad_(inputs[position].requires_grad)
             values, held, batch = pytree.tree_unflatten(parts, structure)
             point = {name: value.detach().requires_grad_(name in chosen) for name, value in values.items()}
-            with torch.enable_grad(), TwiceDifferentiable():
+            with torch.enable_grad(), TwiceDifferentiable(self.objective.evaluator.elementary_norms):
                 loss, prediction, cotangents = self._kernel.product(point, held, batch, tangents)
                 check_loss(loss, index)
                 shape = pytree.tree_map_only(Tensor, _shape, prediction)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from curvop.kernels.closed_forms import loss_derivative
-from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.objective import BatchLoss, BatchWeight, Objective
 from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.stateless import functional_call
@@ -51,13 +50,11 @@ class ModelObjective(Objective):
 
     def predict(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         """Return the model's prediction, differentiable twice in `leaves` within `slow_backends`."""
-        with torch.enable_grad(), TwiceDifferentiable():
-            return self.guard.run(lambda own: self._prediction(leaves, own), batch)
+        return self.evaluator(lambda: self.guard.run(lambda own: self._prediction(leaves, own), batch))
 
     def criterion(self, prediction: Any, index: int, batch: Any) -> BatchLoss:
         """Return the loss of batch number `index` as a function of a prediction."""
-        with torch.enable_grad(), TwiceDifferentiable():
-            found = self.guard.run(lambda own: self._criterion(prediction, own), batch)
+        found = self.evaluator(lambda: self.guard.run(lambda own: self._criterion(prediction, own), batch))
         return self._checked(found, index, batch)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
