@@ -58,6 +58,13 @@ class CompiledKernel(Kernel):
         """Refuse data of another number of batches, as the wrapped kernel does."""
         self._kernel.check_count(count)
 
+    def move(self) -> bool:
+        """Linearize by derivatives at another point, as the wrapped kernel does."""
+        moved = self._kernel.move()
+        if moved:
+            self._programs.clear()
+        return moved
+
     def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Return what a product depends on, as for the wrapped kernel."""
         return self._kernel.held(leaves, index, batch)
