@@ -218,14 +218,18 @@ SHAPES: dict[str, Operation] = {
     "diagonal": lambda x: torch.diagonal(x.square()),
     "diff": lambda x: torch.diff(x.square()),
     "expand": lambda x: x.square()[:, :1].expand(3, 2),
-    "fold": lambda x: F.fold(x[None].square(), (2, 3), (1, 3), padding=(0, 1))
-    if x.numel() == 18
-    else F.fold(x.square().reshape(1, 4, 3)[:, :, :2], (2, 3), (2, 2)),
+    "fold": lambda x: (
+        F.fold(x[None].square(), (2, 3), (1, 3), padding=(0, 1))
+        if x.numel() == 18
+        else F.fold(x.square().reshape(1, 4, 3)[:, :, :2], (2, 3), (2, 2))
+    ),
     "gather": lambda x: torch.gather(x.square(), 1, torch.tensor([[0, 0], [3, 1], [2, 2]])),
     "getitem": lambda x: x.square()[[2, 0, 0], [1, 1, 3]],
     "grid_sample": lambda x: F.grid_sample(image(x), x.reshape(1, 2, 3, 2) * 0.8, align_corners=True),
     "index_add": lambda x: torch.index_add(x, 0, torch.tensor([0, 0, 2]), x.square()),
-    "index_put": lambda x: x.square().index_put((torch.tensor([0, 0]), torch.tensor([1, 1])), x[0, :2], accumulate=True),
+    "index_put": lambda x: x.square().index_put(
+        (torch.tensor([0, 0]), torch.tensor([1, 1])), x[0, :2], accumulate=True
+    ),
     "index_select": lambda x: torch.index_select(x.square(), 1, torch.tensor([0, 0, 3])),
     "interpolate": lambda x: F.interpolate(image(x), size=(5, 5), mode="bilinear"),
     "interpolate, cubic": lambda x: F.interpolate(image(x), size=(5, 5), mode="bicubic"),

@@ -7,6 +7,9 @@ loss                                           example
 other ``torch.nn`` losses, term by term        a row: all entries along the last axis (of ``[N]``, each entry)
 any other function                             an index of the first axis: everything that has it
 =============================================  ==================================================================
+
+A prediction without dimensions, or with a part without, is one example: the energy of a molecule, with the forces on
+its atoms.
 """
 
 from __future__ import annotations
@@ -53,16 +56,9 @@ class Examples:
             axis = self.axis(factor.ndim)
             inner = factor * vector
             return [factor * (inner if axis is None else inner.sum(axis, keepdim=True))]
-        self._check([factor for factor, _ in pairs])
-        inner = torch.stack([_inner(*pair) for pair in pairs]).sum(0)
-        return [None if r is None else r * inner.view(-1, *[1] * (r.ndim - 1)) for r in factors]
-
-    def _check(self, outputs: Sequence[Tensor]) -> None:
-        if len({output.shape[:1] for output in outputs}) > 1 or any(not output.ndim for output in outputs):
-            raise ValueError(
-                "per-example gradients need predictions with the examples along dimension 0, but these have shapes "
-                f"{[tuple(output.shape) for output in outputs]}: make the model return one row an example"
-            )
+        count = _shared_count([factor for factor, _ in pairs])
+        inner = torch.stack([(r * w).reshape(count, -1).sum(1) for r, w in pairs]).sum(0)
+        return [None if r is None else (r.reshape(count, -1) * inner[:, None]).view_as(r) for r in factors]
 
     def axis(self, ndim: int) -> int | None:
         """Return the axis of a torch loss's prediction that belongs to one example; None where each entry is one."""
@@ -73,13 +69,20 @@ class Examples:
     def count(self, outputs: Sequence[Tensor], y: Any) -> int:
         """Return how many examples count."""
         if self._kind is None:
-            self._check(outputs)
-            return len(outputs[0])
+            return _shared_count(outputs)
         axis = self.axis(outputs[0].ndim)
         if self._by_class and not y.is_floating_point():
             return int((y != loss_setting(self._loss_function, "ignore_index", -100)).sum())
         return outputs[0].numel() // (1 if axis is None else outputs[0].shape[axis])
 
 
-def _inner(factor: Tensor, vector: Tensor) -> Tensor:
-    return (factor * vector).reshape(len(factor), -1).sum(1)
+def _shared_count(outputs: Sequence[Tensor]) -> int:
+    """Return how many examples the parts of a prediction share."""
+    if any(not output.ndim for output in outputs):
+        return 1
+    if len({len(output) for output in outputs}) > 1:
+        raise ValueError(
+            "per-example gradients need predictions with the examples along dimension 0, but these have shapes "
+            f"{[tuple(output.shape) for output in outputs]}: make the model return one row an example"
+        )
+    return len(outputs[0])
