@@ -1,18 +1,24 @@
-"""Differentiable operations of torch, each a function of one small tensor, for sweeps of one after another."""
+"""Differentiable operations of torch, each a function of one tensor ``(3, 4)`` of numbers between -1 and 1."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Operation = Callable[[Tensor], Tensor]
 
-#: Where an operation is differentiable, given a tensor of numbers between -1 and 1 of which no two are near each other.
-positive: Operation = lambda x: 1.5 + x  # noqa: E731
-inside: Operation = lambda x: 0.5 + 0.4 * x  # noqa: E731
+
+def positive(x: Tensor) -> Tensor:
+    """Return numbers between 1/2 and 5/2, given some between -1 and 1."""
+    return 1.5 + x
+
+
+def inside(x: Tensor) -> Tensor:
+    """Return numbers between 0 and 1, given some between -1 and 1."""
+    return 0.5 + 0.4 * x
 
 
 def square(x: Tensor) -> Tensor:
@@ -218,11 +224,7 @@ SHAPES: dict[str, Operation] = {
     "diagonal": lambda x: torch.diagonal(x.square()),
     "diff": lambda x: torch.diff(x.square()),
     "expand": lambda x: x.square()[:, :1].expand(3, 2),
-    "fold": lambda x: (
-        F.fold(x[None].square(), (2, 3), (1, 3), padding=(0, 1))
-        if x.numel() == 18
-        else F.fold(x.square().reshape(1, 4, 3)[:, :, :2], (2, 3), (2, 2))
-    ),
+    "fold": lambda x: F.fold(x.square().reshape(1, 4, 3)[:, :, :2], (2, 3), (2, 2)),
     "gather": lambda x: torch.gather(x.square(), 1, torch.tensor([[0, 0], [3, 1], [2, 2]])),
     "getitem": lambda x: x.square()[[2, 0, 0], [1, 1, 3]],
     "grid_sample": lambda x: F.grid_sample(image(x), x.reshape(1, 2, 3, 2) * 0.8, align_corners=True),
@@ -242,10 +244,10 @@ SHAPES: dict[str, Operation] = {
     "repeat": lambda x: x.square().repeat(2, 1),
     "repeat_interleave": lambda x: torch.repeat_interleave(x.square(), 2, 1),
     "roll": lambda x: torch.roll(x.square(), 1, 1),
-    "scatter": lambda x: torch.scatter(x, 1, torch.tensor([[0], [2], [3]]), x.square()),
-    "scatter_add": lambda x: torch.scatter_add(x, 1, torch.tensor([[0, 0], [2, 1], [3, 3]]), x.square()),
+    "scatter": lambda x: torch.scatter(x, 1, torch.tensor([[0, 1], [2, 0], [3, 1]]), x[:, :2].square()),
+    "scatter_add": lambda x: torch.scatter_add(x, 1, torch.tensor([[0, 0], [2, 1], [3, 3]]), x[:, :2].square()),
     "scatter_reduce": lambda x: torch.scatter_reduce(
-        positive(x), 1, torch.tensor([[0, 0], [2, 1], [3, 3]]), positive(x).square(), "prod"
+        positive(x), 1, torch.tensor([[0, 0], [2, 1], [3, 3]]), positive(x[:, :2]).square(), "prod"
     ),
     "stack": lambda x: torch.stack([x, x.sin()], 1),
     "take_along_dim": lambda x: torch.take_along_dim(x.square(), torch.tensor([[0], [2], [1]]), 1),
@@ -298,3 +300,23 @@ SIGNALS: dict[str, Operation] = {
     ),
 }
 OPERATIONS: dict[str, Operation] = POINTWISE | REDUCTIONS | LINEAR_ALGEBRA | SHAPES | LAYERS | SIGNALS
+
+#: Those whose gradient torch cannot differentiate.
+ONCE_DIFFERENTIABLE = (
+    "cdist", "cdist 1", "cdist 3", "ctc_loss", "embedding_bag", "hardsigmoid", "multi_margin_loss", "pdist"
+)  # fmt: skip
+
+
+class Operated(nn.Module):
+    """Predict by one operation: its result, without dimensions the sum of that, and one entry of it squeezed."""
+
+    def __init__(self, operation: Operation) -> None:
+        super().__init__()
+        self.operation, self.theta = operation, nn.Parameter(torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64))
+        # No two are near each other, nor are their squares, and none is near zero.
+        numbers = [-0.83, 0.61, -0.12, 0.37, 0.9, -0.55, 0.23, -0.31, 0.07, 0.74, -0.68, 0.48]
+        self.register_buffer("offset", torch.tensor(numbers, dtype=torch.float64))
+
+    def forward(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = self.operation((self.offset + 0.02 * X @ self.theta).view(3, 4))
+        return z, z.sum(), z.reshape(-1)[:1].squeeze()
