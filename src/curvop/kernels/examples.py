@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from curvop.kernels.weights import loss_kind, loss_setting
 
-__all__ = ["Examples"]
+__all__ = ["Examples", "check_classes"]
 
 Parts = Sequence[Tensor | None]
 
@@ -33,12 +33,17 @@ class Examples:
     Parameters
     ----------
     loss_function : callable
+
+    Attributes
+    ----------
+    by_class : bool
+        Whether the loss is one over classes.
     """
 
     def __init__(self, loss_function: Callable[..., Any]) -> None:
         self._loss_function = loss_function
         self._kind = loss_kind(loss_function)
-        self._by_class = self._kind is not None and issubclass(self._kind, nn.CrossEntropyLoss | nn.NLLLoss)
+        self.by_class = self._kind is not None and issubclass(self._kind, nn.CrossEntropyLoss | nn.NLLLoss)
 
     def outer(self, factors: Parts, vectors: Parts) -> list[Any]:
         r"""Return :math:`r_n \langle r_n, w_n \rangle` for every example, of factors `r` and vectors `w`; None is zero.
@@ -62,7 +67,7 @@ class Examples:
 
     def axis(self, ndim: int) -> int | None:
         """Return the axis of a torch loss's prediction that belongs to one example; None where each entry is one."""
-        if self._by_class:
+        if self.by_class:
             return min(1, ndim - 1)
         return ndim - 1 if ndim > 1 else None
 
@@ -71,9 +76,18 @@ class Examples:
         if self._kind is None:
             return _shared_count(outputs)
         axis = self.axis(outputs[0].ndim)
-        if self._by_class and not y.is_floating_point():
+        if self.by_class and not y.is_floating_point():
             return int((y != loss_setting(self._loss_function, "ignore_index", -100)).sum())
         return outputs[0].numel() // (1 if axis is None else outputs[0].shape[axis])
+
+
+def check_classes(loss_function: Callable[..., Any], prediction: Any) -> None:
+    """Refuse a prediction without dimensions for a loss over classes, of which torch's own errors do not speak."""
+    if isinstance(prediction, Tensor) and not prediction.ndim and Examples(loss_function).by_class:
+        raise ValueError(
+            "a prediction has no dimensions, but the loss needs one for the classes: make the model return scores of "
+            "shape (C,) or (N, C)"
+        )
 
 
 def _shared_count(outputs: Sequence[Tensor]) -> int:

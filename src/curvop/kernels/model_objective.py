@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curvop.kernels.closed_forms import loss_derivative
+from curvop.kernels.examples import check_classes
 from curvop.kernels.objective import BatchLoss, BatchWeight, Objective
 from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.stateless import functional_call
@@ -68,6 +69,7 @@ class ModelObjective(Objective):
 
     def _criterion(self, prediction: Any, batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         _, y = batch
+        check_classes(self.loss_function, prediction)
         if self._derivative is not None:
             with torch.no_grad():
                 loss, divisor = self.loss_function(prediction, y), self._mean_divisor(prediction, batch)
