@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from fuzz_models import Problem
 from torch import Tensor, nn
@@ -104,6 +106,33 @@ class Oracle:
         g, count = self.example_gradients(), self._problem.loss.counted
         mean = g.sum(0) / count
         return self.empirical_fisher() - count / self._problem.loss.divisor * torch.outer(mean, mean)
+
+
+class Differences:
+    """The matrices of a small model, on one batch, by central differences of its predictions and its plain gradient."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any, None], Tensor], X: Tensor) -> None:
+        self._model, self._loss, self._X = model, loss, X
+        self._theta = model.theta.detach().clone()
+
+    def jacobian(self) -> np.ndarray:
+        with torch.no_grad():
+            return self._along(lambda: torch.cat([part.reshape(-1) for part in self._model(self._X)]))
+
+    def hessian(self) -> np.ndarray:
+        return self._along(lambda: torch.autograd.grad(self._loss(self._model(self._X), None), self._model.theta)[0])
+
+    def _along(self, function: Callable[[], Tensor], step: float = 1e-5) -> np.ndarray:
+        """Return the derivative of ``function()`` by the parameters, one column each."""
+        columns = []
+        for unit in torch.eye(len(self._theta), dtype=self._theta.dtype):
+            ends = []
+            for sign in (1, -1):
+                self._model.theta.data = self._theta + sign * step * unit
+                ends.append(function())
+            columns.append((ends[0] - ends[1]) / (2 * step))
+        self._model.theta.data = self._theta.clone()
+        return torch.stack(columns, dim=-1).numpy()
 
 
 def _rows(outputs: Tensor, leaves: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """Random small problems, handed over in every way, against matrices computed by routes of their own in float64.
 
 200 cases by default; 2,000 more, and compiled ones, with ``-m slow``. The scheduled ones draw other cases in each run:
-``CURVOP_FUZZ_SEED`` repeats one.
+``CURVOP_FUZZ_SEED`` repeats one. Besides, torch's operations, one after another, against finite differences.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import seeded
 from fuzz_models import LAYERS, Case, Problem, cases
-from fuzz_oracle import Oracle
+from fuzz_oracle import Differences, Oracle
 from hypothesis import HealthCheck, given, seed, settings
+from operations import LAYERS as LAYER_OPERATIONS
+from operations import ONCE_DIFFERENTIABLE, OPERATIONS, REDUCTIONS, Operated
 from torch import Tensor, nn
 
 from curvop import (
@@ -89,6 +92,58 @@ def test_more_random_problems(kind: str) -> None:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_random_problems_compiled(kind: str) -> None:
     run(kind, "fuzz-compiled", at_least=10, engine="compiled")
+
+
+@seeded
+def operated(name: str) -> tuple[Operated, list[tuple[Tensor, None]]]:
+    return Operated(OPERATIONS[name]), [(torch.randn(12, 3), None)]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_one_operation_after_another(name: str) -> None:
+    model, data = operated(name)
+    differences = Differences(model, squares, data[0][0])
+    once = name in ONCE_DIFFERENTIABLE
+    assert_jacobian(model, data, differences.jacobian(), once=once)
+    if once:
+        return
+    H = HessianLinearOperator(model, squares, dict(model.named_parameters()), data)
+    near(H @ np.eye(3), differences.hessian())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in REDUCTIONS | LAYER_OPERATIONS if name not in ONCE_DIFFERENTIABLE])
+def test_one_operation_after_another_compiled(name: str) -> None:
+    model, data = operated(name)
+    assert_jacobian(model, data, Differences(model, squares, data[0][0]).jacobian(), engine="compiled")
+
+
+def assert_jacobian(
+    model: nn.Module, data: Any, expected: np.ndarray, once: bool = False, engine: str = "autograd"
+) -> None:
+    """Check the Jacobian and its transpose, or that it is refused where an operation is differentiable `once` only."""
+    J = JacobianLinearOperator(model, dict(model.named_parameters()), data, engine=engine)
+    near(J.T @ np.eye(len(expected)), expected.T)
+    near(J.T @ np.ones(len(expected)), expected.sum(0))
+    if once:
+        with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
+            J @ np.eye(3)
+    else:
+        near(J @ np.eye(3), expected)
+        near(J @ np.ones(3), expected.sum(1))
+
+
+def near(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert actual.shape == expected.shape
+    assert np.linalg.norm(actual - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+def squares(prediction: tuple[Tensor, ...], y: None) -> Tensor:
+    """A loss of which entries, and the parts of a prediction, are not independent."""
+    return sum(part.square().sum() for part in prediction) * prediction[1]
+
+
+squares.reduction = "sum"
 
 
 def assert_right(case: Case) -> None:

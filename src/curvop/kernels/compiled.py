@@ -58,6 +58,13 @@ class CompiledKernel(Kernel):
         """Refuse data of another number of batches, as the wrapped kernel does."""
         self._kernel.check_count(count)
 
+    def move(self) -> bool:
+        """Linearize by derivatives at another point, as the wrapped kernel does."""
+        moved = self._kernel.move()
+        if moved:
+            self._programs.clear()
+        return moved
+
     def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Return what a product depends on, as for the wrapped kernel."""
         return self._kernel.held(leaves, index, batch)
@@ -139,7 +146,7 @@ class CompiledKernel(Kernel):
                 parts[position] = tensor.detach().requires_grad_(inputs[position].requires_grad)
             values, held, batch = pytree.tree_unflatten(parts, structure)
             point = {name: value.detach().requires_grad_(name in chosen) for name, value in values.items()}
-            with torch.enable_grad(), TwiceDifferentiable():
+            with torch.enable_grad(), TwiceDifferentiable(self.objective.evaluator.elementary_norms):
                 loss, prediction, cotangents = self._kernel.product(point, held, batch, tangents)
                 check_loss(loss, index)
                 shape = pytree.tree_map_only(Tensor, _shape, prediction)

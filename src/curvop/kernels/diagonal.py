@@ -50,7 +50,7 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
             totals.add(loss.value, loss.weight, *values.values())
             if not loss.weight:
                 continue
-            if more or not z.ndim:
+            if more:
                 raise _unknown("the prediction is not one tensor with the examples along dimension 0")
             # Before the examples are compared: NaN differs from itself, which is not for coupled examples.
             told = functools.partial(not_finite, "diagonal", index, float(loss.value))
@@ -81,7 +81,8 @@ def _check_finite(tensor: Tensor, where: str, told: Callable[[str], str]) -> Non
 
 def _decomposed(middle: Middle, z: Tensor, told: Callable[[str], str]) -> tuple[Tensor, Tensor]:
     """Return ``(C, n)`` eigenvalues of the examples' blocks of `M`, and their eigenvectors ``(C, n, ...)``."""
-    count, outputs = len(z), z.numel() // max(len(z), 1)
+    count = _count(z)
+    outputs = z.numel() // max(count, 1)
     if outputs > _MOST_OUTPUTS:
         raise _unknown(f"an example has {outputs:,} outputs, more than {_MOST_OUTPUTS}")
 
@@ -102,7 +103,12 @@ def _decomposed(middle: Middle, z: Tensor, told: Callable[[str], str]) -> tuple[
     # A product of rounding errors is no part of the matrix: of a gradient's square, only one vector stays.
     weak = outputs * torch.finfo(z.dtype).eps * strengths.abs().max()
     there = strengths.abs().amax(1) > weak
-    return strengths[there], vectors[there].reshape(-1, *z.shape)
+    return strengths[there], vectors[there].reshape(-1, count, *z.shape[1:])
+
+
+def _count(z: Tensor) -> int:
+    """Return the number of examples; a prediction without dimensions is one."""
+    return len(z) if z.ndim else 1
 
 
 def _check_gradient(
@@ -121,7 +127,9 @@ def _check_gradient(
         if part is not None:
             _check_finite(part, f"parameter {name!r}", told)
     sums = _squares(
-        kernel, names, batch[0], z, torch.ones(1, len(z), dtype=z.dtype, device=z.device), probe[None], power=1
+        *(kernel, names, batch[0], z, torch.ones(1, _count(z), dtype=z.dtype, device=z.device)),
+        probe.view(1, _count(z), *z.shape[1:]),
+        power=1,
     )
     expected = [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(chosen, whole, strict=True)]
     eps = torch.finfo(z.dtype).eps
@@ -144,7 +152,10 @@ def _squares(
 ) -> Sequence[Tensor]:
     """Return the weighted sums of squares of ``J_n' u_nc``, or another power, for each parameter."""
     objective = kernel.objective
-    if leading_size(X) != len(z):
+    whole = not z.ndim  # the batch is one example
+    if whole:
+        z = z[None]
+    elif leading_size(X) != len(z):
         raise _unknown("the inputs' first dimensions are not the examples of the prediction")
     params = {name: objective.params[name].detach() for name in names}
     leaves = objective.leaves(())
@@ -152,13 +163,13 @@ def _squares(
 
     def of_one(inputs: list[Tensor], strength: Tensor, vector: Tensor) -> tuple[Tensor, list[Tensor]]:
         rest = iter(inputs)
-        one = map_leaves(lambda _: next(rest)[None], X)
+        one = map_leaves(lambda _: next(rest) if whole else next(rest)[None], X)
         image, pull, *_ = vjp(lambda own: objective.traced_prediction(leaves | own, held, (one, None)), params)
         total = [torch.zeros_like(value) for value in params.values()]
         for weight, direction in zip(strength, vector, strict=True):
-            pulled = pull(direction[None])[0].values()
+            pulled = pull(direction.view_as(image))[0].values()
             total = [part + weight * value**power for part, value in zip(total, pulled, strict=True)]
-        return image[0], total
+        return image.reshape(z.shape[1:]), total
 
     size = max(1, _ENTRIES // sum(value.numel() for value in params.values()))
     sums = [torch.zeros_like(value) for value in params.values()]
@@ -167,7 +178,7 @@ def _squares(
         try:
             with torch.no_grad():  # a function may hold other parameters, of which torch would keep the graph
                 images, totals = vmap(of_one, in_dims=(0, 1, 1))(
-                    [leaf[rows] for leaf in leaves_of(X)], strengths[:, rows], vectors[:, rows]
+                    [leaf[None] if whole else leaf[rows] for leaf in leaves_of(X)], strengths[:, rows], vectors[:, rows]
                 )
         except Exception as error:  # the whole batch went well: what torch, or the model, cannot map over
             if out_of_memory(error):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 from torch.backends import cuda, cudnn, mha
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _pop_mode
 
+from curvop.kernels.batches import leaves
 from curvop.kernels.convolution import CONVOLUTIONS
+from curvop.kernels.graph import nodes
 
-__all__ = ["STAND_INS", "TwiceDifferentiable", "slow_backends"]
+__all__ = ["STAND_INS", "Evaluator", "TwiceDifferentiable", "slow_backends"]
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -66,8 +75,55 @@ def _leave_modes(depth: int) -> None:
         _pop_mode()
 
 
+class Evaluator:
+    """Evaluates code whose result can be differentiated twice, also if the result holds derivatives itself.
+
+    Attributes
+    ----------
+    elementary_norms : bool
+        Whether a result held a derivative of a fused normalisation, so that normalisations are computed by elementary
+        operations from now on.
+    """
+
+    def __init__(self) -> None:
+        self.elementary_norms = False
+
+    def __call__(self, function: Callable[[], T]) -> T:
+        """Return ``function()``; call it again if its first result holds a derivative of a fused normalisation.
+
+        Raises
+        ------
+        RuntimeError
+            If the second result still holds one, as that of a scripted module does.
+        """
+        with torch.enable_grad(), TwiceDifferentiable(self.elementary_norms):
+            result = function()
+        roots = [leaf.grad_fn for leaf in leaves(result) if leaf.grad_fn is not None]
+        fused = next((node.name() for node in nodes(roots) if _is_derivative_of_norm(node)), None)
+        if fused is None:
+            return result
+        if self.elementary_norms:
+            raise RuntimeError(
+                f"the model or the loss holds a derivative of a fused normalisation ({fused}), which torch "
+                "differentiates wrongly (pytorch#186256): write it with elementary operations (mean, var, rsqrt)"
+            )
+        self.elementary_norms = True
+        return self(function)
+
+
 class TwiceDifferentiable(TorchFunctionMode):
-    """Computes in another way what torch differentiates wrongly, or slowly, a second time."""
+    """Computes in another way what torch differentiates wrongly, or slowly, a second time.
+
+    Parameters
+    ----------
+    elementary_norms : bool
+        Whether normalisations are computed by elementary operations. They always are within ``torch.func`` derivatives
+        and forward mode.
+    """
+
+    def __init__(self, elementary_norms: bool = False) -> None:
+        super().__init__()
+        self._definitions = _ELEMENTARY if elementary_norms else _DEFINITIONS
 
     def __enter__(self) -> Self:
         """Enter the mode."""
@@ -86,7 +142,8 @@ class TwiceDifferentiable(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call what stands in for `func`, or `func` itself."""
-        return _DEFINITIONS.get(func, func)(*args, **(kwargs or {}))
+        definition: Callable[..., Any] = self._definitions.get(func, func)
+        return definition(*args, **(kwargs or {}))
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -100,8 +157,85 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
         return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
 
+def _logcumsumexp(function: Callable[..., Any], input: Tensor, dim: int, **kwargs: Any) -> Any:  # noqa: A002
+    """Return ``log(cumsum(exp(input)))`` of real numbers by a scan of log2(n) steps.
+
+    Torch's own gradient takes the logarithm of its cotangent: where that is zero, as behind a mask, the gradient's
+    derivative is wrong or NaN.
+    """
+    if kwargs or not input.is_floating_point():
+        return function(input, dim, **kwargs)
+    total, shift = torch.atleast_1d(input).movedim(dim, 0), 1
+    while shift < len(total):
+        pairs = torch.stack([total[shift:], total[:-shift]])
+        total, shift = torch.cat([total[:shift], pairs.logsumexp(0)]), 2 * shift
+    return total.movedim(0, dim).view_as(input)
+
+
+def _norm(function: Callable[..., Any], names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+    """Return a normalisation, of arguments of these `names`, by elementary operations.
+
+    The second derivative of torch's fused ones takes the mean and the variance that they saved for constants, and so
+    does the first derivative of their forward mode (pytorch#186256, #175754, #196699, #196700). Running statistics are
+    constants.
+    """
+    given = dict(zip(names, args, strict=False)) | kwargs
+    x, weight, bias = given["input"], given.get("weight"), given.get("bias")
+    of_batch = "training" in names
+    if "normalized_shape" in names:
+        axes = tuple(range(-len(given["normalized_shape"]), 0))
+    elif given.get("training", False) if of_batch else given.get("use_input_stats", True):
+        axes = (*[0] * of_batch, *range(2, x.ndim))
+        weight, bias = (one if one is None else one.view(-1, *[1] * (x.ndim - 2)) for one in (weight, bias))
+    else:
+        return function(*args, **kwargs)
+    with torch.no_grad():  # checks its arguments, updates running statistics and chooses the dtype
+        fused = function(*args, **kwargs)
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    normed = (x - mean) * (variance + given.get("eps", 1e-5)).rsqrt()
+    normed = normed if weight is None else normed * weight
+    return (normed if bias is None else normed + bias).to(fused.dtype)
+
+
+def _norm_within_derivatives(function: Callable[..., Any], names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+    """Return a normalisation by elementary operations if a transform differentiates it, else torch's own."""
+    return _norm(function, names, *args, **kwargs) if _in_derivative() else function(*args, **kwargs)
+
+
+def _in_derivative() -> bool:
+    """Whether a derivative of ``torch.func`` or of forward mode is under way."""
+    if peek_interpreter_stack() is None:
+        return forward_ad._current_level >= 0
+    return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in get_interpreter_stack() or ())
+
+
+def _is_derivative_of_norm(node: Node) -> bool:
+    """Whether a node differentiates the gradient of a fused normalisation, by the statistics of its input."""
+    return node.name() in _DERIVATIVES_OF_NORMS and getattr(node, "_saved_train", True)
+
+
+_DERIVATIVES_OF_NORMS = {
+    f"{name}NormBackwardBackward0" for name in ("NativeLayer", "NativeBatch", "CudnnBatch", "MiopenBatch")
+}
+_AFFINE, _RUNNING = ("weight", "bias"), ("running_mean", "running_var")
+_NORMS: dict[Callable[..., Any], Sequence[str]] = {
+    functional.layer_norm: ("input", "normalized_shape", *_AFFINE, "eps"),
+    torch.layer_norm: ("input", "normalized_shape", *_AFFINE, "eps"),
+    functional.batch_norm: ("input", *_RUNNING, *_AFFINE, "training", "momentum", "eps"),
+    torch.batch_norm: ("input", *_AFFINE, *_RUNNING, "training", "momentum", "eps"),
+    functional.instance_norm: ("input", *_RUNNING, *_AFFINE, "use_input_stats", "momentum", "eps"),
+    torch.instance_norm: ("input", *_AFFINE, *_RUNNING, "use_input_stats", "momentum", "eps"),
+}
 STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
-    torch.nn.functional.scaled_dot_product_attention: _attention,
+    torch.logcumsumexp: functools.partial(_logcumsumexp, torch.logcumsumexp),
+    Tensor.logcumsumexp: functools.partial(_logcumsumexp, Tensor.logcumsumexp),
+    functional.scaled_dot_product_attention: _attention,
 }
-_DEFINITIONS = {**STAND_INS, **CONVOLUTIONS}
+_DEFINITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **STAND_INS,
+    **CONVOLUTIONS,
+    **{function: functools.partial(_norm_within_derivatives, function, names) for function, names in _NORMS.items()},
+}
+_ELEMENTARY = _DEFINITIONS | {function: functools.partial(_norm, function, names) for function, names in _NORMS.items()}

@@ -7,6 +7,9 @@ loss                                           example
 other ``torch.nn`` losses, term by term        a row: all entries along the last axis (of ``[N]``, each entry)
 any other function                             an index of the first axis: everything that has it
 =============================================  ==================================================================
+
+A prediction without dimensions, or with a part without, is one example: the energy of a molecule, with the forces on
+its atoms.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from curvop.kernels.weights import loss_kind, loss_setting
 
-__all__ = ["Examples"]
+__all__ = ["Examples", "check_classes"]
 
 Parts = Sequence[Tensor | None]
 
@@ -30,12 +33,17 @@ class Examples:
     Parameters
     ----------
     loss_function : callable
+
+    Attributes
+    ----------
+    by_class : bool
+        Whether the loss is one over classes.
     """
 
     def __init__(self, loss_function: Callable[..., Any]) -> None:
         self._loss_function = loss_function
         self._kind = loss_kind(loss_function)
-        self._by_class = self._kind is not None and issubclass(self._kind, nn.CrossEntropyLoss | nn.NLLLoss)
+        self.by_class = self._kind is not None and issubclass(self._kind, nn.CrossEntropyLoss | nn.NLLLoss)
 
     def outer(self, factors: Parts, vectors: Parts) -> list[Any]:
         r"""Return :math:`r_n \langle r_n, w_n \rangle` for every example, of factors `r` and vectors `w`; None is zero.
@@ -53,33 +61,42 @@ class Examples:
             axis = self.axis(factor.ndim)
             inner = factor * vector
             return [factor * (inner if axis is None else inner.sum(axis, keepdim=True))]
-        self._check([factor for factor, _ in pairs])
-        inner = torch.stack([_inner(*pair) for pair in pairs]).sum(0)
-        return [None if r is None else r * inner.view(-1, *[1] * (r.ndim - 1)) for r in factors]
-
-    def _check(self, outputs: Sequence[Tensor]) -> None:
-        if len({output.shape[:1] for output in outputs}) > 1 or any(not output.ndim for output in outputs):
-            raise ValueError(
-                "per-example gradients need predictions with the examples along dimension 0, but these have shapes "
-                f"{[tuple(output.shape) for output in outputs]}: make the model return one row an example"
-            )
+        count = _shared_count([factor for factor, _ in pairs])
+        inner = torch.stack([(r * w).reshape(count, -1).sum(1) for r, w in pairs]).sum(0)
+        return [None if r is None else (r.reshape(count, -1) * inner[:, None]).view_as(r) for r in factors]
 
     def axis(self, ndim: int) -> int | None:
         """Return the axis of a torch loss's prediction that belongs to one example; None where each entry is one."""
-        if self._by_class:
+        if self.by_class:
             return min(1, ndim - 1)
         return ndim - 1 if ndim > 1 else None
 
     def count(self, outputs: Sequence[Tensor], y: Any) -> int:
         """Return how many examples count."""
         if self._kind is None:
-            self._check(outputs)
-            return len(outputs[0])
+            return _shared_count(outputs)
         axis = self.axis(outputs[0].ndim)
-        if self._by_class and not y.is_floating_point():
+        if self.by_class and not y.is_floating_point():
             return int((y != loss_setting(self._loss_function, "ignore_index", -100)).sum())
         return outputs[0].numel() // (1 if axis is None else outputs[0].shape[axis])
 
 
-def _inner(factor: Tensor, vector: Tensor) -> Tensor:
-    return (factor * vector).reshape(len(factor), -1).sum(1)
+def check_classes(loss_function: Callable[..., Any], prediction: Any) -> None:
+    """Refuse a prediction without dimensions for a loss over classes, of which torch's own errors do not speak."""
+    if isinstance(prediction, Tensor) and not prediction.ndim and Examples(loss_function).by_class:
+        raise ValueError(
+            "a prediction has no dimensions, but the loss needs one for the classes: make the model return scores of "
+            "shape (C,) or (N, C)"
+        )
+
+
+def _shared_count(outputs: Sequence[Tensor]) -> int:
+    """Return how many examples the parts of a prediction share."""
+    if any(not output.ndim for output in outputs):
+        return 1
+    if len({len(output) for output in outputs}) > 1:
+        raise ValueError(
+            "per-example gradients need predictions with the examples along dimension 0, but these have shapes "
+            f"{[tuple(output.shape) for output in outputs]}: make the model return one row an example"
+        )
+    return len(outputs[0])

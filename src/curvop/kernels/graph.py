@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -55,13 +55,18 @@ class LinearMap:
         """Refuse outputs that are a gradient which cannot be differentiated again.
 
         A function marked ``once_differentiable`` leaves a node of this name in the graph of its gradient, off the path
-        to the parameters, where a product would pass it by and silently lack its part.
+        to the parameters, where a product would pass it by and silently lack its part. So do torch's own operations
+        that have no further derivative.
         """
-        if any(node.name() == "torch::autograd::Error" for node in nodes(self.roots)):
-            raise RuntimeError(
-                "the model uses an autograd function that is once_differentiable: it has a gradient, but no Hessian. "
-                "Write its backward with differentiable operations, or take a block above it"
-            )
+        error = next((node for node in nodes(self.roots) if node.name() == "torch::autograd::Error"), None)
+        if error is not None:
+            words = _words(error)
+            if "once_differentiable" in words:
+                raise RuntimeError(
+                    "the model uses an autograd function that is once_differentiable: it has a gradient, but no "
+                    "Hessian. Write its backward with differentiable operations, or take a block above it"
+                )
+            raise RuntimeError(f"torch cannot differentiate an operation of the model once more: {words}")
         return self
 
     def __call__(self, vectors: Sequence[Tensor | None], batched: bool = False) -> Sequence[Tensor | None]:
@@ -78,6 +83,15 @@ class LinearMap:
         return torch.autograd.grad(
             edges, self._inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
+
+
+def _words(error: Node) -> str:
+    """Return what a node of autograd's raises when it is reached."""
+    try:
+        cast("Callable[[Tensor], Tensor]", error)(torch.zeros(()))
+    except RuntimeError as raised:
+        return str(raised)
+    return "it does not say why"
 
 
 def _run(

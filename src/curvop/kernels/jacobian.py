@@ -55,6 +55,12 @@ class JacobianKernel(Kernel):
         self.objective = objective
         self.rows, self.cols = BatchLayout(sizes), ParameterLayout(objective.params, cols)
         self._sizes = list(sizes)
+        self._at_zero = True
+
+    def move(self) -> bool:
+        """Differentiate linear maps at a point without zeros; if they already were, at zero again."""
+        self._at_zero = not self._at_zero or not isinstance(self.rows, BatchLayout)
+        return not self._at_zero
 
     def check_count(self, count: int) -> None:
         """Refuse data of another number of batches than the rows were made for."""
@@ -89,15 +95,15 @@ class JacobianKernel(Kernel):
     ) -> GraphLinearization:
         loss = torch.zeros(()) if loss is None else loss
         if isinstance(self.rows, BatchLayout):
-            return _Pushing(loss, outputs, self.cols.of(leaves))
+            return _Pushing(loss, Push(outputs, self.cols.of(leaves), self._at_zero), outputs)
         return _Pulling(loss, outputs, self.rows.of(leaves))
 
 
 class _Pushing(GraphLinearization):
-    def __init__(self, loss: Tensor, outputs: list[Tensor], params: list[Tensor]) -> None:
-        self._push = Push(outputs, params)
+    def __init__(self, loss: Tensor, push: Push, outputs: list[Tensor]) -> None:
+        self._push = push
         self._shapes = [output.shape for output in outputs]
-        super().__init__(loss, 1.0, self._push.roots)
+        super().__init__(loss, 1.0, push.roots)
 
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
         several = tangents[0].shape[: int(batched)]
@@ -120,7 +126,7 @@ class _Pulling(GraphLinearization):
         several = vector.shape[: int(batched)]
         parts = vector.split([shape.numel() for shape in self._shapes], -1)
         return self._pull(
-            [part.reshape(*several, *shape) for part, shape in zip(parts, self._shapes, strict=True)], batched
+            [part.reshape(several + shape) for part, shape in zip(parts, self._shapes, strict=True)], batched
         )
 
 

@@ -107,6 +107,10 @@ class Kernel(abc.ABC):
     def check_count(self, count: int) -> None:  # noqa: B027  # most take any
         """Refuse data of `count` batches where rows or columns were made for another number."""
 
+    def move(self) -> bool:
+        """Linearize by derivatives at another point, after a product that is not finite; False if there is none."""
+        return False
+
     def prepare(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> None:  # noqa: B027  # most need not
         """Do what `linearize` does once for batches of a shape."""
 

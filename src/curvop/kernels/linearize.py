@@ -125,8 +125,13 @@ class Engine:
         self._sum(vectors, out, tick)
         # NaN and infinity survive a sum, so one reduction clears the whole product; only a suspect is looked through.
         if not math.isfinite(out.sum().item()) and not torch.isfinite(out).all():
+            finite = bool(torch.isfinite(vectors).all())
+            if finite and self.kernel.move():
+                self._forget()
+                self._checked_sum(vectors, out, tick)
+                return
             blame = self._blame(vectors)
-            if torch.isfinite(vectors).all():
+            if finite:
                 self._forget()  # a batch that was read wrong once is not to spoil every later product
             raise NonFiniteProductError(blame)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from curvop.kernels.batches import at_batch
 from curvop.kernels.closed_forms import loss_derivative
-from curvop.kernels.differentiable import TwiceDifferentiable
+from curvop.kernels.examples import check_classes
 from curvop.kernels.guard import own_batch, replaced
 from curvop.kernels.objective import BatchLoss, BatchWeight, Objective
 from curvop.kernels.parameters import check_callable, checked_params
@@ -69,8 +69,7 @@ class ModelObjective(Objective):
 
     def predict(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         """Return the model's prediction, differentiable twice in `leaves` within `slow_backends`."""
-        with torch.enable_grad(), TwiceDifferentiable():
-            return self._run(lambda own: self._prediction(leaves, own), leaves, batch, "prediction")
+        return self.evaluator(lambda: self._run(lambda own: self._prediction(leaves, own), leaves, batch, "prediction"))
 
     def criterion(self, leaves: Mapping[str, Tensor], prediction: Any, index: int, batch: Any) -> BatchLoss:
         """Return the loss of batch number `index` as a function of a prediction that is cut off from the parameters.
@@ -80,8 +79,10 @@ class ModelObjective(Objective):
         ValueError
             If the loss depends on parameters in another way, which a matrix of the prediction lacks.
         """
-        with at_batch(index), torch.enable_grad(), TwiceDifferentiable():
-            found = self._run(lambda own: self._criterion(prediction, own), leaves, batch, "criterion")
+        with at_batch(index):
+            found = self.evaluator(
+                lambda: self._run(lambda own: self._criterion(prediction, own), leaves, batch, "criterion")
+            )
         return self._checked(found, index, batch)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
@@ -96,6 +97,7 @@ class ModelObjective(Objective):
 
     def _criterion(self, prediction: Any, batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         _, y = batch
+        check_classes(self.loss_function, prediction)
         if self._derivative is not None:
             with torch.no_grad():
                 loss, divisor = self.loss_function(prediction, y), self._mean_divisor(prediction, batch)

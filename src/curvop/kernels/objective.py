@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from curvop.kernels.batches import at_batch, on_device, to_device, told
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.cuda import begin_on
-from curvop.kernels.differentiable import TwiceDifferentiable, slow_backends
+from curvop.kernels.differentiable import Evaluator, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
 from curvop.kernels.generators import Generators
 from curvop.kernels.guard import Guard
@@ -105,6 +105,8 @@ class Objective(abc.ABC):
         Model and loss function, where they are modules.
     guard : Guard
         By which code of the user's is run.
+    evaluator : Evaluator
+        By which it is made differentiable twice.
     ordered : bool
         Whether batches come in the same order in every pass, as those of a list do.
     told : set of str
@@ -138,6 +140,7 @@ class Objective(abc.ABC):
         self.reduction = reduction
         self.modules = tuple(modules)
         self.guard = Guard(self.modules, list(params.values()))
+        self.evaluator = Evaluator()
         self._data = data
         self._batch_weight = batch_weight
         self._generators = Generators()
@@ -434,8 +437,8 @@ class Objective(abc.ABC):
 
         Buffers of modules in training mode are copies.
         """
-        with at_batch(index), torch.enable_grad(), TwiceDifferentiable():
-            found = self._run(lambda own: self._loss(leaves, own), leaves, batch)
+        with at_batch(index):
+            found = self.evaluator(lambda: self._run(lambda own: self._loss(leaves, own), leaves, batch))
         return self._checked(found, index, batch)
 
     def _checked(self, found: tuple[Tensor, float | None, Tensor, Tensor | None], index: int, batch: Any) -> BatchLoss:

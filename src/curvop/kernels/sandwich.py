@@ -25,10 +25,21 @@ Parts = Sequence[Tensor | None]
 
 
 class Push:
-    """``v -> J v``: from parameters to the parts of a prediction."""
+    """``v -> J v``: from parameters to the parts of a prediction.
 
-    def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        seeds = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+    Parameters
+    ----------
+    outputs, params : sequence of Tensor
+    at_zero : bool
+        Where ``u -> J' u`` is differentiated: at ``u = 0``, or at a point without zeros. As the map is linear, its
+        derivative is the same, but a formula may have none at zero (that of the logarithm of a cotangent), and others,
+        such as those that clip a cotangent, only there.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor], at_zero: bool = True) -> None:
+        seeds = [
+            (torch.zeros_like(output) if at_zero else _without_zeros(output)).requires_grad_() for output in outputs
+        ]
         pulled: Parts = [None] * len(params)
         if any(output.requires_grad for output in outputs):
             used = [index for index, output in enumerate(outputs) if output.requires_grad]
@@ -45,6 +56,12 @@ class Push:
     def __call__(self, vectors: Sequence[Tensor], batched: bool = False) -> Parts:
         """Multiply."""
         return self._map(vectors, batched)
+
+
+def _without_zeros(output: Tensor) -> Tensor:
+    """Return numbers between 1 and 3 in the shape of `output`."""
+    numbers = torch.arange(output.numel(), dtype=torch.float32, device=output.device)
+    return (2 + numbers.cos()).to(output.dtype).view(output.shape)
 
 
 class Middle(abc.ABC):
@@ -77,6 +94,12 @@ class SandwichKernel(Kernel):
     def __init__(self, objective: ModelObjective, rows: Sequence[str], cols: Sequence[str]) -> None:
         super().__init__(objective, rows, cols)
         self._predictions: dict[object, Any] = {}
+        self._at_zero = True
+
+    def move(self) -> bool:
+        """Differentiate linear maps at a point without zeros; if they already were, at zero again."""
+        self._at_zero = not self._at_zero
+        return not self._at_zero
 
     @abc.abstractmethod
     def middle(
@@ -118,7 +141,8 @@ class SandwichKernel(Kernel):
         loss = self.objective.criterion(leaves, cut, index, batch)
         given = self.given(index, cut, batch)
         middle = self.middle(parts, batch, given, lambda create_graph: loss.gradient(parts, create_graph))
-        push, pull = Push(outputs, self.cols.of(leaves)), LinearMap(outputs, self.rows.of(leaves))
+        push = Push(outputs, self.cols.of(leaves), self._at_zero)
+        pull = LinearMap(outputs, self.rows.of(leaves))
         return _Sandwich(loss.value, loss.weight, push, middle, pull)
 
     def product(
@@ -133,7 +157,8 @@ class SandwichKernel(Kernel):
             return torch.autograd.grad(loss, parts, create_graph=create_graph, allow_unused=True)
 
         middle = self.middle(parts, batch, held["loss"] | held.get("given", {}), derivative)
-        push, pull = Push(outputs, self.cols.of(leaves)), LinearMap(outputs, self.rows.of(leaves))
+        push = Push(outputs, self.cols.of(leaves), self._at_zero)
+        pull = LinearMap(outputs, self.rows.of(leaves))
         return loss, prediction, pull(middle(push(tangents)))
 
 
