@@ -27,7 +27,7 @@ STUDIES = {
         "results",
         "singular",
     ),
-    *("check", "check_report", "model_check", "solvers"),
+    *("check", "check_report", "model_check", "route_check", "solvers"),
     *("spectrum", "journal", "products", "fingerprint", "records", "exclusive", "distributed"),
     *("serving", "ranks", "launch", "pulse"),
 }

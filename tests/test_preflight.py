@@ -344,6 +344,7 @@ class TestWhatUsersCodeWritesTo:
 
     @pytest.mark.parametrize("cache", ["auto", 0])
     @pytest.mark.parametrize("kind", ["hessian", "ggn", "ef"])
+    @pytest.mark.filterwarnings("ignore:batches 0 and 1. as one batch:RuntimeWarning")  # their centre is another
     def test_the_losses_own_buffers(self, kind: str, cache: Any) -> None:
         problem = problem_of(mlp())
         problem.loss_function = Centred()

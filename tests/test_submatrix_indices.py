@@ -5,8 +5,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_array_equal
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from submatrix_cases import numpys
 
 from curvop import HessianLinearOperator, SubmatrixLinearOperator
 
@@ -175,6 +179,8 @@ class TestBadIndices:
             torch.tensor([1.0]),
             torch.tensor([1.0], dtype=torch.bfloat16),
             torch.tensor([]),
+            torch.tensor([0]).to_sparse(),
+            torch.tensor([0], device="meta"),
             [1j],
             ["0"],
             np.array(["2020-01-01"], "datetime64[D]"),
@@ -184,7 +190,7 @@ class TestBadIndices:
         ids=repr,
     )
     def test_what_is_no_integer_is_a_type_error(self, selection):
-        with pytest.raises(TypeError, match=r"row_idxs.*integers"):
+        with pytest.raises(TypeError, match=r"row_idxs.*(integers|a dense one with values)"):
             SubmatrixLinearOperator(A, selection, [0])
 
     @pytest.mark.parametrize("selection", [{0, 1}, (index for index in (0, 1)), "01"])
@@ -202,11 +208,100 @@ class TestBadIndices:
             SubmatrixLinearOperator(A, [0], wrap([True] * length))
 
     @pytest.mark.parametrize(
-        "selection", [[[0, 1]], np.zeros((2, 2), int), torch.zeros(1, 1, dtype=torch.int64), 3, np.int64(3), True, None]
+        "selection",
+        [
+            *([[0, 1]], [[]], np.zeros((2, 2), int), np.ones((300, 200), bool), torch.zeros(1, 1, dtype=torch.int64)),
+            *(3, np.int64(3), np.array(3), torch.tensor(3), np.array(3, object), True, np.bool_(True), None, Ellipsis),
+        ],
     )
     def test_indices_have_one_dimension(self, selection):
         with pytest.raises(IndexError, match=r"row_idxs.*one-dimensional"):
             SubmatrixLinearOperator(A, selection, [0])
+
+
+def objects(values):
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+class TestArraysOfObjects:
+    @pytest.mark.parametrize("mask", [[True] * 299 + [False], [np.bool_(True)] * 300, [False, np.bool_(True)]])
+    def test_booleans_are_refused_as_numpy_refuses_them(self, mask):
+        for A_or_H in (A, SubmatrixLinearOperator(A, slice(None), slice(None))):
+            with pytest.raises(IndexError, match=r"row_idxs holds booleans.*mask\.astype\(bool\)"):
+                SubmatrixLinearOperator(A_or_H, objects(mask), [0])
+        with pytest.raises(IndexError):
+            DENSE[objects(mask)]
+
+    @pytest.mark.parametrize(
+        "values", [[True, 2], [2, np.bool_(False)], [None], [True, None], [1.0], ["0"], [torch.tensor(1)], []], ids=repr
+    )
+    def test_what_is_no_integer_is_refused(self, values):
+        with pytest.raises(TypeError, match="row_idxs has dtype object"):
+            SubmatrixLinearOperator(A, objects(values), [0])
+
+    def test_integers_are_taken(self):
+        assert_selects(objects([3, -1, np.int8(5), np.uint64(7)]), [3, -1, 5, 7])
+        with pytest.raises(IndexError, match="row_idxs holds 300"):
+            SubmatrixLinearOperator(A, objects([300]), [0])
+
+
+class TestLikeNumPy:
+    """Whatever selects along an axis selects the same of a dense array, or is refused by both."""
+
+    integers = st.integers(-12, 11)
+    entries = st.one_of(
+        integers, st.booleans(), st.floats(-2, 2), st.none(), st.booleans().map(np.bool_), integers.map(np.int16)
+    )
+    dtypes = st.one_of(
+        hnp.integer_dtypes(),
+        hnp.boolean_dtypes(),
+        hnp.unsigned_integer_dtypes(),
+        hnp.floating_dtypes(),
+        st.just(np.dtype("U1")),
+    )
+    arrays = dtypes.flatmap(
+        lambda dtype: hnp.arrays(
+            dtype,
+            hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=11),
+            # Small, as NumPy wraps the largest of uint64 around to negative ones.
+            elements=None if dtype.kind in "Ub" else {"min_value": 0 if dtype.kind == "u" else -12, "max_value": 12},
+        )
+    )
+    tensors = st.one_of(
+        st.lists(integers, max_size=9).map(lambda values: torch.tensor(values, dtype=torch.int32)),
+        st.lists(st.booleans(), max_size=11).map(lambda values: torch.tensor(values, dtype=torch.bool)),
+        st.lists(st.integers(0, 12), max_size=9).map(lambda values: torch.tensor(values, dtype=torch.uint16)),
+    )
+    sequences = st.one_of(
+        st.lists(integers, max_size=9),
+        st.lists(st.booleans(), max_size=11),
+        st.lists(entries, max_size=4),
+        st.lists(st.lists(integers, max_size=2), max_size=3),
+        st.builds(range, integers, integers, integers.filter(bool)),
+        st.slices(15),
+    )
+
+    @settings(max_examples=400, deadline=None)
+    @given(
+        selection=st.one_of(sequences, sequences.map(lambda s: tuple(s) if isinstance(s, list) else s), arrays, tensors)
+    )
+    def test_the_same_or_refused_by_both(self, selection):
+        square = DENSE[:11, :11]
+        operator = aslinearoperator(square)
+        try:
+            expected = square[numpys(selection), :]
+        except (IndexError, ValueError):
+            expected = None
+        try:
+            found = SubmatrixLinearOperator(operator, selection, slice(None)) @ np.eye(11)
+        except (IndexError, TypeError):
+            assert expected is None or expected.ndim != 2  # a vector or more than a matrix is no operator
+        else:
+            assert_array_equal(found, expected)
+            S = SubmatrixLinearOperator(operator, slice(None), selection)
+            assert_array_equal((S.T @ np.eye(11)).T, square[:, numpys(selection)])
 
 
 class TestSubscripts:
@@ -219,6 +314,18 @@ class TestSubscripts:
     def test_numpys_open_mesh_means_the_submatrix(self, H):
         mesh = np.ix_([0, 3, 3], [1, -1])
         assert_array_equal(H[mesh] @ np.eye(2), (H @ np.eye(8))[mesh])
+
+    def test_arrays_that_broadcast_to_one_do_too(self, H):
+        dense, rows, cols = H @ np.eye(8), np.array([[0], [3], [3]]), np.array([1, -1])
+        for key in ((rows, cols), (rows, cols[None]), (rows.astype(np.uint8), torch.from_numpy(cols))):
+            assert_array_equal(H[key] @ np.eye(2), dense[rows, cols])
+        assert_array_equal(H[torch.from_numpy(rows), cols] @ np.eye(2), dense[rows, cols])
+
+    def test_masks_of_two_dimensions_mean_single_entries_to_numpy(self, H):
+        with pytest.raises(IndexError, match="two index arrays"):
+            H[np.ones((8, 1), bool), np.ones((1, 8), bool)]
+        with pytest.raises(IndexError, match="two index arrays"):
+            H[torch.ones(8, 1, dtype=torch.bool), torch.ones(1, 8, dtype=torch.bool)]
 
     def test_one_index_is_for_the_rows(self, H):
         dense = H @ np.eye(8)

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvop.checked import whole_number
-from curvop.cost import Cost, median_seconds
+from curvop.cost import Cost, medians, seconds
 from curvop.kernels.compiled import CompiledKernel
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.fingerprint import digest, objective_parts, objective_state
-from curvop.kernels.gradient import gradient_and_loss
+from curvop.kernels.gradient import gradient_and_loss, plain_gradient_seconds
 from curvop.kernels.inspection import Inspection, inspect, working_epsilon
 from curvop.kernels.kernel import Kernel
+from curvop.kernels.layout import Layout
 from curvop.kernels.linearize import Engine
 from curvop.kernels.memory import Budget, out_of_memory, peak_rise
 from curvop.kernels.routes import Route, other_routes
@@ -100,7 +101,12 @@ class ComputedLinearOperator(BridgeLinearOperator):
         return working_epsilon(self._objective, next(iter(self._objective.params.values())))
 
     def cost(self, repeats: int = 5) -> Cost:
-        """Measure what a product costs, in time and memory; it takes `repeats` products and gradients, not counted.
+        """Measure the time and memory of a product, in units of a plain gradient over the same data.
+
+        Parameters
+        ----------
+        repeats : int
+            Number of products and of gradients that are timed, in turn; none of them is counted in `num_products`.
 
         Returns
         -------
@@ -109,9 +115,12 @@ class ComputedLinearOperator(BridgeLinearOperator):
         """
         whole_number("repeats", repeats, 1)
         vector = np.ones((1, self.shape[1]), dtype=self.dtype)
-        self._apply(vector)  # what is kept is made here
+        self._apply(vector)  # makes what is kept
         peak = peak_rise(lambda: self._apply(vector), self._objective.device)
-        product, gradient = median_seconds([lambda: self._apply(vector), self._gradient], repeats)
+        self._plain_gradient_seconds()  # the first takes longer
+        product, gradient = medians(
+            [lambda: seconds(lambda: self._apply(vector)), self._plain_gradient_seconds], repeats
+        )
         return Cost(product, product / gradient, *self._engine.kept(), peak, self._engine.kernel.seconds)
 
     def fingerprint(self, data: bool = True) -> dict[str, str]:
@@ -146,10 +155,11 @@ class ComputedLinearOperator(BridgeLinearOperator):
             return inspect(self._objective, names)
 
     def other_routes(self, vector: NDArray[Any]) -> list[Route]:
-        """Return products with `vector` ``(N,)`` in float64, by derivatives that are not the engine's.
+        """Return products with `vector` ``(N,)`` by other routes, and the gradient; `curvop.check` compares with them.
 
-        In forward mode, where torch has it, and by finite differences; they take a pass over the data, of fifteen or so
-        gradients, and no more than half of the memory that is free. `curvop.check` compares with them.
+        In forward mode, where torch has it, in float64; and by differences of the user's own code, called as the user
+        calls it. They take three passes over the data, of fifteen or so gradients, and no more than the memory that
+        may be used.
         """
         there = torch.tensor(vector, dtype=torch.float64, device=self.device)
         with torch.inference_mode(False):
@@ -157,11 +167,19 @@ class ComputedLinearOperator(BridgeLinearOperator):
 
     def _gradient(self) -> tuple[Tensor, float]:
         """Return the gradient by the parameters of the rows, or else of the columns, and the loss."""
-        kernel = self._engine.kernel
-        layout = kernel.rows if kernel.rows.names else kernel.cols
-        gradient = torch.zeros(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
+        layout = self._parameters()
         with torch.inference_mode(False):
+            gradient = torch.zeros(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
             return gradient, self._in_room(lambda: gradient_and_loss(self._objective, layout.names, gradient))
+
+    def _plain_gradient_seconds(self) -> float:
+        with torch.inference_mode(False):
+            return self._in_room(lambda: plain_gradient_seconds(self._objective, self._parameters().names))
+
+    def _parameters(self) -> Layout:
+        """Return the parameters of the rows, or of the columns if the rows are none."""
+        kernel = self._engine.kernel
+        return kernel.rows if kernel.rows.names else kernel.cols
 
     def _in_room(self, compute: Callable[[], T], remedy: str = "let data yield smaller batches") -> T:
         """Return ``compute()``; where memory runs out, once more without what is kept for products."""
@@ -206,8 +224,7 @@ class ComputedLinearOperator(BridgeLinearOperator):
         return self._in_room(lambda: products.to(rows.device, rows.dtype), _FEWER)
 
     def _apply_array(self, rows: NDArray[Any]) -> NDArray[Any]:
-        dtype = np.result_type(self.dtype, rows.dtype)
-        dtype = dtype if dtype in TORCH_DTYPES else np.dtype(np.float64)  # torch knows no longdouble
+        dtype = self._product_dtype(rows.dtype)
         here = self._objective.device
 
         def hand_over() -> tuple[Tensor, Tensor]:

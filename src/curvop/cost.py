@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-__all__ = ["Cost", "median_seconds"]
+__all__ = ["Cost", "medians", "seconds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,19 +17,21 @@ class Cost:
     Attributes
     ----------
     seconds : float
-        Median time of a product with one vector, everything kept that the budget lets be kept.
+        Median time of a product with one vector, with everything kept that the budget allows.
     gradients : float
-        The same in units of one gradient over the same data, as `gradient_and_loss` computes it. Counted in matrix
-        products the limit is 2.0 for a linearization that is kept and 3.0 for one made anew (less where the first layer
-        is large).
+        `seconds` in units of a plain gradient over the same data: the median time of ``torch.autograd.grad`` of the
+        loss by the operator's parameters, with the model and the loss called as a user calls them, summed over the
+        batches; the time to read the data does not count. (Of a Jacobian, the loss is the sum of the predictions.)
+        Counted in floating-point operations, a product of a Hessian takes at most 2.0 with a kept linearization and 3.0
+        with a fresh one, less if the first layer is large; small models take what calls of torch take.
     kept_bytes : int
-        What kept linearizations retain.
+        Bytes that kept linearizations retain.
     kept_share : float
-        The share of the batches that is kept; the others are linearized anew in every product.
+        Share of the batches that are kept; the others are linearized again in every product.
     peak_bytes : int or None
-        How far memory rises above what is kept while a product is made; None where it cannot be told.
+        Rise of memory above what is kept during a product; None if it is not known.
     compile_seconds : float
-        What compiling took so far, 0 for the autograd engine.
+        Time that compiling has taken so far, 0 for the autograd engine.
     """
 
     seconds: float
@@ -40,20 +42,23 @@ class Cost:
     compile_seconds: float
 
     def __str__(self) -> str:
-        peak = "" if self.peak_bytes is None else f", {self.peak_bytes / 1e6:.1f} MB more at the peak"
-        compiled = f"; compiling took {self.compile_seconds:.1f} s" if self.compile_seconds else ""
+        share = f"{self.kept_share:.0%} of the" if 0 < self.kept_share < 1 else "all" if self.kept_share else "no"
+        peak = "" if self.peak_bytes is None else f"; {self.peak_bytes / 1e6:.1f} MB more at the peak"
+        compiled = f"; compiled in {self.compile_seconds:.1f} s" if self.compile_seconds else ""
         return (
-            f"a product takes {self.seconds * 1e3:.3g} ms, {self.gradients:.2f} gradients; "
-            f"{self.kept_share:.0%} of the batches are kept, in {self.kept_bytes / 1e6:.1f} MB{peak}{compiled}"
+            f"one product: {self.seconds * 1e3:.3g} ms ({self.gradients:.1f} gradients); "
+            f"{share} batches cached, {self.kept_bytes / 1e6:.1f} MB{peak}{compiled}"
         )
 
 
-def median_seconds(functions: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Return the median time of each function; they take turns, so that a busy machine is busy for all of them."""
-    taken: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for seconds, function in zip(taken, functions, strict=True):
-            start = time.perf_counter()
-            function()
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in taken]
+def seconds(function: Callable[[], object]) -> float:
+    """Return the time that a function takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def medians(clocks: Sequence[Callable[[], float]], repeats: int) -> list[float]:
+    """Return the median of what each function returns; they take turns, so that a busy machine is busy for all."""
+    rounds = [[clock() for clock in clocks] for _ in range(repeats)]
+    return [statistics.median(taken) for taken in zip(*rounds, strict=True)]

@@ -15,6 +15,7 @@ from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight, Objective
 from curvop.kernels.parameters import unknown_name
+from curvop.keywords import named_keywords
 from curvop.parameters import ParameterLinearOperator
 
 __all__ = ["CurvatureLinearOperator", "checked_names"]
@@ -28,6 +29,7 @@ class CurvatureLinearOperator(ComputedLinearOperator, ParameterLinearOperator):
 
     _kernel: Callable[[Any, Sequence[str], Sequence[str]], Kernel]
 
+    @named_keywords
     def __init__(
         self,
         model: nn.Module | Callable[[dict[str, Tensor], Any], Any],

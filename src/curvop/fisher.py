@@ -20,7 +20,8 @@ from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.likelihoods import Likelihood
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight
-from curvop.kernels.routes import Route
+from curvop.kernels.routes import GRADIENT, Route
+from curvop.keywords import named_keywords
 from curvop.operator import Rows
 from curvop.sandwich import SandwichLinearOperator
 from curvop.staging import aligned
@@ -100,13 +101,18 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         return exact.cpu().numpy().astype(self.dtype, copy=False)
 
     def other_routes(self, vector: NDArray[Any]) -> list[Route]:
-        """Return products by other routes to the empirical Fisher matrix; the mean is taken away as it always is."""
+        """Return products by other routes; the user's own code has a mean of its own to be taken away."""
         left, right, divisor, count = self._gradient_sum()
         taken = left * (right @ torch.tensor(vector, dtype=torch.float64, device=right.device)) / (divisor * count)
-        return [
-            route if route.product is None else dataclasses.replace(route, product=route.product - taken)
-            for route in super().other_routes(vector)
-        ]
+
+        def centred(route: Route) -> Route:
+            if route.name == GRADIENT:
+                return route
+            means = route.own.centred if route.own is not None else [taken]
+            products = zip(route.products, means, strict=False)
+            return dataclasses.replace(route, products=tuple(product - mean for product, mean in products))
+
+        return [centred(route) for route in super().other_routes(vector)]
 
     def _adjoint(self) -> Any:
         adjoint = super()._adjoint()
@@ -126,7 +132,7 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
             along = lifted @ right.to(products.device) / (divisor * count)
             return cast("Tensor", products - along[:, None] * left.to(products.device)).to(rows.dtype)
         products -= (lifted @ right.cpu().numpy() / (divisor * count))[:, None] * left.cpu().numpy()
-        return cast("Rows", products.astype(np.result_type(self.dtype, rows.dtype), copy=False))
+        return cast("Rows", products.astype(self._product_dtype(rows.dtype), copy=False))
 
     def _gradient_sum(self) -> tuple[Tensor, Tensor, float, float]:
         """Return the sum of the examples' gradients by the rows and by the columns, `W`, and how many there are."""
@@ -178,6 +184,7 @@ class FisherLinearOperator(SandwichLinearOperator):
     Martens (2020), "New insights and perspectives on the natural gradient method", JMLR 21, sections 5 and 9.
     """
 
+    @named_keywords
     def __init__(
         self,
         model: nn.Module | Callable[[dict[str, Tensor], Any], Any],

@@ -13,6 +13,7 @@ from curvop.curvature import CurvatureLinearOperator
 from curvop.kernels.callable_objective import CallableObjective
 from curvop.kernels.hessian import HessianKernel
 from curvop.kernels.objective import BatchWeight
+from curvop.keywords import named_keywords
 
 __all__ = ["HessianLinearOperator"]
 
@@ -50,9 +51,10 @@ class HessianLinearOperator(CurvatureLinearOperator):
         ``(prediction, y) -> scalar``. Its attribute ``reduction`` says whether it is a 'mean' (also where it has none)
         or a 'sum'.
     params : dict of str to Tensor, or list of the model's own parameters
-        Any of the model's parameters, in the order of rows and columns: all float32 or all float64, requiring grad.
-        Their values are used, even where they differ from the module's own. Where they are on several devices, batches
-        and vectors go to the first one's, and the model moves what it hands on and returns.
+        Any of the model's parameters, in the order of rows and columns: all float32 or all float64. They need not
+        require grad. Their values are used, even if they differ from the module's own; ``model.state_dict()`` is taken
+        if it holds no buffers. If they are on several devices, batches and vectors go to the first one's, and the model
+        moves what it hands on and returns.
     data : iterable of (X, y)
         Read once or more per operator, so no one-shot iterator: a list, a ``DataLoader``. X and y are tensors, or
         (nested) mappings, lists and tuples of tensors; they are moved to the parameters' device. A model that writes
@@ -110,6 +112,7 @@ class HessianLinearOperator(CurvatureLinearOperator):
     _kernel = HessianKernel
 
     @classmethod
+    @named_keywords
     def from_objective(
         cls,
         objective: Callable[[dict[str, Tensor], Any], Tensor],

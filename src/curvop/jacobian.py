@@ -14,6 +14,7 @@ from curvop.curvature import checked_names
 from curvop.kernels.jacobian import JacobianKernel, prediction_sizes, prediction_sum
 from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.model_objective import ModelObjective
+from curvop.keywords import named_keywords
 from curvop.parameters import ParameterVectors, touched
 
 __all__ = ["JacobianLinearOperator", "TransposedJacobianLinearOperator"]
@@ -24,6 +25,7 @@ class _Jacobians(ParameterVectors, ComputedLinearOperator):
 
     _flips: bool
 
+    @named_keywords
     def __init__(
         self,
         model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
@@ -53,6 +55,10 @@ class _Jacobians(ParameterVectors, ComputedLinearOperator):
     @property
     def _layout(self) -> ParameterLayout:
         return self._names
+
+    @property
+    def _parts(self) -> tuple[ParameterLayout | None, ParameterLayout | None]:
+        return (self._names, None) if self._flips else (None, self._names)
 
     def block(self, params: str | Sequence[str]) -> Self:
         """Return the operator by the named parameters alone: columns of J, rows of its transpose.

@@ -1,4 +1,4 @@
-"""What a check tells of the model, the loss and the data behind an operator, and of products by other routes."""
+"""What a check tells of the model, the loss and the data behind an operator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ __all__ = [
     "model_findings",
     "past_journals",
     "ratio",
-    "route_findings",
     "served_findings",
     "served_parts",
     "symmetry_finding",
@@ -36,23 +35,10 @@ __all__ = [
 
 _Operator = TypeVar("_Operator", bound=LinearOperator)
 
-# Wrong formulas that were met changed a product in its third digit or before it.
-_INCONCLUSIVE = 1e-3
-# No difference quotient is held to more than its step, relative to the parameters.
-_STEP = float(np.finfo(np.float64).eps ** (1 / 3))
 # Numbers this coarse are not the parameters' own but those of autocast, or of TF32 on a GPU.
 _COARSE = 1e-4
 # What products that are not linear lack in symmetry is no more than a few times what they lack in linearity.
 _NOISY = 10
-
-_WRONG_DERIVATIVE = (
-    "an operation of the model or the loss has a wrong derivative: check blocks, A.block(name), to find the layer, and "
-    "compare smaller models with curvop.functorch_hessian"
-)
-_NO_ROUTE = (
-    "check a small copy of the problem where a route applies: with smooth activations in place of ReLU, with "
-    "setup_context and jvp in each autograd.Function, without dtypes that the code names"
-)
 
 
 def computed_parts(A: LinearOperator) -> list[ComputedLinearOperator]:
@@ -137,6 +123,8 @@ def model_findings(seen: Any) -> Iterator[Finding]:
     )
     yield _order(seen, random)
     yield from _modes(seen, random)
+    if seen.batching:
+        yield Finding("weights of batches", WRONG, seen.batching, remedy=seen.batching_remedy)
     reached = not seen.unreached
     yield Finding(
         "parameters reached",
@@ -222,40 +210,3 @@ def zero_block(size: float, scale: float) -> Finding:
     text = f"the block is zero up to rounding: of a product with all parameters, {scale:.1e}, its products are"
     remedy = "leave its parameters out: its eigenvalues are rounding errors. What follows is relative to all parameters"
     return Finding("zero block", WARNING, f"{text} {size / scale:.1e}", remedy=remedy)
-
-
-def route_findings(routes: Sequence[Any], product: NDArray[Any], eps: float, scale: float = 0.0) -> Iterator[Finding]:
-    """Yield the comparisons of a product with those by other routes; a warning where none of them can be compared.
-
-    Differences are relative to the product, or to `scale` where that is larger.
-    """
-    found = [_compared(route, product, eps, scale) for route in routes]
-    sound = any(one.status == OK for one in found)
-    for one in found:
-        if one.status == WRONG and sound:
-            # Torch's forward mode has errors of its own, and kinks that are crossed by both steps go unnoticed.
-            text = f"{one.text}, but the other route agrees with A"
-            remedy = "where the model has no kinks (ReLU) near the point, its backward and its forward mode differ"
-            yield Finding(one.name, WARNING, text, one.value, one.limit, remedy)
-        else:
-            yield one
-    if all(one.status == NOT_APPLICABLE for one in found):
-        text = "the product was compared with none: a derivative that is wrong would go unnoticed"
-        yield Finding("independent route", WARNING, text, remedy=_NO_ROUTE)
-
-
-def _compared(route: Any, product: NDArray[Any], eps: float, scale: float) -> Finding:
-    if route.product is None:
-        return Finding(route.name, NOT_APPLICABLE, route.reason)
-    other = route.product.cpu().numpy()
-    size = max(magnitude(other), scale)
-    error = route.error * ratio(magnitude(other), size)
-    if error > _INCONCLUSIVE:
-        text = f"the steps differ by {error:.1e} between themselves, as at the kinks of ReLU: nothing can be said"
-        return Finding(route.name, NOT_APPLICABLE, text)
-    value = ratio(magnitude(product - other), size)
-    limit = 4 * error + _STEP if route.name == "finite differences" else 0.0
-    if limit and error > _STEP and limit < value < 100 * error:  # a smooth function leaves less
-        text = f"kinks, as of ReLU, lie within a step: it agrees to {value:.1e}, and no more can be said"
-        return Finding(route.name, NOT_APPLICABLE, text)
-    return measured(route.name, value, eps, "A's product differs from it", _WRONG_DERIVATIVE, limit)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -20,14 +21,21 @@ if TYPE_CHECKING:
 __all__ = ["ParameterLinearOperator", "ParameterVectors", "touched"]
 
 
-class ParameterVectors:
-    """Vectors with an entry for every entry of some parameters."""
+class ParameterVectors(BridgeLinearOperator):
+    """An operator whose rows or columns, or both, are parameters.
+
+    Subclasses say where the entries of each parameter are: among the rows, the columns, and those that `ravel` is for.
+    """
 
     _params: Mapping[str, Tensor]
-    dtype: Any
 
     @property
     def _layout(self) -> ParameterLayout:
+        raise NotImplementedError
+
+    @property
+    def _parts(self) -> tuple[ParameterLayout | None, ParameterLayout | None]:
+        """The parameters that the rows and the columns are, None if they are not parameters."""
         raise NotImplementedError
 
     @property
@@ -52,8 +60,7 @@ class ParameterVectors:
         for name, shape in zip(self._layout.names, self._layout.shapes, strict=True):
             if name not in params:
                 raise ValueError(f"params lacks {name!r}: pass all of {', '.join(map(repr, self._layout.names))}")
-            value = params[name]
-            value = _as_tensor(f"params[{name!r}]", value)
+            value = _as_tensor(f"params[{name!r}]", params[name])
             if value.shape != shape:
                 raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, but must have {tuple(shape)}")
             vector[self._layout.slices[name]] = value.reshape(-1).double().cpu().numpy()
@@ -67,15 +74,69 @@ class ParameterVectors:
                 f"({self._layout.size},)"
             )
         like = self._params[self._layout.names[0]]
-        vector = _as_tensor("vector", vector)
-        if vector.is_complex():
-            raise TypeError("vector is complex, but parameters are real: unravel its real and imaginary parts apart")
-        vector = vector.to(like.device, like.dtype, copy=True)
-        pairs = zip(self._layout.names, self._layout.split(vector), strict=True)
+        vector = _as_tensor("vector", vector).to(like.device, like.dtype, copy=True)
+        return self._in_parts(self._layout, vector)
+
+    def _check_entries(self, x: Rows) -> None:
+        kind = ("c" if x.is_complex() else "f") if isinstance(x, Tensor) else x.dtype.kind
+        if kind == "c":
+            raise TypeError(f"x has dtype {x.dtype}, but A is real: multiply its real and imaginary parts apart")
+        if kind not in "biuf":
+            raise TypeError(f"x has dtype {x.dtype}, but A is real: pass real numbers")
+
+    def _product_dtype(self, dtype: Any) -> Any:
+        product = super()._product_dtype(dtype)
+        return product if product == np.float32 else np.dtype(np.float64)  # torch knows no longdouble
+
+    def _is_tree(self, x: Any) -> bool:
+        _, cols = self._parts
+        scalars = cols is not None and not any(cols.shapes)  # then a list of numbers is one of parameters, too
+        return super()._is_tree(x) or (scalars and any(isinstance(part, Tensor) for part in x))
+
+    def _tree_product(self, x: Any) -> Any:
+        """Multiply by tensors of the column parameters' shapes; return the row parameters in the same way."""
+        rows, cols = self._parts
+        if cols is None:
+            return super()._tree_product(x)
+        product = self.dot(torch.cat([part.reshape(-1) for part in self._checked_parts(x, cols)]))
+        if rows is None:
+            return product
+        parts = self._in_parts(rows, product)
+        if isinstance(x, Mapping):
+            return parts
+        return tuple(parts.values()) if isinstance(x, tuple) else list(parts.values())
+
+    def _checked_parts(self, x: Any, cols: ParameterLayout) -> Iterator[Tensor]:
+        """Yield what `x` has of each parameter, on the device of products."""
+        if isinstance(x, Mapping):
+            for name in x:
+                if name not in cols.slices:
+                    raise ValueError(unknown_name("x", name, cols.names))
+            if missing := [name for name in cols.names if name not in x]:
+                raise ValueError(f"x lacks {missing[0]!r}: pass all of {', '.join(map(repr, cols.names))}")
+        elif len(x) != len(cols.names):
+            raise ValueError(
+                f"x holds {len(x)} tensors, but A has {len(cols.names)} column parameters: pass one of each shape, "
+                f"{_listed(map(tuple, cols.shapes))}"
+            )
+        for index, (name, shape) in enumerate(zip(cols.names, cols.shapes, strict=True)):
+            where, part = (f"x[{name!r}]", x[name]) if isinstance(x, Mapping) else (f"x[{index}]", x[index])
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{where} is a {type(part).__name__}: pass a tensor of shape {tuple(shape)}")
+            if part.shape != shape:
+                raise ValueError(
+                    f"{where} has shape {tuple(part.shape)}, but parameter {name!r} has shape {tuple(shape)}: pass "
+                    "tensors of the shapes of the column parameters, one vector at a time"
+                )
+            yield self._floating(part, where).to(self.device)
+
+    def _in_parts(self, layout: ParameterLayout, vector: Tensor) -> dict[str, Tensor]:
+        """Return a vector's part of each parameter, in its shape and on its device."""
+        pairs = zip(layout.names, layout.split(vector), strict=True)
         return {name: part.to(self._params[name].device) for name, part in pairs}
 
 
-class ParameterLinearOperator(ParameterVectors, BridgeLinearOperator):
+class ParameterLinearOperator(ParameterVectors):
     """An operator whose rows and columns are parameters; knows which entry belongs to which."""
 
     def __init__(
@@ -94,6 +155,10 @@ class ParameterLinearOperator(ParameterVectors, BridgeLinearOperator):
     @property
     def _layout(self) -> ParameterLayout:
         return self._cols
+
+    @property
+    def _parts(self) -> tuple[ParameterLayout, ParameterLayout]:
+        return self._rows, self._cols
 
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
         """Return the operator of the block that the named parameters span, rows by columns."""
@@ -127,13 +192,6 @@ class ParameterLinearOperator(ParameterVectors, BridgeLinearOperator):
 
         return DampedLinearOperator(self, damping)
 
-    def _check_entries(self, x: Rows) -> None:
-        kind = ("c" if x.is_complex() else "f") if isinstance(x, Tensor) else x.dtype.kind
-        if kind == "c":
-            raise TypeError(f"x has dtype {x.dtype}, but A is real: multiply its real and imaginary parts apart")
-        if kind not in "biuf":
-            raise TypeError(f"x has dtype {x.dtype}, but A is real: pass real numbers")
-
     def _block_of(
         self, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> tuple[Self, NDArray[np.intp], NDArray[np.intp]]:
@@ -146,12 +204,23 @@ class ParameterLinearOperator(ParameterVectors, BridgeLinearOperator):
 
 
 def _as_tensor(what: str, value: Any) -> Tensor:
+    """Return real numbers as a tensor."""
     if isinstance(value, Tensor):
-        return value.detach()
-    array = np.array(value)
-    if array.dtype.kind not in "biufc":
-        raise TypeError(f"{what} has dtype {array.dtype}, but must hold numbers")
-    return torch.from_numpy(array)
+        tensor = value.detach()
+    else:
+        array = np.array(value)
+        if array.dtype.kind not in "biufc":
+            raise TypeError(f"{what} has dtype {array.dtype}, but must hold numbers")
+        wide = {"g": np.float64, "G": np.complex128}  # torch knows no longdouble, and one order of bytes
+        tensor = torch.from_numpy(array.astype(wide.get(array.dtype.char, array.dtype.newbyteorder("=")), copy=False))
+    if tensor.is_complex():
+        raise TypeError(f"{what} is complex, but parameters are real: pass its real and imaginary parts apart")
+    return tensor
+
+
+def _listed(shapes: Iterable[tuple[int, ...]]) -> str:
+    first = list(itertools.islice(shapes, 11))
+    return ", ".join(map(str, first[:10])) + (", ..." if len(first) > 10 else "")
 
 
 def touched(layout: ParameterLayout, idxs: NDArray[np.intp]) -> tuple[tuple[str, ...], NDArray[np.intp]]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvop.operator import BridgeLinearOperator, Rows, WrappingLinearOperator
+from curvop.operator import BridgeLinearOperator, Rows, WrappingLinearOperator, without_values
 
 __all__ = ["SubmatrixLinearOperator"]
 
@@ -28,15 +28,18 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
     A : LinearOperator
         Of any shape, real or complex. A submatrix of a submatrix composes the indices and stays one level deep.
     row_idxs, col_idxs : slice, range, list, tuple, integer or boolean array, or integer or boolean tensor on any device
-        Negative indices count from the end. Repeats are allowed: a repeated row repeats, a repeated column adds.
-        Empty selections give an operator without rows or columns, whose products are empty or zero.
+        One-dimensional, with the meaning that they have for NumPy: negative indices count from the end, and a list
+        that mixes booleans and integers holds integers. Repeats are allowed: a repeated row repeats, a repeated column
+        adds. Empty selections give an operator without rows or columns, whose products are empty or zero. Of arrays of
+        objects, only those of integers are taken.
 
     Raises
     ------
     IndexError
-        For an index out of range, naming it and the bound, and for a mask of the wrong length.
+        If an index is out of range (unsigned ones do not wrap around), a mask has the wrong length, indices are not
+        one-dimensional, or an array of objects holds booleans.
     TypeError
-        For indices that are not integers, such as floats, and for an `A` that is no ``LinearOperator``.
+        If indices are not integers, such as floats, or `A` is no ``LinearOperator``.
 
     Examples
     --------
@@ -217,6 +220,8 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
             raise _out_of_bounds(what, idxs[1], length)
         array = np.arange(len(idxs)) * (idxs.step if len(idxs) > 1 else 1) + (idxs[0] if idxs else 0)
     elif isinstance(idxs, Tensor):
+        if (kind := without_values(idxs)) is not None:
+            raise TypeError(f"{what} is a tensor that is {kind}: pass a dense one with values, such as x.to_dense()")
         if idxs.is_floating_point() or idxs.is_complex():
             raise TypeError(f"{what} has dtype {idxs.dtype}, but indices must be integers or a boolean mask")
         array = idxs.numpy(force=True)
@@ -227,20 +232,20 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
             raise IndexError(f"{what} holds sequences of different lengths, but must be one-dimensional") from None
         if array.size == 0 and isinstance(idxs, list | tuple):
             array = array.astype(np.intp)
-    if array.ndim == 0 and isinstance(idxs, Iterable):
+    if array.ndim == 0 and isinstance(idxs, Iterable) and not isinstance(idxs, np.ndarray | Tensor):
         raise TypeError(f"{what} is a {type(idxs).__name__}: pass a list, an array or a slice")
     if array.ndim != 1:
         raise IndexError(
             f"{what} has shape {array.shape}, but must be one-dimensional: write [i] for the single index i"
         )
     if array.dtype == bool:
-        if array.size != length:
+        if array.size not in (0, length):  # NumPy takes an empty mask on any axis
             raise IndexError(
                 f"{what} is a mask of length {array.size}, but the axis has length {length}: make it as long"
             )
         return np.flatnonzero(array)
-    if array.dtype == object and all(isinstance(index, int) for index in array):
-        pass  # integers beyond 64 bits: out of bounds, told below
+    if array.dtype == object:
+        _check_objects(what, array)
     elif array.dtype.kind not in "iu":
         raise TypeError(f"{what} has dtype {array.dtype}, but indices must be integers or a boolean mask")
     if array.size and (array.min() < -length or array.max() >= length):
@@ -250,6 +255,15 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
     if array.size and array.min() < 0:
         array[array < 0] += length
     return array
+
+
+def _check_objects(what: str, array: NDArray[Any]) -> None:
+    """Refuse an array of objects that are not integers; booleans are integers to Python, but not to NumPy."""
+    kinds = {type(index) for index in array}
+    if kinds and all(issubclass(kind, bool | np.bool_) for kind in kinds):
+        raise IndexError(f"{what} holds booleans, but has dtype object: pass mask.astype(bool) for a mask")
+    if not kinds or any(issubclass(kind, bool) or not issubclass(kind, int | np.integer) for kind in kinds):
+        raise TypeError(f"{what} has dtype object, but indices must be integers or a boolean mask")
 
 
 def _out_of_bounds(what: str, index: int, length: int) -> IndexError:

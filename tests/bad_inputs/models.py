@@ -66,6 +66,22 @@ def sparse() -> Tensor:
     return torch.ones(5).double().to_sparse().requires_grad_()
 
 
+def with_buffers() -> Any:
+    model = made(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3))
+    return hessian(model=model, params=model.state_dict())
+
+
+def compiled(part: str) -> Any:
+    model = mlp()
+    if part == "all":
+        return hessian(model=torch.compile(model, backend="eager"))
+    if part == "layer":
+        model[0] = torch.compile(model[0], backend="eager")
+    if part == "in place":
+        model[0].compile(backend="eager")
+    return hessian(model=model, params=dict(model.named_parameters()))
+
+
 def replaced_in_the_model() -> Any:
     model = mlp()
     A = hessian(model=model, params=dict(model.named_parameters()))
@@ -147,10 +163,10 @@ area(
         "params['0.bias'] has dtype torch.complex64",
     ),
     (
-        "one that is frozen",
-        lambda: with_bias(torch.ones(5).double()),
+        "``model.state_dict()`` with buffers",
+        lambda: with_buffers(),
         ValueError,
-        "params['0.bias'] does not require grad",
+        "params holds buffers of the model, '1.running_mean', '1.running_var', '1.num_batches_tracked'",
     ),
     (
         "two dtypes",
@@ -208,6 +224,15 @@ area(
         lambda: hessian(loss_function=nn.MSELoss),
         TypeError,
         "loss_function is the class MSELoss",
+    ),
+    ("a model that torch.compile has made", lambda: compiled("all"), TypeError, "pass model._orig_mod"),
+    ("a layer that torch.compile has made", lambda: compiled("layer"), TypeError, "model, layer '0', is compiled"),
+    ("a layer that is compiled in place", lambda: compiled("in place"), TypeError, "model, layer '0', was compiled in"),
+    (
+        "a loss that torch.compile has made",
+        lambda: hessian(loss_function=torch.compile(F.mse_loss, backend="eager")),
+        TypeError,
+        "loss_function is compiled by torch.compile: pass the function",
     ),
     (
         "``reduction='none'``",

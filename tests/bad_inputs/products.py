@@ -27,6 +27,7 @@ from bad_inputs.rows import (
 )
 from curvop import (
     DampedLinearOperator,
+    HessianLinearOperator,
     JacobianLinearOperator,
     SubmatrixLinearOperator,
 )
@@ -123,6 +124,25 @@ area(
     ("another engine", lambda: hessian(engine="warp"), ValueError, "engine is 'warp'"),
     ("no column at a time", lambda: hessian(columns=0), ValueError, "columns is 0"),
     ("a bar in words", lambda: hessian(progress="yes"), TypeError, "progress is a str"),
+    (
+        "a keyword of curvlinops",
+        lambda: hessian(batch_size_fn=len),
+        TypeError,
+        "HessianLinearOperator got an unexpected keyword argument 'batch_size_fn': pass batch_weight=",
+    ),
+    (
+        "a keyword that is not needed",
+        lambda: HessianLinearOperator.from_objective(cubes, PARAMS, DATA, check_deterministic=False),
+        TypeError,
+        "HessianLinearOperator.from_objective got an unexpected keyword argument 'check_deterministic': leave it out",
+    ),
+    ("a misspelt keyword", lambda: hessian(colums=2), TypeError, "did you mean columns=?"),
+    (
+        "an argument too few",
+        lambda: JacobianLinearOperator(MODEL, PARAMS),
+        TypeError,
+        "JacobianLinearOperator: missing a required argument: 'data'",
+    ),
     ("a cost measured never", lambda: H.cost(repeats=0), ValueError, "repeats is 0"),
 )
 area(
@@ -163,6 +183,46 @@ area(
     ),
     ("NaN", lambda: H @ (np.nan * ONES), NonFiniteProductError, "x, the vector handed in, is not finite"),
     (
+        "a complex vector, of a Jacobian",
+        lambda: JacobianLinearOperator(MODEL, PARAMS, DATA) @ (1j * ONES),
+        TypeError,
+        "x has dtype complex128, but A is real",
+    ),
+    ("arrays of different lengths", lambda: H @ [ONES, ONES[:2]], ValueError, "x holds sequences of different lengths"),
+    ("a tensor too few", lambda: H @ list(PARAMS.values())[:3], ValueError, "x holds 3 tensors, but A has 4"),
+    (
+        "a tensor of another shape",
+        lambda: H @ list(replaced("0.bias", torch.ones(5, 1)).values()),
+        ValueError,
+        "x[1] has shape (5, 1), but parameter '0.bias' has shape (5,)",
+    ),
+    (
+        "a gradient that is ``None``",
+        lambda: H @ [p.grad if p.ndim == 1 else p for p in PARAMS.values()],
+        TypeError,
+        "x[1] is a NoneType",
+    ),
+    (
+        "a dict of tensors with an unknown name",
+        lambda: H @ {**PARAMS, "0.wieght": ONES},
+        ValueError,
+        "x: no parameter is named '0.wieght'; did you mean '0.weight'",
+    ),
+    (
+        "a dict of tensors that lacks a parameter",
+        lambda: H @ {"0.bias": PARAMS["0.bias"]},
+        ValueError,
+        "x lacks '0.weight'",
+    ),
+    (
+        "a dict of tensors, of a submatrix",
+        lambda: H[:5, :] @ PARAMS,
+        TypeError,
+        "the columns of A, a SubmatrixLinearOperator, are not whole parameters",
+    ),
+    ("a matrix, to be added", lambda: H + np.eye(43), TypeError, "write A.damped(lam) for A + lam * I, or A + scipy."),
+    ("a number, to be added", lambda: 1.0 + H, TypeError, "write A.damped(lam) for A + lam * I"),
+    (
         "a dict that lacks a parameter",
         lambda: H.ravel({"0.weight": np.ones((5, 4))}),
         ValueError,
@@ -179,6 +239,12 @@ area(
         lambda: H.ravel(replaced("0.bias", np.ones(4))),
         ValueError,
         "params['0.bias'] has shape (4,)",
+    ),
+    (
+        "a dict of complex numbers",
+        lambda: H.ravel(replaced("0.bias", 1j * np.ones(5))),
+        TypeError,
+        "params['0.bias'] is complex",
     ),
     ("a dict with a word", lambda: H.ravel(replaced("0.bias", "abc")), TypeError, "params['0.bias'] has dtype <U3"),
     ("no dict", lambda: H.ravel(None), TypeError, "params is a NoneType"),
@@ -231,6 +297,19 @@ area(
     ("a single one", lambda: H[3, :], IndexError, "row_idxs has shape ()"),
     ("two lists at once", lambda: H[[0, 1], [0, 1]], IndexError, "A[rows, cols] with two index arrays"),
     ("three", lambda: H[:, :, 0], IndexError, "A has two axes, but 3 indices were given"),
+    (
+        "an array of objects that are booleans",
+        lambda: H[np.array([True] * 43, dtype=object), :],
+        IndexError,
+        "row_idxs holds booleans, but has dtype object: pass mask.astype(bool)",
+    ),
+    (
+        "an array of objects that are not integers",
+        lambda: H[:, np.array([0, None], dtype=object)],
+        TypeError,
+        "col_idxs has dtype object",
+    ),
+    ("a sparse tensor", lambda: H[torch.ones(2, dtype=int).to_sparse(), :], TypeError, "row_idxs is a tensor that is"),
     ("a set", lambda: H.submatrix({1, 2}), TypeError, "row_idxs is a set"),
     ("names", lambda: H.submatrix("0.bias"), TypeError, "row_idxs is a str"),
     ("a slice of floats", lambda: H[0.5:2, :], TypeError, "row_idxs is slice(0.5, 2, None)"),

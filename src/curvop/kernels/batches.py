@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["at_batch", "batch_size", "leaves", "map_leaves", "on_device", "signature", "told"]
+__all__ = [
+    "at_batch",
+    "batch_size",
+    "leading_size",
+    "leaves",
+    "map_leaves",
+    "on_device",
+    "signature",
+    "to_device",
+    "told",
+]
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
@@ -106,10 +116,37 @@ def signature(tree: Any) -> tuple[tuple[torch.Size, torch.dtype], ...]:
     return tuple((leaf.shape, leaf.dtype) for leaf in leaves(tree))
 
 
-def batch_size(tree: Any) -> int | None:
-    """Return the leading dimension that all tensors of `tree` share, or None where there is no such number."""
+def leading_size(tree: Any) -> int | None:
+    """Return the first dimension that all tensors of `tree` share, or None if there is none."""
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves(tree)}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def batch_size(*parts: Any) -> int | None:
+    """Return the number of examples in a batch of these parts, such as X and y; None if they do not agree on one.
+
+    The first dimension of a list or tuple is its length, as of a list of images. If the other parts disagree with that,
+    it is a structure, whose tensors have the examples along their first dimension. A part without tensors disagrees
+    with nothing.
+    """
+    common = _common_sizes(parts)
+    if len(common) > 1:
+        common &= {len(part) for part in parts if isinstance(part, list | tuple)}
+    return common.pop() if len(common) == 1 else None
+
+
+def _common_sizes(parts: Iterable[Any]) -> set[int]:
+    found = [_sizes(part) for part in parts if any(True for _ in leaves(part))]
+    return set.intersection(*found) if found else set()
+
+
+def _sizes(part: Any) -> set[int]:
+    """Return the numbers of examples that a part may have."""
+    if isinstance(part, Tensor):
+        return set(part.shape[:1])
+    if isinstance(part, Mapping):
+        return _common_sizes(part.values())
+    return {len(part)} | _common_sizes(part)
 
 
 @contextlib.contextmanager

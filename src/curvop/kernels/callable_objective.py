@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvop.kernels.batches import batch_size
+from curvop.kernels.guard import own_batch, replaced
 from curvop.kernels.objective import BatchWeight, Objective
 from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.weights import loss_reduction
@@ -34,8 +35,22 @@ class CallableObjective(Objective):
         loss = self._objective(dict(leaves), batch)
         return loss, self._mean_divisor(None, batch), loss, None
 
+    def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Return the loss as the user's own call computes it."""
+        return self._objective(dict(leaves), batch)
+
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
-        return batch_size(batch)
+        return batch_size(*batch) if isinstance(batch, list | tuple) else batch_size(batch)
+
+    def _assumes_weights(self) -> bool:
+        return self._batch_weight is None
+
+    def _reached_directly(self, name: str) -> str:
+        return (
+            f"params[{name!r}] is reached by other ways than the argument of the objective, which holds the tensor "
+            "itself, so that part of the loss would not be differentiated: let it compute all of the loss from the "
+            "dict of parameters that it is given"
+        )
 
     def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return nothing: what the objective holds is not known."""
@@ -45,4 +60,5 @@ class CallableObjective(Objective):
         self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
     ) -> tuple[Tensor, Any]:
         """Return a batch's loss, and no prediction."""
-        return self._objective(dict(leaves), self.guard.own(batch)), None
+        with replaced(self.modules, self.replacements(leaves)):
+            return self._objective(dict(leaves), own_batch(batch, self.guard.writes)), None

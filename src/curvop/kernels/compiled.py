@@ -113,7 +113,7 @@ class CompiledKernel(Kernel):
         if self._gave_up:
             return None
         if key not in self._programs:
-            if not self.objective.evaluate(leaves, index, batch).weight:
+            if not self._kernel.linearize(leaves, index, batch).weight:
                 return None  # nothing to compare a program with: wait for a batch that counts
             self._programs[key] = self._compiled(leaves, index, batch, inputs, structure)
         program = self._programs[key]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from curvop.kernels.batches import batch_size, map_leaves
+from curvop.kernels.batches import leading_size, map_leaves
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.errors import NonFiniteProductError, not_finite
 from curvop.kernels.layout import ParameterLayout
@@ -40,14 +40,14 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
     NonFiniteProductError
         Where it holds NaN or infinity.
     """
-    objective, weights = kernel.objective, []
+    objective, totals = kernel.objective, kernel.objective.totals()
     values = objective.leaves(())
     parts = ParameterLayout(objective.params, names).split(out.zero_())
     with objective.slow_backends():
         for index, batch in objective.batches():
             prediction, [z, *more] = cut_off(objective.predict(values, batch))
-            loss = objective.criterion(prediction, index, batch)
-            weights.append(loss.weight)
+            loss = objective.criterion(objective.leaves(names), prediction, index, batch)
+            totals.add(loss.value, loss.weight, *values.values())
             if not loss.weight:
                 continue
             if more:
@@ -62,8 +62,8 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
             _check_gradient(kernel, names, batch, z, told)
             for part, value in zip(parts, _squares(kernel, names, batch[0], z, strengths, vectors), strict=True):
                 part.add_(value.to(part.device), alpha=loss.weight)
-    objective.warn_once(len(weights))
-    out.div_(objective.divisor(weights))
+        objective.conclude(totals)
+    out.div_(objective.divisor(totals.weights))
     if not out.isfinite().all():
         raise NonFiniteProductError("the diagonal holds NaN or infinity")
 
@@ -155,7 +155,7 @@ def _squares(
     whole = not z.ndim  # the batch is one example
     if whole:
         z = z[None]
-    elif batch_size(X) != len(z):
+    elif leading_size(X) != len(z):
         raise _unknown("the inputs' first dimensions are not the examples of the prediction")
     params = {name: objective.params[name].detach() for name in names}
     leaves = objective.leaves(())

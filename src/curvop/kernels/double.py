@@ -1,15 +1,10 @@
-r"""One batch in float64, and its products by derivatives that are not the engine's.
-
-Forward mode (of the gradient: forward over reverse) is exact up to rounding. Central differences need first derivatives
-only, so that no second derivative of torch's can spoil them.
-"""
+"""One batch in float64, and its products by forward mode (of the gradient: forward over reverse)."""
 
 from __future__ import annotations
 
 import abc
 import copy
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,16 +18,15 @@ from curvop.kernels.batches import map_leaves
 from curvop.kernels.differentiable import STAND_INS
 from curvop.kernels.fisher import EmpiricalFisherKernel
 from curvop.kernels.ggn import GGNKernel
+from curvop.kernels.guard import replaced
 from curvop.kernels.hessian import HessianKernel
 from curvop.kernels.jacobian import JacobianKernel
 from curvop.kernels.kernel import Kernel
-from curvop.kernels.layout import BatchLayout
 from curvop.kernels.objective import Objective
 from curvop.kernels.sandwich import outputs_of
-from curvop.kernels.stateless import functional_call
 from curvop.kernels.weights import loss_kind
 
-__all__ = ["KINDS", "DoubleBatch", "Point"]
+__all__ = ["KINDS", "DoubleBatch", "HeldPadding", "Point", "in_double"]
 
 Values = dict[str, Tensor]
 Parts = tuple[Tensor, ...]
@@ -59,8 +53,8 @@ def in_double(tree: Any) -> Any:
     return map_leaves(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
 
 
-class _Composite(TorchFunctionMode):
-    """Computes by elementary operations what torch has no forward mode for, and holds embeddings' padding still.
+class HeldPadding(TorchFunctionMode):
+    """Holds embeddings' rows for padding still.
 
     Parameters
     ----------
@@ -80,18 +74,32 @@ class _Composite(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call what stands in for `func`, or `func` itself."""
+        """Call `func`, or what holds the rows still."""
         kwargs = kwargs or {}
         if func is functional.embedding and kwargs.get("padding_idx") is not None:
             return self._padded(*args, **kwargs)
-        return _COMPOSITES.get(func, func)(*args, **kwargs)
+        return func(*args, **kwargs)
 
     def _padded(self, places: Tensor, weight: Tensor, *, padding_idx: int, **settings: Any) -> Tensor:
         found = functional.embedding(places, weight, padding_idx, **settings)
         if self._calls == len(self._rows):
-            self._rows.append(weight[padding_idx].detach())
+            self._rows.append(weight[padding_idx].detach().clone())
         self._calls += 1
         return torch.where((places == padding_idx % len(weight))[..., None], self._rows[self._calls - 1], found)
+
+
+class _Composite(HeldPadding):
+    """Computes by elementary operations what torch has no forward mode for, besides."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call what stands in for `func`, or `func` itself."""
+        return super().__torch_function__(_COMPOSITES.get(func, func), types, args, kwargs)
 
 
 def _composite(terms_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -131,16 +139,8 @@ class DoubleBatch(abc.ABC):
         self.weight = 1.0 if self.by_batch else self.objective.weight(self.prediction, index, self.batch)
 
     @abc.abstractmethod
-    def product(self, vector: Tensor, step: float | None) -> Tensor:
-        """Return the product with `vector` ``(N,)``.
-
-        Parameters
-        ----------
-        vector : Tensor, shape (N,)
-        step : float or None
-            Of the central differences, as a part of the point's norm, by which derivatives along a direction are
-            taken; None for forward mode.
-        """
+    def product(self, vector: Tensor) -> Tensor:
+        """Return the product with `vector` ``(N,)``."""
 
     def _traced(self, values: Values) -> tuple[Tensor, Any]:
         with _Composite(self._padding):
@@ -178,68 +178,40 @@ def _leaves(values: Values) -> Values:
     return {name: value.detach().requires_grad_() for name, value in values.items()}
 
 
-def _derivative(
-    function: Callable[[Values], Parts],
-    values: Values,
-    along: Values,
-    step: float | None,
-    plain: Callable[[Values], Parts] | None = None,
-) -> Parts:
-    """Return the derivative of `function` in a direction; `plain` is the same where it need not be differentiated."""
-    if step is None:
-        found: Parts = jvp(function, (values,), (along,))[1]
-        return found
-    size, scale = (math.hypot(*(float(part.norm()) for part in parts.values())) for parts in (along, values))
-    step *= (scale or 1.0) / (size or 1.0)
-    with torch.no_grad():
-        ahead, behind = (
-            (plain or function)({name: value + t * along[name] for name, value in values.items()})
-            for t in (step, -step)
-        )
-    return tuple((a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True))
-
-
-def _gradient(loss: Callable[[Values], Tensor]) -> tuple[Callable[[Values], Parts], Callable[[Values], Parts]]:
-    """Return the gradient as a function that can be differentiated, and as one that need not be."""
-
-    def plain(values: Values) -> Parts:
-        leaves = _leaves(values)
-        with torch.enable_grad():
-            value = loss(leaves)
-        if not value.requires_grad:
-            return tuple(torch.zeros_like(leaf) for leaf in leaves.values())
-        inputs = list(leaves.values())
-        return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
-
-    return lambda values: tuple(grad(loss)(values).values()), plain
+def _derivative(function: Callable[[Values], Parts], values: Values, along: Values) -> Parts:
+    """Return the derivative of `function` in a direction."""
+    found: Parts = jvp(function, (values,), (along,))[1]
+    return found
 
 
 class _Hessian(DoubleBatch):
-    def product(self, vector: Tensor, step: float | None) -> Tensor:
-        function, plain = _gradient(lambda values: self._traced(values)[0])
-        found = _derivative(function, self.values, self._along(vector), step, plain)
+    def product(self, vector: Tensor) -> Tensor:
+        gradient = grad(lambda values: self._traced(values)[0])
+        found = _derivative(lambda values: tuple(gradient(values).values()), self.values, self._along(vector))
         return self._rows(dict(zip(self.values, found, strict=True)))
 
 
 class _GaussNewton(DoubleBatch):
-    def product(self, vector: Tensor, step: float | None) -> Tensor:
-        pushed = _derivative(self._predict, self.values, self._along(vector), step)
+    def product(self, vector: Tensor) -> Tensor:
+        pushed = _derivative(self._predict, self.values, self._along(vector))
         outputs = {str(index): output.detach() for index, output in enumerate(outputs_of(self.prediction))}
-        function, plain = _gradient(self._loss_of)
-        middle = _derivative(function, outputs, dict(zip(outputs, pushed, strict=True)), step, plain)
+        gradient = grad(self._loss_of)
+        along = dict(zip(outputs, pushed, strict=True))
+        middle = _derivative(lambda parts: tuple(gradient(parts).values()), outputs, along)
         return self._pulled(self._predict, middle)
 
     def _loss_of(self, outputs: Values) -> Tensor:
         rest = iter(outputs.values())
         prediction = map_leaves(lambda part: next(rest) if part.is_floating_point() else part, self.prediction)
         with _Composite([]):
-            loss: Tensor = self.objective.traced_loss(prediction, self.point.held(), self.batch)
+            leaves = self.point.values
+            loss: Tensor = self.objective.traced_loss(leaves, prediction, self.point.held(), self.batch)
         return loss
 
 
 class _EmpiricalFisher(DoubleBatch):
-    def product(self, vector: Tensor, step: float | None) -> Tensor:
-        pushed = _derivative(self._losses, self.values, self._along(vector), step)
+    def product(self, vector: Tensor) -> Tensor:
+        pushed = _derivative(self._losses, self.values, self._along(vector))
         divisor: float = self.objective.divisor_of(self.prediction, self.index, self.batch)
         return self._pulled(self._losses, pushed) / divisor
 
@@ -248,16 +220,20 @@ class _EmpiricalFisher(DoubleBatch):
         with _Composite(self._padding):
             prediction, y = self._prediction(values), self.batch[1]
             terms: Tensor
-            held, loss_function = self.point.held()["loss"], self.objective.loss_function
+            held, loss_function = self.point.held(), self.objective.loss_function
             if loss_kind(loss_function) is None:
                 of_one = self.objective.traced_loss
-                return (vmap(lambda z, y: of_one(_alone(z), {"loss": held}, (None, _alone(y))))(prediction, y),)
+                return (
+                    vmap(lambda z, y: of_one(self.point.values, _alone(z), held, (None, _alone(y))))(prediction, y),
+                )
             if isinstance(loss_function, nn.Module):
                 unreduced: Any = copy.copy(loss_function)
                 unreduced.reduction = "none"
-                terms = functional_call(unreduced, held, (prediction, y))
+                own = dict(unreduced.named_parameters()) | dict(unreduced.named_buffers())
+                with replaced([unreduced], {id(own[name]): value for name, value in held["loss"].items()}):
+                    terms = unreduced(prediction, y)
             else:
-                terms = functools.partial(loss_function, reduction="none", **held)(prediction, y)
+                terms = functools.partial(loss_function, reduction="none", **held["loss"])(prediction, y)
         by_row = terms.shape == prediction.shape and terms.ndim > 1
         return ((terms.sum(-1) if by_row else terms).reshape(-1),)
 
@@ -269,27 +245,14 @@ def _alone(example: Any) -> Any:
 class _Jacobian(DoubleBatch):
     by_batch = True
 
-    def product(self, vector: Tensor, step: float | None) -> Tensor:
-        found = _derivative(self._predict, self.values, self._along(vector), step)
+    def product(self, vector: Tensor) -> Tensor:
+        found = _derivative(self._predict, self.values, self._along(vector))
         return torch.cat([part.reshape(-1) for part in found])
-
-
-class _TransposedJacobian(DoubleBatch):
-    def product(self, vector: Tensor, step: float | None) -> Tensor:
-        outputs = outputs_of(self.prediction)
-        parts = self.kernel.cols.at(vector, self.index).split([output.numel() for output in outputs])
-        seeds = tuple(part.view(output.shape) for part, output in zip(parts, outputs, strict=True))
-        return self._pulled(self._predict, seeds)
-
-
-def _of_jacobian(kernel: JacobianKernel, point: Point, index: int, batch: Any) -> DoubleBatch:
-    kind = _Jacobian if isinstance(kernel.rows, BatchLayout) else _TransposedJacobian
-    return kind(kernel, point, index, batch)
 
 
 KINDS: Mapping[type[Kernel], Callable[[Any, Any, int, Any], DoubleBatch]] = {
     HessianKernel: _Hessian,
     GGNKernel: _GaussNewton,
     EmpiricalFisherKernel: _EmpiricalFisher,
-    JacobianKernel: _of_jacobian,
+    JacobianKernel: _Jacobian,
 }

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["NonDeterministicObjectiveError", "NonFiniteProductError", "not_finite"]
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["NonDeterministicObjectiveError", "NonFiniteProductError", "arrays_explained", "not_finite"]
 
 
 class NonFiniteProductError(ArithmeticError):
@@ -25,3 +29,30 @@ def not_finite(what: str, index: int, loss: float, where: str) -> str:
         f"the {what} is not finite at batch {index} in {where} (the loss of that batch is {loss:.6g}): look there for "
         "NaN"
     )
+
+
+@contextlib.contextmanager
+def arrays_explained(batch: Any) -> Iterator[None]:
+    """Raise a TypeError with the remedy if the user's code fails on a batch that holds NumPy arrays.
+
+    Code that converts them itself is let run. Other errors, such as a lack of memory, keep their type.
+    """
+    try:
+        yield
+    except Exception as error:
+        array = isinstance(error, TypeError | AttributeError) or "numpy" in str(error)
+        if array and (where := _first_array("the batch", batch)) is not None:
+            raise TypeError(
+                f"{where} is a NumPy array, and the model or the loss fails with it: let data yield tensors, such as "
+                f"torch.from_numpy(array) (the error was {type(error).__name__}: {error})"
+            ) from error
+        raise
+
+
+def _first_array(where: str, tree: Any) -> str | None:
+    """Return where in a tree the first NumPy array is."""
+    if any((kind.__module__, kind.__name__) == ("numpy", "ndarray") for kind in type(tree).__mro__):
+        return where
+    parts = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    found = (_first_array(f"{where}[{key!r}]", part) for key, part in parts)
+    return next((one for one in found if one is not None), None)

@@ -93,7 +93,7 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
     These are the gradients of the unreduced loss with respect to the parameters `names`. Where a batch's weight is not
     its loss's own divisor, each of its examples counts by the ratio.
     """
-    examples, count, weights = Examples(objective.loss_function), 0.0, []
+    examples, count, totals = Examples(objective.loss_function), 0.0, objective.totals()
     leaves = objective.leaves(names)
     layout = ParameterLayout(objective.params, names)
     parts = layout.split(out.zero_())
@@ -101,8 +101,8 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
         for index, batch in objective.batches():
             prediction = objective.predict(leaves, batch)
             outputs, (cut, cuts) = outputs_of(prediction), cut_off(prediction)
-            loss = objective.criterion(cut, index, batch)
-            weights.append(loss.weight)
+            loss = objective.criterion(leaves, cut, index, batch)
+            totals.add(loss.value, loss.weight, *leaves.values())
             derivative = loss.gradient(cuts)
             reached = [output for output, own in zip(outputs, derivative, strict=True) if own is not None]
             divisor = objective.divisor_of(prediction, index, batch)
@@ -111,7 +111,8 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
             for part, value in zip(parts, LinearMap(outputs, layout.of(leaves))(derivative), strict=True):
                 if value is not None:
                     part.add_(value.to(part.device), alpha=loss.weight)
-    return objective.divisor(weights), count
+        objective.conclude(totals)
+    return objective.divisor(totals.weights), count
 
 
 class _OuterProducts(Middle):

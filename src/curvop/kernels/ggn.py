@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvop.kernels.graph import LinearMap
@@ -20,7 +21,11 @@ class GGNKernel(SandwichKernel):
         self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> Middle:
         """Return the loss's Hessian by the prediction."""
-        return _LossHessian(derivative(True), outputs)
+        found = _LossHessian(derivative(True), outputs)
+        if not self.objective.curved:
+            probes = [torch.linspace(1, 2, part.numel()).cos().to(part).view_as(part) for part in outputs]
+            self.objective.curved = any(part is not None and bool(part.any()) for part in found(probes))
+        return found
 
 
 class _LossHessian(Middle):

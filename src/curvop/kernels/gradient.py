@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from curvop.kernels.errors import NonFiniteProductError, not_finite
 from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.objective import Objective
 
-__all__ = ["gradient_and_loss"]
+__all__ = ["gradient_and_loss", "plain_gradient_seconds"]
 
 
 def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -> float:
@@ -26,22 +28,48 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
     leaves = objective.leaves(names)
     layout = ParameterLayout(objective.params, names)
     parts = layout.split(out.zero_())
-    losses, weights, sums = [], [], []
+    totals, sums = objective.totals(), []
     with objective.slow_backends():
         for index, batch in objective.batches():
             loss = objective.evaluate(leaves, index, batch)
-            weights.append(loss.weight)
-            losses.append(loss.weight * loss.value.item() if loss.weight else 0.0)
+            totals.add(loss.value, loss.weight, *leaves.values())
             for part, value in zip(parts, loss.gradient([leaves[name] for name in names]), strict=True):
                 if value is not None:
                     part.add_(value.to(part.device), alpha=loss.weight)
             # NaN and infinity survive a sum. It is read at the end only, as a GPU would be waited for here.
             sums.append(out.sum())
-    objective.warn_once(len(weights))
-    _check(out, layout, sums, losses, weights)
-    divisor = objective.divisor(weights)
+        _check(out, layout, sums, totals.losses, totals.weights)
+        objective.conclude(totals)
+    divisor = objective.divisor(totals.weights)
     out.div_(divisor)
-    return math.fsum(losses) / divisor
+    return math.fsum(totals.losses) / divisor
+
+
+def plain_gradient_seconds(objective: Objective, names: Sequence[str]) -> float:
+    """Return the seconds that the gradients of all batches take, as the user's own ``torch.autograd.grad`` does.
+
+    Reading the data, putting the parameters in place and what is done for second derivatives do not count.
+    """
+    leaves = objective.leaves(names)
+    params = [leaves[name] for name in names]
+    gpus = [device for device in objective.devices if device.type == "cuda"]
+
+    def now() -> float:
+        for device in gpus:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def timed(batch: Any) -> float:
+        start = now()
+        value = objective.plain_loss(leaves, batch)
+        if value.requires_grad:
+            torch.autograd.grad(value, params, allow_unused=True)
+        return now() - start
+
+    with torch.enable_grad():
+        return sum(
+            objective.guard.run(timed, batch, objective.replacements(leaves)) for _, batch in objective.batches()
+        )
 
 
 def _check(

@@ -12,7 +12,7 @@ from torch.backends import cuda, cudnn
 from torch.overrides import TorchFunctionMode
 
 from curvop.kernels.batches import leaves
-from curvop.kernels.objective import Objective
+from curvop.kernels.objective import BATCHING_REMEDY, Objective
 from curvop.kernels.passes import precision
 from curvop.kernels.preflight import batchwise_modules, random_modules
 from curvop.kernels.state import Fingerprint
@@ -71,6 +71,8 @@ class Inspection:
         Parameters that no batch's loss depends on.
     looked_into : bool
         Whether the model is made of modules, so that it could be looked into.
+    batching, batching_remedy : str
+        How the loss of two batches as one contradicts their weights, empty if it does not; and what to do about it.
     """
 
     dtype: str
@@ -84,12 +86,15 @@ class Inspection:
     reordered: bool
     unreached: list[str]
     looked_into: bool
+    batching: str
+    batching_remedy: str = BATCHING_REMEDY
 
 
 def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
     """Look at an objective: a gradient by the parameters `names`, and one more pass for the loss alone."""
     values, unreached = objective.leaves(names), set(names)
     passes: list[list[tuple[float, float]]] = [[], []]
+    totals = objective.totals()
     batches: list[list[list[float | None]]] = [[], []]
     eps, dtypes = 0.0, _Dtypes()
     with objective.slow_backends():
@@ -98,12 +103,16 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
                 batches[number].append(Fingerprint.of_data(leaves(batch)))
                 with dtypes:
                     loss = objective.evaluate(values, index, batch)
+                if number == 1:  # the one after which two batches are remembered
+                    totals.add(loss.value, loss.weight, *values.values())
                 passes[number].append((loss.weight, float(loss.value) if loss.weight else 0.0))
                 eps = max(eps, working_epsilon(objective, loss.value))
                 if number == 0 and unreached and loss.weight:
                     reached = zip(names, loss.gradient([values[name] for name in names]), strict=True)
                     unreached -= {name for name, part in reached if part is not None}
     coarsest = max({objective.dtype, *dtypes.seen}, key=lambda dtype: torch.finfo(dtype).eps)
+    with objective.slow_backends():
+        objective.verify_batching(totals)
     objective.warn_once(len(batches[0]), aloud=False)  # what a product would warn of is told here
     divisors = [objective.divisor([w for w, _ in one]) for one in passes]
     losses = [sum(w * loss for w, loss in one) / divisor for one, divisor in zip(passes, divisors, strict=True)]
@@ -127,6 +136,7 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
         reordered=reordered,
         unreached=[name for name in names if name in unreached],
         looked_into=any(True for module in objective.modules for _ in module.parameters()),
+        batching=objective.batching or "",
     )
 
 

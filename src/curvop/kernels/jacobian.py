@@ -12,7 +12,7 @@ from curvop.kernels.graph import LinearMap
 from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
 from curvop.kernels.layout import BatchLayout, ParameterLayout
 from curvop.kernels.model_objective import ModelObjective
-from curvop.kernels.sandwich import Push, outputs_of
+from curvop.kernels.sandwich import Push, cut_off, outputs_of
 
 __all__ = ["JacobianKernel", "prediction_sizes", "prediction_sum"]
 
@@ -27,6 +27,7 @@ def prediction_sum(prediction: Any, y: Any) -> Tensor:
 
 
 prediction_sum.reduction = "sum"  # type: ignore[attr-defined]  # as torch's own losses say it
+prediction_sum.stands_in = True  # type: ignore[attr-defined]  # so that nobody looks at how batches add up
 
 
 def prediction_sizes(objective: ModelObjective) -> list[int]:
@@ -86,7 +87,7 @@ class JacobianKernel(Kernel):
         count = sum(output.numel() for output in outputs)
         if index >= len(self._sizes) or self._sizes[index] != count:
             raise ValueError(f"batch {index} has {count} predictions: {_CHANGED}")
-        loss = self.objective.criterion(prediction, index, batch)
+        loss = self.objective.criterion(leaves, cut_off(prediction)[0], index, batch)
         return self._map(outputs, leaves, loss.value)
 
     def _map(

@@ -224,7 +224,7 @@ class Engine:
 
     def _first_pass(self, state: tuple[object, ...]) -> Iterator[Linearization]:
         keep_freed_memory()
-        first = Pass(state, self._objective.leaves({*self.kernel.rows.names, *self.kernel.cols.names}))
+        first = Pass(state, leaves=self._objective.leaves({*self.kernel.rows.names, *self.kernel.cols.names}))
         keeps = self._keeps and self._budget.open(self._objective.device)
         for index, batch in self._objective.batches():
             count, loss = self._measure(first.leaves, index, batch) if keeps else (None, None)
@@ -249,14 +249,14 @@ class Engine:
             first.record(linearization)
             yield linearization
             del linearization
-        self._objective.warn_once(len(first.weights))
+        self._objective.conclude(first, kept=bool(first.kept))
         self._first = first
         self.first_passes += 1
         if keeps and self.first_passes == 1 and self._objective.device.type == "cuda":
             self._columns.forget()  # what was timed before anything was recorded
 
     def _next_pass(self, first: Pass) -> Iterator[Linearization]:
-        this = Pass(first.state, first.leaves)
+        this = Pass(first.state, leaves=first.leaves)
         for index, batch in self._objective.batches():
             if first.kept and Fingerprint.of_data(leaves(batch)) not in first.fingerprints[index : index + 1]:
                 raise DataReorderedError

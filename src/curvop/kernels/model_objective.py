@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from curvop.kernels.batches import at_batch
 from curvop.kernels.closed_forms import loss_derivative
 from curvop.kernels.examples import check_classes
+from curvop.kernels.guard import own_batch, replaced
 from curvop.kernels.objective import BatchLoss, BatchWeight, Objective
 from curvop.kernels.parameters import check_callable, checked_params
-from curvop.kernels.stateless import functional_call
+from curvop.kernels.seam import reached
 from curvop.kernels.weights import loss_divisor, loss_kind, loss_reduction
 
 __all__ = ["ModelObjective"]
@@ -22,7 +24,7 @@ __all__ = ["ModelObjective"]
 _SETTINGS = (bool, int, float, str)
 _RECOMPUTES = (
     "the model recomputes layers in the backward pass (gradient checkpointing), where torch takes its own parameters "
-    "for these: pass the model's own, or turn checkpointing off"
+    "for these: pass the model's own, or turn checkpointing off (its own must require grad)"
 )
 
 
@@ -43,29 +45,53 @@ class ModelObjective(Objective):
         super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
         self._model = model
         own = {id(value) for value in model.parameters()} if isinstance(model, nn.Module) else set()
-        self._apart = self._renormalised or any(id(value) not in own for value in self.params.values())
+        self._apart = self._renormalised or any(
+            id(value) not in own or not value.requires_grad for value in self.params.values()
+        )
         self.loss_function = loss_function
         self._has_state = isinstance(loss_function, nn.Module)
         self._divisor = loss_divisor(loss_function)
         self._derivative = loss_derivative(loss_function)
+        self._check_replaceable()
+
+    def _check_replaceable(self) -> None:
+        """Refuse modules that torch has compiled, whose parameters nothing can stand in for."""
+        names = {id(one): name for name, tensors in self._users_tensors().items() for one in tensors}
+        for where, part in (found for module in self.modules for found in module.named_modules()):
+            own = [names[id(value)] for value in part.parameters() if id(value) in names]
+            if own and isinstance(part, torch.jit.ScriptModule):
+                what = f"model's part {where!r}" if where else "model"
+                raise TypeError(
+                    f"{what} is scripted or traced (a {type(part).__name__} of torch.jit), so that no tensor can stand "
+                    f"in for its parameter {own[0]!r}: pass the module that it was made from; engine='compiled' is the "
+                    "fast way here"
+                )
 
     def predict(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         """Return the model's prediction, differentiable twice in `leaves` within `slow_backends`."""
-        return self.evaluator(lambda: self.guard.run(lambda own: self._prediction(leaves, own), batch))
+        return self._run(lambda own: self._prediction(leaves, own), leaves, batch, "prediction")
 
-    def criterion(self, prediction: Any, index: int, batch: Any) -> BatchLoss:
-        """Return the loss of batch number `index` as a function of a prediction."""
-        found = self.evaluator(lambda: self.guard.run(lambda own: self._criterion(prediction, own), batch))
+    def criterion(self, leaves: Mapping[str, Tensor], prediction: Any, index: int, batch: Any) -> BatchLoss:
+        """Return the loss of batch number `index` as a function of a prediction that is cut off from the parameters.
+
+        Raises
+        ------
+        ValueError
+            If the loss depends on parameters in another way, which a matrix of the prediction lacks.
+        """
+        with at_batch(index):
+            found = self._run(lambda own: self._criterion(prediction, own), leaves, batch, "criterion")
         return self._checked(found, index, batch)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         return self._criterion(self._prediction(leaves, batch), batch)
 
     def _prediction(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
+        return self._predict(leaves, batch[0], self._apart)
+
+    def _check_batch(self, index: int, batch: Any) -> None:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
-        training = isinstance(self._model, nn.Module) and any(part.training for part in self._model.modules())
-        return self._predict(leaves, self._others(leaves, buffers=training), batch[0], self._apart)
 
     def _criterion(self, prediction: Any, batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         _, y = batch
@@ -79,6 +105,11 @@ class ModelObjective(Objective):
         loss = self.loss_function(prediction, y)
         with torch.no_grad():
             return loss, self._mean_divisor(prediction, batch), loss, None
+
+    def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Return the loss as the user's own call computes it."""
+        X, y = batch
+        return self.loss_function(self._predict(leaves, X, apart=False), y)
 
     def divisor_of(self, prediction: Any, index: int, batch: Any) -> float:
         """Return by what the loss of batch number `index` divides the sum over its examples."""
@@ -99,62 +130,126 @@ class ModelObjective(Objective):
         settings = [value for value in vars(own).values() if isinstance(value, _SETTINGS)] if self._has_state else ()
         return *super().state(), settings
 
+    def _look(
+        self, what: str, outputs: list[Tensor], users: Mapping[str, Sequence[Tensor]], leaves: Mapping[str, Tensor]
+    ) -> None:
+        if what == "criterion":
+            if beside := reached(outputs, {name: [leaf] for name, leaf in leaves.items()}):
+                raise ValueError(
+                    f"the loss depends on {min(beside, key=list(leaves).index)!r} in another way than through the "
+                    "prediction, as a penalty does, but this matrix is of the prediction: use HessianLinearOperator, "
+                    "or take the penalty out of loss_function and add its curvature to the matrix G: for decay times "
+                    "the sum of squares this is G + 2 * decay * I, G.damped(2 * decay)"
+                )
+            self._looked_at.add(what)
+        super()._look(what, outputs, users, leaves)
+
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
         return self._divisor(prediction, *batch)
 
-    def _predict(self, leaves: Mapping[str, Tensor], others: dict[str, Tensor], X: Any, apart: bool) -> Any:
-        """Return the prediction; `apart` where the parameters may have other values than the model's own."""
+    def _assumes_weights(self) -> bool:
+        known = loss_kind(self.loss_function) is not None or self._batch_weight is not None
+        return not known and not getattr(self.loss_function, "stands_in", False)
+
+    def _assumes_curvature(self) -> bool:
+        return loss_kind(self.loss_function) is None
+
+    def _reached_directly(self, name: str) -> str:
+        return (
+            f"params[{name!r}] is reached by other ways than the model's own: a function holds the tensor itself, so "
+            "that no other can stand in for it, and part of the loss would not be differentiated; let the function "
+            "read it from the model when it is called (model.get_parameter, model.parameters()), or from its argument"
+        )
+
+    def _users_tensors(self) -> dict[str, list[Tensor]]:
+        if not isinstance(self._model, nn.Module):
+            return super()._users_tensors()
+        own = dict(self._model.named_parameters(remove_duplicate=False))
+        return {
+            name: list({id(one): one for one in (value, own[name])}.values()) for name, value in self.params.items()
+        }
+
+    def _predict(self, leaves: Mapping[str, Tensor], X: Any, apart: bool) -> Any:
+        """Return the prediction; `apart` if the parameters may have other values than the model's own."""
         if not isinstance(self._model, nn.Module):
             return self._model(dict(leaves), X)
         hooked = torch._C._autograd._top_saved_tensors_default_hooks(True)  # by who measures memory, for one
         refused = apart and hooked is None
+        # DataParallel would copy the parameters to several devices.
+        model = self._model.module if isinstance(self._model, nn.DataParallel) else self._model
         with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES) if refused else contextlib.nullcontext():
-            return functional_call(self._model, others | dict(leaves), (X,))
+            return model(X)
 
-    def _others(self, leaves: Mapping[str, Tensor], buffers: bool) -> dict[str, Tensor]:
-        """Return the model's other parameters, cut off so that nothing is saved for layers below a block."""
+    def _others(self) -> dict[str, Tensor]:
+        """Return the model's other parameters, cut off, and copies of its buffers, by name."""
         if not isinstance(self._model, nn.Module):
             return {}
-        own = dict(self._model.named_parameters(remove_duplicate=False))
-        selected = {id(own[name]) for name in leaves}
-        values = {name: value.detach() for name, value in self._model.named_parameters() if id(value) not in selected}
+        selected = {id(one) for tensors in self._users_tensors().values() for one in tensors}
+        values = {
+            name: value if _is_special(value) else value.detach().clone() if value.is_inference() else value.detach()
+            for name, value in self._model.named_parameters()
+            if id(value) not in selected
+        }
         if self._renormalised:
             values = {name: value.clone() for name, value in values.items()}
-        if buffers:  # copies, as modules in training mode write to them
-            values |= {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        # Autograd cannot save a tensor made under inference mode; a clone made outside of it can be saved.
-        inferred = {name: buffer for name, buffer in self._model.named_buffers() if buffer.is_inference()} | {
-            name: value for name, value in values.items() if value.is_inference()
-        }
-        return values | {name: value.clone() for name, value in inferred.items()}
+        return values | {name: buffer.clone() for name, buffer in self._model.named_buffers()}
 
     def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return the model's other parameters, cut off, its buffers, and those of the loss function."""
         loss: dict[str, Tensor] = {}
         if isinstance(self.loss_function, nn.Module):
+            models = {id(one) for one in self._own_tensors().values()}
             loss = dict(self.loss_function.named_buffers())
             loss |= {name: value.detach() for name, value in self.loss_function.named_parameters()}
+            named = (*self.loss_function.named_buffers(), *self.loss_function.named_parameters())
+            loss = {name: loss[name] for name, own in named if id(own) not in models}
         elif isinstance(self.loss_function, functools.partial):
             keywords = self.loss_function.keywords
             loss = {name: value for name, value in keywords.items() if isinstance(value, Tensor)}
-        return {"model": self._others(leaves, buffers=True), "loss": loss}
+        return {"model": self._others(), "loss": loss}
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """Return the model's parameters and buffers by name."""
+        if not isinstance(self._model, nn.Module):
+            return {}
+        return dict(self._model.named_parameters(remove_duplicate=False)) | dict(self._model.named_buffers())
+
+    @contextlib.contextmanager
+    def _holding(self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]]) -> Iterator[None]:
+        """Let `leaves`, and what is `held`, stand in for the tensors of all modules."""
+        own = self._own_tensors()
+        swaps = {id(own[name]): value for name, value in held["model"].items()}
+        if isinstance(self.loss_function, nn.Module):
+            named = dict(self.loss_function.named_parameters()) | dict(self.loss_function.named_buffers())
+            swaps |= {id(named[name]): value for name, value in held["loss"].items()}
+        users = self._users_tensors()
+        swaps |= {id(one): leaf for name, leaf in leaves.items() for one in users[name]}
+        with replaced(self.modules, swaps):
+            yield
 
     def traced(
         self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
     ) -> tuple[Tensor, Any]:
         """Return a batch's loss and prediction."""
         prediction = self.traced_prediction(leaves, held, batch)
-        return self.traced_loss(prediction, held, batch), prediction
+        return self.traced_loss(leaves, prediction, held, batch), prediction
 
     def traced_prediction(self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any) -> Any:
         """Return a batch's prediction as a function of its arguments alone."""
-        X, _ = self.guard.own(batch)
-        return self._predict(leaves, held["model"], X, apart=True)
+        X, _ = own_batch(batch, self.guard.writes)
+        with self._holding(leaves, held):
+            return self._predict(leaves, X, apart=True)
 
-    def traced_loss(self, prediction: Any, held: dict[str, dict[str, Tensor]], batch: Any) -> Tensor:
+    def traced_loss(
+        self, leaves: Mapping[str, Tensor], prediction: Any, held: dict[str, dict[str, Tensor]], batch: Any
+    ) -> Tensor:
         """Return a batch's loss as a function of its arguments alone."""
-        _, y = self.guard.own(batch)
-        if isinstance(self.loss_function, nn.Module):
-            loss: Tensor = functional_call(self.loss_function, held["loss"], (prediction, y))
-            return loss
-        return self.loss_function(prediction, y, **held["loss"])
+        _, y = own_batch(batch, self.guard.writes)
+        keywords = held["loss"] if isinstance(self.loss_function, functools.partial) else {}
+        with self._holding(leaves, held):
+            return self.loss_function(prediction, y, **keywords)
+
+
+def _is_special(parameter: Tensor) -> bool:
+    """Whether a parameter is of a class of its own, which may have attributes that the model needs."""
+    return type(parameter) not in (Tensor, nn.Parameter)

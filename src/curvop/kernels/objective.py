@@ -15,22 +15,42 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from curvop.kernels.batches import at_batch, on_device, told
+from curvop.kernels.batches import at_batch, on_device, to_device, told
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.cuda import begin_on
 from curvop.kernels.differentiable import Evaluator, slow_backends
-from curvop.kernels.errors import NonDeterministicObjectiveError
+from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
 from curvop.kernels.generators import Generators
-from curvop.kernels.preflight import Guard, cautions, suspects
+from curvop.kernels.guard import Guard
+from curvop.kernels.joining import joined
+from curvop.kernels.passes import Totals, precision
+from curvop.kernels.preflight import batchwise_modules, cautions, random_modules, suspects
+from curvop.kernels.seam import BatchPair, disagreement, random_subset, reached
 from curvop.kernels.state import Fingerprint, Watch, settings_of
 from curvop.kernels.weights import check_loss, checked_weight
 
-__all__ = ["BatchLoss", "BatchWeight", "Objective", "Share"]
+__all__ = ["BATCHING_REMEDY", "ZERO_MATRIX", "BatchLoss", "BatchWeight", "Objective", "Share"]
+
+#: What to do about batches whose loss as one contradicts their weights.
+BATCHING_REMEDY = (
+    "pass batch_weight=, a function of the batch, such as its number of targets that count, or say that the loss is a "
+    "sum (loss_function.reduction = 'sum'); else the loss couples its examples, or adds a term without data once per "
+    "batch, so that the matrix depends on how the data is cut: pass one batch"
+)
+#: What a generalized Gauss-Newton matrix of a loss is that is linear in the prediction.
+ZERO_MATRIX = (
+    "the matrix is zero, as the loss is linear in the prediction; if the model computes its own loss, let it return "
+    "the logits and loss_function compute the loss of them, or use HessianLinearOperator"
+)
+_ALIKE = 1e-3  # relative difference below which two losses say little about their weights
+
+T = TypeVar("T")
+
 
 #: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
 BatchWeight = Callable[[Any], float]
@@ -91,6 +111,11 @@ class Objective(abc.ABC):
         Whether batches come in the same order in every pass, as those of a list do.
     told : set of str
         What `warn_once` has warned of.
+    batching : str or None
+        How the loss of two batches as one contradicts their weights, empty if it does not; None until a whole pass is
+        over.
+    curved : bool or None
+        Whether the loss has a second derivative by the prediction, as far as that was looked at.
     """
 
     def __init__(
@@ -114,7 +139,7 @@ class Objective(abc.ABC):
         self.params = params
         self.reduction = reduction
         self.modules = tuple(modules)
-        self.guard = Guard(self.modules)
+        self.guard = Guard(self.modules, list(params.values()))
         self.evaluator = Evaluator()
         self._data = data
         self._batch_weight = batch_weight
@@ -123,10 +148,19 @@ class Objective(abc.ABC):
         self.ordered = isinstance(data, list | tuple)
         self.told: set[str] = set()
         self._share: Share | None = None
+        self._looked_at: set[str] = set()
+        self._depends = False  # whether anything was seen to depend on a parameter
+        self.curved: bool | None = None
+        self._last: Totals | None = None
+        self._pair: BatchPair | None = BatchPair()
+        self.batching: str | None = None
         self._watch = Watch(self.modules, params, data)
         parts = [part for module in modules for part in module.modules()]
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
         self._renormalised = any(getattr(part, "max_norm", None) is not None for part in parts)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_last": None, "_pair": None}  # which hold identities, and batches
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +180,10 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
         """Return the batch's loss, the divisor of its mean (None where it is not known), `output` and `derivative`."""
+
+    @abc.abstractmethod
+    def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Return the loss as the user's own call computes it, within ``guard.run`` with `replacements`."""
 
     @abc.abstractmethod
     def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -178,19 +216,184 @@ class Objective(abc.ABC):
         for device in devices:
             begin_on(device)
         with self._generators.private(devices):
-            for index, batch in enumerate(on_device(told(self._data), self.device)):
+            for index, batch in enumerate(on_device(self._seen(told(self._data)), self.device)):
                 self._check_order(index, batch)
                 yield index, batch
         if index < 0 and self._share is None:
             raise ValueError("data is empty: it yields no batch, pass at least one")
 
+    def _seen(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield the batches; until a pass is over, remember two by which their weights can be verified."""
+        pair = self._pair = BatchPair() if self.batching is None and self._assumes_weights() else None
+        for index, batch in enumerate(batches):
+            self._check_batch(index, batch)
+            if pair is not None:
+                pair.see(index, batch)
+            yield batch
+
+    def _check_batch(self, index: int, batch: Any) -> None:  # noqa: B027  # most objectives take any
+        """Refuse a batch that the objective cannot take."""
+
+    def _assumes_curvature(self) -> bool:
+        """Whether a loss without a second derivative by the prediction is likely a mistake."""
+        return True
+
+    @abc.abstractmethod
+    def _assumes_weights(self) -> bool:
+        """Whether it is an assumption how the batches' losses make up that of the whole data set."""
+
+    def totals(self) -> Totals:
+        """Return the losses of a pass that is to begin, for `conclude`."""
+        return Totals(self.state())
+
+    def conclude(self, totals: Totals, kept: bool = False) -> None:
+        """Verify what a pass over all of the data has shown, and warn of what the user may not mean.
+
+        Parameters
+        ----------
+        totals : Totals
+        kept : bool
+            Whether later products are of the data of this pass, so that later passes must see the same.
+
+        Raises
+        ------
+        NonDeterministicObjectiveError
+            If the losses are others than in a pass that was kept in the same state.
+        RuntimeError
+            If no batch's loss depends on any of the parameters.
+        """
+        if self._last is not None and not self._last.stale(totals.state):
+            if (found := self._last.differs(totals, self.ordered)) is not None:
+                raise NonDeterministicObjectiveError(self.changed(*found))
+        elif kept and math.isfinite(sum(totals.losses)):
+            self._last = totals.alone()
+        if self._share is None and not self._reaches():
+            raise RuntimeError(
+                "the loss depends on none of the parameters in params, so that torch cannot differentiate it: it is "
+                "computed under torch.no_grad(), from .detach() or .data, or by other tensors; evaluate the model with "
+                "the parameters it is given"
+            )
+        self.verify_batching(totals)
+        self.warn_once(len(totals.weights))
+
+    def _run(self, function: Callable[[Any], T], leaves: Mapping[str, Tensor], batch: Any, what: str = "loss") -> T:
+        """Return ``function(batch)``, with `leaves` in the places of the parameters, and everything put back.
+
+        The graph of the tensors that are returned is searched for parameters, until `what` is known to be sound.
+        """
+        users = {} if what in self._looked_at else self._users_tensors()
+
+        def run(own: Any) -> T:
+            _require_grad(users)
+            found = function(own)
+            if users:
+                self._look(what, list(leaves_of(found)), users, leaves)
+            return found
+
+        with arrays_explained(batch):
+            return self.evaluator(lambda: self.guard.run(run, batch, self.replacements(leaves)))
+
+    def _look(
+        self, what: str, outputs: list[Tensor], users: Mapping[str, Sequence[Tensor]], leaves: Mapping[str, Tensor]
+    ) -> None:
+        """Search the graph of `what` for parameters; raise if it reaches one of the user's tensors itself."""
+        if direct := reached(outputs, users):
+            raise ValueError(self._reached_directly(min(direct, key=list(users).index)))
+        if reached(outputs, {name: [leaf] for name, leaf in leaves.items()}):
+            self._looked_at.add(what)
+            self._depends = True
+
+    def _reaches(self) -> bool:
+        """Return whether the loss of any batch depends on any of the parameters."""
+        for index, batch in self.batches() if not self._depends else ():
+            self.evaluate(self.leaves(self.params), index, batch)
+            if self._depends:
+                break
+        return self._depends
+
+    @abc.abstractmethod
+    def _reached_directly(self, name: str) -> str:
+        """Say that the code reaches the user's own tensor of a parameter, and the remedy."""
+
+    def _users_tensors(self) -> dict[str, list[Tensor]]:
+        """Return the tensors of the user's for which leaves stand in, by the names of the parameters."""
+        return {name: [value] for name, value in self.params.items()}
+
+    def replacements(self, leaves: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Return the leaves by the identities of the tensors for which they stand in."""
+        users = self._users_tensors()
+        found = {id(one): leaf for name, leaf in leaves.items() for one in users[name]}
+        if self._renormalised:  # an embedding with `max_norm` writes to its weight
+            parts = (part for module in self.modules for part in module.modules())
+            weights: list[Any] = [part.weight for part in parts if getattr(part, "max_norm", None) is not None]
+            found |= {id(weight): weight.detach().clone() for weight in weights if id(weight) not in found}
+        return found
+
+    def verify_batching(self, totals: Totals) -> None:
+        """Compare the loss of two batches as one with what their weights say; once, if it can be compared."""
+        pair, self._pair = self._pair, None
+        if self.batching is not None or pair is None:
+            self.batching = self.batching or ""
+            return
+        self.batching = ""
+        if random_modules(self.modules) or batchwise_modules(self.modules):  # which are warned of by themselves
+            return
+        with self._generators.private(self.devices):
+            for (index, first), (other, second) in pair.candidates():
+                with contextlib.suppress(
+                    Exception
+                ):  # of batches that cannot be joined, or a model that cannot take them
+                    parts = [to_device(batch, self.device) for batch in (first, second)]
+                    found = self._disagreement(totals, (index, other), (*parts, joined(parts)))
+                    self.batching = f"batches {index} and {other}: {found}" if found else ""
+                    return
+
+    def _disagreement(self, totals: Totals, numbers: tuple[int, int], batches: tuple[Any, Any, Any]) -> str:
+        """Say how the loss of two batches as one, the last, differs from what their weights say; nothing if not."""
+        weights = tuple(totals.weights[number] for number in numbers)
+        both = self.evaluate(self.leaves(()), numbers[0], batches[2])
+        losses = [totals.losses[number] / weight for number, weight in zip(numbers, weights, strict=True)]
+        losses.append(float(both.value))
+        eps, scale = max(totals.eps, precision(both.value)), sum(map(abs, losses))
+        asked = None if self.reduction == "sum" else weights
+        if asked is None or abs(losses[0] - losses[1]) > _ALIKE * scale:
+            return disagreement(losses, asked, eps ** (2 / 3) * scale)
+        gradients = [self._gradient(batch) for batch in batches]
+        direction = gradients[0] - gradients[1]
+        size, scale = float(direction.norm()), sum(float(gradient.norm()) for gradient in gradients)
+        if size <= _ALIKE * scale:  # they are alike whatever their weights
+            return ""
+        along = [float(gradient @ direction) / size for gradient in gradients]
+        return disagreement(along, asked, eps ** (2 / 3) * scale)
+
+    def _gradient(self, batch: Any) -> Tensor:
+        leaves = self.leaves(self.params)
+        parts = self.evaluate(leaves, 0, batch).gradient(list(leaves.values()))
+        pairs = zip(parts, leaves.values(), strict=True)
+        flat = [torch.zeros_like(leaf) if part is None else part for part, leaf in pairs]
+        return torch.cat([part.detach().reshape(-1).to(self.device) for part in flat])
+
     def warn_once(self, batches: int, *, aloud: bool = True) -> None:
         """Warn of what makes a matrix over so many batches another than the user may mean, of each thing once."""
         cast = self.autocast() if any(one.dtype != torch.float64 for one in self.params.values()) else None
-        found = cautions(self.modules, batches, cast)
+        found = cautions(self.modules, batches, cast) | self._cautions()
         if aloud and (new := [found[kind] for kind in found if kind not in self.told]):
             warnings.warn("; ".join(new), RuntimeWarning, stacklevel=2)
         self.told.update(found)
+
+    def _cautions(self) -> dict[str, str]:
+        """Return what else is to be warned of, by kind."""
+        found = {}
+        if self.batching:
+            found["weights of batches"] = f"{self.batching}; {BATCHING_REMEDY}"
+        if self.curved is False and self._assumes_curvature():
+            found["curvature"] = ZERO_MATRIX
+        if subset := random_subset(self._data):
+            found["data"] = (
+                f"data {subset}: every pass sees other examples, so that a product, the gradient and the diagonal need "
+                "not be of the same data; pass a DataLoader with shuffle=False, or without drop_last=True"
+            )
+        return found
 
     def changed(self, what: str, then: float, now: Any) -> str:
         """Say that a loss has changed from pass to pass, and what to look at."""
@@ -235,7 +438,7 @@ class Objective(abc.ABC):
         Buffers of modules in training mode are copies.
         """
         with at_batch(index):
-            found = self.evaluator(lambda: self.guard.run(lambda own: self._loss(leaves, own), batch))
+            found = self._run(lambda own: self._loss(leaves, own), leaves, batch)
         return self._checked(found, index, batch)
 
     def _checked(self, found: tuple[Tensor, float | None, Tensor, Tensor | None], index: int, batch: Any) -> BatchLoss:
@@ -297,7 +500,13 @@ class Objective(abc.ABC):
             if len(self) == 1 and self._share is None:  # the weight of an only batch cancels
                 return 1.0
             raise ValueError(
-                f"the batch size of batch {index} cannot be told, as its tensors differ in their first dimension, and "
-                "batches of a mean-reduced loss are weighted by it: pass batch_weight=, a function of the batch"
+                f"the size of batch {index} is not known, as the first dimensions of its parts differ, but the batches "
+                "of a mean-reduced loss are weighted by it: pass batch_weight=, a function of the batch"
             )
         return divisor
+
+
+def _require_grad(users: Mapping[str, Sequence[Tensor]]) -> None:
+    for tensor in (tensor for tensors in users.values() for tensor in tensors):
+        if tensor.is_leaf and not tensor.is_inference():
+            tensor.requires_grad_()

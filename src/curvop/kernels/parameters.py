@@ -14,11 +14,12 @@ __all__ = ["check_callable", "checked_params", "too_coarse", "unknown_name"]
 
 
 def check_callable(name: str, value: Any, remedy: str) -> None:
-    """Refuse an argument that cannot be called, and a class in the place of one of its objects."""
+    """Refuse an argument that cannot be called, a class in the place of one of its objects, and compiled code."""
     if isinstance(value, type):
         raise TypeError(f"{name} is the class {value.__name__}: pass an object of it, {value.__name__}()")
     if not callable(value):
         raise TypeError(f"{name} is a {type(value).__name__}, which cannot be called: pass {remedy}")
+    _check_not_compiled(name, value)
 
 
 def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
@@ -29,6 +30,7 @@ def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) 
     model : nn.Module or callable
         Where it is a module, every parameter must be one of its own by name and shape, its value may differ.
     params : dict of str to Tensor, or iterable of the module's own parameters
+        They need not require grad.
 
     Raises
     ------
@@ -43,6 +45,8 @@ def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) 
     if isinstance(params, Tensor):
         raise TypeError("params is one tensor: pass a dict of names to parameters, {'weight': model.weight}")
     named = dict(params) if isinstance(params, Mapping) else _named(own, params)
+    if own is not None:
+        _check_no_buffers(model, [name for name in named if name not in own])
     if not named:
         raise ValueError(
             "params is empty: pass at least one parameter, such as dict(model.named_parameters()); layers that are "
@@ -73,6 +77,30 @@ def too_coarse(name: str, dtype: torch.dtype) -> str | None:
     if torch.finfo(dtype).bits >= 32:
         return None
     return f"params[{name!r}] is {dtype}, too coarse for second derivatives: call model.float()"
+
+
+def _check_not_compiled(name: str, value: Any) -> None:
+    """Refuse what `torch.compile` has made: it cannot be differentiated twice, and hides which loss it computes."""
+    advice = "torch.compile's code has no second derivatives; engine='compiled' compiles products"
+    if not isinstance(value, nn.Module):
+        if _is_compiled(value):
+            raise TypeError(f"{name} is compiled by torch.compile: pass the function that was compiled ({advice})")
+        return
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # who has compiled something has imported it
+    for path, part in value.named_modules():
+        where = f"{name}, layer {path!r}," if path else name
+        if dynamo is not None and isinstance(part, dynamo.OptimizedModule):
+            original = (
+                f"put its _orig_mod in its place, and pass params of {name}" if path else f"pass {name}._orig_mod"
+            )
+            raise TypeError(f"{where} is compiled by torch.compile: {original} ({advice})")
+        if part._compiled_call_impl is not None or _is_compiled(part.forward):
+            raise TypeError(f"{where} was compiled in place: use one whose compile() was not called ({advice})")
+
+
+def _is_compiled(function: Any) -> bool:
+    """Whether `torch.compile` has made a function; `torch.compiler.disable` marks functions in the same way."""
+    return hasattr(function, "_torchdynamo_orig_callable") and not hasattr(function, "_torchdynamo_disable")
 
 
 def _named(own: dict[str, Tensor] | None, params: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -119,6 +147,17 @@ def _check_own(model: Any, named: Mapping[str, Tensor]) -> None:
             raise TypeError(f"{where} is a DTensor, as fully_shard makes them, but {remedy}")
 
 
+def _check_no_buffers(model: nn.Module, others: Iterable[str]) -> None:
+    """Refuse buffers, which ``model.state_dict()`` holds beside the parameters."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    if found := [name for name in others if name in buffers]:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"params holds buffers of the model, {', '.join(map(repr, found[:3]))}{more}, as model.state_dict() does: "
+            "pass dict(model.named_parameters())"
+        )
+
+
 def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> None:
     if own is not None and name not in own:
         raise ValueError(unknown_name("params", name, own))
@@ -149,8 +188,6 @@ def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> No
         )
     if (coarse := too_coarse(name, value.dtype)) is not None:
         raise ValueError(coarse)
-    if not value.requires_grad:
-        raise ValueError(f"params[{name!r}] does not require grad: call requires_grad_(True) on it, or leave it out")
 
 
 def _check_together(own: Mapping[str, Tensor] | None, named: Mapping[str, Tensor]) -> None:
@@ -172,7 +209,8 @@ def _check_together(own: Mapping[str, Tensor] | None, named: Mapping[str, Tensor
         for identity in {id(value), id(value if own is None else own[name])}:
             if seen.setdefault(identity, name) != name:
                 raise ValueError(
-                    f"params {seen[identity]!r} and {name!r} are one tied tensor: pass one of the two names"
+                    f"params {seen[identity]!r} and {name!r} are one tied tensor: pass one of the two names, as "
+                    "dict(model.named_parameters()) does"
                 )
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from curvop.kernels.batches import leaves
-from curvop.kernels.kernel import Linearization
 
-__all__ = ["REORDERED", "DataReorderedError", "Pass", "precision", "same"]
+if TYPE_CHECKING:
+    from curvop.kernels.kernel import Linearization
+
+__all__ = ["REORDERED", "DataReorderedError", "Pass", "Totals", "precision", "same"]
 
 REORDERED = (
     "data yields other batches, or in another order, in every pass, so that some cannot be kept and the others made "
@@ -27,46 +29,37 @@ class DataReorderedError(Exception):
 
 
 @dataclasses.dataclass(eq=False)
-class Pass:
-    """A pass over the data, under the objective's `state` and at the parameters `leaves`.
+class Totals:
+    """The losses of a pass over the data, under the objective's `state`.
 
     Attributes
     ----------
-    kept : dict of int to Linearization
-        By the batch's number.
-    bytes : int
-        What these retain.
-    fingerprints, weights, losses : list
-        One of each batch, by which a later pass is compared with this one.
+    weights, losses : list of float
+        One of each batch; the losses are times the weights.
     eps : float
         The precision that the losses are computed in.
+    watched : list
+        Tensors of the batches, as weak references, with their versions.
     """
 
     state: tuple[object, ...]
-    leaves: dict[str, Tensor]
-    kept: dict[int, Linearization] = dataclasses.field(default_factory=dict)
-    bytes: int = 0
-    watched: list[tuple[weakref.ref[Tensor], int]] = dataclasses.field(default_factory=list)
-    fingerprints: list[list[float | None]] = dataclasses.field(default_factory=list)
     weights: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
     eps: float = 0.0
+    watched: list[tuple[weakref.ref[Tensor], int]] = dataclasses.field(default_factory=list)
 
-    def record(self, linearization: Linearization) -> None:
+    def alone(self) -> Totals:
+        """Return these losses without what a pass keeps besides."""
+        return Totals(self.state, self.weights, self.losses, self.eps, self.watched)
+
+    def add(self, loss: Tensor, weight: float, *params: Tensor) -> None:
         """Note a batch's share of the objective; a batch of weight 0 has none, though its own mean is 0/0."""
-        self.weights.append(linearization.weight)
-        self.losses.append(linearization.weight * float(linearization.loss) if linearization.weight else 0.0)
-        self.eps = max(self.eps, precision(linearization.loss, *self.leaves.values()))
+        self.weights.append(weight)
+        self.losses.append(weight * float(loss) if weight else 0.0)
+        self.eps = max(self.eps, precision(loss, *params))
 
-    def keep(self, index: int, linearization: Linearization, batch: Any, count: int) -> None:
-        """Keep a batch's linearization, which retains `count` bytes, for as long as nobody writes to the batch."""
-        self.kept[index] = linearization
-        self.bytes += count
-        # Weakly: tensors that the loader made for this batch alone need not be held to see that nobody changes them.
-        self.watched += [(weakref.ref(leaf), leaf._version) for leaf in leaves(batch)]
-
-    def differs(self, later: Pass, ordered: bool) -> tuple[str, float, float] | None:
-        """Return what is another in a later pass than in this one, then and now; batch by batch where `ordered`."""
+    def differs(self, later: Totals, ordered: bool) -> tuple[str, float, float] | None:
+        """Return what is another in a later pass than in this one, then and now; batch by batch if `ordered`."""
         eps = max(self.eps, later.eps)
         if not same(later.losses, self.losses, eps) or not same(later.weights, self.weights, eps):
             return "the loss summed over the data", sum(self.losses), sum(later.losses)
@@ -76,15 +69,46 @@ class Pass:
                 return f"the loss of batch {index}, times its weight,", then, now
         return None
 
-    def let_go(self) -> None:
-        """Keep nothing any more."""
-        self.kept, self.bytes = {}, 0
-
     def stale(self, state: tuple[object, ...]) -> bool:
         """Whether the objective is in another state now, or a batch was written to."""
         if self.state != state:
             return True
         return any((tensor := ref()) is not None and tensor._version != version for ref, version in self.watched)
+
+
+@dataclasses.dataclass(eq=False)
+class Pass(Totals):
+    """A pass over the data, at the parameters `leaves`, with the linearizations that are kept.
+
+    Attributes
+    ----------
+    kept : dict of int to Linearization
+        By the batch's number.
+    bytes : int
+        What these retain.
+    fingerprints : list
+        One of each batch, by which a later pass is compared with this one.
+    """
+
+    leaves: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    kept: dict[int, Linearization] = dataclasses.field(default_factory=dict)
+    bytes: int = 0
+    fingerprints: list[list[float | None]] = dataclasses.field(default_factory=list)
+
+    def record(self, linearization: Linearization) -> None:
+        """Note a batch's share of the objective."""
+        self.add(linearization.loss, linearization.weight, *self.leaves.values())
+
+    def keep(self, index: int, linearization: Linearization, batch: Any, count: int) -> None:
+        """Keep a batch's linearization, which retains `count` bytes, for as long as nobody writes to the batch."""
+        self.kept[index] = linearization
+        self.bytes += count
+        # Weakly: tensors that the loader made for this batch alone need not be held to see that nobody changes them.
+        self.watched += [(weakref.ref(leaf), leaf._version) for leaf in leaves(batch)]
+
+    def let_go(self) -> None:
+        """Keep nothing any more."""
+        self.kept, self.bytes = {}, 0
 
 
 def precision(*tensors: Tensor) -> float:

@@ -1,104 +1,16 @@
-"""What is looked at before a product is trusted: modes of modules, batches that are written to."""
+"""Modes of modules that make a matrix another than the user may mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from curvop.kernels.batches import leaves, map_leaves
-from curvop.kernels.stateless import replace
-
-__all__ = ["Guard", "batchwise_modules", "cautions", "listed", "random_modules", "suspects"]
-
-T = TypeVar("T")
-
-
-class Guard:
-    """Runs code of the user's that may write to the batch that it gets, or to buffers.
-
-    What it writes is undone. Once it has written, it gets copies, so that what it reads is not what it wrote before.
-
-    Attributes
-    ----------
-    writes : bool
-        Whether it does, as far as it is known.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
-        self.writes = False
-
-    def run(self, function: Callable[[Any], T], batch: Any) -> T:
-        """Return ``function(batch)``."""
-        result, wrote = self._watched(function, batch)
-        return self._watched(function, batch)[0] if wrote else result
-
-    def _watched(self, function: Callable[[Any], T], batch: Any) -> tuple[T, bool]:
-        """Return ``function(batch)``, and whether that wrote to what is the user's."""
-        own = [(part, dict(part._buffers)) for module in self._modules for part in module.modules()]
-        buffers = [buffer for _, found in own for buffer in found.values() if buffer is not None]
-        # At every run, as what is written may depend on the batch.
-        saved, beside = ([], []) if self.writes else (_saved(leaves(batch)), _saved(buffers))
-        touched: list[_Saved] = []
-
-        def put_back() -> None:
-            touched[:] = [one for one in saved if one.changed()]
-            if any(one.changed() for one in beside):
-                touched.extend(beside)  # batch normalisation counts its batches, but not that it writes its statistics
-            for one in touched:
-                one.restore()
-            for part, found in own:
-                replace(part._buffers, found)
-
-        try:
-            try:
-                if self.writes:
-                    for part, found in own:
-                        replace(part._buffers, _copies(found))
-                result = function(self.own(batch))
-            finally:
-                put_back()
-        except BaseException:  # Ctrl-C may have come while it was put back
-            put_back()
-            raise
-        self.writes = self.writes or bool(touched)
-        return result, bool(touched)
-
-    def own(self, batch: Any) -> Any:
-        """Return a batch whose mappings and lists, and tensors if need be, can be written to."""
-        return map_leaves(lambda leaf: leaf.clone() if self.writes else leaf, batch)
-
-
-class _Saved:
-    """A tensor as it was."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._version, self._copy = tensor, tensor._version, tensor.detach().clone()
-
-    def changed(self) -> bool:
-        return self._tensor._version != self._version
-
-    def restore(self) -> None:
-        self._tensor.detach().copy_(self._copy)  # not under no_grad, which Ctrl-C might leave switched on
-
-
-def _saved(tensors: Iterable[Tensor]) -> list[_Saved]:
-    return [_Saved(one) for one in tensors if _counts(one)]
-
-
-def _copies(buffers: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Copy; a function, as Python 3.13 runs no `finally` where a comprehension within its `try` is interrupted."""
-    return {name: None if buffer is None else buffer.detach().clone() for name, buffer in buffers.items()}
-
-
-def _counts(tensor: Tensor) -> bool:
-    """Whether a tensor counts how often it is written to."""
-    return not tensor.is_inference()
+__all__ = ["batchwise_modules", "cautions", "listed", "random_modules", "suspects"]
 
 
 def random_modules(modules: Sequence[nn.Module]) -> list[str]:

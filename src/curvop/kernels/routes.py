@@ -1,11 +1,13 @@
-r"""Products by routes that share no second derivative with the engine, in float64: what they are checked against.
+"""Products by other routes than the engine's, which they are checked against.
 
-Finite differences are taken with two step sizes, which tell their error: it is large where a kink, as ReLU has, lies
-between.
+Forward mode is exact up to rounding, but calls the model as the engine does. Double backward through the user's own
+code, called as the user calls it, is as exact, but has the engine's formulas. Differences of the user's own code are
+less precise, and share nothing with the engine: neither a second derivative nor the way in which the code is called.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from typing import Any
@@ -13,50 +15,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.kernels.double import KINDS, DoubleBatch, Point
+from curvop.kernels.double import KINDS, Point
 from curvop.kernels.fisher import SampledFisherKernel
 from curvop.kernels.jacobian import JacobianKernel
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.memory import measured
 from curvop.kernels.objective import Objective
+from curvop.kernels.own_product import OwnProduct, own_product
 
-__all__ = ["DIFFERENCES", "FORWARD", "STEP", "Route", "other_routes"]
+__all__ = ["DIFFERENCES", "DOUBLE", "FORWARD", "GRADIENT", "REVERSE", "Route", "other_routes"]
 
-FORWARD, DIFFERENCES, REVERSE = "forward mode", "finite differences", "reverse mode"
-
-# Relative to the parameters. The cube root balances truncation, of the order of the step's square, with rounding, of
-# the order of epsilon over the step.
-STEP = torch.finfo(torch.float64).eps ** (1 / 3)
+FORWARD, DOUBLE, DIFFERENCES = "forward mode", "double backward", "finite differences"
+REVERSE, GRADIENT = "reverse mode", "gradient"
 
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A product by another route.
+    """A product by another route, or the gradient.
 
     Attributes
     ----------
     name : str
-    product : Tensor, shape (M,), or None
-        In float64.
+    products : tuple of Tensor, shape (M,)
+        In float64; of finite differences with steps of two sizes. Empty if there is a `reason`.
     error : float
-        Its own, relative, as far as the route tells; 0 where it is exact up to rounding.
+        Their relative difference; 0 where a product is exact up to rounding.
     reason : str
         Why there is no product.
     scale : float
-        Of a block, the norm of a product of the matrix of all the objective's parameters with a vector of norm 1, by
-        finite differences: what a block that is zero has rounding errors of. 0 of the whole matrix.
+        Of a block, the norm of a product of the matrix of all the objective's parameters with a vector of norm 1: what
+        a block that is zero has rounding errors of. 0 of the whole matrix.
+    own : OwnProduct or None
+        If it is of the user's own code, what else that has shown.
     """
 
     name: str
-    product: Tensor | None = None
+    products: tuple[Tensor, ...] = ()
     error: float = 0.0
     reason: str = ""
     scale: float = 0.0
+    own: OwnProduct | None = None
 
 
 def other_routes(kernel: Kernel, vector: Tensor, available: int) -> list[Route]:
-    """Return products with `vector` ``(N,)`` by other routes, in one pass over the data.
+    """Return products with `vector` ``(N,)`` by other routes, in two passes over the data or three.
 
     Parameters
     ----------
@@ -69,36 +72,34 @@ def other_routes(kernel: Kernel, vector: Tensor, available: int) -> list[Route]:
     kernel = getattr(kernel, "_kernel", kernel)  # what a compiled kernel compiles
     if isinstance(kernel, SampledFisherKernel):
         return [Route(FORWARD, reason="the targets are drawn by the operator itself: check the exact Fisher matrix")]
-    names = [FORWARD, DIFFERENCES]
-    kind = KINDS.get(type(kernel))
-    if kind is None:
+    names = [FORWARD, DIFFERENCES] if kernel.cols.names else [REVERSE]
+    if type(kernel) not in KINDS:
         return [Route(name, reason=f"there is no other route to a {type(kernel).__name__}") for name in names]
-    steps = {FORWARD: (None,), DIFFERENCES: (STEP, STEP / 2)} if kernel.cols.names else {REVERSE: (None,)}
-    sums = [_Sum(name, *sizes) for name, sizes in steps.items()]
-    whole, scale = _whole(kernel), _Sum("scale", STEP)
+    needed = _needed(kernel.objective)
+    if needed > available:
+        reason = f"float64 takes {needed / 1e9:.3g} GB here, but {available / 1e9:.3g} GB may be used"
+        return [Route(name, reason=reason) for name in names]
+    routes = [_forward(kernel, vector)] if kernel.cols.names else []
+    own = own_product(kernel, vector, needed, available)
+    if own.exact is not None or own.unknown:
+        routes.append(Route(DOUBLE, () if own.exact is None else (own.exact,), reason=own.unknown, own=own))
+    routes.append(Route(names[-1], tuple(own.products), own.error, own.reason, own=own))
+    if own.gradient is not None:
+        routes.append(Route(GRADIENT, (own.gradient,), own=own))
+    whole = _whole(kernel)
+    if whole is kernel:
+        return routes
+    scale = _scale(whole, needed, available, vector.device)
+    return [dataclasses.replace(one, scale=scale) for one in routes]
+
+
+def _scale(whole: Any, needed: int, available: int, device: torch.device) -> float:
+    """Return the norm of a product with a random vector of norm 1."""
     some = torch.randn(whole.cols.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    some = (some / some.norm()).to(vector.device)
-    weights: list[float] = []
-    objective = kernel.objective
-    autocast = torch.autocast(objective.device.type, enabled=False)
-    with objective.slow_backends(), autocast:
-        point = Point(objective)
-        for index, batch in objective.batches():
-            if not index and (reason := _too_large(objective, batch, available)):
-                return [Route(one.name, reason=reason) for one in sums]
-            try:
-                at = kind(kernel, point, index, batch)
-            except Exception as error:  # whatever a model does that cannot be done in float64
-                return [Route(one.name, reason=f"not in float64: {_first_line(error)}") for one in sums]
-            weights.append(at.weight)
-            for one in sums if at.weight else ():
-                one.add(at, vector)
-            if at.weight and whole is not kernel:
-                scale.add(kind(whole, point, index, batch), some)
-    divisor = 1.0 if isinstance(kernel, JacobianKernel) else objective.divisor(weights)
-    known = scale.route(divisor).product
-    size = 0.0 if known is None else float(known.norm())
-    return [dataclasses.replace(one.route(divisor), scale=size) for one in sums]
+    some = (some / some.norm()).to(device)
+    products = _forward(whole, some).products if whole.cols.names else ()
+    products = products or tuple(own_product(whole, some, needed, available).products)
+    return float(products[0].norm()) if products else 0.0
 
 
 def _whole(kernel: Any) -> Any:
@@ -111,59 +112,42 @@ def _whole(kernel: Any) -> Any:
     return kernel if (whole.rows, whole.cols) == (kernel.rows, kernel.cols) else whole
 
 
-class _Sum:
-    """A route's product, summed over the batches; two of them where steps of two sizes are compared."""
-
-    def __init__(self, name: str, *steps: float | None) -> None:
-        self.name = name
-        self._steps = steps
-        self._products: list[list[Tensor]] = []
-        self._reason = ""
-
-    def add(self, at: DoubleBatch, vector: Tensor) -> None:
-        if self._reason:
-            return
-        try:
-            products = [at.weight * at.product(vector, step).double().detach() for step in self._steps]
-        except Exception as error:  # an operation without this derivative, or too little memory
-            self._reason = f"torch cannot: {_first_line(error)}"
-            self._products = []
-            return
-        if self._products and not at.by_batch:
-            products = [total + product for [total], product in zip(self._products, products, strict=True)]
-            self._products = [[product] for product in products]
-        else:
-            self._products = self._products or [[] for _ in products]
-            for parts, product in zip(self._products, products, strict=True):
-                parts.append(product)
-
-    def route(self, divisor: float) -> Route:
-        if self._reason or not self._products:
-            return Route(self.name, reason=self._reason)
-        *coarse, fine = [torch.cat(parts) / divisor for parts in self._products]
-        if not coarse:
-            return Route(self.name, fine)
-        # That of the finer step is a third of the difference, of truncation; of rounding about all of it.
-        unit = float(fine.abs().sum()) or 1.0  # whose squares might underflow
-        difference, norm = float(((fine - coarse[0]) / unit).norm()), float((fine / unit).norm())
-        return Route(self.name, fine, difference / norm if norm else 0.0)
+def _forward(kernel: Any, vector: Tensor) -> Route:
+    """Return the product in forward mode."""
+    objective, weights = kernel.objective, []
+    products: list[Tensor] = []
+    autocast = torch.autocast(objective.device.type, enabled=False)
+    with objective.slow_backends(), autocast:
+        point = Point(objective)
+        for index, batch in objective.batches():
+            try:
+                at = KINDS[type(kernel)](kernel, point, index, batch)
+            except Exception as error:  # whatever a model does that cannot be done in float64
+                return Route(FORWARD, reason=f"not in float64: {_first_line(error)}")
+            weights.append(at.weight)
+            if not at.weight:
+                continue
+            try:
+                product = at.weight * at.product(vector).double().detach()
+            except Exception as error:  # an operation without this derivative, or too little memory
+                return Route(FORWARD, reason=f"torch cannot: {_first_line(error)}")
+            products = [*products, product] if at.by_batch or not products else [products[0] + product]
+    divisor = 1.0 if isinstance(kernel, JacobianKernel) else objective.divisor(weights)
+    return Route(FORWARD, (torch.cat(products) / divisor,) if products else ())
 
 
-def _too_large(objective: Objective, batch: Any, available: int) -> str:
-    """Return the reason where float64 takes more memory than there is, by what the loss of a batch saves."""
-    leaves = objective.leaves(objective.params)
-    try:
-        _, saved = measured(lambda: objective.evaluate(leaves, 0, batch), objective.tensors())
-    except RuntimeError:  # the model takes derivatives of its own, which refuses to be measured
-        saved = 0
+def _needed(objective: Objective) -> int:
+    """Return the bytes that a batch takes in float64, by what the loss of the first one saves."""
+    leaves, saved = objective.leaves(objective.params), 0
+    with objective.slow_backends():
+        _, batch = next(objective.batches())
+        with contextlib.suppress(RuntimeError):  # the model takes derivatives of its own, which refuses to be measured
+            _, saved = measured(lambda: objective.evaluate(leaves, 0, batch), objective.tensors())
     # Of each tensor that is saved: itself, its tangent, and temporaries of either. Of the parameters: themselves, the
     # vector, two gradients with their tangents, three products. Of all else that the modules hold: two copies.
     parameters = sum(value.numel() for value in leaves.values())
     others = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in objective.tensors()}.values())
-    needed = 8 * (4 * saved // objective.dtype.itemsize + 10 * parameters + 2 * others)
-    if needed <= available:
-        return ""
-    return f"float64 takes {needed / 1e9:.3g} GB here, but {available / 1e9:.3g} GB may be used"
+    return 8 * (4 * saved // objective.dtype.itemsize + 10 * parameters + 2 * others)
 
 
 def _first_line(error: Exception) -> str:

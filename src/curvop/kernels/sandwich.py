@@ -138,7 +138,7 @@ class SandwichKernel(Kernel):
         """Return the linearization of one batch."""
         prediction = self.objective.predict(leaves, batch)
         outputs, (cut, parts) = outputs_of(prediction), cut_off(prediction)
-        loss = self.objective.criterion(cut, index, batch)
+        loss = self.objective.criterion(leaves, cut, index, batch)
         given = self.given(index, cut, batch)
         middle = self.middle(parts, batch, given, lambda create_graph: loss.gradient(parts, create_graph))
         push = Push(outputs, self.cols.of(leaves), self._at_zero)
@@ -151,7 +151,7 @@ class SandwichKernel(Kernel):
         """Return a batch's loss, its prediction and one product."""
         prediction = self.objective.traced_prediction(leaves, held, batch)
         outputs, (cut, parts) = outputs_of(prediction), cut_off(prediction)
-        loss = self.objective.traced_loss(cut, held, batch)
+        loss = self.objective.traced_loss(leaves, cut, held, batch)
 
         def derivative(create_graph: bool) -> Parts:
             return torch.autograd.grad(loss, parts, create_graph=create_graph, allow_unused=True)

@@ -110,7 +110,7 @@ def _unknown(prediction: Any, X: Any, y: Any) -> None:
 
 
 def _batch_divisor(prediction: Any, X: Any, y: Any) -> float | None:
-    return batch_size(X)
+    return batch_size(X, y)
 
 
 def _leading_divisor(prediction: Tensor, X: Any, y: Any) -> float:

@@ -1,0 +1,115 @@
+"""Whether the user's code means what the kernels compute: verified once, in the first pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from curvop.kernels.batches import batch_size, leaves
+from curvop.kernels.graph import nodes
+
+__all__ = ["BatchPair", "disagreement", "random_subset", "reached"]
+
+
+def reached(outputs: Iterable[Tensor], inputs: Mapping[str, Sequence[Tensor]]) -> set[str]:
+    """Return the names of those `inputs` to which the graph of `outputs` leads."""
+    wanted = {
+        get_gradient_edge(tensor).node: name
+        for name, tensors in inputs.items()
+        for tensor in tensors
+        if tensor.requires_grad
+    }
+    roots = [get_gradient_edge(output).node for output in outputs if output.requires_grad]
+    return {wanted[node] for node in nodes(roots) if node in wanted}
+
+
+class BatchPair:
+    """Two batches of a pass that differ most in their size, or in how many valid integer targets they may have."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, Any] | None = None
+        self._last: tuple[int, Any] | None = None
+        self._ends: dict[int, list[tuple[float, int, Any]]] = {}  # of each figure: the least and the largest
+
+    def see(self, index: int, batch: Any) -> None:
+        """Look at a batch."""
+        self._first, self._last = self._first or (index, batch), (index, batch)
+        for number, figure in enumerate(_figures(batch)):
+            ends = self._ends.setdefault(number, [(figure, index, batch)] * 2)
+            if figure < ends[0][0]:
+                ends[0] = figure, index, batch
+            if figure > ends[1][0]:
+                ends[1] = figure, index, batch
+
+    def candidates(self) -> Iterator[tuple[tuple[int, Any], tuple[int, Any]]]:
+        """Yield pairs of numbers and batches, the best first; of a single batch, nothing."""
+        if self._first is None or self._last is None or self._first[0] == self._last[0]:
+            return
+        for low, high in sorted(self._ends.values(), key=lambda ends: -(ends[1][0] + 1) / (ends[0][0] + 1)):
+            if low[0] < high[0]:
+                first, second = sorted((low[1:], high[1:]), key=lambda one: one[0])
+                yield first, second
+        yield self._first, self._last
+
+
+def _figures(batch: Any) -> list[float]:
+    """Return the number of examples, of integers that are not negative, as -100 for padding is, and of nonzero ones."""
+    integers = [leaf for leaf in leaves(batch) if not leaf.is_floating_point() and not leaf.is_complex()]
+    parts = batch if isinstance(batch, list | tuple) else [batch]
+    return [
+        batch_size(*parts) or 0,
+        sum(int((leaf >= 0).sum()) for leaf in integers),
+        sum(int((leaf != 0).sum()) for leaf in integers),
+    ]
+
+
+def random_subset(data: Any) -> str:
+    """Return how a loader draws another part of its data set in each pass, or nothing if it does not."""
+    if not isinstance(data, DataLoader):
+        return ""
+    batches = data.batch_sampler if isinstance(data.batch_sampler, BatchSampler) else None
+    sampler: Any = data.sampler if batches is None else batches.sampler
+    if isinstance(sampler, WeightedRandomSampler):
+        return "draws examples by their weights"
+    if isinstance(sampler, RandomSampler) and sampler.replacement:
+        return "draws examples with replacement"
+    if not isinstance(sampler, RandomSampler | SubsetRandomSampler):
+        return ""
+    count = len(sampler)
+    if isinstance(sampler, RandomSampler) and count < len(sampler.data_source):
+        return f"draws {count:,} of {len(sampler.data_source):,} examples"
+    left = count % batches.batch_size if batches is not None and batches.drop_last else 0
+    return f"shuffles, and drops {left} of {count:,} examples with the last batch" if left else ""
+
+
+def disagreement(losses: Sequence[float], weights: Sequence[float] | None, limit: float) -> str:
+    """Say how the loss of two batches as one differs from what their weights say, or nothing if it does not.
+
+    Parameters
+    ----------
+    losses : three floats
+        Of the first batch, of the second, and of both as one; or derivatives of these in one direction.
+    weights : two floats, or None
+        Of the two batches in a mean; None for a sum.
+    limit : float
+        By how much they differ by rounding.
+    """
+    first, second, both = losses
+    if weights is None:
+        if abs(both - first - second) <= limit:
+            return ""
+        return f"as one batch they have {both / (first + second):.4g} times the sum of their losses"
+    expected = (weights[0] * first + weights[1] * second) / (weights[0] + weights[1])
+    if abs(both - expected) <= limit:
+        return ""
+    if abs(both - first - second) <= limit:
+        return "as one batch they have the sum of their losses, not the mean"
+    share = (both - second) / (first - second)
+    if not 0 < share < 1:
+        return "as one batch they have a loss that is no mean of the two"
+    factor = (1 - share) / share * weights[0] / weights[1]
+    return f"as one batch they have a loss in which the second one counts {factor:.4g} times as much as its weight says"
