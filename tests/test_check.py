@@ -412,7 +412,12 @@ class TestFaults:
         problem = loss_problem("mse")
         problem.loss_function = lambda prediction, y: ((prediction / prediction.norm() - y) ** 2).mean()
         report = check(operator(problem), rng=0)
-        assert with_status(report, "wrong") == ["double backward", "finite differences", "gradient"]
+        assert with_status(report, "wrong") == [
+            "weights of batches",
+            "double backward",
+            "finite differences",
+            "gradient",
+        ]
         assert "a loss that couples the examples" in report["finite differences"].remedy
         one = loss_problem("mse", "one")
         one.loss_function = problem.loss_function

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -328,19 +330,25 @@ def test_a_buffer_that_is_written_to_is_written_to_once(cache) -> None:
     np.testing.assert_allclose(hessian(problem, cache=cache) @ np.ones(15), expected, rtol=1e-10)
 
 
-class Counting(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.calls = nn.Linear(4, 3), 0
+class Numbering:
+    """Data that tells the model which batch it is."""
 
-    def forward(self, X: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return self.linear(X).tanh()
+    def __init__(self, model: nn.Module, batches: list[Any]) -> None:
+        self.model, self.batches = model, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.batches):
+            self.model.number = number
+            yield batch
 
 
 def test_a_model_whose_settings_change_in_every_batch_falls_back() -> None:
     X, y = torch.randn(6, 4), torch.randn(6, 3)
-    problem = Problem(Counting(), nn.MSELoss(), [(X + shift, y) for shift in range(6)])
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    problem = Problem(model, nn.MSELoss(), Numbering(model, [(X + shift, y) for shift in range(6)]))
     H = hessian(problem, cache=0)
     with pytest.warns(RuntimeWarning, match="changes with every batch"):
         product = H @ np.ones(15)

@@ -23,19 +23,23 @@ def test_where_memory_runs_out_less_is_kept_and_the_product_is_right(mebibytes: 
     assert_less_is_kept_and_the_product_is_right("cpu", mebibytes)
 
 
+class Faults:
+    def __init__(self, error: Exception) -> None:
+        self.error, self.left = error, 0
+
+
 class Heavy(nn.Module):
-    """Runs out of memory in so many of the next forward passes."""
+    """Runs out of memory in so many of the next forward passes; attributes of modules are put back, but not objects."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
         self.layer = nn.Linear(3, 2).double()
-        self.error = error
-        self.fails = 0
+        self.faults = Faults(error)
 
     def forward(self, X: Tensor) -> Tensor:
-        if self.fails:
-            self.fails -= 1
-            raise self.error
+        if self.faults.left:
+            self.faults.left -= 1
+            raise self.faults.error
         return self.layer(X).tanh()
 
 
@@ -49,7 +53,7 @@ def test_what_counts_as_out_of_memory_is_tried_again(operator, error) -> None:
     A = operator(model, nn.MSELoss(), dict(model.named_parameters()), data)
     expected = A @ np.eye(A.shape[1])
     A = operator(model, nn.MSELoss(), dict(model.named_parameters()), data)
-    model.fails = 2
+    model.faults.left = 2
     with pytest.warns(RuntimeWarning, match="ran out of memory: less is kept") as told:
         np.testing.assert_allclose(A @ np.eye(A.shape[1]), expected, rtol=1e-10, atol=1e-14)
     assert len(told) == 1
@@ -62,13 +66,13 @@ def test_besides_products_memory_is_what_they_keep(call) -> None:
     A = GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
     expected, product = call(A), A @ np.ones(A.shape[1])
     assert A._engine.kept()[0]
-    model.fails = 1
+    model.faults.left = 1
     with pytest.warns(RuntimeWarning, match="ran out of memory: less is kept") as told:
         found = call(A)
     assert len(told) == 1
     np.testing.assert_array_equal(found[0], expected[0])
     assert not A._engine.kept()[0]
-    model.fails = 1
+    model.faults.left = 1
     with pytest.raises(torch.OutOfMemoryError) as raised:  # nothing is kept that could be freed
         call(A)
     assert any("let data yield smaller batches" in note for note in raised.value.__notes__)
@@ -111,14 +115,14 @@ def test_a_batch_that_never_fits_is_said_to_be_too_large() -> None:
     model = Heavy(torch.OutOfMemoryError("CUDA out of memory"))
     data = [(torch.randn(4, 3).double(), torch.randn(4, 2).double())]
     A = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
-    model.fails = 10**6
+    model.faults.left = 10**6
     with (
         pytest.warns(RuntimeWarning, match="ran out of memory"),
         pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as raised,
     ):
         A @ np.eye(A.shape[1])
     assert any("let data yield smaller batches" in note for note in raised.value.__notes__)
-    model.fails = 0
+    model.faults.left = 0
     assert np.isfinite(A @ np.eye(A.shape[1])).all()
 
 

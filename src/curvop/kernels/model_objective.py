@@ -69,7 +69,7 @@ class ModelObjective(Objective):
 
     def predict(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         """Return the model's prediction, differentiable twice in `leaves` within `slow_backends`."""
-        return self.evaluator(lambda: self._run(lambda own: self._prediction(leaves, own), leaves, batch, "prediction"))
+        return self._run(lambda own: self._prediction(leaves, own), leaves, batch, "prediction")
 
     def criterion(self, leaves: Mapping[str, Tensor], prediction: Any, index: int, batch: Any) -> BatchLoss:
         """Return the loss of batch number `index` as a function of a prediction that is cut off from the parameters.
@@ -80,9 +80,7 @@ class ModelObjective(Objective):
             If the loss depends on parameters in another way, which a matrix of the prediction lacks.
         """
         with at_batch(index):
-            found = self.evaluator(
-                lambda: self._run(lambda own: self._criterion(prediction, own), leaves, batch, "criterion")
-            )
+            found = self._run(lambda own: self._criterion(prediction, own), leaves, batch, "criterion")
         return self._checked(found, index, batch)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:

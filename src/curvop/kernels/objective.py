@@ -291,7 +291,7 @@ class Objective(abc.ABC):
             return found
 
         with arrays_explained(batch):
-            return self.guard.run(run, batch, self.replacements(leaves))
+            return self.evaluator(lambda: self.guard.run(run, batch, self.replacements(leaves)))
 
     def _look(
         self, what: str, outputs: list[Tensor], users: Mapping[str, Sequence[Tensor]], leaves: Mapping[str, Tensor]
@@ -438,7 +438,7 @@ class Objective(abc.ABC):
         Buffers of modules in training mode are copies.
         """
         with at_batch(index):
-            found = self.evaluator(lambda: self._run(lambda own: self._loss(leaves, own), leaves, batch))
+            found = self._run(lambda own: self._loss(leaves, own), leaves, batch)
         return self._checked(found, index, batch)
 
     def _checked(self, found: tuple[Tensor, float | None, Tensor, Tensor | None], index: int, batch: Any) -> BatchLoss:
