@@ -17,6 +17,7 @@ import torch
 from cases import mlp, seeded, slow
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
@@ -847,6 +848,41 @@ class TestUnselectedParameters:
         assert all(one is weight for one, _ in seen)
         assert not any(flag for _, flag in seen[:-1])  # of the engine's runs: nothing is saved below
         assert weight.requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_of_peft_on_gpt2() -> None:
+    peft = pytest.importorskip("peft", reason="the extra test has it")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = transformers.GPT2Config(**sizes, **rates, bos_token_id=0, eos_token_id=0)
+    adapters = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.0)
+    gpt2 = peft.get_peft_model(transformers.GPT2LMHeadModel(config), adapters).double().eval()
+
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gpt2 = gpt2
+
+        def forward(self, X: dict[str, Tensor]) -> Tensor:
+            return self.gpt2(**X, use_cache=False).logits[:, :-1].transpose(1, 2)
+
+    model, tokens = Scores(), torch.randint(0, 20, (5, 8))
+    params = {name: value for name, value in named(model).items() if value.requires_grad}
+    assert all("lora" in name for name in params)
+    for name, value in params.items():
+        if "lora_B" in name:  # they begin at zero
+            nn.init.normal_(value, std=0.1)
+    loss_function = lambda z, y: F.cross_entropy(z, y[:, 1:])  # noqa: E731
+    data = [({"input_ids": part}, part) for part in tokens.split(3)]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = by_hand(loss_function(model({"input_ids": tokens}), tokens), params.values())
+    H = HessianLinearOperator(model, loss_function, params, data)
+    close(of(H), expected)
+    assert check(H, rng=0, progress=False).verdict.startswith("sound")
 
 
 class TestWrappedModules:

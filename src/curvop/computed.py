@@ -20,7 +20,7 @@ from curvop.kernels.compiled import CompiledKernel
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.fingerprint import digest, objective_parts, objective_state
 from curvop.kernels.gradient import gradient_and_loss, plain_gradient_seconds
-from curvop.kernels.inspection import Inspection, inspect, working_epsilon
+from curvop.kernels.inspection import Inspection, inspect
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.layout import Layout
 from curvop.kernels.linearize import Engine
@@ -98,7 +98,7 @@ class ComputedLinearOperator(BridgeLinearOperator):
 
         What the model or the loss casts to besides, `inspect` sees.
         """
-        return working_epsilon(self._objective, next(iter(self._objective.params.values())))
+        return self._objective.epsilon(next(iter(self._objective.params.values())))
 
     def cost(self, repeats: int = 5) -> Cost:
         """Measure the time and memory of a product, in units of a plain gradient over the same data.

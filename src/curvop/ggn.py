@@ -32,7 +32,14 @@ class GGNLinearOperator(SandwichLinearOperator):
     Raises
     ------
     TypeError, ValueError
-        As for `HessianLinearOperator`.
+        As for `HessianLinearOperator`, and by the first product if the loss depends on parameters in another way than
+        through the prediction, as a penalty does.
+
+    Warns
+    -----
+    RuntimeWarning
+        As for `HessianLinearOperator`, and if the loss is linear in the prediction, so that the matrix is zero; not for
+        losses of torch such as ``L1Loss``.
 
     References
     ----------

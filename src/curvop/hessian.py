@@ -31,6 +31,10 @@ class HessianLinearOperator(CurvatureLinearOperator):
     evaluated as one batch, however it is cut into batches: each mean is weighted by its own divisor (elements, targets
     that are not ignored, or the sum of their class weights).
 
+    The model and the loss are evaluated with the parameters replaced, in all modules and for the whole evaluation, so
+    that a loss that reads ``model.parameters()`` is differentiated, too. Everything that the code changes is put back:
+    parameters, buffers, attributes of modules, flags, batches.
+
     Each batch is linearized at the first product, and kept within `cache`; a product then costs one more backward
     pass through the graph of the gradient (double backward), about two gradients. The operator shows the parameters
     as they are now: a change in place (an optimizer step, ``load_state_dict``) is noticed and what was kept is made
@@ -75,24 +79,29 @@ class HessianLinearOperator(CurvatureLinearOperator):
         there is memory for so many.
     batch_weight : callable, optional
         ``batch -> w_b``, given ``(X, y)``, in place of the divisor of a mean. By default torch's own losses are
-        weighted by their divisor, others by the batch size, the first dimension of X.
+        weighted by their divisor, others by the batch size, the first dimension of X and y. The first dimension of a
+        list or tuple is its length.
     progress : bool or tqdm
         Count products on a bar: one of the operator's own, or yours.
 
     Raises
     ------
     TypeError, ValueError
-        Naming the argument that cannot be used. Constructing costs no pass over the data, so that what is wrong with
-        it is raised by the first product.
+        If an argument is invalid; the message names it. Constructing costs no pass over the data, so the first product
+        raises if the data are invalid, if the size of a batch is needed and not known, or if the loss reaches a tensor
+        of `params` directly (a function that holds it), so that nothing can replace it.
+    RuntimeError
+        By the first product, if the loss depends on none of `params`.
     NonFiniteProductError, NonDeterministicObjectiveError
-        By a product that is not finite, or whose loss has changed since the last pass over the data.
+        By a product that is not finite, or if the loss has changed since an earlier pass over the data.
 
     Warns
     -----
     RuntimeWarning
-        By the first product, once for an operator and its blocks: where dropout is active, so that the matrix is that
-        of one draw of its masks; where batch normalisation sees each of several batches by itself. `curvop.check` looks
-        for more.
+        By the first product, once for an operator and its blocks: if dropout is active, so that the matrix is that of
+        one draw of its masks; if batch normalisation sees each of several batches by itself; if the loss of two batches
+        as one contradicts their weights, for a loss of your own; if a ``DataLoader`` draws another part of its data set
+        in each pass. `curvop.check` looks for more.
 
     References
     ----------

@@ -7,20 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.backends import cuda, cudnn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from curvop.kernels.batches import leaves
 from curvop.kernels.objective import BATCHING_REMEDY, Objective
-from curvop.kernels.passes import precision
 from curvop.kernels.preflight import batchwise_modules, random_modules
 from curvop.kernels.state import Fingerprint
 
-__all__ = ["Inspection", "inspect", "working_epsilon"]
-
-# NVIDIA's TF32 has the range of float32, and 10 bits behind the binary point.
-_TF32_EPSILON = 2.0**-10
+__all__ = ["Inspection", "inspect"]
 
 
 class _Dtypes(TorchFunctionMode):
@@ -106,7 +101,7 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
                 if number == 1:  # the one after which two batches are remembered
                     totals.add(loss.value, loss.weight, *values.values())
                 passes[number].append((loss.weight, float(loss.value) if loss.weight else 0.0))
-                eps = max(eps, working_epsilon(objective, loss.value))
+                eps = max(eps, objective.epsilon(loss.value))
                 if number == 0 and unreached and loss.weight:
                     reached = zip(names, loss.gradient([values[name] for name in names]), strict=True)
                     unreached -= {name for name, part in reached if part is not None}
@@ -138,24 +133,3 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
         looked_into=any(True for module in objective.modules for _ in module.parameters()),
         batching=objective.batching or "",
     )
-
-
-def working_epsilon(objective: Objective, loss: Tensor) -> float:
-    """Return the epsilon of the coarsest numbers that a product is computed in."""
-    eps = precision(loss, *objective.params.values())
-    if (autocast := objective.autocast()) is not None:
-        eps = max(eps, torch.finfo(autocast).eps)
-    single = {value.device.type for value in objective.params.values() if value.dtype == torch.float32}
-    if "cuda" in single:
-        parts = [part for module in objective.modules for part in module.modules()]
-        convolves = not parts or any(isinstance(part, nn.modules.conv._ConvNd | nn.RNNBase) for part in parts)
-        if _allows_tf32(cuda.matmul) or (convolves and _allows_tf32(cudnn)):
-            eps = max(eps, _TF32_EPSILON)
-    return eps
-
-
-def _allows_tf32(backend: Any) -> bool:
-    try:
-        return bool(backend.allow_tf32)
-    except RuntimeError:  # torch's settings of old and of late are mixed, so that it does not say
-        return True

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cuda, cudnn
 
 from curvop.kernels.batches import at_batch, on_device, to_device, told
 from curvop.kernels.batches import leaves as leaves_of
@@ -47,6 +48,8 @@ ZERO_MATRIX = (
     "the matrix is zero, as the loss is linear in the prediction; if the model computes its own loss, let it return "
     "the logits and loss_function compute the loss of them, or use HessianLinearOperator"
 )
+# NVIDIA's TF32 has the range of float32, and 10 bits behind the binary point.
+_TF32_EPSILON = 2.0**-10
 _ALIKE = 1e-3  # relative difference below which two losses say little about their weights
 
 T = TypeVar("T")
@@ -340,31 +343,55 @@ class Objective(abc.ABC):
             return
         with self._generators.private(self.devices):
             for (index, first), (other, second) in pair.candidates():
-                with contextlib.suppress(
-                    Exception
-                ):  # of batches that cannot be joined, or a model that cannot take them
+                found = None
+                # Some batches cannot be joined, and some models cannot take batches of another size.
+                with contextlib.suppress(Exception):
                     parts = [to_device(batch, self.device) for batch in (first, second)]
                     found = self._disagreement(totals, (index, other), (*parts, joined(parts)))
+                if found is not None:
                     self.batching = f"batches {index} and {other}: {found}" if found else ""
                     return
 
-    def _disagreement(self, totals: Totals, numbers: tuple[int, int], batches: tuple[Any, Any, Any]) -> str:
-        """Say how the loss of two batches as one, the last, differs from what their weights say; nothing if not."""
+    def _disagreement(self, totals: Totals, numbers: tuple[int, int], batches: tuple[Any, Any, Any]) -> str | None:
+        """Say how the loss of two batches as one, the last, differs from what their weights say.
+
+        Returns
+        -------
+        str or None
+            Empty if it does not differ; None if nothing can be said.
+        """
         weights = tuple(totals.weights[number] for number in numbers)
-        both = self.evaluate(self.leaves(()), numbers[0], batches[2])
+        both = self.evaluate(self.leaves(()), numbers[0], batches[2]).value
         losses = [totals.losses[number] / weight for number, weight in zip(numbers, weights, strict=True)]
-        losses.append(float(both.value))
-        eps, scale = max(totals.eps, precision(both.value)), sum(map(abs, losses))
+        losses.append(float(both))
+        rounding, scale = self.epsilon(both) ** (2 / 3), sum(map(abs, losses))
+        if not math.isfinite(scale):
+            return None
         asked = None if self.reduction == "sum" else weights
         if asked is None or abs(losses[0] - losses[1]) > _ALIKE * scale:
-            return disagreement(losses, asked, eps ** (2 / 3) * scale)
+            return disagreement(losses, asked, rounding * scale)
         gradients = [self._gradient(batch) for batch in batches]
         direction = gradients[0] - gradients[1]
         size, scale = float(direction.norm()), sum(float(gradient.norm()) for gradient in gradients)
-        if size <= _ALIKE * scale:  # they are alike whatever their weights
-            return ""
+        if not size > _ALIKE * scale:  # they are alike, whatever their weights
+            return None
         along = [float(gradient @ direction) / size for gradient in gradients]
-        return disagreement(along, asked, eps ** (2 / 3) * scale)
+        return disagreement(along, asked, rounding * scale)
+
+    def epsilon(self, loss: Tensor) -> float:
+        """Return the unit of the lowest precision that a product is computed in, as far as it is known without a pass.
+
+        It is that of the parameters, of a loss, of autocast, and of TF32 on a GPU.
+        """
+        eps = precision(loss, *self.params.values())
+        if (autocast := self.autocast()) is not None:
+            eps = max(eps, torch.finfo(autocast).eps)
+        if any(value.is_cuda and value.dtype == torch.float32 for value in self.params.values()):
+            parts = [part for module in self.modules for part in module.modules()]
+            convolves = not parts or any(isinstance(part, nn.modules.conv._ConvNd | nn.RNNBase) for part in parts)
+            if _allows_tf32(cuda.matmul) or (convolves and _allows_tf32(cudnn)):
+                eps = max(eps, _TF32_EPSILON)
+        return eps
 
     def _gradient(self, batch: Any) -> Tensor:
         leaves = self.leaves(self.params)
@@ -504,6 +531,13 @@ class Objective(abc.ABC):
                 "of a mean-reduced loss are weighted by it: pass batch_weight=, a function of the batch"
             )
         return divisor
+
+
+def _allows_tf32(backend: Any) -> bool:
+    try:
+        return bool(backend.allow_tf32)
+    except RuntimeError:  # torch's settings of old and of late are mixed, so that it does not say
+        return True
 
 
 def _require_grad(users: Mapping[str, Sequence[Tensor]]) -> None:
