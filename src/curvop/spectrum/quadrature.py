@@ -19,7 +19,7 @@ from curvop.memory import available_bytes, check_fits
 from curvop.progress import step_bar
 from curvop.spectrum.checkpoint import Checkpoint
 from curvop.spectrum.density import SpectralDensity
-from curvop.spectrum.lanczos import Lanczos, basis_dtype, device_of, runs_at_once
+from curvop.spectrum.lanczos import Lanczos, basis_dtype, device_of, resolution, runs_at_once
 from curvop.spectrum.timed import end_of
 
 __all__ = ["density"]
@@ -144,7 +144,9 @@ def density(
     longest = max(int(lengths.max()) for _, _, lengths in done.values())
     if whole:  # a weight of 0 tells of each probe that it ended by itself
         longest = min(longest + 1, num_steps)
-    return SpectralDensity(size, nodes[:, :longest], weights[:, :longest], values, taken, whole)
+    nodes, weights = nodes[:, :longest], weights[:, :longest]
+    scale = max(np.abs(nodes).max(), np.abs(values).max(initial=0.0))
+    return SpectralDensity(size, nodes, weights, values, taken, whole, float(resolution(A) * scale))
 
 
 def _quadrature(
