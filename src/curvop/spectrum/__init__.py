@@ -5,7 +5,7 @@ Everything takes any symmetric SciPy ``LinearOperator``, the curvature matrices 
 
 from curvop.spectrum.blocks import BlockStudy, blocks
 from curvop.spectrum.certificate import Certificate, certify
-from curvop.spectrum.density import SpectralDensity
+from curvop.spectrum.density import BoundedEstimate, SpectralDensity
 from curvop.spectrum.eigen import EigenResult, eigsh
 from curvop.spectrum.estimators import Estimate, diagonal, frobenius_norm, trace
 from curvop.spectrum.quadrature import density
@@ -13,6 +13,7 @@ from curvop.spectrum.track import Tracker, track
 
 __all__ = [
     "BlockStudy",
+    "BoundedEstimate",
     "Certificate",
     "EigenResult",
     "Estimate",

@@ -235,7 +235,9 @@ class Lanczos:
         nodes, weights = np.zeros(self.alphas.shape), np.zeros(self.alphas.shape)
         for run, length in enumerate(self.lengths):
             values, vectors = eigh_tridiagonal(self.alphas[run, :length], self.betas[run, : length - 1])
-            nodes[run, :length], weights[run, :length] = values, vectors[0] ** 2
+            # In a gap of the spectrum a weight may underflow; it is not 0, as that means there is no node.
+            nodes[run, :length] = values
+            weights[run, :length] = np.maximum(vectors[0] ** 2, np.finfo(np.float64).tiny)
         return nodes, weights
 
 
