@@ -4,8 +4,9 @@ Everything takes any symmetric SciPy ``LinearOperator``, the curvature matrices 
 """
 
 from curvop.spectrum.blocks import BlockStudy, blocks
+from curvop.spectrum.bounded import BoundedEstimate
 from curvop.spectrum.certificate import Certificate, certify
-from curvop.spectrum.density import BoundedEstimate, SpectralDensity
+from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.eigen import EigenResult, eigsh
 from curvop.spectrum.estimators import Estimate, diagonal, frobenius_norm, trace
 from curvop.spectrum.quadrature import density

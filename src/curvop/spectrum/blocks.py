@@ -34,7 +34,7 @@ __all__ = ["BlockStudy", "blocks"]
 
 Array = NDArray[Any]
 _BLOCK, _NORMS = b"block", b"norms"
-_FIELDS = ("nodes", "weights", "atoms", "recurrences", "resolution")  # of a density, recorded
+_FIELDS = [field.name for field in dataclasses.fields(SpectralDensity)]
 _SHOWN = 1e-4  # relative error of what is printed
 _AT_ONCE = 4  # of a column group's products for the norms, which are as high as the whole matrix
 
@@ -129,9 +129,7 @@ class BlockStudy:
     def save(self, path: str | Path) -> None:
         """Write it to an ``.npz`` file, which appears only when it is complete."""
         arrays = {
-            f"{index} {name}": np.asarray(value)
-            for index, one in enumerate(self.densities)
-            for name, value in dataclasses.asdict(one).items()
+            f"{index} {name}": value for index, one in enumerate(self.densities) for name, value in one.arrays.items()
         }
         own = {name: np.asarray(getattr(self, name)) for name in ("sizes", "norms", "norm_errors", "num_products")}
         words = {name: np.array(getattr(self, name), dtype=np.str_) for name in ("names", "unfinished")}
@@ -143,19 +141,8 @@ class BlockStudy:
         fields = ("names", "unfinished", "sizes", "norms", "norm_errors", "num_products")
         file = load_arrays(path, fields, "BlockStudy.save")
         names, unfinished = ([str(name) for name in file[words]] for words in ("names", "unfinished"))
-        densities = [
-            SpectralDensity(
-                size=int(file[f"{index} size"]),
-                nodes=file[f"{index} nodes"],
-                weights=file[f"{index} weights"],
-                atoms=file[f"{index} atoms"],
-                num_products=int(file[f"{index} num_products"]),
-                complete=bool(file[f"{index} complete"]),
-                recurrences=file[f"{index} recurrences"],
-                resolution=float(file[f"{index} resolution"]),
-            )
-            for index in range(len(names))
-        ]
+        arrays = [{name: file[f"{index} {name}"] for name in _FIELDS} for index in range(len(names))]
+        densities = [SpectralDensity.of_arrays(one) for one in arrays]
         norms, errors, taken = file["norms"], file["norm_errors"], int(file["num_products"])
         return cls(names, file["sizes"], densities, norms, errors, taken, unfinished)
 
@@ -241,7 +228,7 @@ def blocks(
         return rows <= num_probes * num_steps and 3 * 8 * rows**2 <= available_bytes()
 
     def study(name: str, seed: int, steps: Path | None, column: int) -> list[Array]:
-        """Return the parts of a block's density as `_parts` has them, and of each test the squares of all norms."""
+        """Return the arrays of a block's density, and of each test the squares of all norms."""
         nonlocal idle
         block, generator = diagonal[name], np.random.default_rng(seed)
         if not idle:
@@ -274,7 +261,7 @@ def blocks(
                     file.append(key, norms[key])
             squares.append(norms[key])
             bar.update(squares[-1].shape[1])
-        return [*_parts(found), np.concatenate(squares, axis=1)]
+        return [*found.arrays.values(), np.concatenate(squares, axis=1)]
 
     work = sum(
         (size if is_formed(size) else num_steps * num_probes) + min(size, norm_products) for size in sizes.tolist()
@@ -292,7 +279,8 @@ def blocks(
             bar.set_postfix_str(name)
             steps = None if directory is None else directory / f"block {column}"
             if column in finished:
-                bar.update(min(int(sizes[column]), norm_products) + int(finished[column][0]))
+                *arrays, squares = finished[column]
+                bar.update(int(arrays[_FIELDS.index("num_products")]) + squares.shape[1])
             else:
                 try:
                     finished[column] = study(name, seeds[column], steps, column)
@@ -335,21 +323,10 @@ def _formed(
     return SpectralDensity(rows, none, none, values, rows, resolution=resolution(block) * float(np.abs(values).max()))
 
 
-def _parts(found: SpectralDensity) -> list[Array]:
-    """Return what `_of_parts` makes the density of, the number of products first."""
-    return [np.array(found.num_products), *(np.asarray(getattr(found, name)) for name in _FIELDS)]
-
-
-def _of_parts(
-    size: int, taken: Array, nodes: Array, weights: Array, atoms: Array, recurrences: Array, resolution: Array
-) -> SpectralDensity:
-    return SpectralDensity(size, nodes, weights, atoms, int(taken), True, recurrences, float(resolution))
-
-
 def _of_blocks(names: list[str], sizes: Array, finished: list[list[Array]]) -> BlockStudy:
     """Return the study of the blocks that are finished, the first ones of those that are named."""
     count = len(finished)
-    densities = [_of_parts(int(size), *parts[:-1]) for size, parts in zip(sizes, finished, strict=False)]
+    densities = [SpectralDensity.of_arrays(dict(zip(_FIELDS, arrays, strict=True))) for *arrays, _ in finished]
     means, variances = np.zeros((count, count)), np.zeros((count, count))
     shares = np.full((count, count), 0.5)  # of the estimate from the columns; the other is that from the rows
     taken = sum(found.num_products for found in densities)

@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 from curvop.spectrum.blocks import BlockStudy
-from curvop.spectrum.density import BoundedEstimate, SpectralDensity
+from curvop.spectrum.bounded import BoundedEstimate
+from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.eigen import EigenResult
 from curvop.spectrum.estimators import Estimate
 
