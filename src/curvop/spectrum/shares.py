@@ -55,7 +55,8 @@ class ShareBounds:
         points, low, high = self._means
         least, middle, largest = (_Inverse(points, curve) for curve in (high, (low + high) / 2, low))
         value = np.clip(middle.at(shares), *ends)
-        error = self.up_to(value).error
+        # On both sides of it, as an eigenvalue that is there leaves open at itself what is known beside it.
+        error = np.maximum(*(self.up_to(value + side * 2 * self._resolution).error for side in (-1, 1)))
         before, behind = (np.clip(middle.at(shares + side * error), *ends) for side in (-1, 1))
         error = np.where(np.isnan(error), np.nan, np.maximum((behind - before) / 2, self._resolution))
         bounds = least.at(shares) - self._resolution, largest.at(shares) + self._resolution
