@@ -287,7 +287,8 @@ class SpectralDensity:
         BoundedEstimate
             In the shape of `shares`, in the units of the eigenvalues. The value is where `cdf` reaches the share.
             ``low`` and ``high`` are where its upper and its lower bound do: infinite if they do nowhere. The error is
-            half of the distance between the values for one error bar of `cdf` less and more (Woodruff, 1952).
+            half of the distance between the values for one error bar of `cdf` less and more (Woodruff, 1952), as it
+            is beside the value.
 
         References
         ----------
