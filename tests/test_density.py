@@ -373,7 +373,9 @@ class TestFiles:
     def test_nothing_in_a_file_is_executed(self, tmp_path) -> None:
         np.savez(
             tmp_path / "x.npz",
-            **dict.fromkeys(("size", "nodes", "weights", "atoms", "complete"), np.zeros(1)),
+            **dict.fromkeys(
+                ("size", "nodes", "weights", "atoms", "complete", "recurrences", "resolution"), np.zeros(1)
+            ),
             num_products=np.array([object()]),
         )
         with pytest.raises(ValueError, match=r"was not written by SpectralDensity.save"):
