@@ -127,7 +127,16 @@ class TestFilesThatWouldExecute:
             np.savez(path, x=payload)
         else:
             names = {
-                "SpectralDensity": ("size", "nodes", "weights", "atoms", "num_products", "complete"),
+                "SpectralDensity": (
+                    "size",
+                    "nodes",
+                    "weights",
+                    "atoms",
+                    "num_products",
+                    "complete",
+                    "recurrences",
+                    "resolution",
+                ),
                 "EigenResult": ("values", "vectors", "wanted"),
                 "BlockStudy": ("names", "unfinished", "sizes", "norms", "norm_errors", "num_products"),
             }

@@ -91,7 +91,7 @@ def archive(tmp: Path, **arrays: Any) -> Path:
 
 
 def pickled(tmp: Path) -> Path:
-    fields = ("size", "nodes", "weights", "atoms", "num_products", "complete")
+    fields = ("size", "nodes", "weights", "atoms", "num_products", "complete", "recurrences", "resolution")
     return archive(tmp, **{name: np.array([print], dtype=object) for name in fields})
 
 

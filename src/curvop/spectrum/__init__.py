@@ -4,6 +4,7 @@ Everything takes any symmetric SciPy ``LinearOperator``, the curvature matrices 
 """
 
 from curvop.spectrum.blocks import BlockStudy, blocks
+from curvop.spectrum.bounded import BoundedEstimate
 from curvop.spectrum.certificate import Certificate, certify
 from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.eigen import EigenResult, eigsh
@@ -13,6 +14,7 @@ from curvop.spectrum.track import Tracker, track
 
 __all__ = [
     "BlockStudy",
+    "BoundedEstimate",
     "Certificate",
     "EigenResult",
     "Estimate",

@@ -13,16 +13,20 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigvalsh
 
 from curvop.checked import random_generator, whole_number
 from curvop.fingerprint import fingerprint, listed
+from curvop.memory import available_bytes
 from curvop.parameters import ParameterLinearOperator
 from curvop.progress import step_bar
+from curvop.records import RecordFile
 from curvop.results import load_arrays, save_arrays
 from curvop.spectrum.checkpoint import made, settled_file
 from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.estimators import Estimate
 from curvop.spectrum.groups import block_of, listed_groups
+from curvop.spectrum.lanczos import resolution
 from curvop.spectrum.quadrature import density
 from curvop.spectrum.timed import TimeUpError, end_of
 
@@ -30,6 +34,8 @@ __all__ = ["BlockStudy", "blocks"]
 
 Array = NDArray[Any]
 _BLOCK, _NORMS = b"block", b"norms"
+_FIELDS = [field.name for field in dataclasses.fields(SpectralDensity)]
+_SHOWN = 1e-4  # relative error of what is printed
 _AT_ONCE = 4  # of a column group's products for the norms, which are as high as the whole matrix
 
 
@@ -44,9 +50,10 @@ class BlockStudy:
     sizes : ndarray, shape (n,)
         Rows of each diagonal block.
     densities : list of SpectralDensity
-        Of each diagonal block, its nodes and weights: ``range`` are its extreme eigenvalues, ``trace()`` its trace.
+        Of each diagonal block: ``range`` are its extreme eigenvalues, ``trace()`` its trace. A block with few rows is
+        ``exact``: all its eigenvalues are known.
     norms, norm_errors : ndarray, shape (n, n)
-        The Frobenius norms of all blocks, and their standard errors.
+        The Frobenius norms of all blocks, and their standard errors: 0 for those that are known.
     num_products : int
         Columns multiplied with these blocks, the full height or not, in earlier runs as well.
     unfinished : list of str
@@ -68,13 +75,23 @@ class BlockStudy:
 
     @property
     def smallest(self) -> Array:
-        """The least eigenvalue of each diagonal block ``(n,)``, as far as Lanczos came: a bound from above."""
+        """The least eigenvalue of each diagonal block ``(n,)``: exact, or a Ritz value, which is an upper bound."""
         return np.array([found.range[0] for found in self.densities])
 
     @property
+    def smallest_errors(self) -> Array:
+        """How far below `smallest` it may be ``(n,)``, with a probability of 95 %; rounding if it is exact."""
+        return np.array([found.range_errors[0] for found in self.densities])
+
+    @property
     def largest(self) -> Array:
-        """The largest eigenvalue of each diagonal block ``(n,)``, as far as Lanczos came: a bound from below."""
+        """The largest eigenvalue of each diagonal block ``(n,)``: exact, or a Ritz value, which is a lower bound."""
         return np.array([found.range[1] for found in self.densities])
+
+    @property
+    def largest_errors(self) -> Array:
+        """How far above `largest` it may be ``(n,)``, with a probability of 95 %; rounding if it is exact."""
+        return np.array([found.range_errors[1] for found in self.densities])
 
     @property
     def traces(self) -> Estimate:
@@ -84,11 +101,19 @@ class BlockStudy:
 
     @property
     def table(self) -> list[tuple[str, ...]]:
-        """The cells of a table with a line for each block, the head first."""
+        """The cells of a table with a line for each block, the head first; errors below the last digit are left out."""
         lines: list[tuple[str, ...]] = [("block", "rows", "smallest", "largest", "trace", "norm")]
         for name, found, norm in zip(self.names, self.densities, self.norms.diagonal(), strict=True):
-            ends = [f"{end:.4g}" for end in found.range]
-            lines.append((name, f"{found.size:,}", *ends, str(found.trace()), f"{norm:.4g}"))
+            ends, trace = [f"{end:.4g}" for end in found.range], str(found.trace())
+            if found.exact:
+                trace = f"{found.trace().value:.6g}"
+            else:
+                signed = zip(ends, "-+", found.range_errors, strict=True)
+                ends = [
+                    f"{end} {sign} {error:.1g}" if error > _SHOWN * abs(float(end)) else end
+                    for end, sign, error in signed
+                ]
+            lines.append((name, f"{found.size:,}", *ends, trace, f"{norm:.4g}"))
         return lines
 
     @property
@@ -104,9 +129,7 @@ class BlockStudy:
     def save(self, path: str | Path) -> None:
         """Write it to an ``.npz`` file, which appears only when it is complete."""
         arrays = {
-            f"{index} {name}": np.asarray(value)
-            for index, one in enumerate(self.densities)
-            for name, value in dataclasses.asdict(one).items()
+            f"{index} {name}": value for index, one in enumerate(self.densities) for name, value in one.arrays.items()
         }
         own = {name: np.asarray(getattr(self, name)) for name in ("sizes", "norms", "norm_errors", "num_products")}
         words = {name: np.array(getattr(self, name), dtype=np.str_) for name in ("names", "unfinished")}
@@ -118,17 +141,8 @@ class BlockStudy:
         fields = ("names", "unfinished", "sizes", "norms", "norm_errors", "num_products")
         file = load_arrays(path, fields, "BlockStudy.save")
         names, unfinished = ([str(name) for name in file[words]] for words in ("names", "unfinished"))
-        densities = [
-            SpectralDensity(
-                size=int(file[f"{index} size"]),
-                nodes=file[f"{index} nodes"],
-                weights=file[f"{index} weights"],
-                atoms=file[f"{index} atoms"],
-                num_products=int(file[f"{index} num_products"]),
-                complete=bool(file[f"{index} complete"]),
-            )
-            for index in range(len(names))
-        ]
+        arrays = [{name: file[f"{index} {name}"] for name in _FIELDS} for index in range(len(names))]
+        densities = [SpectralDensity.of_arrays(one) for one in arrays]
         norms, errors, taken = file["norms"], file["norm_errors"], int(file["num_products"])
         return cls(names, file["sizes"], densities, norms, errors, taken, unfinished)
 
@@ -153,9 +167,11 @@ def blocks(
 ) -> BlockStudy:
     r"""Study every diagonal block of a curvature matrix, and the norms of all blocks.
 
-    A diagonal block is studied by `density`, at the cost of its own layers alone. The norm of the block of rows i and
-    columns j is estimated by :math:`\|A_{ij}\|_F^2 = E \|A_{ij} x\|^2` for random signs x: a product with a column
-    group gives all of its blocks, and as the matrix is symmetric each block is seen twice.
+    A diagonal block is studied by `density`, at the cost of its own layers alone. If it has no more rows than that
+    takes products, ``num_probes * num_steps``, it is formed instead and known exactly. The norm of the block of rows i
+    and columns j is estimated by :math:`\|A_{ij}\|_F^2 = E \|A_{ij} x\|^2` for random signs x: a product with a column
+    group gives all of its blocks, and as the matrix is symmetric each block is seen twice. The columns of a group of no
+    more than `norm_products` parameters are formed, and the norms of its blocks are exact.
 
     Parameters
     ----------
@@ -165,9 +181,10 @@ def blocks(
         The parameters that make up each block, by a name for it; by default each parameter is one. Parameters in no
         group are left out.
     num_probes, num_steps : int
-        Of each diagonal block's density; fewer in blocks of fewer rows.
+        Of each diagonal block's density.
     norm_products : int
-        For each column group, at least 2; the norms are known to about a part of ``1 / sqrt(2 norm_products)``.
+        For each column group, at least 2, and at most as many as it has columns; other norms are known to about a part
+        of ``1 / sqrt(2 norm_products)``.
     rng : int or numpy.random.Generator, optional
     checkpoint : str or path, optional
         A directory where every block is recorded when it is studied, and every step of the one under way, as by
@@ -193,6 +210,8 @@ def blocks(
     until, idle = end_of(seconds), seconds != 0  # at first something is done, so that who comes again gets on
     if not isinstance(A, ParameterLinearOperator) or A.shape[0] != A.shape[1]:
         raise TypeError(f"A is a {type(A).__name__} of shape {A.shape}: pass a square curvature matrix of this package")
+    for name, number, least in (("num_probes", num_probes, 1), ("num_steps", num_steps, 1)):
+        whole_number(name, number, least)
     whole_number("norm_products", norm_products, 2)
     chosen = {name: [name] for name in A.params_slices} if groups is None else listed_groups(groups)
     diagonal = {name: block_of(A, name, own) for name, own in chosen.items()}
@@ -205,24 +224,32 @@ def blocks(
         asked = {"num_probes": num_probes, "num_steps": num_steps, "norm_products": norm_products, "rng": seeds[0]}
         return fingerprint(A) | {"groups": json.dumps(chosen)} | {name: str(value) for name, value in asked.items()}
 
+    def is_formed(rows: int) -> bool:
+        return rows <= num_probes * num_steps and 3 * 8 * rows**2 <= available_bytes()
+
     def study(name: str, seed: int, steps: Path | None, column: int) -> list[Array]:
-        """Return nodes, weights and products of a block's density, and of each test the squares of all norms."""
+        """Return the arrays of a block's density, and of each test the squares of all norms."""
         nonlocal idle
         block, generator = diagonal[name], np.random.default_rng(seed)
         if not idle:
             _check_time(until)
         before = block.num_products
-        left = None if seconds is None else max(0.0, until - time.monotonic())
-        size = {"num_probes": num_probes, "num_steps": num_steps}
-        found = density(block, **size, rng=generator, checkpoint=steps, seconds=left, progress=False)
+        if is_formed(block.shape[0]):
+            found = _formed(block, num_probes, steps, until, idle)
+        else:
+            left = None if seconds is None else max(0.0, until - time.monotonic())
+            size = {"num_probes": num_probes, "num_steps": num_steps}
+            found = density(block, **size, rng=generator, checkpoint=steps, seconds=left, progress=False)
         if not found.complete:
             raise TimeUpError
         bar.update(found.num_products)
         idle = idle and block.num_products == before
-        tests = generator.choice(np.array([-1.0, 1.0]), (block.shape[0], norm_products))
+        tests = np.eye(block.shape[0])
+        if len(tests) > norm_products:
+            tests = generator.choice(np.array([-1.0, 1.0]), (block.shape[0], norm_products))
         whole = A.block([one for own in chosen.values() for one in own], chosen[name])
         squares = []
-        for at in range(0, norm_products, _AT_ONCE):
+        for at in range(0, tests.shape[1], _AT_ONCE):
             key = b"%s %d %d" % (_NORMS, column, at)
             if key not in norms:
                 if not idle:
@@ -234,9 +261,11 @@ def blocks(
                     file.append(key, norms[key])
             squares.append(norms[key])
             bar.update(squares[-1].shape[1])
-        return [found.nodes, found.weights, np.array(found.num_products), np.concatenate(squares, axis=1)]
+        return [*found.arrays.values(), np.concatenate(squares, axis=1)]
 
-    work = sum(min(num_steps, size) * num_probes for size in sizes) + norm_products * len(chosen)
+    work = sum(
+        (size if is_formed(size) else num_steps * num_probes) + min(size, norm_products) for size in sizes.tolist()
+    )
     with (
         contextlib.ExitStack() as stack,
         step_bar("blocks", progress, int(work)) as bar,
@@ -250,7 +279,8 @@ def blocks(
             bar.set_postfix_str(name)
             steps = None if directory is None else directory / f"block {column}"
             if column in finished:
-                bar.update(norm_products + int(finished[column][2]))
+                *arrays, squares = finished[column]
+                bar.update(int(arrays[_FIELDS.index("num_products")]) + squares.shape[1])
             else:
                 try:
                     finished[column] = study(name, seeds[column], steps, column)
@@ -268,21 +298,53 @@ def _check_time(until: float) -> None:
         raise TimeUpError
 
 
+def _formed(
+    block: ParameterLinearOperator, at_once: int, directory: Path | None, until: float, idle: bool
+) -> SpectralDensity:
+    """Return all eigenvalues of a block, from its columns; those that are multiplied are recorded in `directory`."""
+    rows = block.shape[0]
+    identity, dense = np.eye(rows), np.zeros((rows, rows))
+    with contextlib.ExitStack() as stack:
+        file = None if directory is None else stack.enter_context(RecordFile(made(directory) / "columns.records"))
+        recorded = {} if file is None else {int(key): offset for key, offset in file}
+        for at in range(0, rows, at_once):
+            columns = slice(at, at + at_once)
+            if file is not None and at in recorded:
+                [dense[:, columns]] = file.read(recorded[at])
+                continue
+            if not idle:
+                _check_time(until)
+            idle = False
+            dense[:, columns] = block @ identity[:, columns]
+            if file is not None:
+                file.append(b"%d" % at, dense[:, columns])
+    values = eigvalsh((dense + dense.T) / 2)
+    none = np.zeros((0, 0))
+    return SpectralDensity(rows, none, none, values, rows, resolution=resolution(block) * float(np.abs(values).max()))
+
+
 def _of_blocks(names: list[str], sizes: Array, finished: list[list[Array]]) -> BlockStudy:
     """Return the study of the blocks that are finished, the first ones of those that are named."""
     count = len(finished)
-    densities = [
-        SpectralDensity(int(size), nodes, weights, np.zeros(0), int(taken))
-        for size, (nodes, weights, taken, _) in zip(sizes, finished, strict=False)
-    ]
+    densities = [SpectralDensity.of_arrays(dict(zip(_FIELDS, arrays, strict=True))) for *arrays, _ in finished]
     means, variances = np.zeros((count, count)), np.zeros((count, count))
+    shares = np.full((count, count), 0.5)  # of the estimate from the columns; the other is that from the rows
     taken = sum(found.num_products for found in densities)
     for column, (*_, squares) in enumerate(finished):
-        means[:, column] = squares[:count].mean(1)
-        variances[:, column] = squares[:count].var(1, ddof=1) / squares.shape[1]
         taken += squares.shape[1]
-    means, variances = (means + means.T) / 2, (variances + variances.T) / 4
+        if squares.shape[1] == sizes[column]:  # all columns
+            means[:, column] = squares[:count].sum(1)
+            shares[:, column] += 0.5
+            shares[column] -= 0.5
+        else:
+            means[:, column] = squares[:count].mean(1)
+            variances[:, column] = squares[:count].var(1, ddof=1) / squares.shape[1]
+    means, variances = shares * means, shares**2 * variances
+    means, variances = means + means.T, variances + variances.T
     np.fill_diagonal(variances, 2 * np.diag(variances))  # a diagonal block is seen once
+    for index, found in enumerate(densities):
+        if found.exact:
+            means[index, index], variances[index, index] = (found.atoms**2).sum(), 0.0
     norms = means**0.5
     errors = np.divide(variances**0.5, 2 * norms, out=np.zeros_like(norms), where=norms > 0)
     return BlockStudy(names[:count], sizes[:count], densities, norms, errors, taken, names[count:])

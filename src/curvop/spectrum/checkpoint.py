@@ -112,7 +112,7 @@ class Checkpoint:
         return values, vectors, taken
 
     def groups(self) -> dict[int, list[Array]]:
-        """Return nodes, weights and lengths of the groups of probes that are done, by the first probe's number."""
+        """Return the arrays of `finish` for the groups of probes that are done, by the first probe's number."""
         return {int(key.split()[1]): arrays for key, arrays in self._recorded(_GROUP)}
 
     def finish(self, first: int, *arrays: Array) -> None:

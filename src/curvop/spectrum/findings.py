@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from curvop.spectrum.blocks import BlockStudy
+from curvop.spectrum.bounded import BoundedEstimate
 from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.eigen import EigenResult
 from curvop.spectrum.estimators import Estimate
@@ -81,13 +82,18 @@ class Findings:
         def estimate(found: Estimate | None) -> dict[str, Any] | None:
             return None if found is None else {"value": number(found.value), "error": number(found.error)}
 
+        def quantile(found: BoundedEstimate) -> dict[str, Any]:
+            return {name: number(getattr(found, name)) for name in ("value", "error", "low", "high")}
+
         def density(found: SpectralDensity) -> dict[str, Any]:
             return {
                 "probes": len(found.nodes),
                 "steps": found.num_steps,
+                "exact": found.exact,
                 "range": list(found.range),
+                "range_errors": [number(error) for error in found.range_errors],
                 "trace": estimate(found.trace()),
-                "quantiles": dict(zip(map(str, _SHARES), found.quantile(_SHARES).tolist(), strict=True)),
+                "quantiles": {str(share): quantile(found.quantile(share)) for share in _SHARES},
             }
 
         names = ("problem", "title", "rows", "parameters", "names", "undone", "products", "seconds", "journal_bytes")
@@ -117,6 +123,8 @@ class Findings:
                     "rows": found.size,
                     "smallest": found.range[0],
                     "largest": found.range[1],
+                    "smallest_error": number(found.range_errors[0]),
+                    "largest_error": number(found.range_errors[1]),
                     "trace": float(found.trace().value),
                     "norm": norm,
                     "density": density(found),

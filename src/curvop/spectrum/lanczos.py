@@ -33,7 +33,7 @@ from curvop.staging import LINE, aligned
 
 Array = NDArray[Any]
 
-__all__ = ["Lanczos", "basis_dtype", "bytes_of_run", "device_of", "multiply", "runs_at_once"]
+__all__ = ["Lanczos", "basis_dtype", "bytes_of_run", "device_of", "multiply", "resolution", "runs_at_once"]
 
 # Numbers that are summed one after another in the basis's own precision.
 _SECTION = 16384
@@ -56,6 +56,12 @@ def multiply(A: Any, rows: Tensor) -> Tensor:
 def basis_dtype(A: Any) -> torch.dtype:
     """Return the precision that a basis is kept in: that of the operator's vectors, float32 or float64."""
     return torch.float32 if A.dtype == np.float32 else torch.float64
+
+
+def resolution(A: Any) -> float:
+    """Return the distance, relative to the norm, at which rounding in the products may merge or split eigenvalues."""
+    single = A.dtype == np.float32 or getattr(A, "epsilon", 0.0) > torch.finfo(torch.float64).eps
+    return rounding_left(torch.float32 if single else torch.float64, A.shape[0])
 
 
 def bytes_of_run(A: Any, num_steps: int) -> int:
@@ -229,7 +235,9 @@ class Lanczos:
         nodes, weights = np.zeros(self.alphas.shape), np.zeros(self.alphas.shape)
         for run, length in enumerate(self.lengths):
             values, vectors = eigh_tridiagonal(self.alphas[run, :length], self.betas[run, : length - 1])
-            nodes[run, :length], weights[run, :length] = values, vectors[0] ** 2
+            # In a gap of the spectrum a weight may underflow; it is not 0, as that means there is no node.
+            nodes[run, :length] = values
+            weights[run, :length] = np.maximum(vectors[0] ** 2, np.finfo(np.float64).tiny)
         return nodes, weights
 
 

@@ -82,7 +82,8 @@ def plot_blocks(study: BlockStudy, figure: Any = None) -> Any:
 
     The height of a density is on a logarithmic scale, from a tenth of an eigenvalue to all of the largest block's; it
     counts eigenvalues within about a hundredth of the width of the axis. Close to zero this is finer than what the
-    quadrature resolves: gaps between single nodes need not be gaps of the spectrum, and more steps fill them.
+    quadrature resolves: gaps between single nodes need not be gaps of the spectrum, and more steps fill them. Pale bars
+    beyond the dots show how far beyond them the extreme eigenvalues may lie.
 
     Parameters
     ----------
@@ -117,7 +118,9 @@ def plot_blocks(study: BlockStudy, figure: Any = None) -> Any:
 
 def _draw_table(study: BlockStudy, ax: Any) -> None:
     """Draw the lines of the table as the labels of rows, and in the rows the densities."""
-    positions = _symmetric_log(ax, float(study.smallest.min()), float(study.largest.max()))
+    bounds = np.concatenate([study.smallest - study.smallest_errors, study.largest + study.largest_errors])
+    bounds = np.concatenate([bounds[np.isfinite(bounds)], study.smallest, study.largest])
+    positions = _symmetric_log(ax, float(bounds.min()), float(bounds.max()))
     to_axis = ax.xaxis.get_transform()
     at = to_axis.transform(positions)
     width = 0.004 * (at[-1] - at[0])
@@ -127,11 +130,18 @@ def _draw_table(study: BlockStudy, ax: Any) -> None:
         def near(values: Any) -> Any:
             return np.exp(-0.5 * ((to_axis.transform_non_affine(values)[..., None] - at) / width) ** 2)
 
-        number = np.maximum(found.apply(near).value, _FLOOR)
+        of_probes = np.einsum("km,kmp->p", found.weights, near(found.nodes)) / max(len(found.weights), 1)
+        number = np.maximum(found.size * of_probes + near(found.atoms).sum(0), _FLOOR)
         height = 0.85 * np.log(number / _FLOOR) / ceiling
         ax.fill_between(positions, row + 0.3, row + 0.3 - height, color="tab:gray", alpha=0.7, linewidth=0)
     rows = np.arange(len(study.names)) + 0.3
     ax.hlines(rows, study.smallest, study.largest, color="tab:gray", linewidth=0.8)
+    for ends, signed, color in (
+        (study.smallest, -study.smallest_errors, "tab:blue"),
+        (study.largest, study.largest_errors, "tab:red"),
+    ):
+        beyond = np.clip(ends + signed, *positions[[0, -1]])  # an infinite one ends at the axis
+        ax.hlines(rows, ends, beyond, color=color, linewidth=2.5, alpha=0.4)
     for name, ends, color in (("largest", study.largest, "tab:red"), ("smallest", study.smallest, "tab:blue")):
         ax.plot(ends, rows, "o", color=color, markersize=3, label=name)
     ax.set(yticks=range(-1, len(study.names)), ylim=(len(study.names) - 0.5, -1.5), xlabel="eigenvalue")

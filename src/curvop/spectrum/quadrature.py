@@ -19,7 +19,7 @@ from curvop.memory import available_bytes, check_fits
 from curvop.progress import step_bar
 from curvop.spectrum.checkpoint import Checkpoint
 from curvop.spectrum.density import SpectralDensity
-from curvop.spectrum.lanczos import Lanczos, basis_dtype, device_of, runs_at_once
+from curvop.spectrum.lanczos import Lanczos, basis_dtype, device_of, resolution, runs_at_once
 from curvop.spectrum.timed import end_of
 
 __all__ = ["density"]
@@ -121,13 +121,14 @@ def density(
         values, vectors, taken = kept.deflated(lambda: _largest(A, deflate, memory, progress))
         known = torch.from_numpy(vectors).to(device) if deflate else None
         nodes, weights = np.zeros((num_probes, num_steps)), np.zeros((num_probes, num_steps))
+        recurrences = np.zeros((num_probes, 2, num_steps))
         done, whole, idle = kept.groups(), True, True
         for first in range(0, num_probes, at_once):
             group = slice(first, min(first + at_once, num_probes))
             if first in done:
                 bar.update(int(done[first][2].sum()))
             elif not idle and time.monotonic() > until:
-                nodes, weights, whole = nodes[:first], weights[:first], False
+                nodes, weights, recurrences, whole = nodes[:first], weights[:first], recurrences[:first], False
                 break
             else:
                 probes = torch.from_numpy(signs[group]).to(device).to(torch.float64)
@@ -139,12 +140,14 @@ def density(
                 whole = whole and complete
                 if complete:
                     kept.finish(first, *done[first])
-            nodes[group], weights[group], lengths = done[first]
+            nodes[group], weights[group], lengths, recurrences[group] = done[first]
             taken += int(lengths.sum())
-    longest = max(int(lengths.max()) for _, _, lengths in done.values())
+    longest = max(int(lengths.max()) for _, _, lengths, _ in done.values())
     if whole:  # a weight of 0 tells of each probe that it ended by itself
         longest = min(longest + 1, num_steps)
-    return SpectralDensity(size, nodes[:, :longest], weights[:, :longest], values, taken, whole)
+    nodes, weights, recurrences = nodes[:, :longest], weights[:, :longest], recurrences[:, :, :longest]
+    scale = max(np.abs(nodes).max(), np.abs(values).max(initial=0.0))
+    return SpectralDensity(size, nodes, weights, values, taken, whole, recurrences, float(resolution(A) * scale))
 
 
 def _quadrature(
@@ -158,7 +161,7 @@ def _quadrature(
     until: float,
     idle: bool,
 ) -> tuple[list[Any], bool]:
-    """Return nodes, weights and lengths of the Lanczos runs of a group of probes, and whether they are complete."""
+    """Return nodes, weights, lengths and recurrences of a group of probes, and whether their runs are complete."""
     squares = (probes**2).sum(1).cpu().numpy()
     within = squares <= 1e-20 * probes.shape[1]  # of a probe in the deflated space rounding is left: of no weight
     squares[within] = 0
@@ -175,7 +178,8 @@ def _quadrature(
         bar.update(len(runs))
         kept.add(first, run, runs)
     nodes, weights = run.quadrature()
-    return [nodes, weights * (squares / probes.shape[1])[:, None], run.lengths], not run.running
+    weights *= (squares / probes.shape[1])[:, None]
+    return [nodes, weights, run.lengths, np.stack([run.alphas, run.betas], axis=1)], not run.running
 
 
 def _check(A: LinearOperator, num_probes: int, num_steps: int, deflate: int) -> None:
