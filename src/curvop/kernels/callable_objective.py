@@ -47,9 +47,8 @@ class CallableObjective(Objective):
 
     def _reached_directly(self, name: str) -> str:
         return (
-            f"params[{name!r}] is reached by other ways than the argument of the objective, which holds the tensor "
-            "itself, so that part of the loss would not be differentiated: let it compute all of the loss from the "
-            "dict of parameters that it is given"
+            f"params[{name!r}] is reached directly: the objective holds the tensor itself, so part of the loss would "
+            "not be differentiated; compute all of the loss from the dict of parameters that the objective is given"
         )
 
     def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

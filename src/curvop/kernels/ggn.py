@@ -21,11 +21,13 @@ class GGNKernel(SandwichKernel):
         self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> Middle:
         """Return the loss's Hessian by the prediction."""
-        found = _LossHessian(derivative(True), outputs)
+        return _LossHessian(derivative(True), outputs)
+
+    def look(self, middle: Middle, outputs: list[Tensor]) -> None:
+        """Look whether the loss has a second derivative, until it has."""
         if not self.objective.curved:
             probes = [torch.linspace(1, 2, part.numel()).cos().to(part).view_as(part) for part in outputs]
-            self.objective.curved = any(part is not None and bool(part.any()) for part in found(probes))
-        return found
+            self.objective.curved = any(part is not None and bool(part.any()) for part in middle(probes))
 
 
 class _LossHessian(Middle):

@@ -27,8 +27,8 @@ class Guard:
     deques included; the values of buffers, of other tensors among the attributes and of the batch; and every
     ``requires_grad``. State inside other objects is not.
 
-    Code that writes to such tensors is run on copies from then on, so that it never reads what it wrote before, and
-    graphs that are kept do not refer to the user's tensors.
+    After code has written to such tensors once, it runs on copies. It never reads its own earlier writes, and kept
+    graphs do not refer to the user's tensors.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ class Guard:
         # Modules in training mode are expected to write to their buffers.
         training = any(part.training for module in self._modules for part in module.modules())
         copied = state if self.writes or training else _with_neighbours(filter(_is_delicate, state), state)
-        # At every run, as what is written may depend on the batch.
+        # At every run, because writes may depend on the batch.
         saved = _saved(state, by_value=True) + ([] if self.writes else _saved(given))
         own = own_batch(batch, copies=self.writes)
         swaps, constant = _copies(copied), []
@@ -95,8 +95,8 @@ class Guard:
             raise
         if self.writes and wrote[0]:
             raise RuntimeError(
-                "the model writes to a buffer, or to its batch, that an object of another kind than a module holds: "
-                "let it write to the buffer of the module itself"
+                "the model writes to a buffer or to its batch through an object that is not a module: write to the "
+                "module's own buffer"
             )
         self.writes = self.writes or wrote[0]
         return result, wrote[0]
@@ -121,7 +121,7 @@ class _Places:
     """All attributes of modules, and what lists, dicts, sets and deques among them hold."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._found: list[tuple[Any, Any]] = []  # containers, and copies of them
+        self._found: list[tuple[Any, Any]] = []  # containers, and their copies
         seen: set[int] = set()
         stack: list[Any] = [vars(part) for module in modules for part in module.modules()]
         stack += [one for part in _scripted(modules) for one in (part._parameters, part._buffers)]
@@ -201,11 +201,16 @@ def _parameters(modules: Iterable[nn.Module], others: Iterable[Tensor]) -> list[
 def _state_tensors(modules: Iterable[nn.Module], places: _Places, parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return buffers, and the other tensors of the modules that are no part of a graph, each once."""
     buffers = [buffer for module in modules for buffer in module.buffers()]
-    others = (tensor for tensor in places.tensors() if tensor.grad_fn is None and not isinstance(tensor, nn.Parameter))
+    others = (tensor for tensor in places.tensors() if tensor.grad_fn is None and not _is_no_state(tensor))
     found = {id(tensor): tensor for tensor in (*buffers, *others)}
     for parameter in parameters:
         found.pop(id(parameter), None)
     return list(found.values())
+
+
+def _is_no_state(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter, or was left by a transform of torch.func, as in the list of an LSTM's weights."""
+    return isinstance(tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _is_delicate(tensor: Tensor) -> bool:
@@ -290,14 +295,14 @@ def _copies(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
 
 
 def _memory(tensor: Tensor) -> object:
-    """Return what is equal for tensors that share memory."""
+    """Return a key that tensors have in common if they share memory."""
     if tensor.layout != torch.strided or tensor.is_quantized or not tensor.numel():
         return id(tensor)
     return tensor.untyped_storage().data_ptr(), tensor.dtype, tensor.device
 
 
 def _with_neighbours(some: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return those of the tensors that share memory with some of them."""
+    """Return the tensors that share memory with any of `some`."""
     memory = {_memory(tensor) for tensor in some}
     return [tensor for tensor in tensors if _memory(tensor) in memory]
 
@@ -317,7 +322,7 @@ def own_batch(batch: Any, copies: bool) -> Any:
 def _alias(leaf: Tensor, copy: bool) -> Tensor:
     """Return another tensor with the same memory, or a copy of it.
 
-    One in a graph is needed as it is, and so is one that may have attributes of its own.
+    A tensor in a graph, or one that may have attributes, is returned unchanged.
     """
     if copy:
         return leaf.clone()

@@ -62,8 +62,8 @@ class ModelObjective(Objective):
             if own and isinstance(part, torch.jit.ScriptModule):
                 what = f"model's part {where!r}" if where else "model"
                 raise TypeError(
-                    f"{what} is scripted or traced (a {type(part).__name__} of torch.jit), so that no tensor can stand "
-                    f"in for its parameter {own[0]!r}: pass the module that it was made from; engine='compiled' is the "
+                    f"{what} is scripted or traced (a {type(part).__name__} of torch.jit), and its parameter "
+                    f"{own[0]!r} cannot be replaced: pass the module that it was made from; engine='compiled' is the "
                     "fast way here"
                 )
 
@@ -158,9 +158,9 @@ class ModelObjective(Objective):
 
     def _reached_directly(self, name: str) -> str:
         return (
-            f"params[{name!r}] is reached by other ways than the model's own: a function holds the tensor itself, so "
-            "that no other can stand in for it, and part of the loss would not be differentiated; let the function "
-            "read it from the model when it is called (model.get_parameter, model.parameters()), or from its argument"
+            f"params[{name!r}] is reached directly: a function holds the tensor itself, so it cannot be replaced, and "
+            "part of the loss would not be differentiated; read it from the model inside the function "
+            "(model.get_parameter, model.parameters()), or from the function's argument"
         )
 
     def _users_tensors(self) -> dict[str, list[Tensor]]:
@@ -253,5 +253,5 @@ class ModelObjective(Objective):
 
 
 def _is_special(parameter: Tensor) -> bool:
-    """Whether a parameter is of a class of its own, which may have attributes that the model needs."""
+    """Whether a parameter is of a subclass, which may have attributes that the model needs."""
     return type(parameter) not in (Tensor, nn.Parameter)

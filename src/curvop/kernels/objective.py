@@ -45,8 +45,8 @@ BATCHING_REMEDY = (
 )
 #: What a generalized Gauss-Newton matrix of a loss is that is linear in the prediction.
 ZERO_MATRIX = (
-    "the matrix is zero, as the loss is linear in the prediction; if the model computes its own loss, let it return "
-    "the logits and loss_function compute the loss of them, or use HessianLinearOperator"
+    "the matrix is zero, because the loss is linear in the prediction; if the model computes its own loss, return the "
+    "logits and compute the loss in loss_function, or use HessianLinearOperator"
 )
 # NVIDIA's TF32 has the range of float32, and 10 bits behind the binary point.
 _TF32_EPSILON = 2.0**-10
@@ -272,9 +272,9 @@ class Objective(abc.ABC):
             self._last = totals.alone()
         if self._share is None and not self._reaches():
             raise RuntimeError(
-                "the loss depends on none of the parameters in params, so that torch cannot differentiate it: it is "
-                "computed under torch.no_grad(), from .detach() or .data, or by other tensors; evaluate the model with "
-                "the parameters it is given"
+                "the loss depends on none of the parameters in params, and does not require grad: it is computed under "
+                "torch.no_grad(), from .detach() or .data, or from other tensors; compute it from the parameters that "
+                "the model is given"
             )
         self.verify_batching(totals)
         self.warn_once(len(totals.weights))
@@ -379,10 +379,7 @@ class Objective(abc.ABC):
         return disagreement(along, asked, rounding * scale)
 
     def epsilon(self, loss: Tensor) -> float:
-        """Return the unit of the lowest precision that a product is computed in, as far as it is known without a pass.
-
-        It is that of the parameters, of a loss, of autocast, and of TF32 on a GPU.
-        """
+        """Return the unit roundoff of the lowest precision in a product: of parameters, loss, autocast, TF32."""
         eps = precision(loss, *self.params.values())
         if (autocast := self.autocast()) is not None:
             eps = max(eps, torch.finfo(autocast).eps)
@@ -536,7 +533,7 @@ class Objective(abc.ABC):
 def _allows_tf32(backend: Any) -> bool:
     try:
         return bool(backend.allow_tf32)
-    except RuntimeError:  # torch's settings of old and of late are mixed, so that it does not say
+    except RuntimeError:  # torch refuses to say if its old and its new settings are mixed
         return True
 
 

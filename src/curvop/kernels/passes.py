@@ -49,7 +49,7 @@ class Totals:
     watched: list[tuple[weakref.ref[Tensor], int]] = dataclasses.field(default_factory=list)
 
     def alone(self) -> Totals:
-        """Return these losses without what a pass keeps besides."""
+        """Return the losses alone, without linearizations."""
         return Totals(self.state, self.weights, self.losses, self.eps, self.watched)
 
     def add(self, loss: Tensor, weight: float, *params: Tensor) -> None:

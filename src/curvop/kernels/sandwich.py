@@ -119,6 +119,9 @@ class SandwichKernel(Kernel):
             ``create_graph -> parts``, the loss's derivative by `outputs`.
         """
 
+    def look(self, middle: Middle, outputs: list[Tensor]) -> None:  # most need not
+        """Look at `M` of a batch, for what is to be warned of."""
+
     def given(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
         """Return what else `M` depends on, for batch number `index`; of its prediction only the shape is asked."""
         return {}
@@ -141,6 +144,7 @@ class SandwichKernel(Kernel):
         loss = self.objective.criterion(leaves, cut, index, batch)
         given = self.given(index, cut, batch)
         middle = self.middle(parts, batch, given, lambda create_graph: loss.gradient(parts, create_graph))
+        self.look(middle, parts)
         push = Push(outputs, self.cols.of(leaves), self._at_zero)
         pull = LinearMap(outputs, self.rows.of(leaves))
         return _Sandwich(loss.value, loss.weight, push, middle, pull)

@@ -92,9 +92,9 @@ def disagreement(losses: Sequence[float], weights: Sequence[float] | None, limit
     Parameters
     ----------
     losses : three floats
-        Of the first batch, of the second, and of both as one; or derivatives of these in one direction.
+        The losses of the first batch, the second, and both as one; or their derivatives in one direction.
     weights : two floats, or None
-        Of the two batches in a mean; None for a sum.
+        The weights of the two batches in a mean; None for a sum.
     limit : float
         By how much they differ by rounding.
     """
