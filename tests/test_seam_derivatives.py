@@ -140,7 +140,9 @@ class TestThirdOrder:
         J = rows(plain(X), list(plain.parameters()))
         params, eye = dict(model.named_parameters()), np.eye(len(expected))
         before = [buffer.clone() for buffer in model.buffers()]
-        close(HessianLinearOperator(model, nn.MSELoss(), params, data, engine=engine) @ eye, expected)
+        H = HessianLinearOperator(model, nn.MSELoss(), params, data, engine=engine)
+        close(H @ eye, expected)
+        assert check(H, rng=0).ok
         close(GGNLinearOperator(model, nn.MSELoss(), params, data, engine=engine) @ eye, 2 / len(J) * J.T @ J)
         A = JacobianLinearOperator(model, params, data, engine=engine)
         close(A @ eye, J)

@@ -20,7 +20,7 @@ from curvop.kernels.batches import leaves
 from curvop.kernels.convolution import CONVOLUTIONS
 from curvop.kernels.graph import nodes
 
-__all__ = ["STAND_INS", "Evaluator", "TwiceDifferentiable", "slow_backends"]
+__all__ = ["NORMS", "STAND_INS", "ElementaryNorms", "Evaluator", "TwiceDifferentiable", "slow_backends"]
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class Evaluator:
     Attributes
     ----------
     elementary_norms : bool
-        Whether a result held a derivative of a fused normalisation, so that normalisations are computed by elementary
+        Whether a result held a derivative of a normalisation, so that normalisations are computed by elementary
         operations from now on.
     """
 
@@ -96,11 +96,12 @@ class Evaluator:
         RuntimeError
             If the second result still holds one, as that of a scripted module does.
         """
-        with torch.enable_grad(), TwiceDifferentiable(self.elementary_norms):
+        with torch.enable_grad(), TwiceDifferentiable(self.elementary_norms) as mode:
             result = function()
         roots = [leaf.grad_fn for leaf in leaves(result) if leaf.grad_fn is not None]
         fused = next((node.name() for node in nodes(roots) if _is_derivative_of_norm(node)), None)
         if fused is None:
+            self.elementary_norms = mode.elementary_norms
             return result
         if self.elementary_norms:
             raise RuntimeError(
@@ -117,13 +118,13 @@ class TwiceDifferentiable(TorchFunctionMode):
     Parameters
     ----------
     elementary_norms : bool
-        Whether normalisations are computed by elementary operations. They always are within ``torch.func`` derivatives
-        and forward mode.
+        Whether normalisations are computed by elementary operations. They are from the first one on within a derivative
+        of ``torch.func`` or of forward mode.
     """
 
     def __init__(self, elementary_norms: bool = False) -> None:
         super().__init__()
-        self._definitions = _ELEMENTARY if elementary_norms else _DEFINITIONS
+        self.elementary_norms = elementary_norms
 
     def __enter__(self) -> Self:
         """Enter the mode."""
@@ -142,8 +143,24 @@ class TwiceDifferentiable(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call what stands in for `func`, or `func` itself."""
-        definition: Callable[..., Any] = self._definitions.get(func, func)
-        return definition(*args, **(kwargs or {}))
+        if func in NORMS and (self.elementary_norms or _in_derivative()):
+            self.elementary_norms = True
+            return NORMS[func](*args, **(kwargs or {}))
+        return _DEFINITIONS.get(func, func)(*args, **(kwargs or {}))
+
+
+class ElementaryNorms(TorchFunctionMode):
+    """Computes normalisations by elementary operations."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call what stands in for `func`, or `func` itself."""
+        return NORMS.get(func, func)(*args, **(kwargs or {}))
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -198,11 +215,6 @@ def _norm(function: Callable[..., Any], names: Sequence[str], *args: Any, **kwar
     return (normed if bias is None else normed + bias).to(fused.dtype)
 
 
-def _norm_within_derivatives(function: Callable[..., Any], names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-    """Return a normalisation by elementary operations if a transform differentiates it, else torch's own."""
-    return _norm(function, names, *args, **kwargs) if _in_derivative() else function(*args, **kwargs)
-
-
 def _in_derivative() -> bool:
     """Whether a derivative of ``torch.func`` or of forward mode is under way."""
     if peek_interpreter_stack() is None:
@@ -219,7 +231,7 @@ _DERIVATIVES_OF_NORMS = {
     f"{name}NormBackwardBackward0" for name in ("NativeLayer", "NativeBatch", "CudnnBatch", "MiopenBatch")
 }
 _AFFINE, _RUNNING = ("weight", "bias"), ("running_mean", "running_var")
-_NORMS: dict[Callable[..., Any], Sequence[str]] = {
+_NAMES: dict[Callable[..., Any], Sequence[str]] = {
     functional.layer_norm: ("input", "normalized_shape", *_AFFINE, "eps"),
     torch.layer_norm: ("input", "normalized_shape", *_AFFINE, "eps"),
     functional.batch_norm: ("input", *_RUNNING, *_AFFINE, "training", "momentum", "eps"),
@@ -227,15 +239,14 @@ _NORMS: dict[Callable[..., Any], Sequence[str]] = {
     functional.instance_norm: ("input", *_RUNNING, *_AFFINE, "use_input_stats", "momentum", "eps"),
     torch.instance_norm: ("input", *_AFFINE, *_RUNNING, "use_input_stats", "momentum", "eps"),
 }
+#: What stands in for normalisations that are differentiated three times, or in forward mode and once more.
+NORMS: dict[Callable[..., Any], Callable[..., Any]] = {
+    function: functools.partial(_norm, function, names) for function, names in _NAMES.items()
+}
 STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
     torch.logcumsumexp: functools.partial(_logcumsumexp, torch.logcumsumexp),
     Tensor.logcumsumexp: functools.partial(_logcumsumexp, Tensor.logcumsumexp),
     functional.scaled_dot_product_attention: _attention,
 }
-_DEFINITIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    **STAND_INS,
-    **CONVOLUTIONS,
-    **{function: functools.partial(_norm_within_derivatives, function, names) for function, names in _NORMS.items()},
-}
-_ELEMENTARY = _DEFINITIONS | {function: functools.partial(_norm, function, names) for function, names in _NORMS.items()}
+_DEFINITIONS: dict[Callable[..., Any], Callable[..., Any]] = {**STAND_INS, **CONVOLUTIONS}

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from curvop.kernels.batches import map_leaves
-from curvop.kernels.differentiable import STAND_INS
+from curvop.kernels.differentiable import NORMS, STAND_INS
 from curvop.kernels.fisher import EmpiricalFisherKernel
 from curvop.kernels.ggn import GGNKernel
 from curvop.kernels.guard import replaced
@@ -117,6 +117,7 @@ def _huber(z: Tensor, y: Tensor, delta: float = 1.0) -> Tensor:
 
 _COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
     **STAND_INS,
+    **NORMS,
     functional.mse_loss: _composite(lambda z, y: (z - y) ** 2),
     functional.huber_loss: _composite(_huber),
     functional.soft_margin_loss: _composite(lambda z, y: functional.softplus(-y * z)),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from curvop.kernels.callable_objective import CallableObjective
+from curvop.kernels.differentiable import ElementaryNorms
 from curvop.kernels.double import HeldPadding, in_double
 from curvop.kernels.joining import joined
 from curvop.kernels.model_objective import ModelObjective
@@ -161,8 +162,13 @@ class UserCode:
         return not writes and not batchwise_modules(objective.modules)
 
     def run(self, function: Callable[[list[Any]], Any], batches: list[Any]) -> Any:
-        """Return ``function(batches)``; what it writes to batches and buffers is undone."""
-        with torch.enable_grad():
+        """Return ``function(batches)``; what it writes to batches and buffers is undone.
+
+        If it holds derivatives of normalisations, these are computed by elementary operations: torch's own gradient of
+        them is wrong (see `curvop.kernels.differentiable`).
+        """
+        norms = ElementaryNorms() if self.objective.evaluator.elementary_norms else contextlib.nullcontext()
+        with torch.enable_grad(), norms:
             return self.objective.guard.run(functools.partial(self._padded, function), batches)
 
     def _padded(self, function: Callable[[list[Any]], Any], batches: list[Any]) -> Any:
