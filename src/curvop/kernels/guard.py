@@ -209,7 +209,7 @@ def _state_tensors(modules: Iterable[nn.Module], places: _Places, parameters: It
 
 
 def _is_no_state(tensor: Tensor) -> bool:
-    """Whether a tensor is a parameter, or was left by a transform of torch.func, as in the list of an LSTM's weights."""
+    """Whether a tensor is a parameter, or was left by a transform of torch.func (in the list of an LSTM's weights)."""
     return isinstance(tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
