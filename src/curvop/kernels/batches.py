@@ -125,13 +125,16 @@ def leading_size(tree: Any) -> int | None:
 def batch_size(*parts: Any) -> int | None:
     """Return the number of examples in a batch of these parts, such as X and y; None if they do not agree on one.
 
-    The first dimension of a list or tuple is its length, as of a list of images. If the other parts disagree with that,
-    it is a structure, whose tensors have the examples along their first dimension. A part without tensors disagrees
+    The first dimension of a list or tuple is its length, as of a list of images, unless its tensors share a first
+    dimension on which several parts agree: then it is a structure, such as two inputs. A part without tensors disagrees
     with nothing.
     """
     common = _common_sizes(parts)
     if len(common) > 1:
-        common &= {len(part) for part in parts if isinstance(part, list | tuple)}
+        asked = [part for part in parts if any(True for _ in leaves(part))]
+        shared = {leading_size(part) for part in asked} if len(asked) > 1 else set()
+        lengths = {len(part) for part in parts if isinstance(part, list | tuple)}
+        common &= shared if len(shared) == 1 and None not in shared else lengths
     return common.pop() if len(common) == 1 else None
 
 

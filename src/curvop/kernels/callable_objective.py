@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvop.kernels.batches import batch_size
-from curvop.kernels.guard import own_batch, replaced
+from curvop.kernels.guard import modules_of, own_batch, replaced
 from curvop.kernels.objective import BatchWeight, Objective
 from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.weights import loss_reduction
@@ -27,7 +27,7 @@ class CallableObjective(Objective):
         batch_weight: BatchWeight | None = None,
     ) -> None:
         check_callable("objective", objective, "a function (params, batch) -> scalar")
-        modules = [objective] if isinstance(objective, nn.Module) else []
+        modules = modules_of(objective)
         super().__init__(modules, checked_params(None, params), data, loss_reduction(objective), batch_weight)
         self._objective = objective
 

@@ -45,8 +45,7 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
     parts = ParameterLayout(objective.params, names).split(out.zero_())
     with objective.slow_backends():
         for index, batch in objective.batches():
-            prediction, [z, *more] = cut_off(objective.predict(values, batch))
-            loss = objective.criterion(objective.leaves(names), prediction, index, batch)
+            _, prediction, [z, *more], loss = objective.split(values, index, batch, cut_off)
             totals.add(loss.value, loss.weight, *values.values())
             if not loss.weight:
                 continue

@@ -99,9 +99,8 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
     parts = layout.split(out.zero_())
     with objective.slow_backends():
         for index, batch in objective.batches():
-            prediction = objective.predict(leaves, batch)
-            outputs, (cut, cuts) = outputs_of(prediction), cut_off(prediction)
-            loss = objective.criterion(leaves, cut, index, batch)
+            prediction, _, cuts, loss = objective.split(leaves, index, batch, cut_off)
+            outputs = outputs_of(prediction)
             totals.add(loss.value, loss.weight, *leaves.values())
             derivative = loss.gradient(cuts)
             reached = [output for output, own in zip(outputs, derivative, strict=True) if own is not None]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from curvop.kernels.batches import leaves, map_leaves
 
-__all__ = ["Guard", "own_batch", "replaced"]
+__all__ = ["Guard", "modules_of", "own_batch", "replaced"]
 
 T = TypeVar("T")
 
@@ -46,7 +48,14 @@ class Guard:
         self._modules, self._params = modules, params
         self.writes = False
 
-    def run(self, function: Callable[[Any], T], batch: Any, replacements: Replacements | None = None) -> T:
+    def run(
+        self,
+        function: Callable[[Any], T],
+        batch: Any,
+        replacements: Replacements | None = None,
+        *,
+        hold: bool = True,
+    ) -> T:
         """Return ``function(batch)``.
 
         Parameters
@@ -54,28 +63,34 @@ class Guard:
         function : callable
         batch : tree of tensors
         replacements : dict of int to Tensor, optional
-            Tensors that take the places of the modules' own while the function runs. The modules' other parameters
-            are constants then: they stay the same objects, but do not require grad.
+            Tensors that take the places of the modules' own while the function runs.
+        hold : bool
+            Whether the modules' other parameters are constants then: they stay the same objects, but do not require
+            grad.
         """
-        result, wrote = self._watched(function, batch, replacements)
-        return self._watched(function, batch, replacements)[0] if wrote else result
+        swaps, hold = dict(replacements or {}), hold and replacements is not None
+        result, wrote = self._watched(function, batch, swaps, hold)
+        return self._watched(function, batch, swaps, hold)[0] if wrote else result
 
-    def _watched(self, function: Callable[[Any], T], batch: Any, replacements: Replacements | None) -> tuple[T, bool]:
+    def _watched(
+        self, function: Callable[[Any], T], batch: Any, swaps: dict[int, Tensor], hold: bool
+    ) -> tuple[T, bool]:
         """Return ``function(batch)``, and whether it wrote to tensors that it was not to write to."""
-        places = _Places(self._modules)
-        parameters = _parameters(self._modules, self._params)
-        state, given = _state_tensors(self._modules, places, parameters), list(leaves(batch))
+        parts = _parts(self._modules)
+        places = _Places(parts)
+        parameters = list({id(one): one for one in (*places.parameters(), *self._params)}.values())
+        state, given = places.state(parameters), list(leaves(batch))
         flags = [(tensor, tensor.requires_grad) for tensor in (*parameters, *state, *given)]
         # Modules in training mode are expected to write to their buffers.
-        training = any(part.training for module in self._modules for part in module.modules())
+        training = any(part.training and any(one is not None for _, one in part._buffers.items()) for part in parts)
         copied = state if self.writes or training else _with_neighbours(filter(_is_delicate, state), state)
         # At every run, because writes may depend on the batch.
         saved = _saved(state, by_value=True) + ([] if self.writes else _saved(given))
         own = own_batch(batch, copies=self.writes)
-        swaps, constant = _copies(copied), []
-        if replacements is not None:
-            swaps |= _copies(one for one in parameters if one.is_inference()) | dict(replacements)
-            constant = [one for one in parameters if one.requires_grad and one.is_leaf and id(one) not in swaps]
+        # Autograd cannot save a tensor made under inference mode.
+        made = _copies([*copied, *(one for one in parameters if one.is_inference())])
+        swaps = made | swaps
+        constant = [one for one in parameters if one.requires_grad and one.is_leaf and id(one) not in swaps]
         wrote = [False]
 
         def put_back() -> None:
@@ -86,7 +101,7 @@ class Guard:
         try:
             try:
                 places.replace(swaps)
-                _hold_constant(constant)
+                _hold_constant(constant if hold else [])
                 result = function(own)
             finally:
                 put_back()
@@ -102,10 +117,19 @@ class Guard:
         return result, wrote[0]
 
 
+def modules_of(function: Any) -> list[nn.Module]:
+    """Return the modules that a function is, is a method of, or is given in a ``functools.partial``."""
+    if isinstance(function, functools.partial):
+        parts = (function.func, *function.args, *function.keywords.values())
+        return [module for part in parts for module in modules_of(part)]
+    own = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    return [own] if isinstance(own, nn.Module) else []
+
+
 @contextlib.contextmanager
 def replaced(modules: Sequence[nn.Module], replacements: Replacements) -> Iterator[None]:
     """Let other tensors take the places of the modules' own; put everything back at the end, except for values."""
-    places = _Places(modules)
+    places = _Places(_parts(modules))
     try:
         try:
             places.replace(replacements)
@@ -117,37 +141,74 @@ def replaced(modules: Sequence[nn.Module], replacements: Replacements) -> Iterat
         raise
 
 
-class _Places:
-    """All attributes of modules, and what lists, dicts, sets and deques among them hold."""
+def _parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the modules and all that are below them, each once."""
+    return list(dict.fromkeys(part for module in modules for part in module.modules()))
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+
+class _Places:
+    """All attributes of modules, and what lists, dicts, sets, deques and tuples among them hold."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self._parts = parts
         self._found: list[tuple[Any, Any]] = []  # containers, and their copies
+        self._tensors: list[tuple[Any, Any]] = []  # of these, the ones that may hold tensors
         seen: set[int] = set()
-        stack: list[Any] = [vars(part) for module in modules for part in module.modules()]
-        stack += [one for part in _scripted(modules) for one in (part._parameters, part._buffers)]
+        # What `torch.nn.utils.parametrize.cached` keeps is of the tensors that were there when it was made.
+        self._cache: Any = parametrize._cache
+        stack: list[Any] = [self._cache]
+        for part in parts:
+            self._found.append((vars(part), dict(vars(part))))
+            self._tensors.append(self._found[-1])
+            stack += [
+                value for name, value in vars(part).items() if isinstance(value, _CONTAINERS) and name not in _HOOKS
+            ]
+            if isinstance(part, torch.jit.ScriptModule):  # whose parameters and buffers are in no dict
+                stack += [part._parameters, part._buffers]
         while stack:
             container = stack.pop()
             if id(container) in seen:
                 continue
             seen.add(id(container))
             values = _values(container)
+            inner = [value for value in values if isinstance(value, _CONTAINERS)]
+            stack += inner
+            if isinstance(container, tuple):
+                continue
             self._found.append((container, dict(container.items()) if _is_mapping(container) else values))
-            stack += [value for value in values if isinstance(value, dict | list | set | deque)]
+            if inner or any(isinstance(value, Tensor) for value in values):
+                self._tensors.append(self._found[-1])
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield the tensors that were there."""
-        for container, _ in self._found:
-            yield from (value for value in _values(container) if isinstance(value, Tensor))
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield the parameters of the modules."""
+        for part in self._parts:
+            yield from (value for _, value in part._parameters.items() if value is not None)
+
+    def state(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Return buffers, and other tensors that are no parameters and no part of a graph, each once."""
+        buffers = (one for part in self._parts for _, one in part._buffers.items() if one is not None)
+        found = {id(tensor): tensor for tensor in buffers}
+        for container, values in self._tensors:
+            for value in values.values() if isinstance(values, dict) else values:
+                for tensor in _tensors(value) if isinstance(value, Tensor | tuple) else ():
+                    if tensor.grad_fn is None and not _is_no_state(tensor) and container is not self._cache:
+                        found[id(tensor)] = tensor
+        for parameter in parameters:
+            found.pop(id(parameter), None)
+        return list(found.values())
 
     def replace(self, replacements: Replacements) -> None:
         """Put tensors in the places of others; sets, which have no places, keep theirs."""
-        for container, found in self._found if replacements else ():
+        self._cache.clear()
+        for container, found in self._tensors if replacements else ():
             if isinstance(container, set):
                 continue
             slots = found.items() if _is_mapping(container) else enumerate(found)
             for slot, value in slots:
                 if id(value) in replacements:
                     container[slot] = replacements[id(value)]
+                elif type(value) is tuple and (other := _rebuilt(value, replacements)) is not value:
+                    container[slot] = other
 
     def put_back(self) -> None:
         """Put everything back in its place."""
@@ -155,8 +216,32 @@ class _Places:
             _fill(container, found)
 
 
+#: Attributes that every module has for torch's own use; user code has no reason to change them in `forward`.
+_HOOKS = set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+
+#: Kinds of containers that are looked into.
+_CONTAINERS = (dict, list, set, deque, tuple)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield a tensor, or those in tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from _tensors(one)
+
+
+def _rebuilt(value: Any, replacements: Replacements) -> Any:
+    """Return a tuple with other tensors in the places of its own, or itself if there are none."""
+    if type(value) is not tuple:
+        return replacements.get(id(value), value)
+    parts = tuple(_rebuilt(one, replacements) for one in value)
+    return value if all(one is other for one, other in zip(parts, value, strict=True)) else parts
+
+
 def _is_mapping(container: Any) -> bool:
-    return not isinstance(container, list | set | deque)  # those of a scripted module are no dicts
+    return not isinstance(container, list | set | deque | tuple)  # those of a scripted module are no dicts
 
 
 def _values(container: Any) -> list[Any]:
@@ -166,46 +251,22 @@ def _values(container: Any) -> list[Any]:
 def _fill(container: Any, found: Any) -> None:
     """Make a container hold what it held, unless it does."""
     if isinstance(container, dict):
-        same = len(container) == len(found) and all(
-            one == other and value is found[other] for (one, value), other in zip(container.items(), found, strict=True)
-        )
-        if not same:
+        # By identity: an object need not be comparable. `map` is several times as fast as a loop.
+        if [*map(id, container), *map(id, container.values())] != [*map(id, found), *map(id, found.values())]:
             container.clear()
             container.update(found)
     elif isinstance(container, set):
-        if {id(one) for one in container} != {id(one) for one in found}:
+        if {*map(id, container)} != {*map(id, found)}:
             container.clear()
             container.update(found)
     elif isinstance(container, list | deque):
-        if len(container) != len(found) or any(one is not other for one, other in zip(container, found, strict=True)):
+        if [*map(id, container)] != [*map(id, found)]:
             container.clear()
             container.extend(found)
     else:
         for name, value in found.items():
             if container[name] is not value:
                 container[name] = value
-
-
-def _scripted(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return the parts that torch has compiled; their parameters and buffers are in no dict."""
-    parts = (part for module in modules for part in module.modules())
-    return [part for part in parts if isinstance(part, torch.jit.ScriptModule)]
-
-
-def _parameters(modules: Iterable[nn.Module], others: Iterable[Tensor]) -> list[Tensor]:
-    """Return the parameters of the modules, and others, each once."""
-    own = (value for module in modules for value in module.parameters())
-    return list({id(value): value for value in (*own, *others)}.values())
-
-
-def _state_tensors(modules: Iterable[nn.Module], places: _Places, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return buffers, and the other tensors of the modules that are no part of a graph, each once."""
-    buffers = [buffer for module in modules for buffer in module.buffers()]
-    others = (tensor for tensor in places.tensors() if tensor.grad_fn is None and not _is_no_state(tensor))
-    found = {id(tensor): tensor for tensor in (*buffers, *others)}
-    for parameter in parameters:
-        found.pop(id(parameter), None)
-    return list(found.values())
 
 
 def _is_no_state(tensor: Tensor) -> bool:
@@ -231,22 +292,33 @@ class _Saved:
 
     def __init__(self, tensor: Tensor, by_value: bool) -> None:
         self._tensor, self._version, self._copy = tensor, tensor._version, tensor.detach().clone()
-        self._by_value = by_value and tensor.layout == torch.strided and not tensor.is_quantized
+        self._memory = tensor.detach()  # which `tensor.data = other` takes away
+        self._strided = tensor.layout == torch.strided and not tensor.is_nested
+        self._by_value = by_value and self._strided and tensor.dtype in _COMPARABLE
 
     def restore(self) -> bool:
-        """Put the values back, and return whether they were written to."""
-        written = self._tensor._version != self._version
-        if not written and not (self._by_value and _differ(self._tensor.detach(), self._copy)):
+        """Put memory and values back, and return whether they were written to."""
+        moved = self._strided and not self._tensor.is_set_to(self._memory)
+        written = moved or self._tensor._version != self._version
+        if not written and not (self._by_value and _differ(self._memory, self._copy)):
             return False
         if self._tensor.grad_fn is not None:
             self._tensor.detach_()
+        if moved:
+            self._tensor.data = self._memory
         self._tensor.detach().copy_(self._copy)  # not under no_grad, which Ctrl-C might leave switched on
         return True
 
 
+_COMPARABLE = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+}
+
+
 def _differ(these: Tensor, those: Tensor) -> bool:
     """Whether values differ, NaN being equal to itself."""
-    return not bool(((these == those) | ((these != these) & (those != those))).all())
+    return not torch.equal(these, those) and not torch.allclose(these, those, 0.0, 0.0, equal_nan=True)
 
 
 def _saved(tensors: Iterable[Tensor], by_value: bool = False) -> list[_Saved]:
@@ -278,7 +350,7 @@ def _copies(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
     copies: dict[int, Tensor] = {}
     for group in sharing.values():
         if len({id(tensor) for tensor in group}) == 1:
-            copies[id(group[0])] = group[0].detach().clone()
+            copies[id(group[0])] = _copied(group[0])
             continue
         whole = torch.empty(0, dtype=group[0].dtype, device=group[0].device).set_(group[0].untyped_storage()).clone()
         views = len({id(one if one._base is None else one._base) for one in group}) == 1
@@ -292,6 +364,15 @@ def _copies(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
             )
             copies[id(one)] = copy
     return copies
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Return a copy with the same flag and the same attributes of Python's."""
+    copy = tensor.detach().clone()
+    if tensor.requires_grad:
+        copy.requires_grad_()
+    vars(copy).update(vars(tensor))
+    return copy
 
 
 def _memory(tensor: Tensor) -> object:
@@ -322,10 +403,10 @@ def own_batch(batch: Any, copies: bool) -> Any:
 def _alias(leaf: Tensor, copy: bool) -> Tensor:
     """Return another tensor with the same memory, or a copy of it.
 
-    A tensor in a graph, or one that may have attributes, is returned unchanged.
+    A tensor that requires grad, or that may have attributes, is returned unchanged.
     """
     if copy:
         return leaf.clone()
-    if leaf.grad_fn is not None or type(leaf) is not Tensor or vars(leaf):
+    if leaf.requires_grad or type(leaf) is not Tensor or vars(leaf):
         return leaf
-    return leaf.detach().requires_grad_() if leaf.requires_grad else leaf.detach()
+    return leaf.detach()

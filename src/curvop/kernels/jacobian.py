@@ -82,12 +82,11 @@ class JacobianKernel(Kernel):
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of one batch."""
-        prediction = self.objective.predict(leaves, batch)
+        prediction, _, _, loss = self.objective.split(leaves, index, batch, cut_off)
         outputs = outputs_of(prediction)
         count = sum(output.numel() for output in outputs)
         if index >= len(self._sizes) or self._sizes[index] != count:
             raise ValueError(f"batch {index} has {count} predictions: {_CHANGED}")
-        loss = self.objective.criterion(leaves, cut_off(prediction)[0], index, batch)
         return self._map(outputs, leaves, loss.value)
 
     def _map(

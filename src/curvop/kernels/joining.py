@@ -25,7 +25,7 @@ def joined(trees: Sequence[Any]) -> Any:
     """
     if len(trees) == 1:
         return trees[0]
-    return _join(trees, [_size(tree) for tree in trees])
+    return _join(trees, [_size(tree) for tree in trees], outermost=True)
 
 
 def example_of(tree: Any, index: int, count: int) -> Any:
@@ -48,7 +48,7 @@ def _size(tree: Any) -> int | None:
     return batch_size(*parts)
 
 
-def _join(trees: Sequence[Any], sizes: Sequence[int | None]) -> Any:
+def _join(trees: Sequence[Any], sizes: Sequence[int | None], outermost: bool = False) -> Any:
     first = trees[0]
     if isinstance(first, Tensor):
         if any(not isinstance(tree, Tensor) or not tree.ndim or tree.shape[1:] != first.shape[1:] for tree in trees):
@@ -63,7 +63,7 @@ def _join(trees: Sequence[Any], sizes: Sequence[int | None]) -> Any:
         for key in first:
             found[key] = _join([tree[key] for tree in trees], sizes)
         return found
-    if isinstance(first, list | tuple) and all(map(_is_by_example, trees, sizes)):
+    if isinstance(first, list | tuple) and not outermost and all(map(_is_by_example, trees, sizes)):
         return type(first)(example for tree in trees for example in tree)
     if isinstance(first, list | tuple):
         if len({len(tree) for tree in trees}) > 1:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from curvop.kernels.batches import at_batch
+from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.closed_forms import loss_derivative
 from curvop.kernels.examples import check_classes
-from curvop.kernels.guard import own_batch, replaced
+from curvop.kernels.guard import modules_of, own_batch, replaced
 from curvop.kernels.objective import BatchLoss, BatchWeight, Objective
 from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.seam import reached
 from curvop.kernels.weights import loss_divisor, loss_kind, loss_reduction
 
 __all__ = ["ModelObjective"]
+
+#: ``prediction -> (copy, parts)``; see `curvop.kernels.sandwich.cut_off`.
+Cut = Callable[[Any], tuple[Any, list[Tensor]]]
 
 _SETTINGS = (bool, int, float, str)
 _RECOMPUTES = (
@@ -41,7 +45,7 @@ class ModelObjective(Objective):
     ) -> None:
         check_callable("model", model, "an nn.Module, or a function (params, X) -> prediction")
         check_callable("loss_function", loss_function, "a loss of torch.nn, or a function (prediction, y) -> scalar")
-        modules = [part for part in (model, loss_function) if isinstance(part, nn.Module)]
+        modules = list(dict.fromkeys((*modules_of(model), *modules_of(loss_function))))
         super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
         self._model = model
         own = {id(value) for value in model.parameters()} if isinstance(model, nn.Module) else set()
@@ -69,25 +73,44 @@ class ModelObjective(Objective):
 
     def predict(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         """Return the model's prediction, differentiable twice in `leaves` within `slow_backends`."""
-        return self._run(lambda own: self._prediction(leaves, own), leaves, batch, "prediction")
+        return self._run(self._prediction, leaves, batch, "prediction")
 
-    def criterion(self, leaves: Mapping[str, Tensor], prediction: Any, index: int, batch: Any) -> BatchLoss:
-        """Return the loss of batch number `index` as a function of a prediction that is cut off from the parameters.
+    def split(
+        self, leaves: Mapping[str, Tensor], index: int, batch: Any, cut: Cut
+    ) -> tuple[Any, Any, list[Tensor], BatchLoss]:
+        """Return a prediction, a copy that is cut off from it, the copy's parts, and the loss as a function of these.
 
         Raises
         ------
         ValueError
             If the loss depends on parameters in another way, which a matrix of the prediction lacks.
         """
+
+        def evaluate(leaves: Mapping[str, Tensor], own: Any) -> _Split:
+            with self._evaluating(self._apart):
+                prediction = self._predict(leaves, own[0])
+                copy, parts = cut(prediction)
+                return _Split(prediction, copy, parts, self._criterion(copy, own))
+
         with at_batch(index):
-            found = self._run(lambda own: self._criterion(prediction, own), leaves, batch, "criterion")
-        return self._checked(found, index, batch)
+            prediction, copy, parts, found = self._run(evaluate, leaves, batch, "split")
+        return prediction, copy, parts, self._checked(found, index, batch)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
-        return self._criterion(self._prediction(leaves, batch), batch)
+        with self._evaluating(self._apart):
+            return self._criterion(self._predict(leaves, batch[0]), batch)
 
     def _prediction(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
-        return self._predict(leaves, batch[0], self._apart)
+        with self._evaluating(self._apart):
+            return self._predict(leaves, batch[0])
+
+    @contextlib.contextmanager
+    def _evaluating(self, apart: bool) -> Iterator[None]:
+        """Refuse code that recomputes layers later, if the parameters are `apart` from the model's own."""
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True)  # by who measures memory, for one
+        refused = apart and hooked is None and isinstance(self._model, nn.Module)
+        with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES) if refused else contextlib.nullcontext():
+            yield
 
     def _check_batch(self, index: int, batch: Any) -> None:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
@@ -109,7 +132,7 @@ class ModelObjective(Objective):
     def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return the loss as the user's own call computes it."""
         X, y = batch
-        return self.loss_function(self._predict(leaves, X, apart=False), y)
+        return self.loss_function(self._predict(leaves, X), y)
 
     def divisor_of(self, prediction: Any, index: int, batch: Any) -> float:
         """Return by what the loss of batch number `index` divides the sum over its examples."""
@@ -130,21 +153,17 @@ class ModelObjective(Objective):
         settings = [value for value in vars(own).values() if isinstance(value, _SETTINGS)] if self._has_state else ()
         return *super().state(), settings
 
-    def _look(
-        self, what: str, outputs: list[Tensor], users: Mapping[str, Sequence[Tensor]], leaves: Mapping[str, Tensor]
-    ) -> None:
-        if what != "criterion":
-            super()._look(what, outputs, users, leaves)
-            return
-        if beside := reached(outputs, {name: [leaf] for name, leaf in leaves.items()}):
-            raise ValueError(
-                f"the loss depends on {min(beside, key=list(leaves).index)!r} in another way than through the "
-                "prediction, as a penalty does, but this matrix is of the prediction: use HessianLinearOperator, or "
-                "take the penalty out of loss_function and add its curvature to the matrix G: for decay times the sum "
-                "of squares this is G + 2 * decay * I, G.damped(2 * decay)"
-            )
-        super()._look(what, outputs, users, leaves)
-        self._looked_at.add(what)
+    def _look(self, found: Any, users: Mapping[str, Sequence[Tensor]], leaves: Mapping[str, Tensor]) -> None:
+        if isinstance(found, _Split):
+            beside = reached(leaves_of(found.loss), {name: [leaf] for name, leaf in leaves.items()})
+            if beside:
+                raise ValueError(
+                    f"the loss depends on {min(beside, key=list(leaves).index)!r} in another way than through the "
+                    "prediction, as a penalty does, but this matrix is of the prediction: use HessianLinearOperator, "
+                    "or take the penalty out of loss_function and add its curvature to the matrix G: for decay times "
+                    "the sum of squares this is G + 2 * decay * I, G.damped(2 * decay)"
+                )
+        super()._look(found, users, leaves)
 
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
         return self._divisor(prediction, *batch)
@@ -171,16 +190,12 @@ class ModelObjective(Objective):
             name: list({id(one): one for one in (value, own[name])}.values()) for name, value in self.params.items()
         }
 
-    def _predict(self, leaves: Mapping[str, Tensor], X: Any, apart: bool) -> Any:
-        """Return the prediction; `apart` if the parameters may have other values than the model's own."""
+    def _predict(self, leaves: Mapping[str, Tensor], X: Any) -> Any:
         if not isinstance(self._model, nn.Module):
             return self._model(dict(leaves), X)
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True)  # by who measures memory, for one
-        refused = apart and hooked is None
         # DataParallel would copy the parameters to several devices.
         model = self._model.module if isinstance(self._model, nn.DataParallel) else self._model
-        with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES) if refused else contextlib.nullcontext():
-            return model(X)
+        return model(X)
 
     def _others(self) -> dict[str, Tensor]:
         """Return the model's other parameters, cut off, and copies of its buffers, by name."""
@@ -232,24 +247,48 @@ class ModelObjective(Objective):
     def traced(
         self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
     ) -> tuple[Tensor, Any]:
-        """Return a batch's loss and prediction."""
-        prediction = self.traced_prediction(leaves, held, batch)
-        return self.traced_loss(leaves, prediction, held, batch), prediction
+        """Return a batch's loss and prediction as a function of the arguments alone."""
+        own = own_batch(batch, self.guard.writes)
+        with self._holding(leaves, held), self._evaluating(True):
+            prediction = self._predict(leaves, own[0])
+            return self._traced_criterion(prediction, held, own), prediction
+
+    def traced_split(
+        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, cut: Cut
+    ) -> tuple[Any, list[Tensor], Tensor]:
+        """Return a prediction, the parts of a copy that is cut off from it, and the loss as a function of these."""
+        own = own_batch(batch, self.guard.writes)
+        with self._holding(leaves, held), self._evaluating(True):
+            prediction = self._predict(leaves, own[0])
+            copy, parts = cut(prediction)
+            return prediction, parts, self._traced_criterion(copy, held, own)
 
     def traced_prediction(self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any) -> Any:
-        """Return a batch's prediction as a function of its arguments alone."""
-        X, _ = own_batch(batch, self.guard.writes)
-        with self._holding(leaves, held):
-            return self._predict(leaves, X, apart=True)
+        """Return a batch's prediction as a function of the arguments alone."""
+        own = own_batch(batch, self.guard.writes)
+        with self._holding(leaves, held), self._evaluating(True):
+            return self._predict(leaves, own[0])
 
     def traced_loss(
         self, leaves: Mapping[str, Tensor], prediction: Any, held: dict[str, dict[str, Tensor]], batch: Any
     ) -> Tensor:
-        """Return a batch's loss as a function of its arguments alone."""
-        _, y = own_batch(batch, self.guard.writes)
+        """Return a batch's loss as a function of the arguments alone."""
+        own = own_batch(batch, self.guard.writes)
+        with self._holding(leaves, held), self._evaluating(True):
+            return self._traced_criterion(prediction, held, own)
+
+    def _traced_criterion(self, prediction: Any, held: dict[str, dict[str, Tensor]], batch: Any) -> Tensor:
         keywords = held["loss"] if isinstance(self.loss_function, functools.partial) else {}
-        with self._holding(leaves, held):
-            return self.loss_function(prediction, y, **keywords)
+        return self.loss_function(prediction, batch[1], **keywords)
+
+
+class _Split(NamedTuple):
+    """A prediction, a copy that is cut off, the copy's parts, and what `ModelObjective._criterion` returns for it."""
+
+    prediction: Any
+    copy: Any
+    parts: list[Tensor]
+    loss: tuple[Tensor, float | None, Tensor, Tensor | None]
 
 
 def _is_special(parameter: Tensor) -> bool:

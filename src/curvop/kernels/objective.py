@@ -55,6 +55,8 @@ _ALIKE = 1e-3  # relative difference below which two losses say little about the
 T = TypeVar("T")
 
 
+#: ``(leaves, batch) -> result``.
+Evaluation = Callable[[Mapping[str, Tensor], Any], T]
 #: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
 BatchWeight = Callable[[Any], float]
 
@@ -151,7 +153,9 @@ class Objective(abc.ABC):
         self.ordered = isinstance(data, list | tuple)
         self.told: set[str] = set()
         self._share: Share | None = None
-        self._looked_at: set[str] = set()
+        self._searched: set[str] = set()  # what a whole pass was searched for
+        self._searching: set[str] = set()
+        self._keeps_flags: bool | None = None
         self._depends = False  # whether anything was seen to depend on a parameter
         self.curved: bool | None = None
         self._last: Totals | None = None
@@ -228,11 +232,15 @@ class Objective(abc.ABC):
     def _seen(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches; until a pass is over, remember two by which their weights can be verified."""
         pair = self._pair = BatchPair() if self.batching is None and self._assumes_weights() else None
-        for index, batch in enumerate(batches):
-            self._check_batch(index, batch)
-            if pair is not None:
-                pair.see(index, batch)
-            yield batch
+        try:
+            for index, batch in enumerate(batches):
+                self._check_batch(index, batch)
+                if pair is not None:
+                    pair.see(index, batch)
+                yield batch
+        except BaseException:  # also where a pass is given up
+            self._pair = None
+            raise
 
     def _check_batch(self, index: int, batch: Any) -> None:  # noqa: B027  # most objectives take any
         """Refuse a batch that the objective cannot take."""
@@ -276,35 +284,71 @@ class Objective(abc.ABC):
                 "torch.no_grad(), from .detach() or .data, or from other tensors; compute it from the parameters that "
                 "the model is given"
             )
+        self._searched, self._searching = self._searched | self._searching, set()
         self.verify_batching(totals)
         self.warn_once(len(totals.weights))
 
-    def _run(self, function: Callable[[Any], T], leaves: Mapping[str, Tensor], batch: Any, what: str = "loss") -> T:
-        """Return ``function(batch)``, with `leaves` in the places of the parameters, and everything put back.
+    def _run(self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str) -> T:
+        """Return ``function(leaves, batch)`` with `leaves` in the places of the parameters, and put everything back.
 
-        The graph of the tensors that are returned is searched for parameters, until `what` is known to be sound.
+        In the first pass that evaluates `what`, the graph of the result is searched for parameters that are reached in
+        other ways.
         """
-        users = {} if what in self._looked_at else self._users_tensors()
+        with arrays_explained(batch):
+            self._searching.add(what)
+            if self._keeps_flags is None:
+                self._keeps_flags = self._needs_flags(function, leaves, batch, what)
+                for leaf in leaves.values() if self._keeps_flags else ():
+                    leaf.requires_grad_()
+            return self._run_once(function, leaves, batch, what, bool(self._keeps_flags))
+
+    def _run_once(
+        self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str, keeps_flags: bool
+    ) -> T:
+        users = {} if what in self._searched else self._users_tensors()
 
         def run(own: Any) -> T:
             _require_grad(users)
-            found = function(own)
+            found = function(leaves, own)
             if users:
-                self._look(what, list(leaves_of(found)), users, leaves)
+                self._look(found, users, leaves)
             return found
 
-        with arrays_explained(batch):
-            return self.evaluator(lambda: self.guard.run(run, batch, self.replacements(leaves)))
+        return self.evaluator(lambda: self.guard.run(run, batch, self.replacements(leaves), hold=not keeps_flags))
 
-    def _look(
-        self, what: str, outputs: list[Tensor], users: Mapping[str, Sequence[Tensor]], leaves: Mapping[str, Tensor]
-    ) -> None:
-        """Search the graph of `what` for parameters; raise if it reaches one of the user's tensors itself."""
+    def _needs_flags(self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str) -> bool | None:
+        """Whether code asks which parameters require grad, and its result depends on it; None if all of them do here.
+
+        If it does not, parameters that are not differentiated by are constants: nothing is saved for layers below a
+        block.
+        """
+        others = {id(one): one for module in self.modules for one in module.parameters()}
+        for tensor in (tensor for tensors in self._users_tensors().values() for tensor in tensors):
+            others.pop(id(tensor), None)
+        asked = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        if len(asked) == len(leaves) and not any(one.requires_grad for one in others.values()):
+            return None
+        every = self.leaves(self.params)
+        as_found = self._run_once(function, every, batch, what, keeps_flags=True)
+        try:
+            as_asked = self._run_once(function, leaves, batch, what, keeps_flags=False)
+        except Exception:  # such as an inner loop of training that differentiates by all parameters
+            return True
+        pairs = zip(leaves_of(as_found), leaves_of(as_asked), strict=True)
+        if not all(_agree(*pair) for pair in pairs):
+            return True
+        reached_by = [
+            reached(leaves_of(found), {name: [own[name]] for name in asked})
+            for found, own in ((as_found, every), (as_asked, leaves))
+        ]
+        return reached_by[0] != reached_by[1]
+
+    def _look(self, found: Any, users: Mapping[str, Sequence[Tensor]], leaves: Mapping[str, Tensor]) -> None:
+        """Search the graph of what was evaluated; raise if it reaches one of the user's tensors itself."""
+        outputs = list(leaves_of(found))
         if direct := reached(outputs, users):
             raise ValueError(self._reached_directly(min(direct, key=list(users).index)))
-        if reached(outputs, {name: [leaf] for name, leaf in leaves.items()}):
-            self._looked_at.add(what)
-            self._depends = True
+        self._depends = self._depends or bool(reached(outputs, {name: [leaf] for name, leaf in leaves.items()}))
 
     def _reaches(self) -> bool:
         """Return whether the loss of any batch depends on any of the parameters."""
@@ -361,7 +405,7 @@ class Objective(abc.ABC):
             Empty if it does not differ; None if nothing can be said.
         """
         weights = tuple(totals.weights[number] for number in numbers)
-        both = self.evaluate(self.leaves(()), numbers[0], batches[2]).value
+        both = self.evaluate(self.leaves(self.params if self._keeps_flags else ()), numbers[0], batches[2]).value
         losses = [totals.losses[number] / weight for number, weight in zip(numbers, weights, strict=True)]
         losses.append(float(both))
         rounding, scale = self.epsilon(both) ** (2 / 3), sum(map(abs, losses))
@@ -369,9 +413,12 @@ class Objective(abc.ABC):
             return None
         asked = None if self.reduction == "sum" else weights
         if asked is None or abs(losses[0] - losses[1]) > _ALIKE * scale:
-            return disagreement(losses, asked, rounding * scale)
+            found = disagreement(losses, asked, rounding * scale)
+            if not found:
+                return ""
+        # The matrix is that of the gradient, which decides: losses may be rounding errors, or differ by a constant.
         gradients = [self._gradient(batch) for batch in batches]
-        direction = gradients[0] - gradients[1]
+        direction = gradients[0] - gradients[1] if asked else gradients[2]
         size, scale = float(direction.norm()), sum(float(gradient.norm()) for gradient in gradients)
         if not size > _ALIKE * scale:  # they are alike, whatever their weights
             return None
@@ -450,7 +497,7 @@ class Objective(abc.ABC):
         values = {name: value.detach() for name, value in self.params.items()}
         if self._renormalised:
             values = {name: value.clone() for name, value in values.items()}
-        return {name: value.requires_grad_(name in names) for name, value in values.items()}
+        return {name: value.requires_grad_(name in names or bool(self._keeps_flags)) for name, value in values.items()}
 
     def slow_backends(self) -> AbstractContextManager[None]:
         """Choose backends that can be differentiated twice, for as long as the context lasts."""
@@ -462,7 +509,7 @@ class Objective(abc.ABC):
         Buffers of modules in training mode are copies.
         """
         with at_batch(index):
-            found = self._run(lambda own: self._loss(leaves, own), leaves, batch)
+            found = self._run(self._loss, leaves, batch, "loss")
         return self._checked(found, index, batch)
 
     def _checked(self, found: tuple[Tensor, float | None, Tensor, Tensor | None], index: int, batch: Any) -> BatchLoss:
@@ -528,6 +575,14 @@ class Objective(abc.ABC):
                 "of a mean-reduced loss are weighted by it: pass batch_weight=, a function of the batch"
             )
         return divisor
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether two results are the same to rounding."""
+    if not one.is_floating_point():
+        return True
+    one, other = one.detach(), other.detach()
+    return torch.allclose(one, other, torch.finfo(one.dtype).eps ** (2 / 3), equal_nan=True)
 
 
 def _allows_tf32(backend: Any) -> bool:

@@ -78,7 +78,7 @@ def suspects(modules: Sequence[nn.Module]) -> str:
         return f"dropout is active in {listed(random)}: call model.eval()"
     return (
         "look at dropout and batch normalisation in training mode (call model.eval()), random augmentation in the "
-        "data, shuffling with drop_last=True"
+        "data, shuffling with drop_last=True; if a function reads something that has changed, make a new operator"
     )
 
 

@@ -139,12 +139,11 @@ class SandwichKernel(Kernel):
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of one batch."""
-        prediction = self.objective.predict(leaves, batch)
-        outputs, (cut, parts) = outputs_of(prediction), cut_off(prediction)
-        loss = self.objective.criterion(leaves, cut, index, batch)
-        given = self.given(index, cut, batch)
+        prediction, cut, parts, loss = self.objective.split(leaves, index, batch, cut_off)
+        outputs, given = outputs_of(prediction), self.given(index, cut, batch)
         middle = self.middle(parts, batch, given, lambda create_graph: loss.gradient(parts, create_graph))
-        self.look(middle, parts)
+        if loss.weight:
+            self.look(middle, parts)
         push = Push(outputs, self.cols.of(leaves), self._at_zero)
         pull = LinearMap(outputs, self.rows.of(leaves))
         return _Sandwich(loss.value, loss.weight, push, middle, pull)
@@ -153,9 +152,8 @@ class SandwichKernel(Kernel):
         self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, tangents: Sequence[Tensor]
     ) -> tuple[Tensor, Any, Parts]:
         """Return a batch's loss, its prediction and one product."""
-        prediction = self.objective.traced_prediction(leaves, held, batch)
-        outputs, (cut, parts) = outputs_of(prediction), cut_off(prediction)
-        loss = self.objective.traced_loss(leaves, cut, held, batch)
+        prediction, parts, loss = self.objective.traced_split(leaves, held, batch, cut_off)
+        outputs = outputs_of(prediction)
 
         def derivative(create_graph: bool) -> Parts:
             return torch.autograd.grad(loss, parts, create_graph=create_graph, allow_unused=True)

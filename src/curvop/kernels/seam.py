@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
@@ -13,6 +14,8 @@ from curvop.kernels.batches import batch_size, leaves
 from curvop.kernels.graph import nodes
 
 __all__ = ["BatchPair", "disagreement", "random_subset", "reached"]
+
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
 
 
 def reached(outputs: Iterable[Tensor], inputs: Mapping[str, Sequence[Tensor]]) -> set[str]:
@@ -58,7 +61,7 @@ class BatchPair:
 
 def _figures(batch: Any) -> list[float]:
     """Return the number of examples, of integers that are not negative, as -100 for padding is, and of nonzero ones."""
-    integers = [leaf for leaf in leaves(batch) if not leaf.is_floating_point() and not leaf.is_complex()]
+    integers = [leaf for leaf in leaves(batch) if leaf.dtype in _INTEGERS and leaf.layout == torch.strided]
     parts = batch if isinstance(batch, list | tuple) else [batch]
     return [
         batch_size(*parts) or 0,
@@ -72,7 +75,7 @@ def random_subset(data: Any) -> str:
     if not isinstance(data, DataLoader):
         return ""
     batches = data.batch_sampler if isinstance(data.batch_sampler, BatchSampler) else None
-    sampler: Any = data.sampler if batches is None else batches.sampler
+    sampler: Any = data.sampler if batches is None else getattr(batches, "sampler", None)
     if isinstance(sampler, WeightedRandomSampler):
         return "draws examples by their weights"
     if isinstance(sampler, RandomSampler) and sampler.replacement:
@@ -80,9 +83,11 @@ def random_subset(data: Any) -> str:
     if not isinstance(sampler, RandomSampler | SubsetRandomSampler):
         return ""
     count = len(sampler)
-    if isinstance(sampler, RandomSampler) and count < len(sampler.data_source):
+    if isinstance(sampler, RandomSampler) and count % len(sampler.data_source):
         return f"draws {count:,} of {len(sampler.data_source):,} examples"
-    left = count % batches.batch_size if batches is not None and batches.drop_last else 0
+    # Subclasses that are not initialised lack these.
+    drops, size = (getattr(batches, name, 0) for name in ("drop_last", "batch_size"))
+    left = count % size if drops and size else 0
     return f"shuffles, and drops {left} of {count:,} examples with the last batch" if left else ""
 
 
