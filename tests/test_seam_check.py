@@ -506,10 +506,10 @@ class TestHowTheCodeIsCalled:
 class TestJoining:
     def test_trees(self) -> None:
         a, b = torch.arange(6.0).reshape(3, 2), torch.arange(4.0).reshape(2, 2)
-        pairs = [({"x": a, "n": 1}, [a, a]), ({"x": b, "n": 1}, [b, b])]
+        pairs = [({"x": a, "n": "name"}, [a, a]), ({"x": b, "n": "name"}, [b, b])]
         found = joining.joined(pairs)
         assert torch.equal(found[0]["x"], torch.cat([a, b]))
-        assert found[0]["n"] == 1
+        assert found[0]["n"] == "name"
         assert [part.shape for part in found[1]] == [(5, 2), (5, 2)]
         images = [([torch.ones(1, 2)] * 3, a), ([torch.ones(1, 4)] * 2, b)]
         assert [part.shape for part in joining.joined(images)[0]] == [(1, 2)] * 3 + [(1, 4)] * 2
@@ -522,6 +522,7 @@ class TestJoining:
             ({"a": torch.ones(2)}, {"b": torch.ones(2)}),
             ((torch.ones(2), "first"), (torch.ones(2), "second")),
             ((torch.ones(2),), (torch.ones(2), torch.ones(2))),
+            ({"x": torch.ones(2), "count": 2}, {"x": torch.ones(2), "count": 2}),  # of both there are four
         ],
     )
     def test_what_cannot_be(self, trees: Any) -> None:

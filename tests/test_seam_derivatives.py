@@ -291,6 +291,28 @@ class TestThirdOrder:
 
 
 class TestLinearMaps:
+    @pytest.mark.parametrize("masked", [1, 2, 3])
+    def test_logcumsumexp_behind_a_mask(self, masked: int) -> None:
+        torch.manual_seed(0)
+        model, X = nn.Linear(3, 6).double(), torch.randn(4, 3).double()
+        hidden = torch.arange(6) < masked
+
+        def loss_function(z: Tensor, y: Tensor) -> Tensor:
+            sums = z.masked_fill(hidden, -torch.inf).logcumsumexp(-1)[:, masked:]
+            return ((sums - y[:, masked:]) ** 2).mean()
+
+        def elementary(z: Tensor, y: Tensor) -> Tensor:
+            sums = z[:, masked:].exp().cumsum(-1).log()
+            return ((sums - y[:, masked:]) ** 2).mean()
+
+        y = torch.randn(4, 6).double()
+        for kind in (HessianLinearOperator, GGNLinearOperator):
+            found, expected = (
+                kind(model, loss, dict(model.named_parameters()), [(X, y)]) @ np.eye(24)
+                for loss in (loss_function, elementary)
+            )
+            close(found, expected)
+
     @seeded
     def cox(self, how: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
         torch.manual_seed(0)

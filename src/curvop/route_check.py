@@ -1,4 +1,4 @@
-"""What a check tells of products by other routes, and of the gradient."""
+"""Findings of a check on products by other routes, and on the gradient."""
 
 from __future__ import annotations
 

@@ -121,7 +121,8 @@ class Differences(abc.ABC):
     def pushed(self, function: Callable[[list[Any]], list[Tensor]], batches: list[Any], size: float) -> list[Tensor]:
         """Return the derivative of the parts along the direction."""
         ahead, behind = self.both(lambda own: [part.detach() for part in function(own)], batches, size)
-        return [(a - b) / (2 * size) for a, b in zip(ahead, behind, strict=True)]
+        # Where both are infinite, as behind a mask, nothing changes.
+        return [torch.where(a == b, 0.0, a - b) / (2 * size) for a, b in zip(ahead, behind, strict=True)]
 
     def holds(self, seeds: list[Tensor], pushed: list[Tensor], pulled: Mapping[str, Tensor]) -> bool:
         """Whether ``<u, J v>`` by differences is another than ``<J' u, v>`` by autograd."""
@@ -173,7 +174,7 @@ class _GaussNewton(Differences):
         pushed = self.pushed(self.predicted, batches, self.size(step))
         predictions = self.code.run(lambda own: [detached(self.code.predict(batch)) for batch in own], batches)
         outputs = [part for prediction in predictions for part in outputs_of(prediction)]
-        size = step * (norm(outputs) or 1.0) / (norm(pushed) or 1.0)
+        size = step * (norm(map(_unmasked, outputs)) or 1.0) / (norm(pushed) or 1.0)
         ahead, behind = (
             self.code.run(functools.partial(self._slope, predictions, pushed, one), batches) for one in (size, -size)
         )
@@ -199,6 +200,11 @@ class _GaussNewton(Differences):
 
         loss = self.code.criterion([map_leaves(move, prediction) for prediction in predictions], own)
         return gradient_of([loss], moved, None)
+
+
+def _unmasked(part: Tensor) -> Tensor:
+    """Return a prediction without the huge numbers that stand behind a mask."""
+    return part.masked_fill(part.abs() > torch.finfo(part.dtype).max ** 0.5, 0.0)
 
 
 def detached(tree: Any) -> Any:
@@ -240,6 +246,9 @@ class _EmpiricalFisher(Differences):
 
     def _unreduced(self, prediction: Any, y: Any) -> Tensor:
         loss_function: Any = self.code.objective.loss_function  # type: ignore[attr-defined]
+        if loss_kind(loss_function) is None and not all(part.ndim for part in outputs_of(prediction)):
+            loss: Tensor = loss_function(prediction, y)  # a prediction without dimensions is one example
+            return loss[None]
         if loss_kind(loss_function) is None:
             count = len(outputs_of(prediction)[0])
             if count > _MOST_EXAMPLES:
@@ -260,7 +269,7 @@ class _EmpiricalFisher(Differences):
 class _Jacobian(Differences):
     def part(self, batches: list[Any], index: int, step: float) -> Part:
         pushed = self.pushed(self.predicted, batches, self.size(step))
-        seeds = pushed if norm(pushed) else [torch.ones_like(part) for part in pushed]
+        seeds = pushed if norm(pushed) else [torch.linspace(1, 2, p.numel()).cos().to(p).view_as(p) for p in pushed]
         pulled = self.pulled(self.predicted, batches, seeds)
         return Part(torch.cat([part.reshape(-1) for part in pushed]), self.holds(seeds, pushed, pulled))
 

@@ -185,7 +185,9 @@ def _logcumsumexp(function: Callable[..., Any], input: Tensor, dim: int, **kwarg
     total, shift = torch.atleast_1d(input).movedim(dim, 0), 1
     while shift < len(total):
         pairs = torch.stack([total[shift:], total[:-shift]])
-        total, shift = torch.cat([total[:shift], pairs.logsumexp(0)]), 2 * shift
+        empty = (pairs == -torch.inf).all(0)  # of which logsumexp has no derivative
+        sums = pairs.masked_fill(empty, 0.0).logsumexp(0).masked_fill(empty, -torch.inf)
+        total, shift = torch.cat([total[:shift], sums]), 2 * shift
     return total.movedim(0, dim).view_as(input)
 
 

@@ -35,7 +35,7 @@ def not_finite(what: str, index: int, loss: float, where: str) -> str:
 def arrays_explained(batch: Any) -> Iterator[None]:
     """Raise a TypeError with the remedy if the user's code fails on a batch that holds NumPy arrays.
 
-    Code that converts them itself is let run. Other errors, such as a lack of memory, keep their type.
+    Code that converts arrays itself may run. Other errors, such as a lack of memory, keep their type.
     """
     try:
         yield

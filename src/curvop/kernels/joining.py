@@ -70,6 +70,8 @@ def _join(trees: Sequence[Any], sizes: Sequence[int | None], outermost: bool = F
             raise CannotJoinError("they have other lengths")
         parts = [_join(part, sizes) for part in zip(*trees, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    if isinstance(first, int | float) and not isinstance(first, bool):
+        raise CannotJoinError("a number may count what is in the batch")
     if any(not (tree is first or tree == first) for tree in trees):
         raise CannotJoinError(f"a {type(first).__name__} cannot be put together with another")
     return first

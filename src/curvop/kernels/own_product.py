@@ -125,7 +125,7 @@ def _found(kernel: Any, vector: Tensor, dtype: torch.dtype, steps: tuple[float, 
                 sums.add([batches.pop(0)], whole=False)
         if batches:
             with objective._generators.private(objective.devices):
-                whole = len(batches) > 1 and sums.add(batches, whole=True)
+                whole = len(batches) > 1 and sums.predict_apart(batches) and sums.add(batches, whole=True)
                 for one in () if whole else batches:
                     sums.add([one], whole=False)
     return sums.result(whole)
@@ -148,6 +148,15 @@ class _Sums:
         self._unknown = ""
         self._count = 0.0
         self._holds, self._linear, self._reason = False, True, ""
+
+    def predict_apart(self, numbered: list[tuple[int, Any]]) -> bool:
+        """Whether batches can be evaluated as one."""
+        code = self._kind.code
+        try:
+            return code.predicts_apart([code.given(batch) for _, batch in numbered])
+        except Exception:  # whatever does not work is found when it is done batch by batch
+            code.return_to_point()
+            return False
 
     def add(self, numbered: list[tuple[int, Any]], whole: bool) -> bool:
         """Add batches, evaluated as one; return whether that could be done."""

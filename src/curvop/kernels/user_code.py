@@ -193,6 +193,21 @@ class UserCode:
         predictions = [self.predict(batch) for batch in batches]
         return self.criterion(predictions, batches), predictions
 
+    def predicts_apart(self, batches: list[Any]) -> bool:
+        """Whether the loss of batches as one does not depend on the order in which their predictions are made.
+
+        It does if the loss reads what the model has left of the last one.
+        """
+        if isinstance(self.objective, CallableObjective):
+            return True
+
+        def backwards(own: list[Any]) -> Tensor:
+            predictions = [self.predict(batch) for batch in reversed(own)]
+            return self.criterion(predictions[::-1], own).detach()
+
+        forwards = self.run(lambda own: self.loss(own)[0].detach(), batches)
+        return bool(torch.allclose(forwards, self.run(backwards, batches), 1e-6, 0.0, equal_nan=True))
+
     def criterion(self, predictions: list[Any], batches: list[Any]) -> Tensor:
         """Return the loss of predictions for the batches, as one."""
         prediction, y = joined([(one, batch[1]) for one, batch in zip(predictions, batches, strict=True)])
