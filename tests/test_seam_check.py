@@ -101,6 +101,24 @@ class TestWhatAnOperatorMisses:
         assert {"finite differences", "gradient"} <= set(wrong(report)), report
         assert "parameters that the loss reaches" in report["finite differences"].remedy
 
+    def test_a_term_of_the_loss_that_the_model_leaves_in_an_attribute(self) -> None:
+        net, X, y = classification()
+
+        class Leaving(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net, self.hidden = net, None
+
+            def forward(self, X: Tensor) -> Tensor:
+                self.hidden = net[1](net[0](X))
+                return net[2](self.hidden)
+
+        model = Leaving()
+        loss_function = lambda z, y: F.cross_entropy(z, y) + model.hidden.square().mean()  # noqa: E731
+        data = [(X[:12], y[:12]), (X[12:], y[12:])]
+        report = check(HessianLinearOperator(model, loss_function, dict(model.named_parameters()), data), rng=0)
+        assert report.verdict.startswith("sound"), report  # though the term is that of the last batch
+
     @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
     def test_a_penalty_whose_gradient_is_zero_here(self, activation: Any, monkeypatch) -> None:
         model, X, y = classification()
