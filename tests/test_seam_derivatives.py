@@ -154,10 +154,9 @@ class TestThirdOrder:
     def test_models_that_predict_derivatives(self, name: str, engine: str) -> None:
         self.compare(*penalties(name, by_autograd), engine)
 
-    @pytest.mark.parametrize("engine", ENGINES)
     @pytest.mark.parametrize("name", ["layer", *slow("batch", "instance")])
-    def test_models_that_predict_second_derivatives(self, name: str, engine: str) -> None:
-        self.compare(*penalties(name, twice_by_autograd), engine)
+    def test_models_that_predict_second_derivatives(self, name: str) -> None:
+        self.compare(*penalties(name, twice_by_autograd), "autograd")
 
     @pytest.mark.parametrize(
         "derivative", [by_transform, by_forward_mode, twice_by_transforms], ids=lambda f: f.__name__
@@ -515,7 +514,7 @@ class TestPredictionsWithoutDimensions:
         assert check(A, rng=0).ok
         assert check(A.T, rng=0).ok
 
-    @pytest.mark.parametrize("options", [{}, {"cache": 0}, {"columns": 1}, *slow({"engine": "compiled"})], ids=str)
+    @pytest.mark.parametrize("options", [{}, {"cache": 0}, {"columns": 1}], ids=str)
     @pytest.mark.parametrize(
         ("kind", "loss"),
         [
@@ -528,6 +527,14 @@ class TestPredictionsWithoutDimensions:
         ],
     )
     def test_matrices(self, kind: str, loss: Any, options: dict[str, Any]) -> None:
+        self.compare(kind, loss, options)
+
+    @pytest.mark.slow  # each shape of batch is compiled by itself
+    @pytest.mark.parametrize(("kind", "loss"), [("squeezed", nn.MSELoss()), ("tree", fourth_powers)])
+    def test_matrices_compiled(self, kind: str, loss: Any) -> None:
+        self.compare(kind, loss, {"engine": "compiled", "columns": 1})
+
+    def compare(self, kind: str, loss: Any, options: dict[str, Any]) -> None:
         model, data = self.problem(kind)
         leaves, params = list(model.parameters()), dict(model.named_parameters())
         divisor = sum(flat(model(X)).numel() for X, _ in data) if loss.reduction == "mean" else 1
