@@ -553,6 +553,16 @@ class TestWeightsOfBatches:
         close(of(H), expected)
         close(of(HessianLinearOperator(model, squared, named(model), [(X, y)])), expected)  # a single one needs none
 
+    def test_weights_that_cannot_be_verified_are_not_called_sound(self) -> None:
+        torch.manual_seed(0)
+        w = torch.randn(3, 2).double()
+        objective = lambda params, batch: (batch["x"] @ params["w"] - batch["y"]).square().mean()  # noqa: E731
+        sizes = (7, 2)  # along the second dimension: of the first, T, nobody can tell
+        data = [{"x": torch.randn(5, n, 3).double(), "y": torch.randn(5, n, 2).double()} for n in sizes]
+        report = check(HessianLinearOperator.from_objective(objective, {"w": w}, data), rng=0, progress=False)
+        assert report["weights of batches"].status == "not applicable"
+        assert "not verified" in report["weights of batches"].text
+
     @pytest.mark.parametrize("engine", ["autograd", *slow("compiled")])
     def test_an_objective_that_averages_over_valid_labels(self, engine: str) -> None:
         torch.manual_seed(0)

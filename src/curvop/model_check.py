@@ -125,6 +125,11 @@ def model_findings(seen: Any) -> Iterator[Finding]:
     yield from _modes(seen, random)
     if seen.batching:
         yield Finding("weights of batches", WRONG, seen.batching, remedy=seen.batching_remedy)
+    elif seen.unverified:
+        text = (
+            "not verified, as no two batches can be evaluated as one: it is assumed that the loss is a mean over each"
+        )
+        yield Finding("weights of batches", NOT_APPLICABLE, text)
     reached = not seen.unreached
     yield Finding(
         "parameters reached",

@@ -68,6 +68,8 @@ class Inspection:
         Whether the model is made of modules, so that it could be looked into.
     batching, batching_remedy : str
         How the loss of two batches as one contradicts their weights, empty if it does not; and what to do about it.
+    unverified : bool
+        Whether the weights are an assumption, and no two batches could be compared.
     """
 
     dtype: str
@@ -82,6 +84,7 @@ class Inspection:
     unreached: list[str]
     looked_into: bool
     batching: str
+    unverified: bool
     batching_remedy: str = BATCHING_REMEDY
 
 
@@ -132,4 +135,5 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
         unreached=[name for name in names if name in unreached],
         looked_into=any(True for module in objective.modules for _ in module.parameters()),
         batching=objective.batching or "",
+        unverified=objective.unverified,
     )

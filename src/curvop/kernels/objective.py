@@ -21,17 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.backends import cuda, cudnn
 
-from curvop.kernels.batches import at_batch, on_device, to_device, told
+from curvop.kernels.batches import at_batch, on_device, told
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.cuda import begin_on
 from curvop.kernels.differentiable import Evaluator, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
 from curvop.kernels.generators import Generators
 from curvop.kernels.guard import Guard
-from curvop.kernels.joining import joined
 from curvop.kernels.passes import Totals, precision
 from curvop.kernels.preflight import batchwise_modules, cautions, random_modules, suspects
-from curvop.kernels.seam import BatchPair, disagreement, random_subset, reached
+from curvop.kernels.seam import BatchPair, compared_as_one, random_subset, reached
 from curvop.kernels.state import Fingerprint, Watch, settings_of
 from curvop.kernels.weights import check_loss, checked_weight
 
@@ -50,7 +49,6 @@ ZERO_MATRIX = (
 )
 # NVIDIA's TF32 has the range of float32, and 10 bits behind the binary point.
 _TF32_EPSILON = 2.0**-10
-_ALIKE = 1e-3  # relative difference below which two losses say little about their weights
 
 T = TypeVar("T")
 
@@ -161,6 +159,7 @@ class Objective(abc.ABC):
         self._last: Totals | None = None
         self._pair: BatchPair | None = BatchPair()
         self.batching: str | None = None
+        self.unverified = False  # whether no two batches could be compared
         self._watch = Watch(self.modules, params, data)
         parts = [part for module in modules for part in module.modules()]
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
@@ -386,44 +385,8 @@ class Objective(abc.ABC):
         if random_modules(self.modules) or batchwise_modules(self.modules):  # which are warned of by themselves
             return
         with self._generators.private(self.devices):
-            for (index, first), (other, second) in pair.candidates():
-                found = None
-                # Some batches cannot be joined, and some models cannot take batches of another size.
-                with contextlib.suppress(Exception):
-                    parts = [to_device(batch, self.device) for batch in (first, second)]
-                    found = self._disagreement(totals, (index, other), (*parts, joined(parts)))
-                if found is not None:
-                    self.batching = f"batches {index} and {other}: {found}" if found else ""
-                    return
-
-    def _disagreement(self, totals: Totals, numbers: tuple[int, int], batches: tuple[Any, Any, Any]) -> str | None:
-        """Say how the loss of two batches as one, the last, differs from what their weights say.
-
-        Returns
-        -------
-        str or None
-            Empty if it does not differ; None if nothing can be said.
-        """
-        weights = tuple(totals.weights[number] for number in numbers)
-        both = self.evaluate(self.leaves(self.params if self._keeps_flags else ()), numbers[0], batches[2]).value
-        losses = [totals.losses[number] / weight for number, weight in zip(numbers, weights, strict=True)]
-        losses.append(float(both))
-        rounding, scale = self.epsilon(both) ** (2 / 3), sum(map(abs, losses))
-        if not math.isfinite(scale):
-            return None
-        asked = None if self.reduction == "sum" else weights
-        if asked is None or abs(losses[0] - losses[1]) > _ALIKE * scale:
-            found = disagreement(losses, asked, rounding * scale)
-            if not found:
-                return ""
-        # The matrix is that of the gradient, which decides: losses may be rounding errors, or differ by a constant.
-        gradients = [self._gradient(batch) for batch in batches]
-        direction = gradients[0] - gradients[1] if asked else gradients[2]
-        size, scale = float(direction.norm()), sum(float(gradient.norm()) for gradient in gradients)
-        if not size > _ALIKE * scale:  # they are alike, whatever their weights
-            return None
-        along = [float(gradient @ direction) / size for gradient in gradients]
-        return disagreement(along, asked, rounding * scale)
+            found = compared_as_one(self, totals, pair)
+        self.batching, self.unverified = found or "", found is None
 
     def epsilon(self, loss: Tensor) -> float:
         """Return the unit roundoff of the lowest precision in a product: of parameters, loss, autocast, TF32."""
@@ -436,13 +399,6 @@ class Objective(abc.ABC):
             if _allows_tf32(cuda.matmul) or (convolves and _allows_tf32(cudnn)):
                 eps = max(eps, _TF32_EPSILON)
         return eps
-
-    def _gradient(self, batch: Any) -> Tensor:
-        leaves = self.leaves(self.params)
-        parts = self.evaluate(leaves, 0, batch).gradient(list(leaves.values()))
-        pairs = zip(parts, leaves.values(), strict=True)
-        flat = [torch.zeros_like(leaf) if part is None else part for part, leaf in pairs]
-        return torch.cat([part.detach().reshape(-1).to(self.device) for part in flat])
 
     def warn_once(self, batches: int, *, aloud: bool = True) -> None:
         """Warn of what makes a matrix over so many batches another than the user may mean, of each thing once."""

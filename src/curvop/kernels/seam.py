@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from curvop.kernels.batches import batch_size, leaves
+from curvop.kernels.batches import batch_size, leaves, to_device
 from curvop.kernels.graph import nodes
+from curvop.kernels.joining import joined
 
-__all__ = ["BatchPair", "disagreement", "random_subset", "reached"]
+if TYPE_CHECKING:
+    from curvop.kernels.objective import Objective
+    from curvop.kernels.passes import Totals
 
+__all__ = ["BatchPair", "compared_as_one", "disagreement", "random_subset", "reached"]
+
+_ALIKE = 1e-3  # relative difference below which two losses say little about their weights
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
 
 
@@ -89,6 +97,54 @@ def random_subset(data: Any) -> str:
     drops, size = (getattr(batches, name, 0) for name in ("drop_last", "batch_size"))
     left = count % size if drops and size else 0
     return f"shuffles, and drops {left} of {count:,} examples with the last batch" if left else ""
+
+
+def compared_as_one(objective: Objective, totals: Totals, pair: BatchPair) -> str | None:
+    """Say how the loss of two batches as one contradicts their weights; nothing if it does not.
+
+    None if no two batches can be compared: they cannot be joined, or the model cannot take batches of another size, or
+    all are alike.
+    """
+    for (index, first), (other, second) in pair.candidates():
+        with contextlib.suppress(Exception):
+            parts = [to_device(batch, objective.device) for batch in (first, second)]
+            found = _compared(objective, totals, (index, other), (*parts, joined(parts)))
+            if found is not None:
+                return f"batches {index} and {other}: {found}" if found else ""
+    return None
+
+
+def _compared(
+    objective: Objective, totals: Totals, numbers: tuple[int, int], batches: tuple[Any, Any, Any]
+) -> str | None:
+    """Compare two batches with both as one, the last; None if nothing can be said."""
+    weights = [totals.weights[number] for number in numbers]
+    both = objective.evaluate(objective.leaves(()), numbers[0], batches[2]).value
+    losses = [totals.losses[number] / weight for number, weight in zip(numbers, weights, strict=True)]
+    losses.append(float(both))
+    rounding, scale = objective.epsilon(both) ** (2 / 3), sum(map(abs, losses))
+    if not math.isfinite(scale):
+        return None
+    asked = None if objective.reduction == "sum" else weights
+    decisive = asked is None or abs(losses[0] - losses[1]) > _ALIKE * scale
+    if decisive and not disagreement(losses, asked, rounding * scale):
+        return ""
+    # The matrix is that of the gradient, which decides: losses may be rounding errors, or differ by a constant.
+    gradients = [_gradient(objective, batch) for batch in batches]
+    direction = gradients[0] - gradients[1] if asked else gradients[2]
+    size, scale = float(direction.norm()), sum(float(gradient.norm()) for gradient in gradients)
+    if not size > _ALIKE * scale:  # they are alike, whatever their weights
+        return None
+    along = [float(gradient @ direction) / size for gradient in gradients]
+    return disagreement(along, asked, rounding * scale)
+
+
+def _gradient(objective: Objective, batch: Any) -> Tensor:
+    leaves = objective.leaves(objective.params)
+    parts = objective.evaluate(leaves, 0, batch).gradient(list(leaves.values()))
+    pairs = zip(parts, leaves.values(), strict=True)
+    flat = [torch.zeros_like(leaf) if part is None else part for part, leaf in pairs]
+    return torch.cat([part.detach().reshape(-1).to(objective.device) for part in flat])
 
 
 def disagreement(losses: Sequence[float], weights: Sequence[float] | None, limit: float) -> str:
