@@ -19,7 +19,7 @@ class Cost:
     seconds : float
         Median time of a product with one vector, with everything kept that the budget allows.
     gradients : float
-        `seconds` in units of a plain gradient over the same data: the median time of ``torch.autograd.grad`` of the
+        ``seconds`` in units of a plain gradient over the same data: the median time of ``torch.autograd.grad`` of the
         loss by the operator's parameters, with the model and the loss called as a user calls them, summed over the
         batches; the time to read the data does not count. (Of a Jacobian, the loss is the sum of the predictions.)
         Counted in floating-point operations, a product of a Hessian takes at most 2.0 with a kept linearization and 3.0

@@ -264,7 +264,7 @@ class SpectralDensity:
         -------
         BoundedEstimate
             In the shape of `grid`. ``low`` and ``high`` are proved for each probe: every measure with its moments has a
-            share between them. Eigenvalues that equal a point to `resolution` are in ``high`` and not in ``low``: at a
+            share between them. Eigenvalues that equal a point to ``resolution`` are in ``high`` and not in ``low``: at a
             multiple eigenvalue the share is that interval, and the value is its middle. So is that of a cluster that
             the quadrature does not resolve. For a positive `sigma` the value is that of the Gauss quadrature.
         """
@@ -275,7 +275,7 @@ class SpectralDensity:
         return self._at(grid, lambda distances: ndtr(distances / width))
 
     def quantile(self, shares: Any) -> BoundedEstimate:
-        """Estimate the eigenvalues up to which `shares` of all lie; 0.5 for the median.
+        """Estimate the eigenvalues up to which ``shares`` of all lie; 0.5 for the median.
 
         Parameters
         ----------
@@ -285,7 +285,7 @@ class SpectralDensity:
         Returns
         -------
         BoundedEstimate
-            In the shape of `shares`, in the units of the eigenvalues. The value is where `cdf` reaches the share.
+            In the shape of ``shares``, in the units of the eigenvalues. The value is where `cdf` reaches the share.
             ``low`` and ``high`` are where its upper and its lower bound do: infinite if they do nowhere. The error is
             half of the distance between the values for one error bar of `cdf` less and more (Woodruff, 1952), as it
             is beside the value.
