@@ -264,8 +264,8 @@ class SpectralDensity:
         -------
         BoundedEstimate
             In the shape of `grid`. ``low`` and ``high`` are proved for each probe: every measure with its moments has a
-            share between them. Eigenvalues that equal a point to ``resolution`` are in ``high`` and not in ``low``: at a
-            multiple eigenvalue the share is that interval, and the value is its middle. So is that of a cluster that
+            share between them. Eigenvalues that equal a point to ``resolution`` are in ``high`` and not in ``low``: at
+            a multiple eigenvalue the share is that interval, and the value is its middle. So is that of a cluster that
             the quadrature does not resolve. For a positive `sigma` the value is that of the Gauss quadrature.
         """
         grid = np.asarray(grid, dtype=np.float64)
