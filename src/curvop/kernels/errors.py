@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["NonDeterministicObjectiveError", "NonFiniteProductError", "arrays_explained", "not_finite"]
+__all__ = ["NonDeterministicObjectiveError", "NonFiniteProductError", "arrays_explained", "first_line", "not_finite"]
 
 
 class NonFiniteProductError(ArithmeticError):
@@ -29,6 +29,11 @@ def not_finite(what: str, index: int, loss: float, where: str) -> str:
         f"the {what} is not finite at batch {index} in {where} (the loss of that batch is {loss:.6g}): look there for "
         "NaN"
     )
+
+
+def first_line(error: Exception) -> str:
+    """Return the kind of an error and the beginning of its message, for a report."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 @contextlib.contextmanager

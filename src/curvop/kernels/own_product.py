@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvop.kernels.differences import DIFFERENCES, Differences, detached, norm
+from curvop.kernels.errors import first_line
 from curvop.kernels.layout import BatchLayout
 from curvop.kernels.objective import Objective
 from curvop.kernels.user_code import UserCode, Values
@@ -167,7 +168,7 @@ class _Sums:
         except Exception as error:  # whatever a model does that cannot be done in this dtype, or for want of memory
             self._clear()
             self._kind.code.return_to_point()
-            self._reason = "" if whole else _first_line(error)
+            self._reason = "" if whole else first_line(error)
             return False
         return True
 
@@ -204,7 +205,7 @@ class _Sums:
             if not self._unknown and (exact := kind.exact(batches)) is not None:
                 self._exact.append(share * exact.double())
         except Exception as error:  # an operation without a second derivative, or too little memory
-            self._unknown = f"torch cannot: {_first_line(error)}"
+            self._unknown = f"torch cannot: {first_line(error)}"
 
     def result(self, whole: bool) -> OwnProduct:
         """Return what was summed."""
@@ -238,10 +239,6 @@ class _Sums:
             fine=self._steps[0] <= _FINE,
             size=max(norm(gradient.values()), self._kind.change(products[0])),
         )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _total(parts: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from curvop.kernels.double import KINDS, Point
+from curvop.kernels.errors import first_line
 from curvop.kernels.fisher import SampledFisherKernel
 from curvop.kernels.jacobian import JacobianKernel
 from curvop.kernels.kernel import Kernel
@@ -123,14 +124,14 @@ def _forward(kernel: Any, vector: Tensor) -> Route:
             try:
                 at = KINDS[type(kernel)](kernel, point, index, batch)
             except Exception as error:  # whatever a model does that cannot be done in float64
-                return Route(FORWARD, reason=f"not in float64: {_first_line(error)}")
+                return Route(FORWARD, reason=f"not in float64: {first_line(error)}")
             weights.append(at.weight)
             if not at.weight:
                 continue
             try:
                 product = at.weight * at.product(vector).double().detach()
             except Exception as error:  # an operation without this derivative, or too little memory
-                return Route(FORWARD, reason=f"torch cannot: {_first_line(error)}")
+                return Route(FORWARD, reason=f"torch cannot: {first_line(error)}")
             products = [*products, product] if at.by_batch or not products else [products[0] + product]
     divisor = 1.0 if isinstance(kernel, JacobianKernel) else objective.divisor(weights)
     return Route(FORWARD, (torch.cat(products) / divisor,) if products else ())
@@ -148,7 +149,3 @@ def _needed(objective: Objective) -> int:
     parameters = sum(value.numel() for value in leaves.values())
     others = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in objective.tensors()}.values())
     return 8 * (4 * saved // objective.dtype.itemsize + 10 * parameters + 2 * others)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
