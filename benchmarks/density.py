@@ -25,7 +25,7 @@ from reference import finish
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvop import HessianLinearOperator
-from curvop.operator import WrappingLinearOperator
+from curvop.operators.base import WrappingLinearOperator
 from curvop.spectrum import density
 from curvop.spectrum.lanczos import Lanczos
 

@@ -40,9 +40,9 @@ from curvop import (
     check,
 )
 from curvop.distributed import serve
-from curvop.fingerprint import fingerprint
 from curvop.preconditioner import jacobi
 from curvop.spectrum import density
+from curvop.storage.fingerprint import fingerprint
 
 TIMEOUT = 4.0
 

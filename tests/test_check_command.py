@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from curvop.cli import main
+from curvop.cli.main import main
 
 PROBLEMS = """
 import torch

@@ -16,8 +16,8 @@ from test_solve import matrix
 
 from curvop import HessianLinearOperator
 from curvop.problems import digits
-from curvop.records import RecordFileError
 from curvop.spectrum import density
+from curvop.storage.records import RecordFileError
 
 N = 120
 A = matrix(np.r_[np.linspace(0, 1, N - 5), np.linspace(5, 9, 5)])

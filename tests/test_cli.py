@@ -14,8 +14,8 @@ import pytest
 
 import curvop
 from curvop import eigs
-from curvop.cli import main
-from curvop.dense import dense_check
+from curvop.checks.dense_check import dense_check
+from curvop.cli.main import main
 from curvop.examples.functorch import (
     functorch_empirical_fisher,
     functorch_ggn,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvop.kernels.closed_forms import loss_derivative
+from curvop.kernels.losses import loss_divisor
 from curvop.kernels.memory import measured
-from curvop.kernels.weights import loss_divisor
 
 CLOSED = [name for name in LOSSES if name.startswith(("mse", "ce", "bce", "f-"))]
 SHAPES = {"matrix": (N, 3), "sequence": (N, 3, 4), "image": (2, 3, 2, 2), "one": (3,)}

@@ -19,7 +19,7 @@ from curvop import (
     HessianLinearOperator,
     JacobianLinearOperator,
 )
-from curvop.cost import Cost, medians, seconds
+from curvop.operators.cost import Cost, medians, seconds
 
 
 @pytest.fixture(scope="module")

@@ -34,11 +34,11 @@ from torch import nn
 
 from curvop import GGNLinearOperator, HessianLinearOperator
 from curvop.distributed import serve
+from curvop.distributed.partial_sums import Shard
 from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn, functorch_hessian
-from curvop.fingerprint import differing, fingerprint
 from curvop.preconditioner import jacobi, nystrom
-from curvop.shards import Shard
 from curvop.spectrum import density
+from curvop.storage.fingerprint import differing, fingerprint
 
 DENSE = {"hessian": functorch_hessian, "ggn": functorch_ggn, "ef": functorch_empirical_fisher, "fisher": functorch_ggn}
 # Ranks give a sign of life in `TIMEOUT` seconds, or count as dead; on a busy machine they notice later. From the kill:

@@ -29,7 +29,7 @@ from pages import ROOT, Block, blocks
 from torch import nn
 
 import curvop.utils
-from curvop.cli import main
+from curvop.cli.main import main
 from curvop.examples import functorch
 
 PAGES = [ROOT / "README.rst", ROOT / "CONTRIBUTING.rst", *sorted((ROOT / "docs").glob("*.rst"))]

@@ -29,8 +29,8 @@ from curvop import (
     HessianLinearOperator,
     JacobianLinearOperator,
 )
-from curvop.fingerprint import differing, fingerprint, listed, state
-from curvop.kernels.fingerprint import digest
+from curvop.kernels.objective_fingerprint import digest
+from curvop.storage.fingerprint import differing, fingerprint, listed, state
 
 decay = 0.5
 

@@ -24,12 +24,12 @@ from curvop import (
     solve,
     staging,
 )
-from curvop.cli import main
+from curvop.cli.main import main
 from curvop.kernels.batches import on_device
-from curvop.kernels.replay import Recorder
+from curvop.kernels.cuda_graphs import Recorder
+from curvop.operators.transfer import Staging
 from curvop.spectrum import blocks, density, diagonal, eigsh, frobenius_norm, trace, track
 from curvop.spectrum.lanczos import Lanczos
-from curvop.staging import Staging
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 ENGINES = ["autograd", "compiled"]

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 
 import curvop
 from curvop import FisherLinearOperator, HessianLinearOperator, JacobianLinearOperator
-from curvop.journal import JournaledLinearOperator
-from curvop.records import RecordFileError
+from curvop.storage.journal import JournaledLinearOperator
+from curvop.storage.records import RecordFileError
 
 P = 43
 

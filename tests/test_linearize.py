@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvop import HessianLinearOperator, NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.graph import nodes
-from curvop.kernels.hessian import HessianKernel
+from curvop.kernels.hessian_kernel import HessianKernel
 from curvop.kernels.memory import free_bytes, measured
 from curvop.kernels.model_objective import ModelObjective
 

@@ -11,7 +11,7 @@ from cases import Problem, loss_problem
 from distributed_runs import KINDS
 
 from curvop import JacobianLinearOperator
-from curvop.kernels.replay import Recorder, Replayed
+from curvop.kernels.cuda_graphs import Recorder, Replayed
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from curvop.records import RecordFile, RecordFileError
+from curvop.storage.records import RecordFile, RecordFileError
 
 ANY_FILE = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 KINDS = st.one_of(
@@ -245,7 +245,7 @@ class TestOneAtATime:
         assert len(contents(path)) == 1
 
     def test_another_process(self, path) -> None:
-        script = "import sys; from curvop.records import RecordFile; RecordFile(sys.argv[1])"
+        script = "import sys; from curvop.storage.records import RecordFile; RecordFile(sys.argv[1])"
         command = [sys.executable, "-c", script, str(path)]
         with RecordFile(path):
             run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -254,7 +254,7 @@ class TestOneAtATime:
 
     def test_a_killed_process_gives_it_up_at_once(self, path) -> None:
         script = (
-            "import sys, numpy as np; from curvop.records import RecordFile; file = RecordFile(sys.argv[1])\n"
+            "import sys, numpy as np; from curvop.storage.records import RecordFile; file = RecordFile(sys.argv[1])\n"
             "file.append(b'0', np.full(10, 0)); print(flush=True); sys.stdin.read()"
         )
         with subprocess.Popen(

@@ -17,8 +17,8 @@ from test_cli import PROBLEMS
 
 import curvop
 from curvop import JournaledLinearOperator, results, spectrum
-from curvop.cli import main
-from curvop.records import RecordFileError
+from curvop.cli.main import main
+from curvop.storage.records import RecordFileError
 
 SOURCES = sorted(Path(curvop.__file__).parent.rglob("*.py"))
 A = aslinearoperator(np.diag(np.arange(1.0, 9.0)))
@@ -173,7 +173,7 @@ def refuse(event, arguments):
         raise RuntimeError(f"{event} {arguments}")
 
 sys.addaudithook(refuse)
-from curvop.cli import main
+from curvop.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -221,7 +221,7 @@ def test_code_that_lies_around_is_not_run(tmp_path) -> None:
         (folder / f"{name}.py").write_text(trap)
     (tmp_path / "problems.py").write_text(PROBLEMS)
     problem = f"{tmp_path / 'problems.py'}:small"
-    script = "import sys; from curvop.cli import main; sys.exit(main(['check', 'digits']) or main(sys.argv[1:]))"
+    script = "import sys; from curvop.cli.main import main; sys.exit(main(['check', 'digits']) or main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-P", "-c", script, "spectrum", problem, "--k", "1", "--out", str(tmp_path / "study")],
         cwd=folder,

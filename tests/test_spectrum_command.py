@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from test_cli import PROBLEMS
 
-from curvop.cli import main
+from curvop.cli.main import main
 from curvop.examples.functorch import functorch_ggn, functorch_hessian
 from curvop.problems import load
 from curvop.spectrum import BlockStudy, EigenResult, SpectralDensity, eigsh
@@ -299,7 +299,7 @@ def figures(told: Any) -> list[float]:
 
 def test_some_blocks_of_a_run_that_was_killed(run, spec, tmp_path, monkeypatch) -> None:
     """Within the third block: the table shows two, and later all."""
-    out, script = tmp_path / "study", "import sys; from curvop.cli import main; sys.exit(main(sys.argv[1:]))"
+    out, script = tmp_path / "study", "import sys; from curvop.cli.main import main; sys.exit(main(sys.argv[1:]))"
     _, whole, _ = run(spec, "--k", 2, "--blocks", "--out", tmp_path / "whole", "--json")
     (tmp_path / "slow.py").write_text(PROBLEMS + SLOW.replace("hidden=40", "hidden=4"))
     slow = f"{tmp_path / 'slow.py'}:slow"
@@ -496,7 +496,7 @@ def test_a_study_of_something_else(run, spec, tmp_path, changed) -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("1h30m10s", 5410)])
 def test_times(text: str, seconds: float) -> None:
-    from curvop.arguments import parse
+    from curvop.cli.arguments import parse
 
     options = parse(["spectrum", "digits", "--deadline", text])
     assert options is not None

@@ -1,20 +1,20 @@
 """Curvature matrices of PyTorch models as SciPy linear operators."""
 
 from curvop import distributed, preconditioner, spectrum
-from curvop.check import check
-from curvop.check_report import CheckReport
-from curvop.damped import DampedLinearOperator
-from curvop.examples.functorch import functorch_hessian
-from curvop.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
-from curvop.ggn import GGNLinearOperator
-from curvop.hessian import HessianLinearOperator
-from curvop.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
-from curvop.journal import JournaledLinearOperator
+from curvop.checks.check_report import CheckReport
+from curvop.checks.operator_checks import check
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
-from curvop.selection import select
-from curvop.solvers import SolveResult, solve
-from curvop.submatrix import SubmatrixLinearOperator
-from curvop.utils import allclose_report
+from curvop.operators.damped import DampedLinearOperator
+from curvop.operators.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
+from curvop.operators.ggn import GGNLinearOperator
+from curvop.operators.hessian import HessianLinearOperator
+from curvop.operators.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
+from curvop.operators.selection import select
+from curvop.operators.submatrix_operator import SubmatrixLinearOperator
+from curvop.solvers.linear_solve import SolveResult, solve
+from curvop.storage.journal import JournaledLinearOperator
+from curvop.testing.comparison import allclose_report
+from curvop.testing.functorch_reference import functorch_hessian
 
 __version__ = "0.1.0"
 
@@ -42,3 +42,8 @@ __all__ = [
     "solve",
     "spectrum",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names, for tab completion."""
+    return [*__all__, "__version__"]

@@ -2,7 +2,7 @@
 
 import sys
 
-from curvop.cli import main
+from curvop.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,9 +26,9 @@ from curvop import (
     JournaledLinearOperator,
     spectrum,
 )
-from curvop.cli import main
-from curvop.fingerprint import OtherProblemError
-from curvop.records import RecordFileError
+from curvop.cli.main import main
+from curvop.storage.fingerprint import OtherProblemError
+from curvop.storage.records import RecordFileError
 
 
 def journal(directory: Any, A: LinearOperator = DENSE, **options: Any) -> JournaledLinearOperator:

@@ -28,7 +28,7 @@ from curvop import (
     spectrum,
 )
 from curvop.distributed import serve
-from curvop.fingerprint import OtherProblemError
+from curvop.storage.fingerprint import OtherProblemError
 
 
 def checkpoint_of_something_else(tmp: Path) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from curvop.kernels.batches import batch_size
 from curvop.kernels.guard import modules_of, own_batch, replaced
+from curvop.kernels.losses import loss_reduction
 from curvop.kernels.objective import BatchWeight, Objective
 from curvop.kernels.parameters import check_callable, checked_params
-from curvop.kernels.weights import loss_reduction
 
 __all__ = ["CallableObjective"]
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvop.kernels.weights import loss_kind, loss_setting
+from curvop.kernels.losses import loss_kind, loss_setting
 
 __all__ = ["LossDerivative", "class_targets", "loss_derivative"]
 

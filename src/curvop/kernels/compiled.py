@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.kernel import Kernel, Linearization
+from curvop.kernels.losses import check_loss
 from curvop.kernels.passes import precision, same
 from curvop.kernels.tracing import Program, agree, compile_product
-from curvop.kernels.weights import check_loss
 
 __all__ = ["CompiledKernel"]
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from curvop.kernels.batches import map_leaves
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.examples import Examples
-from curvop.kernels.fisher import EmpiricalFisherKernel
-from curvop.kernels.ggn import GGNKernel
-from curvop.kernels.hessian import HessianKernel
-from curvop.kernels.jacobian import JacobianKernel
+from curvop.kernels.fisher_kernel import EmpiricalFisherKernel
+from curvop.kernels.ggn_kernel import outputs_of
+from curvop.kernels.ggn_outer import GGNKernel
+from curvop.kernels.hessian_kernel import HessianKernel
+from curvop.kernels.jacobian_kernel import JacobianKernel
 from curvop.kernels.joining import CannotJoinError, example_of
 from curvop.kernels.layout import BatchLayout
-from curvop.kernels.sandwich import outputs_of
+from curvop.kernels.losses import loss_kind
 from curvop.kernels.user_code import UserCode, Values, gradient_of
-from curvop.kernels.weights import loss_kind
 
 __all__ = ["DIFFERENCES", "Differences", "Part", "detached", "norm"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from curvop.kernels.batches import leaves
+from curvop.kernels.changes import Fingerprint
 from curvop.kernels.objective import BATCHING_REMEDY, Objective
 from curvop.kernels.preflight import batchwise_modules, random_modules
-from curvop.kernels.state import Fingerprint
 
 __all__ = ["Inspection", "inspect"]
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from curvop.kernels.closed_forms import class_targets
-from curvop.kernels.weights import loss_kind, loss_setting
+from curvop.kernels.losses import loss_kind, loss_setting
 
 __all__ = ["Likelihood"]
 

@@ -23,16 +23,16 @@ from torch.backends import cuda, cudnn
 
 from curvop.kernels.batches import at_batch, on_device, told
 from curvop.kernels.batches import leaves as leaves_of
+from curvop.kernels.changes import Fingerprint, Watch, settings_of
 from curvop.kernels.cuda import begin_on
 from curvop.kernels.differentiable import Evaluator, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
 from curvop.kernels.generators import Generators
 from curvop.kernels.guard import Guard
+from curvop.kernels.losses import check_loss, checked_weight
+from curvop.kernels.objective_checks import BatchPair, compared_as_one, random_subset, reached
 from curvop.kernels.passes import Totals, precision
 from curvop.kernels.preflight import batchwise_modules, cautions, random_modules, suspects
-from curvop.kernels.seam import BatchPair, compared_as_one, random_subset, reached
-from curvop.kernels.state import Fingerprint, Watch, settings_of
-from curvop.kernels.weights import check_loss, checked_weight
 
 __all__ = ["BATCHING_REMEDY", "ZERO_MATRIX", "BatchLoss", "BatchWeight", "Objective", "Share"]
 

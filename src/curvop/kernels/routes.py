@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.kernels.double import KINDS, Point
 from curvop.kernels.errors import first_line
-from curvop.kernels.fisher import SampledFisherKernel
-from curvop.kernels.jacobian import JacobianKernel
+from curvop.kernels.fisher_kernel import SampledFisherKernel
+from curvop.kernels.jacobian_kernel import JacobianKernel
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.memory import measured
 from curvop.kernels.objective import Objective
 from curvop.kernels.own_product import OwnProduct, own_product
+from curvop.kernels.reference import KINDS, Point
 
 __all__ = ["DIFFERENCES", "DOUBLE", "FORWARD", "GRADIENT", "REVERSE", "Route", "other_routes"]
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from curvop.kernels.callable_objective import CallableObjective
 from curvop.kernels.differentiable import ElementaryNorms
-from curvop.kernels.double import HeldPadding, in_double
 from curvop.kernels.joining import joined
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import Objective
 from curvop.kernels.preflight import batchwise_modules
+from curvop.kernels.reference import HeldPadding, in_double
 
 __all__ = ["UserCode", "Values", "gradient_of"]
 

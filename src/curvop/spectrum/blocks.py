@@ -15,13 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigvalsh
 
-from curvop.checked import random_generator, whole_number
-from curvop.fingerprint import fingerprint, listed
-from curvop.memory import available_bytes
-from curvop.parameters import ParameterLinearOperator
-from curvop.progress import step_bar
-from curvop.records import RecordFile
-from curvop.results import load_arrays, save_arrays
+from curvop.cli.results import load_arrays, save_arrays
+from curvop.operators.available_memory import available_bytes
+from curvop.operators.parameter_operator import ParameterLinearOperator
+from curvop.operators.progress import step_bar
+from curvop.operators.validation import random_generator, whole_number
 from curvop.spectrum.checkpoint import made, settled_file
 from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.estimators import Estimate
@@ -29,6 +27,8 @@ from curvop.spectrum.groups import block_of, listed_groups
 from curvop.spectrum.lanczos import resolution
 from curvop.spectrum.quadrature import density
 from curvop.spectrum.timed import TimeUpError, end_of
+from curvop.storage.fingerprint import fingerprint, listed
+from curvop.storage.records import RecordFile
 
 __all__ = ["BlockStudy", "blocks"]
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvop.checked import random_generator, real_number, whole_number
-from curvop.norms import column_norms, unit_of
-from curvop.progress import step_bar
+from curvop.operators.progress import step_bar
+from curvop.operators.validation import random_generator, real_number, whole_number
 from curvop.spectrum.bounds import matched_bounds, quadratic_estimates
-from curvop.spectrum.counted import CountedOperator, symmetric_operator
+from curvop.spectrum.counting import CountedOperator, symmetric_operator
 from curvop.spectrum.missed import limits
 from curvop.spectrum.missed import search as search_missed
 from curvop.spectrum.noise import NUM_PRODUCTS, asymmetric, measure
+from curvop.spectrum.norms import column_norms, unit_of
 
 __all__ = ["Certificate", "certify"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvop.fingerprint import OtherProblemError, differing, listed
-from curvop.records import RecordFile
 from curvop.spectrum.lanczos import Lanczos
+from curvop.storage.fingerprint import OtherProblemError, differing, listed
+from curvop.storage.records import RecordFile
 
 __all__ = ["Checkpoint", "made", "settled_file"]
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaincinv, ndtr
 
-from curvop.checked import real_number
-from curvop.results import load_arrays, save_arrays
+from curvop.cli.results import load_arrays, save_arrays
+from curvop.operators.validation import real_number
 from curvop.spectrum.bounded import BoundedEstimate, bounded_mean
-from curvop.spectrum.recurrence import Recurrence, all_rules, beyond_ends, number_of_rules, recurrences
+from curvop.spectrum.gauss_quadrature import Recurrence, all_rules, beyond_ends, number_of_rules, recurrences
 from curvop.spectrum.shares import ShareBounds, known_shares
 
 __all__ = ["SpectralDensity"]

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.checked import random_generator, real_number, whole_number
-from curvop.memory import available_bytes
-from curvop.progress import step_bar
+from curvop.operators.available_memory import available_bytes
+from curvop.operators.progress import step_bar
+from curvop.operators.validation import random_generator, real_number, whole_number
 from curvop.spectrum.certificate import ENDS, Certificate, certify
-from curvop.spectrum.counted import CountedOperator, symmetric_operator
+from curvop.spectrum.counting import CountedOperator, symmetric_operator
 from curvop.spectrum.eigen_methods import METHODS, Task, outermost_first
 from curvop.spectrum.eigen_result import NO_TIME, EigenResult
 from curvop.spectrum.lanczos import device_of

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, lobpcg
 from scipy.sparse.linalg import eigsh as scipy_eigsh
 
-from curvop.memory import check_fits
-from curvop.norms import unit_of
-from curvop.spectrum.counted import CountedOperator
+from curvop.operators.available_memory import check_fits
+from curvop.operators.transfer import aligned
+from curvop.spectrum.counting import CountedOperator
 from curvop.spectrum.missed import search
 from curvop.spectrum.noise import measure
+from curvop.spectrum.norms import unit_of
 from curvop.spectrum.restarted import thick_restart
 from curvop.spectrum.timed import TimeUpError
-from curvop.staging import aligned
 
 __all__ = ["METHODS", "Found", "Task"]
 

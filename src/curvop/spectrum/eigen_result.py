@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from curvop.results import load_arrays, save_arrays
+from curvop.cli.results import load_arrays, save_arrays
 from curvop.spectrum.certificate import Certificate
 
 __all__ = ["NO_TIME", "EigenResult"]

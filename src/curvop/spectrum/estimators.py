@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from scipy.linalg import qr, solve_triangular
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.checked import random_generator, real_operator, whole_number
-from curvop.norms import column_norms, norm, unit_of
+from curvop.operators.validation import random_generator, real_operator, whole_number
+from curvop.spectrum.norms import column_norms, norm, unit_of
 
 __all__ = ["Estimate", "diagonal", "frobenius_norm", "mean_of", "trace"]
 

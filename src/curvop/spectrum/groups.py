@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from curvop.parameters import ParameterLinearOperator
+from curvop.operators.parameter_operator import ParameterLinearOperator
 
 __all__ = ["block_of", "listed_groups"]
 

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from curvop.memory import available_bytes, check_fits
-from curvop.norms import column_norms, dots_of, norms_of
-from curvop.operator import BridgeLinearOperator
+from curvop.operators.available_memory import available_bytes, check_fits
+from curvop.operators.base import BridgeLinearOperator
+from curvop.operators.transfer import LINE, aligned
+from curvop.spectrum.norms import column_norms, dots_of, norms_of
 from curvop.spectrum.orthogonality import OrthogonalityBound, rounding_left
-from curvop.staging import LINE, aligned
 
 Array = NDArray[Any]
 

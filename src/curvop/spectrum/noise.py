@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curvop.norms import column_norms, norm
-from curvop.spectrum.counted import CountedOperator
+from curvop.spectrum.counting import CountedOperator
+from curvop.spectrum.norms import column_norms, norm
 
 __all__ = ["NUM_PRODUCTS", "Noise", "asymmetric", "measure"]
 

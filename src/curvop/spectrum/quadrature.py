@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.checked import random_generator, real_operator, whole_number
-from curvop.fingerprint import fingerprint
-from curvop.memory import available_bytes, check_fits
-from curvop.progress import step_bar
+from curvop.operators.available_memory import available_bytes, check_fits
+from curvop.operators.progress import step_bar
+from curvop.operators.validation import random_generator, real_operator, whole_number
 from curvop.spectrum.checkpoint import Checkpoint
 from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.lanczos import Lanczos, basis_dtype, device_of, resolution, runs_at_once
 from curvop.spectrum.timed import end_of
+from curvop.storage.fingerprint import fingerprint
 
 __all__ = ["density"]
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvop.norms import norm_of
+from curvop.spectrum.norms import norm_of
 from curvop.spectrum.orthogonality import rounding_left
 from curvop.spectrum.timed import TimeUpError
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.operator import BridgeLinearOperator, Rows, WrappingLinearOperator
+from curvop.operators.base import BridgeLinearOperator, Rows, WrappingLinearOperator
 
 __all__ = ["TimeUpError", "TimedOperator", "end_of"]
 

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.checked import real_number, real_operator, whole_number
+from curvop.cli.verdicts import quiet
+from curvop.operators.validation import real_number, real_operator, whole_number
 from curvop.spectrum.eigen import EigenResult, eigsh
-from curvop.verdicts import quiet
 
 __all__ = ["Tracker", "track"]
 

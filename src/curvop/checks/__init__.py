@@ -1,0 +1,1 @@
+"""Checks of an operator before a long study."""

@@ -1,0 +1,175 @@
+"""The ``curvop`` command."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import Any
+
+from curvop import NonDeterministicObjectiveError, NonFiniteProductError, check
+from curvop.checks.dense_check import DenseCheck
+from curvop.cli.arguments import UsageError, operator_settings, parse
+from curvop.cli.eigs_study import evaluated, study
+from curvop.cli.matrices import MATRICES, wrap
+from curvop.cli.problem_loading import ProblemError, describe_error, load, one_line
+from curvop.cli.report import eigs_json, eigs_report, num_products, solve_json, solve_report
+from curvop.cli.results import Result, param_arrays, save, save_arrays
+from curvop.cli.singular import singular_study, wrap_jacobian
+from curvop.cli.spectrum_study import spectrum_study
+from curvop.cli.verdicts import quiet
+from curvop.operators.progress import new_bar
+from curvop.solvers.linear_solve import solve
+from curvop.solvers.preconditioners import nystrom
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the ``curvop`` command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments after the command's name; those of the process by default.
+
+    Returns
+    -------
+    int
+        The exit code: 0 where all is well, 1 where a result does not converge or agree, 2 for a bad argument or
+        problem, 130 after Ctrl-C.
+    """
+    try:
+        options = parse(argv)
+        if options is None:
+            return 2
+        return {"eigs": _eigs, "solve": _solve, "spectrum": _spectrum, "check": _check}[options.command](options)
+    except SystemExit as stop:  # argparse, after --help and --version
+        return int(stop.code or 0)
+    except (UsageError, ProblemError) as error:
+        return _fail(str(error), 2)
+    except (NonDeterministicObjectiveError, NonFiniteProductError) as error:  # in a later pass than the first
+        return _fail(f"the problem cannot be evaluated: {describe_error(error)}", 2)
+    except KeyboardInterrupt:
+        print("curvop: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # after hours of work, the reason and the place in one line
+        return _fail(describe_error(error), 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"curvop: error: {message}", file=sys.stderr)
+    return code
+
+
+def _eigs(options: argparse.Namespace) -> int:
+    """Run ``curvop eigs`` and report each result when it is there."""
+    start = time.perf_counter()
+    results: list[Any] = []
+    # With --json, what a user's problem prints must not mix with the JSON.
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        problem = load(options.problem)
+        with _progress_bar() as bar:
+            for result in _study(problem, options, bar):
+                results.append(result)
+                bar.delay = 0  # the problem can be evaluated: from here on there is progress to show
+                if isinstance(result, DenseCheck) and options.out:
+                    save(options.out, *results)
+                if not options.json:
+                    bar.clear()
+                    print("\n".join(eigs_report(result, options)), end="\n\n", flush=True)
+                    bar.refresh()
+    seconds = time.perf_counter() - start
+    if options.json:
+        print(json.dumps(eigs_json(options, results, seconds), indent=2))
+    else:
+        print(f"in all: {num_products(results):,} products, {seconds:.2f} s, the problem's own time included")
+        if options.out:
+            print(f"eigenpairs: {options.out}")
+    return 0 if all(result.ok for result in results) else 1
+
+
+def _study(problem: dict[str, Any], options: argparse.Namespace, bar: Any) -> Iterator[Result]:
+    common = {name: getattr(options, name) for name in ("tol", "cost", "block")}
+    common["settings"] = operator_settings(options)
+    if options.matrix == "jacobian":
+        return singular_study(problem, k=options.k, bar=bar, **common)
+    return study(problem, matrix=options.matrix, ends=_ends(options), damping=options.damping, bar=bar, **common)
+
+
+def _ends(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """Return which eigenvalues are wanted, and how many; of a semi-definite matrix the least are many zeros."""
+    if options.which:
+        return [(options.which, options.k)]
+    return [("LA", options.k), *([("SA", min(5, options.k))] if options.matrix == "hessian" else [])]
+
+
+def _solve(options: argparse.Namespace) -> int:
+    """Run ``curvop solve``."""
+    with redirect_stdout(sys.stderr) if options.json else nullcontext(), _progress_bar() as bar:
+        problem = load(options.problem)
+        _, operator = wrap(problem, options.matrix, operator_settings(options), options.block, bar)
+        gradient, loss = evaluated(operator)
+        M = None
+        if options.rank:
+            bar.set_description_str("preconditioner")
+            try:
+                M = nystrom(operator, options.rank, options.damping, rng=0)
+            except ValueError as error:
+                raise ProblemError(f"--rank {options.rank}: {one_line(error)}") from error
+        bar.set_description_str("solve")
+        with quiet():
+            result = solve(
+                operator, gradient, damping=options.damping, rtol=options.rtol, preconditioner=M, progress=False
+            )
+    if options.out:
+        save_arrays(options.out, solution=result.solution, gradient=gradient, **param_arrays(operator.params_slices))
+    if options.json:
+        print(json.dumps(solve_json(operator, result, loss, options), indent=2))
+    else:
+        print("\n".join(solve_report(operator, result, loss, options)))
+    return 0 if result.converged and result.negative_curvature is None else 1
+
+
+def _spectrum(options: argparse.Namespace) -> int:
+    """Run ``curvop spectrum``, whose deadline counts from here."""
+    begun = time.monotonic()
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        findings = spectrum_study(load(options.problem), options, begun)
+    print(json.dumps(findings.json(), indent=2) if options.json else findings)
+    return 0 if findings.ok else 1
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Run ``curvop check``."""
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        problem = load(options.problem)
+        part = operator_settings(options), options.block
+        if options.matrix == "jacobian":
+            title, (_, operator) = "Jacobian", wrap_jacobian(problem, *part)
+        else:
+            title, (_, operator) = MATRICES[options.matrix].title, wrap(problem, options.matrix, *part)
+        try:
+            report = check(operator, num_probes=options.probes, rng=0)
+        except Exception as error:  # the user's model, loss and data run here for the first time
+            raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
+    asked = {name: getattr(options, name) for name in ("problem", "matrix", "block")}
+    print(json.dumps(asked | report.json(), indent=2) if options.json else f"{title} of {options.problem}\n{report}")
+    return 0 if report.ok else 1
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Any]:
+    """Give a bar that counts products on stderr, silent while its delay is not over: bad problems end in one line."""
+    terminal = sys.stderr.isatty()
+    # A log keeps the last line, a terminal is left clean.
+    bar = new_bar("first pass", leave=not terminal, delay=0.5, dynamic_ncols=True)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The Jacobian of the predictions, batch after batch, and its transpose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvop.kernels.ggn_kernel import Push, cut_off, outputs_of
+from curvop.kernels.graph import LinearMap
+from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
+from curvop.kernels.layout import BatchLayout, ParameterLayout
+from curvop.kernels.model_objective import ModelObjective
+
+__all__ = ["JacobianKernel", "prediction_sizes", "prediction_sum"]
+
+
+_CHANGED = "it was otherwise when the operator was made, so make a new one"
+
+
+def prediction_sum(prediction: Any, y: Any) -> Tensor:
+    """Return a number by which predictions, and their order, are told from others; stands in for a loss."""
+    flat = _flat(outputs_of(prediction))
+    masked = ~flat.isfinite() | (flat.abs() > torch.finfo(flat.dtype).max ** 0.5)  # entries behind a mask
+    return flat.masked_fill(masked, 0.0) @ torch.arange(1, len(flat) + 1, device=flat.device).to(flat.dtype).cos()
+
+
+prediction_sum.reduction = "sum"  # type: ignore[attr-defined]  # as torch's own losses say it
+prediction_sum.stands_in = True  # type: ignore[attr-defined]  # so that nobody looks at how batches add up
+
+
+def prediction_sizes(objective: ModelObjective) -> list[int]:
+    """Return how many entries the predictions of each batch have, by one forward pass over the data."""
+    leaves = objective.leaves(())
+    with torch.no_grad():
+        predictions = (objective.predict(leaves, batch) for _, batch in objective.batches())
+        return [sum(output.numel() for output in outputs_of(prediction)) for prediction in predictions]
+
+
+class JacobianKernel(Kernel):
+    """Linearizes batches for products with the Jacobian's columns `cols`, or with its transpose.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Entries of each batch's predictions.
+    """
+
+    symmetric = False
+    by_batch = True
+    objective: ModelObjective
+
+    def __init__(self, objective: ModelObjective, cols: Sequence[str], sizes: Sequence[int]) -> None:
+        self.objective = objective
+        self.rows, self.cols = BatchLayout(sizes), ParameterLayout(objective.params, cols)
+        self._sizes = list(sizes)
+        self._at_zero = True
+
+    def move(self) -> bool:
+        """Differentiate linear maps at a point without zeros; if they already were, at zero again."""
+        self._at_zero = not self._at_zero or not isinstance(self.rows, BatchLayout)
+        return not self._at_zero
+
+    def check_count(self, count: int) -> None:
+        """Refuse data of another number of batches than the rows were made for."""
+        if count != len(self._sizes):
+            raise ValueError(f"data yields {count} batches: {_CHANGED}")
+
+    def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
+        """Return what the objective holds."""
+        if index >= len(self._sizes):
+            raise ValueError(f"data yields more than {index} batches: {_CHANGED}")
+        return super().held(leaves, index, batch)
+
+    def product(
+        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, tangents: Sequence[Tensor]
+    ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
+        """Return what stands for a batch's loss, its prediction, and one product."""
+        loss, prediction = self.objective.traced(leaves, held, batch)
+        return loss, prediction, self._map(outputs_of(prediction), leaves).apply(tangents)
+
+    def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
+        """Return the linearization of one batch."""
+        prediction, _, _, loss = self.objective.split(leaves, index, batch, cut_off)
+        outputs = outputs_of(prediction)
+        count = sum(output.numel() for output in outputs)
+        if index >= len(self._sizes) or self._sizes[index] != count:
+            raise ValueError(f"batch {index} has {count} predictions: {_CHANGED}")
+        return self._map(outputs, leaves, loss.value)
+
+    def _map(
+        self, outputs: list[Tensor], leaves: Mapping[str, Tensor], loss: Tensor | None = None
+    ) -> GraphLinearization:
+        loss = torch.zeros(()) if loss is None else loss
+        if isinstance(self.rows, BatchLayout):
+            return _Pushing(loss, Push(outputs, self.cols.of(leaves), self._at_zero), outputs)
+        return _Pulling(loss, outputs, self.rows.of(leaves))
+
+
+class _Pushing(GraphLinearization):
+    def __init__(self, loss: Tensor, push: Push, outputs: list[Tensor]) -> None:
+        self._push = push
+        self._shapes = [output.shape for output in outputs]
+        super().__init__(loss, 1.0, push.roots)
+
+    def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
+        several = tangents[0].shape[: int(batched)]
+        parts = self._push(tangents, batched)
+        whole = [
+            tangents[0].new_zeros(*several, *shape) if part is None else part
+            for part, shape in zip(parts, self._shapes, strict=True)
+        ]
+        return [torch.cat([part.reshape(*several, -1) for part in whole], -1)]
+
+
+class _Pulling(GraphLinearization):
+    def __init__(self, loss: Tensor, outputs: list[Tensor], params: list[Tensor]) -> None:
+        self._pull = LinearMap(outputs, params)
+        self._shapes = [output.shape for output in outputs]
+        super().__init__(loss, 1.0, self._pull.roots)
+
+    def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
+        [vector] = tangents
+        several = vector.shape[: int(batched)]
+        parts = vector.split([shape.numel() for shape in self._shapes], -1)
+        return self._pull(
+            [part.reshape(several + shape) for part, shape in zip(parts, self._shapes, strict=True)], batched
+        )
+
+
+def _flat(outputs: list[Tensor]) -> Tensor:
+    return torch.cat([output.reshape(-1) for output in outputs])

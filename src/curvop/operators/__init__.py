@@ -1,0 +1,1 @@
+"""Curvature matrices as SciPy linear operators."""

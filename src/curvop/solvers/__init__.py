@@ -1,0 +1,6 @@
+"""Damped linear solves and their preconditioners."""
+
+from curvop.solvers.linear_solve import SolveResult, solve
+from curvop.solvers.preconditioners import NystromPreconditioner, jacobi, nystrom
+
+__all__ = ["NystromPreconditioner", "SolveResult", "jacobi", "nystrom", "solve"]

@@ -1,0 +1,1 @@
+"""Dense reference matrices by independent routes, and comparison of arrays."""
