@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.operators.sandwich_operator import SandwichLinearOperator
+from curvop.operators.curvature_operator import SandwichLinearOperator
 
 
 def close(actual: Any, expected: Any) -> None:

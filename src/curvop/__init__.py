@@ -4,13 +4,13 @@ from curvop import distributed, preconditioner, spectrum
 from curvop.checks.check_report import CheckReport
 from curvop.checks.operator_checks import check
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
-from curvop.operators.damped import DampedLinearOperator
+from curvop.operators.base import SubmatrixLinearOperator
 from curvop.operators.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
 from curvop.operators.ggn import GGNLinearOperator
 from curvop.operators.hessian import HessianLinearOperator
 from curvop.operators.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
+from curvop.operators.parameter_operator import DampedLinearOperator
 from curvop.operators.selection import select
-from curvop.operators.submatrix_operator import SubmatrixLinearOperator
 from curvop.solvers.linear_solve import SolveResult, solve
 from curvop.storage.journal import JournaledLinearOperator
 from curvop.testing.comparison import allclose_report

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from curvop.cli.problem_loading import describe_error
+from curvop.operators.error_text import describe_error
 from curvop.testing.functorch_reference import NoHessianError
 
 __all__ = ["DENSE_LIMIT", "DenseCheck", "accuracy", "dense_check", "largest_difference", "rounding"]

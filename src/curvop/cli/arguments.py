@@ -1,6 +1,7 @@
 """What the ``curvop`` command takes."""
 
 import argparse
+import importlib.metadata
 import math
 import os
 import re
@@ -8,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from curvop import __version__
-from curvop.cli.matrices import MATRICES
+from curvop.cli.problem_loading import MATRICES
 from curvop.cli.report import ENDS
 
 __all__ = ["JOURNAL", "UsageError", "operator_settings", "parse"]
@@ -102,7 +102,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="curvop", description="Curvature matrices of PyTorch models as SciPy operators.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"curvop {__version__}")
+    parser.add_argument("--version", action="version", version=f"curvop {importlib.metadata.version('curvop')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     eigs = commands.add_parser(
         "eigs",

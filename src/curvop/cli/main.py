@@ -8,20 +8,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
-from curvop import NonDeterministicObjectiveError, NonFiniteProductError, check
 from curvop.checks.dense_check import DenseCheck
+from curvop.checks.operator_checks import check
 from curvop.cli.arguments import UsageError, operator_settings, parse
-from curvop.cli.eigs_study import evaluated, study
-from curvop.cli.matrices import MATRICES, wrap
-from curvop.cli.problem_loading import ProblemError, describe_error, load, one_line
-from curvop.cli.report import eigs_json, eigs_report, num_products, solve_json, solve_report
-from curvop.cli.results import Result, param_arrays, save, save_arrays
-from curvop.cli.singular import singular_study, wrap_jacobian
+from curvop.cli.eigs_study import evaluated, singular_study, study, wrap_jacobian
+from curvop.cli.problem_loading import MATRICES, ProblemError, load, wrap
+from curvop.cli.report import Result, eigs_json, eigs_report, num_products, param_arrays, save, solve_json, solve_report
 from curvop.cli.spectrum_study import spectrum_study
-from curvop.cli.verdicts import quiet
+from curvop.operators.engine_operator import UNTRUSTED
+from curvop.operators.error_text import describe_error, one_line
 from curvop.operators.progress import new_bar
 from curvop.solvers.linear_solve import solve
 from curvop.solvers.preconditioners import nystrom
+from curvop.spectrum.eigen import without_verdicts
+from curvop.storage.result_files import save_arrays
 
 __all__ = ["main"]
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except (UsageError, ProblemError) as error:
         return _fail(str(error), 2)
-    except (NonDeterministicObjectiveError, NonFiniteProductError) as error:  # in a later pass than the first
+    except UNTRUSTED as error:  # in a later pass than the first
         return _fail(f"the problem cannot be evaluated: {describe_error(error)}", 2)
     except KeyboardInterrupt:
         print("curvop: interrupted", file=sys.stderr)
@@ -119,7 +119,7 @@ def _solve(options: argparse.Namespace) -> int:
             except ValueError as error:
                 raise ProblemError(f"--rank {options.rank}: {one_line(error)}") from error
         bar.set_description_str("solve")
-        with quiet():
+        with without_verdicts():
             result = solve(
                 operator, gradient, damping=options.damping, rtol=options.rtol, preconditioner=M, progress=False
             )

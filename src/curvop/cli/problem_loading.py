@@ -4,24 +4,30 @@ A problem is a dictionary with the four things that every operator of this packa
 ``loss_function``, ``params`` and ``data``.
 """
 
+from __future__ import annotations
+
 import difflib
 import importlib
 import importlib.util
 import inspect
 import math
-import os
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["ProblemError", "describe_error", "digits", "last_layer", "load", "one_line"]
+from curvop.operators.error_text import describe_error, one_line
+from curvop.operators.fisher import EFLinearOperator, FisherLinearOperator
+from curvop.operators.ggn import GGNLinearOperator
+from curvop.operators.hessian import HessianLinearOperator
+from curvop.testing.functorch_reference import functorch_empirical_fisher, functorch_ggn, functorch_hessian
+
+__all__ = ["MATRICES", "Matrix", "ProblemError", "digits", "last_layer", "load", "wrap"]
 
 _KEYS = ("model", "loss_function", "params", "data")
 _FORMS = "'digits', 'path/to/file.py:function' or 'package.module:function'"
@@ -146,42 +152,6 @@ def last_layer(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name.rpartition(".")[0] == module)
 
 
-def describe_error(error: BaseException) -> str:
-    """Describe an exception in one line: its type, its message, where it was raised, and its notes.
-
-    The place is the last line of code that belongs to neither this package nor an installed one, as that is where
-    a user can act; where there is none, no place is named.
-
-    Parameters
-    ----------
-    error : BaseException
-        A caught exception.
-
-    Returns
-    -------
-    str
-        Such as ``"KeyError: 'x' (problem.py:12)"``.
-    """
-    name, message = type(error).__name__, one_line(error)
-    text = f"{name}: {message}" if message else name
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_the_users(frame.filename)]
-    if frames and not isinstance(error, SyntaxError):  # raised by the compiler: the place is in the message already
-        text = f"{text} ({frames[-1].filename}:{frames[-1].lineno})"
-    return ". ".join([text, *(" ".join(note.split()).rstrip(".") for note in getattr(error, "__notes__", ()))])
-
-
-def _is_the_users(filename: str) -> bool:
-    """Return whether a file is neither of this package, nor installed, nor code that was made while running."""
-    folders = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib")] + [str(Path(__file__).parent)]
-    installed = not {"site-packages", "dist-packages"}.isdisjoint(Path(filename).parts)
-    return not (installed or filename.startswith(("<", *(folder + os.sep for folder in folders))))
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception without its line breaks."""
-    return " ".join(str(error).split())
-
-
 def _nearest(name: str, candidates: Iterable[str]) -> str:
     """Return a remark that names the most similar candidate, empty where none is similar."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.4)
@@ -277,3 +247,43 @@ def _validated(problem: object, spec: str) -> dict[str, Any]:
     if isinstance(checked["params"], Iterator):  # model.parameters(): more than one reader is to come
         checked["params"] = list(checked["params"])
     return checked
+
+
+# The symmetric curvature matrices by name, each with the dense reference that it is checked against.
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A kind of matrix: what it is called, its operator, and how it is formed."""
+
+    title: str
+    operator: Callable[..., Any]
+    dense: Callable[..., Tensor]
+
+
+MATRICES = {
+    "hessian": Matrix("Hessian", HessianLinearOperator, functorch_hessian),
+    "ggn": Matrix("Gauss-Newton matrix", GGNLinearOperator, functorch_ggn),
+    "ef": Matrix("empirical Fisher matrix", EFLinearOperator, functorch_empirical_fisher),
+    "fisher": Matrix("Fisher matrix", FisherLinearOperator, functorch_ggn),  # equal for the likelihoods that it takes
+}
+
+
+def wrap(
+    problem: dict[str, Any], matrix: str, settings: dict[str, Any], block: Sequence[str] | None, progress: Any = False
+) -> tuple[Any, Any]:
+    """Return the operators of a problem's matrix, and of the part of it that `block` names.
+
+    Raises
+    ------
+    ProblemError
+        If the problem cannot be wrapped.
+    """
+    try:
+        whole = MATRICES[matrix].operator(**problem, **settings, progress=progress)
+    except (ValueError, TypeError) as error:
+        raise ProblemError(one_line(error)) from error
+    try:
+        return whole, whole if block is None else whole.block(block)
+    except ValueError as error:  # the operator calls this argument 'rows'
+        raise ProblemError(f"--block: {str(error).removeprefix('rows').lstrip(': ')}") from error

@@ -16,20 +16,17 @@ from scipy.sparse.linalg import LinearOperator
 
 from curvop.cli.arguments import JOURNAL, operator_settings
 from curvop.cli.eigs_study import evaluated
-from curvop.cli.findings import Findings
-from curvop.cli.html_report import StudyFiles
-from curvop.cli.matrices import MATRICES, wrap
-from curvop.cli.problem_loading import ProblemError, describe_error, one_line
-from curvop.cli.verdicts import quiet
-from curvop.operators.available_memory import available_bytes, check_fits
+from curvop.cli.html_report import Findings, StudyFiles
+from curvop.cli.problem_loading import MATRICES, ProblemError, wrap
+from curvop.operators.error_text import describe_error, one_line
 from curvop.operators.progress import step_bar
+from curvop.operators.validation import available_bytes, check_fits
 from curvop.spectrum.blocks import blocks
-from curvop.spectrum.counting import CountedOperator
-from curvop.spectrum.eigen import eigsh
+from curvop.spectrum.counting import CountedOperator, TimedOperator, end_of
+from curvop.spectrum.density import density
+from curvop.spectrum.eigen import eigsh, without_verdicts
 from curvop.spectrum.estimators import frobenius_norm, trace
 from curvop.spectrum.lanczos import bytes_of_run, device_of
-from curvop.spectrum.quadrature import density
-from curvop.spectrum.timed import TimedOperator, end_of
 from curvop.storage.fingerprint import OtherProblemError
 from curvop.storage.journal import JournaledLinearOperator, UnrecordedError
 from curvop.storage.records import RecordFileError
@@ -214,7 +211,7 @@ def _eigenvalues(found: Findings, A: LinearOperator, which: str, k: int, seconds
     The same method with and without a deadline: one study takes up the products that the other has recorded.
     """
     try:
-        with quiet():
+        with without_verdicts():
             result = _recalled(A, lambda B, limit: eigsh(B, k, which, method="device", seconds=limit), seconds)
     except TimeoutError:  # of a matrix so small that it is formed
         result = None

@@ -17,16 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvop.distributed.heartbeat import RankError
 from curvop.distributed.partial_sums import Shard
-from curvop.distributed.rank_group import Team
+from curvop.distributed.rank_group import RankError, Team
 from curvop.distributed.serving import Link, Served, Worker, compare
 from curvop.operators.base import Rows
-from curvop.operators.cost import Cost
-from curvop.operators.curvature_operator import CurvatureLinearOperator
-from curvop.operators.engine_operator import TORCH_DTYPES
+from curvop.operators.curvature_operator import CurvatureLinearOperator, SandwichLinearOperator
+from curvop.operators.engine_operator import TORCH_DTYPES, Cost
 from curvop.operators.parameter_operator import ParameterLinearOperator
-from curvop.operators.sandwich_operator import SandwichLinearOperator
 from curvop.storage.fingerprint import differing
 
 __all__ = ["DistributedLinearOperator", "RankError", "serve"]

@@ -11,19 +11,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
-from curvop.kernels.objective_fingerprint import digest
-from curvop.operators.curvature_operator import CurvatureLinearOperator
+from curvop.operators.curvature_operator import CurvatureLinearOperator, SandwichLinearOperator
+from curvop.operators.engine_operator import UNTRUSTED, digest
 from curvop.operators.fisher import GradientCovarianceLinearOperator
-from curvop.operators.sandwich_operator import SandwichLinearOperator
 from curvop.operators.transfer import aligned
 
 __all__ = ["ERRORS", "Shard"]
 
 #: What a product may raise that means the same on whichever part of the data it was raised, by name.
-ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (NonFiniteProductError, NonDeterministicObjectiveError, NotImplementedError)
-}
+ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (*UNTRUSTED, NotImplementedError)}
 
 
 class Shard:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.distributed.heartbeat import RankError
 from curvop.distributed.partial_sums import ERRORS, Shard
-from curvop.distributed.rank_group import Team
+from curvop.distributed.rank_group import RankError, Team
 from curvop.storage.fingerprint import differing, listed
 
 __all__ = ["Link", "Served", "Worker", "compare"]

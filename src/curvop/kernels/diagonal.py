@@ -18,8 +18,8 @@ from curvop.kernels.batches import leading_size, map_leaves
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.errors import NonFiniteProductError, not_finite
 from curvop.kernels.ggn_kernel import Middle, SandwichKernel, cut_off, outputs_of
-from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.memory import out_of_memory
+from curvop.kernels.parameters import ParameterLayout
 
 __all__ = ["write_diagonal"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -16,12 +17,9 @@ import torch
 from torch import Tensor
 
 from curvop.kernels.batches import at_batch, leaves, signature
-from curvop.kernels.changes import Fingerprint
-from curvop.kernels.columns import Columns
-from curvop.kernels.cuda import on_own_stream
-from curvop.kernels.cuda_graphs import Recorder
+from curvop.kernels.changes import Fingerprint, random_state
+from curvop.kernels.cuda_graphs import Recorder, on_own_stream
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError, not_finite
-from curvop.kernels.generators import random_state
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.memory import (
     SHORT_OF_MEMORY,
@@ -34,9 +32,8 @@ from curvop.kernels.memory import (
     tensor_bytes,
 )
 from curvop.kernels.passes import REORDERED, DataReorderedError, Pass, precision, same
-from curvop.kernels.sums import add_sums, set_sums
 
-__all__ = ["Engine"]
+__all__ = ["Columns", "Engine", "add_sums", "set_sums"]
 
 
 class Engine:
@@ -302,3 +299,109 @@ class Engine:
                     if not torch.isfinite(part).all():
                         return not_finite("product", index, float(linearization.loss), self.kernel.rows.label(number))
         return "the product is not finite: the batches are, but their sum overflows"
+
+
+# How many columns of a block are multiplied at once.
+
+_SIZES = (1, 8, 64)
+# Chunks of a size that are timed: the least of them counts, as a busy machine only ever adds to it.
+_MEASURED = 3
+
+
+class Columns:
+    """Cuts blocks into chunks of the size that costs least for each column.
+
+    Batching columns makes one operation of several: a gain where operations are small, a loss where they are large
+    enough already. Which it is, is measured on the first chunks, upwards: a larger size is tried where the one before
+    it paid.
+
+    Parameters
+    ----------
+    setting : int or 'auto'
+        The size of chunks, 1 for columns one by one, or ``'auto'`` to measure.
+    worth : float
+        Seconds that a column takes above which no larger size is tried.
+    """
+
+    def __init__(self, setting: int | str, worth: float = math.inf) -> None:
+        self._worth = worth
+        self._sizes: tuple[int, ...] = _SIZES if setting == "auto" else (int(setting),)
+        self._taken: dict[int, list[float]] = defaultdict(list)
+
+    def chunks(self, count: int, room: Callable[[], int], clock: Callable[[], float]) -> Iterator[tuple[int, int]]:
+        """Yield the bounds of chunks of `count` columns; what is done between one and the next is timed.
+
+        Parameters
+        ----------
+        room : callable
+            Returns for how many columns' temporaries there is memory.
+        clock : callable
+            Returns the seconds at which the device has done what it was asked to.
+        """
+        if count == 1:
+            yield 0, 1
+            return
+        start, most = 0, room()
+        while start < count:
+            left = count - start
+            size = min(self._size(left, most), left)
+            measuring = left > 1 and size in self._sizes and not self._known(size)
+            began = clock() if measuring else 0.0
+            yield start, start + size
+            if measuring:
+                self._taken[size].append((clock() - began) / size)
+            start += size
+
+    def forget(self) -> None:
+        """Measure anew."""
+        self._taken.clear()
+
+    def shrink(self) -> bool:
+        """Make chunks smaller from now on; return whether they can be."""
+        largest = self._sizes[-1]
+        self._sizes = self._sizes[:-1] or (max(1, largest // 2),)
+        return largest > 1
+
+    def one_by_one(self) -> None:
+        """Batch no columns any more: some operation cannot."""
+        self._sizes = (1,)
+
+    def _size(self, left: int, room: int) -> int:
+        if len(self._sizes) == 1:
+            return max(1, min(self._sizes[0], room))
+        best = 1
+        for size in self._sizes:
+            if size > min(left, room):
+                break
+            if not self._known(size):
+                return size if size == 1 or self._seconds(best) <= self._worth else best
+            if self._seconds(size) > self._seconds(best):
+                break
+            best = size
+        return best
+
+    def _known(self, size: int) -> bool:
+        return len(self._taken[size]) == _MEASURED
+
+    def _seconds(self, size: int) -> float:
+        """Return what a column takes in chunks of `size`; the first chunk paid for what is prepared once."""
+        return min(self._taken[size][1:])
+
+
+# Adding a batch's products to the sums over all.
+
+
+def set_sums(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: float) -> None:
+    """Begin sums; their share is 1. Cheaper than to add to zero, where the sums are in another precision."""
+    for total, cotangent in zip(totals, cotangents, strict=True):
+        if cotangent is None:
+            total.zero_()
+        else:
+            total.copy_(cotangent)
+
+
+def add_sums(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: float) -> None:
+    """Add a batch's cotangents, times its share, to sums that are begun."""
+    for total, cotangent in zip(totals, cotangents, strict=True):
+        if cotangent is not None:
+            total.add_(cotangent, alpha=share)

@@ -6,7 +6,13 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["NonDeterministicObjectiveError", "NonFiniteProductError", "arrays_explained", "first_line", "not_finite"]
+__all__ = [
+    "NonDeterministicObjectiveError",
+    "NonFiniteProductError",
+    "arrays_explained",
+    "first_line",
+    "not_finite",
+]
 
 
 class NonFiniteProductError(ArithmeticError):

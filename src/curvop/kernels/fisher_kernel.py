@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.kernels.examples import Examples
 from curvop.kernels.ggn_kernel import Middle, Parts, SandwichKernel, cut_off, outputs_of
 from curvop.kernels.graph import LinearMap
-from curvop.kernels.layout import ParameterLayout
-from curvop.kernels.likelihoods import Likelihood
+from curvop.kernels.losses import Examples, Likelihood
 from curvop.kernels.model_objective import ModelObjective
+from curvop.kernels.parameters import ParameterLayout
 
 __all__ = ["EmpiricalFisherKernel", "SampledFisherKernel", "gradient_sum"]
 

@@ -19,7 +19,7 @@ from curvop.kernels.graph import LinearMap
 from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
 from curvop.kernels.model_objective import ModelObjective
 
-__all__ = ["Middle", "Parts", "Push", "SandwichKernel", "cut_off", "outputs_of"]
+__all__ = ["GGNKernel", "Middle", "Parts", "Push", "SandwichKernel", "cut_off", "outputs_of"]
 
 Parts = Sequence[Tensor | None]
 
@@ -211,3 +211,31 @@ class _Sandwich(GraphLinearization):
 
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Parts:
         return self._pull(self._middle(self._push(tangents, batched), batched), batched)
+
+
+# The generalized Gauss-Newton matrix, :math:`J^\top \nabla^2_z \ell \, J` (Schraudolph, 2002, section 3).
+
+
+class GGNKernel(SandwichKernel):
+    """Linearizes batches for products with the Gauss-Newton block of the parameters `rows` and `cols`."""
+
+    def middle(
+        self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+    ) -> Middle:
+        """Return the loss's Hessian by the prediction."""
+        return _LossHessian(derivative(True), outputs)
+
+    def look(self, middle: Middle, outputs: list[Tensor]) -> None:
+        """Look whether the loss has a second derivative, until it has."""
+        if not self.objective.curved:
+            probes = [torch.linspace(1, 2, part.numel()).cos().to(part).view_as(part) for part in outputs]
+            self.objective.curved = any(part is not None and bool(part.any()) for part in middle(probes))
+
+
+class _LossHessian(Middle):
+    def __init__(self, derivative: Parts, outputs: list[Tensor]) -> None:
+        self._map = LinearMap(derivative, outputs).check_differentiable()
+        self.roots = self._map.roots
+
+    def __call__(self, vectors: Parts, batched: bool = False) -> Parts:
+        return self._map(vectors, batched)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from curvop.kernels.errors import NonFiniteProductError, not_finite
-from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.objective import Objective
+from curvop.kernels.parameters import ParameterLayout
 
 __all__ = ["gradient_and_loss", "plain_gradient_seconds"]
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from curvop.kernels.batches import leaves
 from curvop.kernels.changes import Fingerprint
 from curvop.kernels.objective import BATCHING_REMEDY, Objective
-from curvop.kernels.preflight import batchwise_modules, random_modules
+from curvop.kernels.objective_checks import batchwise_modules, random_modules
 
 __all__ = ["Inspection", "inspect"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from curvop.kernels.ggn_kernel import Push, cut_off, outputs_of
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
-from curvop.kernels.layout import BatchLayout, ParameterLayout
 from curvop.kernels.model_objective import ModelObjective
+from curvop.kernels.parameters import BatchLayout, ParameterLayout
 
 __all__ = ["JacobianKernel", "prediction_sizes", "prediction_sum"]
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from curvop.kernels.layout import Layout, ParameterLayout
 from curvop.kernels.objective import Objective
+from curvop.kernels.parameters import Layout, ParameterLayout
 
 __all__ = ["GraphLinearization", "Kernel", "Linearization"]
 

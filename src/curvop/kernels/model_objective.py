@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from curvop.kernels.batches import at_batch
 from curvop.kernels.batches import leaves as leaves_of
-from curvop.kernels.closed_forms import loss_derivative
-from curvop.kernels.examples import check_classes
 from curvop.kernels.guard import modules_of, own_batch, replaced
-from curvop.kernels.losses import loss_divisor, loss_kind, loss_reduction
+from curvop.kernels.losses import check_classes, loss_derivative, loss_divisor, loss_kind, loss_reduction
 from curvop.kernels.objective import BatchLoss, BatchWeight, Objective
 from curvop.kernels.objective_checks import reached
 from curvop.kernels.parameters import check_callable, checked_params

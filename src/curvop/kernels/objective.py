@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,20 +22,27 @@ import torch
 from torch import Tensor, nn
 from torch.backends import cuda, cudnn
 
-from curvop.kernels.batches import at_batch, on_device, told
+from curvop.kernels.batches import at_batch, batch_size, on_device, told
 from curvop.kernels.batches import leaves as leaves_of
-from curvop.kernels.changes import Fingerprint, Watch, settings_of
-from curvop.kernels.cuda import begin_on
+from curvop.kernels.changes import Fingerprint, Generators, Watch, settings_of
 from curvop.kernels.differentiable import Evaluator, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
-from curvop.kernels.generators import Generators
-from curvop.kernels.guard import Guard
-from curvop.kernels.losses import check_loss, checked_weight
-from curvop.kernels.objective_checks import BatchPair, compared_as_one, random_subset, reached
+from curvop.kernels.guard import Guard, modules_of, own_batch, replaced
+from curvop.kernels.losses import check_loss, checked_weight, loss_reduction
+from curvop.kernels.objective_checks import (
+    BatchPair,
+    batchwise_modules,
+    cautions,
+    compared_as_one,
+    random_modules,
+    random_subset,
+    reached,
+    suspects,
+)
+from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.passes import Totals, precision
-from curvop.kernels.preflight import batchwise_modules, cautions, random_modules, suspects
 
-__all__ = ["BATCHING_REMEDY", "ZERO_MATRIX", "BatchLoss", "BatchWeight", "Objective", "Share"]
+__all__ = ["BATCHING_REMEDY", "ZERO_MATRIX", "BatchLoss", "BatchWeight", "CallableObjective", "Objective", "Share"]
 
 #: What to do about batches whose loss as one contradicts their weights.
 BATCHING_REMEDY = (
@@ -220,7 +228,7 @@ class Objective(abc.ABC):
         """
         index, devices = -1, self.devices
         for device in devices:
-            begin_on(device)
+            _start_autograd(device)
         with self._generators.private(devices):
             for index, batch in enumerate(on_device(self._seen(told(self._data)), self.device)):
                 self._check_order(index, batch)
@@ -552,3 +560,62 @@ def _require_grad(users: Mapping[str, Sequence[Tensor]]) -> None:
     for tensor in (tensor for tensors in users.values() for tensor in tensors):
         if tensor.is_leaf and not tensor.is_inference():
             tensor.requires_grad_()
+
+
+# An objective that computes its own loss.
+
+
+class CallableObjective(Objective):
+    """``objective(params, batch) -> scalar`` over batches of any kind."""
+
+    def __init__(
+        self,
+        objective: Callable[[dict[str, Tensor], Any], Tensor],
+        params: Mapping[str, Tensor],
+        data: Iterable[Any],
+        batch_weight: BatchWeight | None = None,
+    ) -> None:
+        check_callable("objective", objective, "a function (params, batch) -> scalar")
+        modules = modules_of(objective)
+        super().__init__(modules, checked_params(None, params), data, loss_reduction(objective), batch_weight)
+        self._objective = objective
+
+    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
+        loss = self._objective(dict(leaves), batch)
+        return loss, self._mean_divisor(None, batch), loss, None
+
+    def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Return the loss as the user's own call computes it."""
+        return self._objective(dict(leaves), batch)
+
+    def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
+        return batch_size(*batch) if isinstance(batch, list | tuple) else batch_size(batch)
+
+    def _assumes_weights(self) -> bool:
+        return self._batch_weight is None
+
+    def _reached_directly(self, name: str) -> str:
+        return (
+            f"params[{name!r}] is reached directly: the objective holds the tensor itself, so part of the loss would "
+            "not be differentiated; compute all of the loss from the dict of parameters that the objective is given"
+        )
+
+    def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return nothing: what the objective holds is not known."""
+        return {}
+
+    def traced(
+        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
+    ) -> tuple[Tensor, Any]:
+        """Return a batch's loss, and no prediction."""
+        with replaced(self.modules, self.replacements(leaves)):
+            return self._objective(dict(leaves), own_batch(batch, self.guard.writes)), None
+
+
+@functools.cache
+def _start_autograd(device: torch.device) -> None:
+    """Let autograd's own thread for a GPU make its first step with what no library is for: cuBLAS would warn there."""
+    if device.type == "cuda":
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = torch.zeros(1, device=device, requires_grad=True)
+            torch.autograd.grad(leaf.exp().sum(), leaf)

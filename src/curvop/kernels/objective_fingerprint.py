@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from curvop.kernels.batches import leaves
-from curvop.kernels.callable_objective import CallableObjective
 from curvop.kernels.model_objective import ModelObjective
-from curvop.kernels.objective import Objective
+from curvop.kernels.objective import CallableObjective, Objective
 
 __all__ = ["digest", "objective_parts", "objective_state", "tensor_bytes"]
 

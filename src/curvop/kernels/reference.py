@@ -1,9 +1,16 @@
-"""One batch in float64, and its products by forward mode (of the gradient: forward over reverse)."""
+"""Products by other routes than the engine's, which they are checked against.
+
+Forward mode is exact up to rounding, but calls the model as the engine does. Double backward through the user's own
+code, called as the user calls it, is as exact, but has the engine's formulas. Differences of the user's own code are
+less precise, and share nothing with the engine: neither a second derivative nor the way in which the code is called.
+"""
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,21 +19,150 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from curvop.kernels.batches import map_leaves
+from curvop.kernels.differences import OwnProduct, own_product
 from curvop.kernels.differentiable import NORMS, STAND_INS
-from curvop.kernels.fisher_kernel import EmpiricalFisherKernel
-from curvop.kernels.ggn_kernel import outputs_of
-from curvop.kernels.ggn_outer import GGNKernel
+from curvop.kernels.errors import first_line
+from curvop.kernels.fisher_kernel import EmpiricalFisherKernel, SampledFisherKernel
+from curvop.kernels.ggn_kernel import GGNKernel, outputs_of
 from curvop.kernels.guard import replaced
 from curvop.kernels.hessian_kernel import HessianKernel
 from curvop.kernels.jacobian_kernel import JacobianKernel
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.losses import loss_kind
+from curvop.kernels.memory import measured
 from curvop.kernels.objective import Objective
+from curvop.kernels.parameters import ParameterLayout
+from curvop.kernels.user_code import HeldPadding, in_double
 
-__all__ = ["KINDS", "DoubleBatch", "HeldPadding", "Point", "in_double"]
+__all__ = ["DIFFERENCES", "DOUBLE", "FORWARD", "GRADIENT", "REVERSE", "Route", "other_routes"]
+
+FORWARD, DOUBLE, DIFFERENCES = "forward mode", "double backward", "finite differences"
+REVERSE, GRADIENT = "reverse mode", "gradient"
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A product by another route, or the gradient.
+
+    Attributes
+    ----------
+    name : str
+    products : tuple of Tensor, shape (M,)
+        In float64; of finite differences with steps of two sizes. Empty if there is a `reason`.
+    error : float
+        Their relative difference; 0 where a product is exact up to rounding.
+    reason : str
+        Why there is no product.
+    scale : float
+        Of a block, the norm of a product of the matrix of all the objective's parameters with a vector of norm 1: what
+        a block that is zero has rounding errors of. 0 of the whole matrix.
+    own : OwnProduct or None
+        If it is of the user's own code, what else that has shown.
+    """
+
+    name: str
+    products: tuple[Tensor, ...] = ()
+    error: float = 0.0
+    reason: str = ""
+    scale: float = 0.0
+    own: OwnProduct | None = None
+
+
+def other_routes(kernel: Kernel, vector: Tensor, available: int) -> list[Route]:
+    """Return products with `vector` ``(N,)`` by other routes, in two passes over the data or three.
+
+    Parameters
+    ----------
+    kernel : Kernel
+    vector : Tensor, shape (N,)
+        In float64, on the parameters' device.
+    available : int
+        Bytes that may be used.
+    """
+    kernel = getattr(kernel, "_kernel", kernel)  # what a compiled kernel compiles
+    if isinstance(kernel, SampledFisherKernel):
+        return [Route(FORWARD, reason="the targets are drawn by the operator itself: check the exact Fisher matrix")]
+    names = [FORWARD, DIFFERENCES] if kernel.cols.names else [REVERSE]
+    if type(kernel) not in KINDS:
+        return [Route(name, reason=f"there is no other route to a {type(kernel).__name__}") for name in names]
+    needed = _needed(kernel.objective)
+    if needed > available:
+        reason = f"float64 takes {needed / 1e9:.3g} GB here, but {available / 1e9:.3g} GB may be used"
+        return [Route(name, reason=reason) for name in names]
+    routes = [_forward(kernel, vector)] if kernel.cols.names else []
+    own = own_product(kernel, vector, needed, available)
+    if own.exact is not None or own.unknown:
+        routes.append(Route(DOUBLE, () if own.exact is None else (own.exact,), reason=own.unknown, own=own))
+    routes.append(Route(names[-1], tuple(own.products), own.error, own.reason, own=own))
+    if own.gradient is not None:
+        routes.append(Route(GRADIENT, (own.gradient,), own=own))
+    whole = _whole(kernel)
+    if whole is kernel:
+        return routes
+    scale = _scale(whole, needed, available, vector.device)
+    return [dataclasses.replace(one, scale=scale) for one in routes]
+
+
+def _scale(whole: Any, needed: int, available: int, device: torch.device) -> float:
+    """Return the norm of a product with a random vector of norm 1."""
+    some = torch.randn(whole.cols.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    some = (some / some.norm()).to(device)
+    products = _forward(whole, some).products if whole.cols.names else ()
+    products = products or tuple(own_product(whole, some, needed, available).products)
+    return float(products[0].norm()) if products else 0.0
+
+
+def _whole(kernel: Any) -> Any:
+    """Return the kernel with all of the objective's parameters, or itself where it has them."""
+    params = kernel.objective.params
+    whole = copy.copy(kernel)
+    for side in ("rows", "cols"):
+        if 0 < len(getattr(kernel, side).names) < len(params):
+            setattr(whole, side, ParameterLayout(params, list(params)))
+    return kernel if (whole.rows, whole.cols) == (kernel.rows, kernel.cols) else whole
+
+
+def _forward(kernel: Any, vector: Tensor) -> Route:
+    """Return the product in forward mode."""
+    objective, weights = kernel.objective, []
+    products: list[Tensor] = []
+    autocast = torch.autocast(objective.device.type, enabled=False)
+    with objective.slow_backends(), autocast:
+        point = Point(objective)
+        for index, batch in objective.batches():
+            try:
+                at = KINDS[type(kernel)](kernel, point, index, batch)
+            except Exception as error:  # whatever a model does that cannot be done in float64
+                return Route(FORWARD, reason=f"not in float64: {first_line(error)}")
+            weights.append(at.weight)
+            if not at.weight:
+                continue
+            try:
+                product = at.weight * at.product(vector).double().detach()
+            except Exception as error:  # an operation without this derivative, or too little memory
+                return Route(FORWARD, reason=f"torch cannot: {first_line(error)}")
+            products = [*products, product] if at.by_batch or not products else [products[0] + product]
+    divisor = 1.0 if isinstance(kernel, JacobianKernel) else objective.divisor(weights)
+    return Route(FORWARD, (torch.cat(products) / divisor,) if products else ())
+
+
+def _needed(objective: Objective) -> int:
+    """Return the bytes that a batch takes in float64, by what the loss of the first one saves."""
+    leaves, saved = objective.leaves(objective.params), 0
+    with objective.slow_backends():
+        _, batch = next(objective.batches())
+        with contextlib.suppress(RuntimeError):  # the model takes derivatives of its own, which refuses to be measured
+            _, saved = measured(lambda: objective.evaluate(leaves, 0, batch), objective.tensors())
+    # Of each tensor that is saved: itself, its tangent, and temporaries of either. Of the parameters: themselves, the
+    # vector, two gradients with their tangents, three products. Of all else that the modules hold: two copies.
+    parameters = sum(value.numel() for value in leaves.values())
+    others = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in objective.tensors()}.values())
+    return 8 * (4 * saved // objective.dtype.itemsize + 10 * parameters + 2 * others)
+
+
+# One batch in float64, and its products by forward mode (of the gradient: forward over reverse).
 
 Values = dict[str, Tensor]
 Parts = tuple[Tensor, ...]
@@ -46,46 +182,6 @@ class Point:
         """Return what the modules hold; copies where they may write to it."""
         held: dict[str, Values] = map_leaves(torch.clone, self._held) if self._written_to else self._held
         return held
-
-
-def in_double(tree: Any) -> Any:
-    """Return a tree of tensors with those of real numbers in float64."""
-    return map_leaves(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
-
-
-class HeldPadding(TorchFunctionMode):
-    """Holds embeddings' rows for padding still.
-
-    Parameters
-    ----------
-    rows : list of Tensor
-        Those at `padding_idx`, constants to torch's gradient, one of each call that there is; where it is empty, it is
-        filled, so that later runs at other points have those of the first one.
-    """
-
-    def __init__(self, rows: list[Tensor]) -> None:
-        super().__init__()
-        self._rows, self._calls = rows, 0
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call `func`, or what holds the rows still."""
-        kwargs = kwargs or {}
-        if func is functional.embedding and kwargs.get("padding_idx") is not None:
-            return self._padded(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _padded(self, places: Tensor, weight: Tensor, *, padding_idx: int, **settings: Any) -> Tensor:
-        found = functional.embedding(places, weight, padding_idx, **settings)
-        if self._calls == len(self._rows):
-            self._rows.append(weight[padding_idx].detach().clone())
-        self._calls += 1
-        return torch.where((places == padding_idx % len(weight))[..., None], self._rows[self._calls - 1], found)
 
 
 class _Composite(HeldPadding):
@@ -217,7 +313,7 @@ class _EmpiricalFisher(DoubleBatch):
         return self._pulled(self._losses, pushed) / divisor
 
     def _losses(self, values: Values) -> Parts:
-        """Return the examples' losses; `curvop.kernels.examples` says what an example is."""
+        """Return the examples' losses; `curvop.kernels.losses` says what an example is."""
         with _Composite(self._padding):
             prediction, y = self._prediction(values), self.batch[1]
             terms: Tensor

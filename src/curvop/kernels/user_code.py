@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-from curvop.kernels.callable_objective import CallableObjective
+from curvop.kernels.batches import joined, map_leaves
 from curvop.kernels.differentiable import ElementaryNorms
-from curvop.kernels.joining import joined
 from curvop.kernels.model_objective import ModelObjective
-from curvop.kernels.objective import Objective
-from curvop.kernels.preflight import batchwise_modules
-from curvop.kernels.reference import HeldPadding, in_double
+from curvop.kernels.objective import CallableObjective, Objective
+from curvop.kernels.objective_checks import batchwise_modules
 
-__all__ = ["UserCode", "Values", "gradient_of"]
+__all__ = ["HeldPadding", "UserCode", "Values", "gradient_of", "in_double"]
 
 Values = dict[str, Tensor]
 
@@ -253,3 +253,43 @@ def _has_graph(tensor: Tensor) -> bool:
     found = lives() is not None
     handle.remove()
     return found
+
+
+def in_double(tree: Any) -> Any:
+    """Return a tree of tensors with those of real numbers in float64."""
+    return map_leaves(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
+
+
+class HeldPadding(TorchFunctionMode):
+    """Holds embeddings' rows for padding still.
+
+    Parameters
+    ----------
+    rows : list of Tensor
+        Those at `padding_idx`, constants to torch's gradient, one of each call that there is; where it is empty, it is
+        filled, so that later runs at other points have those of the first one.
+    """
+
+    def __init__(self, rows: list[Tensor]) -> None:
+        super().__init__()
+        self._rows, self._calls = rows, 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call `func`, or what holds the rows still."""
+        kwargs = kwargs or {}
+        if func is functional.embedding and kwargs.get("padding_idx") is not None:
+            return self._padded(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _padded(self, places: Tensor, weight: Tensor, *, padding_idx: int, **settings: Any) -> Tensor:
+        found = functional.embedding(places, weight, padding_idx, **settings)
+        if self._calls == len(self._rows):
+            self._rows.append(weight[padding_idx].detach().clone())
+        self._calls += 1
+        return torch.where((places == padding_idx % len(weight))[..., None], self._rows[self._calls - 1], found)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import statistics
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -20,18 +22,26 @@ from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProdu
 from curvop.kernels.gradient import gradient_and_loss, plain_gradient_seconds
 from curvop.kernels.inspection import Inspection, inspect
 from curvop.kernels.kernel import Kernel
-from curvop.kernels.layout import Layout
 from curvop.kernels.memory import Budget, out_of_memory, peak_rise
 from curvop.kernels.objective_fingerprint import digest, objective_parts, objective_state
-from curvop.kernels.routes import Route, other_routes
-from curvop.operators.available_memory import available_bytes
+from curvop.kernels.parameters import Layout
+from curvop.kernels.reference import Route, other_routes
 from curvop.operators.base import BridgeLinearOperator, Rows
-from curvop.operators.cost import Cost, medians, seconds
 from curvop.operators.progress import Progress
 from curvop.operators.transfer import Staging, aligned
-from curvop.operators.validation import whole_number
+from curvop.operators.validation import available_bytes, whole_number
 
-__all__ = ["TORCH_DTYPES", "UNTRUSTED", "ComputedLinearOperator", "Settings"]
+__all__ = [
+    "TORCH_DTYPES",
+    "UNTRUSTED",
+    "ComputedLinearOperator",
+    "Cost",
+    "NonFiniteProductError",
+    "Settings",
+    "digest",
+    "medians",
+    "seconds",
+]
 
 T = TypeVar("T")
 
@@ -250,3 +260,60 @@ class ComputedLinearOperator(BridgeLinearOperator):
 
 def _stage_dtype(dtype: torch.dtype) -> Any:
     return np.float64 if dtype == torch.float64 else np.float32  # NumPy has no bfloat16
+
+
+# What one product costs.
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one product of an operator costs, as measured by `cost` of the operator.
+
+    Attributes
+    ----------
+    seconds : float
+        Median time of a product with one vector, with everything kept that the budget allows.
+    gradients : float
+        ``seconds`` in units of a plain gradient over the same data: the median time of ``torch.autograd.grad`` of the
+        loss by the operator's parameters, with the model and the loss called as a user calls them, summed over the
+        batches; the time to read the data does not count. (Of a Jacobian, the loss is the sum of the predictions.)
+        Counted in floating-point operations, a product of a Hessian takes at most 2.0 with a kept linearization and 3.0
+        with a fresh one, less if the first layer is large; small models take what calls of torch take.
+    kept_bytes : int
+        Bytes that kept linearizations retain.
+    kept_share : float
+        Share of the batches that are kept; the others are linearized again in every product.
+    peak_bytes : int or None
+        Rise of memory above what is kept during a product; None if it is not known.
+    compile_seconds : float
+        Time that compiling has taken so far, 0 for the autograd engine.
+    """
+
+    seconds: float
+    gradients: float
+    kept_bytes: int
+    kept_share: float
+    peak_bytes: int | None
+    compile_seconds: float
+
+    def __str__(self) -> str:
+        share = f"{self.kept_share:.0%} of the" if 0 < self.kept_share < 1 else "all" if self.kept_share else "no"
+        peak = "" if self.peak_bytes is None else f"; {self.peak_bytes / 1e6:.1f} MB more at the peak"
+        compiled = f"; compiled in {self.compile_seconds:.1f} s" if self.compile_seconds else ""
+        return (
+            f"one product: {self.seconds * 1e3:.3g} ms ({self.gradients:.1f} gradients); "
+            f"{share} batches cached, {self.kept_bytes / 1e6:.1f} MB{peak}{compiled}"
+        )
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Return the time that a function takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def medians(clocks: Sequence[Callable[[], float]], repeats: int) -> list[float]:
+    """Return the median of what each function returns; they take turns, so that a busy machine is busy for all."""
+    rounds = [[clock() for clock in clocks] for _ in range(repeats)]
+    return [statistics.median(taken) for taken in zip(*rounds, strict=True)]

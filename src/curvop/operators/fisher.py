@@ -13,18 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvop.kernels.fisher_kernel import EmpiricalFisherKernel, SampledFisherKernel, gradient_sum
-from curvop.kernels.ggn_outer import GGNKernel
-from curvop.kernels.layout import ParameterLayout
-from curvop.kernels.likelihoods import Likelihood
+from curvop.kernels.ggn_kernel import GGNKernel
+from curvop.kernels.losses import Likelihood
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight
-from curvop.kernels.routes import GRADIENT, Route
+from curvop.kernels.parameters import ParameterLayout
+from curvop.kernels.reference import GRADIENT, Route
 from curvop.operators.base import Rows
+from curvop.operators.curvature_operator import SandwichLinearOperator
 from curvop.operators.engine_operator import Settings
-from curvop.operators.keywords import named_keywords
-from curvop.operators.sandwich_operator import SandwichLinearOperator
 from curvop.operators.transfer import aligned
-from curvop.operators.validation import random_generator
+from curvop.operators.validation import named_keywords, random_generator
 
 __all__ = ["EFLinearOperator", "FisherLinearOperator", "GradientCovarianceLinearOperator"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from curvop.kernels.ggn_outer import GGNKernel
-from curvop.operators.sandwich_operator import SandwichLinearOperator
+from curvop.kernels.ggn_kernel import GGNKernel
+from curvop.operators.curvature_operator import SandwichLinearOperator
 
 __all__ = ["GGNLinearOperator"]
 

@@ -8,12 +8,11 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor
 
-from curvop.kernels.callable_objective import CallableObjective
 from curvop.kernels.hessian_kernel import HessianKernel
-from curvop.kernels.objective import BatchWeight
+from curvop.kernels.objective import BatchWeight, CallableObjective
 from curvop.operators.curvature_operator import CurvatureLinearOperator
 from curvop.operators.engine_operator import Settings
-from curvop.operators.keywords import named_keywords
+from curvop.operators.validation import named_keywords
 
 __all__ = ["HessianLinearOperator"]
 

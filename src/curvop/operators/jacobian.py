@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvop.kernels.jacobian_kernel import JacobianKernel, prediction_sizes, prediction_sum
-from curvop.kernels.layout import ParameterLayout
 from curvop.kernels.model_objective import ModelObjective
+from curvop.kernels.parameters import ParameterLayout
 from curvop.operators.curvature_operator import checked_names
 from curvop.operators.engine_operator import ComputedLinearOperator, Settings
-from curvop.operators.keywords import named_keywords
 from curvop.operators.parameter_operator import ParameterVectors, touched
+from curvop.operators.validation import named_keywords
 
 __all__ = ["JacobianLinearOperator", "TransposedJacobianLinearOperator"]
 

@@ -4,12 +4,10 @@ Everything takes any symmetric SciPy ``LinearOperator``, the curvature matrices 
 """
 
 from curvop.spectrum.blocks import BlockStudy, blocks
-from curvop.spectrum.bounded import BoundedEstimate
 from curvop.spectrum.certificate import Certificate, certify
-from curvop.spectrum.density import SpectralDensity
+from curvop.spectrum.density import SpectralDensity, density
 from curvop.spectrum.eigen import EigenResult, eigsh
-from curvop.spectrum.estimators import Estimate, diagonal, frobenius_norm, trace
-from curvop.spectrum.quadrature import density
+from curvop.spectrum.estimators import BoundedEstimate, Estimate, diagonal, frobenius_norm, trace
 from curvop.spectrum.track import Tracker, track
 
 __all__ = [

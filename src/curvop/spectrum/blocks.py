@@ -15,22 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigvalsh
 
-from curvop.cli.results import load_arrays, save_arrays
-from curvop.operators.available_memory import available_bytes
 from curvop.operators.parameter_operator import ParameterLinearOperator
 from curvop.operators.progress import step_bar
-from curvop.operators.validation import random_generator, whole_number
+from curvop.operators.validation import available_bytes, random_generator, whole_number
 from curvop.spectrum.checkpoint import made, settled_file
-from curvop.spectrum.density import SpectralDensity
+from curvop.spectrum.counting import TimeUpError, end_of
+from curvop.spectrum.density import SpectralDensity, density
 from curvop.spectrum.estimators import Estimate
-from curvop.spectrum.groups import block_of, listed_groups
 from curvop.spectrum.lanczos import resolution
-from curvop.spectrum.quadrature import density
-from curvop.spectrum.timed import TimeUpError, end_of
 from curvop.storage.fingerprint import fingerprint, listed
 from curvop.storage.records import RecordFile
+from curvop.storage.result_files import load_arrays, save_arrays
 
-__all__ = ["BlockStudy", "blocks"]
+__all__ = ["BlockStudy", "block_of", "blocks", "listed_groups"]
 
 Array = NDArray[Any]
 _BLOCK, _NORMS = b"block", b"norms"
@@ -348,3 +345,27 @@ def _of_blocks(names: list[str], sizes: Array, finished: list[list[Array]]) -> B
     norms = means**0.5
     errors = np.divide(variances**0.5, 2 * norms, out=np.zeros_like(norms), where=norms > 0)
     return BlockStudy(names[:count], sizes[:count], densities, norms, errors, taken, names[count:])
+
+
+# Groups of parameters, and the blocks that they span.
+
+
+def block_of(A: ParameterLinearOperator, name: str, own: list[str]) -> ParameterLinearOperator:
+    """Return the diagonal block of a group's parameters; an error names the group."""
+    try:
+        return A.block(own)
+    except (TypeError, ValueError) as error:  # the operator calls this argument 'rows'
+        raise type(error)(f"groups[{name!r}]{str(error).removeprefix('rows')}") from None
+
+
+def listed_groups(groups: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
+    """Return the parameters of each group as lists, each of them in one group only."""
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"groups is a {type(groups).__name__}: pass a dict of names to parameters, one name or several")
+    if not groups:
+        raise ValueError("groups is empty: name parameters, or leave it out for a block of each")
+    listed = {name: [own] if isinstance(own, str) else list(own) for name, own in groups.items()}
+    everything = [name for own in listed.values() for name in own]
+    if twice := [name for name in everything if everything.count(name) > 1]:
+        raise ValueError(f"groups has {twice[0]!r} twice: leave it out of one of them")
+    return listed

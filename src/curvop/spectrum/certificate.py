@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigh_tridiagonal
 
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import random_generator, real_number, whole_number
-from curvop.spectrum.bounds import matched_bounds, quadratic_estimates
 from curvop.spectrum.counting import CountedOperator, symmetric_operator
-from curvop.spectrum.missed import limits
-from curvop.spectrum.missed import search as search_missed
-from curvop.spectrum.noise import NUM_PRODUCTS, asymmetric, measure
-from curvop.spectrum.norms import column_norms, unit_of
+from curvop.spectrum.norms import column_norms, norm, unit_of
 
-__all__ = ["Certificate", "certify"]
+__all__ = [
+    "NUM_PRODUCTS",
+    "Certificate",
+    "Noise",
+    "Search",
+    "asymmetric",
+    "certify",
+    "limits",
+    "matched_bounds",
+    "measure",
+    "quadratic_estimates",
+    "search_missed",
+]
 
 Array = NDArray[Any]
 
@@ -36,7 +47,7 @@ class Certificate:
     bounds : ndarray, shape (k,)
         The values can be assigned to k eigenvalues of `A`, counted with their multiplicities, one to one, so that none
         is further away than this. Rigorous for a symmetric operator with no more noise than was measured, which is
-        included; `curvop.spectrum.bounds.matched_bounds` says how. Infinite for vectors that are dependent.
+        included; `curvop.spectrum.certificate.matched_bounds` says how. Infinite for vectors that are dependent.
     estimates : ndarray, shape (k,)
         What the errors are more likely, the squares of the residuals over the gaps between eigenvalues. Not rigorous:
         of the eigenvalues that were not found, only Ritz values are known.
@@ -297,3 +308,405 @@ def _certificate(
         which=which,
         tol=tol,
     )
+
+
+# How far approximate eigenvalues of a symmetric matrix are from true ones, by the residuals of their vectors.
+
+
+def matched_bounds(values: Array, gram: Array, residual_gram: Array, noise: float) -> tuple[Array, Array]:
+    r"""Bound the errors of eigenvalues so that each of them stands for an eigenvalue of its own.
+
+    There are k eigenvalues of A, counted with their multiplicities, that can be assigned to the k values one to one,
+    none of them further away than its bound. Where intervals of the size of the single residuals do not overlap, each
+    holds an eigenvalue (Parlett, 1998, theorem 4.5.1). Values whose intervals do are taken together: with their vectors
+    V and residuals :math:`R = A V - V \Lambda`, as many eigenvalues as there are values lie within
+    :math:`\|R\|_2 / \sigma_{\min}(V)` of them. Two copies of one vector have no bound.
+
+    Parameters
+    ----------
+    values : ndarray, shape (k,)
+    gram, residual_gram : ndarray, shape (k, k)
+        ``V' V`` of the vectors, of norm 1, and ``R' R`` of their residuals.
+    noise : float
+        The norm, at most, of the error of a product with a vector of norm 1.
+
+    Returns
+    -------
+    bounds : ndarray, shape (k,)
+        In the units of the eigenvalues.
+    groups : ndarray of int, shape (k,)
+        The number of the group that a value was bounded in.
+
+    References
+    ----------
+    Parlett (1998), "The Symmetric Eigenvalue Problem". Kahan (1967), "Inclusion theorems for clusters of eigenvalues of
+    Hermitian matrices"; Cao, Xie, Li (1996), "A sharp version of Kahan's theorem on clustered eigenvalues", Linear
+    Algebra Appl. 245, for vectors that are not orthonormal.
+    """
+    order = np.argsort(values, kind="stable")
+    bounds, groups = np.zeros(len(values)), np.zeros(len(values), dtype=np.int64)
+    parts = [order[index : index + 1] for index in range(len(order))]
+    while True:
+        reach = [_bound(gram, residual_gram, part, noise) for part in parts]
+        joined: list[Array] = []
+        last = -np.inf
+        for part, bound in zip(parts, reach, strict=True):
+            if bound == np.inf:  # it is known where the copies are, and the others need not suffer from them
+                bound = max(_bound(gram, residual_gram, part[[index]], noise) for index in range(len(part)))
+            if joined and values[part[0]] - bound <= last:
+                joined[-1] = np.concatenate([joined[-1], part])
+            else:
+                joined.append(part)
+            last = max(last, values[part[-1]] + bound)
+        if len(joined) == len(parts):
+            break
+        parts = joined
+    for number, (part, bound) in enumerate(zip(parts, reach, strict=True)):
+        bounds[part], groups[part] = bound, number
+    return bounds, groups
+
+
+def _bound(gram: Array, residual_gram: Array, part: Array, noise: float) -> float:
+    count = len(part)
+    if count == 1:
+        return float(np.sqrt(residual_gram[part[0], part[0]])) + noise
+    block = np.ix_(part, part)
+    least = float(np.linalg.eigvalsh(gram[block])[0])
+    if least <= 100 * count * np.finfo(float).eps:  # to rounding, the vectors are dependent
+        return np.inf
+    residual = np.sqrt(max(0.0, float(np.linalg.eigvalsh(residual_gram[block])[-1])))
+    return float((residual + np.sqrt(count) * noise) / np.sqrt(least))
+
+
+def quadratic_estimates(
+    values: Array,
+    quotients: Array,
+    residuals: Array,
+    bounds: Array,
+    groups: Array,
+    others: tuple[float, float],
+    noise: float,
+) -> Array:
+    r"""Estimate the errors of eigenvalues by the squares of their residuals, where there is a gap around them.
+
+    A Rayleigh quotient :math:`\rho` of residual r is no further than :math:`\|r\|^2 / \delta` from an eigenvalue, where
+    :math:`\delta` is the distance from :math:`\rho` to all others (Kato, Temple; Parlett, 1998, theorem 11.7.1). It is
+    an estimate here and no bound: the eigenvalues that were not found are only known to lie about the range `others`.
+
+    Parameters
+    ----------
+    values, quotients, residuals, bounds : ndarray, shape (k,)
+        The residuals are those of the values.
+    groups : ndarray of int, shape (k,)
+        Of a group of several, the bound is returned.
+    others : (float, float)
+        The range of what was not found; infinite where it is not known.
+    noise : float
+        As in `matched_bounds`.
+    """
+    estimates = bounds.copy()
+    for index in range(len(values)):
+        apart = groups != groups[index]
+        if apart.sum() < len(values) - 1 or not np.isfinite(bounds[index]):
+            continue
+        quotient, shift = quotients[index], abs(values[index] - quotients[index])
+        gaps = np.abs(quotient - values[apart]) - bounds[apart]
+        beyond = max(others[0] - quotient, quotient - others[1])
+        gap = min(float(gaps.min(initial=np.inf)), beyond)
+        square = max(0.0, residuals[index] ** 2 - shift**2)
+        if gap > 0:
+            estimates[index] = min(bounds[index], shift + square / gap + noise)
+    return estimates
+
+
+# The search for eigenvalues that a solver overlooked: Lanczos, begun afresh, on what is orthogonal to the found ones.
+#
+# With an orthonormal basis Q of the vectors that were found and :math:`P = I - Q Q^\top`, the extreme eigenvalues of
+# :math:`P A P` on the range of P are estimated. Its starting vector has a share of every eigenvector, those included
+# that the solver's own start happened to lack; the eigenvalues that were found are not in the way, whatever their
+# signs; and a value that shows up beyond them is taken by a vector that is orthogonal to theirs.
+
+Multiply = Callable[[Array], Array]
+
+FAILURE = 1e-3
+"""The probability, at most, with which an eigenvalue lies outside of the range that `Search` tells."""
+
+_LOOK = 5  # steps from one look at the Ritz values to the next
+_EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """The range of the eigenvalues that were not found.
+
+    Attributes
+    ----------
+    low, high : float
+        The least and the largest Ritz value.
+    slack : float
+        With a probability of 0.999 at least, all of them lie in ``[low - slack, high + slack]``; infinite after too few
+        steps.
+    beyond : float or None
+        A value beyond the limits, as the Rayleigh quotient of a vector that was formed and multiplied.
+    """
+
+    low: float
+    high: float
+    slack: float
+    beyond: float | None
+
+
+def limits(values: Array, which: str | None) -> tuple[float, float] | None:
+    """Return the range that all other eigenvalues are in if `values` are those that ``eigsh`` calls `which`.
+
+    It is infinite where an end is not claimed, and None for the smallest in magnitude, whose others lie around them.
+    """
+    if which == "LA":
+        return -np.inf, float(values.min())
+    if which == "SA":
+        return float(values.max()), np.inf
+    if which == "LM":
+        return -float(np.abs(values).min()), float(np.abs(values).min())
+    if which == "BE":
+        ascending, low = np.sort(values), len(values) // 2
+        return (float(ascending[low - 1]) if low else -np.inf), float(ascending[low])
+    return None
+
+
+def search_missed(
+    multiply: Multiply,
+    vectors: Array,
+    limits: tuple[float, float],
+    tolerance: float,
+    steps: int,
+    rng: np.random.Generator,
+) -> Search:
+    """Look for eigenvalues outside of `limits` among those that were not found.
+
+    Parameters
+    ----------
+    multiply : callable
+        Returns the product with a vector ``(N,)`` or a block ``(N, K)``, as a fresh float64 array.
+    vectors : ndarray, shape (N, k)
+        What was found, of norm 1; k is less than N.
+    limits : (float, float)
+        Infinite where an end is not looked at.
+    tolerance : float
+        By how much a value has to lie outside.
+    steps : int
+        The largest number of Lanczos steps, one product each. Where a value outside is met, as many products again form
+        its vector. With at most so many eigenvalues left over, all of them are computed.
+    rng : numpy.random.Generator
+        Of the starting vector.
+
+    References
+    ----------
+    Kuczynski, Wozniakowski (1992), "Estimating the largest eigenvalue by the power and Lanczos algorithms with a random
+    start", SIAM J. Matrix Anal. Appl. 13(4), for the slack. Paige (1980), "Accuracy and effectiveness of the Lanczos
+    algorithm for the symmetric eigenproblem": extreme Ritz values do not suffer from the loss of orthogonality, so that
+    no basis is kept.
+    """
+    limits = (limits[0] - tolerance, limits[1] + tolerance)
+    Q, R = np.linalg.qr(vectors)
+    Q = Q[:, np.abs(np.diag(R)) > 1e-8]  # without the copies
+    left, looks = Q.shape[0] - Q.shape[1], math.ceil(steps / _LOOK)
+    if left <= steps:
+        return _all_of_the_rest(multiply, Q, limits)
+    start = _project(Q, rng.standard_normal(len(Q)))
+    run = _Lanczos(multiply, Q, start / np.linalg.norm(start))
+    for step in range(1, steps + 1):
+        run.step()
+        if run.exhausted or step == steps or step % _LOOK == 0:
+            values, errors = run.ritz()
+            low, high = float(values[0]), float(values[-1])
+            slack = 0.0 if run.exhausted else _slack(high - low, left, step, FAILURE / looks)
+            end, excess = _worst(low, high, limits)
+            settled = errors[end] <= max(tolerance, 1e-6 * max(abs(low), abs(high)))
+            inside = limits[0] <= low - slack and high + slack <= limits[1]
+            if run.exhausted or inside or (excess > 0 and settled):
+                break
+    beyond = None
+    if excess > 0:
+        value = run.rayleigh_quotient(end)
+        if value < limits[0] or value > limits[1]:
+            beyond = value
+        else:  # noise in the products
+            slack = max(slack, excess)
+    return Search(low, high, slack, beyond)
+
+
+def _all_of_the_rest(multiply: Multiply, Q: Array, limits: tuple[float, float]) -> Search:
+    """Compute the whole compression on the orthogonal complement."""
+    count = Q.shape[1]
+    rest = np.linalg.qr(Q, mode="complete")[0][:, count:]
+    compression = rest.T @ multiply(rest)
+    values = np.linalg.eigvalsh((compression + compression.T) / 2)
+    low, high = float(values[0]), float(values[-1])
+    end, excess = _worst(low, high, limits)
+    return Search(low, high, 0.0, (low, high)[end] if excess > 0 else None)
+
+
+def _worst(low: float, high: float, limits: tuple[float, float]) -> tuple[int, float]:
+    """Return the end, 0 or -1, that lies further outside of the limits, and by how much."""
+    return (0, limits[0] - low) if limits[0] - low > high - limits[1] else (-1, high - limits[1])
+
+
+def _slack(spread: float, size: int, steps: int, failure: float) -> float:
+    r"""Return by how much the extreme Ritz values fall short at most.
+
+    The probability that one does by more than :math:`\epsilon` times the spread of the eigenvalues is at most
+    :math:`1.648 \sqrt{n} \exp(-\sqrt{\epsilon} (2 m - 1))`; here that of either end is to be at most `failure`.
+    """
+    share = (math.log(1.648 * math.sqrt(size) * 2 / failure) / (2 * steps - 1)) ** 2
+    return share / (1 - 2 * share) * spread if share < 0.5 else math.inf
+
+
+def _project(Q: Array, x: Array) -> Array:
+    """Take the span of Q out, twice, as once leaves rounding errors of the size of what was taken out."""
+    for _ in range(2):
+        x = x - Q @ (Q.T @ x)
+    return x
+
+
+class _Lanczos:
+    """The three-term recurrence on the complement of Q."""
+
+    def __init__(self, multiply: Multiply, Q: Array, start: Array) -> None:
+        self._multiply, self._Q, self._start = multiply, Q, start
+        self._before, self._q = np.zeros_like(start), start
+        self._alphas: list[float] = []
+        self._betas: list[float] = []
+        self._norm = 0.0
+        self.exhausted = False
+
+    def step(self) -> None:
+        """Take one step."""
+        product = self._multiply(self._q)
+        self._norm = max(self._norm, float(np.linalg.norm(product)))
+        alpha = float(self._q @ product)
+        rest = self._next(product, alpha, self._betas[-1] if self._betas else 0.0)
+        beta = float(np.linalg.norm(rest))
+        self._alphas.append(alpha)
+        self._betas.append(beta)
+        # What is left is rounding: the vectors so far span an invariant subspace, with a share of every eigenspace.
+        self.exhausted = beta <= 10 * _EPS * math.sqrt(len(rest)) * self._norm
+        if not self.exhausted:
+            self._before, self._q = self._q, rest / beta
+
+    def ritz(self) -> tuple[Array, Array]:
+        """Return the Ritz values, in ascending order, and the norms of their residuals."""
+        values, vectors = self._eigh()
+        return values, self._betas[-1] * np.abs(vectors[-1])
+
+    def rayleigh_quotient(self, end: int) -> float:
+        """Run through the recurrence again, form the Ritz vector of that end, and multiply it."""
+        weights = self._eigh()[1][:, end]
+        self._before, self._q = np.zeros_like(self._start), self._start
+        total = weights[0] * self._start
+        betas = [0.0, *self._betas]
+        for weight, alpha, beta in zip(weights[1:], self._alphas, betas, strict=False):
+            rest = self._next(self._multiply(self._q), alpha, beta)
+            self._before, self._q = self._q, rest / np.linalg.norm(rest)
+            total += weight * self._q
+        total = _project(self._Q, total)
+        total /= np.linalg.norm(total)
+        return float(total @ self._multiply(total))
+
+    def _next(self, product: Array, alpha: float, beta: float) -> Array:
+        return _project(self._Q, product - alpha * self._q - beta * self._before)
+
+    def _eigh(self) -> tuple[Array, Array]:
+        values, vectors = eigh_tridiagonal(np.array(self._alphas), np.array(self._betas[:-1]))
+        return values, vectors
+
+
+# How exact and how symmetric an operator's products are, measured by a few of them.
+
+_PROBES, _SINGLE = 4, 4
+NUM_PRODUCTS = _PROBES + _SINGLE
+"""The products that `measure` takes, at most."""
+
+# Symmetry is lost to rounding as linearity is, if to a few times more of it; below the second number it does no harm.
+_SYMMETRY_OF_NOISE, _SYMMETRY = 10.0, 1e-10
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """The errors of an operator's products.
+
+    Attributes
+    ----------
+    relative : float
+        The largest that was met, relative to the product.
+    error : float
+        What the error's norm may be for a found vector of norm 1: twice the largest that was met.
+    symmetry : float
+        An estimate of ``||A - A'|| / ||A||``.
+    skew : float
+        An estimate of ``||(A - A') x||`` for a vector of norm 1.
+    norm : float
+        The largest norm of a product with a vector of norm 1.
+    """
+
+    relative: float
+    error: float
+    symmetry: float
+    skew: float
+    norm: float
+
+
+def asymmetric(symmetry: float, relative: float) -> bool:
+    """Whether a lack of symmetry is more than the `relative` noise of the products explains, and does harm."""
+    return symmetry > max(_SYMMETRY_OF_NOISE * relative, _SYMMETRY)
+
+
+def measure(A: CountedOperator, V: Array, AV: Array, rng: np.random.Generator) -> Noise:
+    """Measure the errors of products with random vectors, and with combinations of found ones.
+
+    Random vectors see all of the operator, but little of its largest eigenvalues; the found ones are those that matter.
+
+    Parameters
+    ----------
+    A : CountedOperator, shape (N, N)
+        Its products are in float64.
+    V, AV : ndarray, shape (N, k)
+        The found vectors, of norm 1, and their products.
+    rng : numpy.random.Generator
+    """
+    size = len(V)
+    X = rng.standard_normal((size, min(_PROBES, size)))
+    X /= np.linalg.norm(X, axis=0)
+    AX = A.matmat(X)
+    norms = column_norms(AX)
+    typical, largest = _rms(norms), float(max(norms.max(), column_norms(AV).max()))
+
+    repeated = norm(A.matvec(X[:, 0]) - AX[:, 0])
+    combined = max(repeated, _combined(A, X, AX, rng))
+    found = max(_combined(A, V, AV, rng) for _ in range(2))
+
+    # For x of norm 1 in a random direction, sqrt(N) |g' x| is |g| on the average of squares.
+    of_found = math.sqrt(size) * _rms(AV.T @ X - V.T @ AX)
+    mixed = X.T @ AX
+    of_random = math.sqrt(size) * _rms((mixed - mixed.T)[np.triu_indices(len(mixed), 1)])
+    return Noise(
+        relative=max(_ratio(combined, typical), _ratio(found, largest)),
+        error=2 * max(combined, found) + _EPS * largest,
+        symmetry=max(_ratio(of_random, typical), _ratio(of_found, largest)),
+        skew=max(of_random, of_found),
+        norm=largest,
+    )
+
+
+def _combined(A: CountedOperator, X: Array, AX: Array, rng: np.random.Generator) -> float:
+    """Return the norm of ``A (X c) - (A X) c`` for a random c of norm 1."""
+    weights = rng.standard_normal((X.shape[1], 1))
+    weights /= np.linalg.norm(weights)
+    return norm(A.matvec((X @ weights)[:, 0]) - (AX @ weights)[:, 0])
+
+
+def _rms(array: Array) -> float:
+    return norm(array) / math.sqrt(array.size) if array.size else 0.0
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0

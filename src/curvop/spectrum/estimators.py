@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from scipy.sparse.linalg import LinearOperator
 from curvop.operators.validation import random_generator, real_operator, whole_number
 from curvop.spectrum.norms import column_norms, norm, unit_of
 
-__all__ = ["Estimate", "diagonal", "frobenius_norm", "mean_of", "trace"]
+__all__ = ["BoundedEstimate", "Estimate", "bounded_mean", "diagonal", "frobenius_norm", "mean_of", "trace"]
 
 Array = NDArray[Any]
 
@@ -249,3 +249,53 @@ def frobenius_norm(A: LinearOperator, num_products: int, rng: int | np.random.Ge
 def _rowwise(left: Array, right: Array) -> Array:
     total: Array = np.einsum("ij,ij->i", left, right)
     return total
+
+
+# Random estimates that carry bounds of what is not random in them.
+
+
+class BoundedEstimate(Estimate):
+    """A random estimate that also carries the bounds of its quadrature; it unpacks to value and error.
+
+    Attributes
+    ----------
+    value : float or ndarray
+    error : float or ndarray
+        Of the probes and the quadrature together: the root of the sum of squares of the standard error and of a quarter
+        of ``high - low``, so that two of them reach the bounds.
+    low, high : float or ndarray
+        What the quadrature leaves open, averaged over the probes; the probes' spread is not in them.
+    """
+
+    low: Any
+    high: Any
+
+    def __new__(cls, value: Any, error: Any, low: Any, high: Any) -> Self:
+        """Make an estimate with bounds."""
+        self = super().__new__(cls, value, error)
+        self.low, self.high = low, high
+        return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self.value, self.error, self.low, self.high
+
+    def __repr__(self) -> str:
+        names = ("value", "error", "low", "high")
+        return f"BoundedEstimate({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+
+def bounded_mean(
+    values: Array, low: Array, high: Array, known: Any, rounding: Any, reach: Any = 0.0
+) -> BoundedEstimate:
+    """Return the mean of the probes' values ``(K, ...)`` with its bounds.
+
+    To it is added what is `known` without probes, to within `reach`. No error is below `rounding`.
+    """
+    if not len(values):
+        value, spread = np.zeros(values.shape[1:]), np.zeros(values.shape[1:])
+        low, high = value - reach, value + reach
+    else:
+        value, spread = mean_of(values)
+        low, high = low.mean(0) - reach, high.mean(0) + reach
+    error = np.maximum(np.hypot(spread, (high - low) / 4), rounding)
+    return BoundedEstimate((value + known)[()], error[()], (low + known)[()], (high + known)[()])

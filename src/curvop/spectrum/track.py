@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.cli.verdicts import quiet
 from curvop.operators.validation import real_number, real_operator, whole_number
-from curvop.spectrum.eigen import EigenResult, eigsh
+from curvop.spectrum.eigen import EigenResult, eigsh, without_verdicts
 
 __all__ = ["Tracker", "track"]
 
@@ -77,7 +76,7 @@ class Tracker:
         """Look from a vector of equal parts of what was found last, with a small basis as it is nearly right."""
         size = self._A.shape[0]
         basis = None if start is None or self._k + 2 > size else min(size, max(2 * self._k + 1, 8))
-        with quiet():  # what does not converge is tried again, or told
+        with without_verdicts():  # what does not converge is tried again, or told
             found = eigsh(
                 self._A, self._k, self._which, tol=self._tol, v0=start, ncv=basis, certificate=False, progress=False
             )

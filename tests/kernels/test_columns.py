@@ -1,0 +1,140 @@
+"""Blocks of columns: the same product however many are multiplied at once, and never slower than one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import Problem, loss_problem, mlp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from curvop import HessianLinearOperator
+from curvop.kernels.engine import Columns
+
+P = 43
+
+
+def hessian(problem: Problem, **options) -> HessianLinearOperator:
+    return HessianLinearOperator(problem.model, problem.loss_function, problem.params, problem.data, **options)
+
+
+class Clock:
+    """A machine on which a chunk of columns takes as long as it is told."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        self.seconds, self.now = seconds, 0.0
+
+    def run(self, columns: Columns, count: int, room: int = 10**9) -> list[int]:
+        sizes = []
+        for start, stop in columns.chunks(count, lambda: room, lambda: self.now):
+            sizes.append(stop - start)
+            self.now += self.seconds[stop - start]
+        return sizes
+
+
+class TestChunks:
+    @settings(deadline=None)
+    @given(
+        counts=st.lists(st.integers(0, 300), min_size=1, max_size=5),
+        room=st.integers(0, 200),
+        setting=st.one_of(st.just("auto"), st.integers(1, 100)),
+    )
+    def test_cover_every_column_once_and_stay_within_the_room(self, counts, room, setting) -> None:
+        columns = Columns(setting)
+        for count in counts:
+            bounds = list(columns.chunks(count, lambda: room, lambda: 0.0))
+            assert [start for start, _ in bounds] == [0, *(stop for _, stop in bounds)][: len(bounds)]
+            assert sum(stop - start for start, stop in bounds) == count
+            assert all(stop - start <= max(1, room) for start, stop in bounds)
+
+    def test_the_cheapest_size_is_found_and_stays(self) -> None:
+        clock, columns = Clock({1: 1.0, 8: 4.0, 64: 16.0}), Columns("auto")
+        clock.run(columns, 200)
+        assert clock.run(columns, 200) == [64, 64, 64, 8]
+        assert clock.run(columns, 20) == [8, 8, 1, 1, 1, 1]
+
+    def test_no_larger_size_is_tried_where_batching_does_not_pay(self) -> None:
+        clock, columns = Clock({1: 1.0, 8: 12.0}), Columns("auto")
+        assert clock.run(columns, 100)[:7] == [1, 1, 1, 8, 8, 8, 1]
+        assert clock.run(columns, 100) == [1] * 100
+
+    def test_no_larger_size_is_tried_where_columns_take_long(self) -> None:
+        clock, columns = Clock({1: 1.0, 8: 4.0}), Columns("auto", worth=0.4)
+        assert clock.run(columns, 20) == [1] * 20
+        clock, columns = Clock({1: 1.0, 8: 4.0}), Columns("auto", worth=1.0)
+        assert clock.run(columns, 20) == [1, 1, 1, 8, 8, 1]
+
+    def test_single_columns_are_not_timed(self) -> None:
+        clock, columns = Clock({1: 1.0}), Columns("auto")
+        assert clock.run(columns, 1) == [1]
+        assert not columns._taken
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 43, 1000, "auto"])
+@pytest.mark.parametrize("cache", [0, 3000, 10**9])
+def test_the_product_is_the_same(columns, cache) -> None:
+    problem = loss_problem("ce-everything")
+    expected = hessian(problem, columns=1) @ np.eye(P)
+    H = hessian(problem, columns=columns, cache=cache)
+    for K in (0, 1, 2, 9, P):
+        np.testing.assert_allclose(H @ np.eye(P)[:, :K], expected[:, :K], rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(
+            H @ torch.eye(P, dtype=torch.float64)[:, :K], expected[:, :K], rtol=1e-12, atol=1e-15
+        )
+    assert H.num_products == 2 * (0 + 1 + 2 + 9 + P)
+
+
+def test_rectangular_blocks_in_chunks() -> None:
+    problem = loss_problem("ce")
+    dense = hessian(problem) @ np.eye(P)
+    H = hessian(problem, columns=6)
+    A = H.block(["2.bias", "0.weight"], "0.bias")
+    rows = np.r_[H.params_slices["2.bias"], H.params_slices["0.weight"]]
+    np.testing.assert_allclose(A @ np.eye(5), dense[rows][:, H.params_slices["0.bias"]], rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(A.H @ np.eye(23), (A @ np.eye(5)).T, rtol=1e-12, atol=1e-15)
+
+
+class Doubling(torch.autograd.Function):
+    """Has no rule for batches of columns: no `vmap`, and Python looks at the values."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient if float(gradient.detach().sum()) != 0.5 else 3 * gradient
+
+
+def test_what_cannot_be_batched_goes_column_by_column() -> None:
+    torch.manual_seed(0)
+    model = mlp().double()
+
+    def twice(params, X):
+        return Doubling.apply(torch.func.functional_call(model, params, (X,)))
+
+    X, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    H = HessianLinearOperator(twice, nn.MSELoss(), dict(model.named_parameters()), [(X, y)], columns=8)
+    once = Problem(model, nn.MSELoss(reduction="sum"), [(X, y / 2)])
+    np.testing.assert_allclose(H @ np.eye(P), 4 / 18 * (hessian(once) @ np.eye(P)), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("columns", [0, -1, 2.5, "all", None])
+def test_the_setting_is_checked(columns) -> None:
+    with pytest.raises(ValueError, match=r"columns is .* but must be a number of columns"):
+        hessian(loss_problem("ce"), columns=columns)
+
+
+def test_scalar_parameters() -> None:
+    gain = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    shift = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    H = HessianLinearOperator.from_objective(
+        lambda p, X: (p["gain"] * X + p["shift"]).pow(2).sum(),
+        {"gain": gain, "shift": shift},
+        [torch.tensor([1.0, 3.0])],
+    )
+    expected = [[20.0, 2.0, 6.0], [2.0, 2.0, 0.0], [6.0, 0.0, 2.0]]
+    np.testing.assert_allclose(H @ np.eye(3), expected, rtol=1e-12)
+    np.testing.assert_allclose(H @ np.eye(3)[:, 0], expected[0], rtol=1e-12)

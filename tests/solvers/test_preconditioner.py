@@ -1,0 +1,147 @@
+"""Preconditioners against their formulas and their bounds."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from matrices import matrix, right_side
+from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg
+
+from curvop.preconditioner import jacobi, nystrom
+
+DECAYING = 2.0 ** -np.arange(0, 60)
+
+
+def condition(A: np.ndarray, M: LinearOperator, damping: float) -> float:
+    """Return the condition of the preconditioned damped matrix."""
+    eigenvalues = np.linalg.eigvals((M @ np.eye(len(A))) @ (A + damping * np.eye(len(A)))).real
+    return eigenvalues.max() / eigenvalues.min()
+
+
+class TestNystrom:
+    def test_it_is_the_inverse_of_what_it_says(self) -> None:
+        M = nystrom(matrix(DECAYING), 10, 1e-3, rng=0)
+        U, values = M.vectors, M.values
+        np.testing.assert_allclose(U.T @ U, np.eye(10), atol=1e-12)
+        assert (np.diff(values) <= 0).all()
+        assert (values >= 0).all()
+        dense = (values[-1] + 1e-3) * U @ np.diag(1 / (values + 1e-3)) @ U.T + np.eye(60) - U @ U.T
+        np.testing.assert_allclose(M @ np.eye(60), dense, atol=1e-12)
+        np.testing.assert_allclose(M.H @ np.ones(60), dense @ np.ones(60), atol=1e-12)
+
+    def test_leading_eigenpairs_are_found(self) -> None:
+        M = nystrom(matrix(DECAYING), 20, 1e-3, rng=0)
+        np.testing.assert_allclose(M.values[:10], DECAYING[:10], rtol=1e-3)
+
+    def test_of_full_rank_it_is_the_inverse_up_to_a_factor(self) -> None:
+        A = matrix(np.linspace(0.1, 1, 20))
+        M = nystrom(A, 20, 1e-2, rng=0)
+        assert condition(A, M, 1e-2) == pytest.approx(1, abs=1e-8)
+
+    @pytest.mark.parametrize("damping", [1e-1, 1e-3, 1e-5])
+    def test_the_condition_is_bounded_from_twice_the_effective_dimension_on(self, damping: float) -> None:
+        # Frangella, Tropp, Udell (2023), theorem 2.2 and 5.1: below 28 in the mean.
+        A = matrix(DECAYING)
+        effective = (DECAYING / (DECAYING + damping)).sum()
+        rank = int(2 * np.ceil(1.5 * effective) + 1)
+        conditions = [condition(A, nystrom(A, rank, damping, rng=seed), damping) for seed in range(10)]
+        assert np.mean(conditions) < 28
+
+    def test_it_takes_one_block_product(self) -> None:
+        calls = []
+        A = matrix(DECAYING)
+
+        class Counting(LinearOperator):
+            def _matmat(self, X):
+                calls.append(X.shape)
+                return A @ X
+
+        nystrom(Counting(np.float64, A.shape), 7, 1e-3)
+        assert calls == [(60, 7)]
+
+    def test_seeds(self) -> None:
+        A = matrix(DECAYING)
+        one, same, other = (nystrom(A, 5, 1e-3, rng=rng) for rng in (0, np.random.default_rng(0), 1))
+        np.testing.assert_array_equal(one.vectors, same.vectors)
+        assert not np.allclose(one.vectors, other.vectors)
+
+    def test_cg_takes_it(self) -> None:
+        A, b = matrix(DECAYING), right_side(60)
+        steps: list[int] = []
+        M = nystrom(A, 30, 1e-4, rng=0)
+        x, failed = cg(A + 1e-4 * np.eye(60), b, M=M, rtol=1e-10, callback=lambda _: steps.append(1))
+        assert not failed
+        assert len(steps) < 12
+        np.testing.assert_allclose(A @ x + 1e-4 * x, b, atol=1e-8)
+
+    @pytest.mark.parametrize("rank", [3, 20])
+    def test_matrices_of_lower_rank(self, rank: int) -> None:
+        A = matrix([3.0, 2.0, *np.zeros(28)])
+        M = nystrom(A, rank, 0.1, rng=0)
+        np.testing.assert_allclose(M.values[:2], [3, 2], rtol=1e-6)
+        assert condition(A, M, 0.1) < 1.01
+
+    def test_the_zero_matrix(self) -> None:
+        M = nystrom(np.zeros((5, 5)), 2, 0.1)
+        np.testing.assert_allclose(M @ np.eye(5), np.eye(5), atol=1e-14)
+
+    def test_float32(self) -> None:
+        A = matrix(DECAYING).astype(np.float32)
+        M = nystrom(aslinearoperator(A), 20, 1e-3, rng=0)
+        assert condition(A.astype(float), M, 1e-3) < 3
+        tiny = nystrom(aslinearoperator(A), 20, 1e-9, rng=0)
+        assert np.linalg.eigvalsh(tiny @ np.eye(60)).min() > 0
+
+    def test_what_is_not_finite_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="not finite"):
+            nystrom(np.full((5, 5), np.nan), 2, 1.0)
+
+    def test_an_indefinite_matrix_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="A is indefinite"):
+            nystrom(matrix([-1.0, *np.linspace(0, 1, 20)]), 15, 1e-2, rng=0)
+
+
+class TestJacobi:
+    def test_it_is_exact_where_there_are_no_more_rows_than_products(self) -> None:
+        A = matrix(DECAYING)
+        np.testing.assert_allclose(jacobi(A, 0.1) @ np.eye(60), np.diag(1 / (np.diag(A) + 0.1)), atol=1e-14)
+        np.testing.assert_allclose(pickle.loads(pickle.dumps(jacobi(A, 0.1))) @ np.ones(60), 1 / (np.diag(A) + 0.1))
+
+    def test_what_is_not_finite_is_refused(self) -> None:
+        for size in (5, 100):
+            with pytest.raises(ValueError, match="not finite"):
+                jacobi(np.full((size, size), np.nan), 1.0)
+
+    def test_large_ones_are_estimated(self) -> None:
+        scales = np.concatenate([np.full(20, 100.0), np.full(1181, 1e-2)])
+        A = LinearOperator((1201, 1201), matmat=lambda X: scales[:, None] * X, matvec=lambda x: scales * x, dtype=float)
+        ratios = (jacobi(A, 1e-2, num_products=80, rng=0) @ np.ones(1201)) * (scales + 1e-2)
+        np.testing.assert_allclose(ratios[:20], 1, rtol=1e-3)
+        assert np.median(np.abs(ratios - 1)) < 0.1
+
+    def test_scales_of_parameters_are_taken_out(self) -> None:
+        scale = np.logspace(-3, 3, 60)
+        A = scale[:, None] * matrix(np.linspace(0.5, 1, 60)) * scale
+        assert condition(A, jacobi(A, 1e-9), 1e-9) < 10 < np.linalg.cond(A)
+
+
+@pytest.mark.parametrize("make", [jacobi, lambda A, damping: nystrom(A, 1, damping)])
+@pytest.mark.parametrize(
+    ("A", "damping", "match"),
+    [
+        (np.ones((2, 3)), 1.0, "must be square"),
+        (np.eye(2), 0.0, "damping is 0"),
+        (np.eye(2), np.nan, "damping is nan"),
+    ],
+)
+def test_bad_input(make, A, damping, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        make(A, damping)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_bad_ranks(rank: int) -> None:
+    with pytest.raises(ValueError, match=f"rank is {rank}"):
+        nystrom(np.eye(2), rank, 1.0)

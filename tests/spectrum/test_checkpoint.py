@@ -1,0 +1,174 @@
+"""Densities that are killed and taken up again."""
+
+from __future__ import annotations
+
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from killed_runs import density_of_digits
+from matrices import matrix
+from processes import started
+from scipy.sparse.linalg import LinearOperator
+
+from curvop import HessianLinearOperator
+from curvop.problems import digits
+from curvop.spectrum import density
+from curvop.storage.records import RecordFileError
+
+N = 120
+A = matrix(np.r_[np.linspace(0, 1, N - 5), np.linspace(5, 9, 5)])
+
+
+class KilledError(Exception):
+    pass
+
+
+class Dying(LinearOperator):
+    """Multiplies by `A`, counts columns, and dies before one too many."""
+
+    def __init__(self, left: float = np.inf) -> None:
+        super().__init__(float, A.shape)
+        self.left, self.made = left, 0
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        if self.made >= self.left:
+            raise KilledError
+        self.made += X.shape[1]
+        return A @ X
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._matmat(x.reshape(N, 1)).reshape(x.shape)
+
+
+def run(operator: LinearOperator, directory: Path | None, **options):
+    settings = {"num_probes": 5, "num_steps": 12, "rng": 1, "memory": 2 * 8 * N * 16, "progress": False}
+    return density(operator, checkpoint=directory, **settings | options)
+
+
+def assert_same(found, expected) -> None:
+    for name in ("nodes", "weights", "atoms"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert found.num_products == expected.num_products
+
+
+@pytest.mark.parametrize("left", [3, 10, 24, 25, 31, 55])
+def test_what_was_recorded_is_not_made_again(left: int, tmp_path: Path) -> None:
+    expected = run(Dying(), None)
+    first, second = Dying(left), Dying()
+    with pytest.raises(KilledError):
+        run(first, tmp_path)
+    assert_same(run(second, tmp_path), expected)
+    assert first.made + second.made == 60 + 2  # and one each for the fingerprint
+    third = Dying()
+    assert_same(run(third, tmp_path), expected)
+    assert third.made == 1
+
+
+def test_deflated_eigenvalues_are_found_once(tmp_path: Path) -> None:
+    expected = run(Dying(), None, deflate=5)
+    once = Dying()
+    with pytest.raises(KilledError):
+        run(Dying(60), tmp_path, deflate=5)
+    assert_same(run(once, tmp_path, deflate=5), expected)
+    assert once.made < 60
+
+
+def test_it_keeps_only_what_it_needs(tmp_path: Path) -> None:
+    run(Dying(), tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 8000
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rng": 2}, "rng"),
+        ({"num_steps": 11}, "num_steps"),
+        ({"num_probes": 6, "deflate": 1}, "num_probes and deflate"),
+    ],
+)
+def test_a_checkpoint_of_something_else(options, said, tmp_path: Path) -> None:
+    run(Dying(), tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"is of something else: {said} differ; pass another"):
+        run(Dying(), tmp_path, **options)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_another_matrix_and_other_parameters(tmp_path: Path) -> None:
+    run(Dying(), tmp_path / "a")
+    other = LinearOperator(A.shape, matvec=lambda x: 2 * (A @ x), dtype=float)
+    with pytest.raises(ValueError, match=r"operator and product differ"):
+        run(other, tmp_path / "a")
+    problem = digits()
+    H = HessianLinearOperator(**problem)
+    options = {"memory": None, "num_probes": 2, "num_steps": 3}
+    run(H, tmp_path / "b", **options)
+    with torch.no_grad():
+        problem["params"]["0.weight"][0, 0] += 1e-9
+    with pytest.raises(ValueError, match=r"params\['0.weight'\] differ"):
+        run(H, tmp_path / "b", **options)
+
+
+def test_a_damaged_record(tmp_path: Path) -> None:
+    run(Dying(), tmp_path)
+    file = tmp_path / "results.records"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RecordFileError, match="damaged"):
+        run(Dying(), tmp_path)
+    assert file.read_bytes() == content
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    class Nested(Dying):
+        def _matmat(self, X: np.ndarray) -> np.ndarray:
+            if self.made == 3:
+                run(Dying(), tmp_path)
+            return super()._matmat(X)
+
+    with pytest.raises(RecordFileError, match="in use"):
+        run(Nested(), tmp_path)
+
+
+def killed_runs(kills: int, steps: int, tmp_path: Path) -> None:
+    rng, log, done = np.random.default_rng(0), tmp_path / "log", 0
+
+    def child(name: str, log: Path) -> BaseProcess:
+        return started(density_of_digits, log, tmp_path / name, tmp_path / f"{name}.npz", steps)
+
+    def finish(name: str, log: Path) -> None:
+        process = child(name, log)
+        process.join(300)
+        assert process.exitcode == 0
+
+    finish("p", tmp_path / "plain")
+    for _ in range(kills):
+        size = log.stat().st_size if log.exists() else 0
+        process = child("c", log)
+        while process.is_alive() and (not log.exists() or log.stat().st_size == size):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.02))
+        done += process.is_alive()
+        process.kill()
+        process.join(60)
+    finish("c", log)
+    assert done == kills
+    one, other = np.load(tmp_path / "p.npz"), np.load(tmp_path / "c.npz")
+    for name in one.files:
+        np.testing.assert_array_equal(one[name], other[name])
+    made, undisturbed = log.stat().st_size, (tmp_path / "plain").stat().st_size
+    assert undisturbed <= made <= undisturbed + 6 * done  # a product of six columns
+
+
+def test_sigkill(tmp_path: Path) -> None:
+    killed_runs(3, 60, tmp_path)
+
+
+@pytest.mark.slow
+def test_sigkill_at_20_random_moments(tmp_path: Path) -> None:
+    killed_runs(20, 250, tmp_path)
