@@ -446,7 +446,7 @@ class TestFaults:
         assert "batch 1" in report["products"].text
 
     def test_too_little_memory_for_other_routes(self, monkeypatch) -> None:
-        monkeypatch.setattr("curvop.computed.available_bytes", lambda device: 1000)
+        monkeypatch.setattr("curvop.operators.engine_operator.available_bytes", lambda device: 1000)
         report = check(operator(loss_problem("ce")), rng=0)
         assert with_status(report, "warning") == ["independent route"]
         assert "float64 takes" in report["forward mode"].text

@@ -29,7 +29,8 @@ from curvop import (
     JacobianLinearOperator,
     check,
 )
-from curvop.kernels import joining, user_code
+from curvop.kernels import batches as joining
+from curvop.kernels import user_code
 from curvop.kernels.model_objective import ModelObjective
 
 KINDS = {
@@ -508,8 +509,8 @@ class TestHowTheCodeIsCalled:
         problem = loss_problem("ce", "singles")
         H = HessianLinearOperator(problem.model, problem.loss_function, problem.params, problem.data)
         assert "all data as one batch" in check(H, rng=0)["finite differences"].text
-        monkeypatch.setattr("curvop.kernels.routes._needed", lambda objective: 100)
-        monkeypatch.setattr("curvop.computed.available_bytes", lambda device: 300)
+        monkeypatch.setattr("curvop.kernels.reference._needed", lambda objective: 100)
+        monkeypatch.setattr("curvop.operators.engine_operator.available_bytes", lambda device: 300)
         report = check(H, rng=0)
         assert report.verdict.startswith("sound"), report
         assert report["finite differences"].text == "of your own code"
@@ -606,7 +607,7 @@ class TestAllIsLeftAsItWas:
     @pytest.mark.parametrize("single", [False, True])
     @pytest.mark.parametrize("kind", ["hessian", *slow("ggn", "ef")])
     def test_wherever_a_line_is_interrupted(self, kind: str, single: bool) -> None:
-        files = ("kernels/user_code.py", "kernels/own_product.py", "kernels/differences.py")
+        files = ("kernels/user_code.py", "kernels/differences.py")
 
         def fresh() -> tuple[nn.Module, list[Any], Any]:
             model, data, A = made(kind, Fuse(), {})

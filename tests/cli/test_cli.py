@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import curvop
-from curvop import eigs
 from curvop.checks.dense_check import dense_check
+from curvop.cli import eigs_study
 from curvop.cli.main import main
 from curvop.examples.functorch import (
     functorch_empirical_fisher,
@@ -210,7 +210,7 @@ def dense_eigenvalues(problem: dict) -> np.ndarray:
 class TestDigits:
     def test_the_console_entry(self):
         """The real thing: a process of its own, all 2,410 parameters."""
-        command = [sys.executable, "-W", "error", "-m", "curvop.cli", "eigs", "digits", "--json"]
+        command = [sys.executable, "-W", "error", "-m", "curvop", "eigs", "digits", "--json"]
         source = Path(curvop.__file__).parents[1]
         env = os.environ | {
             "OMP_NUM_THREADS": "1",
@@ -401,7 +401,7 @@ class TestFailures:
             found.vectors[:, 1] += 1e-6
             return found
 
-        monkeypatch.setattr(eigs, "eigsh", second_off)
+        monkeypatch.setattr(eigs_study, "eigsh", second_off)
         argv = (spec("small"), "--which", "SA", "--k", 3)
         code, out, _ = run("eigs", *argv)
         assert code == 1

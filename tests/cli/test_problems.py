@@ -9,7 +9,9 @@ import torch
 from scipy.sparse.linalg import aslinearoperator
 from torch import nn
 
-from curvop.problems import ProblemError, describe_error, digits, last_layer, load
+from curvop.cli.problem_loading import last_layer
+from curvop.operators.error_text import describe_error
+from curvop.problems import ProblemError, digits, load
 
 KEYS = ["model", "loss_function", "params", "data"]
 

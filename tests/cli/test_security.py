@@ -16,8 +16,9 @@ from scipy.sparse.linalg import aslinearoperator
 from test_cli import PROBLEMS
 
 import curvop
-from curvop import JournaledLinearOperator, results, spectrum
+from curvop import JournaledLinearOperator, spectrum
 from curvop.cli.main import main
+from curvop.storage import result_files
 from curvop.storage.records import RecordFileError
 
 SOURCES = sorted(Path(curvop.__file__).parent.rglob("*.py"))
@@ -81,24 +82,28 @@ class TestSources:
         named = {path.stem: path.read_text().count("savez") for path in SOURCES}
         [function] = [
             node
-            for node in ast.walk(ast.parse(Path(results.__file__).read_text()))
+            for node in ast.walk(ast.parse(Path(result_files.__file__).read_text()))
             if isinstance(node, ast.FunctionDef) and node.name == "save_arrays"
         ]
         calls = [ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.Call)]
         assert [call for call in calls if "savez" in call] == ["np.savez(file, **checked)"]
-        assert {name: count for name, count in named.items() if count} == {"results": 2}  # that, and what is said of it
+        assert {name: count for name, count in named.items() if count} == {
+            "result_files": 2
+        }  # that, and what is said of it
 
     @pytest.mark.parametrize("kind", ["object", [("number", "f8"), ("any", "O")]], ids=["objects", "a field of them"])
     def test_objects_are_not_pickled_into_archives(self, tmp_path, kind) -> None:
         with pytest.raises(
             TypeError, match=r"^wrong, too cannot be saved in .*: pass arrays of numbers, or of strings"
         ):
-            results.save_arrays(tmp_path / "a.npz", right=np.ones(2), wrong=np.empty(2, kind), too=np.empty((), kind))
+            result_files.save_arrays(
+                tmp_path / "a.npz", right=np.ones(2), wrong=np.empty(2, kind), too=np.empty((), kind)
+            )
         assert not list(tmp_path.iterdir())
 
     def test_archives_hold_what_they_are_given_and_nothing_else(self, tmp_path) -> None:
         given = {"numbers": np.arange(3.0), "words": np.array(["a", "b"], dtype=np.str_), "none": np.ones((0, 2))}
-        results.save_arrays(tmp_path / "a.npz", **given)
+        result_files.save_arrays(tmp_path / "a.npz", **given)
         with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
             assert file.files == list(given)
             for name, array in given.items():
@@ -174,6 +179,7 @@ def refuse(event, arguments):
 
 sys.addaudithook(refuse)
 from curvop.cli.main import main
+from curvop.storage import result_files
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -336,7 +336,7 @@ def test_batch_statistics_are_warned_of(run, tmp_path) -> None:
 
 
 def test_a_full_journal_is_told_and_the_study_goes_on(run, spec, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("curvop.products.shutil.disk_usage", lambda path: argparse.Namespace(free=2_000))
+    monkeypatch.setattr("curvop.storage.journal.shutil.disk_usage", lambda path: argparse.Namespace(free=2_000))
     with pytest.warns(RuntimeWarning, match="has reached max_bytes"):
         code, text, _ = run(spec, "--k", 1, "--out", tmp_path / "study")
     assert code == 0
@@ -345,7 +345,7 @@ def test_a_full_journal_is_told_and_the_study_goes_on(run, spec, tmp_path, monke
 
 def test_what_the_report_says_is_no_warning(run, slow, monkeypatch) -> None:
     monkeypatch.setenv("CURVOP_TEST_NAP", "0")
-    monkeypatch.setattr("curvop.spectrum.study.eigsh", functools.partial(eigsh, maxiter=1, tol=1e-15))
+    monkeypatch.setattr("curvop.cli.spectrum_study.eigsh", functools.partial(eigsh, maxiter=1, tol=1e-15))
     code, text, err = run(slow, "--k", 3)
     assert code == 1
     assert "not converged" in text
@@ -367,7 +367,7 @@ def test_what_was_found_before_an_error_is_on_disk(run, spec, tmp_path, monkeypa
         meanwhile.append(json.loads((out / "spectrum.json").read_text()))
         raise error
 
-    monkeypatch.setattr("curvop.spectrum.study.density", fail)
+    monkeypatch.setattr("curvop.cli.spectrum_study.density", fail)
     assert run(spec, "--k", 3, "--out", out)[0] == code
     [before], after = meanwhile, json.loads((out / "spectrum.json").read_text())
     assert before["undone"] == ["density: not done yet"]
@@ -415,8 +415,8 @@ def test_an_error_in_the_blocks_leaves_those_that_are_done(run, spec, tmp_path, 
     ],
 )
 def test_memory_is_counted_before_anything_is_computed(run, spec, tmp_path, monkeypatch, argv, room, said) -> None:
-    monkeypatch.setattr("curvop.spectrum.study.available_bytes", lambda device=None: room)
-    monkeypatch.setattr("curvop.spectrum.study.evaluated", lambda A: pytest.fail("it was evaluated"))
+    monkeypatch.setattr("curvop.cli.spectrum_study.available_bytes", lambda device=None: room)
+    monkeypatch.setattr("curvop.cli.spectrum_study.evaluated", lambda A: pytest.fail("it was evaluated"))
     code, _, err = run(spec, *argv, "--out", tmp_path / "study")
     assert code == 2
     assert said in err
@@ -432,7 +432,7 @@ FEW = ("--k", 2, "--probes", 2, "--steps", 12)
 @pytest.fixture
 def few_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("CURVOP_TEST_NAP", "0.02")
-    monkeypatch.setattr("curvop.progress._DELAY", 0.01)
+    monkeypatch.setattr("curvop.operators.progress._DELAY", 0.01)
     (tmp_path / "few_slow.py").write_text(PROBLEMS + SLOW.replace("hidden=40", "hidden=4"))
     return f"{tmp_path / 'few_slow.py'}:slow"
 

@@ -100,7 +100,7 @@ def test_for_room_for_the_products_less_is_kept(monkeypatch) -> None:
                 raise MemoryError
             return np.empty(*args, **options)
 
-    monkeypatch.setattr("curvop.computed.np", Short())
+    monkeypatch.setattr("curvop.operators.engine_operator.np", Short())
     with pytest.warns(RuntimeWarning, match="ran out of memory: less is kept") as told:
         np.testing.assert_allclose(A @ X, expected, rtol=1e-12)
     assert len(told) == 1

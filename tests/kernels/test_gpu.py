@@ -22,11 +22,11 @@ from curvop import (
     check,
     preconditioner,
     solve,
-    staging,
 )
 from curvop.cli.main import main
 from curvop.kernels.batches import on_device
 from curvop.kernels.cuda_graphs import Recorder
+from curvop.operators import transfer
 from curvop.operators.transfer import Staging
 from curvop.spectrum import blocks, density, diagonal, eigsh, frobenius_norm, trace, track
 from curvop.spectrum.lanczos import Lanczos
@@ -269,7 +269,7 @@ class TestStaging:
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     @pytest.mark.parametrize("most", [2**29, 0])
     def test_there_and_back(self, monkeypatch, dtype, most) -> None:
-        monkeypatch.setattr(staging, "_MOST", most)
+        monkeypatch.setattr(transfer, "_MOST", most)
         stage = Staging()
         for size in (3, 1000, 10):
             array = np.random.default_rng(size).normal(size=(2, size)).astype(dtype)

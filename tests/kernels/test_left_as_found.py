@@ -76,7 +76,7 @@ def test_wherever_a_product_is_interrupted(kind: str, cache: Any) -> None:
         assert state(model, data) == before
 
 
-OWN = ("kernels/generators.py", "kernels/differentiable.py")
+OWN = ("kernels/changes.py", "kernels/differentiable.py")
 MODES = ("torch/overrides.py",)
 GUARD = ("kernels/guard.py",)
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from curvop.examples import derivatives
 from curvop.examples.functorch import functorch_hessian
+from curvop.testing import functorch_reference
 
 EXAMPLES, FEATURES, CLASSES, STEPS, WORDS = 7, 3, 2, 4, 5
 MSE = nn.MSELoss()
@@ -153,7 +153,7 @@ class TestAgreesWithDoubleBackward:
     @pytest.mark.parametrize("columns", [1, 3])
     @pytest.mark.parametrize("name", ["layer norm", "batch norm, training", "instance norm"])
     def test_normalisation_is_differentiated_however_few_columns_at_a_time(self, name, columns, monkeypatch):
-        monkeypatch.setattr(derivatives, "_columns_at_a_time", lambda f, theta: columns)
+        monkeypatch.setattr(functorch_reference, "_columns_at_a_time", lambda f, theta: columns)
         model, X, y = make(name)
         assert_agrees_with_double_backward(model, MSE, X, y)
 
