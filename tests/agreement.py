@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.operators.curvature_operator import SandwichLinearOperator
+from curvop.operators.curvature_operator import GGNLikeLinearOperator
 
 
 def close(actual: Any, expected: Any) -> None:
@@ -42,7 +42,7 @@ def assert_matrix(build: Callable[..., Any], dense: np.ndarray, diagonal: bool =
     some = [0, size - 1, 0, size // 2]
     close(A[some, :][:, cols] @ x[cols], dense[some, cols] @ x[cols])
     close(A.damped(0.5) @ x, dense @ x + 0.5 * x)
-    if not isinstance(A, SandwichLinearOperator):
+    if not isinstance(A, GGNLikeLinearOperator):
         return
     if diagonal:
         close(A.diagonal(), np.diagonal(dense))

@@ -413,7 +413,7 @@ class TestFailures:
         assert [r > a for r, a in zip(result["residuals"], result["allowed_residuals"], strict=True)] == [0, 1, 0]
 
     def test_eigenvalues_that_do_not_converge(self, run, run_json, spec, monkeypatch):
-        monkeypatch.setattr(eigs, "MAX_RESTARTS", 1)
+        monkeypatch.setattr(eigs_study, "MAX_RESTARTS", 1)
         argv = (spec("medium"), "--which", "SA", "--k", 6)
         code, out, _ = run("eigs", *argv)
         assert code == 1
@@ -424,7 +424,7 @@ class TestFailures:
         assert len(result["eigenvalues"]) < 6
 
     def test_a_solve_that_does_not_converge(self, run, spec, monkeypatch):
-        monkeypatch.setattr(eigs, "solve", functools.partial(curvop.solve, maxiter=1))
+        monkeypatch.setattr(eigs_study, "solve", functools.partial(curvop.solve, maxiter=1))
         code, out, _ = run("eigs", spec("small"), "--k", 3)
         assert code == 1
         assert "NOT CONVERGED" in out

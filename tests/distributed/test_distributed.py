@@ -34,7 +34,7 @@ from torch import nn
 
 from curvop import GGNLinearOperator, HessianLinearOperator
 from curvop.distributed import serve
-from curvop.distributed.partial_sums import Shard
+from curvop.distributed.partial_sums import PartialSum
 from curvop.examples.functorch import functorch_empirical_fisher, functorch_ggn, functorch_hessian
 from curvop.preconditioner import jacobi, nystrom
 from curvop.spectrum import density
@@ -507,7 +507,7 @@ class TestOneProcess:
         model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).train(training)
         parts = [[(torch.randn(3, 4), torch.randn(3, 3))] for _ in range(2)]
         params = dict(model.named_parameters())
-        here, there = (Shard(HessianLinearOperator(model, nn.MSELoss(), params, part)) for part in parts)
+        here, there = (PartialSum(HessianLinearOperator(model, nn.MSELoss(), params, part)) for part in parts)
         x = torch.ones(1, here.A.shape[1])
         totals = [sum(both) for both in zip(here.product_sums(x), there.product_sums(x), strict=True)]
         with pytest.warns(RuntimeWarning, match="each of the 2 batches") if training else nullcontext():

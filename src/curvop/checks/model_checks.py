@@ -14,7 +14,7 @@ from scipy.sparse.linalg import LinearOperator
 from curvop.checks.check_report import NOT_APPLICABLE, OK, WARNING, WRONG, Finding
 from curvop.checks.dense_check import rounding
 from curvop.distributed.distributed_operator import DistributedLinearOperator
-from curvop.operators.engine_operator import ComputedLinearOperator
+from curvop.operators.engine_operator import EngineLinearOperator
 from curvop.spectrum.norms import norm
 from curvop.storage.fingerprint import listed
 from curvop.storage.journal import JournaledLinearOperator
@@ -41,9 +41,9 @@ _COARSE = 1e-4
 _NOISY = 10
 
 
-def computed_parts(A: LinearOperator) -> list[ComputedLinearOperator]:
+def computed_parts(A: LinearOperator) -> list[EngineLinearOperator]:
     """Return the operators of this package that `A` is, or is made of."""
-    return _parts(A, ComputedLinearOperator)
+    return _parts(A, EngineLinearOperator)
 
 
 @contextlib.contextmanager
@@ -68,15 +68,15 @@ def _parts(A: LinearOperator, kind: type[_Operator]) -> list[_Operator]:
 
 
 @contextlib.contextmanager
-def warned_as_before(bases: list[ComputedLinearOperator]) -> Iterator[None]:
+def warned_as_before(bases: list[EngineLinearOperator]) -> Iterator[None]:
     """Let products warn, later, of what is a finding here."""
     objectives = [base._objective for base in bases]
-    before = [set(objective.told) for objective in objectives]
+    before = [set(objective.warned) for objective in objectives]
     try:
         yield
     finally:
         for objective, told in zip(objectives, before, strict=True):
-            objective.told = told
+            objective.warned = told
 
 
 def magnitude(array: NDArray[Any]) -> float:

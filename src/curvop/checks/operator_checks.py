@@ -29,7 +29,7 @@ from curvop.checks.model_checks import (
     warned_as_before,
     zero_block,
 )
-from curvop.operators.engine_operator import UNTRUSTED, ComputedLinearOperator
+from curvop.operators.engine_operator import UNTRUSTED, EngineLinearOperator
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import random_generator, whole_number
 
@@ -137,8 +137,8 @@ class _Algebra:
         self._dtype = A.dtype if inexact else np.dtype(np.float64)
         self._eps = float(np.finfo(self._dtype).eps)
         self._known: tuple[Array, Array] | None = None
-        self._compared: dict[ComputedLinearOperator, tuple[Array, Array, list[Any]]] = {}
-        self._bases: list[ComputedLinearOperator] = []
+        self._compared: dict[EngineLinearOperator, tuple[Array, Array, list[Any]]] = {}
+        self._bases: list[EngineLinearOperator] = []
         self._zero = False
         self.products = 0
 
@@ -258,7 +258,7 @@ class _Algebra:
             return
         yield symmetry_finding(defect(self._product(A, U)), self._eps, noise, own, alone)
 
-    def _routes(self, base: ComputedLinearOperator, random: bool) -> Iterator[Finding]:
+    def _routes(self, base: EngineLinearOperator, random: bool) -> Iterator[Finding]:
         if random:
             yield Finding("other routes", NOT_APPLICABLE, "the loss is random: there is nothing to compare")
             return
@@ -273,7 +273,7 @@ class _Algebra:
         gradient = base._gradient()[0].cpu().numpy()
         yield from route_findings(routes, product, gradient, self._eps, scale if zero else 0.0)
 
-    def _compare(self, base: ComputedLinearOperator) -> tuple[Array, Array, list[Any]]:
+    def _compare(self, base: EngineLinearOperator) -> tuple[Array, Array, list[Any]]:
         """Return a vector of norm 1, the product with it, and those by other routes."""
         if base not in self._compared:
             if base is self._A and self._known is not None:

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvop.distributed.partial_sums import Shard
-from curvop.distributed.rank_group import RankError, Team
-from curvop.distributed.serving import Link, Served, Worker, compare
+from curvop.distributed.partial_sums import PartialSum
+from curvop.distributed.rank_group import RankError, RankGroup
+from curvop.distributed.serving import RemoteOperator, ServedOperator, Worker, compare
 from curvop.operators.base import Rows
-from curvop.operators.curvature_operator import CurvatureLinearOperator, SandwichLinearOperator
+from curvop.operators.curvature_operator import CurvatureLinearOperator, GGNLikeLinearOperator
 from curvop.operators.engine_operator import TORCH_DTYPES, Cost
 from curvop.operators.parameter_operator import ParameterLinearOperator
 from curvop.storage.fingerprint import differing
@@ -92,32 +92,32 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
         raise TypeError("serve() was given no operator: pass that of this rank's part of the data, or several")
     if not (timeout > 0 and arrival > 0):
         raise ValueError(f"timeout is {timeout} and arrival is {arrival}, but both must be positive")
-    team = Team(timeout, arrival)
+    group = RankGroup(timeout, arrival)
     _serving = True
     try:
         try:
-            shards = [Shard(A) for A in operators]
-            for shard in shards:
-                shard.A.state()  # raises where the parameters are not the model's any more
-            mine = {"operators": [shard.told() for shard in shards]}
-            all_told = [one["operators"] for one in team.meet(mine, operators[0].device)]
-            whole: Sequence[DistributedLinearOperator | None] = (None,) * len(shards)
-            if team.rank == 0:
+            partials = [PartialSum(A) for A in operators]
+            for partial in partials:
+                partial.A.state()  # raises where the parameters are not the model's any more
+            mine = {"operators": [partial.shared_settings() for partial in partials]}
+            all_told = [one["operators"] for one in group.meet(mine, operators[0].device)]
+            whole: Sequence[DistributedLinearOperator | None] = (None,) * len(partials)
+            if group.rank == 0:
                 compare(all_told)
-                whole = _wholes(team, shards)
+                whole = _wholes(group, partials)
             else:
-                Worker(team, shards).run()
+                Worker(group, partials).run()
         except BaseException as error:
-            team.fail(error)
+            group.fail(error)
             raise
-        _serving = team.rank == 0
+        _serving = group.rank == 0
         try:
             yield whole if len(whole) > 1 else whole[0]
         except BaseException as error:
             at_ease = isinstance(error, SystemExit) and error.code in (None, 0)
-            team.dismiss(None if at_ease else error)
+            group.dismiss(None if at_ease else error)
             raise
-        team.dismiss(None)
+        group.dismiss(None)
     finally:
         _serving = False
 
@@ -129,22 +129,22 @@ class DistributedLinearOperator(ParameterLinearOperator):
     handed out to all ranks, sums are made in float64 and divided once, by what all data weighs.
     """
 
-    def __init__(self, link: Link, shard: Shard) -> None:
-        A = shard.A
+    def __init__(self, remote: RemoteOperator, partial: PartialSum) -> None:
+        A = partial.A
         super().__init__(A.dtype, A._params, A._rows, A._cols)
-        self._link = link
-        self._shard = shard
+        self._remote = remote
+        self._partial = partial
         self._flipped = False
 
     @property
     def device(self) -> torch.device:
         """That of rank 0's parameters."""
-        return self._shard.A.device
+        return self._partial.A.device
 
     @property
     def epsilon(self) -> float:
         """That of rank 0's operator."""
-        return self._shard.A.epsilon
+        return self._partial.A.epsilon
 
     def cost(self, repeats: int = 5) -> Cost:
         """Tell whom to ask: each rank knows what its own part of a product costs.
@@ -161,15 +161,15 @@ class DistributedLinearOperator(ParameterLinearOperator):
 
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
         """Return the operator of the block that the named parameters span; see `HessianLinearOperator.block`."""
-        local = self._shard.A.block(rows, cols)
-        return type(self)(self._link.block(local._rows.names, local._cols.names), Shard(local))
+        local = self._partial.A.block(rows, cols)
+        return type(self)(self._remote.block(local._rows.names, local._cols.names), PartialSum(local))
 
     def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
         """Return the gradient ``(M,)`` with respect to the row parameters, and the loss, of the whole data set."""
-        if self._link.alone:
-            with self._link.team.turn():
-                return self._shard.A.gradient_and_loss()
-        gradient, loss = self._shard.gradient(self._totals("gradient", self._shard.gradient_sums))
+        if self._remote.alone:
+            with self._remote.group.turn():
+                return self._partial.A.gradient_and_loss()
+        gradient, loss = self._partial.gradient(self._totals("gradient", self._partial.gradient_sums))
         return gradient.cpu().numpy().astype(self.dtype, copy=False), loss
 
     def diagonal(self) -> NDArray[Any]:
@@ -180,13 +180,13 @@ class DistributedLinearOperator(ParameterLinearOperator):
         NotImplementedError
             Where it has not, as for a Hessian; `curvop.spectrum.diagonal` estimates it.
         """
-        local = self._shard.A
-        if self._link.alone or not isinstance(local, SandwichLinearOperator):
-            with self._link.team.turn():
+        local = self._partial.A
+        if self._remote.alone or not isinstance(local, GGNLikeLinearOperator):
+            with self._remote.group.turn():
                 return local.diagonal()
         if self._rows.names != self._cols.names:
             raise ValueError("this is a block off the diagonal, whose rows and columns are different parameters")
-        diagonal = self._shard.diagonal(self._totals("diagonal", self._shard.diagonal_sums))
+        diagonal = self._partial.diagonal(self._totals("diagonal", self._partial.diagonal_sums))
         return diagonal.cpu().numpy().astype(self.dtype, copy=False)
 
     def fingerprint(self) -> dict[str, str]:
@@ -195,12 +195,12 @@ class DistributedLinearOperator(ParameterLinearOperator):
         It is told as by rank 0, with the data of each (``data, rank 1, batch 0``), and what else differs on another
         (``rank 1, seed``).
         """
-        link = self._link
-        with link.team.turn():
-            parts = [self._shard.fingerprint()]
-            if not link.alone:
-                link.refresh()
-                parts += [answer["parts"] for answer in link.answers("fingerprint", adjoint=self._flipped)]
+        remote = self._remote
+        with remote.group.turn():
+            parts = [self._partial.fingerprint()]
+            if not remote.alone:
+                remote.refresh()
+                parts += [answer["parts"] for answer in remote.answers("fingerprint", adjoint=self._flipped)]
         shared = [{name: one[name] for name in one if not name.startswith("data, ")} for one in parts]
         told = dict(shared[0])
         for rank, one in enumerate(parts):  # what differs is its seed, or was only warned of
@@ -211,21 +211,21 @@ class DistributedLinearOperator(ParameterLinearOperator):
 
     def state(self) -> tuple[object, ...]:
         """Return a token that changes where rank 0's parameters or model are written to."""
-        return self._shard.A.state()
+        return self._partial.A.state()
 
     def _adjoint(self) -> Self:
-        local = self._shard.adjoint()
-        if local is self._shard:
+        local = self._partial.adjoint()
+        if local is self._partial:
             return self
         adjoint = copy.copy(self)  # shares the counter
-        adjoint._shard, adjoint._flipped = local, not self._flipped
+        adjoint._partial, adjoint._flipped = local, not self._flipped
         adjoint._rows, adjoint._cols, adjoint.shape = self._cols, self._rows, self.shape[::-1]
         return adjoint
 
     def _apply(self, rows: Rows) -> Rows:
-        if self._link.alone:
-            with self._link.team.turn():
-                return self._shard.A._apply(rows)
+        if self._remote.alone:
+            with self._remote.group.turn():
+                return self._partial.A._apply(rows)
         if isinstance(rows, Tensor):
             wide = torch.float32 if rows.dtype == torch.float32 else torch.float64
             return self._multiply(rows.to(wide)).to(rows.device, rows.dtype)
@@ -236,27 +236,27 @@ class DistributedLinearOperator(ParameterLinearOperator):
 
     def _multiply(self, vectors: Tensor) -> Tensor:
         with torch.inference_mode(False):
-            vectors = vectors.to(self._link.team.device).contiguous()
+            vectors = vectors.to(self._remote.group.device).contiguous()
             count, dtype = len(vectors), str(vectors.dtype).removeprefix("torch.")
-            local = functools.partial(self._shard.product_sums, vectors)
+            local = functools.partial(self._partial.product_sums, vectors)
             totals = self._totals("products", local, [vectors], count=count, dtype=dtype)
-            return self._shard.products(totals, count)
+            return self._partial.products(totals, count)
 
     def _totals(
         self, do: str, local: Callable[[], list[Tensor]], tensors: Sequence[Tensor] = (), **header: Any
     ) -> list[Tensor]:
         """Return the sums of what all ranks compute."""
-        link = self._link
-        with link.team.turn():
-            link.refresh()
-            number = link.ask(do, tensors, adjoint=self._flipped, **header)
+        remote = self._remote
+        with remote.group.turn():
+            remote.refresh()
+            number = remote.ask(do, tensors, adjoint=self._flipped, **header)
             own = local()
-            link.check(link.team.answers(number))
-            return link.team.totals(own)
+            remote.check(remote.group.answers(number))
+            return remote.group.totals(own)
 
 
-def _wholes(team: Team, shards: Sequence[Shard]) -> tuple[DistributedLinearOperator, ...]:
-    numbers: Iterator[int] = itertools.count(len(shards))
+def _wholes(group: RankGroup, partials: Sequence[PartialSum]) -> tuple[DistributedLinearOperator, ...]:
+    numbers: Iterator[int] = itertools.count(len(partials))
     dropped: list[int] = []
-    served = [Served(team, index, shard, numbers, dropped) for index, shard in enumerate(shards)]
-    return tuple(DistributedLinearOperator(Link(one), one.shard) for one in served)
+    served = [ServedOperator(group, index, partial, numbers, dropped) for index, partial in enumerate(partials)]
+    return tuple(DistributedLinearOperator(RemoteOperator(one), one.partial) for one in served)

@@ -11,18 +11,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from curvop.operators.curvature_operator import CurvatureLinearOperator, SandwichLinearOperator
+from curvop.operators.curvature_operator import CurvatureLinearOperator, GGNLikeLinearOperator
 from curvop.operators.engine_operator import UNTRUSTED, digest
 from curvop.operators.fisher import GradientCovarianceLinearOperator
 from curvop.operators.transfer import aligned
 
-__all__ = ["ERRORS", "Shard"]
+__all__ = ["ERRORS", "PartialSum"]
 
 #: What a product may raise that means the same on whichever part of the data it was raised, by name.
 ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (*UNTRUSTED, NotImplementedError)}
 
 
-class Shard:
+class PartialSum:
     """A curvature matrix of a part of a data set, as a summand of the matrix of the whole.
 
     The methods that end in ``_sums`` return vectors in float64 on the operator's device, in memory of their own. They
@@ -62,20 +62,20 @@ class Shard:
         """Return dtypes and shapes of the `tensors`, in their order."""
         return [f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in self.tensors()]
 
-    def told(self) -> dict[str, str]:
+    def shared_settings(self) -> dict[str, str]:
         """Return what must be equal on all ranks: all but the data, by name, and each tensor by a name of its own."""
         parts = self.A.fingerprint(data=False)
         params = {id(value) for value in self._objective.params.values()}
         own = vars(self._objective)  # of either kind
         for name in ("_model", "loss_function", "_objective", "_batch_weight"):
-            for one, tensor in _held(own.get(name), name.removeprefix("_"), ()):
+            for one, tensor in _enclosed_tensors(own.get(name), name.removeprefix("_"), ()):
                 if one not in parts and id(tensor) not in params:
                     parts[one] = digest(tensor)
         return parts | {"number and shapes of the model's tensors": " ".join(self.layout())}
 
     def fingerprint(self) -> dict[str, str]:
-        """Return what the matrix depends on; see `ComputedLinearOperator.fingerprint`. The data may be empty."""
-        with self._objective.as_share():
+        """Return what the matrix depends on; see `EngineLinearOperator.fingerprint`. The data may be empty."""
+        with self._objective.as_part_of_data():
             return self.A.fingerprint()
 
     def product_sums(self, vectors: Tensor) -> list[Tensor]:
@@ -118,7 +118,7 @@ class Shard:
         """Return the sums of the exact diagonal, where `A` has one."""
 
         def compute() -> list[Tensor]:
-            assert isinstance(self.A, SandwichLinearOperator)
+            assert isinstance(self.A, GGNLikeLinearOperator)
             diagonal = self.A._diagonal()
             if self._centred is None:
                 return [diagonal]
@@ -140,7 +140,7 @@ class Shard:
 
     def _summed(self, compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
         """Return what `compute` sums over the data, and last what the data weighs, and the number of batches."""
-        with torch.inference_mode(False), self._objective.as_share() as share:
+        with torch.inference_mode(False), self._objective.as_part_of_data() as share:
             parts = [part.reshape(-1).double() for part in compute()]
         return [*parts, torch.tensor([share.weight, share.batches], dtype=torch.float64, device=self._objective.device)]
 
@@ -153,7 +153,7 @@ class Shard:
         return totals[:-1], self._objective.divisor([weight])
 
 
-def _held(value: Any, name: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+def _enclosed_tensors(value: Any, name: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that modules and functions hold, by name; `above` are the identities of what they are part of.
 
     It looks where digests look: into what functions enclose, and the tensors, modules and functions that they refer to.
@@ -192,4 +192,4 @@ def _held(value: Any, name: str, above: tuple[int, ...]) -> Iterator[tuple[str, 
     elif callable(value) and not isinstance(value, type):
         parts = getattr(value, "__dict__", {})
     for key, one in parts.items():
-        yield from _held(one, f"{name}[{key!r}]", (*above, id(value)))
+        yield from _enclosed_tensors(one, f"{name}[{key!r}]", (*above, id(value)))

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Pulse", "RankError", "Team", "described", "joined"]
+__all__ = ["Heartbeat", "RankError", "RankGroup", "described", "joined"]
 
 _runs = itertools.count()
 #: Entries that one collective moves at most: what is longer goes in pieces, each in bounded time.
@@ -35,7 +35,7 @@ _FAREWELL = 2.0
 _LONGEST = 0.05
 
 
-class Team:
+class RankGroup:
     """All ranks of the process group, for the time of one `serve`.
 
     Outside of a process group, and where no launcher has set ``RANK`` and ``WORLD_SIZE``, it is this process alone.
@@ -68,7 +68,7 @@ class Team:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         group: Any = dist.group.WORLD
         self._store: Any = dist.PrefixStore(f"curvop/{next(_runs)}", group.get_group_store())  # type: ignore[attr-defined]
-        self._pulse = Pulse(self._store.clone(), self.rank, timeout)  # type: ignore[attr-defined]
+        self._heartbeat = Heartbeat(self._store.clone(), self.rank, timeout)  # type: ignore[attr-defined]
 
     def meet(self, told: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
         """Wait until all ranks are here; return what each of them tells, in the order of ranks.
@@ -92,7 +92,7 @@ class Team:
         self._store.set(f"here/{self.rank}", json.dumps(told | {"where": where, "kind": device.type}))
         end = time.monotonic() + self._arrival
         found = [json.loads(self._wait(f"here/{rank}", end)) for rank in range(self.size)]
-        self._pulse.watch(range(1, self.size) if self.rank == 0 else [0])
+        self._heartbeat.watch(range(1, self.size) if self.rank == 0 else [0])
         own = len({one["where"] for one in found}) == self.size  # NCCL cannot have two ranks on one GPU
         nccl = own and dist.is_nccl_available() and all(one["kind"] == "cuda" for one in found)
         if nccl:
@@ -183,7 +183,7 @@ class Team:
                 self._store.wait(["seen"], timedelta(seconds=min(_SOON, self._timeout)))
             else:  # which may host the store: the others hear first what has happened
                 self._store.set("seen", "")
-                time.sleep(2 * self._pulse.interval)
+                time.sleep(2 * self._heartbeat.interval)
         self._close(broken=True)
 
     def leave(self) -> None:
@@ -202,7 +202,7 @@ class Team:
         except RankError as one:
             lost = one
             if told is not None:
-                self.fail(RankError(0, told))  # which their pulses hear while they compute
+                self.fail(RankError(0, told))  # which their heartbeats hear while they compute
         finally:
             self.leave()
         if lost is not None and told is None:
@@ -223,7 +223,7 @@ class Team:
                     raise
                 lost = error
                 waiting.remove(error.rank)
-                self._pulse.watch(waiting)
+                self._heartbeat.watch(waiting)
         if lost is not None:
             raise lost
 
@@ -236,12 +236,12 @@ class Team:
         try:
             self._store.set(key, json.dumps(told))
         except dist.DistError as error:  # as where rank 0 has left meanwhile
-            raise self._pulse.gone(error) from error
+            raise self._heartbeat.gone(error) from error
 
     def _close(self, broken: bool) -> None:
         if self.size == 1:
             return
-        self._pulse.stop()
+        self._heartbeat.stop()
         if self._group is not None:
             with contextlib.suppress(Exception):
                 if broken:
@@ -261,20 +261,20 @@ class Team:
     def _wait(self, key: str, end: float = float("inf")) -> bytes:
         """Return what the store has under `key`, as soon as it has it, as long as the others live."""
         try:
-            for _ in self._pulse.looks(_LONGEST):  # the store's own waiting logs a warning whenever its time is over
+            for _ in self._heartbeat.looks(_LONGEST):  # the store's own wait logs a warning when it times out
                 if self._store.check([key]):
                     return bytes(self._store.get(key))
                 if time.monotonic() > end:
                     rank = int(key.rpartition("/")[2])
                     raise RankError(rank, f"rank {rank} did not come to curvop.distributed.serve in time")
         except dist.DistError as error:
-            raise self._pulse.gone(error) from error
+            raise self._heartbeat.gone(error) from error
         raise AssertionError
 
     def _finish(self, works: Sequence[Any]) -> None:
         try:
             for work in works:
-                for _ in self._pulse.looks(1e-3):
+                for _ in self._heartbeat.looks(1e-3):
                     if work.is_completed():
                         break
                 work.wait()
@@ -288,8 +288,8 @@ class Team:
         # Rank 0 is the one that sees all; the others wait for what it finds.
         end = time.monotonic() + self._timeout * (1 if self.rank == 0 else 2)
         while time.monotonic() < end:
-            self._pulse.check(min(_SOON, self._timeout / 2))
-            time.sleep(self._pulse.interval / 4)
+            self._heartbeat.check(min(_SOON, self._timeout / 2))
+            time.sleep(self._heartbeat.interval / 4)
         raise RankError(None, f"the connection between the ranks is broken: {error}") from error
 
 
@@ -334,7 +334,7 @@ class RankError(RuntimeError):
         self.ended = ended
 
 
-class Pulse(threading.Thread):
+class Heartbeat(threading.Thread):
     """Gives signs of life, and counts the time without those of others.
 
     It counts its own turns and not the clock's seconds, so that a process that was stopped itself blames nobody.
@@ -355,7 +355,7 @@ class Pulse(threading.Thread):
     """
 
     def __init__(self, store: Any, rank: int, timeout: float) -> None:
-        super().__init__(name="curvop pulse", daemon=True)
+        super().__init__(name="curvop heartbeat", daemon=True)
         self.interval = min(1.0, timeout / 10)
         self._timeout = timeout
         self._lost: Exception | None = None
@@ -367,7 +367,7 @@ class Pulse(threading.Thread):
         self.start()
 
     def watch(self, ranks: Iterable[int]) -> None:
-        """Begin to watch ranks, all of which have a pulse already."""
+        """Begin to watch ranks, all of which have a heartbeat already."""
         self._beats = dict.fromkeys(ranks, (b"", 0))
 
     def check(self, patience: float | None = None) -> None:

@@ -20,10 +20,10 @@ __all__ = [
     "leading_size",
     "leaves",
     "map_leaves",
+    "numbered_errors",
     "on_device",
     "signature",
     "to_device",
-    "told",
 ]
 
 
@@ -167,7 +167,7 @@ def at_batch(index: int) -> Iterator[None]:
         raise
 
 
-def told(batches: Iterable[Any]) -> Iterator[Any]:
+def numbered_errors(batches: Iterable[Any]) -> Iterator[Any]:
     """Yield the batches; an error of theirs says at which one."""
     index, made = 0, iter(batches)
     while True:

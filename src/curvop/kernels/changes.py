@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from curvop.kernels.parameters import too_coarse
 
-__all__ = ["Fingerprint", "Generators", "Watch", "random_state", "settings_of"]
+__all__ = ["ChangeDetector", "Fingerprint", "Generators", "random_state", "settings_of"]
 
 _SECTION = 4096
 _SETTINGS = (bool, int, float, str, tuple)
 
 
-class Watch:
+class ChangeDetector:
     """Watches an objective's modules, parameters and list of batches for changes.
 
     A replaced tensor has another identity; writing to one moves its version counter, save through ``.data``. As this

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.losses import check_loss
+from curvop.kernels.objective import Buffers
 from curvop.kernels.parameters import Layout
 from curvop.kernels.passes import precision, same
 
@@ -69,15 +70,19 @@ class CompiledKernel(Kernel):
             self._programs.clear()
         return moved
 
-    def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
+    def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
         """Return what a product depends on, as for the wrapped kernel."""
-        return self._kernel.held(leaves, index, batch)
+        return self._kernel.buffers(leaves, index, batch)
 
     def product(
-        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, tangents: Sequence[Tensor]
+        self,
+        leaves: Mapping[str, Tensor],
+        buffers: Buffers,
+        batch: Any,
+        tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
         """Return a product from the beginning, as the wrapped kernel makes it."""
-        return self._kernel.product(leaves, held, batch, tangents)
+        return self._kernel.product(leaves, buffers, batch, tangents)
 
     def prepare(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> None:
         """Compile what there is no program for."""
@@ -105,7 +110,7 @@ class CompiledKernel(Kernel):
         if len({value.device for value in leaves.values()}) > 1:
             self._warn("parameters are on several devices")
             return None
-        inputs, structure = pytree.tree_flatten((dict(leaves), self.held(leaves, index, batch), batch))
+        inputs, structure = pytree.tree_flatten((dict(leaves), self.buffers(leaves, index, batch), batch))
         if unknown := [part for part in inputs if not _is_known(part)]:
             # What it holds, nobody can see: neither the tensors to trace nor the values that a program is good for.
             self._warn(f"a batch holds a {type(unknown[0]).__name__}")
@@ -125,13 +130,13 @@ class CompiledKernel(Kernel):
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return the loss as the objective itself computes it."""
-        held = self.objective.held(leaves)
+        buffers = self.objective.buffers(leaves)
         try:
             with torch.no_grad():
-                return self.objective.traced(leaves, held, batch)[0]
+                return self.objective.traced(leaves, buffers, batch)[0]
         except RuntimeError:  # it contains derivatives of its own
             with torch.enable_grad():
-                return self.objective.traced(leaves, held, batch)[0].detach()
+                return self.objective.traced(leaves, buffers, batch)[0].detach()
 
     def _compiled(
         self, leaves: Mapping[str, Tensor], index: int, batch: Any, inputs: list[Any], structure: Any
@@ -148,10 +153,10 @@ class CompiledKernel(Kernel):
             parts = list(inputs)
             for position, tensor in zip(where, tensors, strict=True):
                 parts[position] = tensor.detach().requires_grad_(inputs[position].requires_grad)
-            values, held, batch = pytree.tree_unflatten(parts, structure)
+            values, buffers, batch = pytree.tree_unflatten(parts, structure)
             point = {name: value.detach().requires_grad_(name in chosen) for name, value in values.items()}
             with torch.enable_grad(), TwiceDifferentiable(self.objective.evaluator.elementary_norms):
-                loss, prediction, cotangents = self._kernel.product(point, held, batch, tangents)
+                loss, prediction, cotangents = self._kernel.product(point, buffers, batch, tangents)
                 check_loss(loss, index)
                 shape = pytree.tree_map_only(Tensor, _shape, prediction)
                 return [loss.detach()], cotangents

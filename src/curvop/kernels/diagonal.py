@@ -17,7 +17,7 @@ from torch.func import vjp, vmap
 from curvop.kernels.batches import leading_size, map_leaves
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.errors import NonFiniteProductError, not_finite
-from curvop.kernels.ggn_kernel import Middle, SandwichKernel, cut_off, outputs_of
+from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, cut_off, outputs_of
 from curvop.kernels.memory import out_of_memory
 from curvop.kernels.parameters import ParameterLayout
 
@@ -29,7 +29,7 @@ _MOST_OUTPUTS = 256
 _ENTRIES = 1 << 23
 
 
-def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) -> None:
+def write_diagonal(kernel: GGNLikeKernel, names: Sequence[str], out: Tensor) -> None:
     """Write the diagonal of the block of the parameters `names` into `out` ``(N,)``; one pass over the data.
 
     Raises
@@ -55,9 +55,9 @@ def write_diagonal(kernel: SandwichKernel, names: Sequence[str], out: Tensor) ->
             told = functools.partial(not_finite, "diagonal", index, float(loss.value))
             if z.isnan().any():  # infinity may be a mask
                 raise NonFiniteProductError(told("the prediction"))
-            given = kernel.given(index, prediction, batch)
-            middle = kernel.middle([z], batch, given, functools.partial(loss.gradient, [z]))
-            strengths, vectors = _decomposed(middle, z, told)
+            given = kernel.extra(index, prediction, batch)
+            output_hessian = kernel.output_hessian([z], batch, given, functools.partial(loss.gradient, [z]))
+            strengths, vectors = _decomposed(output_hessian, z, told)
             _check_gradient(kernel, names, batch, z, told)
             for part, value in zip(parts, _squares(kernel, names, batch[0], z, strengths, vectors), strict=True):
                 part.add_(value.to(part.device), alpha=loss.weight)
@@ -78,7 +78,7 @@ def _check_finite(tensor: Tensor, where: str, told: Callable[[str], str]) -> Non
         raise NonFiniteProductError(told(where))
 
 
-def _decomposed(middle: Middle, z: Tensor, told: Callable[[str], str]) -> tuple[Tensor, Tensor]:
+def _decomposed(output_hessian: OutputHessian, z: Tensor, told: Callable[[str], str]) -> tuple[Tensor, Tensor]:
     """Return ``(C, n)`` eigenvalues of the examples' blocks of `M`, and their eigenvectors ``(C, n, ...)``."""
     count = _count(z)
     outputs = z.numel() // max(count, 1)
@@ -86,7 +86,7 @@ def _decomposed(middle: Middle, z: Tensor, told: Callable[[str], str]) -> tuple[
         raise _unknown(f"an example has {outputs:,} outputs, more than {_MOST_OUTPUTS}")
 
     def multiply(vectors: Tensor) -> Tensor:
-        [product] = middle([vectors.view_as(z)])
+        [product] = output_hessian([vectors.view_as(z)])
         return torch.zeros_like(vectors) if product is None else product.detach().reshape(count, outputs)
 
     units = torch.eye(outputs, dtype=z.dtype, device=z.device)
@@ -111,7 +111,7 @@ def _count(z: Tensor) -> int:
 
 
 def _check_gradient(
-    kernel: SandwichKernel, names: Sequence[str], batch: Any, z: Tensor, told: Callable[[str], str]
+    kernel: GGNLikeKernel, names: Sequence[str], batch: Any, z: Tensor, told: Callable[[str], str]
 ) -> None:
     """Refuse a model that couples its examples in derivatives alone: one backward pass of the batch, one of each."""
     objective = kernel.objective
@@ -141,7 +141,7 @@ def _check_gradient(
 
 
 def _squares(
-    kernel: SandwichKernel,
+    kernel: GGNLikeKernel,
     names: Sequence[str],
     X: Any,
     z: Tensor,
@@ -158,15 +158,15 @@ def _squares(
         raise _unknown("the inputs' first dimensions are not the examples of the prediction")
     params = {name: objective.params[name].detach() for name in names}
     leaves = objective.leaves(())
-    held = objective.held(leaves)
+    buffers = objective.buffers(leaves)
 
     def of_one(inputs: list[Tensor], strength: Tensor, vector: Tensor) -> tuple[Tensor, list[Tensor]]:
         rest = iter(inputs)
         one = map_leaves(lambda _: next(rest) if whole else next(rest)[None], X)
-        image, pull, *_ = vjp(lambda own: objective.traced_prediction(leaves | own, held, (one, None)), params)
+        image, pullback, *_ = vjp(lambda own: objective.traced_prediction(leaves | own, buffers, (one, None)), params)
         total = [torch.zeros_like(value) for value in params.values()]
         for weight, direction in zip(strength, vector, strict=True):
-            pulled = pull(direction.view_as(image))[0].values()
+            pulled = pullback(direction.view_as(image))[0].values()
             total = [part + weight * value**power for part, value in zip(total, pulled, strict=True)]
         return image.reshape(z.shape[1:]), total
 

@@ -108,7 +108,7 @@ class Differences(abc.ABC):
         """Return a gradient's product with the direction."""
         return sum(float((gradient[name] * part).sum()) for name, part in self.along.items())
 
-    def pulled(self, function: Callable[[list[Any]], list[Tensor]], batches: list[Any], seeds: list[Tensor]) -> Values:
+    def vjp(self, function: Callable[[list[Any]], list[Tensor]], batches: list[Any], seeds: list[Tensor]) -> Values:
         """Return the transposed Jacobian of the parts that a function gives, times `seeds`."""
         found: Values = self.code.run(lambda own: self.code.gradient(function(own), seeds), batches)
         return found
@@ -117,17 +117,17 @@ class Differences(abc.ABC):
         """Return the parts of the predictions that can be differentiated."""
         return [part for batch in batches for part in outputs_of(self.code.predict(batch))]
 
-    def pushed(self, function: Callable[[list[Any]], list[Tensor]], batches: list[Any], size: float) -> list[Tensor]:
+    def jvp(self, function: Callable[[list[Any]], list[Tensor]], batches: list[Any], size: float) -> list[Tensor]:
         """Return the derivative of the parts along the direction."""
         ahead, behind = self.both(lambda own: [part.detach() for part in function(own)], batches, size)
         # Where both are infinite, as behind a mask, nothing changes.
         return [torch.where(a == b, 0.0, a - b) / (2 * size) for a, b in zip(ahead, behind, strict=True)]
 
-    def holds(self, seeds: list[Tensor], pushed: list[Tensor], pulled: Mapping[str, Tensor]) -> bool:
+    def holds(self, seeds: list[Tensor], jvp: list[Tensor], vjp: Mapping[str, Tensor]) -> bool:
         """Whether ``<u, J v>`` by differences is another than ``<J' u, v>`` by autograd."""
-        pushes = sum(float((a * b).sum()) for a, b in zip(seeds, pushed, strict=True))
-        size = norm(seeds) * norm(pushed)
-        return abs(pushes - self.inner(pulled)) > _HELD * size
+        pushes = sum(float((a * b).sum()) for a, b in zip(seeds, jvp, strict=True))
+        size = norm(seeds) * norm(jvp)
+        return abs(pushes - self.inner(vjp)) > _HELD * size
 
 
 def norm(parts: Iterable[Tensor]) -> float:
@@ -170,22 +170,22 @@ class _GaussNewton(Differences):
     curves = True
 
     def part(self, batches: list[Any], index: int, step: float) -> Part:
-        pushed = self.pushed(self.predicted, batches, self.size(step))
+        jvp = self.jvp(self.predicted, batches, self.size(step))
         predictions = self.code.run(lambda own: [detached(self.code.predict(batch)) for batch in own], batches)
         outputs = [part for prediction in predictions for part in outputs_of(prediction)]
-        size = step * (norm(map(_unmasked, outputs)) or 1.0) / (norm(pushed) or 1.0)
+        size = step * (norm(map(_unmasked, outputs)) or 1.0) / (norm(jvp) or 1.0)
         ahead, behind = (
-            self.code.run(functools.partial(self._slope, predictions, pushed, one), batches) for one in (size, -size)
+            self.code.run(functools.partial(self._slope, predictions, jvp, one), batches) for one in (size, -size)
         )
-        middle = [(a - b) / (2 * size) for a, b in zip(ahead, behind, strict=True)]
-        pulled = self.pulled(self.predicted, batches, middle)
+        output_hessian = [(a - b) / (2 * size) for a, b in zip(ahead, behind, strict=True)]
+        vjp = self.vjp(self.predicted, batches, output_hessian)
         eps = torch.finfo(self.vector.dtype).eps
-        change = 2 * size * norm(middle)
-        linear = norm(pushed) > 0 and norm(ahead) > 0 and change <= 100 * eps * norm(ahead)
-        if norm(middle):
-            return Part(self.rows(pulled), self.holds(middle, pushed, pulled), linear)
-        seeded = self.pulled(self.predicted, batches, ahead)
-        return Part(self.rows(pulled), self.holds(ahead, pushed, seeded), linear)
+        change = 2 * size * norm(output_hessian)
+        linear = norm(jvp) > 0 and norm(ahead) > 0 and change <= 100 * eps * norm(ahead)
+        if norm(output_hessian):
+            return Part(self.rows(vjp), self.holds(output_hessian, jvp, vjp), linear)
+        seeded = self.vjp(self.predicted, batches, ahead)
+        return Part(self.rows(vjp), self.holds(ahead, jvp, seeded), linear)
 
     def _slope(self, predictions: list[Any], along: list[Tensor], size: float, own: list[Any]) -> list[Tensor]:
         """Return the derivative of the loss by the predictions, `size` away from them along a direction."""
@@ -213,12 +213,12 @@ def detached(tree: Any) -> Any:
 
 class _EmpiricalFisher(Differences):
     def part(self, batches: list[Any], index: int, step: float) -> Part:
-        pushed = self.pushed(self._losses, batches, self.size(step))
-        pulled = self.pulled(self._losses, batches, pushed)
-        total = self.pulled(self._losses, batches, [torch.ones_like(part) for part in pushed])
-        inner = sum(float(part.sum()) for part in pushed)
-        holds = self.holds([torch.ones_like(part) for part in pushed], pushed, total)
-        return Part(self.rows(pulled), holds, inner=inner, total=self.rows(total))
+        jvp = self.jvp(self._losses, batches, self.size(step))
+        vjp = self.vjp(self._losses, batches, jvp)
+        total = self.vjp(self._losses, batches, [torch.ones_like(part) for part in jvp])
+        inner = sum(float(part.sum()) for part in jvp)
+        holds = self.holds([torch.ones_like(part) for part in jvp], jvp, total)
+        return Part(self.rows(vjp), holds, inner=inner, total=self.rows(total))
 
     def divisor(self, weight: float, prediction: Any, index: int, batch: Any) -> float:
         return float(self.code.objective.divisor_of(prediction, index, batch))  # type: ignore[attr-defined]
@@ -267,10 +267,10 @@ class _EmpiricalFisher(Differences):
 
 class _Jacobian(Differences):
     def part(self, batches: list[Any], index: int, step: float) -> Part:
-        pushed = self.pushed(self.predicted, batches, self.size(step))
-        seeds = pushed if norm(pushed) else [torch.linspace(1, 2, p.numel()).cos().to(p).view_as(p) for p in pushed]
-        pulled = self.pulled(self.predicted, batches, seeds)
-        return Part(torch.cat([part.reshape(-1) for part in pushed]), self.holds(seeds, pushed, pulled))
+        jvp = self.jvp(self.predicted, batches, self.size(step))
+        seeds = jvp if norm(jvp) else [torch.linspace(1, 2, p.numel()).cos().to(p).view_as(p) for p in jvp]
+        vjp = self.vjp(self.predicted, batches, seeds)
+        return Part(torch.cat([part.reshape(-1) for part in jvp]), self.holds(seeds, jvp, vjp))
 
 
 class _TransposedJacobian(Differences):
@@ -438,7 +438,7 @@ class _Sums:
         """Whether batches can be evaluated as one."""
         code = self._kind.code
         try:
-            return code.predicts_apart([code.given(batch) for _, batch in numbered])
+            return code.predicts_apart([code.in_precision(batch) for _, batch in numbered])
         except Exception:  # whatever does not work is found when it is done batch by batch
             code.return_to_point()
             return False
@@ -448,7 +448,7 @@ class _Sums:
         if self._reason:
             return False
         try:
-            self._add(numbered[0][0], [self._kind.code.given(batch) for _, batch in numbered], whole)
+            self._add(numbered[0][0], [self._kind.code.in_precision(batch) for _, batch in numbered], whole)
         except Exception as error:  # whatever a model does that cannot be done in this dtype, or for want of memory
             self._clear()
             self._kind.code.return_to_point()

@@ -96,11 +96,11 @@ class Engine:
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
-                    told = self.make_room(error)
+                    told = self.release_memory(error)
                 if told:
                     warnings.warn(told, RuntimeWarning, stacklevel=2)
 
-    def make_room(self, error: Exception) -> str:
+    def release_memory(self, error: Exception) -> str:
         """Keep less, and multiply fewer columns at once; return what to tell the user, nothing after that."""
         if not (self._budget.shrink() | self._columns.shrink()):  # both, as neither's part is known
             error.add_note("one column and one batch at a time do not fit: let data yield smaller batches")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.kernels.ggn_kernel import Middle, Parts, SandwichKernel, cut_off, outputs_of
+from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, Parts, cut_off, outputs_of
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.losses import Examples, Likelihood
 from curvop.kernels.model_objective import ModelObjective
@@ -21,7 +21,7 @@ from curvop.kernels.parameters import ParameterLayout
 __all__ = ["EmpiricalFisherKernel", "SampledFisherKernel", "gradient_sum"]
 
 
-class EmpiricalFisherKernel(SandwichKernel):
+class EmpiricalFisherKernel(GGNLikeKernel):
     """The gradients of the unreduced loss: `r` is its derivative by the prediction at the targets of the data."""
 
     gives = True
@@ -30,14 +30,14 @@ class EmpiricalFisherKernel(SandwichKernel):
         super().__init__(objective, rows, cols)
         self._examples = Examples(objective.loss_function)
 
-    def given(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
+    def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
         """Return the root of what the loss's mean divides by: a derivative that is not divided stands twice in `M`."""
         divisor = self.objective.divisor_of(prediction, index, batch)
         return {"scale": torch.tensor(divisor**0.5, dtype=self.objective.dtype, device=self.objective.device)}
 
-    def middle(
+    def output_hessian(
         self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
-    ) -> Middle:
+    ) -> OutputHessian:
         """Return the outer products of the loss's derivative, example by example, divided as the loss is."""
         parts = [None if part is None else part.detach() for part in derivative(False)]
         return _OuterProducts(
@@ -45,7 +45,7 @@ class EmpiricalFisherKernel(SandwichKernel):
         )
 
 
-class SampledFisherKernel(SandwichKernel):
+class SampledFisherKernel(GGNLikeKernel):
     """The gradients at targets that the model's own likelihood draws, `samples` for each example.
 
     Parameters
@@ -67,16 +67,16 @@ class SampledFisherKernel(SandwichKernel):
         self._seed = seed
         objective.keep_order()  # the draws of a batch are told by its number
 
-    def middle(
+    def output_hessian(
         self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
-    ) -> Middle:
+    ) -> OutputHessian:
         """Return the mean of the outer products over the draws."""
         [z], (_, y) = outputs, batch
         with torch.no_grad():
             draws = [self._likelihood.derivative(z, y, one, given) for one in given["noise"]]
             return _OuterProducts(self._examples, [[draw * self._samples**-0.5] for draw in draws])
 
-    def given(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
+    def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
         """Return the random numbers behind the draws; made on the host, so that every device draws the same."""
         outputs = outputs_of(prediction)
         if len(outputs) != 1:
@@ -113,7 +113,7 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
     return objective.divisor(totals.weights), count
 
 
-class _OuterProducts(Middle):
+class _OuterProducts(OutputHessian):
     def __init__(self, examples: Examples, factors: Sequence[Parts]) -> None:
         self._examples = examples
         self._factors = factors

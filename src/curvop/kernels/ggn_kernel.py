@@ -18,13 +18,14 @@ from curvop.kernels.batches import map_leaves, signature
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
 from curvop.kernels.model_objective import ModelObjective
+from curvop.kernels.objective import Buffers
 
-__all__ = ["GGNKernel", "Middle", "Parts", "Push", "SandwichKernel", "cut_off", "outputs_of"]
+__all__ = ["JVP", "GGNKernel", "GGNLikeKernel", "OutputHessian", "Parts", "cut_off", "outputs_of"]
 
 Parts = Sequence[Tensor | None]
 
 
-class Push:
+class JVP:
     """``v -> J v``: from parameters to the parts of a prediction.
 
     Parameters
@@ -64,7 +65,7 @@ def _without_zeros(output: Tensor) -> Tensor:
     return (2 + numbers.cos()).to(output.dtype).view(output.shape)
 
 
-class Middle(abc.ABC):
+class OutputHessian(abc.ABC):
     """``w -> M w`` on the parts of a batch's prediction; symmetric.
 
     Attributes
@@ -83,7 +84,7 @@ class Middle(abc.ABC):
         """Multiply: parts of the prediction's shapes, with a leading dimension more where `batched`."""
 
 
-class SandwichKernel(Kernel):
+class GGNLikeKernel(Kernel):
     """Linearizes batches for products with a block of such a matrix; subclasses say what `M` is."""
 
     symmetric = True
@@ -102,9 +103,9 @@ class SandwichKernel(Kernel):
         return not self._at_zero
 
     @abc.abstractmethod
-    def middle(
+    def output_hessian(
         self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
-    ) -> Middle:
+    ) -> OutputHessian:
         """Return `M` for one batch.
 
         Parameters
@@ -119,49 +120,55 @@ class SandwichKernel(Kernel):
             ``create_graph -> parts``, the loss's derivative by `outputs`.
         """
 
-    def look(self, middle: Middle, outputs: list[Tensor]) -> None:  # most need not
+    def look(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:  # most need not
         """Look at `M` of a batch, for what is to be warned of."""
 
-    def given(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
+    def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
         """Return what else `M` depends on, for batch number `index`; of its prediction only the shape is asked."""
         return {}
 
-    def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
+    def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
         """Return what the objective holds, and what is given."""
-        held = super().held(leaves, index, batch)
+        buffers = super().buffers(leaves, index, batch)
         if not self.gives:
-            return held
+            return buffers
         like = signature(batch)
         if like not in self._predictions:
             prediction = self.objective.predict(leaves, batch)
             self._predictions[like] = map_leaves(lambda part: part.detach().to("meta"), prediction)
-        return held | {"given": self.given(index, self._predictions[like], batch)}
+        return buffers | {"extra": self.extra(index, self._predictions[like], batch)}
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of one batch."""
         prediction, cut, parts, loss = self.objective.split(leaves, index, batch, cut_off)
-        outputs, given = outputs_of(prediction), self.given(index, cut, batch)
-        middle = self.middle(parts, batch, given, lambda create_graph: loss.gradient(parts, create_graph))
+        outputs, given = outputs_of(prediction), self.extra(index, cut, batch)
+        output_hessian = self.output_hessian(
+            parts, batch, given, lambda create_graph: loss.gradient(parts, create_graph)
+        )
         if loss.weight:
-            self.look(middle, parts)
-        push = Push(outputs, self.cols.of(leaves), self._at_zero)
-        pull = LinearMap(outputs, self.rows.of(leaves))
-        return _Sandwich(loss.value, loss.weight, push, middle, pull)
+            self.look(output_hessian, parts)
+        jvp = JVP(outputs, self.cols.of(leaves), self._at_zero)
+        vjp = LinearMap(outputs, self.rows.of(leaves))
+        return _GGNLikeLinearization(loss.value, loss.weight, jvp, output_hessian, vjp)
 
     def product(
-        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, tangents: Sequence[Tensor]
+        self,
+        leaves: Mapping[str, Tensor],
+        buffers: Buffers,
+        batch: Any,
+        tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Parts]:
         """Return a batch's loss, its prediction and one product."""
-        prediction, parts, loss = self.objective.traced_split(leaves, held, batch, cut_off)
+        prediction, parts, loss = self.objective.traced_split(leaves, buffers, batch, cut_off)
         outputs = outputs_of(prediction)
 
         def derivative(create_graph: bool) -> Parts:
             return torch.autograd.grad(loss, parts, create_graph=create_graph, allow_unused=True)
 
-        middle = self.middle(parts, batch, held["loss"] | held.get("given", {}), derivative)
-        push = Push(outputs, self.cols.of(leaves), self._at_zero)
-        pull = LinearMap(outputs, self.rows.of(leaves))
-        return loss, prediction, pull(middle(push(tangents)))
+        output_hessian = self.output_hessian(parts, batch, buffers["loss"] | buffers.get("extra", {}), derivative)
+        jvp = JVP(outputs, self.cols.of(leaves), self._at_zero)
+        vjp = LinearMap(outputs, self.rows.of(leaves))
+        return loss, prediction, vjp(output_hessian(jvp(tangents)))
 
 
 def outputs_of(prediction: Any) -> list[Tensor]:
@@ -204,35 +211,35 @@ def _parts(prediction: Any, function: Callable[[Tensor], Tensor]) -> tuple[Any, 
     return mapped, parts
 
 
-class _Sandwich(GraphLinearization):
-    def __init__(self, loss: Tensor, weight: float, push: Push, middle: Middle, pull: LinearMap) -> None:
-        super().__init__(loss, weight, [*push.roots, *middle.roots, *pull.roots], middle.tensors)
-        self._push, self._middle, self._pull = push, middle, pull
+class _GGNLikeLinearization(GraphLinearization):
+    def __init__(self, loss: Tensor, weight: float, jvp: JVP, output_hessian: OutputHessian, vjp: LinearMap) -> None:
+        super().__init__(loss, weight, [*jvp.roots, *output_hessian.roots, *vjp.roots], output_hessian.tensors)
+        self._jvp, self._middle, self._vjp = jvp, output_hessian, vjp
 
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Parts:
-        return self._pull(self._middle(self._push(tangents, batched), batched), batched)
+        return self._vjp(self._middle(self._jvp(tangents, batched), batched), batched)
 
 
 # The generalized Gauss-Newton matrix, :math:`J^\top \nabla^2_z \ell \, J` (Schraudolph, 2002, section 3).
 
 
-class GGNKernel(SandwichKernel):
+class GGNKernel(GGNLikeKernel):
     """Linearizes batches for products with the Gauss-Newton block of the parameters `rows` and `cols`."""
 
-    def middle(
+    def output_hessian(
         self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
-    ) -> Middle:
+    ) -> OutputHessian:
         """Return the loss's Hessian by the prediction."""
         return _LossHessian(derivative(True), outputs)
 
-    def look(self, middle: Middle, outputs: list[Tensor]) -> None:
+    def look(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:
         """Look whether the loss has a second derivative, until it has."""
         if not self.objective.curved:
             probes = [torch.linspace(1, 2, part.numel()).cos().to(part).view_as(part) for part in outputs]
-            self.objective.curved = any(part is not None and bool(part.any()) for part in middle(probes))
+            self.objective.curved = any(part is not None and bool(part.any()) for part in output_hessian(probes))
 
 
-class _LossHessian(Middle):
+class _LossHessian(OutputHessian):
     def __init__(self, derivative: Parts, outputs: list[Tensor]) -> None:
         self._map = LinearMap(derivative, outputs).check_differentiable()
         self.roots = self._map.roots

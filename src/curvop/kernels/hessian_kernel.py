@@ -19,7 +19,7 @@ from torch import Tensor
 
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
-from curvop.kernels.objective import BatchLoss
+from curvop.kernels.objective import BatchLoss, Buffers
 
 __all__ = ["HessianKernel"]
 
@@ -30,10 +30,14 @@ class HessianKernel(Kernel):
     symmetric = True
 
     def product(
-        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, tangents: Sequence[Tensor]
+        self,
+        leaves: Mapping[str, Tensor],
+        buffers: Buffers,
+        batch: Any,
+        tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
         """Return a batch's loss and prediction, and one product by double backward."""
-        loss, prediction = self.objective.traced(leaves, held, batch)
+        loss, prediction = self.objective.traced(leaves, buffers, batch)
         gradient: Sequence[Tensor | None] = [None] * len(tangents)
         if loss.requires_grad:
             gradient = torch.autograd.grad(loss, self.cols.of(leaves), create_graph=True, allow_unused=True)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.kernels.ggn_kernel import Push, cut_off, outputs_of
+from curvop.kernels.ggn_kernel import JVP, cut_off, outputs_of
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
 from curvop.kernels.model_objective import ModelObjective
+from curvop.kernels.objective import Buffers
 from curvop.kernels.parameters import BatchLayout, ParameterLayout
 
 __all__ = ["JacobianKernel", "prediction_sizes", "prediction_sum"]
@@ -28,6 +29,7 @@ def prediction_sum(prediction: Any, y: Any) -> Tensor:
 
 
 prediction_sum.reduction = "sum"  # type: ignore[attr-defined]  # as torch's own losses say it
+prediction_sum.__module__ = "curvop.kernels.jacobian"  # where it was when the first journals were written
 prediction_sum.stands_in = True  # type: ignore[attr-defined]  # so that nobody looks at how batches add up
 
 
@@ -68,17 +70,21 @@ class JacobianKernel(Kernel):
         if count != len(self._sizes):
             raise ValueError(f"data yields {count} batches: {_CHANGED}")
 
-    def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
+    def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
         """Return what the objective holds."""
         if index >= len(self._sizes):
             raise ValueError(f"data yields more than {index} batches: {_CHANGED}")
-        return super().held(leaves, index, batch)
+        return super().buffers(leaves, index, batch)
 
     def product(
-        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, tangents: Sequence[Tensor]
+        self,
+        leaves: Mapping[str, Tensor],
+        buffers: Buffers,
+        batch: Any,
+        tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
         """Return what stands for a batch's loss, its prediction, and one product."""
-        loss, prediction = self.objective.traced(leaves, held, batch)
+        loss, prediction = self.objective.traced(leaves, buffers, batch)
         return loss, prediction, self._map(outputs_of(prediction), leaves).apply(tangents)
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
@@ -95,19 +101,19 @@ class JacobianKernel(Kernel):
     ) -> GraphLinearization:
         loss = torch.zeros(()) if loss is None else loss
         if isinstance(self.rows, BatchLayout):
-            return _Pushing(loss, Push(outputs, self.cols.of(leaves), self._at_zero), outputs)
-        return _Pulling(loss, outputs, self.rows.of(leaves))
+            return _JacobianLinearization(loss, JVP(outputs, self.cols.of(leaves), self._at_zero), outputs)
+        return _TransposedLinearization(loss, outputs, self.rows.of(leaves))
 
 
-class _Pushing(GraphLinearization):
-    def __init__(self, loss: Tensor, push: Push, outputs: list[Tensor]) -> None:
-        self._push = push
+class _JacobianLinearization(GraphLinearization):
+    def __init__(self, loss: Tensor, jvp: JVP, outputs: list[Tensor]) -> None:
+        self._jvp = jvp
         self._shapes = [output.shape for output in outputs]
-        super().__init__(loss, 1.0, push.roots)
+        super().__init__(loss, 1.0, jvp.roots)
 
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
         several = tangents[0].shape[: int(batched)]
-        parts = self._push(tangents, batched)
+        parts = self._jvp(tangents, batched)
         whole = [
             tangents[0].new_zeros(*several, *shape) if part is None else part
             for part, shape in zip(parts, self._shapes, strict=True)
@@ -115,17 +121,17 @@ class _Pushing(GraphLinearization):
         return [torch.cat([part.reshape(*several, -1) for part in whole], -1)]
 
 
-class _Pulling(GraphLinearization):
+class _TransposedLinearization(GraphLinearization):
     def __init__(self, loss: Tensor, outputs: list[Tensor], params: list[Tensor]) -> None:
-        self._pull = LinearMap(outputs, params)
+        self._vjp = LinearMap(outputs, params)
         self._shapes = [output.shape for output in outputs]
-        super().__init__(loss, 1.0, self._pull.roots)
+        super().__init__(loss, 1.0, self._vjp.roots)
 
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
         [vector] = tangents
         several = vector.shape[: int(batched)]
         parts = vector.split([shape.numel() for shape in self._shapes], -1)
-        return self._pull(
+        return self._vjp(
             [part.reshape(several + shape) for part, shape in zip(parts, self._shapes, strict=True)], batched
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from curvop.kernels.objective import Objective
+from curvop.kernels.objective import Buffers, Objective
 from curvop.kernels.parameters import Layout, ParameterLayout
 
 __all__ = ["GraphLinearization", "Kernel", "Linearization"]
@@ -94,13 +94,17 @@ class Kernel(abc.ABC):
         mirrored.rows, mirrored.cols = self.cols, self.rows
         return mirrored
 
-    def held(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> dict[str, dict[str, Tensor]]:
+    def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
         """Return what a product of batch number `index` depends on besides `leaves` and the batch."""
-        return self.objective.held(leaves)
+        return self.objective.buffers(leaves)
 
     @abc.abstractmethod
     def product(
-        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, tangents: Sequence[Tensor]
+        self,
+        leaves: Mapping[str, Tensor],
+        buffers: Buffers,
+        batch: Any,
+        tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
         """Return a batch's loss, its prediction, and one product, for programs to be made of it; None for zero."""
 

@@ -14,7 +14,7 @@ from curvop.kernels.batches import at_batch
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.guard import modules_of, own_batch, replaced
 from curvop.kernels.losses import check_classes, loss_derivative, loss_divisor, loss_kind, loss_reduction
-from curvop.kernels.objective import BatchLoss, BatchWeight, Objective
+from curvop.kernels.objective import BatchLoss, BatchWeight, Buffers, Objective
 from curvop.kernels.objective_checks import reached
 from curvop.kernels.parameters import check_callable, checked_params
 
@@ -212,7 +212,7 @@ class ModelObjective(Objective):
             values = {name: value.clone() for name, value in values.items()}
         return values | {name: buffer.clone() for name, buffer in self._model.named_buffers()}
 
-    def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def buffers(self, leaves: Mapping[str, Tensor]) -> Buffers:
         """Return the model's other parameters, cut off, its buffers, and those of the loss function."""
         loss: dict[str, Tensor] = {}
         if isinstance(self.loss_function, nn.Module):
@@ -233,53 +233,49 @@ class ModelObjective(Objective):
         return dict(self._model.named_parameters(remove_duplicate=False)) | dict(self._model.named_buffers())
 
     @contextlib.contextmanager
-    def _holding(self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]]) -> Iterator[None]:
+    def _holding(self, leaves: Mapping[str, Tensor], buffers: Buffers) -> Iterator[None]:
         """Let `leaves`, and what is `held`, stand in for the tensors of all modules."""
         own = self._own_tensors()
-        swaps = {id(own[name]): value for name, value in held["model"].items()}
+        swaps = {id(own[name]): value for name, value in buffers["model"].items()}
         if isinstance(self.loss_function, nn.Module):
             named = dict(self.loss_function.named_parameters()) | dict(self.loss_function.named_buffers())
-            swaps |= {id(named[name]): value for name, value in held["loss"].items()}
+            swaps |= {id(named[name]): value for name, value in buffers["loss"].items()}
         users = self._users_tensors()
         swaps |= {id(one): leaf for name, leaf in leaves.items() for one in users[name]}
         with replaced(self.modules, swaps):
             yield
 
-    def traced(
-        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
-    ) -> tuple[Tensor, Any]:
+    def traced(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Any]:
         """Return a batch's loss and prediction as a function of the arguments alone."""
         own = own_batch(batch, self.guard.writes)
-        with self._holding(leaves, held), self._evaluating(True):
+        with self._holding(leaves, buffers), self._evaluating(True):
             prediction = self._predict(leaves, own[0])
-            return self._traced_criterion(prediction, held, own), prediction
+            return self._traced_criterion(prediction, buffers, own), prediction
 
     def traced_split(
-        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any, cut: Cut
+        self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any, cut: Cut
     ) -> tuple[Any, list[Tensor], Tensor]:
         """Return a prediction, the parts of a copy that is cut off from it, and the loss as a function of these."""
         own = own_batch(batch, self.guard.writes)
-        with self._holding(leaves, held), self._evaluating(True):
+        with self._holding(leaves, buffers), self._evaluating(True):
             prediction = self._predict(leaves, own[0])
             copy, parts = cut(prediction)
-            return prediction, parts, self._traced_criterion(copy, held, own)
+            return prediction, parts, self._traced_criterion(copy, buffers, own)
 
-    def traced_prediction(self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any) -> Any:
+    def traced_prediction(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> Any:
         """Return a batch's prediction as a function of the arguments alone."""
         own = own_batch(batch, self.guard.writes)
-        with self._holding(leaves, held), self._evaluating(True):
+        with self._holding(leaves, buffers), self._evaluating(True):
             return self._predict(leaves, own[0])
 
-    def traced_loss(
-        self, leaves: Mapping[str, Tensor], prediction: Any, held: dict[str, dict[str, Tensor]], batch: Any
-    ) -> Tensor:
+    def traced_loss(self, leaves: Mapping[str, Tensor], prediction: Any, buffers: Buffers, batch: Any) -> Tensor:
         """Return a batch's loss as a function of the arguments alone."""
         own = own_batch(batch, self.guard.writes)
-        with self._holding(leaves, held), self._evaluating(True):
-            return self._traced_criterion(prediction, held, own)
+        with self._holding(leaves, buffers), self._evaluating(True):
+            return self._traced_criterion(prediction, buffers, own)
 
-    def _traced_criterion(self, prediction: Any, held: dict[str, dict[str, Tensor]], batch: Any) -> Tensor:
-        keywords = held["loss"] if isinstance(self.loss_function, functools.partial) else {}
+    def _traced_criterion(self, prediction: Any, buffers: Buffers, batch: Any) -> Tensor:
+        keywords = buffers["loss"] if isinstance(self.loss_function, functools.partial) else {}
         return self.loss_function(prediction, batch[1], **keywords)
 
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.backends import cuda, cudnn
 
-from curvop.kernels.batches import at_batch, batch_size, on_device, told
+from curvop.kernels.batches import at_batch, batch_size, numbered_errors, on_device
 from curvop.kernels.batches import leaves as leaves_of
-from curvop.kernels.changes import Fingerprint, Generators, Watch, settings_of
+from curvop.kernels.changes import ChangeDetector, Fingerprint, Generators, settings_of
 from curvop.kernels.differentiable import Evaluator, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
 from curvop.kernels.guard import Guard, modules_of, own_batch, replaced
@@ -42,7 +42,16 @@ from curvop.kernels.objective_checks import (
 from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.passes import Totals, precision
 
-__all__ = ["BATCHING_REMEDY", "ZERO_MATRIX", "BatchLoss", "BatchWeight", "CallableObjective", "Objective", "Share"]
+__all__ = [
+    "BATCHING_REMEDY",
+    "ZERO_MATRIX",
+    "BatchLoss",
+    "BatchWeight",
+    "Buffers",
+    "CallableObjective",
+    "Objective",
+    "PartWeights",
+]
 
 #: What to do about batches whose loss as one contradicts their weights.
 BATCHING_REMEDY = (
@@ -65,6 +74,8 @@ T = TypeVar("T")
 Evaluation = Callable[[Mapping[str, Tensor], Any], T]
 #: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
 BatchWeight = Callable[[Any], float]
+#: Tensors of the modules besides the differentiated ones: by module (``"model"``, ``"loss"``), then by name.
+Buffers = dict[str, dict[str, Tensor]]
 
 
 @dataclasses.dataclass
@@ -97,7 +108,7 @@ class BatchLoss:
 
 
 @dataclasses.dataclass
-class Share:
+class PartWeights:
     """What a part of a data set has of the whole: the sum of its batches' weights, and their number."""
 
     weight: float = 0.0
@@ -157,8 +168,8 @@ class Objective(abc.ABC):
         self._generators = Generators()
         self._order: list[list[float | None]] | None = None
         self.ordered = isinstance(data, list | tuple)
-        self.told: set[str] = set()
-        self._share: Share | None = None
+        self.warned: set[str] = set()
+        self._part_weights: PartWeights | None = None
         self._searched: set[str] = set()  # what a whole pass was searched for
         self._searching: set[str] = set()
         self._keeps_flags: bool | None = None
@@ -168,7 +179,7 @@ class Objective(abc.ABC):
         self._pair: BatchPair | None = BatchPair()
         self.batching: str | None = None
         self.unverified = False  # whether no two batches could be compared
-        self._watch = Watch(self.modules, params, data)
+        self._changes = ChangeDetector(self.modules, params, data)
         parts = [part for module in modules for part in module.modules()]
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
         self._renormalised = any(getattr(part, "max_norm", None) is not None for part in parts)
@@ -200,13 +211,11 @@ class Objective(abc.ABC):
         """Return the loss as the user's own call computes it, within ``guard.run`` with `replacements`."""
 
     @abc.abstractmethod
-    def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def buffers(self, leaves: Mapping[str, Tensor]) -> Buffers:
         """Return what the loss depends on besides `leaves` and the batch, as far as torch modules hold it."""
 
     @abc.abstractmethod
-    def traced(
-        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
-    ) -> tuple[Tensor, Any]:
+    def traced(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Any]:
         """Return a batch's loss and prediction as a function of its arguments alone, without reading their values."""
 
     @abc.abstractmethod
@@ -230,10 +239,10 @@ class Objective(abc.ABC):
         for device in devices:
             _start_autograd(device)
         with self._generators.private(devices):
-            for index, batch in enumerate(on_device(self._seen(told(self._data)), self.device)):
+            for index, batch in enumerate(on_device(self._seen(numbered_errors(self._data)), self.device)):
                 self._check_order(index, batch)
                 yield index, batch
-        if index < 0 and self._share is None:
+        if index < 0 and self._part_weights is None:
             raise ValueError("data is empty: it yields no batch, pass at least one")
 
     def _seen(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -285,7 +294,7 @@ class Objective(abc.ABC):
                 raise NonDeterministicObjectiveError(self.changed(*found))
         elif kept and math.isfinite(sum(totals.losses)):
             self._last = totals.alone()
-        if self._share is None and not self._reaches():
+        if self._part_weights is None and not self._reaches():
             raise RuntimeError(
                 "the loss depends on none of the parameters in params, and does not require grad: it is computed under "
                 "torch.no_grad(), from .detach() or .data, or from other tensors; compute it from the parameters that "
@@ -412,9 +421,9 @@ class Objective(abc.ABC):
         """Warn of what makes a matrix over so many batches another than the user may mean, of each thing once."""
         cast = self.autocast() if any(one.dtype != torch.float64 for one in self.params.values()) else None
         found = cautions(self.modules, batches, cast) | self._cautions()
-        if aloud and (new := [found[kind] for kind in found if kind not in self.told]):
+        if aloud and (new := [found[kind] for kind in found if kind not in self.warned]):
             warnings.warn("; ".join(new), RuntimeWarning, stacklevel=2)
-        self.told.update(found)
+        self.warned.update(found)
 
     def _cautions(self) -> dict[str, str]:
         """Return what else is to be warned of, by kind."""
@@ -486,9 +495,9 @@ class Objective(abc.ABC):
 
     def divisor(self, weights: Iterable[float]) -> float:
         """Return what the weighted sum over batches is divided by: ``W`` for a mean, 1 for a sum."""
-        if self._share is not None:
+        if self._part_weights is not None:
             weights = list(weights)
-            self._share.weight, self._share.batches = math.fsum(weights), len(weights)
+            self._part_weights.weight, self._part_weights.batches = math.fsum(weights), len(weights)
             return 1.0
         if self.reduction == "sum":
             return 1.0
@@ -498,13 +507,13 @@ class Objective(abc.ABC):
         return total
 
     @contextlib.contextmanager
-    def as_share(self) -> Iterator[Share]:
+    def as_part_of_data(self) -> Iterator[PartWeights]:
         """Take the data for a part of a larger set: it may be empty, no sum is divided, and its share is filled in."""
-        self._share = Share()
+        self._part_weights = PartWeights()
         try:
-            yield self._share
+            yield self._part_weights
         finally:
-            self._share = None
+            self._part_weights = None
 
     def mode(self) -> tuple[object, ...]:
         """Return what changes what the modules do, as far as it can be told; see `settings_of`."""
@@ -517,7 +526,7 @@ class Objective(abc.ABC):
 
     def state(self) -> tuple[object, ...]:
         """Return a token that changes whenever the objective does, at the cost of one pass over the parameters."""
-        return len(self), self._share is None, self.autocast(), *self._watch.token()
+        return len(self), self._part_weights is None, self.autocast(), *self._changes.token()
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that exists for the objective anyway, whether anything is kept or not."""
@@ -532,7 +541,7 @@ class Objective(abc.ABC):
         if self._batch_weight is not None:
             return checked_weight(self._batch_weight(batch), index)
         if divisor is None:
-            if len(self) == 1 and self._share is None:  # the weight of an only batch cancels
+            if len(self) == 1 and self._part_weights is None:  # the weight of an only batch cancels
                 return 1.0
             raise ValueError(
                 f"the size of batch {index} is not known, as the first dimensions of its parts differ, but the batches "
@@ -600,13 +609,11 @@ class CallableObjective(Objective):
             "not be differentiated; compute all of the loss from the dict of parameters that the objective is given"
         )
 
-    def held(self, leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def buffers(self, leaves: Mapping[str, Tensor]) -> Buffers:
         """Return nothing: what the objective holds is not known."""
         return {}
 
-    def traced(
-        self, leaves: Mapping[str, Tensor], held: dict[str, dict[str, Tensor]], batch: Any
-    ) -> tuple[Tensor, Any]:
+    def traced(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Any]:
         """Return a batch's loss, and no prediction."""
         with replaced(self.modules, self.replacements(leaves)):
             return self._objective(dict(leaves), own_batch(batch, self.guard.writes)), None

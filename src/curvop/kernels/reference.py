@@ -174,14 +174,14 @@ class Point:
     def __init__(self, objective: Objective) -> None:
         leaves = objective.leaves(())
         self.values: Values = in_double(leaves)
-        self._held: dict[str, Values] = in_double(objective.held(leaves))
+        self._buffers: dict[str, Values] = in_double(objective.buffers(leaves))
         training = any(part.training for module in objective.modules for part in module.modules())
         self._written_to = training or objective.guard.writes
 
-    def held(self) -> dict[str, Values]:
+    def buffers(self) -> dict[str, Values]:
         """Return what the modules hold; copies where they may write to it."""
-        held: dict[str, Values] = map_leaves(torch.clone, self._held) if self._written_to else self._held
-        return held
+        buffers: dict[str, Values] = map_leaves(torch.clone, self._buffers) if self._written_to else self._buffers
+        return buffers
 
 
 class _Composite(HeldPadding):
@@ -241,7 +241,9 @@ class DoubleBatch(abc.ABC):
 
     def _traced(self, values: Values) -> tuple[Tensor, Any]:
         with _Composite(self._padding):
-            found: tuple[Tensor, Any] = self.objective.traced(self.point.values | values, self.point.held(), self.batch)
+            found: tuple[Tensor, Any] = self.objective.traced(
+                self.point.values | values, self.point.buffers(), self.batch
+            )
         return found
 
     def _predict(self, values: Values) -> Parts:
@@ -249,7 +251,7 @@ class DoubleBatch(abc.ABC):
             return tuple(outputs_of(self._prediction(values)))
 
     def _prediction(self, values: Values) -> Any:
-        return self.objective.traced_prediction(self.point.values | values, self.point.held(), self.batch)
+        return self.objective.traced_prediction(self.point.values | values, self.point.buffers(), self.batch)
 
     def _along(self, vector: Tensor) -> Values:
         zeros = {name: torch.zeros_like(value) for name, value in self.values.items()}
@@ -258,7 +260,7 @@ class DoubleBatch(abc.ABC):
     def _rows(self, parts: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([part.reshape(-1) for part in self.kernel.rows.of(parts)])
 
-    def _pulled(self, function: Callable[[Values], Parts], vectors: Parts) -> Tensor:
+    def _vjp(self, function: Callable[[Values], Parts], vectors: Parts) -> Tensor:
         """Return the transposed Jacobian of `function` times `vectors`."""
         leaves = _leaves(self.values)
         with torch.enable_grad():
@@ -290,47 +292,47 @@ class _Hessian(DoubleBatch):
 
 class _GaussNewton(DoubleBatch):
     def product(self, vector: Tensor) -> Tensor:
-        pushed = _derivative(self._predict, self.values, self._along(vector))
+        tangents = _derivative(self._predict, self.values, self._along(vector))
         outputs = {str(index): output.detach() for index, output in enumerate(outputs_of(self.prediction))}
         gradient = grad(self._loss_of)
-        along = dict(zip(outputs, pushed, strict=True))
-        middle = _derivative(lambda parts: tuple(gradient(parts).values()), outputs, along)
-        return self._pulled(self._predict, middle)
+        along = dict(zip(outputs, tangents, strict=True))
+        output_hessian = _derivative(lambda parts: tuple(gradient(parts).values()), outputs, along)
+        return self._vjp(self._predict, output_hessian)
 
     def _loss_of(self, outputs: Values) -> Tensor:
         rest = iter(outputs.values())
         prediction = map_leaves(lambda part: next(rest) if part.is_floating_point() else part, self.prediction)
         with _Composite([]):
             leaves = self.point.values
-            loss: Tensor = self.objective.traced_loss(leaves, prediction, self.point.held(), self.batch)
+            loss: Tensor = self.objective.traced_loss(leaves, prediction, self.point.buffers(), self.batch)
         return loss
 
 
 class _EmpiricalFisher(DoubleBatch):
     def product(self, vector: Tensor) -> Tensor:
-        pushed = _derivative(self._losses, self.values, self._along(vector))
+        tangents = _derivative(self._losses, self.values, self._along(vector))
         divisor: float = self.objective.divisor_of(self.prediction, self.index, self.batch)
-        return self._pulled(self._losses, pushed) / divisor
+        return self._vjp(self._losses, tangents) / divisor
 
     def _losses(self, values: Values) -> Parts:
         """Return the examples' losses; `curvop.kernels.losses` says what an example is."""
         with _Composite(self._padding):
             prediction, y = self._prediction(values), self.batch[1]
             terms: Tensor
-            held, loss_function = self.point.held(), self.objective.loss_function
+            buffers, loss_function = self.point.buffers(), self.objective.loss_function
             if loss_kind(loss_function) is None:
                 of_one = self.objective.traced_loss
                 return (
-                    vmap(lambda z, y: of_one(self.point.values, _alone(z), held, (None, _alone(y))))(prediction, y),
+                    vmap(lambda z, y: of_one(self.point.values, _alone(z), buffers, (None, _alone(y))))(prediction, y),
                 )
             if isinstance(loss_function, nn.Module):
                 unreduced: Any = copy.copy(loss_function)
                 unreduced.reduction = "none"
                 own = dict(unreduced.named_parameters()) | dict(unreduced.named_buffers())
-                with replaced([unreduced], {id(own[name]): value for name, value in held["loss"].items()}):
+                with replaced([unreduced], {id(own[name]): value for name, value in buffers["loss"].items()}):
                     terms = unreduced(prediction, y)
             else:
-                terms = functools.partial(loss_function, reduction="none", **held["loss"])(prediction, y)
+                terms = functools.partial(loss_function, reduction="none", **buffers["loss"])(prediction, y)
         by_row = terms.shape == prediction.shape and terms.ndim > 1
         return ((terms.sum(-1) if by_row else terms).reshape(-1),)
 

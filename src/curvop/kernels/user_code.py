@@ -153,7 +153,7 @@ class UserCode:
     def joins(self, kernel: Any) -> bool:
         """Whether the data may be evaluated as one batch."""
         objective = self.objective
-        if kernel.by_batch or objective._batch_weight is not None or objective._share is not None:
+        if kernel.by_batch or objective._batch_weight is not None or objective._part_weights is not None:
             return False
         # A model that is called once a batch would find in its buffers what it has left there.
         parts = list(self._model.modules()) if isinstance(self._model, nn.Module) else []
@@ -175,7 +175,7 @@ class UserCode:
         with HeldPadding(self.rows) if self._pads else contextlib.nullcontext():
             return function(batches)
 
-    def given(self, batch: Any) -> Any:
+    def in_precision(self, batch: Any) -> Any:
         """Return a batch as it is given to the user's code."""
         return in_double(batch) if self._dtype == torch.float64 else batch
 

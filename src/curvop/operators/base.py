@@ -1,7 +1,7 @@
 """The one bridge between SciPy's vectors and torch's: kinds of arrays, shapes, columns, counting.
 
 SciPy hands over ``(N,)``, ``(N, 1)``, ``(N, K)`` and, from 1.18 on, stacks of them; users hand over tensors besides.
-All of it ends in one method, `BridgeLinearOperator._apply`, that multiplies a ``(K, N)`` array or tensor row by row.
+All of it ends in one method, `TensorLinearOperator._apply`, that multiplies a ``(K, N)`` array or tensor row by row.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 __all__ = [
-    "BridgeLinearOperator",
     "ProductCounter",
     "SubmatrixLinearOperator",
+    "TensorLinearOperator",
     "WrappingLinearOperator",
     "without_values",
 ]
@@ -37,7 +37,7 @@ class ProductCounter:
         self.total = 0
 
 
-class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
+class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
     """A linear operator that takes NumPy arrays and torch tensors alike.
 
     Subclasses implement `_apply`, and `_adjoint` and `_transpose` where they are not real and symmetric.
@@ -129,7 +129,7 @@ class BridgeLinearOperator(LinearOperator):  # type: ignore[misc]
 
     def _block_of(
         self, rows: NDArray[np.intp], cols: NDArray[np.intp]
-    ) -> tuple[BridgeLinearOperator, NDArray[np.intp], NDArray[np.intp]]:
+    ) -> tuple[TensorLinearOperator, NDArray[np.intp], NDArray[np.intp]]:
         """Return the smallest operator that holds the rows and columns, and where they are in it."""
         return self, rows, cols
 
@@ -331,7 +331,7 @@ def without_values(x: Tensor) -> str | None:
     return None if x.layout == torch.strided else str(x.layout)
 
 
-class WrappingLinearOperator(BridgeLinearOperator):
+class WrappingLinearOperator(TensorLinearOperator):
     """One that passes vectors on to another, `_A`, of this package or SciPy's own."""
 
     _A: LinearOperator
@@ -339,15 +339,15 @@ class WrappingLinearOperator(BridgeLinearOperator):
     @property
     def takes_tensors(self) -> bool:
         """Whether `A` multiplies tensors, as this package's operators do."""
-        return isinstance(self._A, BridgeLinearOperator) and self._A.takes_tensors
+        return isinstance(self._A, TensorLinearOperator) and self._A.takes_tensors
 
     @property
     def device(self) -> torch.device:
         """That of `A`, where it has one; the host else."""
-        return self._A.device if isinstance(self._A, BridgeLinearOperator) else super().device
+        return self._A.device if isinstance(self._A, TensorLinearOperator) else super().device
 
     def _product_dtype(self, dtype: Any) -> Any:
-        known = isinstance(self._A, BridgeLinearOperator)
+        known = isinstance(self._A, TensorLinearOperator)
         return self._A._product_dtype(dtype) if known else super()._product_dtype(dtype)
 
 
@@ -399,7 +399,7 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
         rows, cols = _indices("row_idxs", row_idxs, A.shape[0]), _indices("col_idxs", col_idxs, A.shape[1])
         if isinstance(A, SubmatrixLinearOperator):
             A, rows, cols = A._A, A._rows.idxs[rows], A._cols.idxs[cols]
-        if isinstance(A, BridgeLinearOperator) and rows.size and cols.size:
+        if isinstance(A, TensorLinearOperator) and rows.size and cols.size:
             A, rows, cols = A._block_of(rows, cols)
         self._setup(A, _Selection(rows, A.shape[0]), _Selection(cols, A.shape[1]))
 
@@ -449,13 +449,13 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
         return self._adjoint() if real else self._like(self._A.T, self._cols, self._rows)
 
     def _check_entries(self, x: Rows) -> None:
-        if isinstance(self._A, BridgeLinearOperator):
+        if isinstance(self._A, TensorLinearOperator):
             self._A._check_entries(x)
         elif isinstance(x, Tensor):
             raise TypeError(f"A, a {type(self._A).__name__}, takes NumPy arrays only: pass x.numpy(force=True)")
 
     def _apply(self, rows: Rows) -> Rows:
-        if isinstance(self._A, BridgeLinearOperator):
+        if isinstance(self._A, TensorLinearOperator):
             kind: Any = rows.dtype
             if not self._cols.distinct:  # columns that repeat add, in A's own precision at least
                 rows = self._widened(rows)

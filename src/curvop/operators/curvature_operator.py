@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvop.kernels.diagonal import write_diagonal
-from curvop.kernels.ggn_kernel import SandwichKernel
+from curvop.kernels.ggn_kernel import GGNLikeKernel
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight, Objective
 from curvop.kernels.parameters import ParameterLayout, unknown_name
-from curvop.operators.engine_operator import ComputedLinearOperator, Settings
+from curvop.operators.engine_operator import EngineLinearOperator, Settings
 from curvop.operators.parameter_operator import ParameterLinearOperator
 from curvop.operators.validation import named_keywords
 
-__all__ = ["CurvatureLinearOperator", "SandwichLinearOperator", "checked_names"]
+__all__ = ["CurvatureLinearOperator", "GGNLikeLinearOperator", "checked_names"]
 
 
-class CurvatureLinearOperator(ComputedLinearOperator, ParameterLinearOperator):
+class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
     """A curvature matrix that a kernel computes from an objective.
 
     Subclasses name the kernel, and document the constructor; `HessianLinearOperator` says what its arguments are.
@@ -61,7 +61,7 @@ class CurvatureLinearOperator(ComputedLinearOperator, ParameterLinearOperator):
         cols = list(objective.params) if cols is None else cols
         layouts = ParameterLayout(objective.params, rows), ParameterLayout(objective.params, cols)
         ParameterLinearOperator.__init__(self, settings.dtype, objective.params, *layouts)
-        self._compute(self._kernel(objective, rows, cols), settings)
+        self._set_up_engines(self._kernel(objective, rows, cols), settings)
 
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
         """Return the operator of the block that the named parameters span.
@@ -126,10 +126,10 @@ def checked_names(what: str, names: str | Sequence[str], layout: ParameterLayout
 # Curvature matrices that act through the prediction.
 
 
-class SandwichLinearOperator(CurvatureLinearOperator):
+class GGNLikeLinearOperator(CurvatureLinearOperator):
     r"""A matrix :math:`\sum_n J_n^\top M_n J_n` over the examples, with the Jacobian of the prediction."""
 
-    _kernel: Callable[[Any, Sequence[str], Sequence[str]], SandwichKernel]
+    _kernel: Callable[[Any, Sequence[str], Sequence[str]], GGNLikeKernel]
 
     def diagonal(self) -> NDArray[Any]:
         """Return the exact diagonal ``(N,)``, in one pass over the data.
@@ -158,5 +158,5 @@ class SandwichLinearOperator(CurvatureLinearOperator):
         out = torch.zeros(self.shape[0], dtype=torch.float64, device=objective.device)
         with torch.inference_mode(False):
             kernel = self._kernel(objective, self._rows.names, self._cols.names)
-            self._in_room(lambda: write_diagonal(kernel, self._rows.names, out))
+            self._retry_on_out_of_memory(lambda: write_diagonal(kernel, self._rows.names, out))
         return out

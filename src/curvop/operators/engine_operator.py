@@ -26,7 +26,7 @@ from curvop.kernels.memory import Budget, out_of_memory, peak_rise
 from curvop.kernels.objective_fingerprint import digest, objective_parts, objective_state
 from curvop.kernels.parameters import Layout
 from curvop.kernels.reference import Route, other_routes
-from curvop.operators.base import BridgeLinearOperator, Rows
+from curvop.operators.base import Rows, TensorLinearOperator
 from curvop.operators.progress import Progress
 from curvop.operators.transfer import Staging, aligned
 from curvop.operators.validation import available_bytes, whole_number
@@ -34,8 +34,8 @@ from curvop.operators.validation import available_bytes, whole_number
 __all__ = [
     "TORCH_DTYPES",
     "UNTRUSTED",
-    "ComputedLinearOperator",
     "Cost",
+    "EngineLinearOperator",
     "NonFiniteProductError",
     "Settings",
     "digest",
@@ -81,10 +81,10 @@ class Settings:
 _FEWER = "multiply with fewer columns at a time"
 
 
-class ComputedLinearOperator(BridgeLinearOperator):
+class EngineLinearOperator(TensorLinearOperator):
     """An operator whose products an engine sums over the batches of an objective."""
 
-    def _compute(self, kernel: Kernel, settings: Settings) -> None:
+    def _set_up_engines(self, kernel: Kernel, settings: Settings) -> None:
         """Set the engines up; called in ``__init__``."""
         if settings.engine == "compiled":
             kernel = CompiledKernel(kernel)
@@ -180,18 +180,22 @@ class ComputedLinearOperator(BridgeLinearOperator):
         layout = self._parameters()
         with torch.inference_mode(False):
             gradient = torch.zeros(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
-            return gradient, self._in_room(lambda: gradient_and_loss(self._objective, layout.names, gradient))
+            return gradient, self._retry_on_out_of_memory(
+                lambda: gradient_and_loss(self._objective, layout.names, gradient)
+            )
 
     def _plain_gradient_seconds(self) -> float:
         with torch.inference_mode(False):
-            return self._in_room(lambda: plain_gradient_seconds(self._objective, self._parameters().names))
+            return self._retry_on_out_of_memory(
+                lambda: plain_gradient_seconds(self._objective, self._parameters().names)
+            )
 
     def _parameters(self) -> Layout:
         """Return the parameters of the rows, or of the columns if the rows are none."""
         kernel = self._engine.kernel
         return kernel.rows if kernel.rows.names else kernel.cols
 
-    def _in_room(self, compute: Callable[[], T], remedy: str = "let data yield smaller batches") -> T:
+    def _retry_on_out_of_memory(self, compute: Callable[[], T], remedy: str = "let data yield smaller batches") -> T:
         """Return ``compute()``; where memory runs out, once more without what is kept for products."""
         told = ""
         try:
@@ -204,7 +208,7 @@ class ComputedLinearOperator(BridgeLinearOperator):
                 error.add_note(f"it does not fit though nothing is kept: {remedy}")
                 raise
             for engine in keeping:
-                told = engine.make_room(error) or told
+                told = engine.release_memory(error) or told
         # Out of the handler, whose traceback holds what the first try has made.
         if told:
             warnings.warn(told, RuntimeWarning, stacklevel=2)
@@ -229,9 +233,9 @@ class ComputedLinearOperator(BridgeLinearOperator):
             vectors = aligned(rows.to(here, self._objective.dtype).contiguous())
             return vectors, torch.empty(len(rows), self.shape[0], device=here, dtype=dtype)
 
-        vectors, products = self._in_room(hand_over, _FEWER)
+        vectors, products = self._retry_on_out_of_memory(hand_over, _FEWER)
         self._run(vectors, products)
-        return self._in_room(lambda: products.to(rows.device, rows.dtype), _FEWER)
+        return self._retry_on_out_of_memory(lambda: products.to(rows.device, rows.dtype), _FEWER)
 
     def _apply_array(self, rows: NDArray[Any]) -> NDArray[Any]:
         dtype = self._product_dtype(rows.dtype)
@@ -247,11 +251,11 @@ class ComputedLinearOperator(BridgeLinearOperator):
             vectors = self._staging.to_device(given, here, self._objective.dtype)
             return vectors, torch.empty(len(rows), self.shape[0], device=here, dtype=TORCH_DTYPES[dtype])
 
-        vectors, products = self._in_room(hand_over, _FEWER)
+        vectors, products = self._retry_on_out_of_memory(hand_over, _FEWER)
         self._run(vectors, products)
         if here.type == "cpu":
             return products.numpy()
-        return self._in_room(lambda: self._staging.to_array(products), _FEWER)
+        return self._retry_on_out_of_memory(lambda: self._staging.to_array(products), _FEWER)
 
     def _run(self, vectors: Tensor, products: Tensor) -> None:
         with self._settings.progress.of(len(vectors)) as tick:

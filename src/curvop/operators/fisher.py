@@ -20,7 +20,7 @@ from curvop.kernels.objective import BatchWeight
 from curvop.kernels.parameters import ParameterLayout
 from curvop.kernels.reference import GRADIENT, Route
 from curvop.operators.base import Rows
-from curvop.operators.curvature_operator import SandwichLinearOperator
+from curvop.operators.curvature_operator import GGNLikeLinearOperator
 from curvop.operators.engine_operator import Settings
 from curvop.operators.transfer import aligned
 from curvop.operators.validation import named_keywords, random_generator
@@ -28,7 +28,7 @@ from curvop.operators.validation import named_keywords, random_generator
 __all__ = ["EFLinearOperator", "FisherLinearOperator", "GradientCovarianceLinearOperator"]
 
 
-class EFLinearOperator(SandwichLinearOperator):
+class EFLinearOperator(GGNLikeLinearOperator):
     r"""The empirical Fisher matrix as a symmetric SciPy ``LinearOperator`` of shape ``(P, P)``.
 
     .. math:: F = \frac{1}{W} \sum_n g_n g_n^\top, \quad W = \sum_b w_b \text{ for a mean, 1 for a sum,}
@@ -150,7 +150,7 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
             return left, right, divisor, count
 
 
-class FisherLinearOperator(SandwichLinearOperator):
+class FisherLinearOperator(GGNLikeLinearOperator):
     r"""The Fisher matrix of the likelihood behind a loss as a symmetric ``LinearOperator`` of shape ``(P, P)``.
 
     .. math::

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from curvop.kernels.ggn_kernel import GGNKernel
-from curvop.operators.curvature_operator import SandwichLinearOperator
+from curvop.operators.curvature_operator import GGNLikeLinearOperator
 
 __all__ = ["GGNLinearOperator"]
 
 
-class GGNLinearOperator(SandwichLinearOperator):
+class GGNLinearOperator(GGNLikeLinearOperator):
     r"""The generalized Gauss-Newton matrix as a symmetric SciPy ``LinearOperator`` of shape ``(P, P)``.
 
     .. math::

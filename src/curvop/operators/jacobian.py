@@ -13,14 +13,14 @@ from curvop.kernels.jacobian_kernel import JacobianKernel, prediction_sizes, pre
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.parameters import ParameterLayout
 from curvop.operators.curvature_operator import checked_names
-from curvop.operators.engine_operator import ComputedLinearOperator, Settings
+from curvop.operators.engine_operator import EngineLinearOperator, Settings
 from curvop.operators.parameter_operator import ParameterVectors, touched
 from curvop.operators.validation import named_keywords
 
 __all__ = ["JacobianLinearOperator", "TransposedJacobianLinearOperator"]
 
 
-class _Jacobians(ParameterVectors, ComputedLinearOperator):
+class _Jacobians(ParameterVectors, EngineLinearOperator):
     """What the Jacobian and its transpose share."""
 
     _flips: bool
@@ -50,7 +50,7 @@ class _Jacobians(ParameterVectors, ComputedLinearOperator):
         self._sizes = sizes
         self._params = objective.params
         self._names = ParameterLayout(objective.params, names)
-        self._compute(kernel.adjoint() if self._flips else kernel, settings)
+        self._set_up_engines(kernel.adjoint() if self._flips else kernel, settings)
 
     @property
     def _layout(self) -> ParameterLayout:

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvop.kernels.parameters import ParameterLayout, unknown_name
-from curvop.operators.base import BridgeLinearOperator, ProductCounter, Rows
+from curvop.operators.base import ProductCounter, Rows, TensorLinearOperator
 from curvop.operators.validation import real_number
 
 __all__ = ["DampedLinearOperator", "ParameterLinearOperator", "ParameterVectors", "touched"]
 
 
-class ParameterVectors(BridgeLinearOperator):
+class ParameterVectors(TensorLinearOperator):
     """An operator whose rows or columns, or both, are parameters.
 
     Subclasses say where the entries of each parameter are: among the rows, the columns, and those that `ravel` is for.

@@ -14,7 +14,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
-from curvop.operators.base import BridgeLinearOperator, Rows, WrappingLinearOperator
+from curvop.operators.base import Rows, TensorLinearOperator, WrappingLinearOperator
 from curvop.operators.validation import real_operator
 from curvop.spectrum.lanczos import device_of, multiply
 
@@ -175,7 +175,7 @@ class TimedOperator(WrappingLinearOperator):
         if begun >= self._until - (spared if spared <= (self._until - self._begun) / 2 else 0.0):
             raise TimeUpError("time is up")
         products: Any = self._A.matvec(rows[0])[None] if len(rows) == 1 else self._A.matmat(rows.T).T
-        if not isinstance(self._A, BridgeLinearOperator):
+        if not isinstance(self._A, TensorLinearOperator):
             products = np.array(products, order="C")  # an operator may return its argument
         self._pace = (time.monotonic() - begun) / len(rows)
         return products  # type: ignore[no-any-return]

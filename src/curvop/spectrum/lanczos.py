@@ -26,7 +26,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.linalg.lapack import dstebz
 from torch import Tensor
 
-from curvop.operators.base import BridgeLinearOperator
+from curvop.operators.base import TensorLinearOperator
 from curvop.operators.transfer import LINE, aligned
 from curvop.operators.validation import available_bytes, check_fits
 from curvop.spectrum.norms import column_norms, dots_of, norms_of
@@ -52,12 +52,12 @@ _SECTION = 16384
 
 def device_of(A: Any) -> torch.device:
     """Return where an operator computes; SciPy's own compute on the host."""
-    return A.device if isinstance(A, BridgeLinearOperator) else torch.device("cpu")
+    return A.device if isinstance(A, TensorLinearOperator) else torch.device("cpu")
 
 
 def multiply(A: Any, rows: Tensor) -> Tensor:
     """Return the products ``(K, M)`` of `A` with the rows ``(K, N)`` of a tensor, from one block product."""
-    if isinstance(A, BridgeLinearOperator) and A.takes_tensors:
+    if isinstance(A, TensorLinearOperator) and A.takes_tensors:
         product: Tensor = A @ rows.T
         return product.T
     array = np.array((A @ rows.numpy().T).T, order="C")  # a copy, as an operator may return its argument

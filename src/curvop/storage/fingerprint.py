@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.operators.base import BridgeLinearOperator
+from curvop.operators.base import TensorLinearOperator
 
 __all__ = ["OtherProblemError", "differing", "fingerprint", "listed", "state"]
 
@@ -61,7 +61,7 @@ def fingerprint(A: LinearOperator) -> dict[str, str]:
         raise TypeError(
             f"A is a {type(A).__name__}, not a LinearOperator: wrap it, scipy.sparse.linalg.aslinearoperator(A)"
         )
-    if isinstance(A, BridgeLinearOperator) and hasattr(A, "fingerprint"):
+    if isinstance(A, TensorLinearOperator) and hasattr(A, "fingerprint"):
         return cast("dict[str, str]", A.fingerprint())
     parts = {"operator": type(A).__name__, "shape": str(tuple(A.shape)), "dtype": str(A.dtype)}
     matrix = getattr(A, "A", None)
@@ -81,7 +81,7 @@ def state(A: LinearOperator) -> tuple[object, ...]:
 
     It is compared by ``==`` and holds in this process only; it costs one pass over the parameters.
     """
-    if isinstance(A, BridgeLinearOperator) and hasattr(A, "state"):
+    if isinstance(A, TensorLinearOperator) and hasattr(A, "state"):
         return cast("tuple[object, ...]", A.state())
     return tuple(state(term) if isinstance(term, LinearOperator) else _value(term) for term in _terms(A) or ())
 

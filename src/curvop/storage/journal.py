@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvop.operators.base import BridgeLinearOperator, Rows, WrappingLinearOperator
+from curvop.operators.base import Rows, TensorLinearOperator, WrappingLinearOperator
 from curvop.operators.validation import real_number
 from curvop.storage.fingerprint import OtherProblemError, differing, fingerprint, listed, state
 from curvop.storage.records import RecordFile
@@ -236,7 +236,7 @@ class JournaledLinearOperator(WrappingLinearOperator):
             raise UnrecordedError(f"{len(rows)} products are not in the journal in {self._journal.directory}")
         products = self._A.matvec(rows[0])[None] if len(rows) == 1 else self._A.matmat(rows.T).T
         self._journal.made += len(rows)
-        if isinstance(self._A, BridgeLinearOperator):
+        if isinstance(self._A, TensorLinearOperator):
             return cast("Rows", products)
         return np.array(products, order="C")
 

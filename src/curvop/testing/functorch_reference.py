@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "NoHessianError",
     "Problem",
+    "dense_ggn_like",
     "dense_hessian",
     "dense_jacobian",
     "differentiable",
@@ -32,7 +33,6 @@ __all__ = [
     "functorch_gradient_and_loss",
     "functorch_hessian",
     "functorch_jacobian",
-    "sandwiched_hessian",
 ]
 
 Model = nn.Module | Callable[[dict[str, Tensor], Any], Any]
@@ -145,7 +145,7 @@ def functorch_ggn(model: Model, loss_function: Loss, params: Params, data: Data)
     with differentiable(problem.theta.device):
         jacobian = dense_jacobian(lambda vector: _flat(problem.predict(vector))[0], problem.theta, problem.eps)
         z, restored = _flat(problem.predict(problem.theta))
-        return sandwiched_hessian(
+        return dense_ggn_like(
             lambda flat: loss_function(restored(flat), problem.y), z, jacobian.to(z.dtype), problem.eps
         ).to(jacobian.dtype)
 
@@ -339,7 +339,7 @@ def dense_hessian(f: Callable[[Tensor], Tensor], theta: Tensor, eps: float) -> T
     return hessian
 
 
-def sandwiched_hessian(f: Callable[[Tensor], Tensor], z: Tensor, jacobian: Tensor, eps: float) -> Tensor:
+def dense_ggn_like(f: Callable[[Tensor], Tensor], z: Tensor, jacobian: Tensor, eps: float) -> Tensor:
     """Return ``J' H J`` for the second derivatives ``H`` of a scalar function; only ``H J`` is formed."""
     products = _products(f, z, jacobian.T, _columns_at_a_time(f, z))
     matrix = jacobian.T @ products
