@@ -49,7 +49,7 @@ def clustered() -> np.ndarray:
 
 
 class TestMethods:
-    @pytest.mark.parametrize("method", ["arpack", "device"])
+    @pytest.mark.parametrize("method", ["arpack", "lanczos"])
     @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
     def test_lanczos(self, clustered, which: str, method: str) -> None:
         result = eigsh(clustered, 5, which, ncv=60, method=method)
@@ -106,7 +106,7 @@ class TestMethods:
         """Of any size, for which ARPACK and LOBPCG are not made."""
         size = data.draw(st.integers(1, 40))
         k = data.draw(st.integers(1, size))
-        method = data.draw(st.sampled_from(["arpack", "lobpcg", "device"]))
+        method = data.draw(st.sampled_from(["arpack", "lobpcg", "lanczos"]))
         which = data.draw(st.sampled_from(["LA", "SA"] if method == "lobpcg" else ["LA", "SA", "LM"]))
         eigenvalues = np.random.default_rng(data.draw(st.integers(0, 100))).choice([-2.0, -1, 0, 0.5, 1, 2, 3], size)
         with warnings.catch_warnings():
@@ -135,7 +135,7 @@ class TestMethods:
         assert result.method == "arpack"
         assert "lobpcg needs N >= 5 k" in result.note
 
-    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "device"])
+    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "lanczos"])
     def test_the_zero_matrix(self, method: str) -> None:
         result = eigsh(np.zeros((100, 100)), 3, method=method)
         assert result.ok
@@ -154,7 +154,7 @@ class TestMethods:
             assert result.ok
             np.testing.assert_allclose(np.abs(result.values), np.abs(expected(eigenvalues, 5, which)), atol=1e-11)
 
-    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "device"])
+    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "lanczos"])
     def test_a_start_of_ones_own(self, clustered, method: str) -> None:
         vector = np.linalg.eigh(clustered)[1][:, -1]
         given = eigsh(clustered, 3, v0=vector + 1e-3, method=method, certificate=False)
@@ -305,7 +305,7 @@ class TestTime:
         values = np.linspace(-1, 1, 4000) ** 3
         A = Slow(diags_array(values).tocsr(), 0.006)
         with pytest.warns(RuntimeWarning, match="not converged, as time was up: . of 4 eigenvalues did; "):
-            result = eigsh(A, 4, which, method="device", seconds=1.0)
+            result = eigsh(A, 4, which, method="lanczos", seconds=1.0)
         assert A.last < A.begun + 1.2  # a second after it was called
         assert (result.timed_out, result.converged, result.ok) == (True, False, False)
         assert result.products == A.products
@@ -321,7 +321,7 @@ class TestTime:
         eigenvalues = np.r_[50.0, 40.0, np.linspace(0, 1, 498) ** 3]
         A = Slow(matrix(eigenvalues), stall=stall)
         with pytest.warns(RuntimeWarning, match="time was up"):
-            result = eigsh(A, 4, method="device", seconds=0.45)
+            result = eigsh(A, 4, method="lanczos", seconds=0.45)
         assert A.products == result.products == stall
         assert result.certificate is None
         assert result.note == "no certificate, as time was up"
@@ -334,7 +334,7 @@ class TestTime:
         if stall >= 39:
             np.testing.assert_allclose(result.values[:2], [50, 40], atol=1e-12)
 
-    @pytest.mark.parametrize("method", ["arpack", "device"])
+    @pytest.mark.parametrize("method", ["arpack", "lanczos"])
     @pytest.mark.parametrize("more", [0, 3, 7])
     def test_what_converged_is_kept_where_there_is_no_time_for_a_certificate(self, method: str, more: int) -> None:
         A = matrix([5.0, 4.0, 3.0, *np.linspace(0, 1, 497)])
@@ -357,11 +357,11 @@ class TestTime:
     @pytest.mark.parametrize("method", ["arpack", "dense"])
     def test_what_cannot_be_had_is_said_with_the_remedy(self, method: str) -> None:
         A = Slow(diags_array(np.linspace(-1, 1, 4000) ** 3).tocsr(), 0.002)
-        with pytest.raises(TimeoutError, match=r"0\.3 s were over after .* products.* pass method='device'"):
+        with pytest.raises(TimeoutError, match=r"0\.3 s were over after .* products.* pass method='lanczos'"):
             eigsh(A, 4, method=method, seconds=0.3)
         assert A.last < A.begun + 0.4
 
-    @pytest.mark.parametrize("method", ["arpack", "device", "lobpcg", "dense"])
+    @pytest.mark.parametrize("method", ["arpack", "lanczos", "lobpcg", "dense"])
     def test_with_enough_of_it_nothing_is_different(self, method: str) -> None:
         A = matrix([5.0, 4.0, 3.0, *np.linspace(0, 1, 497)])
         timed, plain = (eigsh(A, 3, method=method, seconds=seconds) for seconds in (1e6, None))
@@ -373,10 +373,10 @@ class TestTime:
         clock = Clock()
         monkeypatch.setattr("curvop.spectrum.counting.time", clock)
         A = Slow(matrix([5.0, 4.0, 3.0, *np.linspace(2.9, -2.9, 497)]), 0.04, clock=clock)
-        whole = eigsh(A.inner, 3, method="device")
+        whole = eigsh(A.inner, 3, method="lanczos")
         assert whole.certificate.products > 3 + 8 + 50
         needed = whole.products - whole.certificate.products
-        result = eigsh(A, 3, method="device", seconds=0.04 * (needed + 3 + 8 + 2 * 20 + 2))
+        result = eigsh(A, 3, method="lanczos", seconds=0.04 * (needed + 3 + 8 + 2 * 20 + 2))
         assert A.last - A.begun < 0.04 * (needed + 3 + 8 + 2 * 20 + 2)
         assert result.converged
         assert 3 + 8 < result.certificate.products < 3 + 8 + 40
@@ -384,14 +384,14 @@ class TestTime:
 
     def test_it_can_be_saved(self, tmp_path) -> None:
         with pytest.warns(RuntimeWarning, match="time was up"):
-            result = eigsh(np.diag(np.arange(100.0)), 3, method="device", seconds=0)
+            result = eigsh(np.diag(np.arange(100.0)), 3, method="lanczos", seconds=0)
         result.save(tmp_path / "pairs.npz")
         loaded = EigenResult.load(tmp_path / "pairs.npz")
         assert (loaded.verdict, str(loaded), loaded.timed_out) == (result.verdict, str(result), True)
 
 
 class TestMemory:
-    @pytest.mark.parametrize(("method", "vectors"), [("arpack", 2 * 12 + 5 + 4), ("device", 18 + 5 + 4)])
+    @pytest.mark.parametrize(("method", "vectors"), [("arpack", 2 * 12 + 5 + 4), ("lanczos", 18 + 5 + 4)])
     def test_the_basis_shrinks_to_what_fits(self, method: str, vectors: int) -> None:
         A = matrix(np.linspace(0, 1, 300) ** 8)
         result = eigsh(A, 5, method=method, memory=300 * 8 * vectors)
@@ -399,7 +399,7 @@ class TestMemory:
         assert result.note == "ncv is 12 for lack of memory"
 
     @pytest.mark.parametrize(
-        "options", [{}, {"ncv": 100}, {"method": "device"}, {"method": "lobpcg"}, {"method": "dense"}]
+        "options", [{}, {"ncv": 100}, {"method": "lanczos"}, {"method": "lobpcg"}, {"method": "dense"}]
     )
     def test_what_does_not_fit_is_told_before(self, options) -> None:
         def refuse(x):
@@ -413,7 +413,7 @@ class TestMemory:
 class TestResult:
     def test_it_reads(self, clustered) -> None:
         lines = str(eigsh(clustered, 25)).splitlines()
-        assert lines[0].startswith("25 of 25 eigenvalues (LA) of a 303 x 303 matrix by arpack, ")
+        assert lines[0].startswith("25 of 25 eigenvalues (LA) of a 303 x 303 matrix: ARPACK, ")
         assert lines[1].split() == ["eigenvalue", "residual", "error", "<="]
         assert lines[2].split()[:2] == ["1", "1"]
         assert lines[-2].strip() == "..."
@@ -443,7 +443,7 @@ class TestResult:
 
     def test_it_is_repeatable(self) -> None:
         A = matrix(np.linspace(0, 1, 200) ** 8)
-        for method in ("arpack", "lobpcg", "device"):
+        for method in ("arpack", "lobpcg", "lanczos"):
             first, second = (eigsh(A, 4, rng=3, method=method) for _ in range(2))
             np.testing.assert_array_equal(first.vectors, second.vectors)
             assert str(first) == str(second)
@@ -464,7 +464,7 @@ class TestResult:
         eigsh(A, 2)
         assert not capsys.readouterr().err
 
-    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "device", "dense"])
+    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "lanczos", "dense"])
     def test_exceptions_of_the_operator_pass(self, method: str) -> None:
         def stop(x):
             raise KeyboardInterrupt
@@ -472,7 +472,7 @@ class TestResult:
         with pytest.raises(KeyboardInterrupt):
             eigsh(LinearOperator((100, 100), matvec=stop, dtype=float), 3, method=method)
 
-    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "device", "dense"])
+    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "lanczos", "dense"])
     def test_products_that_are_not_finite(self, method: str) -> None:
         A = LinearOperator((100, 100), matvec=lambda x: np.full(100, np.nan), dtype=float)
         with pytest.raises(ValueError, match="a product with A is not finite"):
@@ -490,8 +490,8 @@ class TestResult:
         ({"k": 2.0}, TypeError, "k is a float"),
         ({"which": "LR"}, ValueError, "which is 'LR', but must be one of LA, SA, LM, SM, BE"),
         ({"which": "BE", "k": 1}, ValueError, "k is 1, but which='BE'"),
-        ({"method": "cg"}, ValueError, "method is 'cg', but must be one of arpack, lobpcg, device, dense"),
-        ({"method": "device", "which": "SM"}, ValueError, "which method='device' does not find"),
+        ({"method": "cg"}, ValueError, "method is 'cg', but must be one of arpack, lobpcg, lanczos, dense"),
+        ({"method": "lanczos", "which": "SM"}, ValueError, "which method='lanczos' does not find"),
         ({"method": "lobpcg", "which": "LM"}, ValueError, "lobpcg finds 'LA' and 'SA' only: use method='arpack'"),
         ({"tol": -1.0}, ValueError, "tol is -1.0"),
         ({"maxiter": 0}, ValueError, "maxiter is 0"),
@@ -537,7 +537,7 @@ class TestModels:
         assert result.products < 150
 
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "device"])
+    @pytest.mark.parametrize("method", ["arpack", "lobpcg", "lanczos"])
     def test_of_a_convolutional_network_in_single_precision(self, method: str, dtype) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -581,3 +581,11 @@ class TestModels:
             result = eigsh(A, 3)
             assert result.ok
             np.testing.assert_allclose(result.values, dense[:3], rtol=1e-10)
+
+
+def test_the_old_name_of_a_method_still_works() -> None:
+    A = np.diag(np.arange(50.0))
+    with pytest.warns(DeprecationWarning, match=r"^method='device' is now method='lanczos'$"):
+        result = eigsh(A, 2, method="device")
+    assert result.method == "lanczos"
+    np.testing.assert_allclose(result.values, [49.0, 48.0], rtol=1e-12)

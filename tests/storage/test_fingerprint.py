@@ -97,7 +97,8 @@ class TestTheSameProblem:
         )
         run = subprocess.run(
             [sys.executable, "-c", script],
-            env=os.environ | {"PYTHONHASHSEED": "77"},
+            env=os.environ
+            | {"PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])},
             cwd=Path(__file__).parent,
             capture_output=True,
             check=True,

@@ -26,7 +26,6 @@ from processes import started
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, eigsh, lobpcg, lsmr, svds
 from torch.utils.data import DataLoader
 
-import curvop
 from curvop import FisherLinearOperator, HessianLinearOperator, JacobianLinearOperator
 from curvop.storage.journal import JournaledLinearOperator
 from curvop.storage.records import RecordFileError
@@ -276,7 +275,7 @@ class TestAnotherProblem:
             JournaledLinearOperator(fisher(3), directory / "three").close()
 
     def test_other_versions_are_noted(self, journaled, monkeypatch) -> None:
-        monkeypatch.setattr(curvop, "__version__", "99.0")
+        monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
         for _ in range(2):
             with JournaledLinearOperator(fresh_hessian(), journaled) as J:
                 J @ np.ones(P)

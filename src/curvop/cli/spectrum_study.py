@@ -212,7 +212,7 @@ def _eigenvalues(found: Findings, A: LinearOperator, which: str, k: int, seconds
     """
     try:
         with without_verdicts():
-            result = _recalled(A, lambda B, limit: eigsh(B, k, which, method="device", seconds=limit), seconds)
+            result = _recalled(A, lambda B, limit: eigsh(B, k, which, method="lanczos", seconds=limit), seconds)
     except TimeoutError:  # of a matrix so small that it is formed
         result = None
     if result is None or not len(result.values):

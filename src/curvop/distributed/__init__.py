@@ -7,3 +7,8 @@ of its own part of the data.
 from curvop.distributed.distributed_operator import DistributedLinearOperator, RankError, serve
 
 __all__ = ["DistributedLinearOperator", "RankError", "serve"]
+
+
+def __dir__() -> list[str]:
+    """Return the public names, for tab completion."""
+    return __all__

@@ -4,3 +4,8 @@ from curvop.solvers.linear_solve import SolveResult, solve
 from curvop.solvers.preconditioners import NystromPreconditioner, jacobi, nystrom
 
 __all__ = ["NystromPreconditioner", "SolveResult", "jacobi", "nystrom", "solve"]
+
+
+def __dir__() -> list[str]:
+    """Return the public names, for tab completion."""
+    return __all__

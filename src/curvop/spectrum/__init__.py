@@ -27,3 +27,8 @@ __all__ = [
     "trace",
     "track",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names, for tab completion."""
+    return __all__

@@ -564,7 +564,7 @@ def _largest(A: LinearOperator, count: int, memory: int | None, progress: bool) 
     """Return eigenvalues ``(k,)`` and vectors ``(k, N)`` that are certain, and the products they took."""
     if not count:
         return np.zeros(0), np.zeros((0, A.shape[0])), 0
-    method = "arpack" if device_of(A).type == "cpu" else "device"
+    method = "arpack" if device_of(A).type == "cpu" else "lanczos"
     found = eigsh(A, count, "LM", method=method, memory=memory, progress=progress)
     if not found.converged:
         raise RuntimeError(f"deflate is {count}, but only {len(found.values)} eigenvalues converged: deflate fewer")

@@ -61,12 +61,12 @@ def eigsh(
     which : {'LA', 'SA', 'LM', 'SM', 'BE'}
         In SciPy's words: the largest, the smallest, those of the largest magnitude, of the smallest magnitude (which
         takes long, and often does not converge), or half from each end, of which an odd one is from the upper.
-    method : {'arpack', 'lobpcg', 'device', 'dense'}
+    method : {'arpack', 'lobpcg', 'lanczos', 'dense'}
         Implicitly restarted Lanczos, SciPy's `eigsh`, takes the fewest products, one vector at a time: the one to begin
         with. SciPy's `lobpcg`, for 'LA' and 'SA' only, multiplies blocks of ``k + 2`` vectors, and takes more products
         in all: of use where one with a block costs much less than with its columns, as where data are slow to read, or
         the matrix is small for the device. Its `tol` is relative to the operator's norm, and 0 stands for the 2/3 power
-        of the precision, or the noise of the products. 'device' is Lanczos with thick restarts (Wu, Simon, 2000), not
+        of the precision, or the noise of the products. 'lanczos' is Lanczos with thick restarts (Wu, Simon, 2000), not
         for 'SM', whose basis stays where the operator computes: on a GPU no vector crosses to the host before the end.
         'dense' forms the matrix by N products, as the others do where
         these are the fewer.
@@ -74,9 +74,9 @@ def eigsh(
         The relative accuracy of eigenvalues at which ARPACK stops; 0 is machine precision. Over a float32 model 1e-6
         is as good, and may take a third of the products.
     maxiter : int, optional
-        Restarts of 'arpack' or 'device', or iterations of LOBPCG: 1000 by default, 10 N for small matrices.
+        Restarts of 'arpack' or 'lanczos', or iterations of LOBPCG: 1000 by default, 10 N for small matrices.
     ncv : int, optional
-        Vectors of the basis of 'arpack' or 'device', more than k: ``max(2 k + 1, 30)`` by default, for 'device'
+        Vectors of the basis of 'arpack' or 'lanczos', more than k: ``max(2 k + 1, 30)`` by default, for 'lanczos'
         ``max(2 k + 1, 40)``, or what fits into `memory`.
     v0 : array_like, shape (N,), optional
         The starting vector; for LOBPCG the first of them. Random by default.
@@ -89,8 +89,8 @@ def eigsh(
         search for eigenvalues that were missed; see `curvop.spectrum.certify`. Its `tol` is 1e-4, or twice this one
         where that is more.
     seconds : float, optional
-        End after so long, or one product later, or one of 16 vectors where a method multiplies blocks. 'device' returns
-        the eigenpairs so far, not converged, and 'lobpcg' those of its last look at them, every 40 iterations; time for
+        End after so long, or one product later, or one of 16 vectors where a method multiplies blocks. 'lanczos'
+        returns the eigenpairs so far, not converged, and 'lobpcg' those of its last look at them, every 40 iterations; time for
         their certificate, without a search, is set aside where it is not more than half. Of the work of 'arpack' and
         'dense' nothing can be had before its end. A result for whose certificate there is no time comes without it.
     progress : bool
@@ -124,14 +124,17 @@ def eigsh(
     True
     """
     until = end_of(seconds)
+    if method == "device":
+        warnings.warn("method='device' is now method='lanczos'", DeprecationWarning, stacklevel=2)
+        method = "lanczos"
     A = symmetric_operator(A)
     k, start = _checked(A, k, which, method, tol, maxiter, ncv, v0)
     generator = random_generator(rng)
-    available = available_bytes(device_of(A) if method == "device" else None, memory)
+    available = available_bytes(device_of(A) if method == "lanczos" else None, memory)
     timed = None if seconds is None else TimedOperator(A, until)
     if timed is not None:
         A = timed
-        partial = method in ("device", "lobpcg")  # can be had, and certified: twice the time that this will take
+        partial = method in ("lanczos", "lobpcg")  # can be had, and certified: twice the time that this will take
         timed.spare = 2 * (k + NUM_PRODUCTS) if certificate and partial else 0
     with step_bar("eigsh", progress) as bar:
         counted = CountedOperator(A, bar, None if method == "arpack" else np.float64)
@@ -142,7 +145,7 @@ def eigsh(
         except TimeUpError:
             raise TimeoutError(
                 f"{seconds} s were over after {counted.products} products, and ARPACK's basis, or a part of a "
-                f"matrix, cannot be had: give it more seconds, or pass method='device' with an ncv below {A.shape[0]}"
+                f"matrix, cannot be had: give it more seconds, or pass method='lanczos' with an ncv below {A.shape[0]}"
             ) from None
     order = outermost_first(found.values, which)
     values, vectors = found.values[order].astype(np.float64), found.vectors[:, order]
@@ -208,8 +211,8 @@ def _checked(
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(METHODS)}")
     if method == "lobpcg" and which not in ("LA", "SA"):
         raise ValueError(f"which is {which!r}, but lobpcg finds 'LA' and 'SA' only: use method='arpack'")
-    if method == "device" and which == "SM":
-        raise ValueError("which is 'SM', which method='device' does not find: use method='arpack'")
+    if method == "lanczos" and which == "SM":
+        raise ValueError("which is 'SM', which method='lanczos' does not find: use method='arpack'")
     if which == "BE" and k == 1:
         raise ValueError("k is 1, but which='BE' takes at least one from each end")
     if not 0 <= real_number("tol", tol) < 1:
@@ -234,6 +237,13 @@ NO_TIME = "no certificate, as time was up"
 """What a `note` says where that is so."""
 
 _SHOWN = 20
+_TITLES = {
+    "arpack": "ARPACK",
+    "lobpcg": "LOBPCG",
+    "lanczos": "thick-restart Lanczos",
+    "device": "thick-restart Lanczos",  # its name in results of earlier versions
+    "dense": "dense",
+}
 _PREFIX = "certificate_"
 
 
@@ -251,7 +261,7 @@ class EigenResult:
         None where it was not asked for, or time was up.
     converged : bool
         Whether the solver found all that were `wanted`. Where ARPACK did not, those are here that did converge, and
-        there may be others between them; those of 'lobpcg' and 'device' are all here, as far as they came.
+        there may be others between them; those of 'lobpcg' and 'lanczos' are all here, as far as they came.
     products : int
         Columns multiplied with `A`, those of the certificate included.
     method : str
@@ -303,7 +313,8 @@ class EigenResult:
     def __str__(self) -> str:
         size, found = len(self.vectors), len(self.values)
         head = f"{found} of {self.wanted} eigenvalues ({self.which}) of a {size:,} x {size:,} matrix"
-        lines = [f"{head} by {self.method}, {self.products:,} products" + (f" ({self.note})" if self.note else "")]
+        title = _TITLES.get(self.method, self.method)
+        lines = [f"{head}: {title}, {self.products:,} products" + (f" ({self.note})" if self.note else "")]
         if found:
             lines.append(
                 f"{'':>6}{'eigenvalue':>16}" + (f"{'residual':>12}{'error <=':>12}" if self.certificate else "")
@@ -505,7 +516,7 @@ def lobpcg_blocks(task: Task) -> Found:
     return Found(values[:k] * scale, X[:, :k], converged, "lobpcg")
 
 
-def device(task: Task) -> Found:
+def lanczos(task: Task) -> Found:
     """Run Lanczos with thick restarts, whose basis stays on the operator's device."""
     basis = task.ncv or min(task.size, max(2 * task.k + 1, _MIN_DEVICE_BASIS))
     if basis >= task.size:
@@ -521,7 +532,7 @@ def device(task: Task) -> Found:
         task.A.multiply_rows, start.to(task.A.device), task.k, basis, task.tol, restarts, choose
     )
     note = note if values.any() or timed_out else "the matrix is zero"
-    return Found(values, vectors.T.cpu().numpy(), converged, "device", note, timed_out)
+    return Found(values, vectors.T.cpu().numpy(), converged, "lanczos", note, timed_out)
 
 
 def _chosen(values: Array, which: str, count: int) -> Array:
@@ -564,7 +575,7 @@ def _zero(task: Task, method: str) -> Found:
 METHODS: dict[str, Callable[[Task], Found]] = {
     "arpack": arpack,
     "lobpcg": lobpcg_blocks,
-    "device": device,
+    "lanczos": lanczos,
     "dense": dense,
 }
 """What `curvop.spectrum.eigsh` calls its methods."""
