@@ -90,9 +90,10 @@ def eigsh(
         where that is more.
     seconds : float, optional
         End after so long, or one product later, or one of 16 vectors where a method multiplies blocks. 'lanczos'
-        returns the eigenpairs so far, not converged, and 'lobpcg' those of its last look at them, every 40 iterations; time for
-        their certificate, without a search, is set aside where it is not more than half. Of the work of 'arpack' and
-        'dense' nothing can be had before its end. A result for whose certificate there is no time comes without it.
+        returns the eigenpairs so far, not converged, and 'lobpcg' those of its last look at them, every 40 iterations;
+        time for their certificate, without a search, is set aside where it is not more than half. Of the work of
+        'arpack' and 'dense' nothing can be had before its end. A result for whose certificate there is no time comes
+        without it.
     progress : bool
         Count products on a bar.
 
