@@ -1,4 +1,62 @@
-"""Curvature matrices of PyTorch models as SciPy linear operators."""
+r"""Curvature matrices of PyTorch models as SciPy linear operators.
+
+The Hessian of a model with P parameters has P^2 entries, too many to store even for small networks. Solvers such as
+``eigsh``, ``cg`` and ``svds`` need only its products with vectors. This package computes these products with torch, on
+the GPU if the model is there, and presents the matrices as ``scipy.sparse.linalg.LinearOperator``\ s.
+
+The following example examines the curvature of the loss of a small regression network. First, define a model and data::
+
+    >>> import numpy as np
+    >>> import torch
+    >>> from scipy.sparse.linalg import eigsh
+    >>> from torch import nn
+    >>> from curvop import GGNLinearOperator, HessianLinearOperator, solve
+    >>> _ = torch.manual_seed(0)
+    >>> X = torch.linspace(-2, 2, 64, dtype=torch.float64)[:, None]
+    >>> y = torch.sin(2 * X)
+    >>> model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    >>> loss_function = nn.MSELoss()
+
+Construct an operator from the model, the loss function, a dict of parameters, and an iterable of batches::
+
+    >>> params = dict(model.named_parameters())
+    >>> data = list(zip(X.split(24), y.split(24)))
+    >>> H = HessianLinearOperator(model, loss_function, params, data)
+    >>> H.shape
+    (49, 49)
+
+The operator is the Hessian of the loss of the whole data set. Batches may have different sizes, because they are
+weighted by their sizes. Pass the operator to any function of SciPy that accepts a ``LinearOperator``::
+
+    >>> sharpness = eigsh(H, k=1, which="LA", return_eigenvectors=False)
+    >>> dense = H @ np.eye(49)
+    >>> np.allclose(sharpness, np.linalg.eigvalsh(dense)[-1:])
+    True
+
+`curvop.spectrum` estimates traces and spectral densities, and checks eigenvalues. The generalized Gauss-Newton matrix
+and the Fisher matrices have the same interface as the Hessian. Train the network by ten damped Gauss-Newton steps. The
+operator always uses the current parameters::
+
+    >>> G = GGNLinearOperator(model, loss_function, params, data)
+    >>> for _ in range(10):
+    ...     gradient, loss = G.gradient_and_loss()
+    ...     step = G.unravel(-solve(G, gradient, damping=0.1).solution)
+    ...     with torch.no_grad():
+    ...         for name, parameter in params.items():
+    ...             _ = parameter.add_(step[name])
+    >>> loss < 0.01
+    True
+
+Blocks of parameters and selections of rows and columns are operators, too. Their products cost less than products with
+the whole matrix::
+
+    >>> last_layer = H.block(["2.weight", "2.bias"])
+    >>> last_layer.shape
+    (17, 17)
+    >>> S = H[:5, :][:, [0, 7, 48]]
+    >>> np.allclose(S @ np.eye(3), (H @ np.eye(49))[:5][:, [0, 7, 48]])
+    True
+"""
 
 from curvop import distributed, preconditioner, spectrum
 from curvop.checks.check_report import CheckReport
@@ -11,12 +69,11 @@ from curvop.operators.hessian import HessianLinearOperator
 from curvop.operators.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
 from curvop.operators.parameter_operator import DampedLinearOperator
 from curvop.operators.selection import select
+from curvop.operators.version import __version__ as __version__
 from curvop.solvers.linear_solve import SolveResult, solve
 from curvop.storage.journal import JournaledLinearOperator
 from curvop.testing.comparison import allclose_report
 from curvop.testing.functorch_reference import functorch_hessian
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CheckReport",

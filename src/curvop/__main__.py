@@ -1,4 +1,4 @@
-"""``python -m curvop``: the command."""
+"""Run the command ``curvop`` as ``python -m curvop``."""
 
 import sys
 

@@ -1,5 +1,6 @@
-"""The problems that the command ``curvop`` studies: the built-in one, and how yours are loaded."""
+"""The problems of the command ``curvop``: the built-in one, and the loader of your own."""
 
-from curvop.cli.problem_loading import ProblemError, digits, load
+from curvop.cli.problem_loading import ProblemError, digits, last_layer, load
+from curvop.operators.error_text import describe_error, one_line
 
-__all__ = ["ProblemError", "digits", "load"]
+__all__ = ["ProblemError", "describe_error", "digits", "last_layer", "load", "one_line"]

@@ -1,4 +1,4 @@
-"""Rows and columns of any linear operator; the class is `curvop.SubmatrixLinearOperator`."""
+"""Former location of `curvop.SubmatrixLinearOperator`, for compatibility."""
 
 from curvop.operators.base import SubmatrixLinearOperator
 

@@ -1,4 +1,4 @@
-"""Compare two arrays and print where they differ."""
+"""Comparison of two arrays with a report of their differences."""
 
 from curvop.testing.comparison import allclose_report
 

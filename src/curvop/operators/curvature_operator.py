@@ -1,4 +1,4 @@
-"""Curvature matrices: operators whose rows and columns are parameters of an objective."""
+"""Base classes of curvature matrices, whose rows and columns are parameters of an objective."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from curvop.operators.engine_operator import EngineLinearOperator, Settings
 from curvop.operators.parameter_operator import ParameterLinearOperator
 from curvop.operators.validation import named_keywords
 
-__all__ = ["CurvatureLinearOperator", "GGNLikeLinearOperator", "checked_names"]
+__all__ = ["CurvatureLinearOperator", "GGNLikeLinearOperator", "validated_names"]
 
 
 class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
-    """A curvature matrix that a kernel computes from an objective.
+    """Base class of curvature matrices that a kernel computes from an objective.
 
-    Subclasses name the kernel, and document the constructor; `HessianLinearOperator` says what its arguments are.
+    Subclasses set ``_kernel`` and document the arguments of the constructor.
     """
 
     _kernel: Callable[[Any, Sequence[str], Sequence[str]], Kernel]
@@ -56,7 +56,10 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
         rows: Sequence[str] | None = None,
         cols: Sequence[str] | None = None,
     ) -> None:
-        """Initialise; stands in for ``__init__``, which subclasses have of their own."""
+        """Initialize the operator from an objective.
+
+        Constructors with other arguments call this method instead of ``__init__``, and so does `block`.
+        """
         rows = list(objective.params) if rows is None else rows
         cols = list(objective.params) if cols is None else cols
         layouts = ParameterLayout(objective.params, rows), ParameterLayout(objective.params, cols)
@@ -64,39 +67,62 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
         self._set_up_engines(self._kernel(objective, rows, cols), settings)
 
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
-        """Return the operator of the block that the named parameters span.
-
-        Only these parameters take part: layers that none of them influences are run once for each kept batch, and
-        no product goes through them again.
+        """Return the block of the matrix for the given parameters, as an operator of the same class.
 
         Parameters
         ----------
         rows : str or sequence of str
-            Names of parameters of `A`, in the order that the block shall have.
+            Names of the row parameters, in the order of the block.
         cols : str or sequence of str, optional
-            The same for the columns; by default those of `rows`.
+            Names of the column parameters. By default, the same as ``rows``, which gives a symmetric block.
+
+        Returns
+        -------
+        operator
+            Operator of shape ``(M, N)``, where M and N are the total sizes of the row and column parameters. The block
+            uses the same model and data, but has its own cache and counter.
 
         Raises
         ------
         ValueError
-            For a name that is unknown (with the nearest that is known), or stands twice, or where there is none.
+            If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
+
+        See Also
+        --------
+        submatrix : Select any rows and columns.
+        curvop.select : Select parameters by name pattern and layer type.
+
+        Notes
+        -----
+        Products differentiate with respect to the selected parameters only. For a cached batch, layers that do not
+        depend on the selected parameters run only once, when the batch is linearized.
         """
         block = type(self).__new__(type(self))
         block._kernel = self._kernel
-        row_names = checked_names("rows", rows, self._rows)
-        col_names = checked_names("cols", rows if cols is None else cols, self._cols)
+        row_names = validated_names("rows", rows, self._rows)
+        col_names = validated_names("cols", rows if cols is None else cols, self._cols)
         block._setup(self._objective, self._settings, row_names, col_names)
         return block
 
     def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
-        """Return the gradient ``(M,)`` with respect to the row parameters, and the loss, in one pass over the data.
+        """Compute the gradient and the loss in one pass over the data.
 
-        Both are weighted over the batches as the curvature is: ``cg(A.damped(lam), gradient)`` is a Newton step.
+        The batches are weighted in the same way as in the matrix. Therefore ``curvop.solve(A, -gradient,
+        damping=lam).solution`` is a damped Newton step.
+
+        Returns
+        -------
+        gradient : ndarray, shape (M,)
+            Gradient of the loss of the whole data set with respect to the row parameters.
+        loss : float
+            Loss of the whole data set.
 
         Raises
         ------
         NonFiniteProductError
-            Where one of them is NaN or infinite; the message names the batch.
+            If the loss or an entry of the gradient is NaN or infinite. The message names the batch.
+        NonDeterministicObjectiveError
+            If the loss has changed since an earlier pass over the data.
         """
         gradient, loss = self._gradient()
         return gradient.cpu().numpy(), loss
@@ -108,10 +134,10 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
         return adjoint
 
 
-def checked_names(what: str, names: str | Sequence[str], layout: ParameterLayout) -> tuple[str, ...]:
-    """Return the names of parameters of `layout`, or say what is wrong with them."""
+def validated_names(what: str, names: str | Sequence[str], layout: ParameterLayout) -> tuple[str, ...]:
+    """Convert ``names`` to a tuple of parameter names. Raise an error if a name is repeated or not in ``layout``."""
     if not isinstance(names, Iterable):
-        raise TypeError(f"{what} is a {type(names).__name__}: pass the name of a parameter, or several")
+        raise TypeError(f"{what} is a {type(names).__name__}: pass the name of a parameter, or a sequence of names")
     names = (names,) if isinstance(names, str) else tuple(names)
     if not names:
         raise ValueError(f"{what} names no parameter: pass one or more of {', '.join(map(repr, layout.names[:10]))}")
@@ -119,39 +145,52 @@ def checked_names(what: str, names: str | Sequence[str], layout: ParameterLayout
         if name not in layout.slices:
             raise ValueError(unknown_name(what, name, layout.names))
         if names.count(name) > 1:
-            raise ValueError(f"{what} names {name!r} twice: leave it out once")
+            raise ValueError(f"{what} names {name!r} twice: pass it once")
     return names
 
 
-# Curvature matrices that act through the prediction.
+# Matrices of the form J^T M J.
 
 
 class GGNLikeLinearOperator(CurvatureLinearOperator):
-    r"""A matrix :math:`\sum_n J_n^\top M_n J_n` over the examples, with the Jacobian of the prediction."""
+    r"""Base class of matrices :math:`\sum_n J_n^\top M_n J_n`, where :math:`J_n` is the Jacobian of prediction n."""
 
     _kernel: Callable[[Any, Sequence[str], Sequence[str]], GGNLikeKernel]
 
     def diagonal(self) -> NDArray[Any]:
-        """Return the exact diagonal ``(N,)``, in one pass over the data.
+        """Compute the exact diagonal in one pass over the data.
 
-        It costs a backward pass of every example apart for each of its outputs (for the empirical Fisher matrix, one;
-        for a sampled one, as many as there are samples), however many parameters there are.
+        Returns
+        -------
+        diagonal : ndarray, shape (N,)
+            Diagonal in the dtype of the operator.
 
         Raises
         ------
         NotImplementedError
-            Where the model or the loss couples the examples (batch normalisation in training mode), torch cannot map
-            over them (recurrent layers), a prediction is more than one tensor, or an example has more than 256 outputs:
-            `curvop.spectrum.diagonal` estimates it.
+            If the model or the loss couples the examples (for example, batch normalization in training mode), if torch
+            cannot vectorize the model over the examples (for example, recurrent layers), if a prediction consists of
+            several tensors, or if an example has more than 256 outputs. Use `curvop.spectrum.diagonal` to estimate the
+            diagonal.
         NonFiniteProductError
-            Where it holds NaN or infinity; the message names the batch.
+            If the diagonal contains NaN or infinity. The message names the batch.
         ValueError
-            For a block off the diagonal.
+            If the rows and columns are different parameters.
+
+        See Also
+        --------
+        curvop.spectrum.diagonal : Estimate the diagonal from products.
+
+        Notes
+        -----
+        The cost is one backward pass per example and output. For the empirical Fisher matrix, the cost is one backward
+        pass per example. For a sampled Fisher matrix, the cost is one backward pass per example and sample. The number
+        of backward passes does not depend on the number of parameters.
         """
         return self._diagonal().cpu().numpy().astype(self.dtype, copy=False)
 
     def _diagonal(self) -> Tensor:
-        """Return it in double precision, for what is to be added or taken away."""
+        """Return the diagonal as a float64 tensor."""
         if self._rows.names != self._cols.names:
             raise ValueError("this is a block off the diagonal, whose rows and columns are different parameters")
         objective = self._objective

@@ -1,4 +1,9 @@
-"""Operators whose products an engine computes: settings, the way to the device and back, cost."""
+"""Operators whose products are computed by an engine, their settings, and the measured cost of a product.
+
+A product with an `EngineLinearOperator` is a sum over the batches of an objective. The operator converts arrays and
+tensors to the device and dtype of the parameters. If memory runs out, it releases the cached linearizations and tries
+again once.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +34,7 @@ from curvop.kernels.reference import Route, other_routes
 from curvop.operators.base import Rows, TensorLinearOperator
 from curvop.operators.progress import Progress
 from curvop.operators.transfer import Staging, aligned
-from curvop.operators.validation import available_bytes, whole_number
+from curvop.operators.validation import available_bytes, integer
 
 __all__ = [
     "TORCH_DTYPES",
@@ -45,7 +50,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: What a product raises that cannot be trusted.
+#: Exceptions that are raised if products cannot be trusted.
 UNTRUSTED = (NonDeterministicObjectiveError, NonFiniteProductError)
 
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
@@ -53,7 +58,7 @@ TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a curvature operator computes; the same for an operator and its blocks."""
+    """Validated settings of an operator and its blocks. The constructors of the operators document the settings."""
 
     dtype: Any
     cache: float | str
@@ -71,21 +76,21 @@ class Settings:
         if self.cache != "auto" and not (isinstance(self.cache, int | float | np.number) and self.cache >= 0):
             raise ValueError(f"cache is {self.cache!r}, but must be a number of bytes, 0 for none, or 'auto'")
         if self.columns != "auto" and not (isinstance(self.columns, int) and self.columns >= 1):
-            raise ValueError(f"columns is {self.columns!r}, but must be a number of columns from 1 on, or 'auto'")
+            raise ValueError(f"columns is {self.columns!r}, but must be a number of columns >= 1, or 'auto'")
         if self.engine not in ("autograd", "compiled"):
             raise ValueError(f"engine is {self.engine!r}, but must be 'autograd' or 'compiled'")
         object.__setattr__(self, "dtype", dtype)
         object.__setattr__(self, "progress", Progress(self.progress))
 
 
-_FEWER = "multiply with fewer columns at a time"
+_FEWER_COLUMNS = "multiply with fewer columns at a time"
 
 
 class EngineLinearOperator(TensorLinearOperator):
-    """An operator whose products an engine sums over the batches of an objective."""
+    """Base class of operators whose products an engine computes as sums over the batches of an objective."""
 
     def _set_up_engines(self, kernel: Kernel, settings: Settings) -> None:
-        """Set the engines up; called in ``__init__``."""
+        """Create the engines of the operator and its adjoint. Constructors call this method."""
         if settings.engine == "compiled":
             kernel = CompiledKernel(kernel)
         self._objective = kernel.objective
@@ -99,46 +104,75 @@ class EngineLinearOperator(TensorLinearOperator):
 
     @property
     def device(self) -> torch.device:
-        """That of the parameters: tensors that are there need no copy."""
+        """Device of the parameters, on which products are computed. Tensors on this device are not copied."""
         return self._objective.device
 
     @property
     def epsilon(self) -> float:
-        """Of the coarsest numbers that a product is computed in, as parameters, autocast and TF32 tell without a pass.
+        """Machine epsilon of the lowest precision used in a product.
 
-        What the model or the loss casts to besides, `inspect` sees.
+        The value is derived from the dtype of the parameters and from the autocast and TF32 settings, without a pass
+        over the data. Call `inspect` to also detect dtype conversions in the model and the loss function.
         """
         return self._objective.epsilon(next(iter(self._objective.params.values())))
 
     def cost(self, repeats: int = 5) -> Cost:
-        """Measure the time and memory of a product, in units of a plain gradient over the same data.
+        """Measure the time and memory of one product.
 
         Parameters
         ----------
-        repeats : int
-            Number of products and of gradients that are timed, in turn; none of them is counted in `num_products`.
+        repeats : int, default 5
+            Number of timed products. The same number of gradients is timed, and products and gradients alternate. The
+            timed products do not increase `num_products`.
 
         Returns
         -------
         Cost
-            Prints as one sentence.
+            Time of a product in seconds and in units of a gradient, memory of the cached linearizations, peak memory,
+            and compile time. ``print`` shows a summary in one line.
+
+        Raises
+        ------
+        ValueError
+            If ``repeats`` is not an integer >= 1.
+
+        Notes
+        -----
+        The method computes ``repeats + 2`` products and ``repeats + 1`` gradients. The first product is not timed,
+        because it linearizes batches and compiles programs if necessary.
         """
-        whole_number("repeats", repeats, 1)
+        integer("repeats", repeats, 1)
         vector = np.ones((1, self.shape[1]), dtype=self.dtype)
-        self._apply(vector)  # makes what is kept
+        self._apply(vector)  # linearizes and caches batches if necessary
         peak = peak_rise(lambda: self._apply(vector), self._objective.device)
-        self._plain_gradient_seconds()  # the first takes longer
+        self._plain_gradient_seconds()  # the first gradient takes longer
         product, gradient = medians(
             [lambda: seconds(lambda: self._apply(vector)), self._plain_gradient_seconds], repeats
         )
         return Cost(product, product / gradient, *self._engine.kept(), peak, self._engine.kernel.seconds)
 
     def fingerprint(self, data: bool = True) -> dict[str, str]:
-        """Return what the matrix depends on, by name, as digests: parameters, model, loss function, data, settings.
+        """Return a dict of digests of all inputs that determine the matrix.
 
-        They are the same in every process and on every device; how a product is computed (`engine`, `cache`,
-        `columns`) is not among them. It computes no product, and reads the data once unless `data` is False, which
-        leaves its parts out. `curvop.fingerprint` says what it sees of functions.
+        Compare two fingerprints to check that stored results belong to this matrix, or to find the inputs that differ.
+
+        Parameters
+        ----------
+        data : bool, default True
+            Whether to include digests of the data. This takes one pass over the data.
+
+        Returns
+        -------
+        parts : dict of str to str
+            Class, shape and dtype of the operator, and digests of each parameter, of the model (structure, code, other
+            parameters and buffers), of the loss function, and of each batch. The digests do not depend on the process
+            or on the device. The settings ``engine``, ``cache`` and ``columns`` are not included.
+
+        Notes
+        -----
+        The method does not compute a product. The digest of a Python function covers its code, its default arguments,
+        the values in its closure, and the global variables that the function uses, if they are numbers, tensors, neural
+        network modules, or functions defined in the same file.
         """
         kernel, settings = self._engine.kernel, getattr(self, "_kernel", None)
         parts = {"operator": type(self).__name__, "shape": str(tuple(self.shape)), "dtype": str(self.dtype)}
@@ -149,34 +183,64 @@ class EngineLinearOperator(TensorLinearOperator):
             return parts | objective_parts(self._objective, data)
 
     def state(self) -> tuple[object, ...]:
-        """Return a token, to be compared in this process, that changes where a parameter or the model is written to.
+        """Return a token that changes if the parameters, the model or a list of batches is modified.
 
-        It costs one pass over the parameters. Products of equal tokens are of the same matrix, as far as it can be
-        told without reading the data.
+        Returns
+        -------
+        token : tuple
+            Compare tokens with ``==``, and only within one process. If two tokens are equal, the matrix did not change
+            between the two calls, as far as this can be detected without reading the data.
+
+        Notes
+        -----
+        The cost is one pass over the parameters.
         """
         with torch.inference_mode(False):
             return objective_state(self._objective)
 
     def inspect(self) -> Inspection:
-        """Look at the model, the loss and the data, by two passes over it; `curvop.check` reports what is found."""
+        """Examine the model, the loss and the data in two passes over the data.
+
+        `curvop.check` presents the result as a report.
+
+        Returns
+        -------
+        Inspection
+            Precision, randomness, use of batch normalization, changes of the loss and of the order of the data between
+            the two passes, parameters that do not affect the loss, and weights of the batches.
+        """
         kernel = self._engine.kernel
         names = list(dict.fromkeys((*kernel.rows.names, *kernel.cols.names)))
         with torch.inference_mode(False):
             return inspect(self._objective, names)
 
     def other_routes(self, vector: NDArray[Any]) -> list[Route]:
-        """Return products with `vector` ``(N,)`` by other routes, and the gradient; `curvop.check` compares with them.
+        """Compute a product by independent methods.
 
-        In forward mode, where torch has it, in float64; and by differences of the user's own code, called as the user
-        calls it. They take three passes over the data, of fifteen or so gradients, and no more than the memory that
-        may be used.
+        `curvop.check` compares the products of the operator with these results.
+
+        Parameters
+        ----------
+        vector : ndarray, shape (N,)
+            Vector to multiply.
+
+        Returns
+        -------
+        list of Route
+            Products and the gradient. One product is computed in forward mode (in float64, if torch supports it). Other
+            products are computed by finite differences of the unmodified model and loss function.
+
+        Notes
+        -----
+        The computation takes three passes over the data, costs about fifteen gradients, and uses at most half of the
+        free memory.
         """
-        there = torch.tensor(vector, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(vector, dtype=torch.float64, device=self.device)
         with torch.inference_mode(False):
-            return other_routes(self._engine.kernel, there, available_bytes(self.device))
+            return other_routes(self._engine.kernel, tensor, available_bytes(self.device))
 
     def _gradient(self) -> tuple[Tensor, float]:
-        """Return the gradient by the parameters of the rows, or else of the columns, and the loss."""
+        """Return the gradient of the loss with respect to the parameters in ``_parameters()``, and the loss."""
         layout = self._parameters()
         with torch.inference_mode(False):
             gradient = torch.zeros(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
@@ -191,13 +255,13 @@ class EngineLinearOperator(TensorLinearOperator):
             )
 
     def _parameters(self) -> Layout:
-        """Return the parameters of the rows, or of the columns if the rows are none."""
+        """Return the layout of the row parameters, or of the column parameters if the rows are not parameters."""
         kernel = self._engine.kernel
         return kernel.rows if kernel.rows.names else kernel.cols
 
-    def _retry_on_out_of_memory(self, compute: Callable[[], T], remedy: str = "let data yield smaller batches") -> T:
-        """Return ``compute()``; where memory runs out, once more without what is kept for products."""
-        told = ""
+    def _retry_on_out_of_memory(self, compute: Callable[[], T], remedy: str = "use smaller batches") -> T:
+        """Return ``compute()``. If memory runs out, release the cached linearizations and try again once."""
+        message = ""
         try:
             return compute()
         except (RuntimeError, MemoryError) as error:
@@ -205,19 +269,19 @@ class EngineLinearOperator(TensorLinearOperator):
                 raise
             keeping = [engine for engine in {self._engine, self._adjoint_engine} if engine.kept()[0]]
             if not keeping:
-                error.add_note(f"it does not fit though nothing is kept: {remedy}")
+                error.add_note(f"it does not fit although nothing is kept: {remedy}")
                 raise
             for engine in keeping:
-                told = engine.release_memory(error) or told
-        # Out of the handler, whose traceback holds what the first try has made.
-        if told:
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
+                message = engine.release_memory(error) or message
+        # Try again outside of the handler, because inside it the traceback retains the tensors of the first attempt.
+        if message:
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         return compute()
 
     def _adjoint(self) -> Self:
         if self._adjoint_engine is self._engine:
             return self
-        adjoint = copy.copy(self)  # shares the counter and both engines, with what they keep
+        adjoint = copy.copy(self)  # shares the counter, both engines and their caches
         adjoint._engine, adjoint._adjoint_engine = self._adjoint_engine, self._engine
         adjoint.shape = self.shape[::-1]
         return adjoint
@@ -227,70 +291,90 @@ class EngineLinearOperator(TensorLinearOperator):
             return self._apply_tensor(rows) if isinstance(rows, Tensor) else self._apply_array(rows)
 
     def _apply_tensor(self, rows: Tensor) -> Tensor:
-        here, dtype = self._objective.device, torch.promote_types(rows.dtype, self._objective.dtype)
+        device, dtype = self._objective.device, torch.promote_types(rows.dtype, self._objective.dtype)
 
-        def hand_over() -> tuple[Tensor, Tensor]:
-            vectors = aligned(rows.to(here, self._objective.dtype).contiguous())
-            return vectors, torch.empty(len(rows), self.shape[0], device=here, dtype=dtype)
+        def transfer() -> tuple[Tensor, Tensor]:
+            vectors = aligned(rows.to(device, self._objective.dtype).contiguous())
+            return vectors, torch.empty(len(rows), self.shape[0], device=device, dtype=dtype)
 
-        vectors, products = self._retry_on_out_of_memory(hand_over, _FEWER)
+        vectors, products = self._retry_on_out_of_memory(transfer, _FEWER_COLUMNS)
         self._run(vectors, products)
-        return self._retry_on_out_of_memory(lambda: products.to(rows.device, rows.dtype), _FEWER)
+        return self._retry_on_out_of_memory(lambda: products.to(rows.device, rows.dtype), _FEWER_COLUMNS)
 
     def _apply_array(self, rows: NDArray[Any]) -> NDArray[Any]:
         dtype = self._product_dtype(rows.dtype)
-        here = self._objective.device
+        device = self._objective.device
 
-        def hand_over() -> tuple[Tensor, Tensor]:
-            given = rows
-            if not (rows.dtype in TORCH_DTYPES and rows.flags.c_contiguous and rows.flags.writeable):  # as torch wants
-                given = np.require(rows, _stage_dtype(self._objective.dtype), ["C", "W"])
-            if here.type == "cpu":  # by torch, which converts on all cores
-                vectors = aligned(torch.from_numpy(given).to(self._objective.dtype))
+        def transfer() -> tuple[Tensor, Tensor]:
+            array = rows
+            # torch.from_numpy requires one of these dtypes, and contiguous and writeable memory.
+            if not (rows.dtype in TORCH_DTYPES and rows.flags.c_contiguous and rows.flags.writeable):
+                array = np.require(rows, _staging_dtype(self._objective.dtype), ["C", "W"])
+            if device.type == "cpu":  # unlike NumPy, torch converts the dtype on all cores
+                vectors = aligned(torch.from_numpy(array).to(self._objective.dtype))
                 return vectors, torch.from_numpy(np.empty((len(rows), self.shape[0]), dtype=dtype))
-            vectors = self._staging.to_device(given, here, self._objective.dtype)
-            return vectors, torch.empty(len(rows), self.shape[0], device=here, dtype=TORCH_DTYPES[dtype])
+            vectors = self._staging.to_device(array, device, self._objective.dtype)
+            return vectors, torch.empty(len(rows), self.shape[0], device=device, dtype=TORCH_DTYPES[dtype])
 
-        vectors, products = self._retry_on_out_of_memory(hand_over, _FEWER)
+        vectors, products = self._retry_on_out_of_memory(transfer, _FEWER_COLUMNS)
         self._run(vectors, products)
-        if here.type == "cpu":
+        if device.type == "cpu":
             return products.numpy()
-        return self._retry_on_out_of_memory(lambda: self._staging.to_array(products), _FEWER)
+        return self._retry_on_out_of_memory(lambda: self._staging.to_array(products), _FEWER_COLUMNS)
 
     def _run(self, vectors: Tensor, products: Tensor) -> None:
-        with self._settings.progress.of(len(vectors)) as tick:
+        with self._settings.progress.counting(len(vectors)) as tick:
             self._engine.apply(vectors, products, tick)
 
 
-def _stage_dtype(dtype: torch.dtype) -> Any:
+def _staging_dtype(dtype: torch.dtype) -> Any:
     return np.float64 if dtype == torch.float64 else np.float32  # NumPy has no bfloat16
 
 
-# What one product costs.
+# Cost of a product.
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one product of an operator costs, as measured by `cost` of the operator.
+    """Measured time and memory of one product with an operator, returned by ``A.cost()``.
 
     Attributes
     ----------
     seconds : float
-        Median time of a product with one vector, with everything kept that the budget allows.
+        Median time of a product with one vector, after all batches that fit into the budget have been cached.
     gradients : float
-        ``seconds`` in units of a plain gradient over the same data: the median time of ``torch.autograd.grad`` of the
-        loss by the operator's parameters, with the model and the loss called as a user calls them, summed over the
-        batches; the time to read the data does not count. (Of a Jacobian, the loss is the sum of the predictions.)
-        Counted in floating-point operations, a product of a Hessian takes at most 2.0 with a kept linearization and 3.0
-        with a fresh one, less if the first layer is large; small models take what calls of torch take.
+        ``seconds`` divided by the median time of a gradient over the same data. The gradient is computed for all
+        batches by ``torch.autograd.grad``, which differentiates the loss with respect to the operator's parameters. The
+        model and the loss function are not modified. The time to read the data is not included. For a Jacobian, the
+        loss is the sum of the predictions.
     kept_bytes : int
-        Bytes that kept linearizations retain.
+        Size of the cached linearizations in bytes.
     kept_share : float
-        Share of the batches that are kept; the others are linearized again in every product.
+        Fraction of the batches that are cached. All other batches are linearized again in every product.
     peak_bytes : int or None
-        Rise of memory above what is kept during a product; None if it is not known.
+        Additional memory in bytes at the peak of a product, not counting the cached linearizations. None if unknown.
     compile_seconds : float
-        Time that compiling has taken so far, 0 for the autograd engine.
+        Time in seconds spent on compilation so far. 0 for the autograd engine.
+
+    Notes
+    -----
+    Counted in floating-point operations, a product with a Hessian costs at most 2.0 gradients for cached batches and
+    3.0 gradients for other batches. Products cost less if the first layer is large. For small models, the time is
+    dominated by the overhead of calls to torch.
+
+    Examples
+    --------
+    Compare the cost of a block with that of the whole matrix:
+
+    >>> import torch
+    >>> from curvop import HessianLinearOperator
+    >>> model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.Tanh(), torch.nn.Linear(50, 1))
+    >>> data = [(torch.randn(64, 20), torch.randn(64, 1))]
+    >>> H = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
+    >>> cost = H.cost()
+    >>> last = H.block(["2.weight", "2.bias"]).cost()
+    >>> last.kept_bytes < cost.kept_bytes, cost.kept_share
+    (True, 1.0)
     """
 
     seconds: float
@@ -301,7 +385,12 @@ class Cost:
     compile_seconds: float
 
     def __str__(self) -> str:
-        share = f"{self.kept_share:.0%} of the" if 0 < self.kept_share < 1 else "all" if self.kept_share else "no"
+        if not self.kept_share:
+            share = "no"
+        elif self.kept_share < 1:
+            share = f"{self.kept_share:.0%} of the"
+        else:
+            share = "all"
         peak = "" if self.peak_bytes is None else f"; {self.peak_bytes / 1e6:.1f} MB more at the peak"
         compiled = f"; compiled in {self.compile_seconds:.1f} s" if self.compile_seconds else ""
         return (
@@ -311,13 +400,16 @@ class Cost:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Return the time that a function takes."""
+    """Call a function and return its run time in seconds."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def medians(clocks: Sequence[Callable[[], float]], repeats: int) -> list[float]:
-    """Return the median of what each function returns; they take turns, so that a busy machine is busy for all."""
+    """Return the median result of each function.
+
+    The functions are called alternately, so that other load on the machine affects all of them equally.
+    """
     rounds = [[clock() for clock in clocks] for _ in range(repeats)]
-    return [statistics.median(taken) for taken in zip(*rounds, strict=True)]
+    return [statistics.median(results) for results in zip(*rounds, strict=True)]

@@ -1,4 +1,4 @@
-"""The generalized Gauss-Newton matrix."""
+"""Generalized Gauss-Newton matrix of a loss over a data set."""
 
 from __future__ import annotations
 
@@ -9,51 +9,138 @@ __all__ = ["GGNLinearOperator"]
 
 
 class GGNLinearOperator(GGNLikeLinearOperator):
-    r"""The generalized Gauss-Newton matrix as a symmetric SciPy ``LinearOperator`` of shape ``(P, P)``.
+    r"""Generalized Gauss-Newton matrix, as a symmetric ``LinearOperator`` of shape ``(P, P)``.
+
+    If the model is replaced by its linearization at the current parameters, the Hessian of the loss is the GGN. Use the
+    GGN instead of `curvop.HessianLinearOperator` if you need a positive semi-definite matrix, for example for
+    Gauss-Newton and natural gradient steps, Laplace approximations or preconditioners. The GGN is positive
+    semi-definite if the loss is convex in the prediction (for example, mean squared error, cross-entropy and binary
+    cross-entropy). In this case, ``cg`` can solve systems with ``G.damped(lam)`` for every positive ``lam``.
 
     .. math::
 
-        G = \frac{1}{W} \sum_b w_b \, J_b^\top \, \nabla^2_z \ell_b \, J_b, \quad W = \sum_b w_b
-        \qquad \text{or} \qquad G = \sum_b J_b^\top \, \nabla^2_z \ell_b \, J_b,
+        G = \frac{1}{W} \sum_b w_b \, J_b^\top \, (\nabla^2_z \ell_b) \, J_b, \quad W = \sum_b w_b
+        \qquad \text{or} \qquad G = \sum_b J_b^\top \, (\nabla^2_z \ell_b) \, J_b,
 
-    for a loss that is a mean or a sum: the Hessian of the loss when the model is replaced by its linearization, with
-    the Jacobian :math:`J_b = \partial z_b / \partial \theta` of a batch's predictions. Where the loss is convex in the
-    prediction (mean squared error, cross-entropy, binary cross-entropy) it is positive semi-definite, so that ``cg``
-    solves ``G.damped(lam)`` for every positive `lam`.
-
-    A product costs about 4/3 of a gradient: one pass with J, one with its transpose.
+    for a loss that is a mean or a sum, respectively, where :math:`J_b = \partial z_b / \partial \theta` is the Jacobian
+    of the predictions :math:`z_b` of batch :math:`b`. The weight :math:`w_b` is the divisor of the mean over batch
+    :math:`b`. Depending on the loss function, this divisor is the number of elements, the number of targets that are
+    not ignored, or the sum of the class weights of these targets. G therefore does not depend on the split into
+    batches: it is the GGN of the loss that is obtained if the whole data set is evaluated as one batch.
 
     Parameters
     ----------
-    model, loss_function, params, data, dtype, cache, engine, columns, batch_weight, progress
-        As for `HessianLinearOperator`. The loss may be any function of the prediction that torch differentiates twice;
-        a prediction may be a tensor or a tree of tensors.
+    model : nn.Module or callable
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. In most cases, a module
+        should be in evaluation mode (see Warns). A prediction is a tensor or a nested structure of tensors.
+    loss_function : nn.Module or callable
+        Function ``(prediction, y) -> scalar``. Its attribute ``reduction`` ('mean' or 'sum') specifies whether the loss
+        is a mean or a sum over the batch. If the attribute is missing, 'mean' is assumed. The loss must be twice
+        differentiable in the prediction, and must depend on the parameters only through the prediction.
+    params : dict of str to Tensor, or list of the model's own parameters
+        Any subset of the model's parameters, either all float32 or all float64. Examples are
+        ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
+        buffers. The rows and columns of the matrix follow the order of the parameters. The parameters need not require
+        grad. If the values of a tensor differ from those of the corresponding parameter of the module, the values of
+        the tensor are used. If the parameters are on several devices, batches and vectors are moved to the device of
+        the first parameter, and the model must move its intermediate results itself.
+    data : iterable of (X, y)
+        A list, a ``DataLoader`` or any other iterable that can be read repeatedly. One-shot iterators are rejected. X
+        and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the device of the
+        parameters. A model that modifies its input receives copies.
+    dtype : numpy.float64 or numpy.float32, default numpy.float64
+        Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
+    cache : float or 'auto', default 'auto'
+        Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
+        allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
+        linearized again in every product. Each block has its own budget.
+    engine : {'autograd', 'compiled'}, default 'autograd'
+        'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
+        once for each batch shape, separates the operations that depend on the vector from those that do not, and
+        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
+        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
+        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
+        'autograd' is used.
+    columns : int or 'auto', default 'auto'
+        Number of columns of ``X`` that a block product ``G @ X`` processes at once. 'auto' tries several numbers on the
+        first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between runs,
+        provided that there is enough memory for this number of columns.
+    batch_weight : callable, optional
+        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. By default, the weight is the divisor
+        of the mean if the loss function is from ``torch.nn``, and the batch size otherwise. The batch size is the size
+        of the first dimension of X and y, or the length of X and y if they are lists or tuples.
+    progress : bool or tqdm, default False
+        Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
     Raises
     ------
     TypeError, ValueError
-        As for `HessianLinearOperator`, and by the first product if the loss depends on parameters in another way than
-        through the prediction, as a penalty does.
+        If an argument is invalid. The message names the argument. The constructor does not read the data. Therefore,
+        the first product raises an error if the data are invalid, if the size of a batch is needed but unknown, if the
+        loss function uses a tensor of ``params`` directly (for example, through a closure) and not through the model,
+        or if the loss contains a term that depends on the parameters but not on the prediction (for example, a
+        penalty).
+    RuntimeError
+        If the loss does not depend on any of ``params``. Raised by the first product.
+    NonFiniteProductError
+        If a product contains NaN or infinity. The message names the batch.
+    NonDeterministicObjectiveError
+        If dropout is active, or if the loss has changed since an earlier pass over the data.
 
     Warns
     -----
     RuntimeWarning
-        As for `HessianLinearOperator`, and if the loss is linear in the prediction, so that the matrix is zero; not for
-        losses of torch such as ``L1Loss``.
+        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+        ``torch.autocast`` is enabled and lowers the precision of products; batch normalization is in training mode and
+        there are several batches, so each batch is normalized separately; the weights of two batches are inconsistent
+        with the loss of both batches evaluated as one batch (checked for loss functions that are not from
+        ``torch.nn``); a ``DataLoader`` draws a different subset of its data set in each pass; or the loss is linear in
+        the prediction, so the matrix is zero (checked for loss functions that are not from ``torch.nn``).
+        `curvop.check` detects more problems.
+
+    See Also
+    --------
+    curvop.HessianLinearOperator : Exact second derivatives, including those of the model.
+    curvop.FisherLinearOperator : The same matrix for three loss functions, optionally estimated by Monte Carlo.
+    curvop.preconditioner.nystrom : Low-rank preconditioner for damped solves.
+    curvop.solve : Solve a damped system and compute the true residual.
+
+    Notes
+    -----
+    The matrix is due to Schraudolph [1]_. For each batch, a product multiplies by :math:`J_b`, by the Hessian of the
+    loss, and by the transpose of :math:`J_b`. This costs about 4/3 of a gradient, counted in floating-point operations.
+    The first product linearizes the batches and caches them up to the limit ``cache``. The operator detects in-place
+    changes of the parameters, and changes of layers, buffers, training flags and lists of batches (see
+    `curvop.HessianLinearOperator`).
 
     References
     ----------
-    Schraudolph (2002), "Fast curvature matrix-vector products for second-order gradient descent", Neural Computation
-    14(7), section 3.
+    .. [1] N. N. Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural
+       Computation 14(7), 2002, section 3, doi:10.1162/08997660260028683.
 
     Examples
     --------
+    One damped Gauss-Newton step for a small classifier. The 60 points are split into batches of 25, 25 and 10:
+
     >>> import torch
-    >>> X, y = torch.eye(3, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
-    >>> model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
-    >>> G = GGNLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), [(X, y)])
-    >>> G @ [3.0, 0.0, 0.0]
-    array([2., 0., 0.])
+    >>> from torch import nn
+    >>> from curvop import GGNLinearOperator, solve
+    >>> _ = torch.manual_seed(0)
+    >>> X = torch.randn(60, 4, dtype=torch.float64)
+    >>> y = (X[:, 0] * X[:, 1] > 0).long()
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    >>> params = dict(model.named_parameters())
+    >>> data = list(zip(X.split(25), y.split(25)))
+    >>> G = GGNLinearOperator(model, nn.CrossEntropyLoss(), params, data)
+    >>> gradient, loss = G.gradient_and_loss()
+    >>> step = G.unravel(-solve(G, gradient, damping=0.1).solution)
+    >>> with torch.no_grad():
+    ...     for name, parameter in params.items():
+    ...         _ = parameter.add_(step[name])
+    >>> round(loss, 3), round(G.gradient_and_loss()[1], 3)
+    (0.699, 0.648)
+
+    The operator now uses the new parameters.
     """
 
     _kernel = GGNKernel

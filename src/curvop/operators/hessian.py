@@ -1,4 +1,4 @@
-"""The Hessian of a loss over a data set."""
+"""Hessian of a loss over a data set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ __all__ = ["HessianLinearOperator"]
 
 
 class HessianLinearOperator(CurvatureLinearOperator):
-    r"""The Hessian of a model's loss over a data set, as a symmetric SciPy ``LinearOperator`` of shape ``(P, P)``.
+    r"""Hessian of a model's loss over a data set, as a symmetric ``LinearOperator`` of shape ``(P, P)``.
+
+    Use it for sharpness and spectra (``eigsh``, `curvop.spectrum.eigsh`), for Newton and influence-function systems
+    (`curvop.solve`, or ``minres`` on ``H.damped(lam)``), and as ``hessp`` in ``scipy.optimize.minimize``. In general,
+    the Hessian is indefinite. Use `curvop.GGNLinearOperator` if you need a positive semi-definite matrix, or if an
+    approximation whose products cost a third less is sufficient.
 
     .. math::
 
@@ -26,95 +31,141 @@ class HessianLinearOperator(CurvatureLinearOperator):
         L(\theta) = \frac{1}{W} \sum_b w_b \, \ell_b(\theta), \quad W = \sum_b w_b
         \qquad \text{or} \qquad L(\theta) = \sum_b \ell_b(\theta),
 
-    for a loss that is a mean or a sum. The weights are such that H is the Hessian of the loss of the whole data set
-    evaluated as one batch, however it is cut into batches: each mean is weighted by its own divisor (elements, targets
-    that are not ignored, or the sum of their class weights).
-
-    The model and the loss are evaluated with the parameters replaced, in all modules and for the whole evaluation, so
-    that a loss that reads ``model.parameters()`` is differentiated, too. Everything that the code changes is put back:
-    parameters, buffers, attributes of modules, flags, batches.
-
-    Each batch is linearized at the first product, and kept within `cache`; a product then costs one more backward
-    pass through the graph of the gradient (double backward), about two gradients. The operator shows the parameters
-    as they are now: a change in place (an optimizer step, ``load_state_dict``) is noticed and what was kept is made
-    anew, and so are other layers, buffers and training flags, and batches replaced in a list. What else the loss
-    depends on (a layer's slope, a number that a function reads, a tensor replaced within a batch) is not watched:
-    make a new operator.
-
-    Several threads may use it one after another, but not at once: torch substitutes parameters in the module itself.
-
-    Use it for sharpness and spectra (``eigsh``), Newton and influence-function systems (``cg``, ``minres`` on
-    ``H.damped(lam)``), and ``scipy.optimize`` (``hessp``). The Hessian is symmetric but in general indefinite.
+    for a loss that is a mean or a sum, respectively, where :math:`\ell_b` is the loss of batch :math:`b`. The weight
+    :math:`w_b` is the divisor of the mean over batch :math:`b`. Depending on the loss function, this divisor is the
+    number of elements, the number of targets that are not ignored, or the sum of the class weights of these targets. H
+    therefore does not depend on the split into batches: it is the Hessian of the loss that is obtained if the whole
+    data set is evaluated as one batch.
 
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called with X alone, or ``(params_dict, X) -> prediction``. In evaluation mode, as a rule.
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. In most cases, a module
+        should be in evaluation mode (see Warns).
     loss_function : nn.Module or callable
-        ``(prediction, y) -> scalar``. Its attribute ``reduction`` says whether it is a 'mean' (also where it has none)
-        or a 'sum'.
+        Function ``(prediction, y) -> scalar``. Its attribute ``reduction`` ('mean' or 'sum') specifies whether the loss
+        is a mean or a sum over the batch. If the attribute is missing, 'mean' is assumed.
     params : dict of str to Tensor, or list of the model's own parameters
-        Any of the model's parameters, in the order of rows and columns: all float32 or all float64. They need not
-        require grad. Their values are used, even if they differ from the module's own; ``model.state_dict()`` is taken
-        if it holds no buffers. If they are on several devices, batches and vectors go to the first one's, and the model
-        moves what it hands on and returns.
+        Any subset of the model's parameters, either all float32 or all float64. Examples are
+        ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
+        buffers. The rows and columns of the matrix follow the order of the parameters. The parameters need not require
+        grad. If the values of a tensor differ from those of the corresponding parameter of the module, the values of
+        the tensor are used. If the parameters are on several devices, batches and vectors are moved to the device of
+        the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
-        Read once or more per operator, so no one-shot iterator: a list, a ``DataLoader``. X and y are tensors, or
-        (nested) mappings, lists and tuples of tensors; they are moved to the parameters' device. A model that writes
-        to its input gets copies.
-    dtype : numpy.float64 or numpy.float32
-        Of the vectors that SciPy sees. Products are computed in the parameters' own dtype.
-    cache : float or 'auto'
-        Bytes that linearizations may retain between products, 0 for none; 'auto' is half of what is free on the device
-        at the first product. What does not fit is linearized anew in each product. A block has a budget of its own.
-    engine : 'autograd' or 'compiled'
-        'autograd' keeps the graph of the gradient. 'compiled' traces a product once for each shape of batch, splits it
-        into what depends on the vector and what does not, and compiles both: seconds to a minute at the first product,
-        then faster. Each program is compared with 'autograd' once. Where the product cannot be compiled, or comes out
-        different, it falls back to 'autograd' with a warning that says why.
-    columns : int or 'auto'
-        How many columns of a block ``H @ X`` are multiplied at once: 1, one by one; 'auto', what a short measurement on
-        the first columns finds fastest. A fixed number makes blocks repeat to the last bit in every run, as long as
-        there is memory for so many.
+        A list, a ``DataLoader`` or any other iterable that can be read repeatedly. One-shot iterators are rejected. X
+        and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the device of the
+        parameters. A model that modifies its input receives copies.
+    dtype : numpy.float64 or numpy.float32, default numpy.float64
+        Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
+    cache : float or 'auto', default 'auto'
+        Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
+        allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
+        linearized again in every product. Each block has its own budget.
+    engine : {'autograd', 'compiled'}, default 'autograd'
+        'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
+        once for each batch shape, separates the operations that depend on the vector from those that do not, and
+        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
+        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
+        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
+        'autograd' is used.
+    columns : int or 'auto', default 'auto'
+        Number of columns of ``X`` that a block product ``H @ X`` processes at once. 'auto' tries several numbers on the
+        first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between runs,
+        provided that there is enough memory for this number of columns.
     batch_weight : callable, optional
-        ``batch -> w_b``, given ``(X, y)``, in place of the divisor of a mean. By default torch's own losses are
-        weighted by their divisor, others by the batch size, the first dimension of X and y. The first dimension of a
-        list or tuple is its length.
-    progress : bool or tqdm
-        Count products on a bar: one of the operator's own, or yours.
+        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. By default, the weight is the divisor
+        of the mean if the loss function is from ``torch.nn``, and the batch size otherwise. The batch size is the size
+        of the first dimension of X and y, or the length of X and y if they are lists or tuples.
+    progress : bool or tqdm, default False
+        Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is invalid; the message names it. Constructing costs no pass over the data, so the first product
-        raises if the data are invalid, if the size of a batch is needed and not known, or if the loss reaches a tensor
-        of `params` directly (a function that holds it), so that nothing can replace it.
+        If an argument is invalid. The message names the argument. The constructor does not read the data. Therefore,
+        the first product raises an error if the data are invalid, if the size of a batch is needed but unknown, or if
+        the loss function uses a tensor of ``params`` directly (for example, through a closure) and not through the
+        model.
     RuntimeError
-        By the first product, if the loss depends on none of `params`.
-    NonFiniteProductError, NonDeterministicObjectiveError
-        By a product that is not finite, or if the loss has changed since an earlier pass over the data.
+        If the loss does not depend on any of ``params``. Raised by the first product.
+    NonFiniteProductError
+        If a product contains NaN or infinity. The message names the batch.
+    NonDeterministicObjectiveError
+        If dropout is active, or if the loss has changed since an earlier pass over the data.
 
     Warns
     -----
     RuntimeWarning
-        By the first product, once for an operator and its blocks: if dropout is active, so that the matrix is that of
-        one draw of its masks; if batch normalisation sees each of several batches by itself; if the loss of two batches
-        as one contradicts their weights, for a loss of your own; if a ``DataLoader`` draws another part of its data set
-        in each pass. `curvop.check` looks for more.
+        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+        ``torch.autocast`` is enabled and lowers the precision of products; batch normalization is in training mode and
+        there are several batches, so each batch is normalized separately; the weights of two batches are inconsistent
+        with the loss of both batches evaluated as one batch (checked for loss functions that are not from
+        ``torch.nn``); or a ``DataLoader`` draws a different subset of its data set in each pass. `curvop.check` detects
+        more problems.
+
+    See Also
+    --------
+    curvop.GGNLinearOperator : Positive semi-definite approximation, for losses that are convex in the prediction.
+    curvop.FisherLinearOperator : Fisher matrix of the likelihood that defines the loss.
+    curvop.spectrum.eigsh : Compute eigenvalues with error bounds, and check for missing eigenvalues.
+    curvop.solve : Solve a damped system and compute the true residual.
+    curvop.check : Check an operator before a long computation.
+
+    Notes
+    -----
+    Products are computed by double backward: :math:`H v = \nabla_\theta \langle \nabla_\theta L, v \rangle`.
+    Pearlmutter [1]_ derives the equivalent forward-mode form. The first product linearizes the batches and caches them
+    up to the limit ``cache``. For a cached batch, a product is one backward pass through the graph of the gradient.
+    This costs at most two gradients, counted in floating-point operations. For any other batch, a product costs at most
+    three gradients. ``H.cost()`` measures the cost of a product.
+
+    While the model and the loss are evaluated, ``params`` replaces the parameters of all modules. A loss that reads
+    ``model.parameters()``, such as weight decay, is therefore differentiated correctly. All changes that the evaluation
+    makes to parameters, buffers, module attributes, flags and batches are undone afterwards.
+
+    The operator always uses the current values of the parameters. It linearizes the batches again if it detects one of
+    the following changes: parameters modified in place (for example, by an optimizer step or ``load_state_dict``),
+    replaced layers, modified buffers or training flags, or batches replaced in a list. It does not detect other
+    changes. Examples are a new slope of a ``LeakyReLU`` layer, a new value of a number that a function reads, and a
+    tensor of a batch that is replaced by another tensor. Construct a new operator after a change of this kind.
+
+    Do not use an operator in several threads at the same time, because products temporarily replace the parameters of
+    the module itself.
 
     References
     ----------
-    Pearlmutter (1994), "Fast exact multiplication by the Hessian", Neural Computation 6(1), eq. (2).
+    .. [1] B. A. Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6(1), 1994, eq. (2),
+       doi:10.1162/neco.1994.6.1.147.
 
     Examples
     --------
+    Compute the direction of largest curvature of a small classifier's loss. The 60 points are split into batches of 25,
+    25 and 10:
+
     >>> import torch
     >>> from scipy.sparse.linalg import eigsh
-    >>> X, y = torch.eye(3, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
-    >>> model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
-    >>> H = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), [(X, y)])
-    >>> H @ [3.0, 0.0, 0.0]
-    array([2., 0., 0.])
+    >>> from torch import nn
+    >>> from curvop import HessianLinearOperator
+    >>> _ = torch.manual_seed(0)
+    >>> X = torch.randn(60, 4, dtype=torch.float64)
+    >>> y = (X[:, 0] * X[:, 1] > 0).long()
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    >>> params = dict(model.named_parameters())
+    >>> H = HessianLinearOperator(model, nn.CrossEntropyLoss(), params, list(zip(X.split(25), y.split(25))))
+    >>> H.shape
+    (58, 58)
+    >>> values, vectors = eigsh(H, k=2, which="BE")
+    >>> values.round(3)
+    array([-0.194,  0.745])
+
+    Gradient descent is stable along this direction for learning rates below ``2 / values[1]``. Convert the eigenvector
+    to a dict of tensors, and compute the largest eigenvalue of the block of the last layer:
+
+    >>> {name: tuple(part.shape) for name, part in H.unravel(vectors[:, 1]).items()}
+    {'0.weight': (8, 4), '0.bias': (8,), '2.weight': (2, 8), '2.bias': (2,)}
+    >>> eigsh(H.block(["2.weight", "2.bias"]), k=1, which="LA", return_eigenvectors=False).round(2)
+    array([0.61])
     """
 
     _kernel = HessianKernel
@@ -134,21 +185,71 @@ class HessianLinearOperator(CurvatureLinearOperator):
         batch_weight: BatchWeight | None = None,
         progress: Any = False,
     ) -> Self:
-        """Return the Hessian of any objective that torch differentiates twice.
+        """Construct the Hessian of a function that returns the loss of a batch.
 
-        For models that compute their own loss, regularised losses, losses that hold derivatives.
+        Use it for models that return their loss, for regularized losses, and for losses that contain derivatives. The
+        objective must be twice differentiable by torch.
 
         Parameters
         ----------
         objective : callable
-            ``(params_dict, batch) -> scalar``, a mean over the batch unless its attribute ``reduction`` is 'sum'.
+            Function ``(params_dict, batch) -> scalar`` that returns the loss of a batch. The loss is a mean over the
+            batch, unless the attribute ``reduction`` of the function is 'sum'.
         params : dict of str to Tensor
+            Parameters in the order of the rows and columns, either all float32 or all float64. The parameters need not
+            require grad.
         data : iterable of batches
-            Each of any kind that `objective` takes; tensors are moved to the parameters' device.
+            A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Batches may be of any type that
+            ``objective`` accepts. Their tensors are moved to the device of the parameters.
+        dtype : numpy.float64 or numpy.float32, default numpy.float64
+            Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the
+            parameters.
+        cache : float or 'auto', default 'auto'
+            Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
+            allows half of the memory that is free on the device at the first product. Batches that exceed the budget
+            are linearized again in every product. Each block has its own budget.
+        engine : {'autograd', 'compiled'}, default 'autograd'
+            'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a
+            product once for each batch shape, separates the operations that depend on the vector from those that do
+            not, and compiles both groups of operations. Compilation takes from seconds to a minute during the first
+            product. Later products are usually faster than with 'autograd'. The first product of each compiled program
+            is compared with the product of 'autograd'. If compilation fails or the products differ, a warning gives the
+            reason and 'autograd' is used.
+        columns : int or 'auto', default 'auto'
+            Number of columns of ``X`` that a block product ``H @ X`` processes at once. 'auto' tries several numbers on
+            the first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between
+            runs, provided that there is enough memory for this number of columns.
         batch_weight : callable, optional
-            ``batch -> w_b``; by default the first dimension that all tensors of the batch share.
-        dtype, cache, engine, columns, progress
-            As for the class.
+            Function ``batch -> w_b`` that returns the weight of a batch. By default, the weight is the size of the
+            first dimension, which must be the same for all tensors of the batch.
+        progress : bool or tqdm, default False
+            Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
+
+        Returns
+        -------
+        HessianLinearOperator
+            Operator of shape ``(P, P)``.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError, NonFiniteProductError, NonDeterministicObjectiveError
+            Under the same conditions as in the constructor.
+
+        Examples
+        --------
+        Compute the Hessian of a ridge regression. A quadratic penalty adds twice its factor to the diagonal:
+
+        >>> import torch
+        >>> from curvop import HessianLinearOperator
+        >>> X = torch.eye(3, dtype=torch.float64)
+        >>> y = torch.zeros(3, dtype=torch.float64)
+        >>> def ridge(params, batch):
+        ...     X, y = batch
+        ...     return (X @ params["w"] - y).square().mean() + 0.5 * params["w"].square().sum()
+        >>> params = {"w": torch.ones(3, dtype=torch.float64)}
+        >>> H = HessianLinearOperator.from_objective(ridge, params, [(X, y)])
+        >>> (H @ [3.0, 0.0, 0.0]).round(6)
+        array([5., 0., 0.])
         """
         self = cls.__new__(cls)
         self._setup(

@@ -1,4 +1,4 @@
-"""The Jacobian of a model's predictions, and its transpose."""
+"""Jacobian of a model's predictions, and its transpose."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from torch import Tensor, nn
 from curvop.kernels.jacobian_kernel import JacobianKernel, prediction_sizes, prediction_sum
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.parameters import ParameterLayout
-from curvop.operators.curvature_operator import checked_names
+from curvop.operators.curvature_operator import validated_names
 from curvop.operators.engine_operator import EngineLinearOperator, Settings
-from curvop.operators.parameter_operator import ParameterVectors, touched
+from curvop.operators.parameter_operator import ParameterVectors, touched_parameters
 from curvop.operators.validation import named_keywords
 
 __all__ = ["JacobianLinearOperator", "TransposedJacobianLinearOperator"]
 
 
 class _Jacobians(ParameterVectors, EngineLinearOperator):
-    """What the Jacobian and its transpose share."""
+    """Common base class of the Jacobian and its transpose.
 
-    _flips: bool
+    Subclasses set ``_is_transpose``, which is True if the operator is the transposed Jacobian.
+    """
+
+    _is_transpose: bool
 
     @named_keywords
     def __init__(
@@ -46,101 +49,272 @@ class _Jacobians(ParameterVectors, EngineLinearOperator):
     def _setup(self, objective: Any, settings: Settings, names: Sequence[str], sizes: Sequence[int]) -> None:
         kernel = JacobianKernel(objective, names, sizes)
         shape = (kernel.rows.size, kernel.cols.size)
-        super().__init__(settings.dtype, shape[::-1] if self._flips else shape)
+        super().__init__(settings.dtype, shape[::-1] if self._is_transpose else shape)
         self._sizes = sizes
         self._params = objective.params
         self._names = ParameterLayout(objective.params, names)
-        self._set_up_engines(kernel.adjoint() if self._flips else kernel, settings)
+        self._set_up_engines(kernel.adjoint() if self._is_transpose else kernel, settings)
 
     @property
     def _layout(self) -> ParameterLayout:
         return self._names
 
     @property
-    def _parts(self) -> tuple[ParameterLayout | None, ParameterLayout | None]:
-        return (self._names, None) if self._flips else (None, self._names)
+    def _row_and_column_layouts(self) -> tuple[ParameterLayout | None, ParameterLayout | None]:
+        return (self._names, None) if self._is_transpose else (None, self._names)
 
     def block(self, params: str | Sequence[str]) -> Self:
-        """Return the operator by the named parameters alone: columns of J, rows of its transpose.
+        """Return the columns of the Jacobian, or the rows of its transpose, for the given parameters.
 
         Parameters
         ----------
         params : str or sequence of str
-            In the order that the block shall have.
+            Names of parameters, in the order of the block.
+
+        Returns
+        -------
+        JacobianLinearOperator or TransposedJacobianLinearOperator
+            Operator of the same class. It uses the same model and data, but has its own cache.
 
         Raises
         ------
         ValueError
-            For a name that is unknown (with the nearest that is known), or stands twice, or where there is none.
+            If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
         """
         block = type(self).__new__(type(self))
-        names = checked_names("params", params, self._names)
+        names = validated_names("params", params, self._names)
         block._setup(self._objective, self._settings, names, self._sizes)
         return block
 
     def blocks(self) -> Iterator[Self]:
-        """Iterate over the blocks of the parameters, one each."""
+        """Iterate over the blocks of the individual parameters.
+
+        Yields
+        ------
+        JacobianLinearOperator or TransposedJacobianLinearOperator
+            One block for each parameter, in the order of the parameters.
+        """
         return map(self.block, self._names.names)
 
     def _adjoint(self) -> Any:
         adjoint = super()._adjoint()
-        adjoint.__class__ = JacobianLinearOperator if self._flips else TransposedJacobianLinearOperator
+        adjoint.__class__ = JacobianLinearOperator if self._is_transpose else TransposedJacobianLinearOperator
         return adjoint
 
-    def _block_of(
+    def _smallest_block(
         self, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> tuple[_Jacobians, NDArray[np.intp], NDArray[np.intp]]:
-        names, idxs = touched(self._names, rows if self._flips else cols)
-        rows, cols = (idxs, cols) if self._flips else (rows, idxs)
+        names, idxs = touched_parameters(self._names, rows if self._is_transpose else cols)
+        rows, cols = (idxs, cols) if self._is_transpose else (rows, idxs)
         return (self if names == self._names.names else self.block(names)), rows, cols
 
 
 class JacobianLinearOperator(_Jacobians):
-    r"""The Jacobian of the predictions as a ``LinearOperator`` of shape ``(N_out, P)``.
+    r"""Jacobian of a model's predictions over a data set, as a ``LinearOperator`` of shape ``(N_out, P)``.
+
+    Use it for neural tangent kernels (``J @ J.T`` is the empirical kernel), and for singular values and least-squares
+    problems of linearized models. SciPy's ``svds``, ``lsmr`` and ``lsqr`` accept the operator directly. Use
+    `curvop.GGNLinearOperator` for the matrix :math:`J^\top H J`, where H is the Hessian of a loss with respect to the
+    predictions.
 
     .. math:: J = \frac{\partial \, (z_1, z_2, \ldots)}{\partial \theta},
 
-    with the predictions of all batches, flattened, in the order of the data. It is not divided by anything.
-    ``J @ J.T`` is the empirical neural tangent kernel; ``svds``, ``lsmr`` and ``lsqr`` take J as it is. A product with
-    J, or with its transpose, costs about two thirds of a gradient.
-
-    Its constructor reads the data once, to count the predictions: one forward pass.
+    where :math:`z_b` are the flattened predictions of batch :math:`b`. J is not scaled: ``J.T @ J`` is a sum over the
+    data set and not a mean.
 
     Parameters
     ----------
-    model, params, dtype, cache, engine, columns, progress
-        As for `HessianLinearOperator`. A prediction may be a tensor or a tree of tensors, one after another.
+    model : nn.Module or callable
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. In most cases, a module
+        should be in evaluation mode (see Warns). A prediction is a tensor or a nested structure of tensors, which are
+        flattened and concatenated.
+    params : dict of str to Tensor, or list of the model's own parameters
+        Any subset of the model's parameters, either all float32 or all float64. Examples are
+        ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
+        buffers. The columns of the matrix follow the order of the parameters. The parameters need not require grad. If
+        the values of a tensor differ from those of the corresponding parameter of the module, the values of the tensor
+        are used. If the parameters are on several devices, batches and vectors are moved to the device of the first
+        parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
-        As for `HessianLinearOperator`, in the same order each time; `y` is not looked at.
+        A list, a ``DataLoader`` or any other iterable that can be read repeatedly and yields the data in the same order
+        each time. One-shot iterators are rejected. X is a tensor, or a nested mapping, list or tuple of tensors. All
+        tensors are moved to the device of the parameters. A model that modifies its input receives copies. y is
+        ignored.
+    dtype : numpy.float64 or numpy.float32, default numpy.float64
+        Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
+    cache : float or 'auto', default 'auto'
+        Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
+        allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
+        linearized again in every product. Each block has its own budget.
+    engine : {'autograd', 'compiled'}, default 'autograd'
+        'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
+        once for each batch shape, separates the operations that depend on the vector from those that do not, and
+        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
+        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
+        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
+        'autograd' is used.
+    columns : int or 'auto', default 'auto'
+        Number of columns of ``X`` that a block product ``J @ X`` processes at once. 'auto' tries several numbers on the
+        first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between runs,
+        provided that there is enough memory for this number of columns.
+    progress : bool or tqdm, default False
+        Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
     Raises
     ------
     TypeError, ValueError
-        As for `HessianLinearOperator`.
+        If an argument or the data are invalid. The message names the argument.
+    RuntimeError
+        If the predictions do not depend on any of ``params``. Raised by the first product.
+    NonFiniteProductError
+        If a product contains NaN or infinity. The message names the batch.
     NonDeterministicObjectiveError
-        By a product, where a loader yields the data in another order than for the constructor.
+        If dropout is active, if ``data`` yields the batches in a different order than in the constructor, or if the
+        predictions have changed since an earlier pass over the data. Raised by products.
+
+    Warns
+    -----
+    RuntimeWarning
+        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+        ``torch.autocast`` is enabled and lowers the precision of products; or batch normalization is in training mode
+        and there are several batches, so each batch is normalized separately.
+
+    See Also
+    --------
+    curvop.TransposedJacobianLinearOperator : The transpose, which ``J.T`` returns.
+    curvop.GGNLinearOperator : Generalized Gauss-Newton matrix.
+
+    Notes
+    -----
+    The constructor counts the predictions in one forward pass over the data. A product with J or its transpose costs
+    about two thirds of a gradient, counted in floating-point operations. The first product linearizes the batches and
+    caches them up to the limit ``cache``. The operator detects in-place changes of the parameters, and changes of
+    layers, buffers, training flags and lists of batches (see `curvop.HessianLinearOperator`). The neural tangent kernel
+    is due to Jacot et al. [1]_.
 
     References
     ----------
-    Jacot, Gabriel, Hongler (2018), "Neural tangent kernel: convergence and generalization in neural networks".
+    .. [1] A. Jacot, F. Gabriel, C. Hongler, "Neural tangent kernel: convergence and generalization in neural networks",
+       Advances in Neural Information Processing Systems 31, 2018, arXiv:1806.07572.
 
     Examples
     --------
+    Construct the empirical neural tangent kernel of 5 points. The product of the kernel with the residuals is the
+    direction in which gradient flow changes the predictions:
+
     >>> import torch
-    >>> model = torch.nn.Linear(2, 1, bias=False, dtype=torch.float64)
-    >>> X, y = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64), None
-    >>> J = JacobianLinearOperator(model, dict(model.named_parameters()), [(X, y)])
-    >>> J @ [1.0, 0.0]
-    array([1., 3., 5.])
+    >>> from scipy.sparse.linalg import svds
+    >>> from torch import nn
+    >>> from curvop import JacobianLinearOperator
+    >>> _ = torch.manual_seed(0)
+    >>> X = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None]
+    >>> model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    >>> J = JacobianLinearOperator(model, dict(model.named_parameters()), [(X, None)])
+    >>> J.shape
+    (5, 25)
+    >>> K = J @ J.T
+    >>> residuals = (X.cos() - model(X)).detach().numpy()[:, 0]
+    >>> (K @ residuals).round(1)
+    array([10.6, 10.7, 10.5, 10. ,  9.5])
+
+    The squared singular values of J are the eigenvalues of K. Under gradient flow on half the sum of squared residuals,
+    these eigenvalues are the rates at which the residuals decrease. The largest singular values are:
+
+    >>> svds(J, k=3, rng=0, return_singular_vectors=False)[::-1].round(2)
+    array([3.44, 2.02, 0.18])
     """
 
-    _flips = False
+    _is_transpose = False
 
 
 class TransposedJacobianLinearOperator(_Jacobians):
-    r"""The transpose of the Jacobian of the predictions, of shape ``(P, N_out)``: parameters by predictions.
+    r"""Transposed Jacobian of a model's predictions, as a ``LinearOperator`` of shape ``(P, N_out)``.
 
-    ``J.T`` of a `JacobianLinearOperator` is one, too, and shares with it what is kept. See there for the arguments.
+    Most users obtain this operator as ``J.T`` from a `curvop.JacobianLinearOperator` ``J``. ``J`` and ``J.T`` share
+    their cached linearizations. Construct the operator directly if you need only the transpose.
+
+    .. math:: J^\top = \left( \frac{\partial \, (z_1, z_2, \ldots)}{\partial \theta} \right)^{\!\top},
+
+    where :math:`z_b` are the flattened predictions of batch :math:`b`. The matrix is not scaled.
+
+    Parameters
+    ----------
+    model : nn.Module or callable
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. In most cases, a module
+        should be in evaluation mode (see Warns). A prediction is a tensor or a nested structure of tensors, which are
+        flattened and concatenated.
+    params : dict of str to Tensor, or list of the model's own parameters
+        Any subset of the model's parameters, either all float32 or all float64. Examples are
+        ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
+        buffers. The rows of the matrix follow the order of the parameters. The parameters need not require grad. If the
+        values of a tensor differ from those of the corresponding parameter of the module, the values of the tensor are
+        used. If the parameters are on several devices, batches and vectors are moved to the device of the first
+        parameter, and the model must move its intermediate results itself.
+    data : iterable of (X, y)
+        A list, a ``DataLoader`` or any other iterable that can be read repeatedly and yields the data in the same order
+        each time. One-shot iterators are rejected. X is a tensor, or a nested mapping, list or tuple of tensors. All
+        tensors are moved to the device of the parameters. A model that modifies its input receives copies. y is
+        ignored.
+    dtype : numpy.float64 or numpy.float32, default numpy.float64
+        Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
+    cache : float or 'auto', default 'auto'
+        Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
+        allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
+        linearized again in every product. Each block has its own budget.
+    engine : {'autograd', 'compiled'}, default 'autograd'
+        'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
+        once for each batch shape, separates the operations that depend on the vector from those that do not, and
+        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
+        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
+        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
+        'autograd' is used.
+    columns : int or 'auto', default 'auto'
+        Number of columns of ``X`` that a block product ``JT @ X`` processes at once. 'auto' tries several numbers on
+        the first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between
+        runs, provided that there is enough memory for this number of columns.
+    progress : bool or tqdm, default False
+        Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument or the data are invalid. The message names the argument.
+    RuntimeError
+        If the predictions do not depend on any of ``params``. Raised by the first product.
+    NonFiniteProductError
+        If a product contains NaN or infinity. The message names the batch.
+    NonDeterministicObjectiveError
+        If dropout is active, if ``data`` yields the batches in a different order than in the constructor, or if the
+        predictions have changed since an earlier pass over the data. Raised by products.
+
+    Warns
+    -----
+    RuntimeWarning
+        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+        ``torch.autocast`` is enabled and lowers the precision of products; or batch normalization is in training mode
+        and there are several batches, so each batch is normalized separately.
+
+    See Also
+    --------
+    curvop.JacobianLinearOperator : The Jacobian itself, which ``JT.T`` returns.
+
+    Notes
+    -----
+    The constructor counts the predictions in one forward pass over the data. A product costs about two thirds of a
+    gradient, counted in floating-point operations.
+
+    Examples
+    --------
+    The product with a vector of residuals is the gradient of half the sum of the squared residuals:
+
+    >>> import numpy as np
+    >>> import torch
+    >>> from curvop import TransposedJacobianLinearOperator
+    >>> model = torch.nn.Linear(2, 1, bias=False, dtype=torch.float64)
+    >>> X = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
+    >>> JT = TransposedJacobianLinearOperator(model, dict(model.named_parameters()), [(X, None)])
+    >>> JT @ np.array([1.0, 0.0, -1.0])
+    array([-4., -4.])
     """
 
-    _flips = True
+    _is_transpose = True

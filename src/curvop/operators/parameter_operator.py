@@ -1,4 +1,4 @@
-"""Operators whose rows and columns are parameters."""
+"""Operators whose rows or columns are parameters, and damped operators."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from curvop.kernels.parameters import ParameterLayout, unknown_name
 from curvop.operators.base import ProductCounter, Rows, TensorLinearOperator
-from curvop.operators.validation import real_number
+from curvop.operators.validation import real_scalar
 
-__all__ = ["DampedLinearOperator", "ParameterLinearOperator", "ParameterVectors", "touched"]
+__all__ = ["DampedLinearOperator", "ParameterLinearOperator", "ParameterVectors", "touched_parameters"]
 
 
 class ParameterVectors(TensorLinearOperator):
-    """An operator whose rows or columns, or both, are parameters.
+    """Base class of operators whose rows, columns, or both are parameters.
 
-    Subclasses say where the entries of each parameter are: among the rows, the columns, and those that `ravel` is for.
+    Subclasses define ``_row_and_column_layouts``, and the layout ``_layout`` that `ravel` and `unravel` use.
     """
 
     _params: Mapping[str, Tensor]
@@ -32,22 +32,43 @@ class ParameterVectors(TensorLinearOperator):
         raise NotImplementedError
 
     @property
-    def _parts(self) -> tuple[ParameterLayout | None, ParameterLayout | None]:
-        """The parameters that the rows and the columns are, None if they are not parameters."""
+    def _row_and_column_layouts(self) -> tuple[ParameterLayout | None, ParameterLayout | None]:
+        """Layouts of the rows and of the columns. A layout is None if the rows or columns are not parameters."""
         raise NotImplementedError
 
     @property
     def params_slices(self) -> dict[str, slice]:
-        """Where each parameter lies among the columns (for a rectangular block's rows: ``A.H.params_slices``)."""
+        """Dict that maps the name of each column parameter to the slice of its columns.
+
+        For a rectangular block, ``A.H.params_slices`` contains the slices of the rows. If only the rows are parameters
+        (for example, in a transposed Jacobian), ``A.params_slices`` contains the slices of the rows.
+        """
         return dict(self._layout.slices)
 
     def ravel(self, params: Mapping[str, Any]) -> NDArray[Any]:
-        """Return a dict of tensors or arrays, one a column parameter, as one vector ``(N,)`` in the operator's dtype.
+        """Concatenate one tensor per parameter into a vector.
+
+        Parameters
+        ----------
+        params : dict of str to Tensor or array
+            One tensor or array for each column parameter, with the shape of the parameter. Examples are a gradient or
+            an update.
+
+        Returns
+        -------
+        vector : ndarray, shape (N,)
+            Vector in the dtype of the operator and the order of its columns.
 
         Raises
         ------
         ValueError
-            Where a parameter is missing, unknown, or of another shape.
+            If a parameter is missing or unknown, or has a different shape.
+        TypeError
+            If ``params`` is not a dict, or its values are not real numbers.
+
+        See Also
+        --------
+        unravel : The inverse operation.
         """
         if not isinstance(params, Mapping):
             raise TypeError(f"params is a {type(params).__name__}: pass a dict of names to tensors or arrays")
@@ -65,7 +86,30 @@ class ParameterVectors(TensorLinearOperator):
         return vector
 
     def unravel(self, vector: Any) -> dict[str, Tensor]:
-        """Return a vector ``(N,)`` as a dict of tensors with the column parameters' shapes, dtype and device."""
+        """Split a vector into one tensor per parameter.
+
+        Parameters
+        ----------
+        vector : array or Tensor, shape (N,)
+            Vector, for example an eigenvector or the solution of a linear system.
+
+        Returns
+        -------
+        params : dict of str to Tensor
+            One tensor for each column parameter, with the shape, dtype and device of the parameter. The tensors do not
+            share memory with ``vector``.
+
+        Raises
+        ------
+        ValueError
+            If ``vector`` does not have shape ``(N,)``.
+        TypeError
+            If ``vector`` is complex or does not contain numbers.
+
+        See Also
+        --------
+        ravel : The inverse operation.
+        """
         if np.shape(vector) != (self._layout.size,):
             raise ValueError(
                 f"vector has shape {tuple(np.shape(vector))}, but A has {self._layout.size} columns: pass "
@@ -73,39 +117,43 @@ class ParameterVectors(TensorLinearOperator):
             )
         like = self._params[self._layout.names[0]]
         vector = _as_tensor("vector", vector).to(like.device, like.dtype, copy=True)
-        return self._in_parts(self._layout, vector)
+        return self._split_by_parameter(self._layout, vector)
 
     def _check_entries(self, x: Rows) -> None:
         kind = ("c" if x.is_complex() else "f") if isinstance(x, Tensor) else x.dtype.kind
         if kind == "c":
-            raise TypeError(f"x has dtype {x.dtype}, but A is real: multiply its real and imaginary parts apart")
+            raise TypeError(f"x has dtype {x.dtype}, but A is real: multiply its real and imaginary parts separately")
         if kind not in "biuf":
             raise TypeError(f"x has dtype {x.dtype}, but A is real: pass real numbers")
 
     def _product_dtype(self, dtype: Any) -> Any:
         product = super()._product_dtype(dtype)
-        return product if product == np.float32 else np.dtype(np.float64)  # torch knows no longdouble
+        return product if product == np.float32 else np.dtype(np.float64)  # torch has no longdouble
 
     def _is_tree(self, x: Any) -> bool:
-        _, cols = self._parts
-        scalars = cols is not None and not any(cols.shapes)  # then a list of numbers is one of parameters, too
+        _, cols = self._row_and_column_layouts
+        # If all column parameters are scalars, a list of 0-dimensional tensors contains one tensor per parameter.
+        scalars = cols is not None and not any(cols.shapes)
         return super()._is_tree(x) or (scalars and any(isinstance(part, Tensor) for part in x))
 
     def _tree_product(self, x: Any) -> Any:
-        """Multiply by tensors of the column parameters' shapes; return the row parameters in the same way."""
-        rows, cols = self._parts
+        """Apply the operator to one tensor per column parameter, and return one tensor per row parameter.
+
+        The product is a container of the same type as ``x``.
+        """
+        rows, cols = self._row_and_column_layouts
         if cols is None:
             return super()._tree_product(x)
-        product = self.dot(torch.cat([part.reshape(-1) for part in self._checked_parts(x, cols)]))
+        product = self.dot(torch.cat([part.reshape(-1) for part in self._tree_parts(x, cols)]))
         if rows is None:
             return product
-        parts = self._in_parts(rows, product)
+        parts = self._split_by_parameter(rows, product)
         if isinstance(x, Mapping):
             return parts
         return tuple(parts.values()) if isinstance(x, tuple) else list(parts.values())
 
-    def _checked_parts(self, x: Any, cols: ParameterLayout) -> Iterator[Tensor]:
-        """Yield what `x` has of each parameter, on the device of products."""
+    def _tree_parts(self, x: Any, cols: ParameterLayout) -> Iterator[Tensor]:
+        """Validate the tensors in ``x`` and yield one tensor for each column parameter, on the device of products."""
         if isinstance(x, Mapping):
             for name in x:
                 if name not in cols.slices:
@@ -115,27 +163,39 @@ class ParameterVectors(TensorLinearOperator):
         elif len(x) != len(cols.names):
             raise ValueError(
                 f"x holds {len(x)} tensors, but A has {len(cols.names)} column parameters: pass one of each shape, "
-                f"{_listed(map(tuple, cols.shapes))}"
+                f"{_shapes_text(map(tuple, cols.shapes))}"
             )
         for index, (name, shape) in enumerate(zip(cols.names, cols.shapes, strict=True)):
-            where, part = (f"x[{name!r}]", x[name]) if isinstance(x, Mapping) else (f"x[{index}]", x[index])
+            what, part = (f"x[{name!r}]", x[name]) if isinstance(x, Mapping) else (f"x[{index}]", x[index])
             if not isinstance(part, Tensor):
-                raise TypeError(f"{where} is a {type(part).__name__}: pass a tensor of shape {tuple(shape)}")
+                raise TypeError(f"{what} is a {type(part).__name__}: pass a tensor of shape {tuple(shape)}")
             if part.shape != shape:
                 raise ValueError(
-                    f"{where} has shape {tuple(part.shape)}, but parameter {name!r} has shape {tuple(shape)}: pass "
-                    "tensors of the shapes of the column parameters, one vector at a time"
+                    f"{what} has shape {tuple(part.shape)}, but parameter {name!r} has shape {tuple(shape)}: pass "
+                    "one tensor per column parameter, with its shape; only one vector at a time"
                 )
-            yield self._floating(part, where).to(self.device)
+            yield self._as_floating(part, what).to(self.device)
 
-    def _in_parts(self, layout: ParameterLayout, vector: Tensor) -> dict[str, Tensor]:
-        """Return a vector's part of each parameter, in its shape and on its device."""
+    def _split_by_parameter(self, layout: ParameterLayout, vector: Tensor) -> dict[str, Tensor]:
+        """Split a vector into one tensor per parameter, with the shape and device of the parameter."""
         pairs = zip(layout.names, layout.split(vector), strict=True)
         return {name: part.to(self._params[name].device) for name, part in pairs}
 
 
 class ParameterLinearOperator(ParameterVectors):
-    """An operator whose rows and columns are parameters; knows which entry belongs to which."""
+    """Base class of operators whose rows and columns are parameters.
+
+    Parameters
+    ----------
+    dtype : dtype
+        Data type of the products.
+    params : mapping of str to Tensor
+        Parameters by name. They include all row and column parameters.
+    rows, cols : ParameterLayout
+        Layouts of the row and column parameters.
+    counter : ProductCounter, optional
+        Counter that is shared with another operator.
+    """
 
     def __init__(
         self,
@@ -155,133 +215,279 @@ class ParameterLinearOperator(ParameterVectors):
         return self._cols
 
     @property
-    def _parts(self) -> tuple[ParameterLayout, ParameterLayout]:
+    def _row_and_column_layouts(self) -> tuple[ParameterLayout, ParameterLayout]:
         return self._rows, self._cols
 
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
-        """Return the operator of the block that the named parameters span, rows by columns."""
-        raise NotImplementedError
+        """Return the block of the matrix for the given parameters, as an operator of the same class.
 
-    def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
-        """Return the gradient with respect to the row parameters, and the loss."""
-        raise NotImplementedError
+        Parameters
+        ----------
+        rows : str or sequence of str
+            Names of the row parameters, in the order of the block.
+        cols : str or sequence of str, optional
+            Names of the column parameters. By default, the same as ``rows``.
 
-    def blocks(self) -> Iterator[Self]:
-        """Iterate over the diagonal blocks, one a parameter.
+        Returns
+        -------
+        ParameterLinearOperator
+            Operator of shape ``(M, N)``, where M and N are the total sizes of the row and column parameters.
 
         Raises
         ------
         ValueError
-            For a block whose rows and columns are different parameters.
+            If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
+        """
+        raise NotImplementedError
+
+    def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
+        """Compute the gradient and the loss in one pass over the data.
+
+        Returns
+        -------
+        gradient : ndarray, shape (M,)
+            Gradient of the loss of the whole data set with respect to the row parameters.
+        loss : float
+            Loss of the whole data set.
+        """
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[Self]:
+        """Iterate over the diagonal blocks of the individual parameters.
+
+        Yields
+        ------
+        ParameterLinearOperator
+            ``A.block(name)`` for each parameter, in the order of the columns.
+
+        Raises
+        ------
+        ValueError
+            If the rows and columns are different parameters.
+
+        See Also
+        --------
+        curvop.spectrum.blocks : Spectra of all diagonal blocks.
         """
         if set(self._rows.names) != set(self._cols.names):
-            raise ValueError("A has other parameters for rows than for columns, so no diagonal blocks: use A.block")
+            raise ValueError("A has different row and column parameters, and so no diagonal blocks: use A.block")
         return map(self.block, self._cols.names)
 
     def damped(self, damping: float) -> DampedLinearOperator:
-        """Return ``A + damping * I``, with everything that `A` has.
+        """Return ``A + damping * I`` as an operator with the same methods as A.
 
         Parameters
         ----------
         damping : float
-            Finite; in the units of the eigenvalues.
+            Finite number that is added to the diagonal, in the units of the eigenvalues.
+
+        Returns
+        -------
+        DampedLinearOperator
+            Operator of the same shape. It shares the cached linearizations and the counter of A.
+
+        Raises
+        ------
+        ValueError
+            If ``damping`` is infinite or NaN.
+        TypeError
+            If ``damping`` is not a real number.
+
+        See Also
+        --------
+        curvop.solve : Solve a damped system and compute the true residual.
         """
         return DampedLinearOperator(self, damping)
 
-    def _block_of(
+    def _smallest_block(
         self, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> tuple[Self, NDArray[np.intp], NDArray[np.intp]]:
-        """Return the smallest block that holds the rows and columns, and where they are in it."""
-        row_names, rows = touched(self._rows, rows)
-        col_names, cols = touched(self._cols, cols)
+        """Return the smallest block that contains the given rows and columns.
+
+        Also return the indices of these rows and columns within the block.
+        """
+        row_names, rows = touched_parameters(self._rows, rows)
+        col_names, cols = touched_parameters(self._cols, cols)
         if (row_names, col_names) == (self._rows.names, self._cols.names):
             return self, rows, cols
         return self.block(row_names, col_names), rows, cols
 
 
 def _as_tensor(what: str, value: Any) -> Tensor:
-    """Return real numbers as a tensor."""
+    """Convert real numbers to a tensor. Raise a ``TypeError`` for other values."""
     if isinstance(value, Tensor):
         tensor = value.detach()
     else:
         array = np.array(value)
         if array.dtype.kind not in "biufc":
             raise TypeError(f"{what} has dtype {array.dtype}, but must hold numbers")
-        wide = {"g": np.float64, "G": np.complex128}  # torch knows no longdouble, and one order of bytes
+        wide = {"g": np.float64, "G": np.complex128}  # torch lacks longdouble and non-native byte orders
         tensor = torch.from_numpy(array.astype(wide.get(array.dtype.char, array.dtype.newbyteorder("=")), copy=False))
     if tensor.is_complex():
-        raise TypeError(f"{what} is complex, but parameters are real: pass its real and imaginary parts apart")
+        raise TypeError(f"{what} is complex, but parameters are real: pass its real and imaginary parts separately")
     return tensor
 
 
-def _listed(shapes: Iterable[tuple[int, ...]]) -> str:
+def _shapes_text(shapes: Iterable[tuple[int, ...]]) -> str:
     first = list(itertools.islice(shapes, 11))
     return ", ".join(map(str, first[:10])) + (", ..." if len(first) > 10 else "")
 
 
-def touched(layout: ParameterLayout, idxs: NDArray[np.intp]) -> tuple[tuple[str, ...], NDArray[np.intp]]:
-    """Return the parameters that the entries `idxs` belong to, and where the entries are among these alone."""
-    starts = np.array([where.start for where in layout.slices.values()])
+def touched_parameters(layout: ParameterLayout, idxs: NDArray[np.intp]) -> tuple[tuple[str, ...], NDArray[np.intp]]:
+    """Find the parameters that contain the given indices.
+
+    Return the names of these parameters, and the positions of the indices in the concatenation of only these
+    parameters.
+    """
+    starts = np.array([part.start for part in layout.slices.values()])
     sizes = np.array([shape.numel() for shape in layout.shapes])
     owners = np.searchsorted(starts + sizes, idxs, side="right")
-    taken = np.zeros(len(starts), dtype=bool)
-    taken[owners] = True
-    if taken.all():
+    selected = np.zeros(len(starts), dtype=bool)
+    selected[owners] = True
+    if selected.all():
         return layout.names, idxs
-    moved = np.cumsum(np.where(taken, sizes, 0)) - sizes
-    return tuple(np.array(layout.names)[taken]), idxs + (moved - starts)[owners]
+    new_starts = np.cumsum(np.where(selected, sizes, 0)) - sizes
+    return tuple(np.array(layout.names)[selected]), idxs + (new_starts - starts)[owners]
 
 
-# Damping: ``A + lambda I``.
+# Damping.
 
 
 class DampedLinearOperator(ParameterLinearOperator):
-    """``A + damping * I``, made by ``A.damped(damping)``.
+    """Damped operator ``A + damping * I``, returned by ``A.damped(damping)``.
 
-    Blocks and submatrices of it are those of the sum: an off-diagonal block is that of `A`, and a block whose rows and
-    columns share some of their parameters is damped on these.
+    Use it to solve Newton and natural gradient systems with SciPy's ``cg`` or ``minres``. Use `curvop.solve` instead if
+    you need a check of the residual and a warning if the damped matrix is indefinite. For operators whose rows and
+    columns are not parameters, write ``A + damping * aslinearoperator(identity)``, as in SciPy.
 
     Parameters
     ----------
     A : ParameterLinearOperator
+        Operator whose rows and columns are parameters, such as a Hessian, GGN or Fisher matrix, or a block of such a
+        matrix.
     damping : float
-        Finite.
+        Finite number that is added to the diagonal.
+
+    Raises
+    ------
+    TypeError
+        If the rows and columns of A are not parameters, or ``damping`` is not a real number.
+    ValueError
+        If ``damping`` is infinite or NaN.
+
+    See Also
+    --------
+    curvop.solve : Solve a damped system and compute the true residual.
+    curvop.preconditioner.nystrom : Preconditioner for damped systems.
+
+    Notes
+    -----
+    Blocks and submatrices are taken from the damped matrix. An off-diagonal block therefore equals the corresponding
+    block of A. If the rows and columns of a block have only some parameters in common, the damping is added only to the
+    diagonal entries of the common parameters. A product costs as much as a product with A.
+
+    Examples
+    --------
+    A Newton step with Levenberg damping on a quadratic loss, solved by conjugate gradients:
+
+    >>> import numpy as np
+    >>> import torch
+    >>> from scipy.sparse.linalg import cg
+    >>> from curvop import HessianLinearOperator
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 3, dtype=torch.float64), torch.randn(50, 1, dtype=torch.float64)
+    >>> model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    >>> H = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), [(X, y)])
+    >>> gradient, loss = H.gradient_and_loss()
+    >>> step, info = cg(H.damped(0.1), -gradient, rtol=1e-8)
+    >>> info, np.allclose(H @ step + 0.1 * step, -gradient)
+    (0, True)
     """
 
     def __init__(self, A: ParameterLinearOperator, damping: float) -> None:
         if not isinstance(A, ParameterLinearOperator):
             raise TypeError(f"A is a {type(A).__name__}: add damping to it as SciPy does, A + damping * identity")
-        if not math.isfinite(real_number("damping", damping)):
+        if not math.isfinite(real_scalar("damping", damping)):
             raise ValueError(f"damping is {damping}, but must be finite")
         super().__init__(A.dtype, A._params, A._rows, A._cols, A._counter)
         self._A = A
-        self.args = (A, float(damping))  # as SciPy's own sums and multiples have them
+        self.args = (A, float(damping))  # SciPy's composite operators have this attribute
 
     @property
     def damping(self) -> float:
-        """What is added to the diagonal."""
+        """Number that is added to the diagonal."""
         return float(self.args[1])
 
     @property
     def device(self) -> torch.device:
-        """That of `A`."""
+        """Device on which A computes products."""
         return self._A.device
 
     def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
-        """Return the operator of the block of the sum that the named parameters span; see `A.block`."""
+        """Return the block of the damped matrix for the given parameters.
+
+        Parameters
+        ----------
+        rows : str or sequence of str
+            Names of the row parameters, in the order of the block.
+        cols : str or sequence of str, optional
+            Names of the column parameters. By default, the same as ``rows``.
+
+        Returns
+        -------
+        DampedLinearOperator
+            Block of A, with damping on the parameters that its rows and columns have in common.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
+        """
         return type(self)(self._A.block(rows, cols), self.damping)
 
     def damped(self, damping: float) -> DampedLinearOperator:
-        """Return ``A + (self.damping + damping) * I``."""
+        """Return the operator with additional damping, ``A + (self.damping + damping) * I``.
+
+        Parameters
+        ----------
+        damping : float
+            Finite number that is added to the current damping.
+
+        Returns
+        -------
+        DampedLinearOperator
+            Damped operator with the same A.
+        """
         return type(self)(self._A, self.damping + damping)
 
     def diagonal(self) -> NDArray[Any]:
-        """Return the exact diagonal ``(N,)``, that of `A` with the damping added; see `A.diagonal`."""
+        """Return the exact diagonal, if A can compute its own diagonal.
+
+        Returns
+        -------
+        diagonal : ndarray, shape (N,)
+            Diagonal of A plus the damping.
+
+        Raises
+        ------
+        NotImplementedError
+            If A cannot compute its diagonal. Use `curvop.spectrum.diagonal` to estimate the diagonal.
+        ValueError
+            If the rows and columns are different parameters.
+        """
         diagonal: NDArray[Any] = self._A.diagonal() + self.damping
         return diagonal
 
     def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
-        """Return the gradient and the loss of A's objective, without damping."""
+        """Compute the gradient and the loss of the objective of A. Neither depends on the damping.
+
+        Returns
+        -------
+        gradient : ndarray, shape (M,)
+            Gradient with respect to the row parameters.
+        loss : float
+            Loss of the whole data set.
+        """
         return self._A.gradient_and_loss()
 
     def _adjoint(self) -> Self:

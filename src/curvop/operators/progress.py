@@ -1,4 +1,4 @@
-"""Progress bars over products."""
+"""Progress bars that count products."""
 
 from __future__ import annotations
 
@@ -12,34 +12,38 @@ from tqdm import tqdm
 
 __all__ = ["Progress", "new_bar", "step_bar"]
 
-_DELAY = 0.5  # seconds in which a bar says nothing, as what ends in them needs none
+_DELAY = 0.5  # seconds after which a bar is shown
 
 
 def new_bar(desc: str, **settings: Any) -> tqdm[Any]:
-    """Return a bar over products on stderr; in a file it takes a line every ten seconds, as nobody watches."""
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook's stderr says that it is no terminal
-    return tqdm(desc=desc, unit=" products", mininterval=0.1 if watched else 10.0, **settings)
+    """Return a new progress bar on stderr.
+
+    If stderr is neither a terminal nor a notebook, the bar is updated at most every ten seconds.
+    """
+    interactive = sys.stderr.isatty() or "ipykernel" in sys.modules  # stderr of a notebook is not a terminal
+    return tqdm(desc=desc, unit=" products", mininterval=0.1 if interactive else 10.0, **settings)
 
 
 @contextlib.contextmanager
 def step_bar(desc: str, shown: bool = True, total: int | None = None) -> Iterator[tqdm[Any]]:
-    """Give a bar for a step of a study; with a total, it says how long the step will take."""
+    """Yield a progress bar for one computation. If ``total`` is given, the bar also shows the remaining time."""
     bar = new_bar(desc, total=total, disable=not shown, delay=_DELAY)
     begun = time.monotonic()
     try:
         yield bar
     finally:
         if time.monotonic() - begun > _DELAY:
-            bar.delay = 0  # tqdm closes a bar that was not shown yet without a word
+            bar.delay = 0  # otherwise tqdm would not show the bar when it is closed
         bar.close()
 
 
 class Progress:
-    """Counts products on a bar: none, one of its own made at the first product, or one that is handed in.
+    """Count the products of an operator on a progress bar.
 
     Parameters
     ----------
     setting : bool or tqdm
+        False for no bar, True for a new bar that is created at the first product, or an existing bar.
     """
 
     def __init__(self, setting: Any) -> None:
@@ -49,11 +53,15 @@ class Progress:
         self._bar = setting if isinstance(setting, tqdm) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_setting": self._bar is not None or self._setting, "_bar": None}  # bars hold files and locks
+        return {"_setting": self._bar is not None or self._setting, "_bar": None}  # bars contain files and locks
 
     @contextlib.contextmanager
-    def of(self, count: int) -> Iterator[Callable[[float], None] | None]:
-        """Yield what to call with the share that is done of `count` products; they are all done in the end."""
+    def counting(self, count: int) -> Iterator[Callable[[float], None] | None]:
+        """Yield a function that updates the bar while ``count`` products are computed. Yield None if there is no bar.
+
+        The argument of the function is the completed fraction of the products. On exit, all products count as
+        completed.
+        """
         if self._setting is False:
             yield None
             return
@@ -62,9 +70,9 @@ class Progress:
             bar = self._bar = new_bar("curvop")
         shown = 0
 
-        def tick(share: float) -> None:
+        def tick(fraction: float) -> None:
             nonlocal shown
-            done = int(share * count)
+            done = int(fraction * count)
             bar.update(done - shown)
             shown = done
 

@@ -1,4 +1,4 @@
-"""Choosing parameters by name and by the kind of layer."""
+"""Selection of parameters by name pattern and layer type."""
 
 from __future__ import annotations
 
@@ -18,89 +18,111 @@ def select(
     exclude: str | Iterable[str] = (),
     types: type[nn.Module] | Iterable[type[nn.Module]] | None = None,
 ) -> dict[str, nn.Parameter]:
-    """Return the parameters of `model` that patterns name, as the dict that the operators take.
+    """Return a dict of the parameters of a model that match name patterns and layer types.
+
+    Pass the dict as ``params`` to an operator, or its keys to ``A.block``. If you need only one block of a matrix, it
+    is cheapest to select the parameters before you construct the operator. If you need several blocks, use ``A.block``.
 
     Parameters
     ----------
     model : nn.Module
-    patterns : str or iterable of str
-        Globs of names as ``model.named_parameters()`` has them, capitals distinguished: ``*`` stands for any
-        characters, dots included, ``?`` for one, ``[01]`` for one of those in brackets. A parameter is taken where one
-        of them fits.
-    exclude : str or iterable of str
-        Globs of those to leave out.
-    types : type of nn.Module, or iterable of types
-        Takes only what belongs directly to layers of one of these types: ``nn.Linear``, ``(nn.Conv2d, nn.Linear)``. A
-        weight under ``torch.nn.utils.parametrizations`` belongs to its parametrization.
+        Model that owns the parameters.
+    patterns : str or iterable of str, default "*"
+        Case-sensitive glob patterns for the names in ``model.named_parameters()``. ``*`` matches any number of
+        characters, including dots. ``?`` matches one character, and ``[01]`` matches one of the characters in brackets.
+        A parameter is selected if its name matches at least one pattern.
+    exclude : str or iterable of str, default ()
+        Glob patterns of the parameters to exclude.
+    types : type of nn.Module, or iterable of types, optional
+        Layer types, such as ``nn.Linear`` or ``(nn.Conv2d, nn.Linear)``. Only parameters that belong directly to a
+        layer of one of these types are selected. If a weight has a parametrization
+        (``torch.nn.utils.parametrizations``), it belongs to the parametrization and not to the layer.
 
     Returns
     -------
     dict of str to nn.Parameter
-        In the order of the model. Parameters that do not require grad are left out; a tied one stands under its first
-        name that is taken.
+        Selected parameters by name, in the order of the model. Parameters that do not require grad are omitted. A tied
+        parameter is listed once, under the first of its selected names.
 
     Raises
     ------
     ValueError
-        For a pattern that fits no name (with near misses), types that no layer has, or where nothing is left.
+        If a pattern matches no name (the message suggests similar names), if no layer has one of the given types, or if
+        no parameter is selected.
     TypeError
-        For a model that is no module, or types that are none.
+        If ``model`` is not a module, ``types`` contains anything but module types, or a pattern is not a string.
+
+    See Also
+    --------
+    curvop.HessianLinearOperator.block : Block of an existing operator.
 
     Examples
     --------
+    >>> from torch import nn
+    >>> from curvop import select
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1))
     >>> list(select(model, "*.weight", types=nn.Linear))
     ['0.weight', '2.weight']
     >>> list(select(model, exclude="*bias"))
     ['0.weight', '1.weight', '2.weight']
+
+    The Hessian with respect to the weights of the linear layers:
+
+    >>> import torch
+    >>> from curvop import HessianLinearOperator
+    >>> data = [(torch.randn(8, 2), torch.randn(8, 1))]
+    >>> HessianLinearOperator(model, nn.MSELoss(), select(model, "*.weight", types=nn.Linear), data).shape
+    (9, 9)
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: pass an nn.Module, whose parameters have names")
+        raise TypeError(f"model is a {type(model).__name__}: pass an nn.Module")
     own = dict(model.named_parameters(remove_duplicate=False))
-    taken = set().union(*(_fitting("patterns", pattern, own) for pattern in _several("patterns", patterns)))
-    for pattern in _several("exclude", exclude):
-        left_out = {id(own[name]) for name in _fitting("exclude", pattern, own)}
-        taken = {name for name in taken if id(own[name]) not in left_out}  # a tied one under all its names
+    names = set().union(*(_matching("patterns", pattern, own) for pattern in _as_patterns("patterns", patterns)))
+    for pattern in _as_patterns("exclude", exclude):
+        excluded = {id(own[name]) for name in _matching("exclude", pattern, own)}
+        names = {name for name in names if id(own[name]) not in excluded}  # excludes all names of a tied parameter
     if types is not None:
-        taken &= _belonging_to(model, types)
-    chosen: dict[str, nn.Parameter] = {}
+        names &= _names_in_layers(model, types)
+    selected: dict[str, nn.Parameter] = {}
     for name, parameter in own.items():
-        if name in taken and parameter.requires_grad and not any(parameter is other for other in chosen.values()):
-            chosen[name] = parameter
-    if not chosen:
-        frozen = f"; {', '.join(sorted(taken)[:3])} do not require grad" if taken else ""
-        raise ValueError(f"no parameter is selected: patterns, exclude and types leave nothing over{frozen}")
-    return chosen
+        if name in names and parameter.requires_grad and not any(parameter is other for other in selected.values()):
+            selected[name] = parameter
+    if not selected:
+        frozen = f"; {', '.join(sorted(names)[:3])} do not require grad" if names else ""
+        raise ValueError(f"no parameter is selected: change patterns, exclude or types{frozen}")
+    return selected
 
 
-def _several(what: str, patterns: str | Iterable[str]) -> list[str]:
-    several = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else list(patterns)
-    if not all(isinstance(pattern, str) for pattern in several):
-        raise TypeError(f"{what} is {patterns!r}, but must be a pattern of names, such as 'layer*', or several")
-    return several
+def _as_patterns(what: str, patterns: str | Iterable[str]) -> list[str]:
+    as_list = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else list(patterns)
+    if not all(isinstance(pattern, str) for pattern in as_list):
+        raise TypeError(
+            f"{what} is {patterns!r}, but must be a name pattern, such as 'layer*', or an iterable of patterns"
+        )
+    return as_list
 
 
-def _fitting(what: str, pattern: str, names: Iterable[str]) -> set[str]:
-    found = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
-    if not found:
+def _matching(what: str, pattern: str, names: Iterable[str]) -> set[str]:
+    matching = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+    if not matching:
         near = difflib.get_close_matches(pattern, list(names), n=3, cutoff=0.3)
         raise ValueError(
-            f"{what} has {pattern!r}, which fits no parameter"
-            + (f"; the nearest are {', '.join(map(repr, near))}" if near else _some_of(list(names)))
+            f"{what} has {pattern!r}, which matches no parameter"
+            + (f"; the nearest are {', '.join(map(repr, near))}" if near else _available(list(names)))
         )
-    return found
+    return matching
 
 
-def _some_of(names: list[str]) -> str:
+def _available(names: list[str]) -> str:
     if not names:
         return ": the model has none"
     return f": they are {', '.join(map(repr, names[:3]))}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _belonging_to(model: nn.Module, types: type[nn.Module] | Iterable[type[nn.Module]]) -> set[str]:
+def _names_in_layers(model: nn.Module, types: type[nn.Module] | Iterable[type[nn.Module]]) -> set[str]:
     types = (types,) if isinstance(types, type) or not isinstance(types, Iterable) else tuple(types)
-    if not all(isinstance(one, type) and issubclass(one, nn.Module) for one in types):
-        raise TypeError(f"types is {types}, but must be a class of modules, such as nn.Linear, or several")
+    if not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in types):
+        raise TypeError(f"types is {types}, but must be a module class, such as nn.Linear, or several classes")
     owners = {name: part for name, part in model.named_modules(remove_duplicate=False) if isinstance(part, types)}
     if not owners:
         present = sorted({type(part).__name__ for part in model.modules() if part._parameters})

@@ -1,4 +1,4 @@
-"""The way between NumPy's arrays, or a user's tensors, and memory that products are made in."""
+"""Transfer of vectors to the device on which products are computed, and of products back to the CPU."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from torch import Tensor
 
 __all__ = ["LINE", "Staging", "aligned"]
 
-# Bytes that torch aligns its own memory to, on the host; NumPy's begins at multiples of 16, and slices anywhere.
+# Alignment, in bytes, of the memory that torch allocates on the CPU. NumPy aligns arrays to 16 bytes only, and a slice
+# can start at any address.
 LINE = 64
 
-# Pinned memory is taken from everyone on the machine: what is larger goes the slower way, unpinned.
-_MOST = 2**29
+# Largest size of the pinned buffer in bytes. Pinned memory is scarce. Larger vectors are therefore copied without
+# pinned memory, which is slower.
+_MAX_PINNED_BYTES = 2**29
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor, or a copy of it where it begins elsewhere than torch's own would.
+    """Return a contiguous tensor unchanged if it is aligned to ``LINE`` bytes, and an aligned copy otherwise.
 
-    MKL sums in another order there, so that the last bits of a product would depend on where its vector lies.
+    The order in which MKL adds numbers depends on the alignment of their memory. Without this function, the last bits
+    of a product would depend on the memory address of the vector.
     """
     return tensor if tensor.data_ptr() % LINE == 0 else tensor.clone()
 
 
 class Staging:
-    """One pinned buffer, through which vectors go to a GPU and products come back; it grows as needed."""
+    """Pinned buffer for copying vectors to a GPU and products back to the CPU. The buffer grows as needed."""
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
@@ -37,24 +40,25 @@ class Staging:
         return {"_buffer": None}
 
     def to_device(self, array: NDArray[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return `array` on `device` in `dtype`; the host converts it on its way into the buffer."""
+        """Copy an array to a tensor on ``device``. The values are converted to ``dtype`` on the CPU."""
         source = torch.from_numpy(array)
-        buffer = self._of(source.shape, dtype)
+        buffer = self._view(source.shape, dtype)
         if buffer is None:
             return source.to(device, dtype)
-        # The buffer is free again when the product is: whoever reads it waits for all that was queued before.
+        # The copy is asynchronous, but reading the product waits for it. The buffer can be reused after that.
         return buffer.copy_(source).to(device, non_blocking=True)
 
     def to_array(self, tensor: Tensor) -> NDArray[Any]:
-        """Return a fresh array of what is on a GPU."""
-        buffer = self._of(tensor.shape, tensor.dtype)
+        """Copy a tensor on a GPU to a new array."""
+        buffer = self._view(tensor.shape, tensor.dtype)
         if buffer is None:
             return tensor.cpu().numpy()
         return buffer.copy_(tensor).numpy().copy()
 
-    def _of(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    def _view(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """Return a view of the buffer with the given shape and dtype, or None if the buffer would be too large."""
         count = math.prod(shape) * dtype.itemsize
-        if count > _MOST:
+        if count > _MAX_PINNED_BYTES:
             return None
         if self._buffer is None or len(self._buffer) < count:
             self._buffer = torch.empty(count, dtype=torch.uint8, pin_memory=True)

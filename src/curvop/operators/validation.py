@@ -1,4 +1,4 @@
-"""Arguments that many functions have, checked alike."""
+"""Validation of common arguments, and checks of the available memory."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from curvop.kernels.memory import free_bytes
 __all__ = [
     "available_bytes",
     "check_fits",
+    "integer",
     "named_keywords",
     "random_generator",
-    "real_number",
     "real_operator",
-    "whole_number",
+    "real_scalar",
 ]
 
 
-def whole_number(name: str, value: Any, least: int) -> int:
-    """Return `value` where it is a whole number from `least` on; raise a ValueError where it is not."""
+def integer(name: str, value: Any, least: int) -> int:
+    """Convert ``value`` to an int. Raise a ``ValueError`` if it is not an integer >= ``least``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} is {value!r}, but must be a whole number from {least} on")
+        raise ValueError(f"{name} is {value!r}, but must be an integer >= {least}")
     return int(value)
 
 
-def real_number(name: str, value: Any) -> float:
-    """Return `value` as a float where it is one real number, a tensor's too; raise a TypeError where it is not."""
+def real_scalar(name: str, value: Any) -> float:
+    """Convert a number or a tensor with one element to a float. Raise a ``TypeError`` for other values."""
     try:
         if not isinstance(value, str | bytes):
             return float(value)
@@ -43,17 +43,15 @@ def real_number(name: str, value: Any) -> float:
 
 
 def random_generator(rng: Any) -> np.random.Generator:
-    """Return the source of random numbers that `rng` stands for, as ``numpy.random.default_rng`` does."""
+    """Return ``numpy.random.default_rng(rng)``. Raise a ``TypeError`` if ``rng`` is invalid."""
     try:
         return np.random.default_rng(rng)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"rng is {rng!r}, but must be a whole number from 0 on, a numpy.random.Generator, or None"
-        ) from None
+        raise TypeError(f"rng is {rng!r}, but must be an integer >= 0, a numpy.random.Generator, or None") from None
 
 
 def real_operator(A: Any) -> LinearOperator:
-    """Return `A`, an operator or a matrix, as a ``LinearOperator``; raise a TypeError where it is none, or complex."""
+    """Convert a real operator or matrix to a ``LinearOperator``. Raise a ``TypeError`` for other values."""
     try:
         A = aslinearoperator(A)
     except TypeError:
@@ -65,12 +63,12 @@ def real_operator(A: Any) -> LinearOperator:
     return A
 
 
-# Keyword arguments that a constructor does not have, and what to write instead.
+# Unknown keyword arguments of the constructors.
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Keywords of curvlinops' constructors, and those that replace them.
+#: Maps keywords of curvlinops' constructors to the keywords of this package.
 _RENAMED = {
     "model_func": "model",
     "loss_func": "loss_function",
@@ -79,15 +77,15 @@ _RENAMED = {
     "seed": "rng",
 }
 
-_FISHER = "use FisherLinearOperator(..., mc_samples=, rng=) for a matrix of sampled targets"
+_FISHER = "use FisherLinearOperator(..., mc_samples=, rng=) for a matrix with sampled targets"
 
-#: What to do about keywords that nothing replaces.
+#: Maps keywords of curvlinops that have no replacement to advice.
 _NOT_NEEDED = {
     "batch_size_fn": "leave it out: nothing is weighted here",
     "num_data": "leave it out: batches are weighted by the loss's own divisor",
     "num_per_example_loss_terms": "leave it out: batches are weighted by the loss's own divisor",
-    "check_deterministic": "leave it out: products check it at no extra cost, and curvop.check(A) looks for more",
-    "block_sizes": "take A.block(names) for one block, A.blocks() for that of each parameter",
+    "check_deterministic": "leave it out: products check this at no extra cost, and curvop.check(A) checks more",
+    "block_sizes": "use A.block(names) for one block, or A.blocks() for the blocks of all parameters",
     "fisher_type": "use GGNLinearOperator, EFLinearOperator or FisherLinearOperator",
     "mc_samples": _FISHER,
     "seed": _FISHER,
@@ -95,10 +93,11 @@ _NOT_NEEDED = {
 
 
 def named_keywords(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a constructor, so that a wrong argument raises a TypeError that names the class which the user wrote.
+    """Decorate a constructor so that wrong arguments raise helpful errors. The signature is unchanged.
 
-    Python names the class that defines ``__init__``, and neither the nearest keyword nor what replaces one of
-    curvlinops. The signature stays.
+    The error message names the class that the user called. Python's own message would name the class that defines
+    ``__init__``, which may be a base class. For an unknown keyword, the message suggests the most similar keyword. For
+    a keyword of curvlinops, it suggests the replacement.
     """
     signature = inspect.signature(function)
     known = [name for name in signature.parameters if name not in ("self", "cls")]
@@ -108,26 +107,26 @@ def named_keywords(function: Callable[P, T]) -> Callable[P, T]:
         for name in kwargs:
             if name not in known:
                 raise TypeError(
-                    f"{_called(function, args[0])} got an unexpected keyword argument {name!r}: {_remedy(name, known)}"
+                    f"{_callee(function, args[0])} got an unexpected keyword argument {name!r}: {_remedy(name, known)}"
                 )
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{_called(function, args[0])}: {error}; pass {', '.join(known)}") from None
+            raise TypeError(f"{_callee(function, args[0])}: {error}; pass {', '.join(known)}") from None
         return function(*args, **kwargs)
 
     return checked
 
 
-def _called(function: Callable[..., Any], owner: Any) -> str:
-    """Return what the user called: a class, or its class method."""
+def _callee(function: Callable[..., Any], owner: Any) -> str:
+    """Return the name of the class or class method that the user called."""
     return f"{owner.__name__}.{function.__name__}" if isinstance(owner, type) else type(owner).__name__
 
 
 def _remedy(name: str, known: list[str]) -> str:
     if _RENAMED.get(name) in known:
-        whole = ", a function of the whole batch; the losses of torch.nn need none" if name == "batch_size_fn" else ""
-        return f"pass {_RENAMED[name]}={whole}"
+        hint = ", a function of the whole batch; the losses of torch.nn need none" if name == "batch_size_fn" else ""
+        return f"pass {_RENAMED[name]}={hint}"
     if name in _NOT_NEEDED:
         return _NOT_NEEDED[name]
     if near := difflib.get_close_matches(name, known, n=1):
@@ -135,18 +134,24 @@ def _remedy(name: str, known: list[str]) -> str:
     return f"known are {', '.join(known)}"
 
 
-# Memory that a study needs, counted before it runs.
+# Memory checks.
 
 
 def available_bytes(device: torch.device | None = None, memory: float | None = None) -> int:
-    """Return `memory`, or half of what is free on `device`, the host by default: what a study may take unasked."""
+    """Return ``memory``, a number of bytes, as an int. If it is None, return half of the free memory of ``device``.
+
+    If ``device`` is None, the CPU is used.
+    """
     if memory is not None:
-        return int(real_number("memory", memory))
+        return int(real_scalar("memory", memory))
     return free_bytes(device or torch.device("cpu")) // 2
 
 
 def check_fits(needed: int, available: int, what: str, remedy: str, adjustable: bool = True) -> None:
-    """Raise a `MemoryError` with both numbers where `what` does not fit; `adjustable`: by an argument ``memory=``."""
+    """Raise a ``MemoryError`` if ``needed`` exceeds ``available`` bytes.
+
+    If ``adjustable`` is True, the message advises the user to pass ``memory`` to the calling function.
+    """
     if needed > available:
         more = ", or pass memory= in bytes if there is more" if adjustable else ""
         raise MemoryError(

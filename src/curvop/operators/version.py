@@ -1,0 +1,5 @@
+"""Version of the package, readable without an installation."""
+
+__all__ = ["__version__"]
+
+__version__ = "0.1.0"
