@@ -1,1 +1,4 @@
-"""Floor 1: what is differentiated and how its products are computed. Knows torch only."""
+"""Torch kernels: objectives, linearization, compilation, CUDA graphs and memory.
+
+The kernels compute products of curvature matrices with tensors. They import torch and the standard library only.
+"""

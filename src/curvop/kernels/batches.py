@@ -1,4 +1,8 @@
-"""Batches as trees: tensors in (nested) mappings, lists and tuples."""
+"""Functions for batches, which are trees of nested mappings, lists and tuples that contain tensors.
+
+The functions visit the tensors of a batch, move them to a device, count examples, join batches along their first
+dimension, and split batches into examples.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +48,10 @@ def _is_tensor(tree: Any) -> bool:
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any], bool] = _is_tensor) -> Any:
-    """Return `tree` with `function` applied to its leaves; `tree` itself stays.
+    """Return a copy of `tree` in which each leaf is replaced by ``function(leaf)``.
 
-    Mappings keep their type (a Hugging Face ``BatchEncoding`` stays one), so do lists, tuples and named tuples.
+    Mutable mappings (such as a Hugging Face ``BatchEncoding``), lists, tuples and named tuples keep their type. Other
+    mappings become dicts.
     """
     if is_leaf(tree):
         return function(tree)
@@ -65,9 +70,9 @@ def map_leaves(function: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any
 
 
 def to_device(tree: Any, device: torch.device) -> Any:
-    """Return `tree` with every tensor on `device`; nothing is copied that is there already.
+    """Return `tree` with all tensors moved to `device`. Tensors that are already on `device` are not copied.
 
-    Any other object that has a method ``to`` (a ``PackedSequence``, a graph batch) is asked to move itself.
+    Other objects with a ``to`` method, such as a ``PackedSequence`` or a batch of graphs, are moved by calling ``to``.
     """
 
     def move(part: Any) -> Any:
@@ -75,79 +80,88 @@ def to_device(tree: Any, device: torch.device) -> Any:
             return part.to(device)
         if part.is_meta and device.type != "meta":
             raise ValueError("data holds a tensor on the meta device, which has no values: pass the tensor itself")
-        # From pinned memory the copy to a GPU is only queued; in the other direction one would read too early.
+        # Copies from pinned memory to a GPU may be asynchronous, because later kernels wait for them. Copies to the CPU
+        # must be synchronous, because the CPU does not wait for them.
         moved = part.to(device, non_blocking=device.type == "cuda")
-        # Autograd cannot save a tensor made under inference mode; a clone made outside of it can be saved.
+        # Autograd cannot save a tensor created in inference mode, but it can save a clone of the tensor.
         return moved.clone() if moved.is_inference() else moved
 
     return map_leaves(move, tree, lambda part: hasattr(part, "to") and not isinstance(part, Mapping))
 
 
 def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """Yield the batches on `device`; to a GPU, each is copied while it computes with the one before."""
+    """Yield the batches after moving them to `device`.
+
+    If `device` is a GPU, each batch is copied while the GPU computes with the previous batch.
+    """
     if device.type != "cuda":
         for batch in batches:
             yield to_device(batch, device)
         return
-    stream = _copying_stream(device)
-    coming: list[tuple[Any, torch.cuda.Event]] = []
+    stream = _copy_stream(device)
+    queued: list[tuple[Any, torch.cuda.Event]] = []
     for batch in batches:
-        # Before it copies, the stream waits for what was computed with the batch before last. So no copy is written to
-        # memory of a batch that was freed but is still being read, and none of its tensors needs record_stream.
+        # Before each copy, the copy stream waits for the computation on the batch before last. A copy therefore never
+        # overwrites the memory of a batch that was freed but is still being read, and no tensor needs record_stream.
         stream.wait_stream(torch.cuda.current_stream(device))
-        stream.wait_stream(torch.cuda.default_stream(device))  # where a loader's thread may have made the batch
+        stream.wait_stream(torch.cuda.default_stream(device))  # a data loader may have used this stream
         with torch.cuda.stream(stream):
-            coming.append((to_device(batch, device), stream.record_event()))
-        if len(coming) > 1:
-            yield _arrived(*coming.pop(0), device)
-    for last in coming:
-        yield _arrived(*last, device)
+            queued.append((to_device(batch, device), stream.record_event()))
+        if len(queued) > 1:
+            yield _after_copy(*queued.pop(0), device)
+    for last in queued:
+        yield _after_copy(*last, device)
 
 
-def _arrived(batch: Any, copied: torch.cuda.Event, device: torch.device) -> Any:
+def _after_copy(batch: Any, copied: torch.cuda.Event, device: torch.device) -> Any:
     torch.cuda.current_stream(device).wait_event(copied)
     return batch
 
 
 @functools.cache
-def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
 def signature(tree: Any) -> tuple[tuple[torch.Size, torch.dtype], ...]:
-    """Return the shapes and dtypes of the tensors of `tree`: batches that share it retain the same memory."""
+    """Return the shape and the dtype of each tensor in `tree`.
+
+    Batches with equal signatures need the same amount of memory.
+    """
     return tuple((leaf.shape, leaf.dtype) for leaf in leaves(tree))
 
 
 def leading_size(tree: Any) -> int | None:
-    """Return the first dimension that all tensors of `tree` share, or None if there is none."""
+    """Return the size of the first dimension of all tensors in `tree`, None if the sizes differ."""
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves(tree)}
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def batch_size(*parts: Any) -> int | None:
-    """Return the number of examples in a batch of these parts, such as X and y; None if they do not agree on one.
+    """Return the number of examples in a batch that consists of `parts`, such as X and y.
 
-    The first dimension of a list or tuple is its length, as of a list of images, unless its tensors share a first
-    dimension on which several parts agree: then it is a structure, such as two inputs. A part without tensors disagrees
-    with nothing.
+    Return None if the parts imply different numbers of examples. Parts without tensors are ignored.
+
+    A list or tuple may have one entry per input of the model, or one entry per example (such as images of different
+    sizes). The entries are inputs if the first dimension has the same size in all tensors of the list or tuple and in
+    the other parts. Otherwise the entries are examples.
     """
     common = _common_sizes(parts)
     if len(common) > 1:
-        asked = [part for part in parts if any(True for _ in leaves(part))]
-        shared = {leading_size(part) for part in asked} if len(asked) > 1 else set()
+        with_tensors = [part for part in parts if any(True for _ in leaves(part))]
+        shared = {leading_size(part) for part in with_tensors} if len(with_tensors) > 1 else set()
         lengths = {len(part) for part in parts if isinstance(part, list | tuple)}
         common &= shared if len(shared) == 1 and None not in shared else lengths
     return common.pop() if len(common) == 1 else None
 
 
 def _common_sizes(parts: Iterable[Any]) -> set[int]:
-    found = [_sizes(part) for part in parts if any(True for _ in leaves(part))]
-    return set.intersection(*found) if found else set()
+    candidates = [_candidate_sizes(part) for part in parts if any(True for _ in leaves(part))]
+    return set.intersection(*candidates) if candidates else set()
 
 
-def _sizes(part: Any) -> set[int]:
-    """Return the numbers of examples that a part may have."""
+def _candidate_sizes(part: Any) -> set[int]:
+    """Return the set of all possible numbers of examples in a part of a batch."""
     if isinstance(part, Tensor):
         return set(part.shape[:1])
     if isinstance(part, Mapping):
@@ -157,7 +171,7 @@ def _sizes(part: Any) -> set[int]:
 
 @contextlib.contextmanager
 def at_batch(index: int) -> Iterator[None]:
-    """Add the batch's number to an error of the user's model, loss or data, which keeps its type and its message."""
+    """Add a note with the number of the batch to every exception raised while the context is active."""
     try:
         yield
     except Exception as error:
@@ -168,29 +182,35 @@ def at_batch(index: int) -> Iterator[None]:
 
 
 def numbered_errors(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches; an error of theirs says at which one."""
-    index, made = 0, iter(batches)
+    """Yield the batches. If iterating raises an exception, add a note with the number of the batch to the exception."""
+    index, iterator = 0, iter(batches)
     while True:
         with at_batch(index):
             try:
-                batch = next(made)
+                batch = next(iterator)
             except StopIteration:
                 return
         yield batch
         index += 1
 
 
-# Batches and predictions put together, and cut into examples, along their first dimension.
+# Join trees of tensors along the first dimension, and split them into examples.
 
 
 class CannotJoinError(Exception):
-    """Batches cannot be put together."""
+    """Raised if batches cannot be joined into one batch."""
 
 
 def joined(trees: Sequence[Any]) -> Any:
-    """Return trees of tensors as one, tensors along their first dimension.
+    """Join trees of tensors into one tree by concatenating corresponding tensors along their first dimension.
 
-    A list or tuple that has one entry an example, as of images of several sizes, is put together end to end.
+    Lists and tuples with one entry per example, such as images of different sizes, are concatenated as sequences.
+
+    Raises
+    ------
+    CannotJoinError
+        If an entry is a number, or if the trees differ in structure, in entries that are not tensors, or in a dimension
+        of their tensors other than the first.
     """
     if len(trees) == 1:
         return trees[0]
@@ -198,7 +218,13 @@ def joined(trees: Sequence[Any]) -> Any:
 
 
 def example_of(tree: Any, index: int, count: int) -> Any:
-    """Return the part of a tree that belongs to one of `count` examples."""
+    """Return a batch of one example: example number `index` of `tree`, a batch of `count` examples.
+
+    Raises
+    ------
+    ValueError
+        If a tensor does not have `count` entries along its first dimension.
+    """
 
     def cut(part: Any) -> Any:
         if isinstance(part, Tensor) and (not part.ndim or len(part) != count):
@@ -212,7 +238,7 @@ def example_of(tree: Any, index: int, count: int) -> Any:
 
 
 def _size(tree: Any) -> int | None:
-    """Return the number of examples of a batch."""
+    """Return the number of examples in a batch, None if the number is unknown."""
     parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else [tree]
     return batch_size(*parts)
 
@@ -221,33 +247,33 @@ def _join(trees: Sequence[Any], sizes: Sequence[int | None], outermost: bool = F
     first = trees[0]
     if isinstance(first, Tensor):
         if any(not isinstance(tree, Tensor) or not tree.ndim or tree.shape[1:] != first.shape[1:] for tree in trees):
-            raise CannotJoinError("their tensors have other shapes")
+            raise CannotJoinError("their tensors have different shapes")
         return torch.cat(list(trees))
     if any(type(tree) is not type(first) for tree in trees):
-        raise CannotJoinError("they are of several kinds")
+        raise CannotJoinError("they have different types")
     if isinstance(first, Mapping):
         if any(tree.keys() != first.keys() for tree in trees):
             raise CannotJoinError("their keys differ")
-        found = copy.copy(first) if isinstance(first, MutableMapping) else {}
+        mapping = copy.copy(first) if isinstance(first, MutableMapping) else {}
         for key in first:
-            found[key] = _join([tree[key] for tree in trees], sizes)
-        return found
+            mapping[key] = _join([tree[key] for tree in trees], sizes)
+        return mapping
     if isinstance(first, list | tuple) and not outermost and all(map(_is_by_example, trees, sizes)):
         return type(first)(example for tree in trees for example in tree)
     if isinstance(first, list | tuple):
         if len({len(tree) for tree in trees}) > 1:
-            raise CannotJoinError("they have other lengths")
+            raise CannotJoinError("their lists or tuples have different lengths")
         parts = [_join(part, sizes) for part in zip(*trees, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     if isinstance(first, int | float) and not isinstance(first, bool):
-        raise CannotJoinError("a number may count what is in the batch")
+        raise CannotJoinError("a number may be a count of the batch's entries")
     if any(not (tree is first or tree == first) for tree in trees):
-        raise CannotJoinError(f"a {type(first).__name__} cannot be put together with another")
+        raise CannotJoinError(f"two different {type(first).__name__} objects cannot be joined")
     return first
 
 
 def _is_by_example(tree: Sequence[Any], size: int | None) -> bool:
-    """Whether a list or tuple has one entry for each of `size` examples, and not one for each of several inputs."""
+    """Return True if the entries of a list or tuple are the `size` examples of a batch, not inputs of the model."""
     tensors = list(leaves(tree))
-    inputs = bool(tensors) and all(leaf.ndim and len(leaf) == size for leaf in tensors)
-    return len(tree) == size and not inputs and not hasattr(tree, "_fields")
+    by_input = bool(tensors) and all(leaf.ndim and len(leaf) == size for leaf in tensors)
+    return len(tree) == size and not by_input and not hasattr(tree, "_fields")

@@ -1,4 +1,9 @@
-"""Whether what an objective depends on is still what it was."""
+"""Change detection for modules, parameters and data; private random number streams.
+
+A tensor counts as changed if its identity, version counter or fingerprint changes. The fingerprint is the dot product
+of the tensor's entries with fixed random numbers, as in Freivalds' verification of matrix products (R. Freivalds,
+"Probabilistic machines can use less running time", IFIP Congress 1977).
+"""
 
 from __future__ import annotations
 
@@ -23,11 +28,13 @@ _SETTINGS = (bool, int, float, str, tuple)
 
 
 class ChangeDetector:
-    """Watches an objective's modules, parameters and list of batches for changes.
+    """Detect changes to the modules, the parameters and the list of batches of an objective.
 
-    A replaced tensor has another identity; writing to one moves its version counter, save through ``.data``. As this
-    is what code that perturbs weights uses, all parameters are fingerprinted besides, and buffers of real numbers, such
-    as running means. Buffers have a fingerprint of their own: what is infinite in one, as in a mask, would hide others.
+    Replacing a tensor changes its identity, and writing to a tensor increments its version counter. A write through
+    ``.data`` changes neither the identity nor the counter, and code that perturbs weights often uses ``.data``.
+    Therefore all parameters and all floating-point buffers (running means, for example) are also fingerprinted. Buffers
+    have a separate fingerprint, because infinities in a buffer (in a mask, for example) would otherwise hide changes to
+    parameters.
     """
 
     def __init__(self, modules: Sequence[nn.Module], params: Mapping[str, Tensor], data: Iterable[Any]) -> None:
@@ -43,11 +50,11 @@ class ChangeDetector:
         self._others = [value for name, value in self._params.items() if name not in self._own]
         self._parts: list[nn.Module] = []
         self._children: list[nn.Module | None] | None = None
-        self._tensors: list[Tensor | None] = []  # held, so that no new tensor can have the identity of an old one
+        self._tensors: list[Tensor | None] = []  # strong references: a new tensor cannot reuse the id of an old one
         self._versions: list[object] = []
-        self._fingerprint, self._of_buffers = Fingerprint([]), Fingerprint([])
+        self._params_fingerprint, self._buffers_fingerprint = Fingerprint([]), Fingerprint([])
         self._batches: list[Any] = []
-        self._lists_seen = 0
+        self._data_version = 0
 
     def __getstate__(self) -> dict[str, object]:
         return {name: self.__dict__[name] for name in ("_modules", "_params", "_data", "_own", "_shapes")}
@@ -57,12 +64,15 @@ class ChangeDetector:
         self._forget()
 
     def token(self) -> tuple[object, ...]:
-        """Return what changes whenever the objective does; one pass over the parameters.
+        """Return a tuple that represents the current state.
+
+        The tuples returned before and after a change are not equal. Each call reads all parameters once.
 
         Raises
         ------
         RuntimeError
-            Where a parameter was the model's own and no longer is, so that its values are not the model's any more.
+            If a parameter of the model was replaced by another tensor, if the shape of a parameter has changed, or if
+            a parameter was converted to half precision or lower.
         """
         flags, children, tensors = self._walk()
         if children != self._children:  # a layer was replaced, added or removed
@@ -70,16 +80,23 @@ class ChangeDetector:
             flags, self._children, tensors = self._walk()
         versions = [_version(tensor) for tensor in tensors]
         if versions != self._versions:
-            self._look_again(tensors, versions)
+            self._update(tensors, versions)
         if isinstance(self._data, list | tuple):
             same = len(self._data) == len(self._batches) and all(map(operator.is_, self._data, self._batches))
             if not same:
                 self._batches = list(self._data)
-                self._lists_seen += 1
-        return flags, self._children, versions, self._lists_seen, self._fingerprint(), self._of_buffers.finite()
+                self._data_version += 1
+        return (
+            flags,
+            self._children,
+            versions,
+            self._data_version,
+            self._params_fingerprint(),
+            self._buffers_fingerprint.finite(),
+        )
 
     def _walk(self) -> tuple[list[bool], list[nn.Module | None], list[Tensor | None]]:
-        """Return the modules' flags, the modules below each, and all tensors."""
+        """Return three lists: all ``training`` flags, all modules and their children, and all tensors."""
         flags: list[bool] = []
         children: list[nn.Module | None] = []
         tensors: list[Tensor | None] = list(self._others)
@@ -91,41 +108,47 @@ class ChangeDetector:
         return flags, children, tensors
 
     def _parameters(self) -> dict[str, Tensor]:
-        """Return the modules' parameters by name; the first module is the model, whose names `params` have."""
+        """Return a dict from names to the parameters of all modules.
+
+        The first module is the model, whose parameters have the same names as in `params`. The names of parameters of
+        other modules start with the number of the module.
+        """
         return {
             f"{index}:{name}" if index else name: value
             for index, module in enumerate(self._modules)
             for name, value in module.named_parameters(remove_duplicate=False)
         }
 
-    def _look_again(self, tensors: list[Tensor | None], versions: list[object]) -> None:
+    def _update(self, tensors: list[Tensor | None], versions: list[object]) -> None:
         own = self._parameters()
         for name in self._own:
             if own.get(name) is not self._params[name]:
                 raise RuntimeError(
-                    f"params[{name!r}] was the model's own parameter, but another took its place "
-                    "(load_state_dict(assign=True), a new layer): make a new operator of the model's parameters"
+                    f"params[{name!r}] was the model's own parameter, but has been replaced "
+                    "(load_state_dict(assign=True), a new layer): make a new operator with the model's parameters"
                 )
         for name, shape in self._shapes.items():
             if (coarse := too_coarse(name, self._params[name].dtype)) is not None:
                 raise RuntimeError(coarse)
             if self._params[name].shape != shape:
                 raise RuntimeError(
-                    f"params[{name!r}] had shape {tuple(shape)} and has {tuple(self._params[name].shape)} now: make a "
+                    f"params[{name!r}] had shape {tuple(shape)} and now has {tuple(self._params[name].shape)}: make a "
                     "new operator"
                 )
         parameters = {id(value): value for value in (*own.values(), *self._params.values())}
         self._tensors, self._versions = tensors, versions
-        self._fingerprint = Fingerprint(parameters.values())
-        buffers = [one for module in self._modules for one in module.buffers() if one.is_floating_point()]
-        self._of_buffers = Fingerprint(buffers)
+        self._params_fingerprint = Fingerprint(parameters.values())
+        buffers = [buffer for module in self._modules for buffer in module.buffers() if buffer.is_floating_point()]
+        self._buffers_fingerprint = Fingerprint(buffers)
 
 
 class Fingerprint:
-    """Dot products of tensors' entries, section by section, with fixed random numbers.
+    """Fingerprint of tensors, for detecting changes of their entries.
 
-    They move with every change of the entries or of their order that their precision resolves. Views of the tensors
-    are kept between calls, and small tensors are joined, so one call costs little more than reading the memory once.
+    The entries are divided into sections. The fingerprint consists of the dot product of each section with fixed random
+    numbers. The fingerprint changes if entries change or trade places, unless the effect on the dot products is smaller
+    than rounding errors. Views of the tensors are kept between calls, and small tensors are concatenated. A call
+    therefore costs little more than reading the tensors once.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -145,31 +168,35 @@ class Fingerprint:
                 self._others.append(tensor)
 
     def __call__(self) -> list[float]:
-        """Return the fingerprint of the tensors as they are now."""
+        """Return the fingerprint of the current values: one number for each section."""
         rows = self._rows.copy()
         for tensors in self._small.values():
             rows += _sections(torch.cat(tensors))
         for tensor in self._others:
             rows += _sections(_real(tensor.detach()).reshape(-1))
-        sums = [torch.mv(matrix, numbers) for matrix, numbers in rows]
-        if len(sums) > 1 and len({one.device for one in sums}) == 1:
-            return torch.cat(sums).tolist()
-        return [entry for one in sums for entry in one.tolist()]
+        products = [torch.mv(matrix, numbers) for matrix, numbers in rows]
+        if len(products) > 1 and len({product.device for product in products}) == 1:
+            return torch.cat(products).tolist()  # one transfer to the host
+        return [entry for product in products for entry in product.tolist()]
 
     def finite(self) -> list[float | None]:
-        """Return it of tensors that may hold NaN and infinity, as masks and missing values do."""
+        """Return the fingerprint with NaN and infinity replaced by None.
+
+        NaN and infinity may come from masks and missing values. Fingerprints with None can be compared for equality,
+        because None equals itself, but NaN does not.
+        """
         return [entry if math.isfinite(entry) else None for entry in self()]
 
     @staticmethod
     def of_data(tensors: Iterable[Tensor]) -> list[float | None]:
-        """Return the fingerprint of a batch's tensors."""
+        """Return the fingerprint of the tensors of a batch, with NaN and infinity replaced by None."""
         return Fingerprint(tensors).finite()
 
 
 def settings_of(modules: Iterable[nn.Module]) -> list[object]:
-    """Return what changes what modules do, as far as it can be told: kinds, flags, numbers, hooks.
+    """Return a list of module settings that affect the output: classes, flags, numbers, strings, hooks and functions.
 
-    Dictionaries, and what a function holds, cannot.
+    Attributes that are dictionaries, and variables that functions capture, are not included.
     """
     settings: list[object] = []
     for part in (part for module in modules for part in module.modules()):
@@ -189,7 +216,7 @@ def _sections(flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _real(tensor: Tensor) -> Tensor:
-    """Return the entries in a precision in which they can be summed."""
+    """Convert a tensor to float32 or float64; complex entries become pairs of real numbers."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.is_floating_point():
@@ -210,20 +237,21 @@ def _version(tensor: Tensor | None) -> object:
     return id(tensor), tensor.shape, where, 0 if tensor.is_inference() else tensor._version
 
 
-# Streams of random numbers of one's own.
-
 _HOST = torch.device("cpu")
 
 
 class Generators:
-    """Torch's default generators, as one user of them left them."""
+    """Private random number streams that continue from one use to the next.
+
+    While the streams are in use, they replace the states of PyTorch's default generators.
+    """
 
     def __init__(self) -> None:
         self._states: dict[torch.device, Tensor] = {}
 
     @contextmanager
     def private(self, devices: Iterable[torch.device]) -> Iterator[None]:
-        """Draw from these streams, on the host and on `devices`, and leave the generators as they were found."""
+        """Use the private streams on the host and on the GPUs in `devices`; restore the default generators on exit."""
         gpus = [device for device in devices if device.type == "cuda"]
         outside = _states(gpus)
         try:
@@ -233,18 +261,21 @@ class Generators:
             finally:
                 self._states = _states(gpus)
                 _set_states(outside)
-        except BaseException:  # Ctrl-C may have come while they were put back
+        except BaseException:  # Ctrl-C may have interrupted `_set_states(outside)` above
             _set_states(outside)
             raise
 
 
 def random_state(devices: Iterable[torch.device]) -> Tensor:
-    """Return bytes that are others once a default generator, of the host or of `devices`, was drawn from."""
+    """Return one tensor with the states of the default generators of the host and of the GPUs in `devices`.
+
+    The tensor changes with every random draw.
+    """
     return torch.cat([state.cpu() for state in _states(device for device in devices if device.type == "cuda").values()])
 
 
 def _states(gpus: Iterable[torch.device]) -> dict[torch.device, Tensor]:
-    """Return the states of the generators of the host and of `gpus`."""
+    """Return a dict from devices to generator states, for the host and for `gpus`."""
     return {_HOST: torch.get_rng_state()} | {device: torch.cuda.get_rng_state(device) for device in gpus}
 
 

@@ -1,4 +1,12 @@
-"""The compiled engine: one program for each shape of batch, where the objective can be traced."""
+"""The compiled engine. If the objective can be traced, it compiles one program for each shape of batch.
+
+The engine traces a product, splits its graph into two halves, and compiles each half with Inductor. The first half does
+not depend on the vector. It runs once per batch and returns residuals: the values that the second half reads. The
+second half runs once per product. A minimal cut of the graph decides which values are stored as residuals and which are
+recomputed. ``torch.compile`` uses the same cut to split a training graph into forward and backward. The trade-off
+between memory and recomputation is discussed in Chen, Xu, Zhang and Guestrin, "Training deep nets with sublinear memory
+cost", 2016, arXiv:1604.06174.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +31,22 @@ from curvop.kernels.passes import precision, same
 
 __all__ = ["CompiledKernel", "Program", "agree", "compile_product"]
 
-# For batches of one shape; where settings of the model call for more, they never end.
-_MOST_PROGRAMS = 4
+# Largest number of programs for one shape of batch. If more are needed, a setting of the model probably changes with
+# every batch.
+_MAX_PROGRAMS = 4
 
 
 class CompiledKernel(Kernel):
-    """Linearizes by compiled programs, and by `kernel` where there is none.
+    """Linearize batches with compiled programs, or with the wrapped kernel if no program is available.
 
     Parameters
     ----------
     kernel : Kernel
-        Whose products are compiled.
+        The kernel whose products are compiled.
     """
 
     compiled = True
-    worth_batching = 2e-3  # seconds a column; a longer product gains less than its compilation takes
+    worth_batching = 2e-3  # seconds per column; for slower products, batching saves less time than compilation takes
 
     def __init__(self, kernel: Kernel) -> None:
         self.objective, self.rows, self.cols = kernel.objective, kernel.rows, kernel.cols
@@ -49,29 +58,29 @@ class CompiledKernel(Kernel):
 
     @property
     def seconds(self) -> float:
-        """What compiling took so far."""
+        """Seconds spent on compilation so far."""
         return sum(compiled[0].seconds for compiled in self._programs.values() if compiled is not None)
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_programs": {}}
 
     def adjoint(self) -> Kernel:
-        """Return the compiled kernel of the adjoint."""
+        """Return a compiled kernel for the adjoint matrix."""
         return CompiledKernel(self._kernel.adjoint())
 
     def check_count(self, count: int) -> None:
-        """Refuse data of another number of batches, as the wrapped kernel does."""
+        """Raise a ValueError if the wrapped kernel requires a number of batches other than `count`."""
         self._kernel.check_count(count)
 
     def move(self) -> bool:
-        """Linearize by derivatives at another point, as the wrapped kernel does."""
+        """Call the method `move` of the wrapped kernel and return its value. If it is True, discard all programs."""
         moved = self._kernel.move()
         if moved:
             self._programs.clear()
         return moved
 
     def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
-        """Return what a product depends on, as for the wrapped kernel."""
+        """Return the tensors, other than `leaves` and the batch, that a product of the wrapped kernel reads."""
         return self._kernel.buffers(leaves, index, batch)
 
     def product(
@@ -81,69 +90,79 @@ class CompiledKernel(Kernel):
         batch: Any,
         tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
-        """Return a product from the beginning, as the wrapped kernel makes it."""
+        """Compute the loss, the prediction and one product with the wrapped kernel."""
         return self._kernel.product(leaves, buffers, batch, tangents)
 
     def prepare(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> None:
-        """Compile what there is no program for."""
-        self._found(leaves, index, batch)
+        """Compile a program for batches of the same shapes as `batch`, unless such a program exists."""
+        self._inputs_and_program(leaves, index, batch)
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
-        """Return the linearization of one batch."""
+        """Linearize one batch."""
         for _ in range(2):
-            found = self._found(leaves, index, batch)
+            found = self._inputs_and_program(leaves, index, batch)
             if found is None:
                 return self._kernel.linearize(leaves, index, batch)
             inputs, (program, prediction) = found
             [loss], residuals = program.linearize([part.detach() for part in inputs if isinstance(part, Tensor)])
             if index or same([float(loss)], [float(self._loss(leaves, batch))], precision(loss, *leaves.values())):
                 return _Residuals(loss, self.objective.weight(prediction, index, batch), program, residuals)
-            # Something has changed that no key tells: a dictionary, or what a function reads.
+            # Something changed that the keys of the programs do not cover, such as a global variable or an entry of a
+            # dictionary: compile again.
             self._programs.clear()
-        self._give_up("the compiled loss differs from the objective's, by its random numbers or its own counting")
+        self._give_up(
+            "the compiled loss differs from the objective's, because it draws random numbers or counts its calls"
+        )
         return self._kernel.linearize(leaves, index, batch)
 
-    def _found(
+    def _inputs_and_program(
         self, leaves: Mapping[str, Tensor], index: int, batch: Any
     ) -> tuple[list[Any], tuple[Program, Any]] | None:
-        """Return the inputs and the program that is good for them, None where there is none."""
+        """Return the inputs and the program for a batch, as a tuple ``(inputs, (program, prediction))``.
+
+        `inputs` is a flat list, and `prediction` has the shapes of the prediction. Return None if there is no program
+        for inputs of these shapes.
+        """
         if len({value.device for value in leaves.values()}) > 1:
             self._warn("parameters are on several devices")
             return None
         inputs, structure = pytree.tree_flatten((dict(leaves), self.buffers(leaves, index, batch), batch))
         if unknown := [part for part in inputs if not _is_known(part)]:
-            # What it holds, nobody can see: neither the tensors to trace nor the values that a program is good for.
+            # An object of unknown type may hold tensors that tracing misses, or values that the program depends on.
             self._warn(f"a batch holds a {type(unknown[0]).__name__}")
             return None
-        like = (tuple(map(_like, inputs)), str(structure))
-        key = (*like, self.objective.mode())
-        if key not in self._programs and sum(known[:2] == like for known in self._programs) == _MOST_PROGRAMS:
+        shapes = (tuple(map(_input_key, inputs)), str(structure))
+        key = (*shapes, self.objective.mode())
+        if key not in self._programs and sum(known[:2] == shapes for known in self._programs) == _MAX_PROGRAMS:
             self._give_up("a setting of the model changes with every batch")
         if self._gave_up:
             return None
         if key not in self._programs:
             if not self._kernel.linearize(leaves, index, batch).weight:
-                return None  # nothing to compare a program with: wait for a batch that counts
-            self._programs[key] = self._compiled(leaves, index, batch, inputs, structure)
+                return None  # a program cannot be verified with a batch of weight 0: wait for the next batch
+            self._programs[key] = self._compile(leaves, index, batch, inputs, structure)
         program = self._programs[key]
         return None if program is None else (inputs, program)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """Return the loss as the objective itself computes it."""
+        """Compute the loss of a batch without a compiled program."""
         buffers = self.objective.buffers(leaves)
         try:
             with torch.no_grad():
                 return self.objective.traced(leaves, buffers, batch)[0]
-        except RuntimeError:  # it contains derivatives of its own
+        except RuntimeError:  # the objective contains derivatives
             with torch.enable_grad():
                 return self.objective.traced(leaves, buffers, batch)[0].detach()
 
-    def _compiled(
+    def _compile(
         self, leaves: Mapping[str, Tensor], index: int, batch: Any, inputs: list[Any], structure: Any
     ) -> tuple[Program, Any] | None:
-        """Return the program for inputs like these, and the shape of the prediction; None where there is none."""
-        where = [position for position, part in enumerate(inputs) if isinstance(part, Tensor)]
-        chosen = {*self.rows.names, *self.cols.names}
+        """Compile and verify a program for inputs that have the shapes of `inputs`.
+
+        Return the program and the shapes of the prediction, or None if compilation fails.
+        """
+        positions = [position for position, part in enumerate(inputs) if isinstance(part, Tensor)]
+        selected = {*self.rows.names, *self.cols.names}
         shape: Any = None
 
         def product(
@@ -151,18 +170,18 @@ class CompiledKernel(Kernel):
         ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
             nonlocal shape
             parts = list(inputs)
-            for position, tensor in zip(where, tensors, strict=True):
+            for position, tensor in zip(positions, tensors, strict=True):
                 parts[position] = tensor.detach().requires_grad_(inputs[position].requires_grad)
             values, buffers, batch = pytree.tree_unflatten(parts, structure)
-            point = {name: value.detach().requires_grad_(name in chosen) for name, value in values.items()}
+            point = {name: value.detach().requires_grad_(name in selected) for name, value in values.items()}
             with torch.enable_grad(), TwiceDifferentiable(self.objective.evaluator.elementary_norms):
                 loss, prediction, cotangents = self._kernel.product(point, buffers, batch, tangents)
                 check_loss(loss, index)
                 shape = pytree.tree_map_only(Tensor, _shape, prediction)
                 return [loss.detach()], cotangents
 
-        def clones() -> list[Tensor]:  # a program may write to what it is given
-            return [_clone(inputs[position].detach()) for position in where]
+        def clones() -> list[Tensor]:  # a program may write to its inputs
+            return [_clone(inputs[position].detach()) for position in positions]
 
         numbers = torch.arange(self.cols.size, dtype=torch.float32, device=self.objective.device).sin()
         vector = self.cols.at(numbers.to(self.objective.dtype), index).contiguous()
@@ -171,11 +190,11 @@ class CompiledKernel(Kernel):
             _, residuals = program.linearize(clones())
             reference = self._kernel.linearize(leaves, index, batch)
             expected = reference.apply(self.cols.split(vector))
-            third = reference.apply(self.cols.split(vector / 3))  # how much rounding there is, where it is all there is
+            third = reference.apply(self.cols.split(vector / 3))  # shows the rounding errors of a zero product
             if not agree(self.rows.split(program.apply(residuals, vector)), expected, third):
                 raise RuntimeError("the compiled product differs from autograd's")
             return program, shape
-        except Exception as error:  # whatever torch cannot do; autograd says it again if the objective is at fault
+        except Exception as error:  # if the objective itself causes the error, autograd raises it again
             self._warn(" ".join(f"the product could not be compiled: {type(error).__name__}: {error}".split())[:300])
             return None
 
@@ -209,15 +228,15 @@ def _is_known(part: Any) -> bool:
     return isinstance(part, int | float | str | None)
 
 
-def _like(part: Any) -> object:
-    """Return what one program is good for."""
+def _input_key(part: Any) -> object:
+    """Return the part of a program's key that describes one input."""
     if not isinstance(part, Tensor):
-        return type(part), repr(part)  # which tells -0.0 from 0.0
+        return type(part), repr(part)  # repr distinguishes -0.0 from 0.0
     return part.shape, part.stride(), part.dtype, part.device, part.requires_grad
 
 
 def _clone(tensor: Tensor) -> Tensor:
-    """Return a clone in the same layout; where that cannot be had, as of an expanded tensor, the tensor itself."""
+    """Return a clone with the same strides, or `tensor` itself if its clone has other strides (expanded tensors)."""
     clone = tensor.clone()
     return clone if clone.stride() == tensor.stride() else tensor
 
@@ -226,33 +245,29 @@ def _shape(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-# Programs: a product traced, split by its dependence on the vector, and compiled in two halves.
-#
-# What does not depend on the vector runs once a batch and leaves residuals behind; the rest runs once a product.
-# Which values are worth keeping and which are cheaper computed again is what a minimal cut of the graph tells (the
-# one by which ``torch.compile`` splits training graphs into forward and backward; Chen et al., 2016, "Training deep
-# nets with sublinear memory cost", have the trade). Both halves are compiled by Inductor.
-
-# Elementwise work may be done again however far from its first use: residuals are half as large, at no cost in time.
+# These settings of the partitioner are turned off, so that it can recompute elementwise operations wherever their
+# results are used. Turning them off halves the size of the residuals and does not slow down products.
 _BANS = ("ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward")
 
-# As torch lays it out itself: Inductor would have convolutions in channels_last, and copy the weights for each of them.
+# With layout optimization, Inductor would run convolutions in channels_last and copy the weights in every product.
 _OPTIONS: dict[str, Any] = {"layout_optimization": False}
 
-#: ``(inputs, tangents) -> (extras, cotangents)``; extras are wanted of the first half, cotangents may be None.
+#: ``(inputs, tangents) -> (extras, cotangents)``. Extras are results that do not depend on the tangents, such as the
+#: loss; the first half of a program returns them. A cotangent that is None means zero.
 Product = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
 
 
 @dataclasses.dataclass
 class Program:
-    """A product in two halves.
+    """A product compiled in two halves.
 
-    Vectors go in and come out whole: to cut them up inside costs nothing, and each part is written to its place.
+    The program takes a flat vector and returns a flat vector. It splits the first vector by parameter, which costs
+    nothing in compiled code. It writes the product for each parameter directly to its place in the second vector.
 
     Attributes
     ----------
     seconds : float
-        What tracing and compiling took.
+        Time spent on tracing and compilation.
     """
 
     seconds: float
@@ -265,7 +280,7 @@ class Program:
     _many: dict[int, Callable[..., Sequence[Tensor]]] = dataclasses.field(default_factory=dict)
 
     def linearize(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
-        """Return the extras, and the residuals that `apply` needs."""
+        """Run the first half; return the extras and the residuals for `apply`."""
         with torch.no_grad():
             values = list(self._first(*(inputs[index] for index in self._inputs)))
         return values[: self._extras], values[self._extras :]
@@ -276,12 +291,14 @@ class Program:
             return self._second(*residuals, vector)[0]
 
     def apply_many(self, residuals: Sequence[Tensor], vectors: Tensor) -> Tensor:
-        """Return the products with vectors ``(K, N)``; compiled once for each K.
+        """Return the products with vectors ``(K, N)``.
+
+        Compile a program for K vectors, unless a program for K or more vectors exists.
 
         Raises
         ------
         RuntimeError
-            Where an operation cannot be batched, or is compiled to something else than it is for one column.
+            If an operation cannot be batched, or if the compiled products differ from products with single vectors.
         """
         count = len(vectors)
         size = min((size for size in self._many if size >= count), default=count)
@@ -295,51 +312,59 @@ class Program:
                     raise RuntimeError(f"the product cannot be batched: {error}") from error
                 singles = torch.stack([self.apply(residuals, vector) for vector in padded])
                 if not agree(self._rows.split(program(*residuals, padded)[0]), self._rows.split(singles)):
-                    raise RuntimeError("the batched product is compiled wrongly")
+                    raise RuntimeError("the batched product differs from products with single vectors")
                 self._many[size] = program
                 self.seconds += time.perf_counter() - began
             return self._many[size](*residuals, padded)[0][:count]
 
 
-def agree(these: Sequence[Tensor | None], those: Sequence[Tensor | None], thirds: Sequence[Tensor | None] = ()) -> bool:
-    """Whether two products are the same up to rounding, parameter by parameter.
+def agree(
+    product: Sequence[Tensor | None], reference: Sequence[Tensor | None], thirds: Sequence[Tensor | None] = ()
+) -> bool:
+    """Return True if, for each parameter, two products are equal up to rounding errors.
 
-    `thirds`, those of a third of the vector, tell how much rounding there is in `those`.
+    Parameters
+    ----------
+    product, reference : sequence of Tensor or None
+        One tensor for each parameter. None means zero.
+    thirds : sequence of Tensor or None, optional
+        The reference product with a third of the vector. Three times this product differs from `reference` only by
+        rounding errors, so the difference is an estimate of these errors.
     """
-    thirds = thirds or those
+    thirds = thirds or reference
     rounding = [
-        0.0 if other is None or third is None or third is other else float(torch.linalg.vector_norm(3 * third - other))
-        for other, third in zip(those, thirds, strict=True)
+        0.0 if part is None or third is None or third is part else float(torch.linalg.vector_norm(3 * third - part))
+        for part, third in zip(reference, thirds, strict=True)
     ]
-    total = sum((float(torch.linalg.vector_norm(other)) for other in those if other is not None), 0.0)
-    for one, other, noise in zip(these, those, rounding, strict=True):
-        if one is None and other is None:
+    total = sum((float(torch.linalg.vector_norm(part)) for part in reference if part is not None), 0.0)
+    for part, expected, noise in zip(product, reference, rounding, strict=True):
+        if part is None and expected is None:
             continue
-        part = other if one is None else one
-        eps = torch.finfo(cast("Tensor", part).dtype).eps
-        difference = part if one is None or other is None else one - other
-        size = 0.0 if other is None else float(torch.linalg.vector_norm(other))
-        # What is not finite differs from nothing: the engine tells it.
-        if float(torch.linalg.vector_norm(cast("Tensor", difference))) > eps**0.5 * size + 100 * (
-            eps * (total + eps) + noise
-        ):
+        known = cast("Tensor", expected if part is None else part)
+        eps = torch.finfo(known.dtype).eps
+        difference = known if part is None or expected is None else part - expected
+        size = 0.0 if expected is None else float(torch.linalg.vector_norm(expected))
+        # NaN counts as equal, because the comparison below is then False: the engine reports NaN and infinity itself.
+        if float(torch.linalg.vector_norm(difference)) > eps**0.5 * size + 100 * (eps * (total + eps) + noise):
             return False
     return True
 
 
 def compile_product(product: Product, inputs: Sequence[Tensor], vector: Tensor, cols: Layout, rows: Layout) -> Program:
-    """Trace `product` for tensors of these shapes, and compile it for vectors laid out as `cols` and `rows`.
+    """Trace and compile `product` for tensors with the shapes of `inputs` and `vector`.
+
+    The layouts `cols` and `rows` describe how the vector and the product are divided among the parameters.
 
     Raises
     ------
     Exception
-        Whatever torch says of an operation that cannot be traced, split or compiled.
+        Any exception that torch raises if it cannot trace, split or compile an operation.
     """
     began = time.perf_counter()
-    with _quiet():
-        graph, extras = _traced(product, inputs, vector, cols, rows)
+    with _ignore_warnings():
+        graph, extras = _trace(product, inputs, vector, cols, rows)
         first, second = _split(graph, len(inputs), extras, [*inputs, vector])
-        used = [_number(node) for node in _placeholders(first)]
+        used = [_input_number(node) for node in _placeholders(first)]
         with torch.no_grad():
             first_half = _inductor(first, [inputs[index] for index in used])
             residuals = list(first_half(*(inputs[index] for index in used)))[extras:]
@@ -355,26 +380,26 @@ def _inductor(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[...
 
 
 def _batched(linear: fx.GraphModule, residuals: Sequence[Tensor], vectors: Tensor) -> Callable[..., Sequence[Tensor]]:
-    """Return the second half for as many columns as there are vectors."""
+    """Compile the second half for ``len(vectors)`` vectors at once."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     axes = (*(None for _ in residuals), 0)
-    with _quiet():
+    with _ignore_warnings():
         graph = make_fx(torch.func.vmap(linear, axes), tracing_mode="fake")(*residuals, vectors)
         return _inductor(graph, [*residuals, vectors])
 
 
 def _padded(vectors: Tensor, size: int) -> Tensor:
-    """Return `size` vectors, in the one layout that programs are compiled for."""
+    """Pad `vectors` with zero vectors to `size` rows; return a contiguous tensor, as compiled programs require."""
     missing = size - len(vectors)
     return torch.cat([vectors, vectors.new_zeros(missing, vectors.shape[1])]) if missing else vectors.contiguous()
 
 
-def _traced(
+def _trace(
     product: Product, inputs: Sequence[Tensor], vector: Tensor, cols: Layout, rows: Layout
 ) -> tuple[fx.GraphModule, int]:
-    """Return the graph of extras and the product, and how many extras there are."""
-    import torch._inductor.lowering  # the decompositions of pooling look it up
+    """Trace `product`. Return the number of extras after a graph that computes the extras and the product."""
+    import torch._inductor.lowering  # needed by the decompositions of pooling
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -382,11 +407,12 @@ def _traced(
 
     def whole(inputs: Sequence[Tensor], vector: Tensor) -> list[Tensor]:
         nonlocal extras
-        wanted, cotangents = product(inputs, cols.split(vector))
-        extras = len(wanted)
-        return [*wanted, rows.join(cotangents, vector)]
+        outputs, cotangents = product(inputs, cols.split(vector))
+        extras = len(outputs)
+        return [*outputs, rows.join(cotangents, vector)]
 
-    # In two steps, as nothing can require grad inside of `functionalize`, which takes writes in place out.
+    # Trace twice: `functionalize`, which removes in-place operations, does not allow tensors that require grad. The
+    # first graph contains no such tensors.
     graph = make_fx(whole, tracing_mode="fake")(inputs, vector)
     functional = torch.func.functionalize(graph)
     graph = make_fx(functional, tracing_mode="fake", decomposition_table=select_decomp_table())(inputs, vector)
@@ -394,55 +420,61 @@ def _traced(
 
 
 def _split(graph: fx.GraphModule, inputs: int, extras: int, examples: list[Tensor]) -> tuple[Any, Any]:
-    """Return the halves: inputs to extras and residuals, residuals and vector to product."""
+    """Split a graph into two halves.
+
+    The first half computes extras and residuals from the inputs. The second half computes the product from the
+    residuals and the vector.
+    """
     from torch._functorch import config
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     nodes = list(graph.graph.nodes)
     placeholders = _placeholders(graph)
-    for index, node in enumerate(placeholders):  # the names by which the partitioner tells them apart
+    for index, node in enumerate(placeholders):  # the partitioner distinguishes inputs from vectors by these names
         number = index if index < inputs else index - inputs
         node.name = node.target = f"{'primals' if index < inputs else 'tangents'}_{number + 1}"
-    on_vector = set(placeholders[inputs:])
+    dependent = set(placeholders[inputs:])  # nodes that depend on the vector
     for node in nodes:
-        if any(parent in on_vector for parent in node.all_input_nodes):
-            on_vector.add(node)
+        if any(parent in dependent for parent in node.all_input_nodes):
+            dependent.add(node)
     output = nodes[-1]
     boundary = [
         node
         for node in nodes
-        if node.op == "call_function" and node not in on_vector and any(user in on_vector for user in node.users)
+        if node.op == "call_function" and node not in dependent and any(user in dependent for user in node.users)
     ]
-    # All that the second half touches is called an output of the first, so that the cut may lie anywhere before it.
-    wanted, products = list(output.args[0])[:extras], list(output.args[0])[extras:]
-    output.args = ((*wanted, *boundary, *products),)
+    # Let the first half output all values that the second half could read. The partitioner can then cut the graph
+    # anywhere before these values.
+    outputs, products = list(output.args[0])[:extras], list(output.args[0])[extras:]
+    output.args = ((*outputs, *boundary, *products),)
     graph.recompile()
     with config.patch({name: False for name in _BANS if hasattr(config, name)}):
         first, second = min_cut_rematerialization_partition(graph, examples, num_fwd_outputs=extras + len(boundary))
     ending = list(first.graph.nodes)[-1]
     residuals = ending.args[0][extras + len(boundary) :]
-    ending.args = ((*ending.args[0][:extras], *map(_as_number, residuals)),)
-    _from_numbers(second, len(residuals))
+    ending.args = ((*ending.args[0][:extras], *map(_bool_to_uint8, residuals)),)
+    _uint8_to_bool(second, len(residuals))
     for half in (first, second):
         half.graph.eliminate_dead_code()
         half.recompile()
     return first, second
 
 
-def _as_number(residual: fx.Node) -> fx.Node:
-    """Return a truth value as a number, as large, but ten times faster for vectors to read on a CPU."""
+def _bool_to_uint8(residual: fx.Node) -> fx.Node:
+    """Convert a boolean residual to uint8, because vectorized CPU code reads uint8 ten times faster."""
     if residual.meta["val"].dtype != torch.bool:
         return residual
     with residual.graph.inserting_before(list(residual.graph.nodes)[-1]):
         return residual.graph.call_function(torch.ops.prims.convert_element_type.default, (residual, torch.uint8))
 
 
-def _from_numbers(half: fx.GraphModule, residuals: int) -> None:
+def _uint8_to_bool(half: fx.GraphModule, residuals: int) -> None:
+    """In the second half, convert each residual that `_bool_to_uint8` changed from uint8 to bool."""
     placeholders = _placeholders(half)
     for residual in placeholders[:residuals]:
         if residual.meta["val"].dtype == torch.bool:
             with half.graph.inserting_after(placeholders[-1]):
-                arguments = (residual, torch.float32)  # to compare bytes is as slow as to read truth values
+                arguments = (residual, torch.float32)  # float32, because comparing uint8 is as slow as reading booleans
                 number = half.graph.call_function(torch.ops.prims.convert_element_type.default, arguments)
             with half.graph.inserting_after(number):
                 truth = half.graph.call_function(torch.ops.aten.ne.Scalar, (number, 0))
@@ -454,13 +486,13 @@ def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
     return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
 
-def _number(node: fx.Node) -> int:
+def _input_number(node: fx.Node) -> int:
     return int(node.name.rsplit("_", 1)[1]) - 1
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what Inductor says to those who call it themselves."""
+def _ignore_warnings() -> Iterator[None]:
+    """Hide Inductor's warnings, which address users who call Inductor themselves."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,6 +1,7 @@
-"""Products of kept linearizations, recorded as CUDA graphs.
+"""Record the products of cached linearizations as CUDA graphs.
 
-If a model is small, a GPU waits for the host to launch the next kernel. A recorded graph is one launch.
+If a model is small, the GPU waits for the host, which launches one kernel after another. A CUDA graph launches all
+kernels of a product at once.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from torch import Tensor
 
 from curvop.kernels.kernel import Kernel, Linearization
 
-__all__ = ["Recorder", "Replayed", "on_own_stream"]
+__all__ = ["Recorder", "Replayed", "capture_stream"]
 
 Product = Callable[[Tensor], Tensor]
 Multiply = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 
 
 class Recorder:
-    """Records products, which take turns in the same memory.
+    """Record products as CUDA graphs.
+
+    All graphs share the same memory, because only one graph runs at a time.
 
     Parameters
     ----------
     warns : bool
-        Whether to say so where they cannot be recorded.
+        Whether to warn if products cannot be recorded.
     """
 
     def __init__(self, warns: bool) -> None:
@@ -41,27 +44,30 @@ class Recorder:
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_memory": None}
 
-    def watching(self, linearization: Linearization, kernel: Kernel, count: int) -> Linearization:
-        """Return a linearization that is kept as one whose products are recorded, where that can be.
+    def recordable(self, linearization: Linearization, kernel: Kernel, count: int) -> Linearization:
+        """Return a linearization that records its products, or `linearization` itself if recording is not possible.
 
-        It retains `count` bytes, and a product of so many columns is taken to need as many times that.
+        The argument `count` is the number of bytes that the linearization retains. A product with K columns is assumed
+        to need ``K * count`` bytes.
         """
-        objective = kernel.objective  # autocast has casts of its own, which it forgets
+        objective = kernel.objective  # autocast frees the copies it caches, so a replay could not read them
         if self._gave_up or objective.device.type != "cuda" or objective.autocast() is not None:
             return linearization
         return Replayed(linearization, kernel, self, count)
 
     def record(self, run: Product, vectors: Tensor, products: Tensor, needed: int = 0) -> Product | None:
-        """Return what does as `run` does, None where it cannot be recorded.
+        """Record `run` and return a function that replays the recording, or None if nothing was recorded.
 
         Parameters
         ----------
         run : callable
-            ``vectors -> products`` on a GPU, which ran before: what it does once is not recorded.
+            A function ``vectors -> products`` on a GPU. The function must have run before, because one-time
+            initialization cannot be recorded.
         vectors, products : Tensor
-            An example, by which the recorded product is judged.
+            An argument of `run`, and the products ``run(vectors)``. The recording is checked against these products.
         needed : int
-            Bytes that it takes meanwhile. They stay taken, so that nothing is recorded where memory is scarce.
+            Number of bytes of temporary memory that a product needs. A graph keeps this memory, so nothing is recorded
+            if less than an eighth of the GPU memory would remain free.
         """
         if self._gave_up:
             return None
@@ -70,54 +76,55 @@ class Recorder:
         if free - needed < total // 8 or not 0 < size < torch.inf:
             return None
         try:
-            replay = self._recorded(run, vectors, products)
+            replay = self._capture_product(run, vectors, products)
             if torch.linalg.vector_norm(replay(vectors) - products) <= torch.finfo(products.dtype).eps ** 0.5 * size:
                 return replay
             reason = "the recorded product differs"
-        except Exception as error:  # whatever the host's part in it says
+        except Exception as error:  # from torch or from user code that runs on the host
             reason = " ".join(str(error).split())[:300]
         self._gave_up = True
         if self._warns:
             warnings.warn(f"products are not recorded as CUDA graphs: {reason}", RuntimeWarning, stacklevel=2)
         return None
 
-    def _recorded(self, run: Product, vectors: Tensor, products: Tensor) -> Product:
-        with on_own_stream(vectors.device):
+    def _capture_product(self, run: Product, vectors: Tensor, products: Tensor) -> Product:
+        with capture_stream(vectors.device):
             if self._memory is None:
-                if waits(lambda: run(vectors)):
+                if _synchronizes(lambda: run(vectors)):
                     raise RuntimeError("the host waits for the device")
                 self._memory = _Memory(vectors)
-            static, result = self._memory.of(vectors, products)
-            again = recorded(lambda: result.copy_(run(static)), self._memory.pool)
+            static, result = self._memory.buffers(vectors, products)
+            launch = _capture(lambda: result.copy_(run(static)), self._memory.pool)
 
         def replay(vectors: Tensor) -> Tensor:
             static.copy_(vectors)
-            return again().clone()  # the next product of any batch is written to the same place
+            return launch().clone()  # a copy: the next product of any batch overwrites the buffer
 
         return replay
 
 
 class _Memory:
-    """What recorded products have in common: the places of vectors and products, and a pool for the temporaries."""
+    """Memory that all recorded products share: buffers for vectors and products, and a pool for temporary tensors."""
 
     def __init__(self, like: Tensor) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         nothing = like.new_zeros(1)
-        self._anchor = recorded(nothing.zero_, self.pool)  # a pool dies with the last of its graphs
-        self._places: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        self._anchor = _capture(nothing.zero_, self.pool)  # a pool exists as long as any of its graphs
+        self._buffers: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
-    def of(self, vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the places for a vector and a product, or several, like these."""
-        key = tuple(part for one in (vectors, products) for part in (one.shape, one.dtype, one.device))
-        if key not in self._places:
-            self._places[key] = torch.empty_like(vectors), torch.empty_like(products)
-        return self._places[key]
+    def buffers(self, vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two buffers. They have the shapes, dtypes and devices of `vectors` and `products`."""
+        key = tuple(part for like in (vectors, products) for part in (like.shape, like.dtype, like.device))
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty_like(vectors), torch.empty_like(products)
+        return self._buffers[key]
 
 
 class Replayed(Linearization):
-    """A linearization that is kept, and whose products are recorded.
+    """A cached linearization whose products are recorded and replayed.
 
-    Those with as many columns are computed as they are at first, to do what is done once; the second is recorded.
+    The first product with a given number of columns is not recorded, because it may include one-time initialization.
+    The second product is computed and recorded. All later products are replayed.
     """
 
     whole = True
@@ -125,16 +132,16 @@ class Replayed(Linearization):
     def __init__(self, linearization: Linearization, kernel: Kernel, recorder: Recorder, count: int) -> None:
         super().__init__(linearization.loss, linearization.weight, linearization.roots, linearization.tensors)
         self._linearization, self._cols, self._rows = linearization, kernel.cols, kernel.rows
-        self._recorder, self._count = recorder, count
-        self._times: dict[torch.Size, int] = defaultdict(int)
+        self._recorder, self._bytes_per_column = recorder, count
+        self._calls: dict[torch.Size, int] = defaultdict(int)
         self._replays: dict[torch.Size, Product] = {}
 
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Multiply one vector, which comes whole."""
+        """Apply the matrix to one flat vector."""
         return [self._multiply(self._linearization.apply, tangents[0], count=1)]
 
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Multiply several vectors at once."""
+        """Apply the matrix to several flat vectors at once."""
         return [self._multiply(self._linearization.apply_many, tangents[0], count=len(tangents[0]))]
 
     def _multiply(self, multiply: Multiply, vectors: Tensor, count: int) -> Tensor:
@@ -149,32 +156,34 @@ class Replayed(Linearization):
             return cast("Tensor", products)
 
         products = run(vectors)
-        self._times[vectors.shape] += 1
-        if self._times[vectors.shape] == 2:
-            needed = count * self._count + vectors.nbytes + products.nbytes
-            if (made := self._recorder.record(run, vectors, products, needed)) is not None:
-                self._replays[vectors.shape] = made
+        self._calls[vectors.shape] += 1
+        if self._calls[vectors.shape] == 2:
+            needed = count * self._bytes_per_column + vectors.nbytes + products.nbytes
+            replay = self._recorder.record(run, vectors, products, needed)
+            if replay is not None:
+                self._replays[vectors.shape] = replay
         return products
 
 
 @contextlib.contextmanager
-def on_own_stream(device: torch.device) -> Iterator[None]:
-    """Let a GPU compute on a stream that can be recorded, which the default one cannot; one thread at a time.
+def capture_stream(device: torch.device) -> Iterator[None]:
+    """Use a side stream of a GPU while the context is active, because the default stream cannot be captured.
 
-    Autograd computes a product on the stream that the forward pass was on: all of it has to be within.
+    Only one thread at a time can enter the context. Autograd runs the backward pass on the stream of the forward pass,
+    so both linearizations and products must be computed in the context. On the CPU, the context does nothing.
     """
     if device.type != "cuda":
         yield
         return
-    own, lock = _stream(device)
-    with lock:  # what another thread computes there would be recorded as well
+    side, lock = _stream(device)
+    with lock:  # operations of another thread on this stream would be captured as well
         outer = torch.cuda.current_stream(device)
-        own.wait_stream(outer)
+        side.wait_stream(outer)
         try:
-            with torch.cuda.stream(own):
+            with torch.cuda.stream(side):
                 yield
         finally:
-            outer.wait_stream(own)
+            outer.wait_stream(side)
 
 
 @functools.cache
@@ -182,31 +191,33 @@ def _stream(device: torch.device) -> tuple[torch.cuda.Stream, threading.RLock]:
     return torch.cuda.Stream(device), threading.RLock()
 
 
-def waits(compute: Callable[[], object]) -> bool:
-    """Whether the host waits for the GPU in a computation, which cannot be recorded then."""
+def _synchronizes(compute: Callable[[], object]) -> bool:
+    """Return True if the host waits for the GPU during a computation. Such a computation cannot be captured."""
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             compute()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    return any("called a synchronizing CUDA operation" in str(one.message) for one in told)
+    return any("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def recorded(compute: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
-    """Return what computes the same tensor again, in the same place; within `on_own_stream`.
+def _capture(compute: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
+    """Capture a computation as a CUDA graph, and return a function that replays the graph.
 
-    Its temporaries are in the memory `pool` of graphs, which lives as long as any of them.
+    Every replay overwrites and returns the same tensor. Call this function within `capture_stream`. Temporary
+    tensors are allocated in the memory `pool`, which exists as long as any of its graphs.
     """
     graph = torch.cuda.CUDAGraph()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # where an error ends it early
-        # The workspace of cuBLAS goes to the pool: elsewhere, it is freed with any other graph of this stream.
+        warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # if an error ends the capture early
+        # Clear the cuBLAS workspace, so that cuBLAS allocates a new one in the pool. A workspace that another graph of
+        # this stream allocated would be freed together with that graph.
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            # Other threads, such as a loader's that pins memory, may ask the device for something meanwhile.
+            # thread_local: other threads, such as a data loader that pins memory, may call CUDA during the capture.
             graph.capture_begin(pool, capture_error_mode="thread_local")
             result = compute()
             graph.capture_end()
@@ -224,7 +235,7 @@ def recorded(compute: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """End a recording that failed: torch itself leaves its allocator and its random numbers as while recording."""
+    """End a failed capture, after which PyTorch leaves its allocator and random generators in capture mode."""
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
     with contextlib.suppress(RuntimeError, AttributeError):

@@ -1,7 +1,9 @@
-r"""The exact diagonal of a matrix through the prediction, :math:`\sum_n J_n^\top M_n J_n`, example by example.
+r"""The exact diagonal of a GGN-like matrix :math:`\sum_n J_n^\top M_n J_n`, computed example by example.
 
-With :math:`M_n = \sum_c \lambda_{nc} u_{nc} u_{nc}^\top` it is :math:`\sum_{nc} \lambda_{nc} (J_n^\top u_{nc})^2`: a
-backward pass of every example for each of its outputs (for a matrix of gradients, one), however many parameters.
+With the eigendecomposition :math:`M_n = \sum_c \lambda_{nc} u_{nc} u_{nc}^\top`, the diagonal is
+:math:`\sum_{nc} \lambda_{nc} (J_n^\top u_{nc})^2` with an elementwise square. For each example, this takes one backward
+pass per nonzero eigenvalue of :math:`M_n`: at most one per output, and only one for an empirical Fisher matrix. The
+number of backward passes does not depend on the number of parameters.
 """
 
 from __future__ import annotations
@@ -23,22 +25,25 @@ from curvop.kernels.parameters import ParameterLayout
 
 __all__ = ["write_diagonal"]
 
-#: Outputs of an example above which its part of the loss's curvature is not decomposed.
-_MOST_OUTPUTS = 256
-#: Entries of examples' gradients that there are at a time.
-_ENTRIES = 1 << 23
+#: Largest supported number of outputs per example. With c outputs, the block of `M` for an example has c * c entries.
+_MAX_OUTPUTS = 256
+#: Largest total number of entries in the per-example gradients that are computed at once.
+_MAX_ENTRIES = 1 << 23
 
 
 def write_diagonal(kernel: GGNLikeKernel, names: Sequence[str], out: Tensor) -> None:
-    """Write the diagonal of the block of the parameters `names` into `out` ``(N,)``; one pass over the data.
+    """Write the diagonal of the block of the parameters `names` into `out`, a tensor of shape (N,).
+
+    This takes one pass over the data.
 
     Raises
     ------
     NotImplementedError
-        Where the prediction is no tensor of examples that are computed apart from each other by what torch can map
-        over, or an example has more than 256 outputs.
+        If the prediction is not one tensor with the examples along dimension 0, if the model or the loss couples the
+        examples, if ``torch.func.vmap`` cannot map the model over the examples, or if an example has more than 256
+        outputs.
     NonFiniteProductError
-        Where it holds NaN or infinity.
+        If the diagonal contains NaN or infinity.
     """
     objective, totals = kernel.objective, kernel.objective.totals()
     values = objective.leaves(())
@@ -50,16 +55,16 @@ def write_diagonal(kernel: GGNLikeKernel, names: Sequence[str], out: Tensor) -> 
             if not loss.weight:
                 continue
             if more:
-                raise _unknown("the prediction is not one tensor with the examples along dimension 0")
-            # Before the examples are compared: NaN differs from itself, which is not for coupled examples.
-            told = functools.partial(not_finite, "diagonal", index, float(loss.value))
-            if z.isnan().any():  # infinity may be a mask
-                raise NonFiniteProductError(told("the prediction"))
-            given = kernel.extra(index, prediction, batch)
-            output_hessian = kernel.output_hessian([z], batch, given, functools.partial(loss.gradient, [z]))
-            strengths, vectors = _decomposed(output_hessian, z, told)
-            _check_gradient(kernel, names, batch, z, told)
-            for part, value in zip(parts, _squares(kernel, names, batch[0], z, strengths, vectors), strict=True):
+                raise _not_available("the prediction is not one tensor with the examples along dimension 0")
+            # Check for NaN before the comparison of examples: NaN differs from itself, which would look like coupling.
+            describe = functools.partial(not_finite, "diagonal", index, float(loss.value))
+            if z.isnan().any():  # infinity may come from a mask
+                raise NonFiniteProductError(describe("the prediction"))
+            extra = kernel.extra(index, prediction, batch)
+            output_hessian = kernel.output_hessian([z], batch, extra, functools.partial(loss.gradient, [z]))
+            eigenvalues, vectors = _decompose(output_hessian, z, describe)
+            _check_gradient(kernel, names, batch, z, describe)
+            for part, value in zip(parts, _sum_powers(kernel, names, batch[0], z, eigenvalues, vectors), strict=True):
                 part.add_(value.to(part.device), alpha=loss.weight)
         objective.conclude(totals)
     out.div_(objective.divisor(totals.weights))
@@ -67,23 +72,30 @@ def write_diagonal(kernel: GGNLikeKernel, names: Sequence[str], out: Tensor) -> 
         raise NonFiniteProductError("the diagonal holds NaN or infinity")
 
 
-def _unknown(reason: str) -> NotImplementedError:
+def _not_available(reason: str) -> NotImplementedError:
     return NotImplementedError(
-        f"the exact diagonal cannot be told, as {reason}: curvop.spectrum.diagonal estimates it from products"
+        f"the exact diagonal is not available because {reason}: curvop.spectrum.diagonal estimates it from products"
     )
 
 
-def _check_finite(tensor: Tensor, where: str, told: Callable[[str], str]) -> None:
+def _check_finite(tensor: Tensor, where: str, describe: Callable[[str], str]) -> None:
     if not tensor.isfinite().all():
-        raise NonFiniteProductError(told(where))
+        raise NonFiniteProductError(describe(where))
 
 
-def _decomposed(output_hessian: OutputHessian, z: Tensor, told: Callable[[str], str]) -> tuple[Tensor, Tensor]:
-    """Return ``(C, n)`` eigenvalues of the examples' blocks of `M`, and their eigenvectors ``(C, n, ...)``."""
+def _decompose(output_hessian: OutputHessian, z: Tensor, describe: Callable[[str], str]) -> tuple[Tensor, Tensor]:
+    """For each of the n examples, return the eigenvalues and eigenvectors of its block of `M`.
+
+    Returns
+    -------
+    eigenvalues : Tensor, shape (C, n)
+        Row c is omitted if the c-th eigenvalues of all examples are zero.
+    eigenvectors : Tensor, shape (C, n, ...)
+    """
     count = _count(z)
     outputs = z.numel() // max(count, 1)
-    if outputs > _MOST_OUTPUTS:
-        raise _unknown(f"an example has {outputs:,} outputs, more than {_MOST_OUTPUTS}")
+    if outputs > _MAX_OUTPUTS:
+        raise _not_available(f"an example has {outputs:,} outputs, more than {_MAX_OUTPUTS}")
 
     def multiply(vectors: Tensor) -> Tensor:
         [product] = output_hessian([vectors.view_as(z)])
@@ -91,29 +103,34 @@ def _decomposed(output_hessian: OutputHessian, z: Tensor, told: Callable[[str], 
 
     units = torch.eye(outputs, dtype=z.dtype, device=z.device)
     blocks = torch.stack([multiply(unit.expand(count, outputs).contiguous()) for unit in units], dim=-1)
-    _check_finite(blocks, "the curvature of the loss", told)
+    _check_finite(blocks, "the curvature of the loss", describe)
     probe = torch.linspace(1, 2, z.numel(), dtype=z.dtype, device=z.device).cos().view(count, outputs)
     expected = torch.einsum("nij,nj->ni", blocks, probe)
-    # By the blocks' own size: a probe may lie where they vanish, such as the same number for every class.
+    # The tolerance is not relative to the product, because the product may be zero. For example, the blocks of a
+    # softmax map constant vectors to zero.
     size = blocks.norm() * probe.norm()
-    _agree(multiply(probe), expected, "the loss couples its examples", size)
-    strengths, vectors = torch.linalg.eigh(blocks.double())
-    strengths, vectors = strengths.to(z.dtype).T, vectors.to(z.dtype).permute(2, 0, 1)
-    # A product of rounding errors is no part of the matrix: of a gradient's square, only one vector stays.
-    weak = outputs * torch.finfo(z.dtype).eps * strengths.abs().max()
-    there = strengths.abs().amax(1) > weak
-    return strengths[there], vectors[there].reshape(-1, count, *z.shape[1:])
+    _check_agreement(multiply(probe), expected, "the loss couples its examples", size)
+    eigenvalues, vectors = torch.linalg.eigh(blocks.double())
+    eigenvalues, vectors = eigenvalues.to(z.dtype).T, vectors.to(z.dtype).permute(2, 0, 1)
+    # Drop eigenvalues that are rounding errors. For a block that is the outer product of one gradient, this leaves only
+    # one eigenvalue.
+    threshold = outputs * torch.finfo(z.dtype).eps * eigenvalues.abs().max()
+    nonzero = eigenvalues.abs().amax(1) > threshold
+    return eigenvalues[nonzero], vectors[nonzero].reshape(-1, count, *z.shape[1:])
 
 
 def _count(z: Tensor) -> int:
-    """Return the number of examples; a prediction without dimensions is one."""
+    """Return the number of examples in a prediction; a prediction without dimensions is one example."""
     return len(z) if z.ndim else 1
 
 
 def _check_gradient(
-    kernel: GGNLikeKernel, names: Sequence[str], batch: Any, z: Tensor, told: Callable[[str], str]
+    kernel: GGNLikeKernel, names: Sequence[str], batch: Any, z: Tensor, describe: Callable[[str], str]
 ) -> None:
-    """Refuse a model that couples its examples in derivatives alone: one backward pass of the batch, one of each."""
+    """Raise a NotImplementedError if the derivatives of the model couple the examples.
+
+    The function compares the gradient of the whole batch with the sum of the gradients of all examples.
+    """
     objective = kernel.objective
     probe = torch.linspace(1, 2, z.numel(), dtype=z.dtype, device=z.device).cos().view_as(z)
     leaves = objective.leaves(names)
@@ -124,76 +141,83 @@ def _check_gradient(
     whole = torch.autograd.grad(output, chosen, probe, allow_unused=True)
     for name, part in zip(names, whole, strict=True):
         if part is not None:
-            _check_finite(part, f"parameter {name!r}", told)
-    sums = _squares(
+            _check_finite(part, f"parameter {name!r}", describe)
+    sums = _sum_powers(
         *(kernel, names, batch[0], z, torch.ones(1, _count(z), dtype=z.dtype, device=z.device)),
         probe.view(1, _count(z), *z.shape[1:]),
         power=1,
     )
     expected = [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(chosen, whole, strict=True)]
     eps = torch.finfo(z.dtype).eps
-    # Gradients of nothing but rounding errors, as by a bias below a normalisation, are small for parameters of order
-    # one; what else is as small has a square that is nothing.
+    # The absolute term allows for gradients that are rounding errors, such as the gradient of a bias before a
+    # normalisation layer. The term assumes parameters of order one. Squares of smaller gradients are negligible.
     allowed = eps**0.5 * sum(float(part.norm()) for part in expected) + 100 * eps * float(probe.norm())
     for found, part in zip(sums, expected, strict=True):
         if not float((found - part).norm()) <= allowed:
-            raise _unknown("the model couples its examples in their derivatives")
+            raise _not_available("the model couples its examples in their derivatives")
 
 
-def _squares(
+def _sum_powers(
     kernel: GGNLikeKernel,
     names: Sequence[str],
     X: Any,
     z: Tensor,
-    strengths: Tensor,
+    weights: Tensor,
     vectors: Tensor,
     power: int = 2,
 ) -> Sequence[Tensor]:
-    """Return the weighted sums of squares of ``J_n' u_nc``, or another power, for each parameter."""
+    """Sum ``weights[c, n] * (J_n' vectors[c, n]) ** power`` over c and n, with an elementwise power.
+
+    Return one tensor for each parameter in `names`.
+    """
     objective = kernel.objective
-    whole = not z.ndim  # the batch is one example
-    if whole:
+    single = not z.ndim  # the batch is one example
+    if single:
         z = z[None]
     elif leading_size(X) != len(z):
-        raise _unknown("the inputs' first dimensions are not the examples of the prediction")
+        raise _not_available("the inputs' first dimensions are not the examples of the prediction")
     params = {name: objective.params[name].detach() for name in names}
     leaves = objective.leaves(())
     buffers = objective.buffers(leaves)
 
-    def of_one(inputs: list[Tensor], strength: Tensor, vector: Tensor) -> tuple[Tensor, list[Tensor]]:
-        rest = iter(inputs)
-        one = map_leaves(lambda _: next(rest) if whole else next(rest)[None], X)
-        image, pullback, *_ = vjp(lambda own: objective.traced_prediction(leaves | own, buffers, (one, None)), params)
+    def sum_of_example(inputs: list[Tensor], weights: Tensor, vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
+        remaining = iter(inputs)
+        example = map_leaves(lambda _: next(remaining) if single else next(remaining)[None], X)
+        output, pullback, *_ = vjp(
+            lambda own: objective.traced_prediction(leaves | own, buffers, (example, None)), params
+        )
         total = [torch.zeros_like(value) for value in params.values()]
-        for weight, direction in zip(strength, vector, strict=True):
-            pulled = pullback(direction.view_as(image))[0].values()
-            total = [part + weight * value**power for part, value in zip(total, pulled, strict=True)]
-        return image.reshape(z.shape[1:]), total
+        for weight, vector in zip(weights, vectors, strict=True):
+            gradient = pullback(vector.view_as(output))[0].values()
+            total = [part + weight * value**power for part, value in zip(total, gradient, strict=True)]
+        return output.reshape(z.shape[1:]), total
 
-    size = max(1, _ENTRIES // sum(value.numel() for value in params.values()))
+    size = max(1, _MAX_ENTRIES // sum(value.numel() for value in params.values()))
     sums = [torch.zeros_like(value) for value in params.values()]
     for start in range(0, len(z), size):
         rows = slice(start, start + size)
         try:
-            with torch.no_grad():  # a function may hold other parameters, of which torch would keep the graph
-                images, totals = vmap(of_one, in_dims=(0, 1, 1))(
-                    [leaf[None] if whole else leaf[rows] for leaf in leaves_of(X)], strengths[:, rows], vectors[:, rows]
+            with torch.no_grad():  # else torch would retain graphs for parameters not in `names`
+                outputs, totals = vmap(sum_of_example, in_dims=(0, 1, 1))(
+                    [leaf[None] if single else leaf[rows] for leaf in leaves_of(X)], weights[:, rows], vectors[:, rows]
                 )
-        except Exception as error:  # the whole batch went well: what torch, or the model, cannot map over
+        except Exception as error:  # the model accepts the whole batch, so vmap caused the error
             if out_of_memory(error):
                 raise
             reason = str(error).strip().partition("\n")[0]
-            raise _unknown(f"the model cannot be mapped over its examples: {reason}") from error
-        _agree(images, z[rows], "the model couples its examples, as batch normalisation in training mode does")
+            raise _not_available(f"the model cannot be mapped over its examples: {reason}") from error
+        _check_agreement(
+            outputs, z[rows], "the model couples its examples, as batch normalisation in training mode does"
+        )
         for total, value in zip(sums, totals, strict=True):
             total += value.sum(0)
     return sums
 
 
-def _agree(found: Tensor, expected: Tensor, otherwise: str, size: Tensor | None = None) -> None:
+def _check_agreement(found: Tensor, expected: Tensor, reason: str, size: Tensor | None = None) -> None:
     found, expected = found.detach(), expected.detach()
-    same = found == expected  # infinite ones, behind a mask, have no difference
+    same = found == expected  # masked infinities are equal, but their difference is NaN
     size = expected.masked_fill(expected.isinf(), 0.0).norm() if size is None else size
     difference = (found - expected).masked_fill(same, 0.0).norm()
     if not difference <= torch.finfo(expected.dtype).eps ** 0.5 * size:
-        raise _unknown(otherwise)
+        raise _not_available(reason)

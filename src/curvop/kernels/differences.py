@@ -1,6 +1,11 @@
-"""Products by central differences of first derivatives of the user's own code, one kind of matrix at a time.
+"""Products by central differences of first derivatives of the user's own code.
 
-Where several batches are given, the loss is that of all of them as one: of their predictions, put together.
+`own_product` computes a product for the whole data set, with two step sizes. The difference between
+these products is an estimate of the error.
+
+`Differences` has a subclass for each kind of matrix. A subclass computes the contribution of one or more batches to the
+product, with one step size. Several batches are evaluated as one: their predictions and targets are joined before the
+loss function is called.
 """
 
 from __future__ import annotations
@@ -23,24 +28,48 @@ from curvop.kernels.fisher_kernel import EmpiricalFisherKernel
 from curvop.kernels.ggn_kernel import GGNKernel, outputs_of
 from curvop.kernels.hessian_kernel import HessianKernel
 from curvop.kernels.jacobian_kernel import JacobianKernel
-from curvop.kernels.losses import Examples, loss_kind
-from curvop.kernels.objective import Objective
+from curvop.kernels.losses import Examples, is_torch_loss, loss_kind
 from curvop.kernels.parameters import BatchLayout
 from curvop.kernels.user_code import UserCode, Values, gradient_of
 
-__all__ = ["DIFFERENCES", "Differences", "OwnProduct", "Part", "detached", "norm", "own_product"]
+__all__ = [
+    "DIFFERENCES",
+    "Differences",
+    "OwnProduct",
+    "Part",
+    "detached",
+    "losses_of_examples",
+    "norm",
+    "own_product",
+    "unreduced_loss",
+]
 
-#: Relative difference between autograd's derivative and a difference quotient that no rounding explains.
-_HELD = 1e-4
-#: Part of the examples' losses that their sum must be for their divisor to be read off it.
-_CANCELS = 1e-3
-#: Examples of a batch whose losses are computed one by one; 10,000 calls of a loss take about 0.3 seconds.
-_MOST_EXAMPLES = 10_000
+#: If the relative difference between autograd's derivative and a difference quotient is at most this, rounding errors
+#: explain the difference.
+_TOLERANCE = 1e-4
+#: A divisor is computed only if the sum of the examples' losses exceeds this fraction of the sum of their absolute
+#: values. Otherwise, the losses cancel.
+_CANCELLATION = 1e-3
+#: Largest number of examples for which the loss function is called once per example; 10,000 calls take about 0.3
+#: seconds.
+_MAX_EXAMPLES = 10_000
 
 
 @dataclasses.dataclass
 class Part:
-    """What the user's code gives for some batches, by one step."""
+    """The contribution of one or more batches to a product, with one step size.
+
+    Attributes
+    ----------
+    product : Tensor, shape (M,)
+        The contribution to the product.
+    holds, linear : bool
+        See `OwnProduct`.
+    inner : float
+        For an empirical Fisher matrix, the sum of the derivatives of the examples' losses along the vector.
+    total : Tensor or None
+        For an empirical Fisher matrix, the sum of the gradients of the examples' losses.
+    """
 
     product: Tensor
     holds: bool = False
@@ -50,11 +79,18 @@ class Part:
 
 
 class Differences(abc.ABC):
-    """How the product of one kind of matrix is made of differences of the user's code."""
+    """Base class for computing products with one kind of matrix by finite differences of the user's code.
 
-    #: Whether a step is taken at all.
+    Parameters
+    ----------
+    code : UserCode
+    kernel : Kernel
+    vector : Tensor, shape (N,)
+    """
+
+    #: Whether the product is computed from a difference quotient.
     steps = True
-    #: Whether the matrix is a derivative of the gradient, or an approximation to it.
+    #: Whether the matrix is the derivative of the gradient, or approximates this derivative.
     curves = False
 
     def __init__(self, code: UserCode, kernel: Any, vector: Tensor) -> None:
@@ -65,73 +101,86 @@ class Differences(abc.ABC):
 
     @abc.abstractmethod
     def part(self, batches: list[Any], index: int, step: float) -> Part:
-        """Return the product of some batches, by a step relative to the parameters."""
+        """Compute the contribution of the batches to the product; `step` is relative to the norm of the parameters."""
 
     def divisor(self, weight: float, prediction: Any, index: int, batch: Any) -> float:
-        """Return by what the product of a batch is divided before it is weighted."""
+        """Return the number by which a batch's product is divided before it is multiplied by the batch's weight."""
         return 1.0
 
     def whole_divisor(self, loss: Tensor, predictions: Any, batches: list[Any]) -> float:
-        """Return by what the product of the whole data set is divided."""
+        """Return the number by which the product is divided if all batches are evaluated as one."""
         return 1.0
 
     def exact(self, batches: list[Any]) -> Tensor | None:
-        """Return the product without differences, by the operator's formulas; None if there is none."""
+        """Compute the product by double backward, or return None if this is not implemented for the matrix."""
         return None
 
     def count(self, batches: list[Any]) -> float:
-        """Return how many examples count, of a matrix whose examples have a mean."""
+        """Return the number of examples that contribute to the loss, or 0 if the matrix is not a mean over examples."""
         return 0.0
 
     def size(self, step: float) -> float:
-        """Return the length of a step."""
+        """Convert a step, given relative to the norm of the parameters, to a number by which to multiply `along`."""
         return step * (norm([self.code.base[name] for name in self.along]) or 1.0) / (norm(self.along.values()) or 1.0)
 
     def change(self, product: Tensor) -> float:
-        """Return by how much the gradient changes if the parameters do by their own size."""
+        """Estimate the norm of the change of the gradient for a relative step of 1 along the vector; see `size`.
+
+        Return 0 if `curves` is False.
+        """
         return float(product.norm()) * self.size(1.0) if self.curves else 0.0
 
     def both(self, function: Callable[[list[Any]], Any], batches: list[Any], size: float) -> list[Any]:
-        """Return what a function of the batches gives ahead of the point and behind it, and go back there."""
-        found = []
+        """Evaluate ``function(batches)`` after a step ``+size`` and after a step ``-size`` along the vector."""
+        results = []
         for step in (size, -size):
             self.code.move(self.along, step)
-            found.append(self.code.run(function, batches))
+            results.append(self.code.run(function, batches))
         self.code.move({}, 0.0)
-        return found
+        return results
 
     def rows(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the vector of the parameters of the rows."""
+        """Join the tensors of the row parameters into one vector."""
         return torch.cat([part.reshape(-1) for part in self.kernel.rows.of(parts)])
 
     def inner(self, gradient: Mapping[str, Tensor]) -> float:
-        """Return a gradient's product with the direction."""
+        """Return the inner product of a gradient with the vector."""
         return sum(float((gradient[name] * part).sum()) for name, part in self.along.items())
 
     def vjp(self, function: Callable[[list[Any]], list[Tensor]], batches: list[Any], seeds: list[Tensor]) -> Values:
-        """Return the transposed Jacobian of the parts that a function gives, times `seeds`."""
-        found: Values = self.code.run(lambda own: self.code.gradient(function(own), seeds), batches)
-        return found
+        """Return the product of the transposed Jacobian of a function with `seeds`, which has one tensor per output."""
+        product: Values = self.code.run(lambda own: self.code.gradient(function(own), seeds), batches)
+        return product
 
     def predicted(self, batches: list[Any]) -> list[Tensor]:
-        """Return the parts of the predictions that can be differentiated."""
+        """Return the floating-point tensors in the predictions for the batches."""
         return [part for batch in batches for part in outputs_of(self.code.predict(batch))]
 
     def jvp(self, function: Callable[[list[Any]], list[Tensor]], batches: list[Any], size: float) -> list[Tensor]:
-        """Return the derivative of the parts along the direction."""
+        """Return the derivative of a function along the vector, computed by central differences."""
         ahead, behind = self.both(lambda own: [part.detach() for part in function(own)], batches, size)
-        # Where both are infinite, as behind a mask, nothing changes.
+        # Masked entries are infinite in both evaluations. Their derivative is zero, not NaN.
         return [torch.where(a == b, 0.0, a - b) / (2 * size) for a, b in zip(ahead, behind, strict=True)]
 
     def holds(self, seeds: list[Tensor], jvp: list[Tensor], vjp: Mapping[str, Tensor]) -> bool:
-        """Whether ``<u, J v>`` by differences is another than ``<J' u, v>`` by autograd."""
-        pushes = sum(float((a * b).sum()) for a, b in zip(seeds, jvp, strict=True))
+        """Return True if ``<u, J v>``, computed by differences, differs from ``<J' u, v>``, computed by autograd.
+
+        Parameters
+        ----------
+        seeds : list of Tensor
+            ``u``
+        jvp : list of Tensor
+            ``J v``
+        vjp : dict of str to Tensor
+            ``J' u``
+        """
+        by_differences = sum(float((a * b).sum()) for a, b in zip(seeds, jvp, strict=True))
         size = norm(seeds) * norm(jvp)
-        return abs(pushes - self.inner(vjp)) > _HELD * size
+        return abs(by_differences - self.inner(vjp)) > _TOLERANCE * size
 
 
 def norm(parts: Iterable[Tensor]) -> float:
-    """Return the norm of several tensors together."""
+    """Return the norm of the concatenation of several tensors."""
     return math.hypot(*(float(part.norm()) for part in parts))
 
 
@@ -147,20 +196,20 @@ class _Hessian(Differences):
         (above, ahead), (below, behind) = self.both(loss_and_gradient, batches, size)
         slope, rate = (self.inner(ahead) + self.inner(behind)) / 2, (above - below) / (2 * size)
         noise = 100 * torch.finfo(self.vector.dtype).eps * (abs(above) + abs(below)) / size
-        # At a minimum the slope is small beside its change within a step.
+        # Near a minimum, the slope is much smaller than its change within a step.
         change = abs(self.inner(ahead) - self.inner(behind))
-        holds = abs(rate - slope) > _HELD * max(abs(rate), abs(slope)) + change + noise
+        holds = abs(rate - slope) > _TOLERANCE * max(abs(rate), abs(slope)) + change + noise
         return Part(self.rows({name: (ahead[name] - behind[name]) / (2 * size) for name in ahead}), holds)
 
     def exact(self, batches: list[Any]) -> Tensor:
-        """Return the product by double backward."""
+        """Compute the product by double backward."""
 
         def product(own: list[Any]) -> Values:
             with TwiceDifferentiable():
                 loss = self.code.loss(own)[0]
                 inputs = [self.code.targets[name] for name in self.along]
-                found = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
-                inner = torch.stack([(a * b).sum() for a, b in zip(found, self.along.values(), strict=True)]).sum()
+                grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+                inner = torch.stack([(a * b).sum() for a, b in zip(grads, self.along.values(), strict=True)]).sum()
                 return self.code.gradient([inner])
 
         return self.rows(self.code.run(product, batches))
@@ -175,7 +224,7 @@ class _GaussNewton(Differences):
         outputs = [part for prediction in predictions for part in outputs_of(prediction)]
         size = step * (norm(map(_unmasked, outputs)) or 1.0) / (norm(jvp) or 1.0)
         ahead, behind = (
-            self.code.run(functools.partial(self._slope, predictions, jvp, one), batches) for one in (size, -size)
+            self.code.run(functools.partial(self._slope, predictions, jvp, offset), batches) for offset in (size, -size)
         )
         output_hessian = [(a - b) / (2 * size) for a, b in zip(ahead, behind, strict=True)]
         vjp = self.vjp(self.predicted, batches, output_hessian)
@@ -188,7 +237,7 @@ class _GaussNewton(Differences):
         return Part(self.rows(vjp), self.holds(ahead, jvp, seeded), linear)
 
     def _slope(self, predictions: list[Any], along: list[Tensor], size: float, own: list[Any]) -> list[Tensor]:
-        """Return the derivative of the loss by the predictions, `size` away from them along a direction."""
+        """Return the gradient of the loss with respect to the predictions at ``predictions + size * along``."""
         directions, moved = iter(along), []
 
         def move(part: Tensor) -> Tensor:
@@ -202,12 +251,12 @@ class _GaussNewton(Differences):
 
 
 def _unmasked(part: Tensor) -> Tensor:
-    """Return a prediction without the huge numbers that stand behind a mask."""
+    """Return a copy of a tensor in which huge numbers, which come from a mask, are replaced by zero."""
     return part.masked_fill(part.abs() > torch.finfo(part.dtype).max ** 0.5, 0.0)
 
 
 def detached(tree: Any) -> Any:
-    """Return a tree of tensors, cut off."""
+    """Return a tree of tensors in which each tensor is detached from its graph."""
     return map_leaves(lambda part: part.detach(), tree)
 
 
@@ -224,23 +273,26 @@ class _EmpiricalFisher(Differences):
         return float(self.code.objective.divisor_of(prediction, index, batch))  # type: ignore[attr-defined]
 
     def whole_divisor(self, loss: Tensor, predictions: Any, batches: list[Any]) -> float:
-        """Return what the loss divides the sum of its examples' by, as its own value says."""
+        """Return the divisor of the loss: the ratio of the sum of the examples' losses to the loss."""
         if self.code.objective.reduction == "sum":
             return 1.0
         losses = torch.cat(self.code.run(self._losses, batches)).detach()
-        if not float(losses.sum().abs()) > _CANCELS * float(losses.abs().sum()):
+        if not float(losses.sum().abs()) > _CANCELLATION * float(losses.abs().sum()):
             raise CannotJoinError("their losses cancel")
         return float(losses.sum() / loss)
 
     def count(self, batches: list[Any]) -> float:
-        """Return how many examples count."""
+        """Return the number of examples that contribute to the loss."""
         examples = Examples(self.code.objective.loss_function)  # type: ignore[attr-defined]
         predictions = self.code.run(lambda own: [detached(self.code.predict(batch)) for batch in own], batches)
         pairs = zip(predictions, batches, strict=True)
         return sum(examples.count(outputs_of(prediction), y) for prediction, (_, y) in pairs)
 
     def _losses(self, batches: list[Any]) -> list[Tensor]:
-        """Return the examples' losses, batch after batch; `curvop.kernels.losses` says what an example is."""
+        """Return one tensor per batch, with the loss of each example.
+
+        `curvop.kernels.losses` defines what an example is.
+        """
         return [self._unreduced(self.code.predict(batch), batch[1]) for batch in batches]
 
     def _unreduced(self, prediction: Any, y: Any) -> Tensor:
@@ -250,19 +302,29 @@ class _EmpiricalFisher(Differences):
             return loss[None]
         if loss_kind(loss_function) is None:
             count = len(outputs_of(prediction)[0])
-            if count > _MOST_EXAMPLES:
-                raise ValueError(f"a batch has {count:,} examples, too many to be evaluated one by one")
+            if count > _MAX_EXAMPLES:
+                raise ValueError(f"a batch has {count:,} examples, too many to evaluate them one by one")
             pairs = (example_of((prediction, y), index, count) for index in range(count))
             return torch.stack([loss_function(*pair) for pair in pairs])
-        if isinstance(loss_function, nn.Module):
-            loss_function = copy.copy(loss_function)
-            loss_function.reduction = "none"
-            terms = loss_function(prediction, y)
-        else:
-            terms = functools.partial(loss_function, reduction="none")(prediction, y)
-        by_row = terms.shape == prediction.shape and terms.ndim > 1
-        losses: Tensor = (terms.sum(-1) if by_row else terms).reshape(-1)
-        return losses
+        return losses_of_examples(unreduced_loss(loss_function)(prediction, y), prediction)
+
+
+def unreduced_loss(loss_function: Any) -> Any:
+    """Return a copy of a PyTorch loss function (a module or a function) with ``reduction='none'``."""
+    if isinstance(loss_function, nn.Module):
+        loss_function = copy.copy(loss_function)
+        loss_function.reduction = "none"
+        return loss_function
+    return functools.partial(loss_function, reduction="none")
+
+
+def losses_of_examples(terms: Tensor, prediction: Tensor) -> Tensor:
+    """Return the loss of each example, given the terms of an unreduced loss.
+
+    If there is a term for each output, the terms of an example are summed.
+    """
+    by_output = terms.shape == prediction.shape and terms.ndim > 1
+    return (terms.sum(-1) if by_output else terms).reshape(-1)
 
 
 class _Jacobian(Differences):
@@ -299,55 +361,58 @@ DIFFERENCES: Mapping[type, Callable[[UserCode, Any, Tensor], Differences]] = {
 }
 
 
-# Products by differences of the user's own code, over all batches, with steps of two sizes.
-
-# Pairs of steps of central differences, relative to the parameters, to be tried until the two products agree. The cube
-# root of epsilon balances truncation, of the order of the step's square, with rounding, of the order of epsilon over
-# the step. Far fewer kinks, as ReLU has, lie within the shorter ones. What is computed in float32 within a model in
-# float64 asks for the longer ones.
+# Pairs of steps of central differences, relative to the norm of the parameters. The pairs are tried in order until the
+# products with both steps agree. The truncation error is proportional to the squared step, and the rounding error to
+# epsilon divided by the step. Both errors are balanced if the step is the cube root of epsilon. Far fewer kinks (ReLU)
+# lie within shorter steps. Longer steps are for float64 models that do some of their computations in float32.
 _FINE, _COARSE = (torch.finfo(dtype).eps ** (1 / 3) for dtype in (torch.float64, torch.float32))
 _STEPS = {
     torch.float64: [(_FINE, _FINE / 2**8), (_FINE / 2**8, _FINE / 2**12), (_COARSE, _COARSE / 4)],
     torch.float32: [(_COARSE, _COARSE / 4)],
 }
-#: Relative difference of the two products up to which they are taken for the derivative.
+#: Two products agree if their relative difference is at most this.
 _CONCLUSIVE = 1e-3
 
 
 @dataclasses.dataclass
 class OwnProduct:
-    """A product by the user's own code.
+    """A product that was computed by calling the user's own code.
 
     Attributes
     ----------
     products : list of Tensor, shape (M,)
-        By the longer and by the shorter step, in float64; one alone if nothing is differenced. Then those by other
-        pairs of steps, if any. Empty if there is a `reason`.
+        Products in float64. For each pair of steps that was tried, the list has the product with the longer step,
+        followed by the product with the shorter step. The pair with the smallest error comes first. The list has a
+        single product if no differences are needed, and is empty if there is a `reason`.
     error : float
-        Relative difference between the first two.
+        Relative difference between the first two products.
     gradient : Tensor or None
-        Of the objective, by the parameters of the rows, or else of the columns.
+        Gradient of the objective with respect to the parameters of the rows. If the rows belong to predictions, the
+        gradient is with respect to the parameters of the columns.
     exact : Tensor or None
-        The product without differences, by the operator's formulas: the code alone is called in another way.
+        The product by double backward through the user's code. Double backward uses the same formulas as the operator,
+        but calls the model and the loss the way the user does.
     unknown : str
-        Why there is no such product, if there should be one.
+        The reason why `exact` could not be computed, or an empty string.
     centred : list of Tensor
-        Of an empirical Fisher matrix, what the mean of the gradients takes away from each product.
+        For an empirical Fisher matrix, one vector for each product. The product would decrease by this vector if the
+        mean gradient were subtracted from the gradient of each example.
     holds : bool
-        Whether autograd's first derivative is another than the difference quotient: the code holds something constant
-        (``detach()``), or a backward is wrong.
+        Whether autograd's first derivative differs from the difference quotient. This happens if the code treats a
+        value as constant (``detach()``), or if the backward pass of an operation is wrong.
     linear : bool
         Whether the loss is linear in the prediction.
     known : bool
-        Whether it is one of torch's own losses.
+        Whether the loss is a PyTorch loss function.
     whole : bool
         Whether all batches were evaluated as one.
     fine : bool
-        Whether the steps are those of double precision, within which kinks lie by rare accident alone.
+        Whether the steps are those for float64, which are so short that kinks rarely lie within a step.
     size : float
-        What the rounding errors of the gradient are relative to: that by all parameters, or how much it changes.
+        The rounding errors of the gradient are proportional to this number. It is the larger of two numbers: the norm
+        of the gradient with respect to all parameters, and the estimate by `Differences.change`.
     reason : str
-        Why there is none.
+        The reason why there is no product.
     """
 
     products: list[Tensor] = dataclasses.field(default_factory=list)
@@ -366,35 +431,38 @@ class OwnProduct:
 
 
 def own_product(kernel: Any, vector: Tensor, needed: int, available: int) -> OwnProduct:
-    """Return the product with `vector` ``(N,)`` by the user's own code, in double precision if it can be run so.
+    """Compute the product with a vector by calling the user's own code, in float64 if the code supports float64.
 
     Parameters
     ----------
     kernel : Kernel
     vector : Tensor, shape (N,)
-        In float64, on the parameters' device.
+        Vector in float64, on the parameters' device.
     needed : int
-        Bytes that a batch takes in float64.
+        Number of bytes that a batch needs in float64.
     available : int
-        Bytes that may be used.
+        Number of bytes of memory that may be used.
     """
-    objective, tried = kernel.objective, [OwnProduct()]
+    objective, results = kernel.objective, [OwnProduct()]
     batches = max(1, available // max(needed, 1))
     for dtype in dict.fromkeys((torch.float64, objective.dtype)):
         for steps in _STEPS[dtype]:
-            tried.append(_found(kernel, vector, dtype, steps, batches))
-            if not tried[-1].products or tried[-1].error <= _CONCLUSIVE:
+            results.append(_product(kernel, vector, dtype, steps, batches))
+            if not results[-1].products or results[-1].error <= _CONCLUSIVE:
                 break
-        found = sorted((one for one in tried if one.products), key=lambda one: one.error)
-        if found:
-            products = [product for one in found for product in one.products]
-            return dataclasses.replace(
-                found[0], products=products, centred=[mean for one in found for mean in one.centred]
-            )
-    return tried[-1]
+        best_first = sorted((result for result in results if result.products), key=lambda result: result.error)
+        if best_first:
+            products = [product for result in best_first for product in result.products]
+            centred = [mean for result in best_first for mean in result.centred]
+            return dataclasses.replace(best_first[0], products=products, centred=centred)
+    return results[-1]
 
 
-def _found(kernel: Any, vector: Tensor, dtype: torch.dtype, steps: tuple[float, ...], most: int) -> OwnProduct:
+def _product(kernel: Any, vector: Tensor, dtype: torch.dtype, steps: tuple[float, ...], max_batches: int) -> OwnProduct:
+    """Compute the product in one dtype with one pair of steps.
+
+    If there are at most `max_batches` batches, evaluate them as one batch if possible.
+    """
     objective = kernel.objective
     code = UserCode(objective, dict.fromkeys((*kernel.rows.names, *kernel.cols.names)), dtype)
     if reason := code.obstacle():
@@ -405,19 +473,19 @@ def _found(kernel: Any, vector: Tensor, dtype: torch.dtype, steps: tuple[float, 
         whole, batches = code.joins(kernel), []
         for index, batch in objective.batches():
             batches.append((index, batch))
-            whole = whole and len(batches) <= most
+            whole = whole and len(batches) <= max_batches
             while batches and not whole:
                 sums.add([batches.pop(0)], whole=False)
         if batches:
-            with objective._generators.private(objective.devices):
+            with objective.generators.private(objective.devices):
                 whole = len(batches) > 1 and sums.predict_apart(batches) and sums.add(batches, whole=True)
-                for one in () if whole else batches:
-                    sums.add([one], whole=False)
+                for numbered in () if whole else batches:
+                    sums.add([numbered], whole=False)
     return sums.result(whole)
 
 
 class _Sums:
-    """Sums over the batches, or of all of them as one."""
+    """Add up the contributions of batches to a product, or compute the product for all batches as one."""
 
     def __init__(self, kind: Differences, steps: tuple[float, ...]) -> None:
         self._kind, self._steps = kind, steps if kind.steps else (0.0,)
@@ -435,21 +503,21 @@ class _Sums:
         self._holds, self._linear, self._reason = False, True, ""
 
     def predict_apart(self, numbered: list[tuple[int, Any]]) -> bool:
-        """Whether batches can be evaluated as one."""
+        """Return True if the batches can be evaluated as one; see `UserCode.predicts_apart`."""
         code = self._kind.code
         try:
             return code.predicts_apart([code.in_precision(batch) for _, batch in numbered])
-        except Exception:  # whatever does not work is found when it is done batch by batch
+        except Exception:  # if the error occurs again, the evaluation batch by batch will report it
             code.return_to_point()
             return False
 
     def add(self, numbered: list[tuple[int, Any]], whole: bool) -> bool:
-        """Add batches, evaluated as one; return whether that could be done."""
+        """Evaluate the batches as one, and add their contribution. Return False if the evaluation failed."""
         if self._reason:
             return False
         try:
             self._add(numbered[0][0], [self._kind.code.in_precision(batch) for _, batch in numbered], whole)
-        except Exception as error:  # whatever a model does that cannot be done in this dtype, or for want of memory
+        except Exception as error:  # an operation does not support this dtype, or memory ran out
             self._clear()
             self._kind.code.return_to_point()
             self._reason = "" if whole else first_line(error)
@@ -458,7 +526,7 @@ class _Sums:
 
     def _add(self, index: int, batches: list[Any], whole: bool) -> None:
         kind, code, objective = self._kind, self._kind.code, self._kind.code.objective
-        code.rows.clear()
+        code.padding_rows.clear()
 
         def begin(own: list[Any]) -> tuple[Tensor, Any, Values]:
             loss, predictions = code.loss(own)
@@ -488,11 +556,11 @@ class _Sums:
         try:
             if not self._unknown and (exact := kind.exact(batches)) is not None:
                 self._exact.append(share * exact.double())
-        except Exception as error:  # an operation without a second derivative, or too little memory
+        except Exception as error:  # an operation has no second derivative, or memory ran out
             self._unknown = f"torch cannot: {first_line(error)}"
 
     def result(self, whole: bool) -> OwnProduct:
-        """Return what was summed."""
+        """Return the product for all batches added so far. `whole` is True if the batches were evaluated as one."""
         if self._reason or not self._gradients:
             return OwnProduct(reason=self._reason or "every batch has weight 0")
         kernel, objective = self._kind.kernel, self._kind.code.objective
@@ -505,9 +573,11 @@ class _Sums:
                 _total(totals) * inner / (divisor * self._count)
                 for totals, inner in zip(self._totals, self._inner, strict=True)
             ]
-        unit = float(products[-1].abs().sum()) or 1.0  # whose squares might underflow
-        difference, size = (float((one / unit).norm()) for one in (products[-1] - products[0], products[-1]))
-        gradient = {name: _total([one[name] for one in self._gradients]) / divisor for name in self._gradients[0]}
+        unit = float(products[-1].abs().sum()) or 1.0  # prevents underflow of squares
+        difference = float(((products[-1] - products[0]) / unit).norm())
+        size = float((products[-1] / unit).norm())
+        names = self._gradients[0]
+        gradient = {name: _total([parts[name] for parts in self._gradients]) / divisor for name in names}
         layout = kernel.rows if kernel.rows.names else kernel.cols
         return OwnProduct(
             products=products,
@@ -518,7 +588,7 @@ class _Sums:
             centred=centred,
             holds=self._holds,
             linear=self._linear,
-            known=_is_torch_loss(objective),
+            known=is_torch_loss(getattr(objective, "loss_function", None)),
             whole=whole,
             fine=self._steps[0] <= _FINE,
             size=max(norm(gradient.values()), self._kind.change(products[0])),
@@ -527,11 +597,3 @@ class _Sums:
 
 def _total(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
-
-
-def _is_torch_loss(objective: Objective) -> bool:
-    loss = getattr(objective, "loss_function", None)
-    while isinstance(loss, functools.partial):
-        loss = loss.func
-    kind = type(loss) if isinstance(loss, nn.Module) else loss
-    return (getattr(kind, "__module__", None) or "").startswith("torch.nn")

@@ -1,4 +1,9 @@
-"""Operations whose second derivative torch lacks, gets wrong or wastes work on, and what stands in for them."""
+"""Replacements for operations whose second derivative is missing, wrong or slow in torch.
+
+Fused attention and cuDNN's recurrent layers have no second derivative; `slow_backends` turns them off. A torch function
+mode, `TwiceDifferentiable`, replaces other operations by the functions in `CONVOLUTIONS` and `STAND_INS`. If the
+objective itself contains derivatives, the mode also replaces normalisations by the functions in `NORMS`.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +24,31 @@ from torch.overrides import TorchFunctionMode, _pop_mode
 from curvop.kernels.batches import leaves
 from curvop.kernels.graph import nodes
 
-__all__ = ["CONVOLUTIONS", "NORMS", "STAND_INS", "ElementaryNorms", "Evaluator", "TwiceDifferentiable", "slow_backends"]
+__all__ = [
+    "CONVOLUTIONS",
+    "NORMS",
+    "STAND_INS",
+    "ElementaryNorms",
+    "Evaluator",
+    "ReplacementMode",
+    "TwiceDifferentiable",
+    "slow_backends",
+]
 
 T = TypeVar("T")
 
 
 @contextmanager
 def slow_backends(recurrent: bool) -> Iterator[None]:
-    """Run attention on its math backend and, if asked, recurrent layers without cuDNN; restore what was chosen.
+    """Within a ``with`` block, disable backends that have no second derivatives.
 
-    The fused ones have no second derivative. Encoder layers leave their inference path besides, which they would take
-    where nothing below a block requires grad. Attributes and setters, not the context managers, which cost several
-    times as much or write the TF32 settings too.
+    Attention uses its math backend. Recurrent layers run without cuDNN if `recurrent` is True. Transformer encoder
+    layers do not use their inference fast path, which they would otherwise use if no tensor in a layer requires grad.
+
+    The function uses torch's setters because torch's context managers take several times as long, or also write the
+    TF32 settings.
     """
-    chosen = (
+    before = (
         cuda.flash_sdp_enabled(),
         cuda.mem_efficient_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
@@ -43,16 +59,16 @@ def slow_backends(recurrent: bool) -> Iterator[None]:
     depth, grad = torch._C._len_torch_function_stack(), torch.is_grad_enabled()
     try:
         try:
-            _choose(False, False, False, True, False, chosen[-1] and not recurrent)
+            _set_backends(False, False, False, True, False, before[-1] and not recurrent)
             yield
         finally:
-            _put_back(chosen, depth, grad)
-    except BaseException:  # Ctrl-C may have come while it was put back
-        _put_back(chosen, depth, grad)
+            _restore(before, depth, grad)
+    except BaseException:  # Ctrl-C may have interrupted `_restore`
+        _restore(before, depth, grad)
         raise
 
 
-def _choose(flash: bool, efficient: bool, fused: bool, math: bool, fastpath: bool, cudnn_enabled: bool) -> None:
+def _set_backends(flash: bool, efficient: bool, fused: bool, math: bool, fastpath: bool, cudnn_enabled: bool) -> None:
     cuda.enable_flash_sdp(flash)
     cuda.enable_mem_efficient_sdp(efficient)
     cuda.enable_cudnn_sdp(fused)
@@ -62,38 +78,42 @@ def _choose(flash: bool, efficient: bool, fused: bool, math: bool, fastpath: boo
         cudnn.enabled = cudnn_enabled
 
 
-def _put_back(chosen: tuple[bool, ...], depth: int, grad: bool) -> None:
-    _choose(*chosen)
+def _restore(backends: tuple[bool, ...], depth: int, grad: bool) -> None:
+    _set_backends(*backends)
     _leave_modes(depth)
     torch.set_grad_enabled(grad)
 
 
 def _leave_modes(depth: int) -> None:
-    """Leave all modes that were entered since the stack of them was so deep."""
+    """Pop torch function modes until `depth` of them are left on the stack."""
     while torch._C._len_torch_function_stack() > depth:
         _pop_mode()
 
 
 class Evaluator:
-    """Evaluates code whose result can be differentiated twice, also if the result holds derivatives itself.
+    """Evaluate functions such that their values can be differentiated twice, even if the values contain derivatives.
 
     Attributes
     ----------
     elementary_norms : bool
-        Whether a result held a derivative of a normalisation, so that normalisations are computed by elementary
-        operations from now on.
+        Whether normalisations are computed with elementary operations. This becomes True when a result contains the
+        derivative of a normalisation, and stays True in all later evaluations.
     """
 
     def __init__(self) -> None:
         self.elementary_norms = False
 
     def __call__(self, function: Callable[[], T]) -> T:
-        """Return ``function()``; call it again if its first result holds a derivative of a fused normalisation.
+        """Return ``function()``, evaluated with replacements of torch's functions.
+
+        If the result contains a derivative of a fused normalisation, call the function again with normalisations
+        computed by elementary operations.
 
         Raises
         ------
         RuntimeError
-            If the second result still holds one, as that of a scripted module does.
+            If the second result still contains such a derivative. This happens, for example, if the model is a scripted
+            module, whose operations cannot be replaced.
         """
         with torch.enable_grad(), TwiceDifferentiable(self.elementary_norms) as mode:
             result = function()
@@ -104,21 +124,39 @@ class Evaluator:
             return result
         if self.elementary_norms:
             raise RuntimeError(
-                f"the model or the loss holds a derivative of a fused normalisation ({fused}), which torch "
+                f"the model or the loss contains a derivative of a fused normalisation ({fused}), which torch "
                 "differentiates wrongly (pytorch#186256): write it with elementary operations (mean, var, rsqrt)"
             )
         self.elementary_norms = True
         return self(function)
 
 
-class TwiceDifferentiable(TorchFunctionMode):
-    """Computes in another way what torch differentiates wrongly, or slowly, a second time.
+class ReplacementMode(TorchFunctionMode):
+    """A torch function mode that replaces some functions of torch. Subclasses define the method `replacement`."""
+
+    def replacement(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function to call in place of `func`, or `func` itself."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call the replacement of `func`."""
+        return self.replacement(func)(*args, **(kwargs or {}))
+
+
+class TwiceDifferentiable(ReplacementMode):
+    """Replace functions whose second derivative is missing, wrong or slow in torch.
 
     Parameters
     ----------
     elementary_norms : bool
-        Whether normalisations are computed by elementary operations. They are from the first one on within a derivative
-        of ``torch.func`` or of forward mode.
+        Whether to compute normalisations with elementary operations. The mode sets this to True when a normalisation
+        is called inside a ``torch.func`` or forward-mode derivative.
     """
 
     def __init__(self, elementary_norms: bool = False) -> None:
@@ -131,121 +169,123 @@ class TwiceDifferentiable(TorchFunctionMode):
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __exit__(self, *error: object) -> None:
-        """Leave the mode, unless Ctrl-C has come while torch had left it for a moment."""
+        """Leave the mode.
+
+        Modes are popped by depth, because this mode may be missing from the stack. Torch removes the mode from the
+        stack for a moment, and Ctrl-C may have interrupted torch at this moment.
+        """
         _leave_modes(self._depth)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call what stands in for `func`, or `func` itself."""
+    def replacement(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function to call in place of `func`, or `func` itself."""
         if func in NORMS and (self.elementary_norms or _in_derivative()):
             self.elementary_norms = True
-            return NORMS[func](*args, **(kwargs or {}))
-        return _DEFINITIONS.get(func, func)(*args, **(kwargs or {}))
+            return NORMS[func]
+        return _REPLACEMENTS.get(func, func)
 
 
-class ElementaryNorms(TorchFunctionMode):
-    """Computes normalisations by elementary operations."""
+class ElementaryNorms(ReplacementMode):
+    """Replace fused normalisations by elementary operations."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call what stands in for `func`, or `func` itself."""
-        return NORMS.get(func, func)(*args, **(kwargs or {}))
+    def replacement(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function to call in place of `func`, or `func` itself."""
+        return NORMS.get(func, func)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return ``g v / ||v||``; the derivative of torch's fused one takes the norms that it saved for constants."""
+    """Return ``g v / ||v||``.
+
+    This replaces torch's fused version. Its second derivative is wrong, because it treats the saved norms as constants.
+    """
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _attention(*args: Any, **kwargs: Any) -> Any:
-    """Return attention by the math backend, also where the model itself has chosen another around the call."""
+    """Compute attention with the math backend, even if the model selects another backend for the call."""
     with slow_backends(recurrent=False):
         return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
 
 def _logcumsumexp(function: Callable[..., Any], input: Tensor, dim: int, **kwargs: Any) -> Any:  # noqa: A002
-    """Return ``log(cumsum(exp(input)))`` of real numbers by a scan of log2(n) steps.
+    """Compute ``log(cumsum(exp(input)))`` of real numbers with a scan of log2(n) steps.
 
-    Torch's own gradient takes the logarithm of its cotangent: where that is zero, as behind a mask, the gradient's
-    derivative is wrong or NaN.
+    This replaces torch's version, whose gradient takes the logarithm of the cotangent. If the cotangent is zero, for
+    example because a mask follows, the derivative of that gradient is wrong or NaN.
     """
     if kwargs or not input.is_floating_point():
         return function(input, dim, **kwargs)
     total, shift = torch.atleast_1d(input).movedim(dim, 0), 1
     while shift < len(total):
         pairs = torch.stack([total[shift:], total[:-shift]])
-        empty = (pairs == -torch.inf).all(0)  # of which logsumexp has no derivative
+        empty = (pairs == -torch.inf).all(0)  # logsumexp has no derivative at these entries
         sums = pairs.masked_fill(empty, 0.0).logsumexp(0).masked_fill(empty, -torch.inf)
         total, shift = torch.cat([total[:shift], sums]), 2 * shift
     return total.movedim(0, dim).view_as(input)
 
 
 def _norm(function: Callable[..., Any], names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-    """Return a normalisation, of arguments of these `names`, by elementary operations.
+    """Compute a normalisation with elementary operations.
 
-    The second derivative of torch's fused ones takes the mean and the variance that they saved for constants, and so
-    does the first derivative of their forward mode (pytorch#186256, #175754, #196699, #196700). Running statistics are
-    constants.
+    `function` is torch's normalisation, and `names` are the names of its arguments.
+
+    Third derivatives of torch's fused normalisations are wrong, because the second derivative treats the saved mean and
+    variance as constants. Derivatives of the forward-mode derivative are wrong for the same reason (pytorch#186256,
+    #175754, #196699, #196700). If a normalisation uses running statistics, which are constants, call `function`.
     """
-    given = dict(zip(names, args, strict=False)) | kwargs
-    x, weight, bias = given["input"], given.get("weight"), given.get("bias")
-    of_batch = "training" in names
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    x, weight, bias = arguments["input"], arguments.get("weight"), arguments.get("bias")
+    is_batch_norm = "training" in names
     if "normalized_shape" in names:
-        axes = tuple(range(-len(given["normalized_shape"]), 0))
-    elif given.get("training", False) if of_batch else given.get("use_input_stats", True):
-        axes = (*[0] * of_batch, *range(2, x.ndim))
-        weight, bias = (one if one is None else one.view(-1, *[1] * (x.ndim - 2)) for one in (weight, bias))
+        axes = tuple(range(-len(arguments["normalized_shape"]), 0))
+    elif arguments.get("training", False) if is_batch_norm else arguments.get("use_input_stats", True):
+        axes = (*[0] * is_batch_norm, *range(2, x.ndim))
+        weight, bias = (param if param is None else param.view(-1, *[1] * (x.ndim - 2)) for param in (weight, bias))
     else:
         return function(*args, **kwargs)
-    with torch.no_grad():  # checks its arguments, updates running statistics and chooses the dtype
+    with torch.no_grad():  # call torch to check the arguments, update running statistics and find the dtype
         fused = function(*args, **kwargs)
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-    normed = (x - mean) * (variance + given.get("eps", 1e-5)).rsqrt()
+    normed = (x - mean) * (variance + arguments.get("eps", 1e-5)).rsqrt()
     normed = normed if weight is None else normed * weight
     return (normed if bias is None else normed + bias).to(fused.dtype)
 
 
 def _in_derivative() -> bool:
-    """Whether a derivative of ``torch.func`` or of forward mode is under way."""
+    """Return True if the caller runs inside a ``torch.func`` or forward-mode derivative."""
     if peek_interpreter_stack() is None:
         return forward_ad._current_level >= 0
     return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in get_interpreter_stack() or ())
 
 
 def _is_derivative_of_norm(node: Node) -> bool:
-    """Whether a node differentiates the gradient of a fused normalisation, by the statistics of its input."""
+    """Return True if `node` is the double backward of a fused normalization layer that uses batch statistics."""
     return node.name() in _DERIVATIVES_OF_NORMS and getattr(node, "_saved_train", True)
 
 
-# Convolutions whose second derivative does no more work than it must.
+# Convolutions without unnecessary work in the second derivative.
 #
-# A convolution is bilinear, :math:`y = x * W`, and so are its two derivatives. With cotangents `g` of `y`, and `u` and
-# `V` of the two gradients,
+# A convolution y = x * W is bilinear, and so are its two derivatives. Consider the maps
 #
-# .. math:: (x, W) \mapsto x * W, \qquad (g, x, W) \mapsto (g \star W, \; x \star g),
+#     (x, W)    -> x * W                      the convolution
+#     (g, x, W) -> (g (*) W, x (*) g)         its gradients with respect to x and W; g is the cotangent of y
 #
-# the second map's own derivative is :math:`(u * W + x * V, \; g \star V, \; u \star g)`: the first map twice, and the
-# second map once, with other arguments. So these two functions are closed under differentiation, of any order. Torch's
-# own second derivative computes what is asked of no one (the image's part in the first layer), and the part of the
-# weights by a convolution with the gradient for a kernel, which is several times slower than the routine for it.
+# With cotangents u and V of the two gradients, the derivative of the second map is
+#
+#     (u * W + x * V,  g (*) V,  u (*) g).
+#
+# This derivative consists of two calls of the first map and one call of the second map, with other arguments.
+# Derivatives of any order therefore need only these two maps. Torch's own second derivative is slower for two reasons.
+# First, it computes gradients that are not needed, such as the gradient with respect to the image in the first layer.
+# Second, it computes the gradient with respect to the weights as a convolution whose kernel is the cotangent. This
+# convolution takes several times as long as the routine for gradients with respect to weights.
 
 _Settings = tuple[list[int], list[int], list[int], bool, list[int], int]
 _Parts = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Convolution(torch.autograd.Function):
-    """``(x, W, b) -> y``."""
+    """The first map, ``(x, W, b) -> y``, with a bias b."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
@@ -263,7 +303,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """``(g, x, W) -> (gradients by x, W and b)``, None for those that `wanted` leaves out."""
+    """The second map, from ``(g, x, W)`` to the gradients for x, W and b; gradients that are not `wanted` are None."""
 
     @staticmethod
     def forward(
@@ -287,7 +327,8 @@ class _Gradient(torch.autograd.Function):
             if u is not None:
                 through = _forward(u, weight, None, ctx.settings)
                 first = through if first is None else first + through
-        # Which of the two there are depends on which of `u` and `V` there are; what is not there is not read.
+        # The gradient with respect to x needs V, and the gradient with respect to W needs u. If V (or u) is missing, W
+        # (or x) is passed in its place, but is not read.
         wanted = (by_x and v is not None, by_weight and u is not None, False)
         second: _Parts = (None, None, None)
         if any(wanted):
@@ -296,13 +337,13 @@ class _Gradient(torch.autograd.Function):
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
-    if _own(x, weight, bias):
+    if _backward_only(x, weight, bias):
         return _Convolution.apply(x, weight, bias, settings)  # type: ignore[no-any-return,no-untyped-call]
     return torch.convolution(x, weight, bias, *settings)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, settings: _Settings, wanted: tuple[bool, bool, bool]) -> _Parts:
-    if _own(grad, x, weight):
+    if _backward_only(grad, x, weight):
         return _Gradient.apply(grad, x, weight, settings, wanted)  # type: ignore[no-any-return,no-untyped-call]
     return _gradient(grad, x, weight, settings, wanted)
 
@@ -314,45 +355,49 @@ def _gradient(grad: Tensor, x: Tensor, weight: Tensor, settings: _Settings, want
     return parts
 
 
-def _stand_in(function: Callable[..., Any], dimensions: int, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-    """Call torch's `function`, whose arguments have these `names`, by the two maps where they are good for it."""
+def _convolve(function: Callable[..., Any], dimensions: int, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+    """Compute a convolution with the two maps, or with torch's `function` if the maps do not support the arguments.
+
+    `names` are the names of the arguments of `function`.
+    """
     if len(args) > len(names) or kwargs.keys() - set(names[len(args) :]):
-        return function(*args, **kwargs)  # torch says what is wrong
-    given: dict[str, Any] = _DEFAULTS | dict(zip(names, args, strict=False)) | kwargs
-    tensors = [given.get(name) for name in names[:3]]
-    if isinstance(given["padding"], str) or not _here(dimensions, *tensors):
+        return function(*args, **kwargs)  # raises torch's error
+    arguments: dict[str, Any] = _DEFAULTS | dict(zip(names, args, strict=False)) | kwargs
+    tensors = [arguments.get(name) for name in names[:3]]
+    if isinstance(arguments["padding"], str) or not _applies(dimensions, *tensors):
         return function(*args, **kwargs)
     stride, padding, dilation, output_padding = (
-        _each(dimensions, given[name]) for name in ("stride", "padding", "dilation", "output_padding")
+        _per_dimension(dimensions, arguments[name]) for name in ("stride", "padding", "dilation", "output_padding")
     )
     x, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", tensors)
-    return _forward(x, weight, bias, (stride, padding, dilation, names is _TRANSPOSED, output_padding, given["groups"]))
+    settings = (stride, padding, dilation, names is _TRANSPOSED, output_padding, arguments["groups"])
+    return _forward(x, weight, bias, settings)
 
 
-def _each(dimensions: int, setting: int | Sequence[int]) -> list[int]:
-    """Return one number for each dimension."""
+def _per_dimension(dimensions: int, setting: int | Sequence[int]) -> list[int]:
+    """Expand a setting, such as the stride, to a list with one number for each dimension."""
     numbers = list(setting) if isinstance(setting, Sequence) else [int(setting)]
     return numbers * dimensions if len(numbers) == 1 else numbers
 
 
-def _here(dimensions: int, *tensors: Tensor | None) -> bool:
-    """Whether a convolution is to be made here: of a batch, with a derivative, by nothing else in its own way."""
-    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-    if len(given) < 2:
+def _applies(dimensions: int, *tensors: Tensor | None) -> bool:
+    """Return True if the two maps support these arguments: a real batch that requires grad, without autocast."""
+    present = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if len(present) < 2:
         return False
-    device = given[0].device.type
+    device = present[0].device.type
     return (
-        given[0].ndim == dimensions + 2
-        and _own(*tensors)
-        and any(tensor.requires_grad for tensor in given)
-        and not any(tensor.is_complex() for tensor in given)
+        present[0].ndim == dimensions + 2
+        and _backward_only(*tensors)
+        and any(tensor.requires_grad for tensor in present)
+        and not any(tensor.is_complex() for tensor in present)
         and device != "meta"
         and not torch.is_autocast_enabled(device)
     )
 
 
-def _own(*tensors: Tensor | None) -> bool:
-    """Whether gradients are recorded, by backward mode alone: transforms and forward mode have torch's own rules."""
+def _backward_only(*tensors: Tensor | None) -> bool:
+    """Return True if only reverse mode is active; ``torch.func`` transforms and forward mode need torch's own rules."""
     return (
         torch.is_grad_enabled()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -369,15 +414,12 @@ _FUNCTIONS: dict[Sequence[str], tuple[Any, ...]] = {
     _TRANSPOSED: (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
 }
 
-#: What stands in for torch's functions.
+#: Replacements for torch's convolutions.
 CONVOLUTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    function: functools.partial(_stand_in, function, dimensions, names)
+    function: functools.partial(_convolve, function, dimensions, names)
     for names, functions in _FUNCTIONS.items()
     for dimensions, function in enumerate(functions, start=1)
 }
-
-
-# What stands in for which function of torch.
 
 _DERIVATIVES_OF_NORMS = {
     f"{name}NormBackwardBackward0" for name in ("NativeLayer", "NativeBatch", "CudnnBatch", "MiopenBatch")
@@ -391,14 +433,16 @@ _NAMES: dict[Callable[..., Any], Sequence[str]] = {
     functional.instance_norm: ("input", *_RUNNING, *_AFFINE, "use_input_stats", "momentum", "eps"),
     torch.instance_norm: ("input", *_AFFINE, *_RUNNING, "use_input_stats", "momentum", "eps"),
 }
-#: What stands in for normalisations that are differentiated three times, or in forward mode and once more.
+#: Replacements for normalisations. They are used for third derivatives, and for derivatives of forward-mode
+#: derivatives.
 NORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     function: functools.partial(_norm, function, names) for function, names in _NAMES.items()
 }
+#: Replacements for functions whose second derivative is wrong or missing.
 STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
     torch.logcumsumexp: functools.partial(_logcumsumexp, torch.logcumsumexp),
     Tensor.logcumsumexp: functools.partial(_logcumsumexp, Tensor.logcumsumexp),
     functional.scaled_dot_product_attention: _attention,
 }
-_DEFINITIONS: dict[Callable[..., Any], Callable[..., Any]] = {**STAND_INS, **CONVOLUTIONS}
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {**STAND_INS, **CONVOLUTIONS}

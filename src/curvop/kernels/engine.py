@@ -1,7 +1,9 @@
-"""The engine: every batch is linearized once, kept while the budget lasts, and applied to many vectors.
+"""The engine: linearize each batch once, cache the linearizations, and apply them to many vectors.
 
-``Kernel.linearize(batch) -> Linearization`` does all that does not depend on the vector;
-``Linearization.apply(tangents) -> cotangents`` is the linear rest. `Engine` sums the batches.
+``Kernel.linearize(batch) -> Linearization`` computes the part of a product that does not depend on the vector.
+``Linearization.apply(tangents) -> cotangents`` computes the rest, which is linear in the vector. `Engine` sums over the
+batches and caches linearizations within a memory budget. `Columns` chooses the number of vectors that are
+processed at once.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from curvop.kernels.batches import at_batch, leaves, signature
 from curvop.kernels.changes import Fingerprint, random_state
-from curvop.kernels.cuda_graphs import Recorder, on_own_stream
+from curvop.kernels.cuda_graphs import Recorder, capture_stream
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError, not_finite
 from curvop.kernels.kernel import Kernel, Linearization
 from curvop.kernels.memory import (
@@ -37,20 +39,21 @@ __all__ = ["Columns", "Engine", "add_sums", "set_sums"]
 
 
 class Engine:
-    """Sums a kernel's batches into products, in bounded memory.
+    """Compute products of a curvature matrix with vectors by summing over the batches, within a memory budget.
 
     Parameters
     ----------
     kernel : Kernel
     budget : Budget
-        Of the bytes that kept linearizations may retain. What does not fit is linearized anew in each sweep.
+        Limit on the number of bytes that cached linearizations retain. Batches that do not fit are re-linearized in
+        every product.
     columns : int or 'auto'
-        How many columns are multiplied at once; see `Columns`.
+        Number of columns that are processed at once; see `Columns`.
 
     Attributes
     ----------
     first_passes : int
-        How often the data was linearized at a new point, or for the first time.
+        Number of passes that linearized all batches because the objective was new or had changed.
     """
 
     def __init__(self, kernel: Kernel, budget: Budget, columns: int | str = "auto") -> None:
@@ -58,190 +61,218 @@ class Engine:
         self._objective = kernel.objective
         self._budget = budget
         self._columns = Columns(columns, kernel.worth_batching)
-        self._keeps = True
-        self._spread = False
+        self._cache_enabled = True
+        self._multi_device = False
         self._first: Pass | None = None
         self.first_passes = 0
         self._recorder = Recorder(kernel.compiled)
-        self._short = False  # of memory
-        self._bytes: dict[object, int] = {}
+        self._warned_of_memory = False
+        self._bytes: dict[object, int] = {}  # per linearization, by dtype and shapes of the batch
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_first": None}  # graphs cannot be pickled; the first product makes them anew
+        return self.__dict__ | {"_first": None}  # graphs cannot be pickled; the first product rebuilds them
 
     def apply(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None = None) -> None:
-        """Write the products with `vectors` into `out`.
+        """Write the products of the matrix with `vectors` into `out`.
 
         Parameters
         ----------
         vectors : Tensor, shape (K, N)
-            One vector a row, in the parameters' dtype and on their device.
+            One vector per row, in the parameters' dtype and on their device.
         out : Tensor, shape (K, M)
-            Overwritten, on the same device; products are summed over the batches in its dtype.
+            Overwritten with the products. `out` must be on the same device as `vectors`. The sum over the batches is
+            computed in the dtype of `out`.
         tick : callable, optional
-            Called with the share of the work that is done, between 0 and 1.
+            Called with the completed fraction of the work, between 0 and 1.
 
         Raises
         ------
-        NonFiniteProductError, NonDeterministicObjectiveError
+        NonFiniteProductError
+            If a product contains NaN or infinity.
+        NonDeterministicObjectiveError
+            If the loss of the same data has changed since an earlier pass.
         """
-        with self._objective.slow_backends(), on_own_stream(self._objective.device):
+        with self._objective.slow_backends(), capture_stream(self._objective.device):
             while True:
                 try:
                     return self._checked_sum(vectors, out, tick)
                 except DataReorderedError:
-                    self._keeps = False
+                    self._cache_enabled = False
                     self._forget()
-                    told = REORDERED
+                    message = REORDERED
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
-                    told = self.release_memory(error)
-                if told:
-                    warnings.warn(told, RuntimeWarning, stacklevel=2)
+                    message = self.release_memory(error)
+                if message:
+                    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def release_memory(self, error: Exception) -> str:
-        """Keep less, and multiply fewer columns at once; return what to tell the user, nothing after that."""
-        if not (self._budget.shrink() | self._columns.shrink()):  # both, as neither's part is known
-            error.add_note("one column and one batch at a time do not fit: let data yield smaller batches")
+        """Shrink the cache and the chunks of columns after an out-of-memory error.
+
+        Return a warning message on the first call, and an empty string on later calls.
+
+        Raises
+        ------
+        RuntimeError or MemoryError
+            If neither the cache nor the chunks can shrink further. The exception is `error` with a note.
+        """
+        if not (self._budget.shrink() | self._columns.shrink()):  # `|`, not `or`: shrink both
+            error.add_note("one column and one batch at a time do not fit: make data yield smaller batches")
             raise error
         self._forget()
         self._recorder = Recorder(self.kernel.compiled)
         for device in self._objective.devices:
             free_unused(device)
-        told, self._short = "" if self._short else SHORT_OF_MEMORY, True
-        return told
+        message = "" if self._warned_of_memory else SHORT_OF_MEMORY
+        self._warned_of_memory = True
+        return message
 
     def kept(self) -> tuple[int, float]:
-        """Return the bytes that are kept, and the share of the batches they are for, as of the last product."""
+        """Return the number of bytes cached after the last product, and the fraction of batches that are cached."""
         if self._first is None:
             return 0, 0.0
         return self._first.bytes, len(self._first.kept) / len(self._first.losses)
 
     def _checked_sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
         self._sum(vectors, out, tick)
-        # NaN and infinity survive a sum, so one reduction clears the whole product; only a suspect is looked through.
+        # NaN and infinity propagate through a sum, so one sum checks the whole product. A sum of finite entries may
+        # overflow, so the entries themselves are checked if the sum is not finite.
         if not math.isfinite(out.sum().item()) and not torch.isfinite(out).all():
             finite = bool(torch.isfinite(vectors).all())
             if finite and self.kernel.move():
                 self._forget()
                 self._checked_sum(vectors, out, tick)
                 return
-            blame = self._blame(vectors)
+            message = self._locate_non_finite(vectors)
             if finite:
-                self._forget()  # a batch that was read wrong once is not to spoil every later product
-            raise NonFiniteProductError(blame)
+                self._forget()  # if a batch was read wrongly once, later products must not reuse its linearization
+            raise NonFiniteProductError(message)
 
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
         steps, done = len(self._objective) * len(vectors), 0
         chunks: dict[tuple[int, int, bool], tuple[list[Tensor], list[Tensor]]] = {}
         weights: list[float] = []
         unit = 0.0
-        for linearization in self._linearizations():  # not enumerated, which holds on to what it has yielded
+        for linearization in self._linearizations():  # no enumerate: it would keep a reference to the last item
             index = len(weights)
             weights.append(linearization.weight)
-            first = self.kernel.by_batch and not self.kernel.rows.names  # then each batch has rows of its own
-            add = set_sums if first or not unit else add_sums
-            unit = unit or linearization.weight  # one batch, or equal ones, are not scaled at all
+            separate_rows = self.kernel.by_batch and not self.kernel.rows.names  # each batch has its own rows
+            add = set_sums if separate_rows or not unit else add_sums
+            unit = unit or linearization.weight  # equal weights need no scaling
             share = linearization.weight / unit if unit else 0.0
             if self.kernel.by_batch:
                 chunks.clear()
-            for start, stop in self._columns.chunks(len(vectors), self._room, self._clock):
+            for start, stop in self._columns.chunks(len(vectors), self._columns_that_fit, self._clock):
                 chunk = start, stop, linearization.whole
                 if chunk not in chunks:
                     which = start if stop == start + 1 else slice(start, stop)
                     chunks[chunk] = self._parts(index, vectors[which], out[which], linearization.whole)
                 tangents, totals = chunks[chunk]
                 if share:
-                    add(totals, self._beside(totals, self._multiply(linearization, tangents, stop - start)), share)
+                    # One expression, because a variable would keep the products in memory during the next iteration.
+                    add(totals, self._colocate(totals, self._multiply(linearization, tangents, stop - start)), share)
                 done += stop - start
                 if tick is not None and steps:
                     tick(done / steps)
-            del linearization  # one batch's graph at a time: this one is freed before the next is made
+            del linearization  # frees the graph of this batch before the next graph is built
         self.kernel.check_count(len(weights))
-        if not unit:  # no batch counts, as may be in a part of a data set
+        if not unit:  # all batches of a part of a data set may have weight 0
             out.zero_()
         rest = self._objective.divisor(weights) / (unit or 1.0)
         if rest != 1:
             out.div_(rest)
 
     def _parts(self, index: int, vector: Tensor, total: Tensor, whole: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what batch number `index` is applied to, and where its product belongs."""
+        """Return the tangents for batch number `index`, and the views of `total` that receive the product of the batch.
+
+        If `whole`, each list contains one flat vector instead of one tensor for each parameter.
+        """
         cols, rows = self.kernel.cols, self.kernel.rows
         vector, total = cols.at(vector, index), rows.at(total, index)
-        tangents = [vector] if whole else self._beside(cols.of(self._objective.params), cols.split(vector))
+        tangents = [vector] if whole else self._colocate(cols.of(self._objective.params), cols.split(vector))
         return tangents, [total] if whole else rows.split(total)
 
-    def _beside(self, others: Sequence[Tensor], parts: Any) -> Any:
-        """Return the parts, of which some are None, each on the device of its counterpart where it has any."""
-        pairs = zip(parts, others, strict=True)
-        moved = self._spread and others
-        return [part if part is None else part.to(other.device) for part, other in pairs] if moved else parts
+    def _colocate(self, tensors: Sequence[Tensor], parts: Any) -> Any:
+        """Return `parts` with each tensor moved to the device of the corresponding entry of `tensors`; keep None."""
+        if not (self._multi_device and tensors):
+            return parts
+        pairs = zip(parts, tensors, strict=True)
+        return [part if part is None else part.to(tensor.device) for part, tensor in pairs]
 
     def _multiply(self, linearization: Linearization, tangents: list[Tensor], count: int) -> Sequence[Tensor | None]:
         if count == 1:
             return linearization.apply(tangents)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "There is a performance drop")  # measured, so nothing to tell
+                warnings.filterwarnings("ignore", "There is a performance drop")  # `Columns` measures the speed
                 return linearization.apply_many(tangents)
-        except RuntimeError as error:  # not implemented, or an operation that cannot be batched
+        except RuntimeError as error:  # no `apply_many`, or an operation has no batching rule
             if out_of_memory(error):
                 raise
             self._columns.one_by_one()
-        products = zip(*(linearization.apply(one) for one in zip(*tangents, strict=True)), strict=True)
+        products = zip(*(linearization.apply(column) for column in zip(*tangents, strict=True)), strict=True)
         return [None if parts[0] is None else torch.stack(cast("tuple[Tensor, ...]", parts)) for parts in products]
 
-    def _room(self) -> int:
-        """Return for how many columns at once there is memory; each needs about what its batch retains."""
+    def _columns_that_fit(self) -> int:
+        """Estimate how many columns can be processed at once within the rest of the memory budget.
+
+        The estimate is the number of bytes left in the budget divided by the size of the largest linearization, or 1 if
+        no linearization has been measured.
+        """
         largest = max(self._bytes.values(), default=0)
         return int(min(self._budget.left / largest, 2**31)) if largest else 1
 
     def _clock(self) -> float:
-        """Return the seconds until the device has done what it was asked to, those of compiling left out."""
+        """Synchronize the device and return the current time in seconds, minus the time spent on compilation."""
         if self._objective.device.type == "cuda":
             torch.cuda.synchronize(self._objective.device)
         return time.perf_counter() - self.kernel.seconds
 
     def _linearizations(self) -> Iterator[Linearization]:
-        """Begin a pass over the batches: the first one where there was none since anything changed."""
+        """Return an iterator over the linearizations of all batches.
+
+        All batches are linearized if the objective is new or has changed. Otherwise cached linearizations are reused.
+        """
         state = self._objective.state()
         if self._first is not None and self._first.stale(state):
             self._forget()
         if self._first is None:
-            self._spread = len(self._objective.devices) > 1
+            self._multi_device = len(self._objective.devices) > 1
             return self._first_pass(state)
         if len(self._first.kept) == len(self._first.losses):
             return iter(self._first.kept.values())
         return self._next_pass(self._first)
 
     def _forget(self) -> None:
-        """Free what is kept, before anything new is made."""
+        """Discard the cached linearizations, so that their memory is free before new ones are built."""
         self._first = None
 
     def _first_pass(self, state: tuple[object, ...]) -> Iterator[Linearization]:
         keep_freed_memory()
         first = Pass(state, leaves=self._objective.leaves({*self.kernel.rows.names, *self.kernel.cols.names}))
-        keeps = self._keeps and self._budget.open(self._objective.device)
+        caching = self._cache_enabled and self._budget.open(self._objective.device)
         for index, batch in self._objective.batches():
-            count, loss = self._measure(first.leaves, index, batch) if keeps else (None, None)
+            count, loss = self._measure(first.leaves, index, batch) if caching else (None, None)
             before = random_state(self._objective.devices)
             linearization = self._linearize(first.leaves, index, batch)
             if loss is None and not torch.equal(random_state(self._objective.devices), before):
-                loss = float(linearization.loss)
+                loss = float(linearization.loss)  # random numbers were drawn: does the loss depend on them?
                 del linearization
                 linearization = self._linearize(first.leaves, index, batch)
             eps = precision(linearization.loss, *first.leaves.values())
             if loss is not None and not same([float(linearization.loss)], [loss], eps):
-                self._bytes.clear()  # so that the next product looks again
+                self._bytes.clear()  # so that the next product repeats the check
                 what = f"the loss of batch {index}"
                 raise NonDeterministicObjectiveError(self._objective.changed(what, loss, linearization.loss))
-            if keeps:
+            if caching:
                 if count is None:
                     count = graph_bytes(linearization.roots, self._objective.tensors())
                 if self._budget.take(count, first):
-                    kept = linearization if self._spread else self._recorder.watching(linearization, self.kernel, count)
-                    first.keep(index, kept, batch, count)
+                    cached = linearization
+                    if not self._multi_device:
+                        cached = self._recorder.recordable(linearization, self.kernel, count)
+                    first.keep(index, cached, batch, count)
                 first.fingerprints.append(Fingerprint.of_data(leaves(batch)))
             first.record(linearization)
             yield linearization
@@ -249,8 +280,8 @@ class Engine:
         self._objective.conclude(first, kept=bool(first.kept))
         self._first = first
         self.first_passes += 1
-        if keeps and self.first_passes == 1 and self._objective.device.type == "cuda":
-            self._columns.forget()  # what was timed before anything was recorded
+        if caching and self.first_passes == 1 and self._objective.device.type == "cuda":
+            self._columns.forget()  # these times were measured without CUDA graphs
 
     def _next_pass(self, first: Pass) -> Iterator[Linearization]:
         this = Pass(first.state, leaves=first.leaves)
@@ -263,33 +294,39 @@ class Engine:
             this.record(linearization)
             yield linearization
             del linearization
-        if (found := first.differs(this, self._objective.ordered or bool(first.kept))) is not None:
-            raise NonDeterministicObjectiveError(self._objective.changed(*found))
+        difference = first.differs(this, self._objective.ordered or bool(first.kept))
+        if difference is not None:
+            raise NonDeterministicObjectiveError(self._objective.changed(*difference))
 
     def _linearize(self, point: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         with at_batch(index):
             return self.kernel.linearize(point, index, batch)
 
     def _measure(self, point: Mapping[str, Tensor], index: int, batch: Any) -> tuple[int | None, float | None]:
-        """Return the bytes that a linearization of `batch` retains, and its loss where it was made to see that.
+        """Return the number of bytes that a linearization of `batch` retains, and the loss of the batch.
 
-        It is made once for batches of equal shapes. The bytes are None where it cannot be measured beforehand.
+        The first of several batches with equal shapes and dtypes is linearized to measure the number of bytes. For the
+        later batches, the stored number is returned, and the loss is None. If the memory of a linearization cannot be
+        measured, the number of bytes and the loss are None.
         """
-        like = (self._objective.dtype, signature(batch))
-        if like in self._bytes:
-            return self._bytes[like], None
+        key = (self._objective.dtype, signature(batch))
+        if key in self._bytes:
+            return self._bytes[key], None
         self.kernel.prepare(point, index, batch)
         try:
             linearization, count = measured(lambda: self._linearize(point, index, batch), self._objective.tensors())
         except RuntimeError:
             return None, None
-        self._bytes[like] = count = count + tensor_bytes(linearization.tensors, self._objective.tensors())
+        self._bytes[key] = count = count + tensor_bytes(linearization.tensors, self._objective.tensors())
         return count, float(linearization.loss)
 
-    def _blame(self, vectors: Tensor) -> str:
-        """Say where a product that is not finite went wrong, by making it once more, batch by batch."""
+    def _locate_non_finite(self, vectors: Tensor) -> str:
+        """Return an error message that names the first batch and parameter at which a product is not finite.
+
+        To find the batch and the parameter, the product is computed again, batch by batch.
+        """
         if not torch.isfinite(vectors).all():
-            return f"x, the vector handed in, is not finite as {self._objective.dtype}: pass finite numbers"
+            return f"x, the vector to multiply, is not finite as {self._objective.dtype}: pass finite numbers"
         for index, linearization in enumerate(self._linearizations()):
             for vector in vectors if linearization.weight else ():
                 product = vector.new_empty(self.kernel.rows.size)
@@ -298,45 +335,46 @@ class Engine:
                 for number, part in enumerate(self.kernel.rows.split(self.kernel.rows.at(product, index))):
                     if not torch.isfinite(part).all():
                         return not_finite("product", index, float(linearization.loss), self.kernel.rows.label(number))
-        return "the product is not finite: the batches are, but their sum overflows"
+        return "the product is not finite: the product of each batch is finite, but their sum overflows"
 
-
-# How many columns of a block are multiplied at once.
 
 _SIZES = (1, 8, 64)
-# Chunks of a size that are timed: the least of them counts, as a busy machine only ever adds to it.
-_MEASURED = 3
+# Number of timed chunks per size. The shortest time is used, because other programs can only slow down a chunk.
+_TIMED_CHUNKS = 3
 
 
 class Columns:
-    """Cuts blocks into chunks of the size that costs least for each column.
+    """Divide the columns of a product into chunks of the fastest size.
 
-    Batching columns makes one operation of several: a gain where operations are small, a loss where they are large
-    enough already. Which it is, is measured on the first chunks, upwards: a larger size is tried where the one before
-    it paid.
+    All columns of a chunk are processed by one batched operation. Batching is faster if the operations are small, and
+    slower if the operations are large. To find the fastest size, the first chunks are timed, starting with the smallest
+    size. Larger sizes are tried as long as each size takes less time per column than the previous one.
 
     Parameters
     ----------
     setting : int or 'auto'
-        The size of chunks, 1 for columns one by one, or ``'auto'`` to measure.
+        Number of columns per chunk (1 disables batching), or ``'auto'`` to choose the number by timing.
     worth : float
-        Seconds that a column takes above which no larger size is tried.
+        Larger sizes are tried only if a column takes at most this time, in seconds.
     """
 
     def __init__(self, setting: int | str, worth: float = math.inf) -> None:
         self._worth = worth
         self._sizes: tuple[int, ...] = _SIZES if setting == "auto" else (int(setting),)
-        self._taken: dict[int, list[float]] = defaultdict(list)
+        self._times: dict[int, list[float]] = defaultdict(list)  # seconds per column, by size
 
     def chunks(self, count: int, room: Callable[[], int], clock: Callable[[], float]) -> Iterator[tuple[int, int]]:
-        """Yield the bounds of chunks of `count` columns; what is done between one and the next is timed.
+        """Divide `count` columns into chunks, and yield the bounds ``(start, stop)`` of each chunk.
+
+        The time of a chunk is the time until the caller requests the next chunk.
 
         Parameters
         ----------
+        count : int
         room : callable
-            Returns for how many columns' temporaries there is memory.
+            Returns the number of columns whose temporaries fit into memory.
         clock : callable
-            Returns the seconds at which the device has done what it was asked to.
+            Synchronizes the device and returns the current time in seconds.
         """
         if count == 1:
             yield 0, 1
@@ -349,21 +387,21 @@ class Columns:
             began = clock() if measuring else 0.0
             yield start, start + size
             if measuring:
-                self._taken[size].append((clock() - began) / size)
+                self._times[size].append((clock() - began) / size)
             start += size
 
     def forget(self) -> None:
-        """Measure anew."""
-        self._taken.clear()
+        """Discard the measured times."""
+        self._times.clear()
 
     def shrink(self) -> bool:
-        """Make chunks smaller from now on; return whether they can be."""
+        """Reduce the largest chunk size; return False if this size was already 1."""
         largest = self._sizes[-1]
         self._sizes = self._sizes[:-1] or (max(1, largest // 2),)
         return largest > 1
 
     def one_by_one(self) -> None:
-        """Batch no columns any more: some operation cannot."""
+        """Process columns one by one from now on, because an operation does not support batching."""
         self._sizes = (1,)
 
     def _size(self, left: int, room: int) -> int:
@@ -381,18 +419,22 @@ class Columns:
         return best
 
     def _known(self, size: int) -> bool:
-        return len(self._taken[size]) == _MEASURED
+        return len(self._times[size]) == _TIMED_CHUNKS
 
     def _seconds(self, size: int) -> float:
-        """Return what a column takes in chunks of `size`; the first chunk paid for what is prepared once."""
-        return min(self._taken[size][1:])
+        """Return the shortest time per column, in seconds, among the timed chunks of `size` columns.
 
-
-# Adding a batch's products to the sums over all.
+        The first chunk is excluded, because its time includes set-up.
+        """
+        return min(self._times[size][1:])
 
 
 def set_sums(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: float) -> None:
-    """Begin sums; their share is 1. Cheaper than to add to zero, where the sums are in another precision."""
+    """Overwrite `totals` with the cotangents of one batch.
+
+    The argument `share` must be 1 and is not used. If the dtypes of `totals` and `cotangents` differ, overwriting is
+    cheaper than adding to zeros.
+    """
     for total, cotangent in zip(totals, cotangents, strict=True):
         if cotangent is None:
             total.zero_()
@@ -401,7 +443,7 @@ def set_sums(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], shar
 
 
 def add_sums(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: float) -> None:
-    """Add a batch's cotangents, times its share, to sums that are begun."""
+    """Add the cotangents of one batch, multiplied by `share`, to `totals`."""
     for total, cotangent in zip(totals, cotangents, strict=True):
         if cotangent is not None:
             total.add_(cotangent, alpha=share)

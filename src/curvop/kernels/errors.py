@@ -1,4 +1,4 @@
-"""What the kernels raise when a product cannot be trusted."""
+"""Exceptions for products that cannot be trusted, and helpers for error messages."""
 
 from __future__ import annotations
 
@@ -16,21 +16,33 @@ __all__ = [
 
 
 class NonFiniteProductError(ArithmeticError):
-    """A product holds NaN or infinity; the message names the batch and the parameter where it arose.
+    """Raised if a product contains NaN or infinity.
 
-    Krylov solvers do not look: ``cg`` runs to ``maxiter`` on NaN, PROPACK returns zeros. So the product itself refuses.
+    The message names the first batch and the first parameter at which NaN or infinity occurs. SciPy's Krylov solvers do
+    not check products for NaN: ``cg`` continues until ``maxiter``, and PROPACK returns zeros.
+
+    See Also
+    --------
+    curvop.check : Check a model, a loss and data before a long computation.
+    NonDeterministicObjectiveError
     """
 
 
 class NonDeterministicObjectiveError(RuntimeError):
-    """The loss of the same data at the same parameters changed between two passes.
+    """Raised if the loss of the same data at the same parameters changes between two passes.
 
-    The usual causes are dropout or batch normalisation in training mode, and random augmentation in the data.
+    The usual causes are dropout or batch normalisation in training mode (call ``model.eval()``), random augmentation of
+    the data, and shuffling with ``drop_last=True``.
+
+    See Also
+    --------
+    curvop.check : Check a model, a loss and data before a long computation.
+    NonFiniteProductError
     """
 
 
 def not_finite(what: str, index: int, loss: float, where: str) -> str:
-    """Say in which batch a product, a gradient or a diagonal is not finite, and where in it."""
+    """Return the message of a `NonFiniteProductError` for a product, a gradient, a loss or a diagonal."""
     return (
         f"the {what} is not finite at batch {index} in {where} (the loss of that batch is {loss:.6g}): look there for "
         "NaN"
@@ -38,15 +50,16 @@ def not_finite(what: str, index: int, loss: float, where: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the kind of an error and the beginning of its message, for a report."""
+    """Return the class name of an error, followed by at most 200 characters of the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 @contextlib.contextmanager
 def arrays_explained(batch: Any) -> Iterator[None]:
-    """Raise a TypeError with the remedy if the user's code fails on a batch that holds NumPy arrays.
+    """If the user's code fails on a batch that contains a NumPy array, raise a TypeError that suggests a remedy.
 
-    Code that converts arrays itself may run. Other errors, such as a lack of memory, keep their type.
+    Code that converts arrays to tensors does not fail, so this function does not affect it. Unrelated errors, such as
+    running out of memory, are re-raised unchanged.
     """
     try:
         yield
@@ -54,16 +67,16 @@ def arrays_explained(batch: Any) -> Iterator[None]:
         array = isinstance(error, TypeError | AttributeError) or "numpy" in str(error)
         if array and (where := _first_array("the batch", batch)) is not None:
             raise TypeError(
-                f"{where} is a NumPy array, and the model or the loss fails with it: let data yield tensors, such as "
+                f"{where} is a NumPy array, and the model or the loss fails with it: make data yield tensors, such as "
                 f"torch.from_numpy(array) (the error was {type(error).__name__}: {error})"
             ) from error
         raise
 
 
 def _first_array(where: str, tree: Any) -> str | None:
-    """Return where in a tree the first NumPy array is."""
+    """Return the path to the first NumPy array in a tree (``the batch[0]``, for example), or None if there is none."""
     if any((kind.__module__, kind.__name__) == ("numpy", "ndarray") for kind in type(tree).__mro__):
         return where
     parts = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
-    found = (_first_array(f"{where}[{key!r}]", part) for key, part in parts)
-    return next((one for one in found if one is not None), None)
+    paths = (_first_array(f"{where}[{key!r}]", part) for key, part in parts)
+    return next((path for path in paths if path is not None), None)

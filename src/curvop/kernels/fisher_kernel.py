@@ -1,7 +1,9 @@
-r"""Fisher matrices: second moments of gradients, :math:`\sum_n J_n^\top r_n r_n^\top J_n` over the examples `n`.
+r"""Fisher matrices :math:`\sum_n J_n^\top r_n r_n^\top J_n`: sums of outer products of per-example gradients.
 
-Never is a gradient of one example formed: with ``w = J v`` for a whole batch, each example's part of the prediction
-becomes :math:`r_n \langle r_n, w_n \rangle`, and one backward pass takes all of them back to the parameters.
+For example `n`, :math:`J_n` is the Jacobian of the prediction, and :math:`r_n` is a derivative of the loss with respect
+to the prediction. Per-example gradients :math:`J_n^\top r_n` are not computed. A product with `v` first computes
+``w = J v`` for a whole batch. Each example then contributes :math:`r_n \langle r_n, w_n \rangle` to the cotangent of
+the prediction, and one backward pass multiplies this cotangent by :math:`J^\top`.
 """
 
 from __future__ import annotations
@@ -22,40 +24,57 @@ __all__ = ["EmpiricalFisherKernel", "SampledFisherKernel", "gradient_sum"]
 
 
 class EmpiricalFisherKernel(GGNLikeKernel):
-    """The gradients of the unreduced loss: `r` is its derivative by the prediction at the targets of the data."""
+    """Linearize batches for products with a block of the empirical Fisher matrix.
 
-    gives = True
+    The factors `r` are derivatives of the unreduced loss with respect to the prediction, at the targets of the data.
+    """
+
+    has_extra = True
 
     def __init__(self, objective: ModelObjective, rows: Sequence[str], cols: Sequence[str]) -> None:
         super().__init__(objective, rows, cols)
         self._examples = Examples(objective.loss_function)
 
     def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
-        """Return the root of what the loss's mean divides by: a derivative that is not divided stands twice in `M`."""
+        """Return a dict with the square root of `d`, the number by which the loss divides the sum over the examples.
+
+        The derivative of the loss is multiplied by this square root. Without the square root, `M` would have the
+        factor ``1 / d ** 2`` instead of ``1 / d``, because `M` is quadratic in the derivative.
+        """
         divisor = self.objective.divisor_of(prediction, index, batch)
         return {"scale": torch.tensor(divisor**0.5, dtype=self.objective.dtype, device=self.objective.device)}
 
     def output_hessian(
-        self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> OutputHessian:
-        """Return the outer products of the loss's derivative, example by example, divided as the loss is."""
+        """Return a block-diagonal map.
+
+        The block of each example is ``r r' / d``, where the loss is ``1 / d`` times a sum over the examples.
+        """
         parts = [None if part is None else part.detach() for part in derivative(False)]
         return _OuterProducts(
-            self._examples, [[None if part is None else part * given["scale"].to(part.dtype) for part in parts]]
+            self._examples, [[None if part is None else part * extra["scale"].to(part.dtype) for part in parts]]
         )
 
 
 class SampledFisherKernel(GGNLikeKernel):
-    """The gradients at targets that the model's own likelihood draws, `samples` for each example.
+    """Linearize batches for products with a block of a Monte Carlo estimate of the Fisher matrix.
+
+    The factors `r` are derivatives of the loss with respect to the prediction, at targets drawn from the likelihood of
+    the model. The factors are scaled such that the expectation of ``r r'`` is the Hessian of the loss.
 
     Parameters
     ----------
+    objective : ModelObjective
+    rows, cols : sequence of str
+        Names of the parameters that the rows and the columns of the block belong to.
     samples : int
+        Number of targets drawn for each example.
     seed : int
-        Of all draws; those of a batch depend on its number besides.
+        Seed of all draws. The draws for a batch also depend on the index of the batch.
     """
 
-    gives = True
+    has_extra = True
 
     def __init__(
         self, objective: ModelObjective, rows: Sequence[str], cols: Sequence[str], samples: int, seed: int
@@ -65,32 +84,49 @@ class SampledFisherKernel(GGNLikeKernel):
         self._likelihood = Likelihood(objective.loss_function)
         self._samples = samples
         self._seed = seed
-        objective.keep_order()  # the draws of a batch are told by its number
+        objective.keep_order()  # the draws for a batch depend on its index
 
     def output_hessian(
-        self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> OutputHessian:
-        """Return the mean of the outer products over the draws."""
+        """Return a block-diagonal map. The block of each example is the mean of ``r r'`` over the draws."""
         [z], (_, y) = outputs, batch
         with torch.no_grad():
-            draws = [self._likelihood.derivative(z, y, one, given) for one in given["noise"]]
+            draws = [self._likelihood.derivative(z, y, noise, extra) for noise in extra["noise"]]
             return _OuterProducts(self._examples, [[draw * self._samples**-0.5] for draw in draws])
 
     def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
-        """Return the random numbers behind the draws; made on the host, so that every device draws the same."""
+        """Return the random numbers for the draws of batch number `index`.
+
+        The numbers are generated on the host, so that they are the same on every device.
+        """
         outputs = outputs_of(prediction)
         if len(outputs) != 1:
-            raise ValueError(f"a Fisher matrix needs predictions of one tensor, but these have {len(outputs)}")
+            raise ValueError(f"a Fisher matrix needs predictions that are one tensor, but these have {len(outputs)}")
         generator = torch.Generator().manual_seed((self._seed + index * 0x9E3779B97F4A7C15) % 2**63)
         numbers = self._likelihood.noise(outputs[0].shape, self._samples, generator)
         return {"noise": numbers.to(self.objective.device)}
 
 
 def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -> tuple[float, float]:
-    """Write the sum of the examples' gradients into `out` ``(N,)``; return the divisor `W`, and how many there are.
+    """Sum the per-example gradients of the unreduced loss with respect to the parameters `names`.
 
-    These are the gradients of the unreduced loss with respect to the parameters `names`. Where a batch's weight is not
-    its loss's own divisor, each of its examples counts by the ratio.
+    Parameters
+    ----------
+    objective : ModelObjective
+    names : sequence of str
+        Names of parameters.
+    out : Tensor, shape (N,)
+        Overwritten with the sum.
+
+    Returns
+    -------
+    divisor : float
+        The number by which the objective divides sums over all batches: the total weight of the batches if the
+        reduction is 'mean', and 1 if it is 'sum'.
+    count : float
+        The number of examples. If the weight of a batch differs from the divisor of its loss, each example of the batch
+        counts as ``weight / divisor`` examples.
     """
     examples, count, totals = Examples(objective.loss_function), 0.0, objective.totals()
     leaves = objective.leaves(names)
@@ -102,10 +138,10 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
             outputs = outputs_of(prediction)
             totals.add(loss.value, loss.weight, *leaves.values())
             derivative = loss.gradient(cuts)
-            reached = [output for output, own in zip(outputs, derivative, strict=True) if own is not None]
+            used = [output for output, part in zip(outputs, derivative, strict=True) if part is not None]
             divisor = objective.divisor_of(prediction, index, batch)
             ratio = loss.weight / divisor if divisor else 1.0
-            count += ratio * examples.count(reached or outputs, batch[1])
+            count += ratio * examples.count(used or outputs, batch[1])
             for part, value in zip(parts, LinearMap(outputs, layout.of(leaves))(derivative), strict=True):
                 if value is not None:
                     part.add_(value.to(part.device), alpha=loss.weight)
@@ -114,27 +150,29 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
 
 
 class _OuterProducts(OutputHessian):
+    """A block-diagonal map. The block of each example is the sum of ``r r'`` over all elements `r` of `factors`."""
+
     def __init__(self, examples: Examples, factors: Sequence[Parts]) -> None:
         self._examples = examples
         self._factors = factors
         self.tensors = [part for parts in factors for part in parts if part is not None]
 
     def __call__(self, vectors: Parts, batched: bool = False) -> Parts:
-        known = [index for index, vector in enumerate(vectors) if vector is not None]
-        there = [index for index, factor in enumerate(self._factors[0]) if factor is not None]
-        if not set(known) & set(there):
+        inputs = [index for index, vector in enumerate(vectors) if vector is not None]
+        outputs = [index for index, factor in enumerate(self._factors[0]) if factor is not None]
+        if not set(inputs) & set(outputs):
             return [None] * len(vectors)
 
-        def multiply(*some: Tensor) -> list[Tensor]:
+        def multiply(*nonzero: Tensor) -> list[Tensor]:  # vmap does not accept None
             parts: list[Tensor | None] = [None] * len(vectors)
-            for index, vector in zip(known, some, strict=True):
+            for index, vector in zip(inputs, nonzero, strict=True):
                 parts[index] = vector
             products = [self._examples.outer(factors, parts) for factors in self._factors]
-            return [torch.stack([product[index] for product in products]).sum(0) for index in there]
+            return [torch.stack([product[index] for product in products]).sum(0) for index in outputs]
 
-        some = [vector for vector in vectors if vector is not None]
-        found: list[Tensor] = torch.func.vmap(multiply)(*some) if batched else multiply(*some)
+        nonzero = [vector for vector in vectors if vector is not None]
+        results: list[Tensor] = torch.func.vmap(multiply)(*nonzero) if batched else multiply(*nonzero)
         products: list[Tensor | None] = [None] * len(vectors)
-        for index, product in zip(there, found, strict=True):
+        for index, product in zip(outputs, results, strict=True):
             products[index] = product
         return products

@@ -1,8 +1,13 @@
-r"""Matrices that act through the prediction: :math:`\sum_b J_b^\top M_b J_b`, with the model's Jacobian `J`.
+r"""Matrices of the form :math:`\sum_b J_b^\top M_b J_b` with the Jacobian `J` of a model, and the Gauss-Newton matrix.
 
-The Jacobian's transpose is one backward pass, :math:`u \mapsto J^\top u`. It is linear in `u`, so that its own
-derivative by `u`, along the retained graph, is the Jacobian itself: ``J v`` needs no forward-mode derivative and runs
-nothing twice. A product costs two thirds of a gradient for each of the two.
+A product with the transposed Jacobian, :math:`u \mapsto J^\top u`, is one backward pass. The map is linear in `u`, so
+differentiating it with respect to `u` yields products with `J`: a backward pass through the graph of the map computes
+``J v``. This needs neither forward-mode differentiation nor a second evaluation of the model. A product with `J`, or
+with its transpose, costs two thirds of a gradient.
+
+`GGNKernel` computes the generalized Gauss-Newton matrix, for which `M` is the Hessian of the loss with respect to the
+prediction (Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural Computation
+14(7), 2002, section 3, DOI 10.1162/08997660260028683).
 """
 
 from __future__ import annotations
@@ -26,15 +31,18 @@ Parts = Sequence[Tensor | None]
 
 
 class JVP:
-    """``v -> J v``: from parameters to the parts of a prediction.
+    """The Jacobian-vector product ``v -> J v`` of a prediction with respect to parameters.
 
     Parameters
     ----------
-    outputs, params : sequence of Tensor
+    outputs : sequence of Tensor
+        The floating-point tensors of the prediction.
+    params : sequence of Tensor
+        The parameters.
     at_zero : bool
-        Where ``u -> J' u`` is differentiated: at ``u = 0``, or at a point without zeros. As the map is linear, its
-        derivative is the same, but a formula may have none at zero (that of the logarithm of a cotangent), and others,
-        such as those that clip a cotangent, only there.
+        If True, the linear map ``u -> J' u`` is differentiated at ``u = 0``, else at a vector `u` without zero entries.
+        In exact arithmetic, both derivatives are equal. However, a backward pass that takes the logarithm of `u` can
+        only be differentiated at a `u` without zero entries, and a backward pass that clips `u` only at zero.
     """
 
     def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor], at_zero: bool = True) -> None:
@@ -55,25 +63,25 @@ class JVP:
         self.roots = self._map.roots
 
     def __call__(self, vectors: Sequence[Tensor], batched: bool = False) -> Parts:
-        """Multiply."""
+        """Return ``J v`` for one vector, or for several vectors at once if `batched`."""
         return self._map(vectors, batched)
 
 
 def _without_zeros(output: Tensor) -> Tensor:
-    """Return numbers between 1 and 3 in the shape of `output`."""
+    """Return a tensor of numbers between 1 and 3, with the shape and dtype of `output`."""
     numbers = torch.arange(output.numel(), dtype=torch.float32, device=output.device)
     return (2 + numbers.cos()).to(output.dtype).view(output.shape)
 
 
 class OutputHessian(abc.ABC):
-    """``w -> M w`` on the parts of a batch's prediction; symmetric.
+    """The symmetric linear map ``w -> M w``, where `w` has one tensor for each floating-point tensor of a prediction.
 
     Attributes
     ----------
     roots : list of Node
-        What it keeps of autograd's graph.
+        Roots of the autograd graph that the map retains.
     tensors : list of Tensor
-        What it keeps besides.
+        Other tensors that the map retains.
     """
 
     roots: Sequence[Any] = ()
@@ -81,16 +89,20 @@ class OutputHessian(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, vectors: Parts, batched: bool = False) -> Parts:
-        """Multiply: parts of the prediction's shapes, with a leading dimension more where `batched`."""
+        """Return ``M w``.
+
+        For each floating-point tensor of the prediction, `vectors` contains a tensor of the same shape, or None for
+        zero. If `batched`, all tensors in `vectors` have an additional first dimension.
+        """
 
 
 class GGNLikeKernel(Kernel):
-    """Linearizes batches for products with a block of such a matrix; subclasses say what `M` is."""
+    r"""Linearize batches for products with a block of :math:`J^\top M J`; subclasses define `M`."""
 
     symmetric = True
     objective: ModelObjective
-    #: Whether `given` gives anything.
-    gives = False
+    #: Whether the method `extra` returns any tensors.
+    has_extra = False
 
     def __init__(self, objective: ModelObjective, rows: Sequence[str], cols: Sequence[str]) -> None:
         super().__init__(objective, rows, cols)
@@ -98,55 +110,63 @@ class GGNLikeKernel(Kernel):
         self._at_zero = True
 
     def move(self) -> bool:
-        """Differentiate linear maps at a point without zeros; if they already were, at zero again."""
+        """Change the point at which linear maps are differentiated.
+
+        At first, the point is zero. Each call switches between zero and a point without zero entries. Return True after
+        a switch to the point without zero entries, and False after a switch back to zero.
+        """
         self._at_zero = not self._at_zero
         return not self._at_zero
 
     @abc.abstractmethod
     def output_hessian(
-        self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> OutputHessian:
         """Return `M` for one batch.
 
         Parameters
         ----------
         outputs : list of Tensor
-            The parts of the prediction, leaves that require grad.
+            The floating-point tensors of the prediction, which are leaves that require grad.
         batch : pair
             Input and target.
-        given : dict of str to Tensor
-            What `given` returns for this batch and, for a program, the loss's own tensors.
+        extra : dict of str to Tensor
+            The tensors that the method `extra` returns for this batch. If `product` calls `output_hessian`, the
+            dict also contains the tensors of the loss function.
         derivative : callable
-            ``create_graph -> parts``, the loss's derivative by `outputs`.
+            ``derivative(create_graph)`` returns the derivative of the loss with respect to `outputs`.
         """
 
-    def look(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:  # most need not
-        """Look at `M` of a batch, for what is to be warned of."""
+    def check_curvature(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:  # optional
+        """Record properties of `M` of one batch that are needed for a later warning. By default, do nothing."""
 
     def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
-        """Return what else `M` depends on, for batch number `index`; of its prediction only the shape is asked."""
+        """Return a dict of additional tensors that `M` of batch number `index` depends on.
+
+        The method uses only the shapes of the tensors in `prediction`, not their values.
+        """
         return {}
 
     def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
-        """Return what the objective holds, and what is given."""
+        """Return the buffers of the objective, and the tensors that the method `extra` returns."""
         buffers = super().buffers(leaves, index, batch)
-        if not self.gives:
+        if not self.has_extra:
             return buffers
-        like = signature(batch)
-        if like not in self._predictions:
+        key = signature(batch)
+        if key not in self._predictions:
             prediction = self.objective.predict(leaves, batch)
-            self._predictions[like] = map_leaves(lambda part: part.detach().to("meta"), prediction)
-        return buffers | {"extra": self.extra(index, self._predictions[like], batch)}
+            self._predictions[key] = map_leaves(lambda part: part.detach().to("meta"), prediction)
+        return buffers | {"extra": self.extra(index, self._predictions[key], batch)}
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
-        """Return the linearization of one batch."""
+        """Return the linearization of batch number `index`."""
         prediction, cut, parts, loss = self.objective.split(leaves, index, batch, cut_off)
-        outputs, given = outputs_of(prediction), self.extra(index, cut, batch)
+        outputs, extra = outputs_of(prediction), self.extra(index, cut, batch)
         output_hessian = self.output_hessian(
-            parts, batch, given, lambda create_graph: loss.gradient(parts, create_graph)
+            parts, batch, extra, lambda create_graph: loss.gradient(parts, create_graph)
         )
         if loss.weight:
-            self.look(output_hessian, parts)
+            self.check_curvature(output_hessian, parts)
         jvp = JVP(outputs, self.cols.of(leaves), self._at_zero)
         vjp = LinearMap(outputs, self.rows.of(leaves))
         return _GGNLikeLinearization(loss.value, loss.weight, jvp, output_hessian, vjp)
@@ -158,7 +178,7 @@ class GGNLikeKernel(Kernel):
         batch: Any,
         tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Parts]:
-        """Return a batch's loss, its prediction and one product."""
+        """Return the loss and the prediction for a batch, and the product of the batch's matrix with a vector."""
         prediction, parts, loss = self.objective.traced_split(leaves, buffers, batch, cut_off)
         outputs = outputs_of(prediction)
 
@@ -172,17 +192,28 @@ class GGNLikeKernel(Kernel):
 
 
 def outputs_of(prediction: Any) -> list[Tensor]:
-    """Return the parts of a prediction that can be differentiated; see `cut_off`."""
+    """Return a list of the floating-point tensors in a prediction.
+
+    This raises the same errors as `cut_off`.
+    """
     return _parts(prediction, lambda part: part)[1]
 
 
 def cut_off(prediction: Any) -> tuple[Any, list[Tensor]]:
-    """Return the prediction with parts that are leaves, and these.
+    """Detach a prediction from the graph of the model.
+
+    Returns
+    -------
+    prediction : tree of Tensor
+        A copy of the prediction, in which each floating-point tensor is replaced by a new leaf that requires grad.
+    parts : list of Tensor
+        The new leaves.
 
     Raises
     ------
     TypeError
-        Where it holds what may depend on the parameters, but cannot be looked into, or nothing that does.
+        If the prediction contains a complex tensor, if it contains no floating-point tensor, or if it contains an
+        object of an unknown type. Such an object could contain tensors.
     """
     return _parts(prediction, lambda part: part.detach().requires_grad_())
 
@@ -195,11 +226,11 @@ def _parts(prediction: Any, function: Callable[[Tensor], Tensor]) -> tuple[Any, 
             parts.append(function(part))
             return parts[-1]
         if isinstance(part, Tensor) and part.is_complex():
-            raise TypeError("a prediction is complex: let the model return its real view, torch.view_as_real")
+            raise TypeError("a prediction is complex: make the model return its real view, torch.view_as_real")
         if not isinstance(part, Tensor | int | float | str | None):
             raise TypeError(
-                f"a prediction holds a {type(part).__name__}: let the model return a tensor, or (nested) mappings, "
-                "lists and tuples of tensors (of Hugging Face's models, with use_cache=False)"
+                f"a prediction holds a {type(part).__name__}: make the model return a tensor, or (nested) mappings, "
+                "lists and tuples of tensors (with Hugging Face models, pass use_cache=False)"
             )
         return part
 
@@ -214,29 +245,26 @@ def _parts(prediction: Any, function: Callable[[Tensor], Tensor]) -> tuple[Any, 
 class _GGNLikeLinearization(GraphLinearization):
     def __init__(self, loss: Tensor, weight: float, jvp: JVP, output_hessian: OutputHessian, vjp: LinearMap) -> None:
         super().__init__(loss, weight, [*jvp.roots, *output_hessian.roots, *vjp.roots], output_hessian.tensors)
-        self._jvp, self._middle, self._vjp = jvp, output_hessian, vjp
+        self._jvp, self._output_hessian, self._vjp = jvp, output_hessian, vjp
 
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Parts:
-        return self._vjp(self._middle(self._jvp(tangents, batched), batched), batched)
-
-
-# The generalized Gauss-Newton matrix, :math:`J^\top \nabla^2_z \ell \, J` (Schraudolph, 2002, section 3).
+        return self._vjp(self._output_hessian(self._jvp(tangents, batched), batched), batched)
 
 
 class GGNKernel(GGNLikeKernel):
-    """Linearizes batches for products with the Gauss-Newton block of the parameters `rows` and `cols`."""
+    """Linearize batches for products with a block of the generalized Gauss-Newton matrix."""
 
     def output_hessian(
-        self, outputs: list[Tensor], batch: Any, given: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> OutputHessian:
-        """Return the loss's Hessian by the prediction."""
+        """Return the Hessian of the loss with respect to the prediction."""
         return _LossHessian(derivative(True), outputs)
 
-    def look(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:
-        """Look whether the loss has a second derivative, until it has."""
-        if not self.objective.curved:
+    def check_curvature(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:
+        """Record whether the loss of this or an earlier batch has a nonzero second derivative."""
+        if not self.objective.checks.curved:
             probes = [torch.linspace(1, 2, part.numel()).cos().to(part).view_as(part) for part in outputs]
-            self.objective.curved = any(part is not None and bool(part.any()) for part in output_hessian(probes))
+            self.objective.checks.curved = any(part is not None and bool(part.any()) for part in output_hessian(probes))
 
 
 class _LossHessian(OutputHessian):

@@ -1,4 +1,4 @@
-"""The gradient and the loss, weighted over the batches as the curvature is."""
+"""The gradient and the loss, with the same batch weights as the curvature matrices."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ __all__ = ["gradient_and_loss", "plain_gradient_seconds"]
 
 
 def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -> float:
-    """Write the gradient with respect to the parameters `names` into `out` ``(N,)`` and return the loss; one pass.
+    """Write the gradient with respect to the parameters `names` into `out`, of shape (N,), and return the loss.
+
+    This takes one pass over the data.
 
     Raises
     ------
     NonFiniteProductError
-        Where the gradient or the loss holds NaN or infinity.
+        If the gradient or the loss is not finite.
     """
     leaves = objective.leaves(names)
     layout = ParameterLayout(objective.params, names)
@@ -36,7 +38,7 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
             for part, value in zip(parts, loss.gradient([leaves[name] for name in names]), strict=True):
                 if value is not None:
                     part.add_(value.to(part.device), alpha=loss.weight)
-            # NaN and infinity survive a sum. It is read at the end only, as a GPU would be waited for here.
+            # NaN and infinity propagate through a sum. The sums are read later, because reading one waits for the GPU.
             sums.append(out.sum())
         _check(out, layout, sums, totals.losses, totals.weights)
         objective.conclude(totals)
@@ -46,9 +48,10 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
 
 
 def plain_gradient_seconds(objective: Objective, names: Sequence[str]) -> float:
-    """Return the seconds that the gradients of all batches take, as the user's own ``torch.autograd.grad`` does.
+    """Return the time in seconds that plain ``torch.autograd.grad`` takes to compute the gradients of all batches.
 
-    Reading the data, putting the parameters in place and what is done for second derivatives do not count.
+    This excludes the time that is needed to read the data, to insert the parameters into the model, and to prepare
+    second derivatives.
     """
     leaves = objective.leaves(names)
     params = [leaves[name] for name in names]
@@ -75,10 +78,21 @@ def plain_gradient_seconds(objective: Objective, names: Sequence[str]) -> float:
 def _check(
     out: Tensor, layout: ParameterLayout, sums: Sequence[Tensor], losses: Sequence[float], weights: Sequence[float]
 ) -> None:
-    """Name the first batch at which the gradient, or its loss, is not finite, given the sums of `out` after each."""
-    where = [layout.label(index) for index, part in enumerate(layout.split(out)) if not part.isfinite().all()]
-    spoilt = ~torch.stack(list(sums)).isfinite() if where else [False] * len(losses)
+    """If a gradient or loss is not finite, raise a NonFiniteProductError that names the first such batch.
+
+    Parameters
+    ----------
+    out : Tensor, shape (N,)
+    layout : ParameterLayout
+    sums : sequence of Tensor
+        The sum of the entries of `out` after each batch.
+    losses, weights : sequence of float
+        The weighted loss and the weight of each batch.
+    """
+    labels = [layout.label(index) for index, part in enumerate(layout.split(out)) if not part.isfinite().all()]
+    gradient_spoilt = ~torch.stack(list(sums)).isfinite() if labels else [False] * len(losses)
     for index, (loss, weight) in enumerate(zip(losses, weights, strict=True)):
-        if spoilt[index] or not math.isfinite(loss):
-            what, there = ("gradient", where[0]) if spoilt[index] else ("loss", "its value")
-            raise NonFiniteProductError(not_finite(what, index, loss / (weight or 1.0), there))
+        if gradient_spoilt[index]:
+            raise NonFiniteProductError(not_finite("gradient", index, loss / (weight or 1.0), labels[0]))
+        if not math.isfinite(loss):
+            raise NonFiniteProductError(not_finite("loss", index, loss / (weight or 1.0), "its value"))

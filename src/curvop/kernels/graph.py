@@ -1,4 +1,4 @@
-"""Autograd's graphs: node by node, and run more than once."""
+"""Autograd graphs: iterate over the nodes of a graph, and run the same graph backward many times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LinearMap", "nodes"]
 
 
 def nodes(roots: Iterable[Node]) -> Iterator[Node]:
-    """Yield every node that can be reached from `roots`, once."""
+    """Yield all nodes that are reachable from `roots`, each of them once."""
     seen = set(roots)
     stack = list(seen)
     while stack:
@@ -27,22 +27,22 @@ def nodes(roots: Iterable[Node]) -> Iterator[Node]:
 
 
 class LinearMap:
-    """The transposed Jacobian of `outputs` by `inputs`, ready for many vectors.
+    """The transposed Jacobian of `outputs` with respect to `inputs`, for products with many vectors.
 
-    The edges of the graph are all it keeps: the outputs' own memory, for a gradient as large as the parameters, is
-    freed.
+    The object retains only the graph, not the outputs. If the outputs are a gradient, this saves as much memory as the
+    parameters occupy.
 
     Parameters
     ----------
     outputs : sequence of Tensor or None
-        Those that are None, or do not require grad, depend on nothing.
+        An output that is None or does not require grad is treated as a constant.
     inputs : sequence of Tensor
-        Leaves.
+        Leaves of the graph.
 
     Attributes
     ----------
     roots : list of Node
-        Of the graph.
+        Roots of the graph.
     """
 
     def __init__(self, outputs: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> None:
@@ -52,25 +52,30 @@ class LinearMap:
         self.roots: list[Node] = [edge.node for edge in self._edges]
 
     def check_differentiable(self) -> LinearMap:
-        """Refuse outputs that are a gradient which cannot be differentiated again.
+        """Return self, or raise a RuntimeError if the outputs are a gradient that cannot be differentiated.
 
-        A function marked ``once_differentiable`` leaves a node of this name in the graph of its gradient, off the path
-        to the parameters, where a product would pass it by and silently lack its part. So do torch's own operations
-        that have no further derivative.
+        An autograd function marked ``once_differentiable`` adds a node named ``torch::autograd::Error`` to the graph of
+        its gradient. No path to the parameters contains this node, so a product would not run the node and would
+        silently omit a term. PyTorch operations without a second derivative also add such a node.
         """
         error = next((node for node in nodes(self.roots) if node.name() == "torch::autograd::Error"), None)
         if error is not None:
-            words = _words(error)
-            if "once_differentiable" in words:
+            message = _message(error)
+            if "once_differentiable" in message:
                 raise RuntimeError(
                     "the model uses an autograd function that is once_differentiable: it has a gradient, but no "
-                    "Hessian. Write its backward with differentiable operations, or take a block above it"
+                    "Hessian. Write its backward with differentiable operations, or pass only the parameters of later "
+                    "layers"
                 )
-            raise RuntimeError(f"torch cannot differentiate an operation of the model once more: {words}")
+            raise RuntimeError(f"torch cannot differentiate the gradient of an operation of the model: {message}")
         return self
 
     def __call__(self, vectors: Sequence[Tensor | None], batched: bool = False) -> Sequence[Tensor | None]:
-        """Multiply: one vector an output in, one an input out, None for zero; several at once where `batched`."""
+        """Apply the transposed Jacobian to one vector, or to several vectors at once if `batched`.
+
+        `vectors` has one entry for each output, and the returned sequence has one entry for each input. An entry is a
+        tensor, or None in place of a zero tensor.
+        """
         positions, edges = self._positions, self._edges
         if any(vectors[index] is None for index in positions):
             positions = [index for index in positions if vectors[index] is not None]
@@ -85,23 +90,23 @@ class LinearMap:
         )
 
 
-def _words(error: Node) -> str:
-    """Return what a node of autograd's raises when it is reached."""
+def _message(error: Node) -> str:
+    """Run a node named ``torch::autograd::Error``, which raises an exception, and return the exception's message."""
     try:
         cast("Callable[[Tensor], Tensor]", error)(torch.zeros(()))
     except RuntimeError as raised:
         return str(raised)
-    return "it does not say why"
+    return "torch gives no reason"
 
 
 def _run(
     edges: tuple[GradientEdge, ...], inputs: tuple[Tensor, ...], seeds: tuple[Tensor, ...]
 ) -> Sequence[Tensor | None]:
-    """Do as ``torch.autograd.grad(edges, inputs, seeds, retain_graph=True, allow_unused=True)``.
+    """Compute ``torch.autograd.grad(edges, inputs, seeds, retain_graph=True, allow_unused=True)`` without checks.
 
-    Without its checks of the seeds, which are known to fit here, and take a seventh of a small model's product.
+    For small models, the checks that ``torch.autograd.grad`` makes of `seeds` take a seventh of the time of a product.
     """
     keep_graph, create_graph, allow_unreachable, accumulate = True, False, True, False
     run = Variable._execution_engine.run_backward
-    found: Sequence[Tensor | None] = run(edges, seeds, keep_graph, create_graph, inputs, allow_unreachable, accumulate)
-    return found
+    grads: Sequence[Tensor | None] = run(edges, seeds, keep_graph, create_graph, inputs, allow_unreachable, accumulate)
+    return grads

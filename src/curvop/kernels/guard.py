@@ -1,4 +1,4 @@
-"""Running the user's code so that everything that it changes is put back."""
+"""Run the user's code with its parameters replaced by other tensors, and undo the side effects of the code."""
 
 from __future__ import annotations
 
@@ -18,25 +18,31 @@ __all__ = ["Guard", "modules_of", "own_batch", "replaced"]
 
 T = TypeVar("T")
 
-#: Tensors by the `id` of those whose places they take.
+#: A dict of replacements for tensors. The keys are the ``id`` numbers of the tensors to be replaced.
 Replacements = Mapping[int, Tensor]
 
 
 class Guard:
-    """Runs the user's code, and puts back what it changes in modules and batches.
+    """Runs the user's code and undoes its changes to modules and batches.
 
-    Put back are parameters, buffers, submodules and plain attributes of the modules, nested lists, dicts, sets and
-    deques included; the values of buffers, of other tensors among the attributes and of the batch; and every
-    ``requires_grad``. State inside other objects is not.
+    After every run the guard restores
 
-    After code has written to such tensors once, it runs on copies. It never reads its own earlier writes, and kept
-    graphs do not refer to the user's tensors.
+    - parameters, buffers, submodules and plain attributes of the modules, including the contents of nested lists,
+      dicts, sets and deques,
+    - the values of buffers, of tensors in other attributes, and of tensors in the batch,
+    - all ``requires_grad`` flags.
+
+    State inside other objects is not restored.
+
+    After the code has modified a tensor of the modules or of the batch for the first time, all runs use copies of such
+    tensors. The code then never reads values that its earlier runs have written, and retained graphs do not refer to
+    the user's tensors.
 
     Parameters
     ----------
     modules : sequence of nn.Module
     params : sequence of Tensor
-        Parameters that the modules need not have.
+        The parameters of the objective. They need not belong to `modules`.
 
     Attributes
     ----------
@@ -56,17 +62,19 @@ class Guard:
         *,
         hold: bool = True,
     ) -> T:
-        """Return ``function(batch)``.
+        """Return ``function(batch)`` and undo the side effects of the function.
+
+        The function is called a second time, on copies, if it modifies tensors of the modules or of the batch.
 
         Parameters
         ----------
         function : callable
         batch : tree of tensors
         replacements : dict of int to Tensor, optional
-            Tensors that take the places of the modules' own while the function runs.
+            Replacements for tensors of the modules while the function runs, by the ``id`` of the replaced tensor.
         hold : bool
-            Whether the modules' other parameters are constants then: they stay the same objects, but do not require
-            grad.
+            Whether to set ``requires_grad`` of all other parameters to False while the function runs. Has no effect
+            without `replacements`.
         """
         swaps, hold = dict(replacements or {}), hold and replacements is not None
         result, wrote = self._watched(function, batch, swaps, hold)
@@ -75,22 +83,24 @@ class Guard:
     def _watched(
         self, function: Callable[[Any], T], batch: Any, swaps: dict[int, Tensor], hold: bool
     ) -> tuple[T, bool]:
-        """Return ``function(batch)``, and whether it wrote to tensors that it was not to write to."""
+        """Return ``function(batch)``, and a bool that is True if the function modified tensors other than copies."""
         parts = _parts(self._modules)
         places = _Places(parts)
-        parameters = list({id(one): one for one in (*places.parameters(), *self._params)}.values())
-        state, given = places.state(parameters), list(leaves(batch))
-        flags = [(tensor, tensor.requires_grad) for tensor in (*parameters, *state, *given)]
+        parameters = list({id(value): value for value in (*places.parameters(), *self._params)}.values())
+        state, inputs = places.state(parameters), list(leaves(batch))
+        flags = [(tensor, tensor.requires_grad) for tensor in (*parameters, *state, *inputs)]
         # Modules in training mode are expected to write to their buffers.
-        training = any(part.training and any(one is not None for _, one in part._buffers.items()) for part in parts)
-        copied = state if self.writes or training else _with_neighbours(filter(_is_delicate, state), state)
-        # At every run, because writes may depend on the batch.
-        saved = _saved(state, by_value=True) + ([] if self.writes else _saved(given))
+        training = any(
+            part.training and any(buffer is not None for _, buffer in part._buffers.items()) for part in parts
+        )
+        copied = state if self.writes or training else _sharing_memory(filter(_is_delicate, state), state)
+        # Values are saved in every run, because writes may depend on the batch.
+        saved = _saved(state, by_value=True) + ([] if self.writes else _saved(inputs))
         own = own_batch(batch, copies=self.writes)
-        # Autograd cannot save a tensor made under inference mode.
-        made = _copies([*copied, *(one for one in parameters if one.is_inference())])
-        swaps = made | swaps
-        constant = [one for one in parameters if one.requires_grad and one.is_leaf and id(one) not in swaps]
+        # Autograd cannot save tensors created in inference mode, so these are copied, too.
+        copies = _copies([*copied, *(value for value in parameters if value.is_inference())])
+        swaps = copies | swaps
+        constant = [value for value in parameters if value.requires_grad and value.is_leaf and id(value) not in swaps]
         wrote = [False]
 
         def put_back() -> None:
@@ -105,7 +115,7 @@ class Guard:
                 result = function(own)
             finally:
                 put_back()
-        except BaseException:  # Ctrl-C may have come while it was put back
+        except BaseException:  # Ctrl-C may have interrupted put_back
             put_back()
             raise
         if self.writes and wrote[0]:
@@ -118,7 +128,11 @@ class Guard:
 
 
 def modules_of(function: Any) -> list[nn.Module]:
-    """Return the modules that a function is, is a method of, or is given in a ``functools.partial``."""
+    """Return a list of the modules to which a callable refers.
+
+    The modules are the callable itself, the object to which a method is bound, or the function and the arguments of a
+    ``functools.partial``.
+    """
     if isinstance(function, functools.partial):
         parts = (function.func, *function.args, *function.keywords.values())
         return [module for part in parts for module in modules_of(part)]
@@ -128,7 +142,10 @@ def modules_of(function: Any) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def replaced(modules: Sequence[nn.Module], replacements: Replacements) -> Iterator[None]:
-    """Let other tensors take the places of the modules' own; put everything back at the end, except for values."""
+    """Replace tensors of the modules while the context is active.
+
+    In contrast to `Guard.run`, this function does not restore the values of tensors that the code modifies.
+    """
     places = _Places(_parts(modules))
     try:
         try:
@@ -136,34 +153,34 @@ def replaced(modules: Sequence[nn.Module], replacements: Replacements) -> Iterat
             yield
         finally:
             places.put_back()
-    except BaseException:  # Ctrl-C may have come while it was put back
+    except BaseException:  # Ctrl-C may have interrupted put_back
         places.put_back()
         raise
 
 
 def _parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return the modules and all that are below them, each once."""
+    """Return a list of the modules and all their submodules, without duplicates."""
     return list(dict.fromkeys(part for module in modules for part in module.modules()))
 
 
 class _Places:
-    """All attributes of modules, and what lists, dicts, sets, deques and tuples among them hold."""
+    """A record of the attributes of modules, including the contents of nested lists, dicts, sets, deques and tuples."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         self._parts = parts
-        self._found: list[tuple[Any, Any]] = []  # containers, and their copies
-        self._tensors: list[tuple[Any, Any]] = []  # of these, the ones that may hold tensors
+        self._saved: list[tuple[Any, Any]] = []  # containers and copies of their contents
+        self._with_tensors: list[tuple[Any, Any]] = []  # the entries of _saved that may contain tensors
         seen: set[int] = set()
-        # What `torch.nn.utils.parametrize.cached` keeps is of the tensors that were there when it was made.
+        # `torch.nn.utils.parametrize.cached` stores results that were computed from the tensors to be replaced.
         self._cache: Any = parametrize._cache
         stack: list[Any] = [self._cache]
         for part in parts:
-            self._found.append((vars(part), dict(vars(part))))
-            self._tensors.append(self._found[-1])
+            self._saved.append((vars(part), dict(vars(part))))
+            self._with_tensors.append(self._saved[-1])
             stack += [
                 value for name, value in vars(part).items() if isinstance(value, _CONTAINERS) and name not in _HOOKS
             ]
-            if isinstance(part, torch.jit.ScriptModule):  # whose parameters and buffers are in no dict
+            if isinstance(part, torch.jit.ScriptModule):  # its parameters and buffers are not in vars(part)
                 stack += [part._parameters, part._buffers]
         while stack:
             container = stack.pop()
@@ -175,9 +192,9 @@ class _Places:
             stack += inner
             if isinstance(container, tuple):
                 continue
-            self._found.append((container, dict(container.items()) if _is_mapping(container) else values))
+            self._saved.append((container, dict(container.items()) if _is_mapping(container) else values))
             if inner or any(isinstance(value, Tensor) for value in values):
-                self._tensors.append(self._found[-1])
+                self._with_tensors.append(self._saved[-1])
 
     def parameters(self) -> Iterator[Tensor]:
         """Yield the parameters of the modules."""
@@ -185,25 +202,28 @@ class _Places:
             yield from (value for _, value in part._parameters.items() if value is not None)
 
     def state(self, parameters: Iterable[Tensor]) -> list[Tensor]:
-        """Return buffers, and other tensors that are no parameters and no part of a graph, each once."""
-        buffers = (one for part in self._parts for _, one in part._buffers.items() if one is not None)
-        found = {id(tensor): tensor for tensor in buffers}
-        for container, values in self._tensors:
+        """Return a list, without duplicates, of the buffers and other tensors of the modules, except parameters.
+
+        Tensors that are not buffers are included only if they do not belong to an autograd graph.
+        """
+        buffers = (buffer for part in self._parts for _, buffer in part._buffers.items() if buffer is not None)
+        state = {id(tensor): tensor for tensor in buffers}
+        for container, values in self._with_tensors:
             for value in values.values() if isinstance(values, dict) else values:
                 for tensor in _tensors(value) if isinstance(value, Tensor | tuple) else ():
                     if tensor.grad_fn is None and not _is_no_state(tensor) and container is not self._cache:
-                        found[id(tensor)] = tensor
+                        state[id(tensor)] = tensor
         for parameter in parameters:
-            found.pop(id(parameter), None)
-        return list(found.values())
+            state.pop(id(parameter), None)
+        return list(state.values())
 
     def replace(self, replacements: Replacements) -> None:
-        """Put tensors in the places of others; sets, which have no places, keep theirs."""
+        """Replace tensors in all containers except sets, and clear the cache of parametrizations."""
         self._cache.clear()
-        for container, found in self._tensors if replacements else ():
+        for container, contents in self._with_tensors if replacements else ():
             if isinstance(container, set):
                 continue
-            slots = found.items() if _is_mapping(container) else enumerate(found)
+            slots = contents.items() if _is_mapping(container) else enumerate(contents)
             for slot, value in slots:
                 if id(value) in replacements:
                     container[slot] = replacements[id(value)]
@@ -211,93 +231,99 @@ class _Places:
                     container[slot] = other
 
     def put_back(self) -> None:
-        """Put everything back in its place."""
-        for container, found in self._found:
-            _fill(container, found)
+        """Restore the contents of all containers."""
+        for container, contents in self._saved:
+            _fill(container, contents)
 
 
-#: Attributes that every module has for torch's own use; user code has no reason to change them in `forward`.
+#: Attributes that PyTorch sets in every module for internal use. Their contents are not saved, because user code has no
+#: reason to change them in ``forward``.
 _HOOKS = set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 
-#: Kinds of containers that are looked into.
+#: Containers whose contents are saved and replaced.
 _CONTAINERS = (dict, list, set, deque, tuple)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield a tensor, or those in tuples."""
+    """Yield `value` if it is a tensor, or all tensors in `value` if it is a (nested) tuple."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):
-        for one in value:
-            yield from _tensors(one)
+        for item in value:
+            yield from _tensors(item)
 
 
 def _rebuilt(value: Any, replacements: Replacements) -> Any:
-    """Return a tuple with other tensors in the places of its own, or itself if there are none."""
+    """Return a (nested) tuple with its tensors replaced, or the tuple itself if nothing is replaced."""
     if type(value) is not tuple:
         return replacements.get(id(value), value)
-    parts = tuple(_rebuilt(one, replacements) for one in value)
-    return value if all(one is other for one, other in zip(parts, value, strict=True)) else parts
+    items = tuple(_rebuilt(item, replacements) for item in value)
+    return value if all(new is old for new, old in zip(items, value, strict=True)) else items
 
 
 def _is_mapping(container: Any) -> bool:
-    return not isinstance(container, list | set | deque | tuple)  # those of a scripted module are no dicts
+    return not isinstance(container, list | set | deque | tuple)  # scripted modules have mappings that are not dicts
 
 
 def _values(container: Any) -> list[Any]:
     return [value for _, value in container.items()] if _is_mapping(container) else list(container)
 
 
-def _fill(container: Any, found: Any) -> None:
-    """Make a container hold what it held, unless it does."""
+def _fill(container: Any, contents: Any) -> None:
+    """Restore the contents of a container if they have changed."""
     if isinstance(container, dict):
-        # By identity: an object need not be comparable. `map` is several times as fast as a loop.
-        if [*map(id, container), *map(id, container.values())] != [*map(id, found), *map(id, found.values())]:
+        # Compare ids, because == may not be defined for the objects. `map` is several times faster than a loop.
+        if [*map(id, container), *map(id, container.values())] != [*map(id, contents), *map(id, contents.values())]:
             container.clear()
-            container.update(found)
+            container.update(contents)
     elif isinstance(container, set):
-        if {*map(id, container)} != {*map(id, found)}:
+        if {*map(id, container)} != {*map(id, contents)}:
             container.clear()
-            container.update(found)
+            container.update(contents)
     elif isinstance(container, list | deque):
-        if [*map(id, container)] != [*map(id, found)]:
+        if [*map(id, container)] != [*map(id, contents)]:
             container.clear()
-            container.extend(found)
+            container.extend(contents)
     else:
-        for name, value in found.items():
+        for name, value in contents.items():
             if container[name] is not value:
                 container[name] = value
 
 
 def _is_no_state(tensor: Tensor) -> bool:
-    """Whether a tensor is a parameter, or was left by a transform of torch.func (in the list of an LSTM's weights)."""
+    """Return True for a parameter, and for a wrapper left behind by torch.func (in an LSTM's weights, for example)."""
     return isinstance(tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _is_delicate(tensor: Tensor) -> bool:
-    """Whether code that writes to a tensor could leave it in a graph, or autograd could not save it."""
+    """Return True if user code must run on a copy of the tensor, even if the code has not modified tensors before.
+
+    This is the case if a write could attach the tensor to an autograd graph, or if autograd cannot save the tensor
+    because it was created in inference mode.
+    """
     in_graph = tensor.grad_fn is not None or (tensor._is_view() and tensor.is_floating_point())
     return in_graph or tensor.is_inference()
 
 
 class _Saved:
-    """A tensor as it was.
+    """A tensor with a backup copy of its values.
 
     Parameters
     ----------
     tensor : Tensor
     by_value : bool
-        Whether to look at its values; else at its version, which writing to ``tensor.data`` does not change.
+        Whether to detect writes by comparing values, too. The version counter alone misses writes to
+        ``tensor.data``.
     """
 
     def __init__(self, tensor: Tensor, by_value: bool) -> None:
         self._tensor, self._version, self._copy = tensor, tensor._version, tensor.detach().clone()
-        self._memory = tensor.detach()  # which `tensor.data = other` takes away
+        self._memory = tensor.detach()  # the original memory, which `tensor.data = other` would replace
         self._strided = tensor.layout == torch.strided and not tensor.is_nested
         self._by_value = by_value and self._strided and tensor.dtype in _COMPARABLE
 
     def restore(self) -> bool:
-        """Put memory and values back, and return whether they were written to."""
+        """If the memory or the values of the tensor have changed, restore both and return True, else return False."""
         moved = self._strided and not self._tensor.is_set_to(self._memory)
         written = moved or self._tensor._version != self._version
         if not written and not (self._by_value and _differ(self._memory, self._copy)):
@@ -306,7 +332,7 @@ class _Saved:
             self._tensor.detach_()
         if moved:
             self._tensor.data = self._memory
-        self._tensor.detach().copy_(self._copy)  # not under no_grad, which Ctrl-C might leave switched on
+        self._tensor.detach().copy_(self._copy)  # not no_grad, which Ctrl-C might leave enabled
         return True
 
 
@@ -316,18 +342,18 @@ _COMPARABLE = {
 }
 
 
-def _differ(these: Tensor, those: Tensor) -> bool:
-    """Whether values differ, NaN being equal to itself."""
-    return not torch.equal(these, those) and not torch.allclose(these, those, 0.0, 0.0, equal_nan=True)
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Return True if two tensors have different values. NaNs are considered equal."""
+    return not torch.equal(a, b) and not torch.allclose(a, b, 0.0, 0.0, equal_nan=True)
 
 
 def _saved(tensors: Iterable[Tensor], by_value: bool = False) -> list[_Saved]:
-    # A tensor made under inference mode does not count how often it is written to, and one in a graph is no state.
-    return [_Saved(one, by_value) for one in tensors if not one.is_inference() and one.grad_fn is None]
+    # Tensors created in inference mode have no version counter. Tensors in a graph are results, not state.
+    return [_Saved(tensor, by_value) for tensor in tensors if not tensor.is_inference() and tensor.grad_fn is None]
 
 
 def _restore(saved: Iterable[_Saved]) -> bool:
-    written = [one.restore() for one in saved]
+    written = [tensor.restore() for tensor in saved]
     return any(written)
 
 
@@ -343,7 +369,10 @@ def _hold_constant(parameters: Iterable[Tensor]) -> None:
 
 
 def _copies(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Return copies; those of tensors that share memory share it, too."""
+    """Return a dict from the ``id`` of each tensor to a copy of the tensor.
+
+    If two tensors share memory, their copies also share memory.
+    """
     sharing: dict[object, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         sharing[_memory(tensor)].append(tensor)
@@ -353,21 +382,19 @@ def _copies(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
             copies[id(group[0])] = _copied(group[0])
             continue
         whole = torch.empty(0, dtype=group[0].dtype, device=group[0].device).set_(group[0].untyped_storage()).clone()
-        views = len({id(one if one._base is None else one._base) for one in group}) == 1
-        for one in group:
-            where = one.storage_offset(), one.shape, one.stride()
-            # Autograd knows that writing to a view changes the others; memory that is shared otherwise it does not.
-            copy = (
-                whole.as_strided(*where[1:], where[0])
-                if views
-                else whole.new_empty(0).set_(whole.untyped_storage(), *where)
-            )
-            copies[id(one)] = copy
+        views = len({id(tensor if tensor._base is None else tensor._base) for tensor in group}) == 1
+        for tensor in group:
+            offset, shape, stride = tensor.storage_offset(), tensor.shape, tensor.stride()
+            # Autograd tracks writes to memory that views of one tensor share, but no writes to other shared memory.
+            if views:
+                copies[id(tensor)] = whole.as_strided(shape, stride, offset)
+            else:
+                copies[id(tensor)] = whole.new_empty(0).set_(whole.untyped_storage(), offset, shape, stride)
     return copies
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """Return a copy with the same flag and the same attributes of Python's."""
+    """Return a copy of a tensor with the same ``requires_grad`` flag and the same Python attributes."""
     copy = tensor.detach().clone()
     if tensor.requires_grad:
         copy.requires_grad_()
@@ -376,34 +403,41 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _memory(tensor: Tensor) -> object:
-    """Return a key that tensors have in common if they share memory."""
+    """Return a key that identifies the memory of a tensor: tensors that share memory have equal keys."""
     if tensor.layout != torch.strided or tensor.is_quantized or not tensor.numel():
         return id(tensor)
     return tensor.untyped_storage().data_ptr(), tensor.dtype, tensor.device
 
 
-def _with_neighbours(some: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the tensors that share memory with any of `some`."""
-    memory = {_memory(tensor) for tensor in some}
+def _sharing_memory(selected: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return a list of those `tensors` that share memory with any of `selected`."""
+    memory = {_memory(tensor) for tensor in selected}
     return [tensor for tensor in tensors if _memory(tensor) in memory]
 
 
 def own_batch(batch: Any, copies: bool) -> Any:
-    """Return a batch whose mappings and lists can be written to, with tensors whose flags can be changed."""
-    known: dict[int, Tensor] = {}
+    """Return a copy of a batch. The user's code may change the containers and ``requires_grad`` flags of the copy.
+
+    Parameters
+    ----------
+    batch : tree of tensors
+    copies : bool
+        Whether to copy the values of the tensors, too.
+    """
+    aliases: dict[int, Tensor] = {}
 
     def own(leaf: Tensor) -> Tensor:
-        if id(leaf) not in known:
-            known[id(leaf)] = _alias(leaf, copies)
-        return known[id(leaf)]
+        if id(leaf) not in aliases:
+            aliases[id(leaf)] = _alias(leaf, copies)
+        return aliases[id(leaf)]
 
     return map_leaves(own, batch)
 
 
 def _alias(leaf: Tensor, copy: bool) -> Tensor:
-    """Return another tensor with the same memory, or a copy of it.
+    """If `copy` is True, return a copy of a tensor, otherwise a new tensor that shares memory with the original.
 
-    A tensor that requires grad, or that may have attributes, is returned unchanged.
+    If `copy` is False, a tensor that requires grad or that may have Python attributes is returned unchanged.
     """
     if copy:
         return leaf.clone()

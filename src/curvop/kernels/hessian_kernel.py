@@ -1,12 +1,13 @@
-r"""The Hessian by reverse over reverse: the graph of the gradient is kept, a product is one more backward pass.
+r"""Hessian products by double backward (reverse over reverse).
 
-With :math:`g_C(\theta) = \partial L / \partial \theta_C` the block with rows R and columns C acts as
+Let :math:`g_C(\theta) = \partial L / \partial \theta_C` be the gradient with respect to the parameters C. The product
+of a vector `v` with the block of the Hessian that has rows R and columns C is
 
-.. math:: H_{RC} v = \frac{\partial}{\partial \theta_R} \langle g_C(\theta), v \rangle,
+.. math:: H_{RC} v = \frac{\partial}{\partial \theta_R} \langle g_C(\theta), v \rangle.
 
-which is linear in `v` and needs no forward-mode derivative (double backward; Pearlmutter, 1994, "Fast exact
-multiplication by the Hessian", has the forward-mode twin). The gradient is differentiated anew for each `v` along the
-same graph, so everything that does not depend on `v` is computed once.
+The graph of the gradient does not depend on `v`, so the graph is built once and retained. Each product is then one
+backward pass through this graph. Forward mode is not needed. For a method that uses forward mode, see Pearlmutter,
+"Fast exact multiplication by the Hessian", Neural Computation 6(1), 1994, DOI 10.1162/neco.1994.6.1.147.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["HessianKernel"]
 
 
 class HessianKernel(Kernel):
-    """Linearizes batches for products with the Hessian block of the parameters `rows` and `cols`."""
+    """Linearize batches for products with a block of the Hessian."""
 
     symmetric = True
 
@@ -36,7 +37,7 @@ class HessianKernel(Kernel):
         batch: Any,
         tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
-        """Return a batch's loss and prediction, and one product by double backward."""
+        """Return the loss and the prediction for a batch, and the product of the batch's matrix with a vector."""
         loss, prediction = self.objective.traced(leaves, buffers, batch)
         gradient: Sequence[Tensor | None] = [None] * len(tangents)
         if loss.requires_grad:
@@ -44,7 +45,7 @@ class HessianKernel(Kernel):
         return loss, prediction, LinearMap(gradient, self.rows.of(leaves)).check_differentiable()(tangents)
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
-        """Return the linearization of one batch: the retained graph of its gradient."""
+        """Return the linearization of batch number `index`, which retains the graph of the gradient."""
         loss = self.objective.evaluate(leaves, index, batch)
         gradient = loss.gradient(self.cols.of(leaves), create_graph=True)
         return _RetainedGraph(loss, LinearMap(gradient, self.rows.of(leaves)).check_differentiable())

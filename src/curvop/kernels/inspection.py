@@ -1,4 +1,4 @@
-"""What two passes over the data tell of a model, a loss and their data."""
+"""Inspection of a model, a loss function and data for `curvop.check`, in two passes over the data."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from curvop.kernels.batches import leaves
 from curvop.kernels.changes import Fingerprint
-from curvop.kernels.objective import BATCHING_REMEDY, Objective
-from curvop.kernels.objective_checks import batchwise_modules, random_modules
+from curvop.kernels.objective import Objective
+from curvop.kernels.objective_checks import BATCHING_REMEDY, batchwise_modules, random_modules
 
 __all__ = ["Inspection", "inspect"]
 
 
-class _Dtypes(TorchFunctionMode):
-    """Collects the dtypes in which anything is computed that depends on the parameters."""
+class _DtypeRecorder(TorchFunctionMode):
+    """Record the dtypes of all intermediate results that depend on the parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,44 +32,51 @@ class _Dtypes(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call `func`, and look at what it returns."""
-        found = func(*args, **(kwargs or {}))
-        parts = found if isinstance(found, tuple | list) else (found,)
+        """Call `func` and record the dtypes of its results."""
+        result = func(*args, **(kwargs or {}))
+        parts = result if isinstance(result, tuple | list) else (result,)
         self.seen |= {
             part.dtype for part in parts if isinstance(part, Tensor) and part.requires_grad and part.is_floating_point()
         }
-        return found
+        return result
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What is known of an objective.
+    """Result of the inspection of an objective.
 
     Attributes
     ----------
     dtype : str
-        Of the parameters.
+        Dtype of the parameters.
     coarsest : str
-        The one of the least precision in which anything is computed that depends on them.
+        The dtype with the lowest precision among the parameters and all intermediate results that depend on them.
     eps : float
-        Of the coarsest numbers that a product is computed in.
-    random, batchwise : list of str
-        Modules with active dropout, and those that normalise by the statistics of a batch.
+        Largest machine epsilon among the operations of a product.
+    random : list of str
+        Modules with active dropout.
+    batchwise : list of str
+        Modules that normalise by batch statistics.
     batches : int
+        Number of batches.
     losses : tuple of float
-        Of all the data, in each of the two passes.
+        The loss over the whole data set in the first and in the second pass.
     change : float
-        The largest change of the loss, or of a batch's, between them, relative to the sizes of the batches' losses.
+        The largest change of a loss between the passes, divided by the mean absolute loss of a batch. The compared
+        losses are the loss over the whole data set and, unless `reordered` is True, the loss of each batch.
     reordered : bool
-        Whether the batches of the second pass are others, or come in another order.
+        Whether the batches, or their order, differ between the passes.
     unreached : list of str
-        Parameters that no batch's loss depends on.
+        Names of parameters that have no effect on the loss of any batch.
     looked_into : bool
-        Whether the model is made of modules, so that it could be looked into.
-    batching, batching_remedy : str
-        How the loss of two batches as one contradicts their weights, empty if it does not; and what to do about it.
+        Whether the objective has modules with parameters. If False, `random` and `batchwise` may be incomplete.
+    batching : str
+        If the loss of two batches joined into one contradicts the weights of the two batches, a description of the
+        contradiction; otherwise empty.
     unverified : bool
-        Whether the weights are an assumption, and no two batches could be compared.
+        Whether the weights of the batches are an assumption that could not be checked on any two batches.
+    batching_remedy : str
+        Advice for the user if `batching` is not empty.
     """
 
     dtype: str
@@ -89,19 +96,23 @@ class Inspection:
 
 
 def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
-    """Look at an objective: a gradient by the parameters `names`, and one more pass for the loss alone."""
+    """Inspect an objective in two passes over the data.
+
+    Both passes compute the losses. To find parameters that have no effect on the loss, the first pass also computes
+    gradients with respect to the parameters in `names`.
+    """
     values, unreached = objective.leaves(names), set(names)
     passes: list[list[tuple[float, float]]] = [[], []]
     totals = objective.totals()
     batches: list[list[list[float | None]]] = [[], []]
-    eps, dtypes = 0.0, _Dtypes()
+    eps, dtypes = 0.0, _DtypeRecorder()
     with objective.slow_backends():
         for number in range(2):
             for index, batch in objective.batches():
                 batches[number].append(Fingerprint.of_data(leaves(batch)))
                 with dtypes:
                     loss = objective.evaluate(values, index, batch)
-                if number == 1:  # the one after which two batches are remembered
+                if number == 1:  # `verify_batching` compares two batches of the last pass
                     totals.add(loss.value, loss.weight, *values.values())
                 passes[number].append((loss.weight, float(loss.value) if loss.weight else 0.0))
                 eps = max(eps, objective.epsilon(loss.value))
@@ -110,16 +121,20 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
                     unreached -= {name for name, part in reached if part is not None}
     coarsest = max({objective.dtype, *dtypes.seen}, key=lambda dtype: torch.finfo(dtype).eps)
     with objective.slow_backends():
-        objective.verify_batching(totals)
-    objective.warn_once(len(batches[0]), aloud=False)  # what a product would warn of is told here
-    divisors = [objective.divisor([w for w, _ in one]) for one in passes]
-    losses = [sum(w * loss for w, loss in one) / divisor for one, divisor in zip(passes, divisors, strict=True)]
+        objective.checks.verify_batching(objective, totals)
+    objective.checks.warn_once(objective, len(batches[0]), aloud=False)  # `check` reports these problems itself
+    divisors = [objective.divisor([w for w, _ in batch_losses]) for batch_losses in passes]
+    losses = [
+        sum(w * loss for w, loss in batch_losses) / divisor
+        for batch_losses, divisor in zip(passes, divisors, strict=True)
+    ]
     reordered = batches[0] != batches[1]
-    # By the sizes of the batches' losses: their sum may cancel, as that of a policy gradient does.
-    size = sum(abs(w * loss) for one in passes for w, loss in one) or 1.0
+    # The change is relative to the mean absolute loss. The mean loss may be zero, because positive and negative losses
+    # may cancel, as in policy gradients.
+    size = sum(abs(w * loss) for batch_losses in passes for w, loss in batch_losses) or 1.0
     change = abs(losses[0] - losses[1]) / (size / sum(divisors))
     if not reordered:
-        usual = size / sum(w for one in passes for w, _ in one)
+        usual = size / sum(w for batch_losses in passes for w, _ in batch_losses)
         pairs = ((first, second) for (_, first), (_, second) in zip(*passes, strict=True))
         change = max(change, *(abs(first - second) / usual for first, second in pairs))
     return Inspection(
@@ -134,6 +149,6 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
         reordered=reordered,
         unreached=[name for name in names if name in unreached],
         looked_into=any(True for module in objective.modules for _ in module.parameters()),
-        batching=objective.batching or "",
-        unverified=objective.unverified,
+        batching=objective.checks.batching or "",
+        unverified=objective.checks.unverified,
     )

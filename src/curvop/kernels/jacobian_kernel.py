@@ -1,4 +1,7 @@
-"""The Jacobian of the predictions, batch after batch, and its transpose."""
+"""Products with the Jacobian of the predictions for all batches, and with the transpose of this Jacobian.
+
+The rows of the Jacobian are ordered by batch.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,28 @@ from curvop.kernels.parameters import BatchLayout, ParameterLayout
 __all__ = ["JacobianKernel", "prediction_sizes", "prediction_sum"]
 
 
-_CHANGED = "it was otherwise when the operator was made, so make a new one"
+_CHANGED = "this has changed since the operator was made; make a new one"
 
 
 def prediction_sum(prediction: Any, y: Any) -> Tensor:
-    """Return a number by which predictions, and their order, are told from others; stands in for a loss."""
+    """Return a checksum of the entries of a prediction, for use in place of a loss.
+
+    The checksum depends on the order of the entries.
+    """
     flat = _flat(outputs_of(prediction))
-    masked = ~flat.isfinite() | (flat.abs() > torch.finfo(flat.dtype).max ** 0.5)  # entries behind a mask
+    masked = ~flat.isfinite() | (flat.abs() > torch.finfo(flat.dtype).max ** 0.5)  # infinity may come from a mask
     return flat.masked_fill(masked, 0.0) @ torch.arange(1, len(flat) + 1, device=flat.device).to(flat.dtype).cos()
 
 
-prediction_sum.reduction = "sum"  # type: ignore[attr-defined]  # as torch's own losses say it
-prediction_sum.__module__ = "curvop.kernels.jacobian"  # where it was when the first journals were written
-prediction_sum.stands_in = True  # type: ignore[attr-defined]  # so that nobody looks at how batches add up
+prediction_sum.reduction = "sum"  # type: ignore[attr-defined]  # PyTorch's losses have this attribute
+prediction_sum.stands_in = True  # type: ignore[attr-defined]  # not a loss: skip the check of the batch weights
 
 
 def prediction_sizes(objective: ModelObjective) -> list[int]:
-    """Return how many entries the predictions of each batch have, by one forward pass over the data."""
+    """Return a list with the number of entries in the prediction of each batch.
+
+    This takes one forward pass over the data.
+    """
     leaves = objective.leaves(())
     with torch.no_grad():
         predictions = (objective.predict(leaves, batch) for _, batch in objective.batches())
@@ -42,12 +50,15 @@ def prediction_sizes(objective: ModelObjective) -> list[int]:
 
 
 class JacobianKernel(Kernel):
-    """Linearizes batches for products with the Jacobian's columns `cols`, or with its transpose.
+    """Linearize batches for products with columns of the Jacobian, or with the transpose of these columns.
 
     Parameters
     ----------
+    objective : ModelObjective
+    cols : sequence of str
+        Names of the parameters that the columns belong to.
     sizes : sequence of int
-        Entries of each batch's predictions.
+        Number of entries in the prediction of each batch.
     """
 
     symmetric = False
@@ -61,17 +72,22 @@ class JacobianKernel(Kernel):
         self._at_zero = True
 
     def move(self) -> bool:
-        """Differentiate linear maps at a point without zeros; if they already were, at zero again."""
+        """Change the point at which linear maps are differentiated.
+
+        At first, the point is zero. Each call switches between zero and a point without zero entries. Return True after
+        a switch to the point without zero entries, and False after a switch back to zero. For the transpose, always
+        return False, because products with the transpose do not differentiate linear maps.
+        """
         self._at_zero = not self._at_zero or not isinstance(self.rows, BatchLayout)
         return not self._at_zero
 
     def check_count(self, count: int) -> None:
-        """Refuse data of another number of batches than the rows were made for."""
+        """Raise a ValueError if the number of batches has changed since the operator was created."""
         if count != len(self._sizes):
             raise ValueError(f"data yields {count} batches: {_CHANGED}")
 
     def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
-        """Return what the objective holds."""
+        """Return the buffers of the objective; raise a ValueError if there are more batches than expected."""
         if index >= len(self._sizes):
             raise ValueError(f"data yields more than {index} batches: {_CHANGED}")
         return super().buffers(leaves, index, batch)
@@ -83,12 +99,12 @@ class JacobianKernel(Kernel):
         batch: Any,
         tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
-        """Return what stands for a batch's loss, its prediction, and one product."""
+        """Return the checksum and the prediction for a batch, and the product of the batch's matrix with a vector."""
         loss, prediction = self.objective.traced(leaves, buffers, batch)
         return loss, prediction, self._map(outputs_of(prediction), leaves).apply(tangents)
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
-        """Return the linearization of one batch."""
+        """Return the linearization of batch number `index`."""
         prediction, _, _, loss = self.objective.split(leaves, index, batch, cut_off)
         outputs = outputs_of(prediction)
         count = sum(output.numel() for output in outputs)
@@ -112,13 +128,12 @@ class _JacobianLinearization(GraphLinearization):
         super().__init__(loss, 1.0, jvp.roots)
 
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
-        several = tangents[0].shape[: int(batched)]
-        parts = self._jvp(tangents, batched)
-        whole = [
-            tangents[0].new_zeros(*several, *shape) if part is None else part
-            for part, shape in zip(parts, self._shapes, strict=True)
+        columns = tangents[0].shape[: int(batched)]
+        products = [
+            tangents[0].new_zeros(*columns, *shape) if part is None else part
+            for part, shape in zip(self._jvp(tangents, batched), self._shapes, strict=True)
         ]
-        return [torch.cat([part.reshape(*several, -1) for part in whole], -1)]
+        return [torch.cat([product.reshape(*columns, -1) for product in products], -1)]
 
 
 class _TransposedLinearization(GraphLinearization):
@@ -129,10 +144,10 @@ class _TransposedLinearization(GraphLinearization):
 
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
         [vector] = tangents
-        several = vector.shape[: int(batched)]
+        columns = vector.shape[: int(batched)]
         parts = vector.split([shape.numel() for shape in self._shapes], -1)
         return self._vjp(
-            [part.reshape(several + shape) for part, shape in zip(parts, self._shapes, strict=True)], batched
+            [part.reshape(columns + shape) for part, shape in zip(parts, self._shapes, strict=True)], batched
         )
 
 

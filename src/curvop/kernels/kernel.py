@@ -1,4 +1,4 @@
-"""What an engine asks of a kernel: linearize a batch once, apply the linearization to many vectors."""
+"""Interface between engine and kernels: linearize a batch once, then apply the linearization to many vectors."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["GraphLinearization", "Kernel", "Linearization"]
 
 
 class Linearization(abc.ABC):
-    """One batch's curvature at one point, ready for products.
+    """The curvature matrix of one batch at fixed parameters, prepared for products with vectors.
 
     Attributes
     ----------
     loss : Tensor
-        The batch's loss, detached.
+        The loss of the batch, detached.
     weight : float
-        The batch's weight ``w_b``; the engine applies it.
+        The weight ``w_b`` of the batch. The engine multiplies products by this weight; `apply` does not.
     roots : sequence of Node
-        What it keeps of autograd's graph, to be measured.
+        Roots of the retained autograd graphs. The memory of the graphs is measured from the roots.
     tensors : sequence of Tensor
-        What it keeps besides, to be measured.
+        Other retained tensors, whose memory is measured, too.
     whole : bool
-        Whether it takes and gives vectors as a whole, a list of one, and not a tensor for each parameter.
+        If True, `apply` takes a list with one flat vector instead of one tensor per parameter, and returns such a list.
     """
 
     whole = False
@@ -44,38 +44,59 @@ class Linearization(abc.ABC):
 
     @abc.abstractmethod
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Multiply: one tangent a column parameter in, one cotangent a row parameter out, None for zero."""
+        """Apply the matrix to one vector.
+
+        Parameters
+        ----------
+        tangents : sequence of Tensor
+            One tangent for each column parameter.
+
+        Returns
+        -------
+        sequence of Tensor or None
+            One cotangent for each row parameter; None means zero.
+        """
 
     @abc.abstractmethod
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Multiply several vectors at once: tangents and cotangents have one more dimension, the first."""
+        """Apply the matrix to K vectors at once; tangents and cotangents have an additional first dimension K."""
 
 
 class GraphLinearization(Linearization):
-    """A linearization that multiplies one vector, or several at once, by the same graphs."""
+    """A linearization that runs the same autograd graphs for one vector or for several vectors at once."""
 
     @abc.abstractmethod
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
-        """Multiply; where `batched`, tangents and cotangents have one more dimension, the first."""
+        """Apply the matrix; if `batched`, tangents and cotangents have an additional first dimension."""
 
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Multiply one vector."""
+        """Apply the matrix to one vector."""
         return self._apply(tangents, batched=False)
 
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Multiply several vectors at once."""
+        """Apply the matrix to several vectors at once."""
         return self._apply(tangents, batched=True)
 
 
 class Kernel(abc.ABC):
-    """How one kind of curvature matrix is linearized, for the block of the parameters `rows` and `cols`."""
+    """Abstract base class of kernels, which linearize batches for products with a block of a curvature matrix.
 
+    Each subclass implements one kind of matrix.
+
+    Parameters
+    ----------
+    objective : Objective
+    rows, cols : sequence of str
+        Names of the parameters that correspond to the rows and to the columns of the block.
+    """
+
+    #: Whether the matrix of all parameters is symmetric.
     symmetric: bool
-    #: Whether rows or columns are what the batches yield, one batch after another.
+    #: Whether the rows or the columns of the matrix correspond to the entries of the predictions, ordered by batch.
     by_batch = False
-    #: Whether products are made by compiled programs, so that one is told where a GPU cannot record them.
+    #: Whether compiled programs compute the products. If True, failure to record CUDA graphs causes a warning.
     compiled = False
-    #: Seconds that a column takes above which no batching of columns is tried.
+    #: Batching of columns is tried only if a column takes at most this time, in seconds.
     worth_batching: float = math.inf
 
     def __init__(self, objective: Objective, rows: Sequence[str], cols: Sequence[str]) -> None:
@@ -85,17 +106,20 @@ class Kernel(abc.ABC):
 
     @property
     def seconds(self) -> float:
-        """What compiling took so far."""
+        """Total time spent on compilation, in seconds."""
         return 0.0
 
     def adjoint(self) -> Kernel:
-        """Return the kernel of the adjoint of the block: as the whole is symmetric, of its mirror image."""
+        """Return the kernel of the adjoint of the block.
+
+        In the adjoint, `rows` and `cols` are swapped, because the whole matrix is symmetric.
+        """
         mirrored = copy.copy(self)
         mirrored.rows, mirrored.cols = self.cols, self.rows
         return mirrored
 
     def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
-        """Return what a product of batch number `index` depends on besides `leaves` and the batch."""
+        """Return the tensors on which a product of batch number `index` depends, except `leaves` and `batch`."""
         return self.objective.buffers(leaves)
 
     @abc.abstractmethod
@@ -106,18 +130,25 @@ class Kernel(abc.ABC):
         batch: Any,
         tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
-        """Return a batch's loss, its prediction, and one product, for programs to be made of it; None for zero."""
+        """Return the loss of a batch, the prediction, and the product of the batch's matrix with `tangents`.
 
-    def check_count(self, count: int) -> None:  # noqa: B027  # most take any
-        """Refuse data of `count` batches where rows or columns were made for another number."""
+        The method can be traced, because the results depend only on the arguments. In the product, None stands for a
+        tensor of zeros.
+        """
+
+    def check_count(self, count: int) -> None:  # noqa: B027  # most kernels accept any number
+        """Raise a ValueError if `count` batches do not fit the shape of the matrix."""
 
     def move(self) -> bool:
-        """Linearize by derivatives at another point, after a product that is not finite; False if there is none."""
+        """Change the point at which linear maps are differentiated, because a product was not finite.
+
+        Return False if no other point is left to try. If True is returned, the caller must linearize all batches again.
+        """
         return False
 
-    def prepare(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> None:  # noqa: B027  # most need not
-        """Do what `linearize` does once for batches of a shape."""
+    def prepare(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> None:  # noqa: B027  # optional
+        """Do the work of `linearize` that is done only once for all batches of equal shapes, such as compilation."""
 
     @abc.abstractmethod
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
-        """Compute everything about batch number `index` that does not depend on the vector."""
+        """Linearize batch number `index`: do all computations of a product that do not depend on the vector."""

@@ -1,8 +1,62 @@
-"""The divisor by which a mean-reduced loss averages a batch.
+r"""Standard loss functions: recognition, divisors, derivatives, likelihoods and examples.
 
-A data set cut into batches keeps the loss of the whole, evaluated as one batch, only if every batch counts by the
-divisor that its own mean used: ``L = sum_b w_b l_b / sum_b w_b``. For equal batches any weight would do; for a ragged
-last batch, padding or class weights only the right one does.
+*Divisors* (`loss_divisor`). The divisor of a batch is the number by which a loss function divides when it averages over
+the batch. Every batch is weighted by its divisor: ``L = sum_b w_b l_b / sum_b w_b``. The loss of a data set therefore
+does not depend on how the data set is divided into batches. The divisors of batches differ if the last batch is
+smaller, and often if the loss function ignores padding or has class weights.
+
+*Derivatives* (`loss_derivative`). Differentiating ``nn.CrossEntropyLoss`` twice with autograd retains three tensors of
+the size of the logits (the log-softmax, its gradient, and the gradient of the loss) and runs seven operations per
+product. A closed form of the derivative :math:`r(z) = \partial \ell / \partial z` costs less. The gradient is
+:math:`J_z^\top r(z)`, and autograd only needs to differentiate :math:`r`, which contains at most one softmax. The table
+lists the derivatives ([1]_, eq. 4.109 and 4.91). Here :math:`D` is the divisor, and :math:`w` are the weights of the
+entries. The targets :math:`T` are one-hot vectors, smoothed one-hot vectors or probabilities, multiplied by the class
+weights:
+
+=============================  =============================================================================
+``CrossEntropyLoss``           :math:`r = (\mathrm{softmax}(z) \sum_c T_c - T) / D`
+``BCEWithLogitsLoss``          :math:`r = w\,(\sigma(z) (1 - y + p y) - p y) / D`, where `p` is `pos_weight`
+``MSELoss``                    :math:`r = 2 (z - y) / D`
+=============================  =============================================================================
+
+*Likelihoods* (`Likelihood`). If the target is drawn from the likelihood of the loss, the derivative of the loss is a
+random vector. The Fisher information is the expected Hessian of the negative log-likelihood. With the scaling in the
+table, the second moment of the derivative is therefore the Hessian of the loss with respect to the prediction,
+:math:`E[r r^\top] = \nabla^2_z \ell` ([2]_, section 2; [3]_, section 9):
+
+=======================  ===================================  ======================================================
+loss                     target                               :math:`r \sqrt{D}`
+=======================  ===================================  ======================================================
+``CrossEntropyLoss``     class c, probability :math:`p_c`     :math:`\sqrt{s}\,(p - e_c)`
+``BCEWithLogitsLoss``    1, probability :math:`\sigma`        :math:`\sqrt{s}\,(\sigma - y)`
+``MSELoss``              :math:`N(z, 1/2)`                    :math:`-\sqrt{2}\,\varepsilon`, where
+                                                              :math:`\varepsilon` is standard normal
+=======================  ===================================  ======================================================
+
+Here `s` is the weight of the target, :math:`p` is the softmax of the prediction, :math:`\sigma` is its sigmoid, and
+:math:`e_c` is a unit vector.
+
+*Examples* (`Examples`). An example is the part of a prediction that belongs to one draw of the target. Which entries of
+the prediction form an example depends on the loss function:
+
+=============================================  ===================================================================
+loss                                           entries of an example
+=============================================  ===================================================================
+``CrossEntropyLoss``, ``NLLLoss``              all classes (axis 1 of the prediction) at one position
+other recognized ``torch.nn`` losses           all entries along the last axis; one entry if the prediction is 1-D
+any other function                             all entries with the same index along the first axis
+=============================================  ===================================================================
+
+A prediction that is a scalar or contains a scalar, such as the energy of a molecule together with the forces on its
+atoms, is a single example.
+
+References
+----------
+.. [1] C. M. Bishop, "Pattern Recognition and Machine Learning", Springer, 2006.
+.. [2] F. Kunstner, L. Balles, P. Hennig, "Limitations of the empirical Fisher approximation for natural gradient
+   descent", NeurIPS 2019, arXiv:1905.12558.
+.. [3] J. Martens, "New insights and perspectives on the natural gradient method", Journal of Machine Learning Research
+   21, 2020, arXiv:1412.1193.
 """
 
 from __future__ import annotations
@@ -27,6 +81,7 @@ __all__ = [
     "check_loss",
     "checked_weight",
     "class_targets",
+    "is_torch_loss",
     "loss_derivative",
     "loss_divisor",
     "loss_kind",
@@ -34,7 +89,7 @@ __all__ = [
     "loss_setting",
 ]
 
-#: ``(prediction, X, y) -> w_b``; None where the batch does not tell.
+#: A function ``(prediction, X, y) -> w_b`` that returns the divisor of a batch, None if the divisor is unknown.
 Divisor = Callable[[Any, Any, Any], float | None]
 
 _BY_ELEMENT = (
@@ -65,20 +120,21 @@ _FUNCTIONS: dict[Any, type[nn.Module]] = {
     functional.smooth_l1_loss: nn.SmoothL1Loss,
     functional.soft_margin_loss: nn.SoftMarginLoss,
 }
-# These functions divide by the sum of an element `weight` where one is given; their modules have no such argument.
+# The functional forms of these losses have a `weight` argument for weights of elements, and divide by the sum of the
+# weights. The corresponding loss modules do not have this argument.
 _WEIGHTED_MEAN = (nn.HuberLoss, nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss)
 
 
 def loss_reduction(loss_function: Callable[..., Any]) -> str:
-    """Return ``'mean'`` or ``'sum'``, how `loss_function` reduces a batch.
+    """Return the reduction of `loss_function` over a batch, ``'mean'`` or ``'sum'``.
 
     Raises
     ------
     ValueError
-        For ``reduction='none'`` and anything else that is neither a mean nor a sum.
+        If the reduction is neither a mean nor a sum, or is set by a deprecated argument.
     """
     if isinstance(loss_function, functools.partial) and {"size_average", "reduce"} & set(loss_function.keywords):
-        raise ValueError("loss_function has size_average= or reduce=, which torch has replaced: use reduction=")
+        raise ValueError("loss_function has size_average= or reduce=, which torch has deprecated: use reduction=")
     reduction = loss_setting(loss_function, "reduction", "mean")
     if reduction == "batchmean":
         return "mean"
@@ -91,10 +147,11 @@ def loss_reduction(loss_function: Callable[..., Any]) -> str:
 
 
 def loss_divisor(loss_function: Callable[..., Any]) -> Divisor:
-    """Return the function that computes the divisor of `loss_function`'s mean over a batch, 1 for a sum.
+    """Return a function that computes the divisor of a batch.
 
-    The ``torch.nn`` losses and their functional forms (bare, or a ``functools.partial`` with keywords) are known; for
-    any other callable, also a subclass that computes its loss its own way, the divisor is the batch size.
+    The divisor is 1 if `loss_function` is a sum. If it is a mean that `loss_kind` recognizes, the divisor is the number
+    by which `loss_function` divides; it is unknown for a functional loss with ``weight=``. For any other mean, such as
+    a subclass of a loss with its own ``forward``, the divisor is the batch size.
     """
     kind = loss_kind(loss_function)
     reduction = loss_setting(loss_function, "reduction", "mean")
@@ -112,7 +169,7 @@ def loss_divisor(loss_function: Callable[..., Any]) -> Divisor:
     return _element_divisor
 
 
-# Functions, not lambdas: operators are pickled.
+# These are functions rather than lambdas, because operators must be picklable.
 
 
 def _one(prediction: Any, X: Any, y: Any) -> float:
@@ -136,14 +193,18 @@ def _element_divisor(prediction: Tensor, X: Any, y: Tensor) -> float:
 
 
 def _class_divisor(setting: Callable[[str, Any], Any], prediction: Tensor, X: Any, y: Tensor) -> float:
-    if y.is_floating_point():  # class probabilities: torch averages over the positions, whatever the class weights
+    if y.is_floating_point():  # class probabilities: torch divides by the number of positions, even with class weights
         return prediction.numel() / prediction.shape[min(1, prediction.ndim - 1)]
     weight, counted = setting("weight", None), y[y != setting("ignore_index", -100)]
     return float(counted.numel()) if weight is None else weight[counted].double().sum().item()
 
 
 def loss_kind(loss_function: Callable[..., Any]) -> type[nn.Module] | None:
-    """Return the ``torch.nn`` loss that `loss_function` computes, None where it is none of those known here."""
+    """Return the ``torch.nn`` class of a recognized loss function, None for any other function.
+
+    The loss classes listed in this module and their functional forms are recognized. A functional form may be wrapped
+    in a ``functools.partial`` that sets keywords only.
+    """
     if isinstance(loss_function, functools.partial):
         return None if loss_function.args else _FUNCTIONS.get(loss_function.func)
     if isinstance(loss_function, nn.Module):
@@ -153,30 +214,38 @@ def loss_kind(loss_function: Callable[..., Any]) -> type[nn.Module] | None:
         return None
     try:
         return _FUNCTIONS.get(loss_function)
-    except TypeError:  # an unhashable callable is none of torch's functions
+    except TypeError:  # an unhashable callable is not one of torch's functions
         return None
 
 
+def is_torch_loss(loss_function: Any) -> bool:
+    """Return True if `loss_function` is defined in ``torch.nn``, even if `loss_kind` does not recognize it."""
+    while isinstance(loss_function, functools.partial):
+        loss_function = loss_function.func
+    definition = type(loss_function) if isinstance(loss_function, nn.Module) else loss_function
+    return (getattr(definition, "__module__", None) or "").startswith("torch.nn")
+
+
 def loss_setting(loss_function: Callable[..., Any], name: str, default: Any) -> Any:
-    """Return a loss module's attribute or a partial function's keyword as it is now."""
+    """Return the current value of an attribute of a loss module, or of a keyword of a ``functools.partial``."""
     if isinstance(loss_function, functools.partial):
         return loss_function.keywords.get(name, loss_setting(loss_function.func, name, default))
     return getattr(loss_function, name, default)
 
 
 def check_loss(loss: Any, index: int) -> None:
-    """Refuse what cannot be the loss of batch number `index`."""
+    """Raise an error if the loss of batch number `index` is not a real scalar tensor."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"the loss of batch {index} is a {type(loss).__name__}, but must be a tensor")
     if loss.ndim != 0 or not loss.is_floating_point():
         raise ValueError(
             f"the loss of batch {index} has shape {tuple(loss.shape)} and dtype {loss.dtype}, but must be a real "
-            "scalar: reduce it, by mean() or sum()"
+            "scalar: reduce it with mean() or sum()"
         )
 
 
 def checked_weight(value: Any, index: int) -> float:
-    """Return what the user's function gives as the weight of batch number `index`, or refuse it."""
+    """Convert the result of ``batch_weight`` for batch number `index` to a float; raise an error if it is invalid."""
     try:
         weight = float(value)
     except (TypeError, ValueError):
@@ -188,37 +257,24 @@ def checked_weight(value: Any, index: int) -> float:
     return weight
 
 
-# Closed-form derivatives of standard losses with respect to the prediction.
-#
-# Double backward through ``nn.CrossEntropyLoss`` keeps the logits three times over (the log-softmax, its gradient, the
-# loss's own) and runs seven operations a product. With :math:`r(z) = \partial \ell / \partial z` written down, the
-# gradient is :math:`J_z^\top r(z)`, and differentiating it again passes `r` alone, one softmax or less.
-#
-# For targets :math:`T` (one-hot, smoothed, or given as probabilities; class weights multiplied in) and divisor `D`:
-#
-# =============================  ======================================================================
-# ``CrossEntropyLoss``           :math:`r = (\mathrm{softmax}(z) \sum_c T_c - T) / D`
-# ``BCEWithLogitsLoss``          :math:`r = w\,(\sigma(z) (1 - y + p y) - p y) / D`, `p` the `pos_weight`
-# ``MSELoss``                    :math:`r = 2 (z - y) / D`
-# =============================  ======================================================================
-#
-# (Bishop, 2006, "Pattern Recognition and Machine Learning", eq. 4.109 and 4.91.)
+# Closed-form derivatives.
 
-#: ``(prediction, y, divisor) -> r``, differentiable in the prediction; None where the pair asks for the general way.
+#: A function ``(prediction, y, divisor) -> r``. The derivative ``r`` is a differentiable function of the prediction. If
+#: no closed form applies to the arguments, ``r`` is None, and autograd must differentiate the loss.
 LossDerivative = Callable[[Any, Any, float | None], Tensor | None]
 Setting = Callable[[str, Any], Any]
 
 
 def loss_derivative(loss_function: Callable[..., Any]) -> LossDerivative | None:
-    """Return the closed form of `loss_function`'s derivative, or None where there is none here."""
+    """Return a function for the closed-form derivative of `loss_function`, None if no closed form is known."""
     kind = loss_kind(loss_function)
-    if kind not in _FORMS or _meddled_with(loss_function):
+    if kind not in _CLOSED_FORMS or _is_customised(loss_function):
         return None
-    return functools.partial(_checked, _FORMS[kind], functools.partial(loss_setting, loss_function))
+    return functools.partial(_closed_form, _CLOSED_FORMS[kind], functools.partial(loss_setting, loss_function))
 
 
-def _meddled_with(loss_function: Any) -> bool:
-    """Whether calling it does more than torch's own code does, or its keywords are ones that are not known here."""
+def _is_customised(loss_function: Any) -> bool:
+    """Return True if a loss function has hooks, a ``forward`` that replaces PyTorch's, or unknown keywords."""
     if isinstance(loss_function, functools.partial):
         return not set(loss_function.keywords) <= {
             "reduction",
@@ -238,7 +294,7 @@ def _meddled_with(loss_function: Any) -> bool:
     return False
 
 
-def _checked(
+def _closed_form(
     form: Callable[[Setting, Tensor, Tensor, float], Tensor | None],
     setting: Setting,
     prediction: Any,
@@ -246,11 +302,9 @@ def _checked(
     divisor: float | None,
 ) -> Tensor | None:
     plain = type(prediction) is Tensor and type(y) is Tensor and prediction.is_floating_point()
-    if (
-        not plain
-        or not divisor
-        or (y.is_floating_point() and (y.shape, y.dtype) != (prediction.shape, prediction.dtype))
-    ):
+    if not plain or not divisor:
+        return None
+    if y.is_floating_point() and (y.shape, y.dtype) != (prediction.shape, prediction.dtype):
         return None
     derivative = form(setting, prediction, y.detach(), divisor)
     return None if derivative is None else derivative.to(prediction.dtype)
@@ -267,7 +321,7 @@ def _cross_entropy(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> Te
 
 
 def class_targets(setting: Setting, z: Tensor, y: Tensor) -> tuple[Tensor, Any]:
-    """Return the targets `T` of cross-entropy as a tensor like the prediction `z`, and the divisor of its mean."""
+    """Return the targets `T` of cross-entropy, in the shape of the prediction `z`, and the divisor of the batch."""
     axis = min(1, z.ndim - 1)
     weight, smoothing, classes = setting("weight", None), setting("label_smoothing", 0.0), z.shape[axis]
     divisor: Any
@@ -293,7 +347,7 @@ def _hard_cross_entropy(weight: Tensor | None, ignore: int, z: Tensor, y: Tensor
     scales = counted.to(z.dtype) / divisor if weight is None else counted * weight[index] / divisor
     uniform = weight is None and bool(counted.all())
     derivative = z.softmax(axis) * (1 / divisor if uniform else scales)
-    with torch.no_grad():  # the targets do not depend on the prediction: no graph, and no one-hot matrix
+    with torch.no_grad():  # the targets do not depend on the prediction, so no graph and no one-hot matrix are needed
         return derivative.scatter_add_(axis, index, -scales)
 
 
@@ -314,32 +368,18 @@ def _squared_error(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> Te
     return (z - y) * (2 / divisor)
 
 
-_FORMS: dict[type[nn.Module] | None, Callable[[Setting, Tensor, Tensor, float], Tensor | None]] = {
+_CLOSED_FORMS: dict[type[nn.Module] | None, Callable[[Setting, Tensor, Tensor, float], Tensor | None]] = {
     nn.BCEWithLogitsLoss: _binary_cross_entropy,
     nn.CrossEntropyLoss: _cross_entropy,
     nn.MSELoss: _squared_error,
 }
 
 
-# Draws from the likelihoods behind standard losses: the loss's derivative at targets that the model itself draws.
-#
-# For a drawn target the derivative is a random vector `r` whose second moment is the loss's Hessian by the prediction,
-# :math:`E[r r^\top] = \nabla^2_z \ell`, since a likelihood's Fisher information is its expected Hessian:
-#
-# =======================  ===================================  ==================================================
-# loss                     target                               :math:`r \sqrt{D}`
-# =======================  ===================================  ==================================================
-# ``CrossEntropyLoss``     class c with probability p           :math:`\sqrt{s}\,(p - e_c)`, `s` the target's weight
-# ``BCEWithLogitsLoss``    1 with probability :math:`\sigma`    :math:`\sqrt{s}\,(\sigma - y)`, `s` its weight
-# ``MSELoss``              :math:`N(z, 1/2)`                    :math:`-\sqrt{2}\,\varepsilon`, standard normal
-# =======================  ===================================  ==================================================
-#
-# (Kunstner, Hennig, Balles, 2019, "Limitations of the empirical Fisher approximation", section 2; Martens, 2020, "New
-# insights and perspectives on the natural gradient method", section 9.)
+# Draws from the likelihoods of standard losses.
 
 
 class Likelihood:
-    """The likelihood behind `loss_function`.
+    """The likelihood whose negative logarithm is `loss_function`.
 
     Parameters
     ----------
@@ -349,25 +389,25 @@ class Likelihood:
     Raises
     ------
     ValueError
-        For any other.
+        If `loss_function` is any other loss, or ``mse_loss`` with a `weight`.
     """
 
     def __init__(self, loss_function: Callable[..., Any]) -> None:
         kind = loss_kind(loss_function)
         if kind not in _DRAWS:
             raise ValueError(
-                "loss_function is no known log-likelihood, so there is no Fisher matrix of it: pass MSELoss, "
+                "loss_function is no known log-likelihood, so it has no Fisher matrix: pass MSELoss, "
                 "CrossEntropyLoss or BCEWithLogitsLoss, or use GGNLinearOperator or EFLinearOperator"
             )
         self._kind = kind
         self._setting = functools.partial(loss_setting, loss_function)
         if kind is nn.MSELoss and self._setting("weight", None) is not None:
             raise ValueError(
-                "loss_function has an element weight=, for which there is no Fisher matrix here: use the GGN"
+                "loss_function has an element weight=, which the Fisher matrix does not support: use GGNLinearOperator"
             )
 
     def noise(self, shape: torch.Size, draws: int, generator: torch.Generator) -> Tensor:
-        """Return the random numbers for `draws` targets of a prediction of this shape."""
+        """Return the random numbers that determine `draws` targets for a prediction of shape `shape`."""
         if self._kind is nn.MSELoss:
             return torch.randn(draws, *shape, generator=generator, dtype=torch.float64)
         if self._kind is nn.CrossEntropyLoss:
@@ -375,70 +415,70 @@ class Likelihood:
             shape = torch.Size([*shape[:axis], 1, *shape[axis + 1 :]])
         return torch.rand(draws, *shape, generator=generator, dtype=torch.float64)
 
-    def derivative(self, z: Tensor, y: Tensor, noise: Tensor, given: Mapping[str, Tensor]) -> Tensor:
-        """Return `r` at a target drawn by `noise`, without the leading dimension; `given` are tensors of the loss."""
+    def derivative(self, z: Tensor, y: Tensor, noise: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return `r`, the derivative of the loss for a randomly drawn target; see the module docstring.
+
+        Parameters
+        ----------
+        z, y : Tensor
+            Prediction and target. The target determines only the weights of the entries.
+        noise : Tensor
+            One entry of the tensor that the method `noise` returns, which holds the random numbers for one target.
+        tensors : dict of str to Tensor
+            Tensors that replace settings of the loss, such as its class weights.
+        """
 
         def setting(name: str, default: Any) -> Any:
-            return given[name] if name in given else self._setting(name, default)
+            return tensors[name] if name in tensors else self._setting(name, default)
 
         return _DRAWS[self._kind](setting, z, y, noise)
 
 
-def _divided(setting: Setting, scale: Any, divisor: Any) -> Any:
+def _scaled(setting: Setting, scale: Any, divisor: Any) -> Any:
     return scale if setting("reduction", "mean") == "sum" else scale / divisor
 
 
-def _class(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+def _drawn_class(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tensor:
     axis = min(1, z.ndim - 1)
     targets, divisor = class_targets(setting, z, y)
-    scale = _divided(setting, targets.sum(axis, keepdim=True), divisor)
+    scale = _scaled(setting, targets.sum(axis, keepdim=True), divisor)
     p = z.softmax(axis)
-    # In double precision: in a lower one many classes would share a sum, and never be drawn.
+    # Use double precision. In a lower precision many classes would have the same cumulative probability as the class
+    # before, and would never be drawn.
     drawn = (z.double().softmax(axis).cumsum(axis) < noise).sum(axis, keepdim=True).clamp(max=z.shape[axis] - 1)
     derivative: Tensor = (p - torch.zeros_like(p).scatter(axis, drawn, 1.0)) * scale.sqrt()
     return derivative
 
 
-def _binary(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+def _drawn_binary(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tensor:
     scale = torch.ones_like(z)
     if (pos_weight := setting("pos_weight", None)) is not None:
         scale = 1 - y + pos_weight * y
     if (weight := setting("weight", None)) is not None:
         scale = scale * weight
     p = z.sigmoid()
-    derivative: Tensor = (p - (noise < z.double().sigmoid()).to(z.dtype)) * _divided(setting, scale, z.numel()).sqrt()
+    derivative: Tensor = (p - (noise < z.double().sigmoid()).to(z.dtype)) * _scaled(setting, scale, z.numel()).sqrt()
     return derivative
 
 
-def _normal(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-    return noise.to(z.dtype) * math.sqrt(_divided(setting, 2.0, z.numel()))
+def _drawn_normal(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+    return noise.to(z.dtype) * math.sqrt(_scaled(setting, 2.0, z.numel()))
 
 
 _DRAWS: dict[type[nn.Module] | None, Callable[[Setting, Tensor, Tensor, Tensor], Tensor]] = {
-    nn.BCEWithLogitsLoss: _binary,
-    nn.CrossEntropyLoss: _class,
-    nn.MSELoss: _normal,
+    nn.BCEWithLogitsLoss: _drawn_binary,
+    nn.CrossEntropyLoss: _drawn_class,
+    nn.MSELoss: _drawn_normal,
 }
 
 
-# What one example is: the part of a prediction whose loss terms belong to one draw of the model's likelihood.
-#
-# =============================================  ==================================================================
-# loss                                           example
-# =============================================  ==================================================================
-# ``CrossEntropyLoss``, ``NLLLoss``              a position: all classes of it (axis 1 of the prediction)
-# other ``torch.nn`` losses, term by term        a row: all entries along the last axis (of ``[N]``, each entry)
-# any other function                             an index of the first axis: everything that has it
-# =============================================  ==================================================================
-#
-# A prediction without dimensions, or with a part without, is one example: the energy of a molecule, with the forces on
-# its atoms.
+# Examples.
 
 Parts = Sequence[Tensor | None]
 
 
 class Examples:
-    """Cuts what belongs to a prediction into examples, as `loss_function` does.
+    """Divides predictions into examples, as described in the last table in the module docstring.
 
     Parameters
     ----------
@@ -447,7 +487,7 @@ class Examples:
     Attributes
     ----------
     by_class : bool
-        Whether the loss is one over classes.
+        Whether `loss_function` is ``CrossEntropyLoss`` or ``NLLLoss``, which have classes as targets.
     """
 
     def __init__(self, loss_function: Callable[..., Any]) -> None:
@@ -456,12 +496,21 @@ class Examples:
         self.by_class = self._kind is not None and issubclass(self._kind, nn.CrossEntropyLoss | nn.NLLLoss)
 
     def outer(self, factors: Parts, vectors: Parts) -> list[Any]:
-        r"""Return :math:`r_n \langle r_n, w_n \rangle` for every example, of factors `r` and vectors `w`; None is zero.
+        r"""Return :math:`r_n \langle r_n, w_n \rangle` for all examples n, as one tensor per part of the prediction.
+
+        None stands for a tensor of zeros, both in the arguments and in the list that is returned.
+
+        Parameters
+        ----------
+        factors : sequence of Tensor or None
+            The factors :math:`r`, one for each part of the prediction.
+        vectors : sequence of Tensor or None
+            The vectors :math:`w`, with the shapes of the factors.
 
         Raises
         ------
         ValueError
-            Where the parts of a prediction differ in their first dimension, so that they have no examples in common.
+            If the parts of the prediction have different first dimensions, and thus no common examples.
         """
         pairs = [(r, w) for r, w in zip(factors, vectors, strict=True) if r is not None and w is not None]
         if not pairs:
@@ -476,13 +525,16 @@ class Examples:
         return [None if r is None else (r.reshape(count, -1) * inner[:, None]).view_as(r) for r in factors]
 
     def axis(self, ndim: int) -> int | None:
-        """Return the axis of a torch loss's prediction that belongs to one example; None where each entry is one."""
+        """Return the axis along which the entries of a prediction form one example, None if each entry is an example.
+
+        This method applies only to loss functions that `loss_kind` recognizes.
+        """
         if self.by_class:
             return min(1, ndim - 1)
         return ndim - 1 if ndim > 1 else None
 
     def count(self, outputs: Sequence[Tensor], y: Any) -> int:
-        """Return how many examples count."""
+        """Return the number of examples whose targets are not ignored."""
         if self._kind is None:
             return _shared_count(outputs)
         axis = self.axis(outputs[0].ndim)
@@ -492,7 +544,10 @@ class Examples:
 
 
 def check_classes(loss_function: Callable[..., Any], prediction: Any) -> None:
-    """Refuse a prediction without dimensions for a loss over classes, of which torch's own errors do not speak."""
+    """Raise a ValueError if the targets of a loss are classes, but the prediction is a scalar.
+
+    PyTorch's own error message does not name the cause.
+    """
     if isinstance(prediction, Tensor) and not prediction.ndim and Examples(loss_function).by_class:
         raise ValueError(
             "a prediction has no dimensions, but the loss needs one for the classes: make the model return scores of "
@@ -501,12 +556,12 @@ def check_classes(loss_function: Callable[..., Any], prediction: Any) -> None:
 
 
 def _shared_count(outputs: Sequence[Tensor]) -> int:
-    """Return how many examples the parts of a prediction share."""
+    """Return the number of examples in a prediction. Raise a ValueError if parts of the prediction disagree."""
     if any(not output.ndim for output in outputs):
         return 1
     if len({len(output) for output in outputs}) > 1:
         raise ValueError(
             "per-example gradients need predictions with the examples along dimension 0, but these have shapes "
-            f"{[tuple(output.shape) for output in outputs]}: make the model return one row an example"
+            f"{[tuple(output.shape) for output in outputs]}: make the model return one row per example"
         )
     return len(outputs[0])

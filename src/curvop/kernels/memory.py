@@ -1,4 +1,4 @@
-"""How much memory there is, and how much a linearization retains."""
+"""Measure free memory and the memory that linearizations retain; share a memory budget between engines."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ __all__ = [
 T = TypeVar("T")
 
 SHORT_OF_MEMORY = (
-    "an operator ran out of memory: less is kept from now on, and fewer columns are multiplied at once, which is "
-    "slower. Pass a smaller cache= or columns=, or let data yield smaller batches."
+    "an operator ran out of memory: it caches less and multiplies fewer columns at once from now on, which is slower. "
+    "Pass a smaller cache= or columns=, or make data yield smaller batches."
 )
 
-# Where the system does not say how much memory is free: enough for small models, and harmless on any machine.
+# Bytes assumed to be free if the system does not report free memory: enough for small models, safe on any machine.
 _UNKNOWN = 2**30
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
@@ -45,12 +45,15 @@ _OUT_OF_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 
-# Of glibc's <malloc.h>.
+# The constants M_TRIM_THRESHOLD and M_MMAP_THRESHOLD from glibc's <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that are free on `device`; on the host, within the limits of this process's control group."""
+    """Return the number of free bytes on `device`.
+
+    On the host, the memory limit of the control group (cgroup) of this process is taken into account.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -59,23 +62,30 @@ def free_bytes(device: torch.device) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch on the host, and NVIDIA's libraries, say so in words alone."""
+    """Return True if an error means that memory ran out.
+
+    On the host, PyTorch raises a plain RuntimeError, and so do NVIDIA's libraries. Such an error is recognized by its
+    message.
+    """
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
 
 
 def free_unused(device: torch.device) -> None:
-    """Give back what torch holds of a GPU's memory without using it: pieces that are too small, as it may be."""
+    """Release GPU memory that PyTorch has reserved but does not use.
+
+    Otherwise a large allocation may fail, because each of the reserved blocks is too small.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what a product frees for the next one, up to half a gigabyte.
+    """Make glibc keep up to half a gigabyte of freed memory for reuse instead of returning it to the system.
 
-    By default glibc hands large blocks, and the top of its heap, back to the system, and every page that comes back
-    costs a fault: a third of the time of some products. Whoever has tuned it from outside (``GLIBC_TUNABLES``,
-    ``MALLOC_..._``; ``man mallopt``) is left alone, and so are other C libraries.
+    By default, glibc returns large blocks and the top of its heap to the system. Each page that is requested again
+    costs a page fault, and page faults take a third of the time of some products. Settings in the environment
+    (``GLIBC_TUNABLES``, ``MALLOC_..._``; see ``man mallopt``) take precedence. Other C libraries are not affected.
     """
     if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
         return
@@ -93,15 +103,15 @@ def _c_library() -> Any:
 
 
 def peak_rise(function: Callable[[], object], device: torch.device) -> int | None:
-    """Return by how many bytes memory rose at most while `function()` ran; None where the system does not tell."""
+    """Call ``function()`` and return the peak increase in memory use, in bytes, or None if it cannot be measured."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
     try:  # Linux with glibc
-        _c_library().malloc_trim(0)  # what the C library holds for later would hide the rise
-        Path("/proc/self/clear_refs").write_text("5")  # let the peak of resident memory begin anew
+        _c_library().malloc_trim(0)  # freed memory that the C library keeps would hide the increase
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
         before = _resident("VmRSS")
     except (OSError, AttributeError, StopIteration):
         return None
@@ -115,7 +125,7 @@ def _resident(what: str) -> int:
 
 
 class _Saved:
-    """A tensor that autograd saved; it lives exactly as long as the graph node that saved it."""
+    """Wrapper of a tensor saved by autograd. The wrapper lives exactly as long as the node that saved the tensor."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -124,20 +134,21 @@ class _Saved:
 
 
 def measured(make: Callable[[], T], shared: Iterable[Tensor]) -> tuple[T, int]:
-    """Return ``make()`` and the bytes that its graph holds, `shared` tensors left out.
+    """Call ``make()`` and measure the memory that the autograd graph of the result retains.
 
-    The graph is made under saved-tensor hooks: a hook is called at every use of a saved tensor, which slows down each
-    product, so this graph is for counting only.
+    Return the result of ``make()`` and the number of retained bytes. The tensors in `shared` are not counted. Use the
+    result of ``make()`` only for measurements, because its graph contains saved-tensor hooks. These hooks are called at
+    every use of a saved tensor and slow down all products.
 
     Raises
     ------
     RuntimeError
-        Where `make` takes derivatives of its own with ``torch.func``, which refuses hooks: see `graph_bytes`.
+        If `make` differentiates with ``torch.func``, which does not support the hooks. Use `graph_bytes` instead.
     """
     alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
-        # Detached: what a node saves of its own output would hold that node, a cycle that nobody collects.
+        # A node may save its own output. Without detach, this would form a reference cycle that is never collected.
         saved = _Saved(tensor.detach())
         alive.add(saved)
         return saved
@@ -148,7 +159,10 @@ def measured(make: Callable[[], T], shared: Iterable[Tensor]) -> tuple[T, int]:
 
 
 def graph_bytes(roots: Iterable[Node], shared: Iterable[Tensor]) -> int:
-    """Return the bytes that the nodes of a graph say they hold; those of C++ extensions may not say."""
+    """Return the number of bytes that the saved tensors of a graph occupy.
+
+    The tensors in `shared` are not counted. Nodes of C++ extensions may not report their saved tensors.
+    """
     saved = []
     for node in nodes(roots):
         for name in dir(node):
@@ -159,7 +173,10 @@ def graph_bytes(roots: Iterable[Node], shared: Iterable[Tensor]) -> int:
 
 
 def tensor_bytes(tensors: Iterable[Tensor], shared: Iterable[Tensor]) -> int:
-    """Return the bytes of `tensors`, memory that they share counted once, that of `shared` tensors not at all."""
+    """Return the number of bytes that `tensors` occupy.
+
+    Memory that several tensors have in common is counted once. Memory of the tensors in `shared` is not counted.
+    """
     known = {part.untyped_storage().data_ptr() for tensor in shared for part in _dense(tensor)}
     views: dict[int, dict[int, int]] = defaultdict(dict)
     sizes = {}
@@ -169,12 +186,13 @@ def tensor_bytes(tensors: Iterable[Tensor], shared: Iterable[Tensor]) -> int:
             sizes[storage.data_ptr()] = storage.nbytes()
             view = views[storage.data_ptr()]
             view[part.data_ptr()] = max(view.get(part.data_ptr(), 0), part.numel() * part.element_size())
-    # A small view of a large storage: that is the data set, which the batches are cut from and which is there anyway.
-    return sum(min(sizes[where], sum(view.values())) for where, view in views.items() if where not in known)
+    # For a small view of a large storage, count the size of the view. Usually the view is a batch, and the storage is a
+    # data set, which stays in memory anyway.
+    return sum(min(sizes[start], sum(view.values())) for start, view in views.items() if start not in known)
 
 
 def _dense(tensor: Tensor) -> list[Tensor]:
-    if tensor._is_zerotensor():  # forward mode's zeros, which have no memory
+    if tensor._is_zerotensor():  # a zero tensor of forward mode occupies no memory
         return []
     if tensor.layout == torch.strided:
         return [tensor]
@@ -182,54 +200,57 @@ def _dense(tensor: Tensor) -> list[Tensor]:
 
 
 class Holder(Protocol):
-    """Who keeps what bytes are spent on."""
+    """Protocol for objects that retain memory. A `Budget` counts the retained bytes."""
 
     def let_go(self) -> None:
-        """Free all of it."""
+        """Free all memory that the object retains."""
 
 
 class Budget:
-    """Bytes that may be retained, shared by engines.
+    """A limit on the number of bytes that several engines together may retain.
 
     Parameters
     ----------
     limit : float or 'auto'
-        ``'auto'`` is half of what is free on the device when the first bytes are taken.
+        Number of bytes. ``'auto'`` is half of the memory that is free on the device before any bytes are spent.
     """
 
     def __init__(self, limit: float | str) -> None:
         self._limit = limit
         self._fixed: float | None = None
-        self._most = 0.0  # that were spent since the limit was last changed
-        # Who is no more has spent nothing; who is held by an exception that somebody keeps, still has.
+        self._peak = 0.0  # largest number of bytes spent since the limit last changed
+        # Weak keys: a freed holder no longer counts. A holder that is kept alive by a stored exception still counts.
         self._spent: weakref.WeakKeyDictionary[Holder, int] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type[Budget], tuple[float | str]]:
         return Budget, (self._limit,)
 
     def open(self, device: torch.device) -> bool:
-        """Fix the limit where nothing is spent yet; return whether there is anything to spend."""
+        """If no bytes are spent, set the limit. Return True if the limit is positive."""
         if self._fixed is None or not self._spent:
             self._fixed = free_bytes(device) // 2 if self._limit == "auto" else float(self._limit)
         return self._fixed > 0
 
     @property
     def left(self) -> float:
-        """Bytes that are not spent."""
+        """Number of bytes that are not spent."""
         return (self._fixed or 0) - sum(self._spent.values())
 
     def take(self, count: int, holder: Holder) -> bool:
-        """Spend `count` bytes for a holder, unless they are more than are left."""
+        """If at least `count` bytes are left, spend them for `holder` and return True. Otherwise return False."""
         fits = count <= self.left
         if fits:
             self._spent[holder] = self._spent.get(holder, 0) + count
-            self._most = max(self._most, sum(self._spent.values()))
+            self._peak = max(self._peak, sum(self._spent.values()))
         return fits
 
     def shrink(self) -> bool:
-        """Let all holders let go, and allow half of what they had from now on; return whether that is less."""
-        before, self._limit = self._fixed or 0, self._most // 2
-        self._fixed, self._most = self._limit, 0.0
+        """Free the memory of all holders and lower the limit to half of the largest number of bytes spent.
+
+        Return True if the limit became lower.
+        """
+        before, self._limit = self._fixed or 0, self._peak // 2
+        self._fixed, self._peak = self._limit, 0.0
         for holder in list(self._spent):
             holder.let_go()
         self._spent.clear()
@@ -237,7 +258,10 @@ class Budget:
 
 
 def _available() -> int | None:
-    """Return what the kernel says can be had without swapping (Linux), else the free physical pages."""
+    """Return the number of available bytes, or None if the system does not report it.
+
+    On Linux, this is the memory available without swapping. On other systems, it is the size of all free pages.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -266,5 +290,5 @@ def _cgroup_v1() -> list[int]:
 def _left(limit: Path, usage: Path) -> list[int]:
     try:
         return [int(limit.read_text()) - int(usage.read_text())]
-    except (OSError, ValueError):  # no such group, or a limit of 'max'
+    except (OSError, ValueError):  # no such group, or the limit is 'max'
         return []

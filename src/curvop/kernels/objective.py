@@ -1,9 +1,16 @@
-r"""What is being differentiated: a loss over a data set, as a function of named parameters.
+r"""Objectives: the loss over a data set as a function of named parameters.
+
+An objective evaluates the user's code on one batch, with the parameters replaced by differentiable leaf tensors. The
+loss of the data set is the following function of the losses :math:`\ell_b` of the batches:
 
 .. math::
 
     L(\theta) = \frac{1}{W} \sum_b w_b \, \ell_b(\theta), \quad W = \sum_b w_b \quad \text{(reduction 'mean')}, \qquad
     L(\theta) = \sum_b \ell_b(\theta) \quad \text{(reduction 'sum')}.
+
+The weight :math:`w_b` is the number by which the loss function divides when it averages over batch b. With these
+weights, :math:`L` equals the loss of the whole data set evaluated as one batch, regardless of how the data is divided
+into batches. See `curvop.kernels.losses`.
 """
 
 from __future__ import annotations
@@ -13,7 +20,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -29,22 +35,11 @@ from curvop.kernels.differentiable import Evaluator, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
 from curvop.kernels.guard import Guard, modules_of, own_batch, replaced
 from curvop.kernels.losses import check_loss, checked_weight, loss_reduction
-from curvop.kernels.objective_checks import (
-    BatchPair,
-    batchwise_modules,
-    cautions,
-    compared_as_one,
-    random_modules,
-    random_subset,
-    reached,
-    suspects,
-)
+from curvop.kernels.objective_checks import FirstPassChecks, suspects
 from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.passes import Totals, precision
 
 __all__ = [
-    "BATCHING_REMEDY",
-    "ZERO_MATRIX",
     "BatchLoss",
     "BatchWeight",
     "Buffers",
@@ -53,43 +48,37 @@ __all__ = [
     "PartWeights",
 ]
 
-#: What to do about batches whose loss as one contradicts their weights.
-BATCHING_REMEDY = (
-    "pass batch_weight=, a function of the batch, such as its number of targets that count, or say that the loss is a "
-    "sum (loss_function.reduction = 'sum'); else the loss couples its examples, or adds a term without data once per "
-    "batch, so that the matrix depends on how the data is cut: pass one batch"
-)
-#: What a generalized Gauss-Newton matrix of a loss is that is linear in the prediction.
-ZERO_MATRIX = (
-    "the matrix is zero, because the loss is linear in the prediction; if the model computes its own loss, return the "
-    "logits and compute the loss in loss_function, or use HessianLinearOperator"
-)
-# NVIDIA's TF32 has the range of float32, and 10 bits behind the binary point.
+# The machine epsilon of NVIDIA's TF32 format, which has a mantissa of 10 bits.
 _TF32_EPSILON = 2.0**-10
 
 T = TypeVar("T")
 
 
-#: ``(leaves, batch) -> result``.
+#: A function ``(leaves, batch) -> result``.
 Evaluation = Callable[[Mapping[str, Tensor], Any], T]
-#: ``batch -> w_b``, given the batch as `data` yields it, on the parameters' device.
+#: ``(loss, divisor, output, derivative)``. The divisor is the number by which the loss function divides the sum over
+#: the batch, None if unknown. For ``output`` and ``derivative`` see `BatchLoss`.
+EvaluatedLoss = tuple[Tensor, float | None, Tensor, Tensor | None]
+#: A function ``batch -> w_b`` that returns the weight of a batch. The batch is on the device of the parameters.
 BatchWeight = Callable[[Any], float]
-#: Tensors of the modules besides the differentiated ones: by module (``"model"``, ``"loss"``), then by name.
+#: The constant tensors of the model and the loss function: ``{"model": {name: tensor}, "loss": {name: tensor}}``.
 Buffers = dict[str, dict[str, Tensor]]
 
 
 @dataclasses.dataclass
 class BatchLoss:
-    """One batch's loss at one point.
+    """The loss of one batch, with the graph that is needed to differentiate the loss.
 
     Attributes
     ----------
     value : Tensor
-        The loss, a scalar, detached.
+        The loss, a detached scalar.
     weight : float
         The batch's weight ``w_b``.
-    output, derivative : Tensor, Tensor or None
-        What is differentiated, and the loss's derivative by it where it is not the loss itself.
+    output : Tensor
+        The tensor at which backpropagation starts: the loss, or the prediction if `derivative` is given.
+    derivative : Tensor or None
+        The derivative of the loss with respect to `output`. None if `output` is the loss itself.
     """
 
     value: Tensor
@@ -98,9 +87,10 @@ class BatchLoss:
     derivative: Tensor | None
 
     def gradient(self, params: Sequence[Tensor], create_graph: bool = False) -> Sequence[Tensor | None]:
-        """Return the gradient by `params`, None for what the loss does not reach.
+        """Return the gradients of the loss with respect to `params`, in the same order.
 
-        A batch of weight 0, such as one whose targets are all ignored, has a loss of 0/0: it is left out, not added.
+        A gradient is None if the loss does not depend on the parameter. All gradients are None if the batch has weight
+        0, because its loss may be undefined (0/0 if all targets of the batch are ignored).
         """
         if not self.weight or not self.output.requires_grad:
             return [None] * len(params)
@@ -109,35 +99,35 @@ class BatchLoss:
 
 @dataclasses.dataclass
 class PartWeights:
-    """What a part of a data set has of the whole: the sum of its batches' weights, and their number."""
+    """The total weight and the number of batches in a part of a data set."""
 
     weight: float = 0.0
     batches: int = 0
 
 
 class Objective(abc.ABC):
-    """A loss over a data set; subclasses say how one batch's loss is computed.
+    """Abstract base class for the loss over a data set.
+
+    Subclasses define how to compute the loss of one batch.
 
     Attributes
     ----------
     params : dict of str to Tensor
-        The user's tensors, never written to. They are read anew at every linearization.
+        The user's tensors. Every linearization reads their current values. The tensors are never modified.
+    data : iterable of batches
     reduction : {'mean', 'sum'}
     modules : tuple of nn.Module
-        Model and loss function, where they are modules.
+        The ``nn.Module`` objects in the user's code, such as the model and the loss function.
     guard : Guard
-        By which code of the user's is run.
+        Runs the user's code and undoes its side effects.
     evaluator : Evaluator
-        By which it is made differentiable twice.
+        Makes the user's code twice differentiable.
+    generators : Generators
+        Random number generators for passes over the data.
     ordered : bool
-        Whether batches come in the same order in every pass, as those of a list do.
-    told : set of str
-        What `warn_once` has warned of.
-    batching : str or None
-        How the loss of two batches as one contradicts their weights, empty if it does not; None until a whole pass is
-        over.
-    curved : bool or None
-        Whether the loss has a second derivative by the prediction, as far as that was looked at.
+        Whether `data` is a list or tuple, which yields the batches in the same order in every pass.
+    checks : FirstPassChecks
+        The checks of the first pass over the data, and the results of these checks.
     """
 
     def __init__(
@@ -163,250 +153,218 @@ class Objective(abc.ABC):
         self.modules = tuple(modules)
         self.guard = Guard(self.modules, list(params.values()))
         self.evaluator = Evaluator()
-        self._data = data
+        self.data = data
         self._batch_weight = batch_weight
-        self._generators = Generators()
+        self.generators = Generators()
         self._order: list[list[float | None]] | None = None
         self.ordered = isinstance(data, list | tuple)
-        self.warned: set[str] = set()
         self._part_weights: PartWeights | None = None
-        self._searched: set[str] = set()  # what a whole pass was searched for
-        self._searching: set[str] = set()
-        self._keeps_flags: bool | None = None
-        self._depends = False  # whether anything was seen to depend on a parameter
-        self.curved: bool | None = None
-        self._last: Totals | None = None
-        self._pair: BatchPair | None = BatchPair()
-        self.batching: str | None = None
-        self.unverified = False  # whether no two batches could be compared
+        self._kept_totals: Totals | None = None
+        self.checks = FirstPassChecks()
         self._changes = ChangeDetector(self.modules, params, data)
         parts = [part for module in modules for part in module.modules()]
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
         self._renormalised = any(getattr(part, "max_norm", None) is not None for part in parts)
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_last": None, "_pair": None}  # which hold identities, and batches
+        return self.__dict__ | {"_kept_totals": None}  # its tensor ids are invalid in another process
 
     @property
     def device(self) -> torch.device:
-        """Where the first of the parameters is now: a model may be moved or cast after the operator is made."""
+        """Current device of the first parameter.
+
+        The device is not cached, because the user may move the model after creating the operator.
+        """
         return next(iter(self.params.values())).device
 
     @property
     def devices(self) -> set[torch.device]:
-        """Where any of the parameters is."""
+        """Current devices of all parameters."""
         return {value.device for value in self.params.values()}
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the parameters are now."""
+        """Current dtype of the parameters."""
         return next(iter(self.params.values())).dtype
 
     @abc.abstractmethod
-    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
-        """Return the batch's loss, the divisor of its mean (None where it is not known), `output` and `derivative`."""
+    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
+        """Return ``(loss, divisor, output, derivative)`` for a batch; see `EvaluatedLoss`."""
 
     @abc.abstractmethod
     def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """Return the loss as the user's own call computes it, within ``guard.run`` with `replacements`."""
+        """Return the loss of a batch by calling the user's code, without checks or closed-form derivatives.
+
+        Call this method only inside a function that is passed to ``guard.run`` together with ``replacements(leaves)``.
+        """
 
     @abc.abstractmethod
     def buffers(self, leaves: Mapping[str, Tensor]) -> Buffers:
-        """Return what the loss depends on besides `leaves` and the batch, as far as torch modules hold it."""
+        """Return the tensors of the modules on which the loss may depend, except the parameters in `leaves`."""
 
     @abc.abstractmethod
     def traced(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Any]:
-        """Return a batch's loss and prediction as a function of its arguments alone, without reading their values."""
+        """Return the loss and the prediction of a batch as a pure function of the arguments.
+
+        Compilation traces this method with fake tensors, which have shapes and dtypes but no values.
+        """
 
     @abc.abstractmethod
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
-        """Return the divisor of a batch's mean, of which the prediction's shape is asked; None if it is not known."""
+        """Return the number by which the loss function divides the sum over a batch, None if unknown.
+
+        Only the shape of `prediction` is used.
+        """
 
     def __len__(self) -> int:
-        """Return the number of batches where `data` knows it, else 0."""
+        """Return the number of batches, or 0 if `data` has no length."""
         try:
-            return len(self._data)  # type: ignore[arg-type]
+            return len(self.data)  # type: ignore[arg-type]
         except TypeError:
             return 0
 
     def batches(self) -> Iterator[tuple[int, Any]]:
-        """Yield ``(index, batch)`` with the batch on the parameters' device, from private streams of random numbers.
+        """Yield ``(index, batch)`` for every batch, after moving the batch to the device of the parameters.
 
-        Loaders and models that draw random numbers leave torch's global generators as they found them, yet draw other
-        numbers in every pass, so that randomness in the objective shows itself instead of being frozen by accident.
+        During the pass, data loaders and models use private random number generators, so PyTorch's global generators
+        do not change. Every pass draws different random numbers. The loss of a random objective therefore changes
+        between passes, and `conclude` detects the change.
         """
         index, devices = -1, self.devices
         for device in devices:
             _start_autograd(device)
-        with self._generators.private(devices):
-            for index, batch in enumerate(on_device(self._seen(numbered_errors(self._data)), self.device)):
+        with self.generators.private(devices):
+            for index, batch in enumerate(on_device(self._checked_batches(numbered_errors(self.data)), self.device)):
                 self._check_order(index, batch)
                 yield index, batch
         if index < 0 and self._part_weights is None:
             raise ValueError("data is empty: it yields no batch, pass at least one")
 
-    def _seen(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield the batches; until a pass is over, remember two by which their weights can be verified."""
-        pair = self._pair = BatchPair() if self.batching is None and self._assumes_weights() else None
+    def _checked_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Check each batch with `_check_batch`, then yield it.
+
+        In the first pass, also collect batches for `FirstPassChecks.verify_batching`.
+        """
+        pair = self.checks.start_pass(self)
         try:
             for index, batch in enumerate(batches):
                 self._check_batch(index, batch)
                 if pair is not None:
                     pair.see(index, batch)
                 yield batch
-        except BaseException:  # also where a pass is given up
-            self._pair = None
+        except BaseException:  # GeneratorExit included: a pass may be closed early
+            self.checks.abandon_pass()
             raise
 
-    def _check_batch(self, index: int, batch: Any) -> None:  # noqa: B027  # most objectives take any
-        """Refuse a batch that the objective cannot take."""
+    def _check_batch(self, index: int, batch: Any) -> None:  # noqa: B027  # most objectives accept any batch
+        """Raise an error if the objective does not support `batch`."""
 
-    def _assumes_curvature(self) -> bool:
-        """Whether a loss without a second derivative by the prediction is likely a mistake."""
+    def assumes_curvature(self) -> bool:
+        """Return True if a loss that is linear in the prediction is probably a mistake."""
         return True
 
     @abc.abstractmethod
-    def _assumes_weights(self) -> bool:
-        """Whether it is an assumption how the batches' losses make up that of the whole data set."""
+    def assumes_weights(self) -> bool:
+        """Return True if the weights of the batches are only assumed, and should be verified."""
 
     def totals(self) -> Totals:
-        """Return the losses of a pass that is to begin, for `conclude`."""
+        """Return an empty `Totals` object, which collects the losses of a new pass for `conclude`."""
         return Totals(self.state())
 
     def conclude(self, totals: Totals, kept: bool = False) -> None:
-        """Verify what a pass over all of the data has shown, and warn of what the user may not mean.
+        """Check the results of a complete pass over the data, and warn about likely mistakes.
 
         Parameters
         ----------
         totals : Totals
+            The losses and the weights of the batches in this pass.
         kept : bool
-            Whether later products are of the data of this pass, so that later passes must see the same.
+            Whether later products reuse the results of this pass. If True, later passes must give the same losses.
 
         Raises
         ------
         NonDeterministicObjectiveError
-            If the losses are others than in a pass that was kept in the same state.
+            If the losses differ from those of an earlier pass with ``kept=True``, and the objective has not changed.
         RuntimeError
-            If no batch's loss depends on any of the parameters.
+            If the loss does not depend on any of the parameters.
         """
-        if self._last is not None and not self._last.stale(totals.state):
-            if (found := self._last.differs(totals, self.ordered)) is not None:
-                raise NonDeterministicObjectiveError(self.changed(*found))
+        if self._kept_totals is not None and not self._kept_totals.stale(totals.state):
+            if (difference := self._kept_totals.differs(totals, self.ordered)) is not None:
+                raise NonDeterministicObjectiveError(self.changed(*difference))
         elif kept and math.isfinite(sum(totals.losses)):
-            self._last = totals.alone()
-        if self._part_weights is None and not self._reaches():
+            self._kept_totals = totals.alone()
+        if self._part_weights is None and not self.checks.depends_on_params(self):
             raise RuntimeError(
                 "the loss depends on none of the parameters in params, and does not require grad: it is computed under "
                 "torch.no_grad(), from .detach() or .data, or from other tensors; compute it from the parameters that "
                 "the model is given"
             )
-        self._searched, self._searching = self._searched | self._searching, set()
-        self.verify_batching(totals)
-        self.warn_once(len(totals.weights))
+        self.checks.end_search()
+        self.checks.verify_batching(self, totals)
+        self.checks.warn_once(self, len(totals.weights))
 
     def _run(self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str) -> T:
-        """Return ``function(leaves, batch)`` with `leaves` in the places of the parameters, and put everything back.
+        """Return ``function(leaves, batch)``, evaluated with the parameters replaced by `leaves`.
 
-        In the first pass that evaluates `what`, the graph of the result is searched for parameters that are reached in
-        other ways.
+        Afterwards, the modules and the batch are restored. In the first pass that evaluates the quantity `what`
+        (``"loss"``, for example), the graph of the result is also searched. An error is raised if the user's code uses
+        a parameter directly instead of the leaf that replaces the parameter.
         """
+
+        def run(leaves: Mapping[str, Tensor], keeps_flags: bool) -> T:
+            return self._run_once(function, leaves, batch, what, keeps_flags)
+
         with arrays_explained(batch):
-            self._searching.add(what)
-            if self._keeps_flags is None:
-                self._keeps_flags = self._needs_flags(function, leaves, batch, what)
-                for leaf in leaves.values() if self._keeps_flags else ():
-                    leaf.requires_grad_()
-            return self._run_once(function, leaves, batch, what, bool(self._keeps_flags))
+            self.checks.begin_search(what)
+            if self.checks.flags_matter is None:
+                self.checks.compare_flags(self, run, leaves)
+                if self.checks.flags_matter:
+                    for leaf in leaves.values():
+                        leaf.requires_grad_()
+            return run(leaves, bool(self.checks.flags_matter))
 
     def _run_once(
         self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str, keeps_flags: bool
     ) -> T:
-        users = {} if what in self._searched else self._users_tensors()
+        originals = {} if self.checks.is_searched(what) else self.originals()
 
         def run(own: Any) -> T:
-            _require_grad(users)
-            found = function(leaves, own)
-            if users:
-                self._look(found, users, leaves)
-            return found
+            _require_grad(originals)
+            result = function(leaves, own)
+            if originals:
+                self._check_result(result, leaves)
+                self.checks.search(self, result, originals, leaves)
+            return result
 
         return self.evaluator(lambda: self.guard.run(run, batch, self.replacements(leaves), hold=not keeps_flags))
 
-    def _needs_flags(self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str) -> bool | None:
-        """Whether code asks which parameters require grad, and its result depends on it; None if all of them do here.
-
-        If it does not, parameters that are not differentiated by are constants: nothing is saved for layers below a
-        block.
-        """
-        others = {id(one): one for module in self.modules for one in module.parameters()}
-        for tensor in (tensor for tensors in self._users_tensors().values() for tensor in tensors):
-            others.pop(id(tensor), None)
-        asked = [name for name, leaf in leaves.items() if leaf.requires_grad]
-        if len(asked) == len(leaves) and not any(one.requires_grad for one in others.values()):
-            return None
-        every = self.leaves(self.params)
-        as_found = self._run_once(function, every, batch, what, keeps_flags=True)
-        try:
-            as_asked = self._run_once(function, leaves, batch, what, keeps_flags=False)
-        except Exception:  # such as an inner loop of training that differentiates by all parameters
-            return True
-        pairs = zip(leaves_of(as_found), leaves_of(as_asked), strict=True)
-        if not all(_agree(*pair) for pair in pairs):
-            return True
-        reached_by = [
-            reached(leaves_of(found), {name: [own[name]] for name in asked})
-            for found, own in ((as_found, every), (as_asked, leaves))
-        ]
-        return reached_by[0] != reached_by[1]
-
-    def _look(self, found: Any, users: Mapping[str, Sequence[Tensor]], leaves: Mapping[str, Tensor]) -> None:
-        """Search the graph of what was evaluated; raise if it reaches one of the user's tensors itself."""
-        outputs = list(leaves_of(found))
-        if direct := reached(outputs, users):
-            raise ValueError(self._reached_directly(min(direct, key=list(users).index)))
-        self._depends = self._depends or bool(reached(outputs, {name: [leaf] for name, leaf in leaves.items()}))
-
-    def _reaches(self) -> bool:
-        """Return whether the loss of any batch depends on any of the parameters."""
-        for index, batch in self.batches() if not self._depends else ():
-            self.evaluate(self.leaves(self.params), index, batch)
-            if self._depends:
-                break
-        return self._depends
+    def _check_result(self, result: Any, leaves: Mapping[str, Tensor]) -> None:  # noqa: B027  # most accept any
+        """Raise an error if `result` depends on `leaves` in a way that the objective does not support."""
 
     @abc.abstractmethod
-    def _reached_directly(self, name: str) -> str:
-        """Say that the code reaches the user's own tensor of a parameter, and the remedy."""
+    def reached_directly(self, name: str) -> str:
+        """Return the error message for code that uses the parameter `name` directly instead of its replacement."""
 
-    def _users_tensors(self) -> dict[str, list[Tensor]]:
-        """Return the tensors of the user's for which leaves stand in, by the names of the parameters."""
+    def originals(self) -> dict[str, list[Tensor]]:
+        """Return a dict from parameter names to lists of the user's tensors that the leaves replace."""
         return {name: [value] for name, value in self.params.items()}
 
     def replacements(self, leaves: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """Return the leaves by the identities of the tensors for which they stand in."""
-        users = self._users_tensors()
-        found = {id(one): leaf for name, leaf in leaves.items() for one in users[name]}
-        if self._renormalised:  # an embedding with `max_norm` writes to its weight
+        """Return a dict of replacements for tensors. The keys are the ``id`` numbers of the tensors to be replaced."""
+        originals = self.originals()
+        found = {id(original): leaf for name, leaf in leaves.items() for original in originals[name]}
+        if self._renormalised:  # an embedding with `max_norm` modifies its weight in the forward pass
             parts = (part for module in self.modules for part in module.modules())
             weights: list[Any] = [part.weight for part in parts if getattr(part, "max_norm", None) is not None]
             found |= {id(weight): weight.detach().clone() for weight in weights if id(weight) not in found}
         return found
 
-    def verify_batching(self, totals: Totals) -> None:
-        """Compare the loss of two batches as one with what their weights say; once, if it can be compared."""
-        pair, self._pair = self._pair, None
-        if self.batching is not None or pair is None:
-            self.batching = self.batching or ""
-            return
-        self.batching = ""
-        if random_modules(self.modules) or batchwise_modules(self.modules):  # which are warned of by themselves
-            return
-        with self._generators.private(self.devices):
-            found = compared_as_one(self, totals, pair)
-        self.batching, self.unverified = found or "", found is None
-
     def epsilon(self, loss: Tensor) -> float:
-        """Return the unit roundoff of the lowest precision in a product: of parameters, loss, autocast, TF32."""
+        """Return the machine epsilon of the lowest precision that a product uses.
+
+        This is the largest epsilon of the following formats that are in use: the dtypes of the parameters and of the
+        loss, the autocast dtype, and TF32.
+        """
         eps = precision(loss, *self.params.values())
         if (autocast := self.autocast()) is not None:
             eps = max(eps, torch.finfo(autocast).eps)
@@ -417,37 +375,27 @@ class Objective(abc.ABC):
                 eps = max(eps, _TF32_EPSILON)
         return eps
 
-    def warn_once(self, batches: int, *, aloud: bool = True) -> None:
-        """Warn of what makes a matrix over so many batches another than the user may mean, of each thing once."""
-        cast = self.autocast() if any(one.dtype != torch.float64 for one in self.params.values()) else None
-        found = cautions(self.modules, batches, cast) | self._cautions()
-        if aloud and (new := [found[kind] for kind in found if kind not in self.warned]):
-            warnings.warn("; ".join(new), RuntimeWarning, stacklevel=2)
-        self.warned.update(found)
-
-    def _cautions(self) -> dict[str, str]:
-        """Return what else is to be warned of, by kind."""
-        found = {}
-        if self.batching:
-            found["weights of batches"] = f"{self.batching}; {BATCHING_REMEDY}"
-        if self.curved is False and self._assumes_curvature():
-            found["curvature"] = ZERO_MATRIX
-        if subset := random_subset(self._data):
-            found["data"] = (
-                f"data {subset}: every pass sees other examples, so that a product, the gradient and the diagonal need "
-                "not be of the same data; pass a DataLoader with shuffle=False, or without drop_last=True"
-            )
-        return found
-
     def changed(self, what: str, then: float, now: Any) -> str:
-        """Say that a loss has changed from pass to pass, and what to look at."""
+        """Return the error message for a quantity, such as a loss, that changed between two passes.
+
+        Parameters
+        ----------
+        what : str
+            The name of the quantity.
+        then, now : float
+            The values of the quantity in the earlier and in the later pass.
+        """
         return (
             f"{what} was {float(then):.9g} at first and is {float(now):.9g} now, at the same parameters: "
             f"{suspects(self.modules)}"
         )
 
     def keep_order(self) -> None:
-        """Refuse, from now on, a loader that yields other batches than in its first pass, or in another order."""
+        """Require `data` to yield the same batches in the same order in every pass from now on.
+
+        The next pass records a fingerprint of every batch. Later passes raise an error if a fingerprint differs. Lists
+        and tuples are not checked, because their order is fixed.
+        """
         if self._order is None and not self.ordered:
             self._order = []
 
@@ -464,37 +412,50 @@ class Objective(abc.ABC):
             )
 
     def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return all parameters cut off from the user's graph, those of `names` ready to be differentiated."""
+        """Return a dict of leaf tensors with the values of all parameters.
+
+        The leaves in `names` require grad. If the user's code depends on ``requires_grad`` flags, all leaves require
+        grad.
+        """
         names = set(names)
-        # An embedding with `max_norm` writes to its weight in the forward pass: let it write to a copy.
+        # An embedding with `max_norm` modifies its weight in the forward pass, so the weight must be a copy.
         values = {name: value.detach() for name, value in self.params.items()}
         if self._renormalised:
             values = {name: value.clone() for name, value in values.items()}
-        return {name: value.requires_grad_(name in names or bool(self._keeps_flags)) for name, value in values.items()}
+        every = bool(self.checks.flags_matter)
+        return {name: value.requires_grad_(every or name in names) for name, value in values.items()}
 
     def slow_backends(self) -> AbstractContextManager[None]:
-        """Choose backends that can be differentiated twice, for as long as the context lasts."""
+        """Return a context manager that disables backends without second derivatives."""
         return slow_backends(self._recurrent)
 
     def evaluate(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> BatchLoss:
-        """Return the loss of batch number `index`, differentiable twice in `leaves` within `slow_backends`.
+        """Return the loss of batch number `index` as a differentiable function of `leaves`.
 
-        Buffers of modules in training mode are copies.
+        Within the `slow_backends` context, the loss can be differentiated twice. Modules in training mode modify copies
+        of their buffers, not the buffers themselves.
         """
         with at_batch(index):
-            found = self._run(self._loss, leaves, batch, "loss")
-        return self._checked(found, index, batch)
+            evaluated = self._run(self._loss, leaves, batch, "loss")
+        return self._batch_loss(evaluated, index, batch)
 
-    def _checked(self, found: tuple[Tensor, float | None, Tensor, Tensor | None], index: int, batch: Any) -> BatchLoss:
-        check_loss(found[0], index)
-        return BatchLoss(found[0].detach(), self._weight(index, batch, found[1]), *found[2:])
+    def _batch_loss(self, evaluated: EvaluatedLoss, index: int, batch: Any) -> BatchLoss:
+        loss, divisor, output, derivative = evaluated
+        check_loss(loss, index)
+        return BatchLoss(loss.detach(), self._weight(index, batch, divisor), output, derivative)
 
     def weight(self, prediction: Any, index: int, batch: Any) -> float:
-        """Return the weight ``w_b`` of batch number `index`, of whose prediction the shape is asked."""
+        """Return the weight ``w_b`` of batch number `index`.
+
+        Only the shape of `prediction` is used.
+        """
         return self._weight(index, batch, self._mean_divisor(prediction, batch))
 
     def divisor(self, weights: Iterable[float]) -> float:
-        """Return what the weighted sum over batches is divided by: ``W`` for a mean, 1 for a sum."""
+        """Return the divisor of the weighted sum over all batches: ``W`` for a mean, 1 for a sum.
+
+        Within the `as_part_of_data` context, the divisor is 1, and the total weight is stored in a `PartWeights`.
+        """
         if self._part_weights is not None:
             weights = list(weights)
             self._part_weights.weight, self._part_weights.batches = math.fsum(weights), len(weights)
@@ -508,7 +469,11 @@ class Objective(abc.ABC):
 
     @contextlib.contextmanager
     def as_part_of_data(self) -> Iterator[PartWeights]:
-        """Take the data for a part of a larger set: it may be empty, no sum is divided, and its share is filled in."""
+        """Treat the data as a part of a larger data set while the context is active.
+
+        In this context, the data may be empty, and sums over batches are not divided by ``W``. A call of `divisor`
+        stores the total weight and the number of batches in the `PartWeights` that the context manager yields.
+        """
         self._part_weights = PartWeights()
         try:
             yield self._part_weights
@@ -516,20 +481,26 @@ class Objective(abc.ABC):
             self._part_weights = None
 
     def mode(self) -> tuple[object, ...]:
-        """Return what changes what the modules do, as far as it can be told; see `settings_of`."""
+        """Return the autocast dtype, followed by the module settings that affect the output (see `settings_of`)."""
         return self.autocast(), *settings_of(self.modules)
 
     def autocast(self) -> torch.dtype | None:
-        """Return the dtype of autocast, where it is enabled."""
+        """Return the autocast dtype for the device of the parameters, None if autocast is disabled."""
         kind = self.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def state(self) -> tuple[object, ...]:
-        """Return a token that changes whenever the objective does, at the cost of one pass over the parameters."""
+        """Return a token that changes whenever the objective changes.
+
+        To compute the token, all parameters are read once.
+        """
         return len(self), self._part_weights is None, self.autocast(), *self._changes.token()
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield every tensor that exists for the objective anyway, whether anything is kept or not."""
+        """Yield the parameters, and all parameters and buffers of the modules.
+
+        These tensors occupy memory even if no linearization is cached.
+        """
         yield from self.params.values()
         for module in self.modules:
             yield from module.parameters()
@@ -541,41 +512,33 @@ class Objective(abc.ABC):
         if self._batch_weight is not None:
             return checked_weight(self._batch_weight(batch), index)
         if divisor is None:
-            if len(self) == 1 and self._part_weights is None:  # the weight of an only batch cancels
+            if len(self) == 1 and self._part_weights is None:  # the weight of a single batch cancels out
                 return 1.0
             raise ValueError(
                 f"the size of batch {index} is not known, as the first dimensions of its parts differ, but the batches "
-                "of a mean-reduced loss are weighted by it: pass batch_weight=, a function of the batch"
+                "of a mean-reduced loss are weighted by their sizes: pass batch_weight=, a function of the batch"
             )
         return divisor
-
-
-def _agree(one: Tensor, other: Tensor) -> bool:
-    """Whether two results are the same to rounding."""
-    if not one.is_floating_point():
-        return True
-    one, other = one.detach(), other.detach()
-    return torch.allclose(one, other, torch.finfo(one.dtype).eps ** (2 / 3), equal_nan=True)
 
 
 def _allows_tf32(backend: Any) -> bool:
     try:
         return bool(backend.allow_tf32)
-    except RuntimeError:  # torch refuses to say if its old and its new settings are mixed
+    except RuntimeError:  # PyTorch raises if a program mixes the old and the new TF32 settings
         return True
 
 
-def _require_grad(users: Mapping[str, Sequence[Tensor]]) -> None:
-    for tensor in (tensor for tensors in users.values() for tensor in tensors):
+def _require_grad(originals: Mapping[str, Sequence[Tensor]]) -> None:
+    for tensor in (tensor for tensors in originals.values() for tensor in tensors):
         if tensor.is_leaf and not tensor.is_inference():
             tensor.requires_grad_()
 
 
-# An objective that computes its own loss.
-
-
 class CallableObjective(Objective):
-    """``objective(params, batch) -> scalar`` over batches of any kind."""
+    """The loss defined by a user's function ``objective(params, batch) -> scalar``.
+
+    The batches may be of any type that the function accepts.
+    """
 
     def __init__(
         self,
@@ -589,39 +552,44 @@ class CallableObjective(Objective):
         super().__init__(modules, checked_params(None, params), data, loss_reduction(objective), batch_weight)
         self._objective = objective
 
-    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, float | None, Tensor, Tensor | None]:
+    def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
         loss = self._objective(dict(leaves), batch)
         return loss, self._mean_divisor(None, batch), loss, None
 
     def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """Return the loss as the user's own call computes it."""
+        """Return the loss of a batch by calling the user's function."""
         return self._objective(dict(leaves), batch)
 
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
         return batch_size(*batch) if isinstance(batch, list | tuple) else batch_size(batch)
 
-    def _assumes_weights(self) -> bool:
+    def assumes_weights(self) -> bool:
+        """Return True if no ``batch_weight`` was passed, so that the batches are weighted by their sizes."""
         return self._batch_weight is None
 
-    def _reached_directly(self, name: str) -> str:
+    def reached_directly(self, name: str) -> str:
+        """Return the error message for an objective that uses the parameter `name` directly."""
         return (
             f"params[{name!r}] is reached directly: the objective holds the tensor itself, so part of the loss would "
             "not be differentiated; compute all of the loss from the dict of parameters that the objective is given"
         )
 
     def buffers(self, leaves: Mapping[str, Tensor]) -> Buffers:
-        """Return nothing: what the objective holds is not known."""
+        """Return an empty dict, because the tensors that a function uses are unknown."""
         return {}
 
     def traced(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Any]:
-        """Return a batch's loss, and no prediction."""
+        """Return the loss of a batch, and None in place of a prediction."""
         with replaced(self.modules, self.replacements(leaves)):
             return self._objective(dict(leaves), own_batch(batch, self.guard.writes)), None
 
 
 @functools.cache
 def _start_autograd(device: torch.device) -> None:
-    """Let autograd's own thread for a GPU make its first step with what no library is for: cuBLAS would warn there."""
+    """Start the autograd thread of a GPU by differentiating an elementwise operation.
+
+    If a cuBLAS call were the first operation in the autograd thread, PyTorch would issue a warning.
+    """
     if device.type == "cuda":
         with torch.inference_mode(False), torch.enable_grad():
             leaf = torch.zeros(1, device=device, requires_grad=True)

@@ -1,10 +1,16 @@
-"""Whether the user's code means what the kernels compute: verified once, in the first pass over the data."""
+"""Checks in the first pass over the data that the kernels interpret the user's code correctly.
+
+- The graphs of the first results are searched for parameters that the code uses directly.
+- The loss of two batches evaluated as one is compared with the mean or sum of the losses of the two batches.
+- The modules and the data loader are inspected for randomness.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from curvop.kernels.batches import batch_size, joined, leaves, to_device
+from curvop.kernels.batches import batch_size, joined, to_device
+from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.graph import nodes
 
 if TYPE_CHECKING:
@@ -22,11 +29,11 @@ if TYPE_CHECKING:
     from curvop.kernels.passes import Totals
 
 __all__ = [
+    "BATCHING_REMEDY",
+    "ZERO_MATRIX",
     "BatchPair",
+    "FirstPassChecks",
     "batchwise_modules",
-    "cautions",
-    "compared_as_one",
-    "disagreement",
     "listed",
     "random_modules",
     "random_subset",
@@ -34,12 +41,201 @@ __all__ = [
     "suspects",
 ]
 
-_ALIKE = 1e-3  # relative difference below which two losses say little about their weights
+_ALIKE = 1e-3  # weights cannot be verified on two batches if the relative difference of their losses is smaller
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
 
 
+#: Advice for the user if the loss of two batches evaluated as one contradicts the weights of the batches.
+BATCHING_REMEDY = (
+    "pass batch_weight=, a function of the batch, such as its number of targets that count, or say that the loss is a "
+    "sum (loss_function.reduction = 'sum'); else the loss couples its examples, or adds a term without data once per "
+    "batch, so that the matrix depends on how the data is cut: pass one batch"
+)
+#: Warning for a generalized Gauss-Newton matrix whose loss is linear in the prediction.
+ZERO_MATRIX = (
+    "the matrix is zero, because the loss is linear in the prediction; if the model computes its own loss, return the "
+    "logits and compute the loss in loss_function, or use HessianLinearOperator"
+)
+
+
+class FirstPassChecks:
+    """The checks of an objective in the first pass over the data, and their results.
+
+    Methods take the objective as an argument. If this class stored the objective, the two objects would form a
+    reference cycle, and the graphs that the objective retains would stay in memory until the garbage collector runs.
+
+    Attributes
+    ----------
+    warned : set of str
+        Kinds of warnings that have been issued.
+    batching : str or None
+        Description of how the loss of two batches evaluated as one contradicts the weights of the batches. Empty if
+        there is no contradiction, None before the end of the first pass.
+    unverified : bool
+        True if the weights could not be verified, because no two batches could be compared.
+    curved : bool or None
+        True if the second derivative of the loss with respect to the prediction is nonzero, False if this derivative is
+        zero, None if it was not evaluated.
+    flags_matter : bool or None
+        Whether the result of the user's code depends on the ``requires_grad`` flags of the parameters. None if this is
+        not yet known.
+    """
+
+    def __init__(self) -> None:
+        self.warned: set[str] = set()
+        self.batching: str | None = None
+        self.unverified = False
+        self.curved: bool | None = None
+        self.flags_matter: bool | None = None
+        self._pair: BatchPair | None = BatchPair()
+        self._depends = False
+        self._searching: set[str] = set()
+        self._searched: set[str] = set()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_pair": None}  # batches of data are not pickled
+
+    def start_pass(self, objective: Objective) -> BatchPair | None:
+        """Return a `BatchPair` that collects batches for `verify_batching`, None if there is nothing to verify."""
+        self._pair = BatchPair() if self.batching is None and objective.assumes_weights() else None
+        return self._pair
+
+    def abandon_pass(self) -> None:
+        """Discard the batches collected in a pass that failed or was closed early."""
+        self._pair = None
+
+    def begin_search(self, what: str) -> None:
+        """Record that the current pass searches the graphs of the quantity `what`, such as ``"loss"``."""
+        self._searching.add(what)
+
+    def end_search(self) -> None:
+        """Record that the searches of the current pass are complete."""
+        self._searched, self._searching = self._searched | self._searching, set()
+
+    def is_searched(self, what: str) -> bool:
+        """Return True if the graphs of the quantity `what` were searched in a complete pass."""
+        return what in self._searched
+
+    def search(
+        self,
+        objective: Objective,
+        result: Any,
+        originals: Mapping[str, Sequence[Tensor]],
+        leaves: Mapping[str, Tensor],
+    ) -> None:
+        """Raise a ValueError if the graph of `result` contains any of `originals`, the tensors that `leaves` replace.
+
+        Also record for `depends_on_params` whether the graph contains any of `leaves`.
+        """
+        outputs = list(leaves_of(result))
+        if direct := reached(outputs, originals):
+            raise ValueError(objective.reached_directly(min(direct, key=list(originals).index)))
+        self._depends = self._depends or bool(reached(outputs, {name: [leaf] for name, leaf in leaves.items()}))
+
+    def depends_on_params(self, objective: Objective) -> bool:
+        """Return True if the loss of at least one batch depends on at least one parameter."""
+        for index, batch in objective.batches() if not self._depends else ():
+            objective.evaluate(objective.leaves(objective.params), index, batch)
+            if self._depends:
+                break
+        return self._depends
+
+    def compare_flags(
+        self,
+        objective: Objective,
+        run: Callable[[Mapping[str, Tensor], bool], Any],
+        leaves: Mapping[str, Tensor],
+    ) -> None:
+        """Set `flags_matter` by evaluating the user's code with two choices of ``requires_grad`` flags.
+
+        If the results agree, later evaluations treat parameters that are not differentiated as constants, so that
+        autograd saves nothing for layers before the selected parameters. If the two choices are identical, because all
+        `leaves` and no other parameters require grad, `flags_matter` stays None.
+
+        Parameters
+        ----------
+        objective : Objective
+        run : callable
+            A function ``(leaves, keeps_flags) -> result``. If ``keeps_flags`` is True, the other parameters of the
+            modules keep their ``requires_grad`` flags. Otherwise, these parameters are constants.
+        leaves : dict of str to Tensor
+        """
+        others = {id(value): value for module in objective.modules for value in module.parameters()}
+        for tensor in (tensor for tensors in objective.originals().values() for tensor in tensors):
+            others.pop(id(tensor), None)
+        selected = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        if len(selected) == len(leaves) and not any(value.requires_grad for value in others.values()):
+            return
+        all_leaves = objective.leaves(objective.params)
+        with_all = run(all_leaves, True)
+        try:
+            with_selected = run(leaves, False)
+        except Exception:  # for example in a training loop that differentiates with respect to all parameters
+            self.flags_matter = True
+            return
+        pairs = zip(leaves_of(with_all), leaves_of(with_selected), strict=True)
+        if not all(_agree(*pair) for pair in pairs):
+            self.flags_matter = True
+            return
+        reached_by_all, reached_by_selected = (
+            reached(leaves_of(result), {name: [own[name]] for name in selected})
+            for result, own in ((with_all, all_leaves), (with_selected, leaves))
+        )
+        self.flags_matter = reached_by_all != reached_by_selected
+
+    def verify_batching(self, objective: Objective, totals: Totals) -> None:
+        """Check that the loss of two batches evaluated as one agrees with the weights of the batches.
+
+        The result is stored in `batching` and `unverified`. The check is made once, at the end of the first pass.
+        """
+        pair, self._pair = self._pair, None
+        if self.batching is not None or pair is None:
+            self.batching = self.batching or ""
+            return
+        self.batching = ""
+        if random_modules(objective.modules) or batchwise_modules(objective.modules):  # other warnings cover these
+            return
+        with objective.generators.private(objective.devices):
+            contradiction = _compare_as_one(objective, totals, pair)
+        self.batching, self.unverified = contradiction or "", contradiction is None
+
+    def warn_once(self, objective: Objective, batches: int, *, aloud: bool = True) -> None:
+        """Warn if the matrix may differ from the matrix that the user expects.
+
+        Each kind of warning is issued at most once.
+
+        Parameters
+        ----------
+        objective : Objective
+        batches : int
+            Number of batches in the data.
+        aloud : bool
+            If False, mark the warnings as issued without issuing them.
+        """
+        lower = any(value.dtype != torch.float64 for value in objective.params.values())
+        found = _mode_cautions(objective.modules, batches, objective.autocast() if lower else None)
+        found |= self._other_cautions(objective)
+        if aloud and (new := [found[kind] for kind in found if kind not in self.warned]):
+            warnings.warn("; ".join(new), RuntimeWarning, stacklevel=2)
+        self.warned.update(found)
+
+    def _other_cautions(self, objective: Objective) -> dict[str, str]:
+        """Return a dict of warning messages about weights, curvature and data. The keys are kinds of warnings."""
+        found = {}
+        if self.batching:
+            found["weights of batches"] = f"{self.batching}; {BATCHING_REMEDY}"
+        if self.curved is False and objective.assumes_curvature():
+            found["curvature"] = ZERO_MATRIX
+        if subset := random_subset(objective.data):
+            found["data"] = (
+                f"data {subset}: every pass sees different examples, so a product, the gradient and the diagonal may "
+                "belong to different data; pass a DataLoader with shuffle=False, or without drop_last=True"
+            )
+        return found
+
+
 def reached(outputs: Iterable[Tensor], inputs: Mapping[str, Sequence[Tensor]]) -> set[str]:
-    """Return the names of those `inputs` to which the graph of `outputs` leads."""
+    """Return the names of the `inputs` whose tensors occur in the autograd graph of `outputs`."""
     wanted = {
         get_gradient_edge(tensor).node: name
         for name, tensors in inputs.items()
@@ -50,38 +246,54 @@ def reached(outputs: Iterable[Tensor], inputs: Mapping[str, Sequence[Tensor]]) -
     return {wanted[node] for node in nodes(roots) if node in wanted}
 
 
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Return True if two tensors are equal up to rounding, or do not have a floating-point dtype."""
+    if not a.is_floating_point():
+        return True
+    a, b = a.detach(), b.detach()
+    return torch.allclose(a, b, torch.finfo(a.dtype).eps ** (2 / 3), equal_nan=True)
+
+
 class BatchPair:
-    """Two batches of a pass that differ most in their size, or in how many valid integer targets they may have."""
+    """Finds the pairs of batches that differ most in size or in the number of valid integer targets."""
 
     def __init__(self) -> None:
         self._first: tuple[int, Any] | None = None
         self._last: tuple[int, Any] | None = None
-        self._ends: dict[int, list[tuple[float, int, Any]]] = {}  # of each figure: the least and the largest
+        # For each kind of count, the batches with the smallest and the largest count.
+        self._extremes: dict[int, list[tuple[float, int, Any]]] = {}
 
     def see(self, index: int, batch: Any) -> None:
-        """Look at a batch."""
+        """Update the pairs with a new batch."""
         self._first, self._last = self._first or (index, batch), (index, batch)
-        for number, figure in enumerate(_figures(batch)):
-            ends = self._ends.setdefault(number, [(figure, index, batch)] * 2)
-            if figure < ends[0][0]:
-                ends[0] = figure, index, batch
-            if figure > ends[1][0]:
-                ends[1] = figure, index, batch
+        for number, count in enumerate(_counts(batch)):
+            extremes = self._extremes.setdefault(number, [(count, index, batch)] * 2)
+            if count < extremes[0][0]:
+                extremes[0] = count, index, batch
+            if count > extremes[1][0]:
+                extremes[1] = count, index, batch
 
     def candidates(self) -> Iterator[tuple[tuple[int, Any], tuple[int, Any]]]:
-        """Yield pairs of numbers and batches, the best first; of a single batch, nothing."""
+        """Yield pairs of ``(index, batch)``, starting with the batches that differ most.
+
+        Nothing is yielded if there is only one batch.
+        """
         if self._first is None or self._last is None or self._first[0] == self._last[0]:
             return
-        for low, high in sorted(self._ends.values(), key=lambda ends: -(ends[1][0] + 1) / (ends[0][0] + 1)):
+        for low, high in sorted(self._extremes.values(), key=lambda ends: -(ends[1][0] + 1) / (ends[0][0] + 1)):
             if low[0] < high[0]:
-                first, second = sorted((low[1:], high[1:]), key=lambda one: one[0])
+                first, second = sorted((low[1:], high[1:]), key=lambda numbered: numbered[0])
                 yield first, second
         yield self._first, self._last
 
 
-def _figures(batch: Any) -> list[float]:
-    """Return the number of examples, of integers that are not negative, as -100 for padding is, and of nonzero ones."""
-    integers = [leaf for leaf in leaves(batch) if leaf.dtype in _INTEGERS and leaf.layout == torch.strided]
+def _counts(batch: Any) -> list[float]:
+    """Return the numbers of examples, of nonnegative integers and of nonzero integers in a batch.
+
+    Padding is often marked by a negative class index (such as -100) or by 0. The last two counts therefore estimate how
+    many targets are valid.
+    """
+    integers = [leaf for leaf in leaves_of(batch) if leaf.dtype in _INTEGERS and leaf.layout == torch.strided]
     parts = batch if isinstance(batch, list | tuple) else [batch]
     return [
         batch_size(*parts) or 0,
@@ -91,7 +303,10 @@ def _figures(batch: Any) -> list[float]:
 
 
 def random_subset(data: Any) -> str:
-    """Return how a loader draws another part of its data set in each pass, or nothing if it does not."""
+    """Describe how a data loader draws different examples in every pass.
+
+    Return an empty string if every pass contains the same examples, or if `data` is not a ``DataLoader``.
+    """
     if not isinstance(data, DataLoader):
         return ""
     batches = data.batch_sampler if isinstance(data.batch_sampler, BatchSampler) else None
@@ -105,31 +320,35 @@ def random_subset(data: Any) -> str:
     count = len(sampler)
     if isinstance(sampler, RandomSampler) and count % len(sampler.data_source):
         return f"draws {count:,} of {len(sampler.data_source):,} examples"
-    # Subclasses that are not initialised lack these.
+    # These attributes are missing if a subclass of BatchSampler does not call BatchSampler.__init__.
     drops, size = (getattr(batches, name, 0) for name in ("drop_last", "batch_size"))
     left = count % size if drops and size else 0
     return f"shuffles, and drops {left} of {count:,} examples with the last batch" if left else ""
 
 
-def compared_as_one(objective: Objective, totals: Totals, pair: BatchPair) -> str | None:
-    """Say how the loss of two batches as one contradicts their weights; nothing if it does not.
+def _compare_as_one(objective: Objective, totals: Totals, pair: BatchPair) -> str | None:
+    """Describe how the loss of two batches evaluated as one contradicts the weights of the batches.
 
-    None if no two batches can be compared: they cannot be joined, or the model cannot take batches of another size, or
-    all are alike.
+    Return an empty string if there is no contradiction. Return None if no two batches can be compared, because batches
+    cannot be joined, the model does not accept the size of the joined batch, or all batches are too similar.
     """
     for (index, first), (other, second) in pair.candidates():
         with contextlib.suppress(Exception):
             parts = [to_device(batch, objective.device) for batch in (first, second)]
-            found = _compared(objective, totals, (index, other), (*parts, joined(parts)))
-            if found is not None:
-                return f"batches {index} and {other}: {found}" if found else ""
+            contradiction = _contradiction(objective, totals, (index, other), (*parts, joined(parts)))
+            if contradiction is not None:
+                return f"batches {index} and {other}: {contradiction}" if contradiction else ""
     return None
 
 
-def _compared(
+def _contradiction(
     objective: Objective, totals: Totals, numbers: tuple[int, int], batches: tuple[Any, Any, Any]
 ) -> str | None:
-    """Compare two batches with both as one, the last; None if nothing can be said."""
+    """Compare the losses of two batches with the loss of the joined batch, which is the last of `batches`.
+
+    Return a description of the contradiction, or an empty string if there is none. Return None if the comparison is
+    inconclusive.
+    """
     weights = [totals.weights[number] for number in numbers]
     both = objective.evaluate(objective.leaves(()), numbers[0], batches[2]).value
     losses = [totals.losses[number] / weight for number, weight in zip(numbers, weights, strict=True)]
@@ -137,18 +356,19 @@ def _compared(
     rounding, scale = objective.epsilon(both) ** (2 / 3), sum(map(abs, losses))
     if not math.isfinite(scale):
         return None
-    asked = None if objective.reduction == "sum" else weights
-    decisive = asked is None or abs(losses[0] - losses[1]) > _ALIKE * scale
-    if decisive and not disagreement(losses, asked, rounding * scale):
+    shares = None if objective.reduction == "sum" else weights
+    decisive = shares is None or abs(losses[0] - losses[1]) > _ALIKE * scale
+    if decisive and not _disagreement(losses, shares, rounding * scale):
         return ""
-    # The matrix is that of the gradient, which decides: losses may be rounding errors, or differ by a constant.
+    # Compare gradients, because the matrix is the derivative of the gradient. The losses may
+    # consist of rounding errors only, or disagree only by a constant.
     gradients = [_gradient(objective, batch) for batch in batches]
-    direction = gradients[0] - gradients[1] if asked else gradients[2]
+    direction = gradients[0] - gradients[1] if shares else gradients[2]
     size, scale = float(direction.norm()), sum(float(gradient.norm()) for gradient in gradients)
-    if not size > _ALIKE * scale:  # they are alike, whatever their weights
+    if not size > _ALIKE * scale:  # the gradients are almost equal, so any weights give the same mean
         return None
     along = [float(gradient @ direction) / size for gradient in gradients]
-    return disagreement(along, asked, rounding * scale)
+    return _disagreement(along, shares, rounding * scale)
 
 
 def _gradient(objective: Objective, batch: Any) -> Tensor:
@@ -159,17 +379,20 @@ def _gradient(objective: Objective, batch: Any) -> Tensor:
     return torch.cat([part.detach().reshape(-1).to(objective.device) for part in flat])
 
 
-def disagreement(losses: Sequence[float], weights: Sequence[float] | None, limit: float) -> str:
-    """Say how the loss of two batches as one differs from what their weights say, or nothing if it does not.
+def _disagreement(losses: Sequence[float], weights: Sequence[float] | None, limit: float) -> str:
+    """Describe how the loss of two batches evaluated as one differs from the value that the weights imply.
+
+    Return an empty string if the difference is at most `limit`.
 
     Parameters
     ----------
     losses : three floats
-        The losses of the first batch, the second, and both as one; or their derivatives in one direction.
+        The losses of the first batch, the second batch and the joined batch, or the derivatives of these losses in one
+        direction.
     weights : two floats, or None
         The weights of the two batches in a mean; None for a sum.
     limit : float
-        By how much they differ by rounding.
+        The largest difference that is attributed to rounding.
     """
     first, second, both = losses
     if weights is None:
@@ -188,17 +411,17 @@ def disagreement(losses: Sequence[float], weights: Sequence[float] | None, limit
     return f"as one batch they have a loss in which the second one counts {factor:.4g} times as much as its weight says"
 
 
-# Modes of modules that make a matrix another than the user may mean.
-
-
 def random_modules(modules: Sequence[nn.Module]) -> list[str]:
-    """Return which modules draw random numbers: dropout, and what contains it, in training mode."""
+    """Return a list of descriptions, one for each module in training mode that applies dropout.
+
+    Layers with internal dropout, such as ``nn.MultiheadAttention``, are included.
+    """
     rates = ((name, part, _drop_rate(part)) for name, part in _named(modules) if part.training)
     return [f"{name!r} ({type(part).__name__}, p = {rate:g})" for name, part, rate in rates if rate]
 
 
 def _drop_rate(part: nn.Module) -> float:
-    """Return the probability with which a module drops something by itself."""
+    """Return the dropout probability that a module itself applies, without its submodules; 0 if there is none."""
     rate: Any = 0.0
     if isinstance(part, nn.MultiheadAttention) or (isinstance(part, nn.RNNBase) and part.num_layers > 1):
         rate = part.dropout
@@ -208,7 +431,7 @@ def _drop_rate(part: nn.Module) -> float:
 
 
 def batchwise_modules(modules: Sequence[nn.Module]) -> list[str]:
-    """Return which modules normalise by the statistics of the batch that they see."""
+    """Return a list of descriptions, one for each batch normalisation layer that uses statistics of the batch."""
     found = ((name, part) for name, part in _named(modules) if isinstance(part, _BatchNorm))
     return [f"{name!r} ({type(part).__name__})" for name, part in found if part.training or part.running_mean is None]
 
@@ -218,22 +441,22 @@ def _named(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         yield from module.named_modules()
 
 
-def cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.dtype | None) -> dict[str, str]:
-    """Return what makes the matrix another than the user may mean, by kind, with a remedy each.
+def _mode_cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.dtype | None) -> dict[str, str]:
+    """Return a dict of warning messages about modules and autocast. The keys are kinds of warnings.
 
     Parameters
     ----------
     modules : sequence of nn.Module
     batches : int
-        How many the data has.
+        Number of batches in the data.
     autocast : torch.dtype or None
-        In which autocast computes, where it does.
+        The autocast dtype, None if autocast is disabled or does not lower the precision.
     """
     found = {}
     if random := random_modules(modules):
         found["dropout"] = (
-            f"dropout is active in {listed(random)}: a product is that of one draw of the masks, and the next pass "
-            "over the data draws others; call model.eval()"
+            f"dropout is active in {listed(random)}: a product belongs to one draw of the masks, and the next pass "
+            "over the data draws new ones; call model.eval()"
         )
     if batches > 1 and (batchwise := batchwise_modules(modules)):
         found["batch normalisation"] = (
@@ -243,24 +466,24 @@ def cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.dtype |
         )
     if autocast is not None:
         found["autocast"] = (
-            f"torch.autocast is enabled: a product is computed in {str(autocast).removeprefix('torch.')}, whose "
-            f"epsilon is {torch.finfo(autocast).eps:.1e}, and is as coarse; take products outside of it"
+            f"torch.autocast is enabled: products are computed in {str(autocast).removeprefix('torch.')}, and their "
+            f"relative errors are about its epsilon, {torch.finfo(autocast).eps:.1e}; take products outside autocast"
         )
     return found
 
 
 def suspects(modules: Sequence[nn.Module]) -> str:
-    """Return what to look at where the loss changes from pass to pass."""
+    """Return a text that lists likely causes of a loss that changes between passes, with remedies."""
     random = random_modules(modules)
     if random:
         return f"dropout is active in {listed(random)}: call model.eval()"
     return (
-        "look at dropout and batch normalisation in training mode (call model.eval()), random augmentation in the "
-        "data, shuffling with drop_last=True; if a function reads something that has changed, make a new operator"
+        "check for dropout and batch normalisation in training mode (call model.eval()), random augmentation in the "
+        "data, and shuffling with drop_last=True; if a function reads something that has changed, make a new operator"
     )
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:
-    """Return the first of the names, and how many more there are."""
+    """Return a text with the first `most` names and the number of the remaining names."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,6 +1,7 @@
-"""What names an objective: digests of its parameters, its model, its loss function and its data, part by part.
+"""Digests of the parameters, the model, the loss function and the data of an objective.
 
-They are the same in every process and on every device, so that a later run can tell by name what has changed.
+A digest is the same in every process and on every device. A later run can therefore compare digests and say what has
+changed.
 """
 
 from __future__ import annotations
@@ -22,15 +23,25 @@ from curvop.kernels.objective import CallableObjective, Objective
 __all__ = ["digest", "objective_parts", "objective_state", "tensor_bytes"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-# Libraries whose code belongs to a version and not to the problem.
+# Functions of these libraries are hashed by name only, because their code depends on the installed version and not on
+# the user's problem.
 _LIBRARIES = {"builtins", "torch", "curvop", "numpy", "scipy", "functools", "operator", "math"}
+#: Modules whose names are in the fingerprints of existing journals, by their present names.
+_FORMER_MODULES = {"curvop.kernels.jacobian_kernel": "curvop.kernels.jacobian"}
 
 
 def objective_parts(objective: Objective, data: bool = True) -> dict[str, str]:
-    """Return digests of all that the objective depends on, by name; for those of the `data` it is read once.
+    """Return a dict of digests by name, for each parameter, tensor of the model, setting and batch of the objective.
 
-    What a Python function computes is told by its code, its defaults, the values that it encloses, and the numbers,
-    tensors, modules and functions of its own module that it refers to.
+    The digest of a Python function depends on its code, its defaults, the values of its closure, and the global
+    variables that it uses. Global variables are ignored unless they are numbers, strings, tensors, layers, or functions
+    from the same file.
+
+    Parameters
+    ----------
+    objective : Objective
+    data : bool
+        Whether to include the batches. This takes one pass over the data.
     """
     parts = {f"params[{name!r}]": _described(value) for name, value in objective.params.items()}
     if isinstance(objective, ModelObjective):
@@ -47,20 +58,23 @@ def objective_parts(objective: Objective, data: bool = True) -> dict[str, str]:
 
 
 def objective_state(objective: Objective) -> tuple[object, ...]:
-    """Return a token that changes whenever the objective, or a batch in a list of them, is written to."""
-    data = objective._data
+    """Return a token that changes if the objective changes.
+
+    The token also changes if a batch is modified in place, provided that the data are a list or a tuple.
+    """
+    data = objective.data
     listed = leaves(data) if isinstance(data, list | tuple) else ()
     versions = [0 if leaf.is_inference() else leaf._version for leaf in listed]
     return objective.state(), versions
 
 
 def digest(value: Any) -> str:
-    """Return 128 bits, in hexadecimal, of a tree of tensors, arrays, modules, functions and plain values."""
+    """Return a hexadecimal 128-bit hash of a tree of tensors, arrays, modules, functions and plain values."""
     return _hashed(_chunks(value, ()))
 
 
 def tensor_bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of the entries ``(..., N)``, on the host, as uint8 ``(..., N * itemsize)``."""
+    """Return the bytes of a tensor ``(..., N)`` as a uint8 tensor ``(..., N * itemsize)`` on the CPU."""
     return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().view(torch.uint8)
 
 
@@ -79,14 +93,14 @@ def _model_parts(model: Any, params: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _hashed(chunks: Iterator[bytes]) -> str:
-    found = hashlib.blake2b(digest_size=16)
+    result = hashlib.blake2b(digest_size=16)
     for chunk in chunks:
-        found.update(chunk)
-    return found.hexdigest()
+        result.update(chunk)
+    return result.hexdigest()
 
 
 def _structure(module: nn.Module, above: tuple[int, ...]) -> Iterator[bytes]:
-    """Yield what a module does, without its parameters and buffers: kinds of layers, settings, code, hooks."""
+    """Yield bytes that identify the layers, settings, code and hooks of a module. Ignore its parameters and buffers."""
     for name, part in module.named_modules(remove_duplicate=False):
         yield _text(name, _name(type(part)))
         for key, value in sorted(vars(part).items()):
@@ -99,7 +113,7 @@ def _structure(module: nn.Module, above: tuple[int, ...]) -> Iterator[bytes]:
 
 
 def _chunks(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
-    """Yield bytes that tell `value` from others; `above` are the identities of what it is part of."""
+    """Yield bytes that identify `value`; `above` lists the ids of the objects that contain it, outermost first."""
     if isinstance(value, _PLAIN):
         yield _text(type(value).__name__, repr(value))
         return
@@ -124,7 +138,7 @@ def _chunks(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
             yield from _chunks(part, above)
     elif isinstance(value, set | frozenset):
         yield _text("set", *sorted(_hashed(_chunks(part, above)) for part in value))
-    elif hasattr(value, "tobytes") and hasattr(value, "dtype"):  # NumPy's arrays and numbers
+    elif hasattr(value, "tobytes") and hasattr(value, "dtype"):  # NumPy arrays and scalars
         yield _text("array", str(value.dtype), str(value.shape))
         yield value.tobytes()
     else:
@@ -140,11 +154,11 @@ def _tensor_chunks(tensor: Tensor) -> Iterator[bytes]:
     elif tensor.layout != torch.strided:
         yield from _tensor_chunks(tensor.detach().to_dense())
     elif tensor.device.type != "meta":
-        yield cast("bytes", tensor_bytes(tensor.reshape(-1)).numpy())  # bytes enough to be hashed
+        yield cast("bytes", tensor_bytes(tensor.reshape(-1)).numpy())  # hashlib accepts arrays
 
 
 def _code_chunks(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
-    """Yield what tells one function from another, or one object that can be called."""
+    """Yield bytes that identify a function, a type or another object."""
     if isinstance(value, functools.partial):
         yield _text("partial")
         yield from _chunks((value.func, value.args, value.keywords), above)
@@ -156,15 +170,15 @@ def _code_chunks(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
         yield value.co_code
         yield from _chunks(value.co_consts, above)
     elif isinstance(value, types.FunctionType) and not _of_library(value):
-        yield _text("function", value.__qualname__)  # not its module, which is __main__ in the script alone
+        yield _text("function", value.__qualname__)  # omit the module's name, which is __main__ in a script
         cells = [_enclosed(cell) for cell in value.__closure__ or ()]
         yield from _chunks((value.__code__, value.__defaults__, value.__kwdefaults__, cells), above)
         for name in sorted(_names(value.__code__) & value.__globals__.keys()):
-            found = value.__globals__[name]
-            own = isinstance(found, types.FunctionType) and found.__module__ == value.__module__
-            if own or isinstance(found, (*_PLAIN, Tensor, nn.Module)):
+            used = value.__globals__[name]
+            same_module = isinstance(used, types.FunctionType) and used.__module__ == value.__module__
+            if same_module or isinstance(used, (*_PLAIN, Tensor, nn.Module)):
                 yield _text(name)
-                yield from _chunks(found, above)
+                yield from _chunks(used, above)
     elif isinstance(value, type) or inspect.isroutine(value):
         yield _text("name", _name(value))
     else:
@@ -174,7 +188,7 @@ def _code_chunks(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """Return the names that a function's code refers to, the functions inside of it included."""
+    """Return the names that a function and its nested functions refer to."""
     inner = (_names(part) for part in code.co_consts if isinstance(part, types.CodeType))
     return set(code.co_names).union(*inner)
 
@@ -182,12 +196,12 @@ def _names(code: types.CodeType) -> set[str]:
 def _enclosed(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # not set yet
+    except ValueError:  # the variable has no value yet
         return None
 
 
 def _name(value: Any) -> str:
-    library = f"{value.__module__}." if _of_library(value) else ""
+    library = f"{_FORMER_MODULES.get(value.__module__, value.__module__)}." if _of_library(value) else ""
     return library + str(getattr(value, "__qualname__", type(value).__qualname__))
 
 

@@ -1,4 +1,4 @@
-"""Which parameters span rows and columns, as users name them."""
+"""Validation of the ``model`` and ``params`` arguments, and layouts of vectors of parameters."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ __all__ = ["BatchLayout", "Layout", "ParameterLayout", "check_callable", "checke
 
 
 def check_callable(name: str, value: Any, remedy: str) -> None:
-    """Refuse an argument that cannot be called, a class in the place of one of its objects, and compiled code."""
+    """Raise a TypeError if an argument is not callable, is a class, or is compiled by `torch.compile`."""
     if isinstance(value, type):
-        raise TypeError(f"{name} is the class {value.__name__}: pass an object of it, {value.__name__}()")
+        raise TypeError(f"{name} is the class {value.__name__}: pass an instance, {value.__name__}()")
     if not callable(value):
         raise TypeError(f"{name} is a {type(value).__name__}, which cannot be called: pass {remedy}")
     _check_not_compiled(name, value)
 
 
 def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return `params` as a dict in its own order, after checking that they can span a curvature matrix.
+    """Validate `params` and return them as a dict in the given order.
 
     Parameters
     ----------
     model : nn.Module or callable
-        Where it is a module, every parameter must be one of its own by name and shape, its value may differ.
+        If `model` is a module, the names and shapes in `params` must agree with the module's own parameters. The values
+        may differ.
     params : dict of str to Tensor, or iterable of the module's own parameters
-        They need not require grad.
+        The parameters need not require grad.
 
     Raises
     ------
     TypeError, ValueError
-        Naming the parameter and the remedy.
+        If a parameter is not supported. The message names the parameter and a remedy.
     """
     own: dict[str, Tensor] | None = None
     if isinstance(model, nn.Module):
         own = dict(model.named_parameters(remove_duplicate=False))
     if not isinstance(params, Iterable):
-        raise TypeError(f"params is a {type(params).__name__}: pass dict(model.named_parameters()), or a part of it")
+        raise TypeError(f"params is a {type(params).__name__}: pass dict(model.named_parameters()), or a subset of it")
     if isinstance(params, Tensor):
         raise TypeError("params is one tensor: pass a dict of names to parameters, {'weight': model.weight}")
     named = dict(params) if isinstance(params, Mapping) else _named(own, params)
@@ -51,8 +52,8 @@ def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) 
         _check_no_buffers(model, [name for name in named if name not in own])
     if not named:
         raise ValueError(
-            "params is empty: pass at least one parameter, such as dict(model.named_parameters()); layers that are "
-            "quantised have none"
+            "params is empty: pass at least one parameter, such as dict(model.named_parameters()); quantised layers "
+            "have none"
         )
     _check_own(model, named)
     for name, value in named.items():
@@ -63,7 +64,7 @@ def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) 
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
-    """Return the sentence that says that `name` is not among `known`, with the nearest that are."""
+    """Return an error message for a `name` that is not in `known`, with suggestions of similar names."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(map(repr, known[:10]))}"
@@ -71,10 +72,10 @@ def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
 
 
 def too_coarse(name: str, dtype: torch.dtype) -> str | None:
-    """Return the sentence that refuses a parameter for its precision, or None.
+    """Return an error message if a parameter has half precision or lower, otherwise None.
 
-    A second derivative in half precision has one digit or two, and sums over a data set none; products computed in a
-    wider one would be those of another model than the user calls.
+    In half precision a second derivative has one or two correct digits, and the sum of second derivatives over a data
+    set may have none. Casting the parameters to a wider dtype for the product would change the model.
     """
     if torch.finfo(dtype).bits >= 32:
         return None
@@ -82,32 +83,36 @@ def too_coarse(name: str, dtype: torch.dtype) -> str | None:
 
 
 def _check_not_compiled(name: str, value: Any) -> None:
-    """Refuse what `torch.compile` has made: it cannot be differentiated twice, and hides which loss it computes."""
+    """Raise a TypeError if an argument is compiled by `torch.compile`.
+
+    Compiled code has no second derivatives, and compiled loss functions cannot be recognized.
+    """
     advice = "torch.compile's code has no second derivatives; engine='compiled' compiles products"
     if not isinstance(value, nn.Module):
         if _is_compiled(value):
             raise TypeError(f"{name} is compiled by torch.compile: pass the function that was compiled ({advice})")
         return
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # who has compiled something has imported it
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # slow to import, and already imported by torch.compile
     for path, part in value.named_modules():
         where = f"{name}, layer {path!r}," if path else name
         if dynamo is not None and isinstance(part, dynamo.OptimizedModule):
-            original = (
-                f"put its _orig_mod in its place, and pass params of {name}" if path else f"pass {name}._orig_mod"
-            )
-            raise TypeError(f"{where} is compiled by torch.compile: {original} ({advice})")
+            remedy = f"replace it by its _orig_mod, and pass params of {name}" if path else f"pass {name}._orig_mod"
+            raise TypeError(f"{where} is compiled by torch.compile: {remedy} ({advice})")
         if part._compiled_call_impl is not None or _is_compiled(part.forward):
             raise TypeError(f"{where} was compiled in place: use one whose compile() was not called ({advice})")
 
 
 def _is_compiled(function: Any) -> bool:
-    """Whether `torch.compile` has made a function; `torch.compiler.disable` marks functions in the same way."""
+    """Return True if a function is compiled by `torch.compile`.
+
+    A function with the attribute ``_torchdynamo_disable`` comes from `torch.compiler.disable` and is not compiled.
+    """
     return hasattr(function, "_torchdynamo_orig_callable") and not hasattr(function, "_torchdynamo_disable")
 
 
 def _named(own: dict[str, Tensor] | None, params: Iterable[Tensor]) -> dict[str, Tensor]:
     if own is None:
-        raise TypeError("params must be a dict of names to tensors where the model is not an nn.Module")
+        raise TypeError("params must be a dict of names to tensors if the model is not an nn.Module")
     names = {id(value): name for name, value in reversed(own.items())}
     named = {}
     for index, value in enumerate(params):
@@ -121,14 +126,14 @@ def _named(own: dict[str, Tensor] | None, params: Iterable[Tensor]) -> dict[str,
                 f"params[{index}] is not one of the model's own parameters: pass a dict of names to tensors"
             )
         if names[id(value)] in named:
-            raise ValueError(f"params[{index}] stands in the list twice: leave {names[id(value)]!r} out once")
+            raise ValueError(f"params[{index}] is in the list twice: leave {names[id(value)]!r} out once")
         named[names[id(value)]] = value
     return named
 
 
 def _check_own(model: Any, named: Mapping[str, Tensor]) -> None:
-    """Refuse parameters of which this process has only a part, and modules that wait for other processes."""
-    # Who has such parameters has imported these, which take a while to import.
+    """Raise a TypeError if parameters are sharded between processes, or if DistributedDataParallel is used."""
+    # torch.distributed.tensor and torch.distributed.fsdp are slow to import. A model that uses one has imported it.
     tensors, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
     remedy = (
         "products need whole parameters: give every rank the whole model and its part of the data "
@@ -146,17 +151,17 @@ def _check_own(model: Any, named: Mapping[str, Tensor]) -> None:
     for name, value in {**named, **others}.items():
         if tensors is not None and isinstance(value, tensors.DTensor):
             where = f"params[{name!r}]" if name in named else f"model's parameter {name!r}"
-            raise TypeError(f"{where} is a DTensor, as fully_shard makes them, but {remedy}")
+            raise TypeError(f"{where} is a DTensor, as fully_shard creates, but {remedy}")
 
 
 def _check_no_buffers(model: nn.Module, others: Iterable[str]) -> None:
-    """Refuse buffers, which ``model.state_dict()`` holds beside the parameters."""
+    """Raise a ValueError if `params` contains buffers, as ``model.state_dict()`` does."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    if found := [name for name in others if name in buffers]:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    if names := [name for name in others if name in buffers]:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(
-            f"params holds buffers of the model, {', '.join(map(repr, found[:3]))}{more}, as model.state_dict() does: "
-            "pass dict(model.named_parameters())"
+            f"params contains buffers of the model, {', '.join(map(repr, names[:3]))}{more}, as model.state_dict() "
+            "does: pass dict(model.named_parameters())"
         )
 
 
@@ -177,11 +182,11 @@ def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> No
     if value.is_quantized:
         raise ValueError(f"params[{name!r}] is quantised, and has no derivatives: call dequantize(), or leave it out")
     if value.layout != torch.strided:
-        raise ValueError(f"params[{name!r}] has layout {value.layout}: make it dense, by to_dense(), or leave it out")
+        raise ValueError(f"params[{name!r}] has layout {value.layout}: call to_dense(), or leave it out")
     if value.is_inference():
         raise ValueError(
-            f"params[{name!r}] was made under torch.inference_mode(), so that autograd does not take it: make or load "
-            "the model outside of it, or use copy.deepcopy(model)"
+            f"params[{name!r}] was created under torch.inference_mode(), so autograd does not support it: create or "
+            "load the model outside inference mode, or use copy.deepcopy(model)"
         )
     if not value.is_floating_point():
         raise ValueError(
@@ -195,29 +200,29 @@ def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> No
 def _check_together(own: Mapping[str, Tensor] | None, named: Mapping[str, Tensor]) -> None:
     first, *rest = named
     for name in rest:
-        here, there = named[first], named[name]
-        if here.dtype != there.dtype:
+        a, b = named[first], named[name]
+        if a.dtype != b.dtype:
             raise ValueError(
-                f"params must share one dtype, but {first!r} has {here.dtype} and {name!r} has {there.dtype}: cast the "
-                "model, or study them apart"
+                f"params must share one dtype, but {first!r} has {a.dtype} and {name!r} has {b.dtype}: cast the "
+                "model, or use separate operators"
             )
-        if here.device != there.device and "meta" in (here.device.type, there.device.type):
+        if a.device != b.device and "meta" in (a.device.type, b.device.type):
             raise ValueError(
-                f"params must have values, but {first!r} is on {here.device} and {name!r} is on {there.device}: load "
-                "what is offloaded"
+                f"params must have values, but {first!r} is on {a.device} and {name!r} is on {b.device}: load "
+                "the offloaded parameters"
             )
-    seen: dict[int, str] = {}
+    names: dict[int, str] = {}
     for name, value in named.items():
         for identity in {id(value), id(value if own is None else own[name])}:
-            if seen.setdefault(identity, name) != name:
+            if names.setdefault(identity, name) != name:
                 raise ValueError(
-                    f"params {seen[identity]!r} and {name!r} are one tied tensor: pass one of the two names, as "
+                    f"params {names[identity]!r} and {name!r} are one tied tensor: pass one of the two names, as "
                     "dict(model.named_parameters()) does"
                 )
 
 
 def _check_values(model: Any, named: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of the model's that hold no values."""
+    """Raise a ValueError if a parameter or a buffer is on the meta device."""
     others: list[tuple[str, Tensor]] = []
     if isinstance(model, nn.Module):
         others = [(name, value) for name, value in model.named_parameters() if name not in named]
@@ -231,18 +236,18 @@ def _check_values(model: Any, named: Mapping[str, Tensor]) -> None:
             )
 
 
-# Where in a vector things lie: parameters one after another, or what the batches yield.
-
-
 class Layout(abc.ABC):
-    """How the parts of a vector follow each other.
+    """Abstract base class for the layout of a vector: the order and the shapes of its parts.
+
+    The rows and the columns of a matrix each have a layout. The parts are parameters (`ParameterLayout`) or the outputs
+    of the batches (`BatchLayout`).
 
     Attributes
     ----------
     names : tuple of str
-        Of the parameters that are among the parts.
+        The names of the parts that are parameters.
     size : int
-        Entries of the vector.
+        The number of entries of the vector.
     """
 
     names: tuple[str, ...]
@@ -250,82 +255,108 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def at(self, vector: Tensor, index: int) -> Tensor:
-        """Return a view of what batch number `index` has to do with of ``(size,)``, or of several ``(K, size)``."""
+        """Return a view of the entries of `vector` that belong to one batch.
+
+        Parameters
+        ----------
+        vector : Tensor of shape (size,) or (K, size)
+        index : int
+            The number of the batch.
+        """
 
     @abc.abstractmethod
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Return views of such a vector, or of several, one for each part."""
+        """Return a list with a view of each part of a vector.
+
+        Parameters
+        ----------
+        vector : Tensor
+            One vector or K vectors, as returned by `at`.
+        """
 
     @abc.abstractmethod
     def join(self, parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """Return the vector of these parts, None for zero, in the dtype and on the device of `like`."""
+        """Concatenate the parts into a vector with the dtype and the device of `like`.
+
+        Parameters
+        ----------
+        parts : sequence of Tensor or None
+            The parts in order. A part that is None counts as zeros.
+        like : Tensor
+        """
 
     @abc.abstractmethod
     def label(self, part: int) -> str:
-        """Return what to call a part."""
+        """Return a description of part number `part` for messages."""
 
     def of(self, leaves: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the parameters among the parts."""
+        """Return a list of the `leaves` with the names in `names`, in the order of `names`."""
         return [leaves[name] for name in self.names]
 
 
 class ParameterLayout(Layout):
-    """How the parameters `names` follow each other in a vector; all of it has to do with every batch.
+    """The layout of a vector of parameters. Every batch depends on the whole vector.
 
     Parameters
     ----------
     params : dict of str to Tensor
-        All parameters.
+        All parameters of the objective.
     names : sequence of str
-        Those that take part, in the order of the vector.
+        The names of the parameters in the vector, in order.
 
     Attributes
     ----------
     shapes : list of torch.Size
+        The shape of each parameter.
     slices : dict of str to slice
+        The position of each parameter in the vector.
     """
 
     def __init__(self, params: Mapping[str, Tensor], names: Sequence[str]) -> None:
         self.names = tuple(names)
         self.shapes = [params[name].shape for name in self.names]
-        self._views = [tuple(shape) for shape in self.shapes]  # quicker to hand over than a torch.Size
+        self._views = [tuple(shape) for shape in self.shapes]  # Tensor.view takes tuples faster than torch.Size
         self._sizes = [shape.numel() for shape in self.shapes]
         self.slices = dict(zip(self.names, _slices(self._sizes), strict=True))
         self.size = sum(self._sizes)
 
     def at(self, vector: Tensor, index: int) -> Tensor:
-        """Return all of `vector`."""
+        """Return `vector`, because every batch depends on the whole vector."""
         return vector
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Return views of `vector` ``(size,)``, or of several ``(K, size)``, one of each parameter's shape."""
+        """Return a list of views, one for each parameter, in the shapes of the parameters.
+
+        If `vector` has shape (K, size), every view has a leading dimension K.
+        """
         parts = torch.split_with_sizes(vector, self._sizes, -1)
-        several = tuple(vector.shape[:-1])
+        leading = tuple(vector.shape[:-1])
         return [
-            part if len(shape) == 1 else part.view(several + shape)
+            part if len(shape) == 1 else part.view(leading + shape)
             for part, shape in zip(parts, self._views, strict=True)
         ]
 
     def join(self, parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """Return the vector of one part a parameter, None for zero, in the dtype and on the device of `like`.
+        """Concatenate parts, one for each parameter, into a vector with the shape, dtype and device of `like`.
 
-        Or several of them, as many as there are in `like`.
+        If `like` has shape (K, size), every part has a leading dimension K. A part that is None counts as zeros.
         """
         shapes = [(*like.shape[:-1], size) for size in self._sizes]
         pairs = zip(parts, shapes, strict=True)
         return torch.cat([like.new_zeros(shape) if part is None else part.reshape(shape) for part, shape in pairs], -1)
 
     def label(self, part: int) -> str:
-        """Return a parameter's name."""
+        """Return a description of parameter number `part`."""
         return f"parameter {self.names[part]!r}"
 
 
 class BatchLayout(Layout):
-    """How what the batches yield, `sizes` entries each, follows in a vector; its part is all that a batch has.
+    """The layout of a vector that concatenates the outputs of all batches, such as a column of a Jacobian.
 
     Parameters
     ----------
     sizes : sequence of int
+        The number of entries that belong to each batch.
     """
 
     names = ()
@@ -335,21 +366,21 @@ class BatchLayout(Layout):
         self.size = sum(sizes)
 
     def at(self, vector: Tensor, index: int) -> Tensor:
-        """Return the batch's entries."""
+        """Return a view of the entries of `vector` that belong to batch number `index`."""
         return vector[..., self._slices[index]]
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Return one part."""
+        """Return ``[vector]``, because the outputs of a batch are one part."""
         return [vector]
 
     def join(self, parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """Return the only part."""
+        """Return the single tensor in `parts`."""
         [part] = parts
         assert part is not None
         return part
 
     def label(self, part: int) -> str:
-        """Return what it is."""
+        """Return a description of the single part."""
         return "the prediction"
 
 

@@ -1,4 +1,4 @@
-"""What a pass over the data leaves behind: linearizations that are kept, and what tells whether they still hold."""
+"""Results of a pass over the data (losses and cached linearizations), and checks that the results are still valid."""
 
 from __future__ import annotations
 
@@ -18,28 +18,32 @@ if TYPE_CHECKING:
 __all__ = ["REORDERED", "DataReorderedError", "Pass", "Totals", "precision", "same"]
 
 REORDERED = (
-    "data yields other batches, or in another order, in every pass, so that some cannot be kept and the others made "
-    "anew: every product now linearizes them all. Pass shuffle=False to the DataLoader, or a larger cache=, in which "
-    "all of them fit."
+    "data yields different batches, or a different order, in every pass, so a cached linearization cannot be matched "
+    "to its batch: every product now linearizes all batches. Pass shuffle=False to the DataLoader, or a larger cache= "
+    "that holds all linearizations."
 )
 
 
 class DataReorderedError(Exception):
-    """The batches come in another order than in the first pass, so those kept cannot be told from the others."""
+    """Raised if batches have changed since the first pass, so cached linearizations cannot be matched to batches."""
 
 
 @dataclasses.dataclass(eq=False)
 class Totals:
-    """The losses of a pass over the data, under the objective's `state`.
+    """The losses of a pass over the data.
 
     Attributes
     ----------
-    weights, losses : list of float
-        One of each batch; the losses are times the weights.
+    state : tuple
+        The state of the objective during the pass; see `curvop.kernels.objective.Objective.state`.
+    weights : list of float
+        The weight of each batch.
+    losses : list of float
+        For each batch, the product of its loss and its weight.
     eps : float
-        The precision that the losses are computed in.
+        The largest machine epsilon among the dtypes of the losses and the parameters.
     watched : list
-        Tensors of the batches, as weak references, with their versions.
+        Pairs of a weak reference to a tensor of a batch and the version counter of that tensor.
     """
 
     state: tuple[object, ...]
@@ -49,17 +53,34 @@ class Totals:
     watched: list[tuple[weakref.ref[Tensor], int]] = dataclasses.field(default_factory=list)
 
     def alone(self) -> Totals:
-        """Return the losses alone, without linearizations."""
+        """Return a `Totals` object with the same losses, which does not refer to linearizations."""
         return Totals(self.state, self.weights, self.losses, self.eps, self.watched)
 
     def add(self, loss: Tensor, weight: float, *params: Tensor) -> None:
-        """Note a batch's share of the objective; a batch of weight 0 has none, though its own mean is 0/0."""
+        """Record the loss and the weight of a batch.
+
+        If the weight is 0, the loss is recorded as 0, because it may be undefined (0/0 if all targets of the batch are
+        ignored).
+        """
         self.weights.append(weight)
         self.losses.append(weight * float(loss) if weight else 0.0)
         self.eps = max(self.eps, precision(loss, *params))
 
     def differs(self, later: Totals, ordered: bool) -> tuple[str, float, float] | None:
-        """Return what is another in a later pass than in this one, then and now; batch by batch if `ordered`."""
+        """Compare the losses and the weights of this pass with those of a later pass.
+
+        Parameters
+        ----------
+        later : Totals
+        ordered : bool
+            If True, also compare the losses of single batches. If False, compare only sums.
+
+        Returns
+        -------
+        tuple or None
+            The name of the quantity that differs, its value in this pass, and its value in the later pass. None if all
+            losses and weights agree.
+        """
         eps = max(self.eps, later.eps)
         if not same(later.losses, self.losses, eps) or not same(later.weights, self.weights, eps):
             return "the loss summed over the data", sum(self.losses), sum(later.losses)
@@ -70,7 +91,7 @@ class Totals:
         return None
 
     def stale(self, state: tuple[object, ...]) -> bool:
-        """Whether the objective is in another state now, or a batch was written to."""
+        """Return True if `state` differs from the recorded state, or if a watched tensor was modified in place."""
         if self.state != state:
             return True
         return any((tensor := ref()) is not None and tensor._version != version for ref, version in self.watched)
@@ -78,16 +99,18 @@ class Totals:
 
 @dataclasses.dataclass(eq=False)
 class Pass(Totals):
-    """A pass over the data, at the parameters `leaves`, with the linearizations that are kept.
+    """The losses and the cached linearizations of a pass over the data.
 
     Attributes
     ----------
+    leaves : dict of str to Tensor
+        The parameters at which the batches were linearized, by name.
     kept : dict of int to Linearization
-        By the batch's number.
+        The cached linearizations by batch index.
     bytes : int
-        What these retain.
+        Number of bytes that the cached linearizations retain.
     fingerprints : list
-        One of each batch, by which a later pass is compared with this one.
+        The fingerprint of each batch, for comparison with later passes.
     """
 
     leaves: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -96,29 +119,35 @@ class Pass(Totals):
     fingerprints: list[list[float | None]] = dataclasses.field(default_factory=list)
 
     def record(self, linearization: Linearization) -> None:
-        """Note a batch's share of the objective."""
+        """Record the loss and the weight of a linearized batch."""
         self.add(linearization.loss, linearization.weight, *self.leaves.values())
 
     def keep(self, index: int, linearization: Linearization, batch: Any, count: int) -> None:
-        """Keep a batch's linearization, which retains `count` bytes, for as long as nobody writes to the batch."""
+        """Cache the linearization of batch number `index`, which retains `count` bytes.
+
+        If a tensor of the batch is modified in place later, `stale` returns True.
+        """
         self.kept[index] = linearization
         self.bytes += count
-        # Weakly: tensors that the loader made for this batch alone need not be held to see that nobody changes them.
+        # Weak references do not keep the tensors of a data loader in memory. A freed tensor cannot be modified.
         self.watched += [(weakref.ref(leaf), leaf._version) for leaf in leaves(batch)]
 
     def let_go(self) -> None:
-        """Keep nothing any more."""
+        """Discard all cached linearizations."""
         self.kept, self.bytes = {}, 0
 
 
 def precision(*tensors: Tensor) -> float:
-    """Return the epsilon of the coarsest of the tensors' dtypes; a loss may be less precise than the parameters."""
+    """Return the largest machine epsilon among the dtypes of `tensors`.
+
+    Pass both the loss and the parameters, because their precisions may differ.
+    """
     return max(torch.finfo(dtype).eps for dtype in {tensor.dtype for tensor in tensors})
 
 
-def same(these: Sequence[float], those: Sequence[float], eps: float) -> bool:
-    """Whether two passes sum to the same up to rounding; a mere reordering of the batches does."""
-    scale = sum(map(abs, those))
-    difference = abs(sum(these) - sum(those))
-    # A loss that is not finite is not random: the product that it spoils says so.
+def same(losses: Sequence[float], expected: Sequence[float], eps: float) -> bool:
+    """Return True if the losses of two passes have the same sum up to rounding."""
+    scale = sum(map(abs, expected))
+    difference = abs(sum(losses) - sum(expected))
+    # Return True if the difference is NaN, because another check raises an error for products that are not finite.
     return not difference > scale * eps**0.5

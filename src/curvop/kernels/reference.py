@@ -1,8 +1,10 @@
-"""Products by other routes than the engine's, which they are checked against.
+"""Compute products by other methods ("routes"), to check the engine's products.
 
-Forward mode is exact up to rounding, but calls the model as the engine does. Double backward through the user's own
-code, called as the user calls it, is as exact, but has the engine's formulas. Differences of the user's own code are
-less precise, and share nothing with the engine: neither a second derivative nor the way in which the code is called.
+- Forward mode is exact up to rounding. However, it calls the model the same way as the engine does.
+- Double backward is also exact up to rounding, and calls the user's code the way the user does. However, it uses the
+  engine's formulas for second derivatives.
+- Finite differences are less precise, but they share nothing with the engine: they need no second derivatives, and they
+  call the user's code the way the user does.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ import abc
 import contextlib
 import copy
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.func import grad, jvp, vmap
 from torch.nn import functional
 
 from curvop.kernels.batches import map_leaves
-from curvop.kernels.differences import OwnProduct, own_product
+from curvop.kernels.differences import OwnProduct, losses_of_examples, own_product, unreduced_loss
 from curvop.kernels.differentiable import NORMS, STAND_INS
 from curvop.kernels.errors import first_line
 from curvop.kernels.fisher_kernel import EmpiricalFisherKernel, SampledFisherKernel
@@ -44,22 +45,25 @@ REVERSE, GRADIENT = "reverse mode", "gradient"
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A product by another route, or the gradient.
+    """A product, or the gradient, computed by another route.
 
     Attributes
     ----------
     name : str
     products : tuple of Tensor, shape (M,)
-        In float64; of finite differences with steps of two sizes. Empty if there is a `reason`.
+        The product in float64. Finite differences give one product for each of two or more step sizes. The tuple is
+        empty if there is a `reason`.
     error : float
-        Their relative difference; 0 where a product is exact up to rounding.
+        Relative difference between the products with the first two step sizes, or 0 if a product is exact up to
+        rounding.
     reason : str
-        Why there is no product.
+        The reason why there is no product.
     scale : float
-        Of a block, the norm of a product of the matrix of all the objective's parameters with a vector of norm 1: what
-        a block that is zero has rounding errors of. 0 of the whole matrix.
+        For a block of the matrix, the norm of the product of the whole matrix with a random vector of norm 1. If the
+        block is zero, its rounding errors are proportional to this norm. It is 0 if the kernel is for all
+        parameters.
     own : OwnProduct or None
-        If it is of the user's own code, what else that has shown.
+        Further results, if the product was computed by calling the user's own code.
     """
 
     name: str
@@ -71,17 +75,17 @@ class Route:
 
 
 def other_routes(kernel: Kernel, vector: Tensor, available: int) -> list[Route]:
-    """Return products with `vector` ``(N,)`` by other routes, in two passes over the data or three.
+    """Compute the product with a vector by other routes, in at least two passes over the data.
 
     Parameters
     ----------
     kernel : Kernel
     vector : Tensor, shape (N,)
-        In float64, on the parameters' device.
+        Vector in float64, on the parameters' device.
     available : int
-        Bytes that may be used.
+        Number of bytes of memory that may be used.
     """
-    kernel = getattr(kernel, "_kernel", kernel)  # what a compiled kernel compiles
+    kernel = getattr(kernel, "_kernel", kernel)  # unwrap a compiled kernel
     if isinstance(kernel, SampledFisherKernel):
         return [Route(FORWARD, reason="the targets are drawn by the operator itself: check the exact Fisher matrix")]
     names = [FORWARD, DIFFERENCES] if kernel.cols.names else [REVERSE]
@@ -102,20 +106,20 @@ def other_routes(kernel: Kernel, vector: Tensor, available: int) -> list[Route]:
     if whole is kernel:
         return routes
     scale = _scale(whole, needed, available, vector.device)
-    return [dataclasses.replace(one, scale=scale) for one in routes]
+    return [dataclasses.replace(route, scale=scale) for route in routes]
 
 
 def _scale(whole: Any, needed: int, available: int, device: torch.device) -> float:
-    """Return the norm of a product with a random vector of norm 1."""
-    some = torch.randn(whole.cols.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    some = (some / some.norm()).to(device)
-    products = _forward(whole, some).products if whole.cols.names else ()
-    products = products or tuple(own_product(whole, some, needed, available).products)
+    """Return the norm of the product of a kernel's matrix with a random vector of norm 1."""
+    vector = torch.randn(whole.cols.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vector = (vector / vector.norm()).to(device)
+    products = _forward(whole, vector).products if whole.cols.names else ()
+    products = products or tuple(own_product(whole, vector, needed, available).products)
     return float(products[0].norm()) if products else 0.0
 
 
 def _whole(kernel: Any) -> Any:
-    """Return the kernel with all of the objective's parameters, or itself where it has them."""
+    """Return a copy of the kernel for all parameters of the objective, or `kernel` itself if it has all of them."""
     params = kernel.objective.params
     whole = copy.copy(kernel)
     for side in ("rows", "cols"):
@@ -125,7 +129,7 @@ def _whole(kernel: Any) -> Any:
 
 
 def _forward(kernel: Any, vector: Tensor) -> Route:
-    """Return the product in forward mode."""
+    """Compute the product in forward mode."""
     objective, weights = kernel.objective, []
     products: list[Tensor] = []
     autocast = torch.autocast(objective.device.type, enabled=False)
@@ -133,43 +137,46 @@ def _forward(kernel: Any, vector: Tensor) -> Route:
         point = Point(objective)
         for index, batch in objective.batches():
             try:
-                at = KINDS[type(kernel)](kernel, point, index, batch)
-            except Exception as error:  # whatever a model does that cannot be done in float64
+                double_batch = KINDS[type(kernel)](kernel, point, index, batch)
+            except Exception as error:  # an operation of the model that does not support float64
                 return Route(FORWARD, reason=f"not in float64: {first_line(error)}")
-            weights.append(at.weight)
-            if not at.weight:
+            weights.append(double_batch.weight)
+            if not double_batch.weight:
                 continue
             try:
-                product = at.weight * at.product(vector).double().detach()
-            except Exception as error:  # an operation without this derivative, or too little memory
+                product = double_batch.weight * double_batch.product(vector).double().detach()
+            except Exception as error:  # an operation has no forward-mode derivative, or memory ran out
                 return Route(FORWARD, reason=f"torch cannot: {first_line(error)}")
-            products = [*products, product] if at.by_batch or not products else [products[0] + product]
+            separate = double_batch.by_batch or not products
+            products = [*products, product] if separate else [products[0] + product]
     divisor = 1.0 if isinstance(kernel, JacobianKernel) else objective.divisor(weights)
     return Route(FORWARD, (torch.cat(products) / divisor,) if products else ())
 
 
 def _needed(objective: Objective) -> int:
-    """Return the bytes that a batch takes in float64, by what the loss of the first one saves."""
+    """Return the estimated number of bytes that a batch needs in float64.
+
+    The estimate is based on the number of bytes that autograd saves for the loss of the first batch.
+    """
     leaves, saved = objective.leaves(objective.params), 0
     with objective.slow_backends():
         _, batch = next(objective.batches())
-        with contextlib.suppress(RuntimeError):  # the model takes derivatives of its own, which refuses to be measured
+        with contextlib.suppress(RuntimeError):  # a model that uses torch.func cannot be measured
             _, saved = measured(lambda: objective.evaluate(leaves, 0, batch), objective.tensors())
-    # Of each tensor that is saved: itself, its tangent, and temporaries of either. Of the parameters: themselves, the
-    # vector, two gradients with their tangents, three products. Of all else that the modules hold: two copies.
+    # For each saved tensor, count the tensor, its tangent, and temporary tensors of the same size for both. For the
+    # parameters, count their values, the vector, two gradients with their tangents, and three products. For all other
+    # tensors of the modules, count two copies.
     parameters = sum(value.numel() for value in leaves.values())
     others = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in objective.tensors()}.values())
     return 8 * (4 * saved // objective.dtype.itemsize + 10 * parameters + 2 * others)
 
-
-# One batch in float64, and its products by forward mode (of the gradient: forward over reverse).
 
 Values = dict[str, Tensor]
 Parts = tuple[Tensor, ...]
 
 
 class Point:
-    """The objective's parameters, and what else its modules hold, in float64."""
+    """The parameters of the objective and the buffers of its modules, in float64."""
 
     def __init__(self, objective: Objective) -> None:
         leaves = objective.leaves(())
@@ -179,23 +186,17 @@ class Point:
         self._written_to = training or objective.guard.writes
 
     def buffers(self) -> dict[str, Values]:
-        """Return what the modules hold; copies where they may write to it."""
+        """Return the buffers of the modules, or copies of the buffers if the modules may write to them."""
         buffers: dict[str, Values] = map_leaves(torch.clone, self._buffers) if self._written_to else self._buffers
         return buffers
 
 
-class _Composite(HeldPadding):
-    """Computes by elementary operations what torch has no forward mode for, besides."""
+class _ForwardDifferentiable(HeldPadding):
+    """Keep padding rows constant, and replace functions whose forward-mode derivative is missing or wrong in torch."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call what stands in for `func`, or `func` itself."""
-        return super().__torch_function__(_COMPOSITES.get(func, func), types, args, kwargs)
+    def replacement(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function to call in place of `func`, or `func` itself."""
+        return super().replacement(_COMPOSITES.get(func, func))
 
 
 def _composite(terms_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -221,7 +222,11 @@ _COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 class DoubleBatch(abc.ABC):
-    """One batch in float64, at a point; subclasses say which function of the parameters, and which rest."""
+    """Base class for products with the matrix of one batch in float64, computed in forward mode.
+
+    There is a subclass for each kind of matrix. A product with the Hessian is the forward-mode derivative of a gradient
+    that is computed in reverse mode.
+    """
 
     by_batch = False
 
@@ -231,23 +236,23 @@ class DoubleBatch(abc.ABC):
         self.index = index
         self._padding: list[Tensor] = []
         self.values = {name: point.values[name] for name in (*kernel.rows.names, *kernel.cols.names)}
-        with torch.enable_grad():  # a model may contain derivatives of its own
+        with torch.enable_grad():  # the model may contain derivatives
             self.prediction = self._traced({})[1]
         self.weight = 1.0 if self.by_batch else self.objective.weight(self.prediction, index, self.batch)
 
     @abc.abstractmethod
     def product(self, vector: Tensor) -> Tensor:
-        """Return the product with `vector` ``(N,)``."""
+        """Return the product of the batch's matrix with `vector`, shape ``(N,)``."""
 
     def _traced(self, values: Values) -> tuple[Tensor, Any]:
-        with _Composite(self._padding):
-            found: tuple[Tensor, Any] = self.objective.traced(
+        with _ForwardDifferentiable(self._padding):
+            loss_and_prediction: tuple[Tensor, Any] = self.objective.traced(
                 self.point.values | values, self.point.buffers(), self.batch
             )
-        return found
+        return loss_and_prediction
 
     def _predict(self, values: Values) -> Parts:
-        with _Composite(self._padding):
+        with _ForwardDifferentiable(self._padding):
             return tuple(outputs_of(self._prediction(values)))
 
     def _prediction(self, values: Values) -> Any:
@@ -261,16 +266,16 @@ class DoubleBatch(abc.ABC):
         return torch.cat([part.reshape(-1) for part in self.kernel.rows.of(parts)])
 
     def _vjp(self, function: Callable[[Values], Parts], vectors: Parts) -> Tensor:
-        """Return the transposed Jacobian of `function` times `vectors`."""
+        """Multiply the transposed Jacobian of `function` by `vectors`, which has one tensor for each output."""
         leaves = _leaves(self.values)
         with torch.enable_grad():
             outputs = function(leaves)
-        reached = [index for index, output in enumerate(outputs) if output.requires_grad]
-        if not reached:
+        used = [index for index, output in enumerate(outputs) if output.requires_grad]
+        if not used:
             return torch.zeros_like(self._rows(leaves))
-        ends, seeds = [outputs[index] for index in reached], [vectors[index] for index in reached]
-        found = torch.autograd.grad(ends, list(leaves.values()), seeds, allow_unused=True, materialize_grads=True)
-        return self._rows(dict(zip(leaves, found, strict=True)))
+        ends, seeds = [outputs[index] for index in used], [vectors[index] for index in used]
+        grads = torch.autograd.grad(ends, list(leaves.values()), seeds, allow_unused=True, materialize_grads=True)
+        return self._rows(dict(zip(leaves, grads, strict=True)))
 
 
 def _leaves(values: Values) -> Values:
@@ -278,16 +283,16 @@ def _leaves(values: Values) -> Values:
 
 
 def _derivative(function: Callable[[Values], Parts], values: Values, along: Values) -> Parts:
-    """Return the derivative of `function` in a direction."""
-    found: Parts = jvp(function, (values,), (along,))[1]
-    return found
+    """Return the derivative of `function` at `values` in the direction `along`, as one tensor for each output."""
+    tangents: Parts = jvp(function, (values,), (along,))[1]
+    return tangents
 
 
 class _Hessian(DoubleBatch):
     def product(self, vector: Tensor) -> Tensor:
         gradient = grad(lambda values: self._traced(values)[0])
-        found = _derivative(lambda values: tuple(gradient(values).values()), self.values, self._along(vector))
-        return self._rows(dict(zip(self.values, found, strict=True)))
+        product = _derivative(lambda values: tuple(gradient(values).values()), self.values, self._along(vector))
+        return self._rows(dict(zip(self.values, product, strict=True)))
 
 
 class _GaussNewton(DoubleBatch):
@@ -300,9 +305,9 @@ class _GaussNewton(DoubleBatch):
         return self._vjp(self._predict, output_hessian)
 
     def _loss_of(self, outputs: Values) -> Tensor:
-        rest = iter(outputs.values())
-        prediction = map_leaves(lambda part: next(rest) if part.is_floating_point() else part, self.prediction)
-        with _Composite([]):
+        parts = iter(outputs.values())
+        prediction = map_leaves(lambda part: next(parts) if part.is_floating_point() else part, self.prediction)
+        with _ForwardDifferentiable([]):
             leaves = self.point.values
             loss: Tensor = self.objective.traced_loss(leaves, prediction, self.point.buffers(), self.batch)
         return loss
@@ -315,29 +320,28 @@ class _EmpiricalFisher(DoubleBatch):
         return self._vjp(self._losses, tangents) / divisor
 
     def _losses(self, values: Values) -> Parts:
-        """Return the examples' losses; `curvop.kernels.losses` says what an example is."""
-        with _Composite(self._padding):
+        """Return the loss of each example, in one tensor. `curvop.kernels.losses` defines what an example is."""
+        with _ForwardDifferentiable(self._padding):
             prediction, y = self._prediction(values), self.batch[1]
-            terms: Tensor
             buffers, loss_function = self.point.buffers(), self.objective.loss_function
             if loss_kind(loss_function) is None:
-                of_one = self.objective.traced_loss
-                return (
-                    vmap(lambda z, y: of_one(self.point.values, _alone(z), buffers, (None, _alone(y))))(prediction, y),
-                )
-            if isinstance(loss_function, nn.Module):
-                unreduced: Any = copy.copy(loss_function)
-                unreduced.reduction = "none"
+                loss_of_batch = self.objective.traced_loss
+
+                def loss_of_example(z: Any, y: Any) -> Any:
+                    return loss_of_batch(self.point.values, _as_batch(z), buffers, (None, _as_batch(y)))
+
+                return (vmap(loss_of_example)(prediction, y),)
+            unreduced = unreduced_loss(loss_function)
+            if isinstance(unreduced, nn.Module):
                 own = dict(unreduced.named_parameters()) | dict(unreduced.named_buffers())
                 with replaced([unreduced], {id(own[name]): value for name, value in buffers["loss"].items()}):
                     terms = unreduced(prediction, y)
             else:
-                terms = functools.partial(loss_function, reduction="none", **buffers["loss"])(prediction, y)
-        by_row = terms.shape == prediction.shape and terms.ndim > 1
-        return ((terms.sum(-1) if by_row else terms).reshape(-1),)
+                terms = unreduced(prediction, y, **buffers["loss"])
+        return (losses_of_examples(terms, prediction),)
 
 
-def _alone(example: Any) -> Any:
+def _as_batch(example: Any) -> Any:
     return map_leaves(lambda leaf: leaf[None], example)
 
 
@@ -345,8 +349,8 @@ class _Jacobian(DoubleBatch):
     by_batch = True
 
     def product(self, vector: Tensor) -> Tensor:
-        found = _derivative(self._predict, self.values, self._along(vector))
-        return torch.cat([part.reshape(-1) for part in found])
+        tangents = _derivative(self._predict, self.values, self._along(vector))
+        return torch.cat([part.reshape(-1) for part in tangents])
 
 
 KINDS: Mapping[type[Kernel], Callable[[Any, Any, int, Any], DoubleBatch]] = {

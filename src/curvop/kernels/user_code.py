@@ -1,12 +1,12 @@
-r"""The user's code, called as the user calls it.
+r"""Call the user's model and loss the way the user calls them.
 
-The kernels call the model with other tensors in the place of its parameters. Here the module and the loss are called as
-they are, while the user's own parameters hold other values. So a product that is wrong because the replacement missed
-something (a loss that reads ``model.parameters()``, a buffer that the forward pass writes to) differs from one that is
-made here.
+The kernels replace the model's parameters by other tensors. The code in this file instead calls the model and the loss
+with the user's own parameters, and temporarily changes the values of these parameters. If the replacement in the
+kernels misses something, the products of the kernels differ from those computed with this file. For example, the loss
+may read ``model.parameters()``, or the forward pass may write to a buffer.
 
-Every parameter gets another ``.data``, and its own back. Adding in place would write to memory that kept graphs read,
-and would count as a change of the parameter.
+The values are changed by temporarily giving every parameter another ``.data`` tensor. In-place operations would not
+work, because they overwrite memory that retained graphs read, and because they count as a change of the parameter.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from curvop.kernels.batches import joined, map_leaves
-from curvop.kernels.differentiable import ElementaryNorms
+from curvop.kernels.differentiable import ElementaryNorms, ReplacementMode
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import CallableObjective, Objective
 from curvop.kernels.objective_checks import batchwise_modules
@@ -33,17 +32,17 @@ __all__ = ["HeldPadding", "UserCode", "Values", "gradient_of", "in_double"]
 Values = dict[str, Tensor]
 
 
-class _Lent:
-    """A tensor of the user's, as it was."""
+class _SavedState:
+    """The saved state of one of the user's tensors. If `moves` is True, the state includes the data of the tensor."""
 
     def __init__(self, tensor: Tensor, moves: bool) -> None:
         self._tensor, self._version = tensor, tensor._version
         self._data = tensor.data if moves else None
         self._leaf, self._flag, self._hooks = tensor.is_leaf, tensor.requires_grad, tensor._backward_hooks
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         tensor = self._tensor
-        if self._leaf and not tensor.is_leaf:  # a buffer that the forward pass has written to
+        if self._leaf and not tensor.is_leaf:  # a buffer that the forward pass wrote to
             tensor.detach_()
         if self._data is not None:
             tensor.data = self._data
@@ -51,30 +50,34 @@ class _Lent:
             tensor.requires_grad_(self._flag)
         if tensor._backward_hooks is not self._hooks:
             tensor._backward_hooks = self._hooks
-        if tensor._version != self._version:  # what was written to is not the user's memory, or has its values again
+        if tensor._version != self._version:  # the tensor still has, or has again, the user's values
             torch._C._autograd._unsafe_set_version_counter((tensor,), (self._version,))
 
 
-def _put_back(lent: Sequence[_Lent]) -> None:
-    for one in lent:
-        one.put_back()
+def _restore(states: Sequence[_SavedState]) -> None:
+    for state in states:
+        state.restore()
 
 
 class UserCode:
-    """The user's model and loss at values of the user's own parameters.
+    """Evaluate the user's model and loss while the user's own parameters temporarily have other values.
 
     Parameters
     ----------
     objective : Objective
     names : iterable of str
-        The parameters to be differentiated by.
+        Names of the parameters with respect to which the code is differentiated.
     dtype : torch.dtype
-        In which it is to be computed: float64, or the parameters' own.
+        Dtype of the computation: float64, or the dtype of the parameters.
 
     Attributes
     ----------
     base : dict of str to Tensor
-        The parameters' values at the point.
+        The values of the objective's parameters, at which the product is computed.
+    targets : dict of str to Tensor
+        The user's own parameters. Their values change within the context manager `lent`.
+    padding_rows : list of Tensor
+        The rows of embeddings at ``padding_idx``; see `HeldPadding`.
     """
 
     def __init__(self, objective: Objective, names: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -84,7 +87,8 @@ class UserCode:
         own: Mapping[str, Tensor] = objective.params
         if isinstance(self._model, nn.Module):
             own = dict(self._model.named_parameters(remove_duplicate=False))
-        # A function may be given tensors that the user has computed: others, as these cannot hold other values.
+        # The values of a parameter that is not a leaf cannot be changed. Only a model that is a function has such
+        # parameters. The function gets its parameters as arguments, so clones can replace them.
         self.targets: Values = {
             name: own[name] if own[name].is_leaf else self.base[name].clone() for name in objective.params
         }
@@ -93,24 +97,27 @@ class UserCode:
         loss = getattr(objective, "loss_function", None)
         if isinstance(loss, functools.partial):
             others += [value for value in loss.keywords.values() if isinstance(value, Tensor)]
-        given = {id(value) for value in self.targets.values()}
-        self._others = _others(given, [value for value in (*others, *buffers) if self._moves(value)])
-        self._buffers = _others(given | {id(value) for value in self._others}, buffers)
-        # A function cannot be looked into.
-        looks = isinstance(getattr(objective, "_objective", self._model), nn.Module)
+        selected = {id(value) for value in self.targets.values()}
+        self._others = _distinct(selected, [value for value in (*others, *buffers) if self._moves(value)])
+        self._buffers = _distinct(selected | {id(value) for value in self._others}, buffers)
+        # Assume that a function has embeddings with padding, because its embeddings cannot be found here.
+        is_module = isinstance(getattr(objective, "_objective", self._model), nn.Module)
         parts = [part for module in objective.modules for part in module.modules()]
-        self._pads = not looks or any(getattr(part, "padding_idx", None) is not None for part in parts)
-        self.rows: list[Tensor] = []
+        self._pads = not is_module or any(getattr(part, "padding_idx", None) is not None for part in parts)
+        self.padding_rows: list[Tensor] = []
 
     def _moves(self, value: Tensor) -> bool:
-        """Whether another tensor of the user's is computed with in another dtype, or written to."""
+        """Return True if a tensor that is not in `targets` must be replaced by a copy.
+
+        A copy is needed if the computation uses another dtype, or if the model may write to the tensor.
+        """
         cast = self._dtype == torch.float64 and value.dtype != torch.float64
         return value.is_floating_point() and (cast or self.objective._renormalised)
 
     def obstacle(self) -> str:
-        """Return why the user's tensors cannot hold other values, if so."""
+        """Return the reason why the user's tensors cannot be changed, or an empty string if they can."""
         if any(value.is_inference() for value in self.targets.values()):
-            return "the model's own parameters were made under torch.inference_mode(), and cannot be differentiated by"
+            return "the model's own parameters were created in torch.inference_mode(), which excludes derivatives"
         changed = [value for value in (*self.targets.values(), *self._others) if value.dtype != self._dtype]
         if any(value.requires_grad and value.is_leaf and _has_graph(value) for value in changed):
             return "a graph of your own ends at the parameters, and would be lost if these had another dtype"
@@ -118,85 +125,89 @@ class UserCode:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Let the user's tensors hold other values for as long as the context lasts."""
-        self._lent_buffers = [_Lent(value, moves=False) for value in self._buffers]
-        lent = [_Lent(value, moves=True) for value in (*self.targets.values(), *self._others)] + self._lent_buffers
+        """Allow changes of the user's tensors within a ``with`` block, and restore the tensors afterwards."""
+        self._buffer_states = [_SavedState(value, moves=False) for value in self._buffers]
+        moved = (*self.targets.values(), *self._others)
+        states = [_SavedState(value, moves=True) for value in moved] + self._buffer_states
         try:
             try:
                 self._take()
                 yield
             finally:
-                _put_back(lent)
-        except BaseException:  # Ctrl-C may have come while they were put back
-            _put_back(lent)
+                _restore(states)
+        except BaseException:  # Ctrl-C may have interrupted `_restore`
+            _restore(states)
             raise
 
     def _take(self) -> None:
         for name, value in self.targets.items():
             value.data = self.base[name].clone()
-            if value._backward_hooks is not None:  # they are for what the user's own backward passes accumulate
+            if value._backward_hooks is not None:  # hooks are meant for the user's own backward passes only
                 value._backward_hooks = None
             value.requires_grad_()
         for value in self._others:
             value.data = value.detach().to(self._dtype, copy=True)
 
     def return_to_point(self) -> None:
-        """Undo what an evaluation that has failed has left."""
+        """After a failed evaluation, reset the parameters to `base` and restore the buffers."""
         self.move({}, 0.0)
-        _put_back(self._lent_buffers)
+        _restore(self._buffer_states)
 
     def move(self, along: Mapping[str, Tensor], step: float) -> None:
-        """Set the parameters to the point plus `step` times a direction."""
+        """Set each parameter to ``base + step * along``. Parameters that are not in `along` are set to `base`."""
         for name, value in self.targets.items():
             value.data = self.base[name] + step * along[name] if name in along else self.base[name].clone()
 
     def joins(self, kernel: Any) -> bool:
-        """Whether the data may be evaluated as one batch."""
+        """Return True if all batches can be evaluated as one batch."""
         objective = self.objective
         if kernel.by_batch or objective._batch_weight is not None or objective._part_weights is not None:
             return False
-        # A model that is called once a batch would find in its buffers what it has left there.
+        # The model is called once per batch, so it must not write to buffers that the next call reads.
         parts = list(self._model.modules()) if isinstance(self._model, nn.Module) else []
-        buffers = (one for part in parts if part.training for one in part.buffers(recurse=False))
+        buffers = (buffer for part in parts if part.training for buffer in part.buffers(recurse=False))
         writes = objective.guard.writes or any(True for _ in buffers)
         return not writes and not batchwise_modules(objective.modules)
 
     def run(self, function: Callable[[list[Any]], Any], batches: list[Any]) -> Any:
-        """Return ``function(batches)``; what it writes to batches and buffers is undone.
+        """Return ``function(batches)``, and undo its writes to batches and buffers.
 
-        If it holds derivatives of normalisations, these are computed by elementary operations: torch's own gradient of
-        them is wrong (see `curvop.kernels.differentiable`).
+        If the objective contains derivatives of normalisations, compute the normalisations with elementary operations.
+        Derivatives of torch's fused normalisations would be wrong (see `curvop.kernels.differentiable`).
         """
         norms = ElementaryNorms() if self.objective.evaluator.elementary_norms else contextlib.nullcontext()
         with torch.enable_grad(), norms:
             return self.objective.guard.run(functools.partial(self._padded, function), batches)
 
     def _padded(self, function: Callable[[list[Any]], Any], batches: list[Any]) -> Any:
-        with HeldPadding(self.rows) if self._pads else contextlib.nullcontext():
+        with HeldPadding(self.padding_rows) if self._pads else contextlib.nullcontext():
             return function(batches)
 
     def in_precision(self, batch: Any) -> Any:
-        """Return a batch as it is given to the user's code."""
+        """Convert a batch to float64 if the computation uses float64. Otherwise, return the batch unchanged."""
         return in_double(batch) if self._dtype == torch.float64 else batch
 
     def predict(self, batch: Any) -> Any:
-        """Return the model's prediction."""
+        """Return the model's prediction for a batch."""
         X, _ = batch
         return self._model(X) if isinstance(self._model, nn.Module) else self._model(dict(self.targets), X)
 
     def loss(self, batches: list[Any]) -> tuple[Tensor, Any]:
-        """Return the loss of the batches as one, and their predictions."""
+        """Join the batches into one batch, and return the loss of this batch and a list of the separate predictions.
+
+        Return None instead of the list if the objective is a function of parameters and batch.
+        """
         if isinstance(self.objective, CallableObjective):
             for batch in batches:
-                self.objective.weight(None, 0, batch)  # raises if its size is not known
+                self.objective.weight(None, 0, batch)  # raises if the size of the batch is unknown
             return self.objective._objective(dict(self.targets), joined(batches)), None
         predictions = [self.predict(batch) for batch in batches]
         return self.criterion(predictions, batches), predictions
 
     def predicts_apart(self, batches: list[Any]) -> bool:
-        """Whether the loss of batches as one does not depend on the order in which their predictions are made.
+        """Return True if the joint loss of the batches does not depend on the order in which the model is called.
 
-        It does if the loss reads what the model has left of the last one.
+        The loss depends on this order if it reads a value that the model stored in its last call.
         """
         if isinstance(self.objective, CallableObjective):
             return True
@@ -209,87 +220,95 @@ class UserCode:
         return bool(torch.allclose(forwards, self.run(backwards, batches), 1e-6, 0.0, equal_nan=True))
 
     def criterion(self, predictions: list[Any], batches: list[Any]) -> Tensor:
-        """Return the loss of predictions for the batches, as one."""
-        prediction, y = joined([(one, batch[1]) for one, batch in zip(predictions, batches, strict=True)])
+        """Join the predictions and the targets of all batches, and return the loss of the joined batch."""
+        pairs = zip(predictions, batches, strict=True)
+        prediction, y = joined([(prediction, batch[1]) for prediction, batch in pairs])
         loss: Tensor = self.objective.loss_function(prediction, y)  # type: ignore[attr-defined]
         return loss
 
     def gradient(
         self, outputs: Sequence[Tensor], seeds: Sequence[Tensor] | None = None, names: Iterable[str] | None = None
     ) -> Values:
-        """Return the gradient of outputs, weighted by `seeds`, by the parameters that take part, or by `names`."""
+        """Return the gradient of the sum of `outputs`, weighted by `seeds`, as a dict by parameter name.
+
+        Differentiate with respect to the parameters `names`, by default those in the attribute `names`.
+        """
         names = self.names if names is None else tuple(names)
         return dict(zip(names, gradient_of(outputs, [self.targets[name] for name in names], seeds), strict=True))
 
 
 def gradient_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor] | None) -> list[Tensor]:
-    """Return the gradient of outputs, weighted by `seeds`, by `inputs`; zero for what they do not reach."""
-    reached = [index for index, output in enumerate(outputs) if output.requires_grad]
-    if not reached:
+    """Return the gradient of the sum of `outputs`, weighted by `seeds`, with one tensor for each of `inputs`.
+
+    The gradient is zero for inputs that the outputs do not depend on.
+    """
+    used = [index for index, output in enumerate(outputs) if output.requires_grad]
+    if not used:
         return [torch.zeros_like(value) for value in inputs]
-    ends = [outputs[index] for index in reached]
-    along = None if seeds is None else [seeds[index] for index in reached]
-    found = torch.autograd.grad(ends, list(inputs), along, allow_unused=True, materialize_grads=True)
-    return [part.detach() for part in found]
+    ends = [outputs[index] for index in used]
+    weights = None if seeds is None else [seeds[index] for index in used]
+    grads = torch.autograd.grad(ends, list(inputs), weights, allow_unused=True, materialize_grads=True)
+    return [part.detach() for part in grads]
 
 
-def _others(known: set[int], tensors: list[Tensor]) -> list[Tensor]:
-    """Return the tensors that are not known, each once; one made under inference mode is left alone."""
-    found = {id(value): value for value in tensors if id(value) not in known and not value.is_inference()}
-    return list(found.values())
+def _distinct(known: set[int], tensors: list[Tensor]) -> list[Tensor]:
+    """Remove duplicates, inference tensors, and tensors whose ids are in `known`."""
+    distinct = {id(value): value for value in tensors if id(value) not in known and not value.is_inference()}
+    return list(distinct.values())
 
 
 def _has_graph(tensor: Tensor) -> bool:
-    """Whether a graph exists that ends at a leaf: its last node then lives on, with what is registered there."""
+    """Return True if one of the user's autograd graphs contains the leaf `tensor`.
+
+    The user's graph keeps the leaf's node alive, and with it a hook that is registered here. Without such a graph, the
+    node and the hook are deleted immediately.
+    """
 
     class Mark:
         def __call__(self, *gradients: Any) -> None:
             pass
 
     mark = Mark()
-    lives = weakref.ref(mark)
+    reference = weakref.ref(mark)
     handle = torch.autograd.graph.get_gradient_edge(tensor).node.register_hook(mark)
     del mark
-    found = lives() is not None
+    alive = reference() is not None
     handle.remove()
-    return found
+    return alive
 
 
 def in_double(tree: Any) -> Any:
-    """Return a tree of tensors with those of real numbers in float64."""
+    """Return a tree of tensors in which floating-point tensors are converted to float64."""
     return map_leaves(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
 
 
-class HeldPadding(TorchFunctionMode):
-    """Holds embeddings' rows for padding still.
+class HeldPadding(ReplacementMode):
+    """Keep the padding rows of embeddings constant, because PyTorch's gradient treats them as constants.
 
     Parameters
     ----------
     rows : list of Tensor
-        Those at `padding_idx`, constants to torch's gradient, one of each call that there is; where it is empty, it is
-        filled, so that later runs at other points have those of the first one.
+        The row at ``padding_idx`` for each call of an embedding, in the order of the calls. If the list is empty, the
+        first run fills it. Later runs, at other values of the parameters, use the rows in the list.
     """
 
     def __init__(self, rows: list[Tensor]) -> None:
         super().__init__()
         self._rows, self._calls = rows, 0
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call `func`, or what holds the rows still."""
-        kwargs = kwargs or {}
-        if func is functional.embedding and kwargs.get("padding_idx") is not None:
-            return self._padded(*args, **kwargs)
-        return func(*args, **kwargs)
+    def replacement(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function to call in place of `func`, or `func` itself."""
+        return self._embedding if func is functional.embedding else func
 
-    def _padded(self, places: Tensor, weight: Tensor, *, padding_idx: int, **settings: Any) -> Tensor:
-        found = functional.embedding(places, weight, padding_idx, **settings)
+    def _embedding(self, *args: Any, **kwargs: Any) -> Tensor:
+        # Torch passes all arguments except the first two by name.
+        if kwargs.get("padding_idx") is None:
+            return functional.embedding(*args, **kwargs)
+        return self._padded(*args, **kwargs)
+
+    def _padded(self, indices: Tensor, weight: Tensor, *, padding_idx: int, **settings: Any) -> Tensor:
+        embedded = functional.embedding(indices, weight, padding_idx, **settings)
         if self._calls == len(self._rows):
             self._rows.append(weight[padding_idx].detach().clone())
         self._calls += 1
-        return torch.where((places == padding_idx % len(weight))[..., None], self._rows[self._calls - 1], found)
+        return torch.where((indices == padding_idx % len(weight))[..., None], self._rows[self._calls - 1], embedded)
