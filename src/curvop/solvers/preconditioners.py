@@ -1,4 +1,4 @@
-"""Preconditioners for damped systems, to be handed to ``cg`` and ``minres`` as ``M=``."""
+"""Nystrom and Jacobi preconditioners for damped systems, for `curvop.solve` and SciPy's ``cg`` and ``minres``."""
 
 from __future__ import annotations
 
@@ -9,26 +9,219 @@ from numpy.typing import NDArray
 from scipy.sparse import diags_array
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from curvop.operators.validation import random_generator, real_number, real_operator
+from curvop.operators.validation import random_generator, real_operator, real_scalar
 from curvop.spectrum.estimators import diagonal
 
 __all__ = ["NystromPreconditioner", "jacobi", "nystrom"]
 
 
+def nystrom(
+    A: LinearOperator, rank: int, damping: float, rng: int | np.random.Generator | None = None
+) -> NystromPreconditioner:
+    """Construct a low-rank preconditioner for ``A + damping * I`` from one block product with `A`.
+
+    Use it if only a few eigenvalues are much larger than the damping, as is common for the Gauss-Newton and Fisher
+    matrices of neural networks. If the rank is twice the number of eigenvalues that exceed the damping, the number of
+    steps of conjugate gradients does not depend on the condition number of `A`. If the eigenvalues differ mainly
+    because the parameters have different scales, `jacobi` may be sufficient.
+
+    Parameters
+    ----------
+    A : LinearOperator, shape (N, N)
+        The symmetric positive semi-definite operator, without damping.
+    rank : int
+        The number of columns of the block product, from 1 to N. The preconditioner stores ``N * rank`` float64 numbers.
+        The construction needs five times this memory.
+    damping : float
+        The positive damping of the system.
+    rng : int, numpy.random.Generator or None, optional
+        The seed or generator of the random test matrix. By default, every call uses a different test matrix.
+
+    Returns
+    -------
+    NystromPreconditioner
+        The preconditioner, which can be used for any number of right-hand sides.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is invalid, a product is not finite, or `A` is found to be indefinite.
+
+    See Also
+    --------
+    jacobi : A diagonal preconditioner.
+    curvop.solve : Solve a damped system.
+
+    Notes
+    -----
+    The preconditioner is based on the randomized Nystrom approximation [1]_ (algorithm 2.1 and section 5). Its
+    construction takes one product of `A` with a random N x rank matrix, and ``O(N * rank**2)`` other operations.
+
+    References
+    ----------
+    .. [1] Z. Frangella, J. A. Tropp, M. Udell, "Randomized Nystrom preconditioning", SIAM J. Matrix Anal. Appl. 44(2),
+       2023. doi:10.1137/21M1466244, arXiv:2110.02820
+
+    Examples
+    --------
+    A tenth of the eigenvalues of this matrix are larger than the damping, by factors from 10 to 100,000:
+
+    >>> import numpy as np
+    >>> from scipy.sparse import diags_array
+    >>> from curvop import preconditioner, solve
+    >>> A = diags_array(np.r_[np.logspace(0, 4, 100), np.full(900, 1e-3)])
+    >>> b = np.random.default_rng(0).standard_normal(1000)
+    >>> M = preconditioner.nystrom(A, rank=150, damping=0.1, rng=0)
+    >>> plain = solve(A, b, damping=0.1, progress=False)
+    >>> preconditioned = solve(A, b, damping=0.1, preconditioner=M, progress=False)
+    >>> preconditioned.converged, preconditioned.products < plain.products / 10
+    (True, True)
+    """
+    size = _num_rows(A)
+    if not isinstance(rank, int | np.integer) or not 1 <= rank <= size:
+        raise ValueError(f"rank is {rank}, but must be an integer between 1 and {size}, the number of rows of A")
+    _check_damping(damping)
+    test = random_generator(rng).standard_normal((size, rank))
+    # Use only routines that release the GIL, so that other threads can run (for example, the heartbeats of distributed
+    # ranks). NumPy's solve and svd release it. SciPy's routines and NumPy's qr and norm do not.
+    test = np.linalg.svd(test, full_matrices=False)[0]
+    product = np.asarray(A @ test, dtype=np.float64)
+    if not np.isfinite(product).all():
+        raise ValueError("a product with A is not finite")
+    inner = test.T @ product
+    norm = float(np.sqrt(max(0.0, np.linalg.eigvalsh(product.T @ product)[-1])))
+    if norm == 0:
+        return NystromPreconditioner(test, np.zeros(rank), damping)
+    eigenvalue = float(np.linalg.eigvalsh((inner + inner.T) / 2)[0])
+    # Products of a float32 model have only the accuracy of float32, even for float64 vectors.
+    noise = float(np.sqrt(size) * np.finfo(np.float32).eps * norm)
+    if eigenvalue < -max(noise, 1e-2 * damping):
+        raise ValueError(
+            f"A is indefinite (its smallest eigenvalue is at most {eigenvalue:.3g}): pass a positive semi-definite "
+            "matrix, for example a GGNLinearOperator of the same model"
+        )
+    shift = float(np.sqrt(size) * np.finfo(np.float64).eps * norm)
+    while True:
+        try:
+            doubled = inner + inner.T
+            doubled[np.diag_indices(rank)] += 2 * shift
+            factor = np.linalg.cholesky(doubled) / 2**0.5
+            break
+        except np.linalg.LinAlgError:
+            shift *= 10
+    shifted = product + shift * test
+    del test, product
+    # With reversed rows and columns, the factor is upper triangular. The LU factorization in `np.linalg.solve` then
+    # neither changes nor pivots it.
+    left = np.linalg.solve(factor[::-1, ::-1], shifted.T[::-1])[::-1].T
+    del shifted
+    vectors, singular, _ = np.linalg.svd(left, full_matrices=False)
+    values = np.maximum(0, singular**2 - shift)
+    return NystromPreconditioner(vectors, values, damping)
+
+
+def jacobi(
+    A: LinearOperator, damping: float, num_products: int = 64, rng: int | np.random.Generator | None = None
+) -> LinearOperator:
+    """Construct the diagonal (Jacobi) preconditioner for ``A + damping * I``.
+
+    Use it if the parameters have different scales. If only a few eigenvalues are much larger than the others, `nystrom`
+    saves more products.
+
+    Parameters
+    ----------
+    A : LinearOperator, shape (N, N)
+        The symmetric positive semi-definite operator, without damping. If the operator has a method ``diagonal`` (for
+        example, Gauss-Newton and Fisher matrices, and their blocks and submatrices), the exact diagonal is used.
+        Otherwise the diagonal is estimated, and negative estimates are replaced by zero.
+    damping : float
+        The positive damping of the system.
+    num_products : int, optional
+        The number of products for the estimate. If this number is at least N, the diagonal is exact.
+    rng : int, numpy.random.Generator or None, optional
+        The seed or generator of the random vectors for the estimate. By default, every call uses different vectors.
+
+    Returns
+    -------
+    LinearOperator, shape (N, N)
+        The inverse of the diagonal of ``A + damping * I``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is invalid, or the diagonal is not finite.
+
+    See Also
+    --------
+    nystrom : A preconditioner for matrices with few large eigenvalues.
+    curvop.spectrum.diagonal : Estimate the diagonal.
+
+    Notes
+    -----
+    The diagonal is estimated by XDiag [1]_. A product with the preconditioner takes N operations.
+
+    References
+    ----------
+    .. [1] E. N. Epperly, J. A. Tropp, R. J. Webber, "XTrace: Making the most of every sample in stochastic trace
+       estimation", SIAM J. Matrix Anal. Appl. 45(1), 2024. arXiv:2301.07825
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from curvop import GGNLinearOperator, preconditioner, solve
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(40, 4).double(), torch.randn(40, 1).double()
+    >>> X[:, 0] *= 1000  # a feature of another scale
+    >>> model = nn.Linear(4, 1).double()
+    >>> G = GGNLinearOperator(model, nn.MSELoss(), model.parameters(), [(X, y)])
+    >>> M = preconditioner.jacobi(G, damping=1e-3)
+    >>> gradient, loss = G.gradient_and_loss()
+    >>> solve(G, gradient, damping=1e-3, preconditioner=M, progress=False).converged
+    True
+    """
+    _num_rows(A)
+    _check_damping(damping)
+    values = _exact_diagonal(A)
+    if values is None:
+        values = diagonal(A, num_products, rng).value
+    if not np.isfinite(values).all():
+        raise ValueError("the diagonal of A is not finite")
+    scales: NDArray[Any] = 1 / (np.maximum(values.astype(np.float64), 0) + damping)
+    return aslinearoperator(diags_array(scales))
+
+
 class NystromPreconditioner(LinearOperator):  # type: ignore[misc]
-    r"""The inverse of a low-rank approximation of ``A + damping * I``, made by `nystrom`.
+    r"""The inverse of a low-rank approximation of ``A + damping * I``, created by `nystrom`.
 
-    .. math:: M = (\lambda_r + \mu) \, U (\Lambda + \mu I)^{-1} U^\top + (I - U U^\top)
-
-    (Frangella, Tropp, Udell, 2023, eq. (5.3)). A product costs 4 N r operations.
+    Pass it to `curvop.solve` as ``preconditioner``, or to SciPy's ``cg`` and ``minres`` as ``M``.
 
     Parameters
     ----------
     vectors : ndarray, shape (N, r)
-        U, with orthonormal columns.
+        The matrix U, whose orthonormal columns are approximate eigenvectors of A.
     values : ndarray, shape (r,)
-        The diagonal of Lambda, in descending order, not negative.
+        The approximate eigenvalues of A, in descending order. These values are nonnegative and form the diagonal of
+        :math:`\Lambda`.
     damping : float
+        The damping :math:`\mu`.
+
+    See Also
+    --------
+    nystrom : Construct this preconditioner.
+
+    Notes
+    -----
+    The preconditioner is
+
+    .. math:: M = (\lambda_r + \mu) \, U (\Lambda + \mu I)^{-1} U^\top + (I - U U^\top)
+
+    ([1]_, eq. (5.3)). A product takes 4 N r operations.
+
+    References
+    ----------
+    .. [1] Z. Frangella, J. A. Tropp, M. Udell, "Randomized Nystrom preconditioning", SIAM J. Matrix Anal. Appl. 44(2),
+       2023. doi:10.1137/21M1466244, arXiv:2110.02820
     """
 
     def __init__(self, vectors: NDArray[Any], values: NDArray[Any], damping: float) -> None:
@@ -52,125 +245,22 @@ class NystromPreconditioner(LinearOperator):  # type: ignore[misc]
     _transpose = _adjoint
 
 
-def nystrom(
-    A: LinearOperator, rank: int, damping: float, rng: int | np.random.Generator | None = None
-) -> NystromPreconditioner:
-    """Return a preconditioner for ``A + damping * I`` from one block product with `A`.
-
-    Of use where few eigenvalues lie far above the damping, as the Gauss-Newton and Fisher matrices of networks have
-    them: with a rank of twice the number of eigenvalues above the damping, ``cg`` needs a number of products that does
-    not depend on the condition of `A`.
-
-    Parameters
-    ----------
-    A : LinearOperator, shape (N, N)
-        Symmetric positive semi-definite, undamped.
-    rank : int
-        Columns of the block product; N rank numbers are kept, in float64, and five times as many for a while.
-    damping : float
-        Positive.
-    rng : int or numpy.random.Generator, optional
-        Of the random test matrix.
-
-    Raises
-    ------
-    ValueError
-        For a rank or a damping that cannot be, and where a product is not finite or `A` is found to be indefinite.
-
-    References
-    ----------
-    Frangella, Tropp, Udell (2023), "Randomized Nystrom preconditioning", SIAM J. Matrix Anal. Appl. 44(2),
-    algorithm 2.1 and section 5; arXiv:2110.02820.
-    """
-    size = _square(A)
-    if not isinstance(rank, int | np.integer) or not 1 <= rank <= size:
-        raise ValueError(f"rank is {rank}, but must be between 1 and the {size} rows of A")
-    _positive(damping)
-    test = random_generator(rng).standard_normal((size, rank))
-    # By what lets other threads run meanwhile, such as those by which ranks tell each other that they live: NumPy's
-    # solve and svd, not SciPy's routines, and not NumPy's qr and norm.
-    test = np.linalg.svd(test, full_matrices=False)[0]
-    product = np.asarray(A @ test, dtype=np.float64)
-    if not np.isfinite(product).all():
-        raise ValueError("a product with A is not finite")
-    inner = test.T @ product
-    norm = float(np.sqrt(max(0.0, np.linalg.eigvalsh(product.T @ product)[-1])))
-    if norm == 0:
-        return NystromPreconditioner(test, np.zeros(rank), damping)
-    eigenvalue = float(np.linalg.eigvalsh((inner + inner.T) / 2)[0])
-    # A product of a float32 model is exact to float32, whatever the dtype of its vectors.
-    noise = float(np.sqrt(size) * np.finfo(np.float32).eps * norm)
-    if eigenvalue < -max(noise, 1e-2 * damping):
-        raise ValueError(
-            f"A is indefinite (an eigenvalue is at most {eigenvalue:.3g}): precondition a positive semi-definite one, "
-            "such as a GGNLinearOperator of the same model"
-        )
-    shift = float(np.sqrt(size) * np.finfo(np.float64).eps * norm)
-    while True:
-        try:
-            doubled = inner + inner.T
-            doubled[np.diag_indices(rank)] += 2 * shift
-            factor = np.linalg.cholesky(doubled) / 2**0.5
-            break
-        except np.linalg.LinAlgError:
-            shift *= 10
-    shifted = product + shift * test
-    del test, product
-    # Backwards it is an upper triangle, which the solver takes as its own factor: rows are not exchanged.
-    left = np.linalg.solve(factor[::-1, ::-1], shifted.T[::-1])[::-1].T
-    del shifted
-    vectors, singular, _ = np.linalg.svd(left, full_matrices=False)
-    values = np.maximum(0, singular**2 - shift)
-    return NystromPreconditioner(vectors, values, damping)
-
-
-def _square(A: LinearOperator) -> int:
+def _num_rows(A: LinearOperator) -> int:
     rows, cols = real_operator(A).shape
     if rows != cols:
         raise ValueError(f"A has shape {A.shape}, but must be square")
     return int(rows)
 
 
-def _positive(damping: float) -> None:
-    if not (np.isfinite(real_number("damping", damping)) and damping > 0):
+def _check_damping(damping: float) -> None:
+    if not (np.isfinite(real_scalar("damping", damping)) and damping > 0):
         raise ValueError(f"damping is {damping}, but must be positive and finite")
 
 
 def _exact_diagonal(A: LinearOperator) -> NDArray[Any] | None:
-    """Return the diagonal that an operator knows of itself."""
+    """Return the exact diagonal if the operator can compute it, and None otherwise."""
     method = getattr(A, "diagonal", None)
     try:
         return None if method is None else np.asarray(method())
     except NotImplementedError:
         return None
-
-
-def jacobi(
-    A: LinearOperator, damping: float, num_products: int = 64, rng: int | np.random.Generator | None = None
-) -> LinearOperator:
-    """Return the inverse diagonal of ``A + damping * I`` as a preconditioner.
-
-    Of use where parameters differ in scale; where few eigenvalues stand out, `nystrom` gains more.
-
-    Parameters
-    ----------
-    A : LinearOperator, shape (N, N)
-        Symmetric positive semi-definite, undamped. Where ``A.diagonal()`` knows it, as for the Gauss-Newton and Fisher
-        matrices, their blocks and submatrices, the diagonal is exact; else it is estimated by XDiag, and what comes out
-        negative counts as zero.
-    damping : float
-        Positive.
-    num_products : int
-        For the estimate, which from N on is exact.
-    rng : int or numpy.random.Generator, optional
-        Of the estimate.
-    """
-    _square(A)
-    _positive(damping)
-    values = _exact_diagonal(A)
-    if values is None:
-        values = diagonal(A, num_products, rng).value
-    if not np.isfinite(values).all():
-        raise ValueError("the diagonal of A is not finite")
-    scales: NDArray[Any] = 1 / (np.maximum(values.astype(np.float64), 0) + damping)
-    return aslinearoperator(diags_array(scales))

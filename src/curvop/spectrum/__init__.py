@@ -1,6 +1,7 @@
-"""Studies of spectra: densities, certified eigenpairs, traces and norms with error bars, layer by layer, in training.
+"""Spectral analysis: certified eigenvalues, spectral densities, traces, norms, block studies and tracking.
 
-Everything takes any symmetric SciPy ``LinearOperator``, the curvature matrices of this package among them.
+All functions except `blocks` take any real symmetric SciPy ``LinearOperator``, including the curvature matrices of this
+package. `frobenius_norm` also takes rectangular operators.
 """
 
 from curvop.spectrum.blocks import BlockStudy, blocks
@@ -30,5 +31,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """Return the public names, for tab completion."""
+    """Return the list of public names for tab completion."""
     return __all__

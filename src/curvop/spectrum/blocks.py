@@ -1,4 +1,9 @@
-"""Layer by layer: a study of every diagonal block, and the norms of all blocks."""
+"""Study a curvature matrix layer by layer: densities of the diagonal blocks, and norms of all blocks.
+
+`blocks` returns a `BlockStudy`. Small diagonal blocks are formed, and their eigenvalues are computed exactly. The
+spectra of larger diagonal blocks are estimated by `density`. The norms of blocks that are not formed are estimated from
+products with vectors of random signs.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +22,9 @@ from scipy.linalg import eigvalsh
 
 from curvop.operators.parameter_operator import ParameterLinearOperator
 from curvop.operators.progress import step_bar
-from curvop.operators.validation import available_bytes, random_generator, whole_number
-from curvop.spectrum.checkpoint import made, settled_file
-from curvop.spectrum.counting import TimeUpError, end_of
+from curvop.operators.validation import available_bytes, integer, random_generator
+from curvop.spectrum.checkpoint import make_directory, open_record_file
+from curvop.spectrum.counting import TimeUpError, deadline_after
 from curvop.spectrum.density import SpectralDensity, density
 from curvop.spectrum.estimators import Estimate
 from curvop.spectrum.lanczos import resolution
@@ -27,127 +32,13 @@ from curvop.storage.fingerprint import fingerprint, listed
 from curvop.storage.records import RecordFile
 from curvop.storage.result_files import load_arrays, save_arrays
 
-__all__ = ["BlockStudy", "block_of", "blocks", "listed_groups"]
+__all__ = ["BlockStudy", "blocks"]
 
 Array = NDArray[Any]
 _BLOCK, _NORMS = b"block", b"norms"
 _FIELDS = [field.name for field in dataclasses.fields(SpectralDensity)]
-_SHOWN = 1e-4  # relative error of what is printed
-_AT_ONCE = 4  # of a column group's products for the norms, which are as high as the whole matrix
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class BlockStudy:
-    """What is known of the blocks of a matrix, made by `blocks`.
-
-    Attributes
-    ----------
-    names : list of str
-        n of them, one for each group of parameters.
-    sizes : ndarray, shape (n,)
-        Rows of each diagonal block.
-    densities : list of SpectralDensity
-        Of each diagonal block: ``range`` are its extreme eigenvalues, ``trace()`` its trace. A block with few rows is
-        ``exact``: all its eigenvalues are known.
-    norms, norm_errors : ndarray, shape (n, n)
-        The Frobenius norms of all blocks, and their standard errors: 0 for those that are known.
-    num_products : int
-        Columns multiplied with these blocks, the full height or not, in earlier runs as well.
-    unfinished : list of str
-        The names of blocks that were to be studied, and for which there was no time; nothing else is told of them.
-    """
-
-    names: list[str]
-    sizes: Array
-    densities: list[SpectralDensity]
-    norms: Array
-    norm_errors: Array
-    num_products: int
-    unfinished: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        """Whether all blocks were studied; not where time was up."""
-        return not self.unfinished
-
-    @property
-    def smallest(self) -> Array:
-        """The least eigenvalue of each diagonal block ``(n,)``: exact, or a Ritz value, which is an upper bound."""
-        return np.array([found.range[0] for found in self.densities])
-
-    @property
-    def smallest_errors(self) -> Array:
-        """How far below `smallest` it may be ``(n,)``, with a probability of 95 %; rounding if it is exact."""
-        return np.array([found.range_errors[0] for found in self.densities])
-
-    @property
-    def largest(self) -> Array:
-        """The largest eigenvalue of each diagonal block ``(n,)``: exact, or a Ritz value, which is a lower bound."""
-        return np.array([found.range[1] for found in self.densities])
-
-    @property
-    def largest_errors(self) -> Array:
-        """How far above `largest` it may be ``(n,)``, with a probability of 95 %; rounding if it is exact."""
-        return np.array([found.range_errors[1] for found in self.densities])
-
-    @property
-    def traces(self) -> Estimate:
-        """The trace of each diagonal block ``(n,)``."""
-        found = [found.trace() for found in self.densities]
-        return Estimate(np.array([one.value for one in found]), np.array([one.error for one in found]))
-
-    @property
-    def table(self) -> list[tuple[str, ...]]:
-        """The cells of a table with a line for each block, the head first; errors below the last digit are left out."""
-        lines: list[tuple[str, ...]] = [("block", "rows", "smallest", "largest", "trace", "norm")]
-        for name, found, norm in zip(self.names, self.densities, self.norms.diagonal(), strict=True):
-            ends, trace = [f"{end:.4g}" for end in found.range], str(found.trace())
-            if found.exact:
-                trace = f"{found.trace().value:.6g}"
-            else:
-                signed = zip(ends, "-+", found.range_errors, strict=True)
-                ends = [
-                    f"{end} {sign} {error:.1g}" if error > _SHOWN * abs(float(end)) else end
-                    for end, sign, error in signed
-                ]
-            lines.append((name, f"{found.size:,}", *ends, trace, f"{norm:.4g}"))
-        return lines
-
-    @property
-    def lines(self) -> list[str]:
-        """The table as lines of text of one length."""
-        widths = [max(map(len, column)) for column in zip(*self.table, strict=True)]
-        return ["  ".join([f"{cells[0]:<{widths[0]}}", *map(str.rjust, cells[1:], widths[1:])]) for cells in self.table]
-
-    def __str__(self) -> str:
-        undone = f"not studied, as time was up: {listed(self.unfinished)}"
-        return "\n".join([*self.lines, undone] if self.unfinished else self.lines)
-
-    def save(self, path: str | Path) -> None:
-        """Write it to an ``.npz`` file, which appears only when it is complete."""
-        arrays = {
-            f"{index} {name}": value for index, one in enumerate(self.densities) for name, value in one.arrays.items()
-        }
-        own = {name: np.asarray(getattr(self, name)) for name in ("sizes", "norms", "norm_errors", "num_products")}
-        words = {name: np.array(getattr(self, name), dtype=np.str_) for name in ("names", "unfinished")}
-        save_arrays(Path(path), **words, **own, **arrays)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what `save` has written; nothing in the file is executed."""
-        fields = ("names", "unfinished", "sizes", "norms", "norm_errors", "num_products")
-        file = load_arrays(path, fields, "BlockStudy.save")
-        names, unfinished = ([str(name) for name in file[words]] for words in ("names", "unfinished"))
-        arrays = [{name: file[f"{index} {name}"] for name in _FIELDS} for index in range(len(names))]
-        densities = [SpectralDensity.of_arrays(one) for one in arrays]
-        norms, errors, taken = file["norms"], file["norm_errors"], int(file["num_products"])
-        return cls(names, file["sizes"], densities, norms, errors, taken, unfinished)
-
-    def plot(self, figure: Any = None) -> Any:
-        """Draw the table with the densities, and the norms; see `curvop.spectrum.plots.plot_blocks`."""
-        from curvop.spectrum.plots import plot_blocks
-
-        return plot_blocks(self, figure)
+_SHOWN_ERROR = 1e-4  # smallest relative error that the table shows
+_COLUMNS_AT_ONCE = 4  # columns per block product for the norms; small, because each column of the result has N entries
 
 
 def blocks(
@@ -162,70 +53,115 @@ def blocks(
     seconds: float | None = None,
     progress: bool = True,
 ) -> BlockStudy:
-    r"""Study every diagonal block of a curvature matrix, and the norms of all blocks.
+    r"""Estimate the spectrum of every diagonal block of a curvature matrix, and the norms of all blocks.
 
-    A diagonal block is studied by `density`, at the cost of its own layers alone. If it has no more rows than that
-    takes products, ``num_probes * num_steps``, it is formed instead and known exactly. The norm of the block of rows i
-    and columns j is estimated by :math:`\|A_{ij}\|_F^2 = E \|A_{ij} x\|^2` for random signs x: a product with a column
-    group gives all of its blocks, and as the matrix is symmetric each block is seen twice. The columns of a group of no
-    more than `norm_products` parameters are formed, and the norms of its blocks are exact.
+    Use `blocks` to compare layers: the study contains the extreme eigenvalues and the trace of each diagonal block, and
+    the norms of the off-diagonal blocks. These norms show how strongly layers are coupled. Use `density` for the whole
+    matrix, or for a single block ``A.block(names)``.
 
     Parameters
     ----------
     A : ParameterLinearOperator
-        A symmetric one of this package: it knows its parameters.
+        A symmetric curvature matrix of this package, for example a ``HessianLinearOperator``.
     groups : mapping of str to str or sequence of str, optional
-        The parameters that make up each block, by a name for it; by default each parameter is one. Parameters in no
-        group are left out.
-    num_probes, num_steps : int
-        Of each diagonal block's density.
+        Maps the name of each block to the names of its parameters. By default, each parameter forms a block. Parameters
+        in no group are left out.
+    num_probes : int
+        Number of probes for the density of each diagonal block.
+    num_steps : int
+        Number of Lanczos steps for the density of each diagonal block.
     norm_products : int
-        For each column group, at least 2, and at most as many as it has columns; other norms are known to about a part
-        of ``1 / sqrt(2 norm_products)``.
+        Number of products for estimating the norms of the blocks in the columns of each group, at least 2. A group with
+        fewer columns needs only one product per column. The relative error of an estimated norm is about ``1 / sqrt(2
+        norm_products)``.
     rng : int or numpy.random.Generator, optional
+        Seed or generator of all random vectors. None gives different vectors in every run.
     checkpoint : str or path, optional
-        A directory where every block is recorded when it is studied, and every step of the one under way, as by
-        `density`: a run that was killed, or ended by `seconds`, is taken up again from there, called in the same way
-        with the same seed, and ends with the same bits as one that was not.
+        Directory in which every finished block and every step of the current block are recorded, as in `density`. If a
+        run is killed or reaches its time limit, call `blocks` again with the same arguments and the same seed. The
+        second call continues from the last recorded step, and its result is identical (bitwise, if ``columns`` of the
+        operator is a number) to that of an uninterrupted run.
     seconds : float, optional
-        End after so long with the blocks that are studied, or one block product of `num_probes` vectors later; 0 for
-        those that the checkpoint holds, without a product. With a checkpoint, repeated calls get on, however short.
+        Time limit. A run that reaches the limit completes the current block product, which has at most ``num_probes``
+        vectors, and returns the finished blocks. With a limit of 0, the run returns the blocks in the checkpoint and
+        computes no product. With any other limit, the run computes at least one block product, so that repeated calls
+        with a checkpoint make progress.
     progress : bool
-        Count products on a bar.
+        Show a progress bar that counts products.
 
     Returns
     -------
     BlockStudy
+        Densities of the diagonal blocks, and norms of all blocks.
 
     Raises
     ------
     TypeError, ValueError
-        For an operator without parameters, or arguments that cannot be.
+        If `A` has no parameters, if an argument is invalid, or if a product is not finite.
     ValueError, RecordFileError, OSError
-        Where the checkpoint is of something else (naming it), in use, damaged, or cannot be written.
+        If the checkpoint belongs to another computation (the message names the difference), is in use by another
+        process, is damaged, or cannot be written.
+
+    See Also
+    --------
+    density : Estimate the spectral density of a single operator.
+
+    Notes
+    -----
+    A diagonal block with at most ``num_probes * num_steps`` rows is formed, and its eigenvalues are computed exactly,
+    because an estimate would not take fewer products. The spectrum of a larger block is estimated by `density`. Both
+    methods use products with the diagonal block only. These products involve only the layers of the block.
+
+    The squared norm of the block with the rows of group i and the columns of group j is :math:`\|A_{ij}\|_F^2 = E
+    \|A_{ij} x\|^2` for vectors x of random signs. A product with the columns of a group contributes to the estimates of
+    all blocks in these columns. Since the matrix is symmetric, the norm of each off-diagonal block is estimated twice.
+    If a group has at most ``norm_products`` columns, all its columns are formed, and the norms of the blocks in these
+    columns are exact.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from curvop import HessianLinearOperator, spectrum
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> X, y = torch.randn(30, 6, generator=rng).double(), torch.randint(3, (30,), generator=rng)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    >>> H = HessianLinearOperator(model, torch.nn.CrossEntropyLoss(), dict(model.named_parameters()), [(X, y)])
+    >>> study = spectrum.blocks(H, groups={"first": ["0.weight", "0.bias"], "last": ["2.weight", "2.bias"]},
+    ...                         progress=False)
+    >>> study.names
+    ['first', 'last']
+    >>> bool((study.largest > 0).all())
+    True
+    >>> study.norms.shape
+    (2, 2)
     """
-    until, idle = end_of(seconds), seconds != 0  # at first something is done, so that who comes again gets on
+    # `idle` is True until the first product of this call, which is allowed even if time is up.
+    until, idle = deadline_after(seconds), seconds != 0
     if not isinstance(A, ParameterLinearOperator) or A.shape[0] != A.shape[1]:
         raise TypeError(f"A is a {type(A).__name__} of shape {A.shape}: pass a square curvature matrix of this package")
     for name, number, least in (("num_probes", num_probes, 1), ("num_steps", num_steps, 1)):
-        whole_number(name, number, least)
-    whole_number("norm_products", norm_products, 2)
-    chosen = {name: [name] for name in A.params_slices} if groups is None else listed_groups(groups)
-    diagonal = {name: block_of(A, name, own) for name, own in chosen.items()}
+        integer(name, number, least)
+    integer("norm_products", norm_products, 2)
+    members = {name: [name] for name in A.params_slices} if groups is None else _checked_groups(groups)
+    diagonal = {name: _diagonal_block(A, name, parameters) for name, parameters in members.items()}
     sizes = np.array([block.shape[0] for block in diagonal.values()])
-    # A seed for each block, so that one that is taken up again draws what it would have drawn.
-    seeds = random_generator(rng).integers(2**63, size=len(chosen)).tolist()
+    # Each block has its own seed, so that a later run that continues the block draws the same vectors.
+    seeds = random_generator(rng).integers(2**63, size=len(members)).tolist()
     directory = None if checkpoint is None else Path(checkpoint)
 
     def settings() -> dict[str, str]:
-        asked = {"num_probes": num_probes, "num_steps": num_steps, "norm_products": norm_products, "rng": seeds[0]}
-        return fingerprint(A) | {"groups": json.dumps(chosen)} | {name: str(value) for name, value in asked.items()}
+        arguments = {"num_probes": num_probes, "num_steps": num_steps, "norm_products": norm_products, "rng": seeds[0]}
+        named = {name: str(value) for name, value in arguments.items()}
+        return fingerprint(A) | {"groups": json.dumps(members)} | named
 
     def is_formed(rows: int) -> bool:
         return rows <= num_probes * num_steps and 3 * 8 * rows**2 <= available_bytes()
 
-    def study(name: str, seed: int, steps: Path | None, column: int) -> list[Array]:
-        """Return the arrays of a block's density, and of each test the squares of all norms."""
+    def study_block(name: str, seed: int, steps: Path | None, column: int) -> list[Array]:
+        """Return the arrays of the density of a diagonal block, followed by an array of squared norms.
+
+        Entry (i, j) is the squared norm of the product of the i-th block in these columns and the j-th test vector.
+        """
         nonlocal idle
         block, generator = diagonal[name], np.random.default_rng(seed)
         if not idle:
@@ -234,9 +170,15 @@ def blocks(
         if is_formed(block.shape[0]):
             found = _formed(block, num_probes, steps, until, idle)
         else:
-            left = None if seconds is None else max(0.0, until - time.monotonic())
-            size = {"num_probes": num_probes, "num_steps": num_steps}
-            found = density(block, **size, rng=generator, checkpoint=steps, seconds=left, progress=False)
+            found = density(
+                block,
+                num_probes=num_probes,
+                num_steps=num_steps,
+                rng=generator,
+                checkpoint=steps,
+                seconds=None if seconds is None else max(0.0, until - time.monotonic()),
+                progress=False,
+            )
         if not found.complete:
             raise TimeUpError
         bar.update(found.num_products)
@@ -244,35 +186,36 @@ def blocks(
         tests = np.eye(block.shape[0])
         if len(tests) > norm_products:
             tests = generator.choice(np.array([-1.0, 1.0]), (block.shape[0], norm_products))
-        whole = A.block([one for own in chosen.values() for one in own], chosen[name])
+        columns_of_group = A.block([name for parameters in members.values() for name in parameters], members[name])
         squares = []
-        for at in range(0, tests.shape[1], _AT_ONCE):
+        for at in range(0, tests.shape[1], _COLUMNS_AT_ONCE):
             key = b"%s %d %d" % (_NORMS, column, at)
             if key not in norms:
                 if not idle:
                     _check_time(until)
                 idle = False
-                image = np.split(whole @ tests[:, at : at + _AT_ONCE], np.cumsum(sizes)[:-1])
-                norms[key] = np.array([(part.astype(np.float64) ** 2).sum(0) for part in image])
+                image = columns_of_group @ tests[:, at : at + _COLUMNS_AT_ONCE]
+                parts = np.split(image, np.cumsum(sizes)[:-1])
+                norms[key] = np.array([(part.astype(np.float64) ** 2).sum(0) for part in parts])
                 if file is not None:
                     file.append(key, norms[key])
             squares.append(norms[key])
             bar.update(squares[-1].shape[1])
         return [*found.arrays.values(), np.concatenate(squares, axis=1)]
 
-    work = sum(
+    total = sum(
         (size if is_formed(size) else num_steps * num_probes) + min(size, norm_products) for size in sizes.tolist()
     )
     with (
         contextlib.ExitStack() as stack,
-        step_bar("blocks", progress, int(work)) as bar,
+        step_bar("blocks", progress, int(total)) as bar,
     ):
         file, finished, norms = None, {}, {}
         if directory is not None:
-            file = stack.enter_context(settled_file(made(directory) / "blocks.records", settings))
+            file = stack.enter_context(open_record_file(make_directory(directory) / "blocks.records", settings))
             finished = {int(key.split()[1]): file.read(offset) for key, offset in file if key.startswith(_BLOCK)}
             norms = {key: file.read(offset)[0] for key, offset in file if key.startswith(_NORMS)}
-        for column, name in enumerate(chosen):
+        for column, name in enumerate(members):
             bar.set_postfix_str(name)
             steps = None if directory is None else directory / f"block {column}"
             if column in finished:
@@ -280,14 +223,225 @@ def blocks(
                 bar.update(int(arrays[_FIELDS.index("num_products")]) + squares.shape[1])
             else:
                 try:
-                    finished[column] = study(name, seeds[column], steps, column)
+                    finished[column] = study_block(name, seeds[column], steps, column)
                 except TimeUpError:
                     break
                 if file is not None:
                     file.append(b"%s %d" % (_BLOCK, column), *finished[column])
             if steps is not None:
                 shutil.rmtree(steps, ignore_errors=True)
-    return _of_blocks(list(chosen), sizes, [finished[column] for column in sorted(finished)])
+    return _assembled(list(members), sizes, [finished[column] for column in sorted(finished)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockStudy:
+    """Densities of the diagonal blocks of a matrix, and norms of all blocks.
+
+    The function `blocks` returns this class. ``print(study)`` shows a table of the diagonal blocks.
+
+    Attributes
+    ----------
+    names : list of str
+        Names of the n blocks.
+    sizes : ndarray, shape (n,)
+        Number of rows of each diagonal block.
+    densities : list of SpectralDensity
+        Density of each diagonal block. The attribute ``range`` of a density holds the extreme eigenvalues, and the
+        method ``trace()`` returns the trace. For a small block, ``exact`` is True: all its eigenvalues are known.
+    norms, norm_errors : ndarray, shape (n, n)
+        Frobenius norms of all blocks, and standard errors of these norms. The errors of exact norms are 0.
+    num_products : int
+        Number of products for these blocks, including products of earlier runs. A product with a diagonal block and a
+        product with all columns of a group both count as one product.
+    unfinished : list of str
+        Names of the blocks that were not finished within the time limit. These blocks are missing from the other
+        attributes.
+
+    See Also
+    --------
+    blocks : Estimate the spectra and norms of the blocks of a curvature matrix.
+    """
+
+    names: list[str]
+    sizes: Array
+    densities: list[SpectralDensity]
+    norms: Array
+    norm_errors: Array
+    num_products: int
+    unfinished: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """True if all blocks were studied, False if the time limit ended the run."""
+        return not self.unfinished
+
+    @property
+    def smallest(self) -> Array:
+        """Smallest eigenvalue of each diagonal block, shape ``(n,)``.
+
+        The value is exact for a small block. For a larger block, the value is a Ritz value, which is an upper bound for
+        the eigenvalue.
+        """
+        return np.array([block.range[0] for block in self.densities])
+
+    @property
+    def smallest_errors(self) -> Array:
+        """Bounds for the errors of `smallest`, shape ``(n,)``.
+
+        Each bound holds with a probability of 95%. If the eigenvalue is exact, the bound only covers rounding errors.
+        """
+        return np.array([block.range_errors[0] for block in self.densities])
+
+    @property
+    def largest(self) -> Array:
+        """Largest eigenvalue of each diagonal block, shape ``(n,)``.
+
+        The value is exact for a small block. For a larger block, the value is a Ritz value, which is a lower bound for
+        the eigenvalue.
+        """
+        return np.array([block.range[1] for block in self.densities])
+
+    @property
+    def largest_errors(self) -> Array:
+        """Bounds for the errors of `largest`, shape ``(n,)``.
+
+        Each bound holds with a probability of 95%. If the eigenvalue is exact, the bound only covers rounding errors.
+        """
+        return np.array([block.range_errors[1] for block in self.densities])
+
+    @property
+    def traces(self) -> Estimate:
+        """Traces of the diagonal blocks and their errors, as an `Estimate` of two arrays of shape ``(n,)``."""
+        traces = [block.trace() for block in self.densities]
+        return Estimate(np.array([trace.value for trace in traces]), np.array([trace.error for trace in traces]))
+
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """Cells of a table as text: a row of headings, and one row per block.
+
+        Errors that are smaller than the last digit shown are omitted.
+        """
+        lines: list[tuple[str, ...]] = [("block", "rows", "smallest", "largest", "trace", "norm")]
+        for name, block, norm in zip(self.names, self.densities, self.norms.diagonal(), strict=True):
+            ends, trace = [f"{end:.4g}" for end in block.range], str(block.trace())
+            if block.exact:
+                trace = f"{block.trace().value:.6g}"
+            else:
+                signed = zip(ends, "-+", block.range_errors, strict=True)
+                ends = [
+                    f"{end} {sign} {error:.1g}" if error > _SHOWN_ERROR * abs(float(end)) else end
+                    for end, sign, error in signed
+                ]
+            lines.append((name, f"{block.size:,}", *ends, trace, f"{norm:.4g}"))
+        return lines
+
+    @property
+    def lines(self) -> list[str]:
+        """Rows of the table as lines of text, padded to equal length."""
+        widths = [max(map(len, column)) for column in zip(*self.table, strict=True)]
+        return ["  ".join([f"{cells[0]:<{widths[0]}}", *map(str.rjust, cells[1:], widths[1:])]) for cells in self.table]
+
+    def __str__(self) -> str:
+        if not self.unfinished:
+            return "\n".join(self.lines)
+        return "\n".join([*self.lines, f"not studied, as time was up: {listed(self.unfinished)}"])
+
+    def plot(self, figure: Any = None) -> Any:
+        """Plot the table, the density of each block, and the norms of all blocks. Requires matplotlib.
+
+        Parameters
+        ----------
+        figure : matplotlib.figure.Figure, optional
+            Empty figure to draw into. By default, a new figure of suitable size is created.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            The figure that contains the plot.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        ValueError
+            If no block is finished.
+        """
+        from curvop.spectrum.plots import plot_blocks
+
+        return plot_blocks(self, figure)
+
+    def save(self, path: str | Path) -> None:
+        """Save the study to an ``.npz`` file.
+
+        The file appears under its name only after all data are written.
+
+        Parameters
+        ----------
+        path : str or path
+            Name of the file.
+        """
+        arrays = {
+            f"{index} {name}": value
+            for index, block in enumerate(self.densities)
+            for name, value in block.arrays.items()
+        }
+        numbers = {name: np.asarray(getattr(self, name)) for name in ("sizes", "norms", "norm_errors", "num_products")}
+        strings = {name: np.array(getattr(self, name), dtype=np.str_) for name in ("names", "unfinished")}
+        save_arrays(Path(path), **strings, **numbers, **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Load a study from a file written by `save`.
+
+        Loading a file never executes code from it.
+
+        Parameters
+        ----------
+        path : str or path
+            Name of the file.
+
+        Returns
+        -------
+        BlockStudy
+            The study that was saved.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged or was not written by `save`.
+        """
+        fields = ("names", "unfinished", "sizes", "norms", "norm_errors", "num_products")
+        file = load_arrays(path, fields, "BlockStudy.save")
+        names, unfinished = ([str(name) for name in file[field]] for field in ("names", "unfinished"))
+        densities = [
+            SpectralDensity.of_arrays({name: file[f"{index} {name}"] for name in _FIELDS})
+            for index in range(len(names))
+        ]
+        norms, errors, num_products = file["norms"], file["norm_errors"], int(file["num_products"])
+        return cls(names, file["sizes"], densities, norms, errors, num_products, unfinished)
+
+
+def _checked_groups(groups: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
+    """Check the groups, and return a dict that maps the name of each group to a list of parameter names."""
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"groups is a {type(groups).__name__}: pass a dict of names to parameters, one name or several")
+    if not groups:
+        raise ValueError("groups is empty: name parameters, or omit groups to make each parameter a block")
+    members = {
+        name: [parameters] if isinstance(parameters, str) else list(parameters) for name, parameters in groups.items()
+    }
+    flat = [name for parameters in members.values() for name in parameters]
+    if repeated := [name for name in flat if flat.count(name) > 1]:
+        raise ValueError(f"groups has {repeated[0]!r} twice: name it in one group only")
+    return members
+
+
+def _diagonal_block(A: ParameterLinearOperator, name: str, parameters: list[str]) -> ParameterLinearOperator:
+    """Return the diagonal block of a group. Error messages contain the name of the group."""
+    try:
+        return A.block(parameters)
+    except (TypeError, ValueError) as error:  # the message of `A.block` calls its argument 'rows'
+        raise type(error)(f"groups[{name!r}]{str(error).removeprefix('rows')}") from None
 
 
 def _check_time(until: float) -> None:
@@ -298,11 +452,16 @@ def _check_time(until: float) -> None:
 def _formed(
     block: ParameterLinearOperator, at_once: int, directory: Path | None, until: float, idle: bool
 ) -> SpectralDensity:
-    """Return all eigenvalues of a block, from its columns; those that are multiplied are recorded in `directory`."""
+    """Compute all eigenvalues of a block from its columns, and return them as an exact density.
+
+    Each block product computes `at_once` columns. Finished columns are recorded in `directory`.
+    """
     rows = block.shape[0]
     identity, dense = np.eye(rows), np.zeros((rows, rows))
     with contextlib.ExitStack() as stack:
-        file = None if directory is None else stack.enter_context(RecordFile(made(directory) / "columns.records"))
+        file = None
+        if directory is not None:
+            file = stack.enter_context(RecordFile(make_directory(directory) / "columns.records"))
         recorded = {} if file is None else {int(key): offset for key, offset in file}
         for at in range(0, rows, at_once):
             columns = slice(at, at + at_once)
@@ -316,20 +475,22 @@ def _formed(
             if file is not None:
                 file.append(b"%d" % at, dense[:, columns])
     values = eigvalsh((dense + dense.T) / 2)
-    none = np.zeros((0, 0))
-    return SpectralDensity(rows, none, none, values, rows, resolution=resolution(block) * float(np.abs(values).max()))
+    empty = np.zeros((0, 0))
+    return SpectralDensity(rows, empty, empty, values, rows, resolution=resolution(block) * float(np.abs(values).max()))
 
 
-def _of_blocks(names: list[str], sizes: Array, finished: list[list[Array]]) -> BlockStudy:
-    """Return the study of the blocks that are finished, the first ones of those that are named."""
+def _assembled(names: list[str], sizes: Array, finished: list[list[Array]]) -> BlockStudy:
+    """Combine the results of the finished blocks into a study. These blocks come first in `names`."""
     count = len(finished)
     densities = [SpectralDensity.of_arrays(dict(zip(_FIELDS, arrays, strict=True))) for *arrays, _ in finished]
     means, variances = np.zeros((count, count)), np.zeros((count, count))
-    shares = np.full((count, count), 0.5)  # of the estimate from the columns; the other is that from the rows
-    taken = sum(found.num_products for found in densities)
+    # Weights of the estimates from the columns of each block. The estimates from the transposed blocks have the
+    # remaining weights.
+    shares = np.full((count, count), 0.5)
+    num_products = sum(block.num_products for block in densities)
     for column, (*_, squares) in enumerate(finished):
-        taken += squares.shape[1]
-        if squares.shape[1] == sizes[column]:  # all columns
+        num_products += squares.shape[1]
+        if squares.shape[1] == sizes[column]:  # all columns were formed, so that the norms are exact
             means[:, column] = squares[:count].sum(1)
             shares[:, column] += 0.5
             shares[column] -= 0.5
@@ -338,34 +499,10 @@ def _of_blocks(names: list[str], sizes: Array, finished: list[list[Array]]) -> B
             variances[:, column] = squares[:count].var(1, ddof=1) / squares.shape[1]
     means, variances = shares * means, shares**2 * variances
     means, variances = means + means.T, variances + variances.T
-    np.fill_diagonal(variances, 2 * np.diag(variances))  # a diagonal block is seen once
-    for index, found in enumerate(densities):
-        if found.exact:
-            means[index, index], variances[index, index] = (found.atoms**2).sum(), 0.0
+    np.fill_diagonal(variances, 2 * np.diag(variances))  # a diagonal block has only one estimate
+    for index, block in enumerate(densities):
+        if block.exact:
+            means[index, index], variances[index, index] = (block.atoms**2).sum(), 0.0
     norms = means**0.5
     errors = np.divide(variances**0.5, 2 * norms, out=np.zeros_like(norms), where=norms > 0)
-    return BlockStudy(names[:count], sizes[:count], densities, norms, errors, taken, names[count:])
-
-
-# Groups of parameters, and the blocks that they span.
-
-
-def block_of(A: ParameterLinearOperator, name: str, own: list[str]) -> ParameterLinearOperator:
-    """Return the diagonal block of a group's parameters; an error names the group."""
-    try:
-        return A.block(own)
-    except (TypeError, ValueError) as error:  # the operator calls this argument 'rows'
-        raise type(error)(f"groups[{name!r}]{str(error).removeprefix('rows')}") from None
-
-
-def listed_groups(groups: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
-    """Return the parameters of each group as lists, each of them in one group only."""
-    if not isinstance(groups, Mapping):
-        raise TypeError(f"groups is a {type(groups).__name__}: pass a dict of names to parameters, one name or several")
-    if not groups:
-        raise ValueError("groups is empty: name parameters, or leave it out for a block of each")
-    listed = {name: [own] if isinstance(own, str) else list(own) for name, own in groups.items()}
-    everything = [name for own in listed.values() for name in own]
-    if twice := [name for name in everything if everything.count(name) > 1]:
-        raise ValueError(f"groups has {twice[0]!r} twice: leave it out of one of them")
-    return listed
+    return BlockStudy(names[:count], sizes[:count], densities, norms, errors, num_products, names[count:])

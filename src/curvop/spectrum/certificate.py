@@ -1,4 +1,16 @@
-"""What can be said of approximate eigenpairs of a symmetric operator, by products with it."""
+"""Certificates for approximate eigenpairs of a symmetric operator, computed from matrix-vector products.
+
+`certify` takes three steps, and this file has one section for each step:
+
+- `matched_bounds` and `quadratic_estimates` compute error bounds and error estimates for the eigenvalues from the
+  residuals of the eigenvectors.
+- `search_missed` looks for eigenvalues that a solver missed. If the columns of Q are an orthonormal basis of the
+  computed eigenvectors, and P = I - Q Q', the search estimates the extreme eigenvalues of P A P on the range of P. The
+  search uses Lanczos with a random starting vector, which almost surely has a component along every eigenvector. The
+  projection P removes the computed eigenvalues, whatever their signs. A missed eigenvalue is reported only if the
+  Rayleigh quotient of a vector orthogonal to Q confirms it.
+- `measure_noise` measures the accuracy and the symmetry of the products.
+"""
 
 from __future__ import annotations
 
@@ -12,71 +24,201 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 
 from curvop.operators.progress import step_bar
-from curvop.operators.validation import random_generator, real_number, whole_number
+from curvop.operators.validation import integer, random_generator, real_scalar
 from curvop.spectrum.counting import CountedOperator, symmetric_operator
-from curvop.spectrum.norms import column_norms, norm, unit_of
+from curvop.spectrum.norms import binary_exponent, column_norms, norm
 
 __all__ = [
     "NUM_PRODUCTS",
+    "WHICH",
     "Certificate",
     "Noise",
-    "Search",
-    "asymmetric",
+    "SearchResult",
     "certify",
-    "limits",
+    "is_asymmetric",
     "matched_bounds",
-    "measure",
+    "measure_noise",
     "quadratic_estimates",
+    "remaining_range",
     "search_missed",
 ]
 
 Array = NDArray[Any]
+Multiply = Callable[[Array], Array]
 
-ENDS = ("LA", "SA", "LM", "SM", "BE")
-_ROUNDING = 2e-14  # of the norm: what a search may be off by itself
+WHICH = ("LA", "SA", "LM", "SM", "BE")
+"""SciPy's values of the argument `which`."""
+
+_EPS = float(np.finfo(np.float64).eps)
+_SEARCH_ROUNDING = 2e-14  # the rounding error of a search, relative to the norm of A
+
+_FAILURE = 1e-3  # an upper bound for the failure probability of a `SearchResult`
+_CHECK_INTERVAL = 5  # Lanczos steps between two checks of the Ritz values
+
+_PROBES, _SINGLE_PRODUCTS = 4, 4
+NUM_PRODUCTS = _PROBES + _SINGLE_PRODUCTS
+"""The maximum number of products that `measure_noise` takes."""
+
+# Rounding errors make products both nonlinear and asymmetric. The asymmetry can be a few times larger than the
+# nonlinearity. An asymmetry below 1e-10 is harmless.
+_SYMMETRY_PER_NOISE, _HARMLESS_ASYMMETRY = 10.0, 1e-10
+
+
+def certify(
+    A: Any,
+    values: Any,
+    vectors: Any,
+    *,
+    which: str | None = None,
+    tol: float = 1e-4,
+    search: int = 60,
+    rng: int | np.random.Generator | None = 0,
+    progress: bool = True,
+) -> Certificate:
+    """Bound the errors of eigenpairs from any solver, and search for eigenvalues that the solver missed.
+
+    Use this function for eigenpairs from SciPy or from a file. The results of `eigsh` in this package are certified
+    already.
+
+    Parameters
+    ----------
+    A : LinearOperator or matrix, shape (N, N)
+        The real symmetric operator.
+    values : array_like, shape (k,)
+        The approximate eigenvalues, in any order.
+    vectors : array_like, shape (N, k)
+        The approximate eigenvectors, one column per value.
+    which : {'LA', 'SA', 'LM', 'SM', 'BE'}, optional
+        Which eigenvalues `values` are claimed to be, as in SciPy: the algebraically largest ('LA') or smallest ('SA'),
+        the largest ('LM') or smallest ('SM') in magnitude, or half from each end ('BE', with one more from the upper
+        end if k is odd). The search looks for eigenvalues that contradict this claim. By default, there is no claim and
+        no search. There is no search for 'SM' either, because Lanczos finds only eigenvalues at the ends of a spectrum.
+    tol : float, optional
+        The largest acceptable error bound relative to the norm of the operator. Also the largest acceptable deviation
+        of the vectors from orthonormality, ``max |V'V - I|``.
+    search : int, optional
+        The maximum number of Lanczos steps in the search. Each step takes one product. The search stops early if it can
+        rule out missed eigenvalues. If an eigenvalue seems to be missed, the search repeats its steps to confirm it.
+    rng : int, numpy.random.Generator or None, optional
+        The seed or generator for the random vectors. If the solver drew its starting vector from a seeded generator,
+        pass a different seed here, so that the search starts from a different vector.
+    progress : bool, optional
+        Whether to show a progress bar that counts the products.
+
+    Returns
+    -------
+    Certificate
+        The error bounds and the result of the search. If a value or a vector is not finite, ``ok`` is False.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is invalid or a product is not finite.
+
+    See Also
+    --------
+    eigsh : Compute eigenpairs and certify them.
+
+    Notes
+    -----
+    The error bounds take ``k + 8`` products and the memory of three copies of `vectors`. The bounds are computed by
+    `curvop.spectrum.certificate.matched_bounds` [1]_ and include the noise of the products. The search runs Lanczos on
+    the orthogonal complement of `vectors`. The search gives a range that contains all other eigenvalues with a
+    probability of at least 0.999 over the random starting vector [2]_. The search is useful because eigensolvers can
+    miss members of a cluster of eigenvalues and still report convergence (SciPy issue 26112).
+
+    References
+    ----------
+    .. [1] W. Kahan, "Inclusion theorems for clusters of eigenvalues of Hermitian matrices", University of Toronto,
+       1967.
+    .. [2] J. Kuczynski, H. Wozniakowski, "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
+       random start", SIAM J. Matrix Anal. Appl. 13(4), 1992. doi:10.1137/0613066
+
+    Examples
+    --------
+    Certify eigenpairs from SciPy:
+
+    >>> import numpy as np
+    >>> from scipy.sparse import diags_array
+    >>> from scipy.sparse.linalg import eigsh
+    >>> from curvop.spectrum import certify
+    >>> A = diags_array(np.r_[np.linspace(0, 1, 298), 2.0, 3.0])
+    >>> values, vectors = eigsh(A, 2, which="LA", rng=0)
+    >>> certify(A, values, vectors, which="LA", progress=False).ok
+    True
+
+    The search finds the eigenvalue 2 if the given eigenpairs lack it:
+
+    >>> certificate = certify(A, [1.0, 3.0], np.eye(300)[:, [297, 299]], which="LA", progress=False)
+    >>> certificate.ok, round(certificate.missed, 4)
+    (False, 2.0)
+    """
+    A = symmetric_operator(A)
+    w, V = _validate(A.shape[0], values, vectors, which, tol, search)
+    unusable = ~(np.isfinite(w) & np.isfinite(V).all(axis=0) & V.any(axis=0))
+    if unusable.any() or len(w) == 0:
+        return _rejected(unusable, which, tol)
+    most = len(w) + NUM_PRODUCTS + (0 if remaining_range(w, which) is None else min(search, A.shape[0] - len(w)))
+    with step_bar("certify", progress, most) as bar:
+        counted = CountedOperator(A, bar, np.float64)
+        certificate = _certificate(counted, w, V, which, tol, search, random_generator(rng))
+        bar.total = certificate.products  # the search may have stopped early
+        return certificate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Certificate:
-    """What products with the operator say of k eigenpairs.
+    """Error bounds for k eigenpairs of a symmetric operator A, as returned by `certify` and `eigsh`.
+
+    ``print(certificate)`` shows the `verdict`.
 
     Attributes
     ----------
     residuals : ndarray, shape (k,)
-        ``||A v - lambda v|| / ||v||``, in float64.
+        The norms of the residuals, ``||A v - lambda v|| / ||v||``, computed in float64.
     bounds : ndarray, shape (k,)
-        The values can be assigned to k eigenvalues of `A`, counted with their multiplicities, one to one, so that none
-        is further away than this. Rigorous for a symmetric operator with no more noise than was measured, which is
-        included; `curvop.spectrum.certificate.matched_bounds` says how. Infinite for vectors that are dependent.
+        The error bounds. The k values can be matched one to one with k eigenvalues of A, counted with multiplicity,
+        such that the error of each value is at most its bound. The bounds include the noise of the products, and are
+        rigorous if A is symmetric and the noise is not larger than `error`. If the vectors are linearly dependent,
+        some bounds are infinite. See `curvop.spectrum.certificate.matched_bounds`.
     estimates : ndarray, shape (k,)
-        What the errors are more likely, the squares of the residuals over the gaps between eigenvalues. Not rigorous:
-        of the eigenvalues that were not found, only Ritz values are known.
+        Estimates of the actual errors: the squared residuals, divided by the gaps between eigenvalues. The estimates
+        are not rigorous, because the gaps to eigenvalues that were not computed are estimated from Ritz values.
     orthogonality : float
-        ``max |V' V - I|``, of the vectors as they were given.
+        The deviation of the vectors from orthonormality, ``max |V'V - I|``, before `certify` normalizes them.
     noise : float
-        The products' relative error, as it shows between block and single products, in the repetition of a product, and
-        in ``A (a x + b y)`` against ``a A x + b A y``, for random vectors and for those that were found.
+        The relative error of the products, measured with random vectors and with the eigenvectors. The noise is the
+        largest difference between a single product and the same column of a block product, or between ``A (a x + b y)``
+        and ``a A x + b A y``.
     symmetry : float
-        An estimate of ``||A - A'|| / ||A||`` by ``x' A y - y' A x`` for random x and y, and for found x and random y.
-        Beside `noise` it is of no concern.
+        An estimate of ``||A - A'|| / ||A||`` from the differences ``x' A y - y' A x``, where y is random and x is
+        random or an eigenvector. A value of the order of `noise` is harmless.
     norm : float
-        The largest ``|x' A y|`` that was met for vectors of norm 1: a lower bound of the operator's norm.
+        A lower bound for the norm of A: the maximum of all absolute Ritz values and of the computed ``||A x||`` with
+        ``||x|| = 1``.
     error : float
-        What the error of a product with a found vector of norm 1 is taken for, the lack of symmetry included; a part of
-        each bound.
+        The assumed error of a product with an eigenvector of norm 1, including the error due to asymmetry. Each bound
+        includes this error.
     zeros : int
-        How many values are within their bounds of zero, so that their signs are not known.
+        The number of values that are not larger in magnitude than their bounds. The signs of these eigenvalues are
+        unknown.
     missed : float or None
-        A value, beyond the last one found at the end that was asked for, that `A` takes on a unit vector orthogonal to
-        all that was found: there is an eigenvalue there or further out, and it is not among these.
+        The Rayleigh quotient of a vector that is orthogonal to all `vectors`. At least one eigenvalue at or beyond this
+        value was missed. None if no missed eigenvalue was found.
     resolution : float or None
-        Had an eigenvalue been missed that is further from the last one found than this, the search would have told with
-        a probability of 0.999 at least. None where nothing was searched: for 'SM', for lack of time, or as the operator
-        is not symmetric.
+        The resolution of the search. A missed eigenvalue that lies more than `resolution` beyond the last of the given
+        eigenvalues would have been found with a probability of at least 0.999. None if there was no search: if `which`
+        is None or 'SM', if time ran out, if the operator is not symmetric, or if the given vectors are unusable.
     products : int
-        Columns multiplied with `A`.
-    which, tol : str or None, float
-        As they were asked for.
+        The number of columns to which A was applied.
+    which : str or None
+        The argument `which` of `certify`.
+    tol : float
+        The argument `tol` of `certify`.
+
+    See Also
+    --------
+    certify : Certify eigenpairs from any solver.
     """
 
     residuals: Array
@@ -96,145 +238,81 @@ class Certificate:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong.
+        """Whether the eigenpairs pass all checks.
 
-        The bounds are within `tol` times `norm`, the vectors orthonormal up to `tol`, the operator is symmetric, and no
-        eigenvalue was found to be missing.
+        All bounds are at most ``tol * norm``, the vectors are orthonormal up to `tol`, the operator is symmetric, and
+        the search did not find a missed eigenvalue.
         """
         return not self._problems()
 
     @property
     def verdict(self) -> str:
-        """All of it in a sentence; where something is wrong, what that is, and the remedy."""
+        """A summary in one sentence. The sentence lists any problems and their remedies."""
         problems = self._problems()
         if problems:
             return f"not certified: {'; '.join(problems)}"
         count = len(self.bounds)
-        text = f"{count} eigenvalue{'s' * (count > 1)} within {self.bounds.max():.1e} of true ones"
+        text = f"{count} eigenvalue{'s' * (count > 1)} within {self.bounds.max():.1e} of exact ones"
         if self.zeros:
-            text += f" ({self.zeros} of them zero to that accuracy)"
-        text += f", vectors orthonormal to {self.orthogonality:.1e}, {self._of_the_search()}; "
-        return text + f"products are exact to {self.noise:.1e}"
+            text += f" ({self.zeros} zero to this accuracy)"
+        text += f", vectors orthonormal to {self.orthogonality:.1e}, {self._search_summary()}"
+        return f"{text}; products accurate to {self.noise:.1e}"
 
     def __str__(self) -> str:
         return self.verdict
 
     def _problems(self) -> list[str]:
+        """Return a description of each problem. The list is empty if the eigenpairs pass all checks."""
         if not len(self.bounds):
-            return ["there are no pairs"]
+            return ["there are no eigenpairs"]
         if np.isnan(self.residuals).any():
             index, last = int(np.isnan(self.residuals).argmax()), len(self.residuals) - 1
-            return [f"pair {index} of 0 to {last} is not finite, or its vector is zero"]
+            return [f"eigenpair {index} of 0 to {last} is not finite, or its vector is zero"]
         problems, largest = [], float(self.bounds.max())
-        skewed = asymmetric(self.symmetry, self.noise)
+        skewed = is_asymmetric(self.symmetry, self.noise)
         if skewed:
             problems.append(
-                f"A is not symmetric (defect {self.symmetry:.1e}, while products are exact to {self.noise:.1e}), and "
-                "neither the solvers nor these bounds are made for that"
+                f"A is not symmetric (||A - A'|| / ||A|| is about {self.symmetry:.1e}, but products are accurate to "
+                f"{self.noise:.1e}): eigensolvers and error bounds require a symmetric operator"
             )
         if largest == np.inf:
-            problems.append("vectors are linearly dependent: the same eigenvalue is counted twice")
+            problems.append("the vectors are linearly dependent: an eigenvalue is counted twice")
         elif largest > self.tol * self.norm and not skewed:
-            cause = "iterate longer, or with a smaller tol"
+            cause = "iterate longer or with a smaller tol"
             if np.sqrt(len(self.bounds)) * self.error > self.tol * self.norm:
-                told = f"the products are exact to {self.noise:.1e} only"
                 cause = (
-                    f"{told}: take out what is random in them (dropout, shuffled data), or compute in double precision"
+                    f"products are accurate only to {self.noise:.1e}, so remove randomness (dropout, shuffled data) or "
+                    "compute in double precision"
                 )
             problems.append(
-                f"the values are within {largest:.1e} of eigenvalues only, where the matrix has norm {self.norm:.1e}: "
-                f"{cause}"
+                f"the error bound {largest:.1e} is larger than tol = {self.tol:.1e} times the norm of A, "
+                f"{self.norm:.1e}: {cause}"
             )
         if not self.orthogonality <= self.tol:
-            problems.append(f"vectors are not orthonormal (max |V'V - I| is {self.orthogonality:.1e})")
+            problems.append(f"the vectors are not orthonormal (max |V'V - I| is {self.orthogonality:.1e})")
         if self.resolution == np.inf:
-            problems.append("the search was too short to see anything: raise search")
+            problems.append("the search for missed eigenvalues was too short to show anything: increase search")
         if self.missed is not None:
             problems.append(
-                f"an eigenvalue was missed, at {self.missed:.6g} or beyond: look again with a smaller tol, a larger "
-                "ncv or k, or another rng"
+                f"an eigenvalue at {self.missed:.6g} or beyond was missed: try again with a smaller tol, a larger ncv "
+                "or k, or another rng"
             )
         return problems
 
-    def _of_the_search(self) -> str:
+    def _search_summary(self) -> str:
+        """Describe the result of the search as a phrase for `verdict`."""
         if self.resolution is None:
-            why = {None: "it is not said which these are", "SM": "which is SM"}.get(self.which, "there was no time")
-            return f"not searched for missed ones, as {why}"
-        if self.resolution <= 2 * self.bounds.max() + _ROUNDING * self.norm:
-            return "none missed" if self.resolution == 0 else "none missed (with probability 0.999 at least)"
-        return f"none seen to be missed (one further than {self.resolution:.1e} from the last would have been)"
+            reasons = {None: "it is unknown which ones these are", "SM": "which is 'SM'"}
+            return f"no search for missed ones ({reasons.get(self.which, 'there was no time')})"
+        if self.resolution == 0:
+            return "none missed"
+        if self.resolution <= 2 * self.bounds.max() + _SEARCH_ROUNDING * self.norm:
+            return "none missed (with probability >= 0.999)"
+        return f"none missed further than {self.resolution:.1e} beyond the last one (with probability >= 0.999)"
 
 
-def certify(
-    A: Any,
-    values: Any,
-    vectors: Any,
-    *,
-    which: str | None = None,
-    tol: float = 1e-4,
-    search: int = 60,
-    rng: int | np.random.Generator | None = 0,
-    progress: bool = True,
-) -> Certificate:
-    """Say what eigenpairs from any solver are worth.
-
-    It takes ``k + 8`` products and those of the search, and the memory of three copies of `vectors` and some more.
-
-    Parameters
-    ----------
-    A : LinearOperator or matrix, shape (N, N)
-        Real, symmetric.
-    values : array_like, shape (k,)
-    vectors : array_like, shape (N, k)
-        In the order of the values.
-    which : {'LA', 'SA', 'LM', 'BE', 'SM'}, optional
-        What the values are claimed to be, in SciPy's words: the largest, the smallest, those of the largest magnitude,
-        or half from each end, an odd one from the upper. Others are then searched for that were missed: solvers do miss
-        members of clusters, and report convergence (scipy#26112). Nothing is searched without it, and for those of the
-        smallest magnitude, as Lanczos sees only the ends of a spectrum.
-    tol : float
-        What the bounds may be, relative to the operator's norm, and how far the vectors may be from orthonormal.
-    search : int
-        The largest number of Lanczos steps in the search, of one product each. It ends before where nothing can have
-        been missed any more; where something seems to be, as many products again make sure of it.
-    rng : int or numpy.random.Generator, optional
-        Of the random vectors. Not the one that a solver's starting vector was drawn from afresh.
-    progress : bool
-        Count products on a bar.
-
-    Returns
-    -------
-    Certificate
-        Not `ok` where values or vectors are not finite.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For arguments that cannot be, and where a product is not finite.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> A = np.diag([3.0, 3.0, 2.0, 1.0])
-    >>> I = np.eye(4)
-    >>> certify(A, [3.0, 3.0], I[:, :2], which="LA").ok
-    True
-    >>> certify(A, [3.0, 2.0], I[:, [0, 2]], which="LA").missed
-    3.0
-    """
-    A = symmetric_operator(A)
-    w, V = _checked(A.shape[0], values, vectors, which, tol, search)
-    unusable = ~(np.isfinite(w) & np.isfinite(V).all(axis=0) & V.any(axis=0))
-    if unusable.any() or len(w) == 0:
-        return _nothing(unusable, which, tol)
-    most = len(w) + NUM_PRODUCTS + (0 if limits(w, which) is None else min(search, A.shape[0] - len(w)))
-    with step_bar("certify", progress, most) as bar:
-        found = _certificate(CountedOperator(A, bar, np.float64), w, V, which, tol, search, random_generator(rng))
-        bar.total = found.products  # the search ends where it has seen enough
-        return found
-
-
-def _checked(size: int, values: Any, vectors: Any, which: str | None, tol: float, search: int) -> tuple[Array, Array]:
+def _validate(size: int, values: Any, vectors: Any, which: str | None, tol: float, search: int) -> tuple[Array, Array]:
+    """Validate the arguments of `certify`. Return the values and the vectors as float64 arrays."""
     w, V = np.asarray(values), np.asarray(vectors)
     if w.ndim != 1 or V.shape != (size, len(w)) or len(w) > size:
         raise ValueError(
@@ -244,15 +322,15 @@ def _checked(size: int, values: Any, vectors: Any, which: str | None, tol: float
     for name, array in (("values", w), ("vectors", V)):
         if not np.can_cast(array.dtype, np.float64, "same_kind"):
             raise TypeError(f"{name} has dtype {array.dtype}, but must be real")
-    if which is not None and which not in ENDS:
-        raise ValueError(f"which is {which!r}, but must be one of {', '.join(ENDS)}, or None")
-    if not (real_number("tol", tol) > 0 and whole_number("search", search, 1)):
+    if which is not None and which not in WHICH:
+        raise ValueError(f"which is {which!r}, but must be one of {', '.join(WHICH)}, or None")
+    if not (real_scalar("tol", tol) > 0 and integer("search", search, 1)):
         raise ValueError(f"tol is {tol}, but must be positive")
-    return w.astype(np.float64), V.astype(np.float64)  # V is a copy, to be normalised
+    return w.astype(np.float64), V.astype(np.float64)  # copies: V is normalized in place later
 
 
-def _nothing(unusable: Array, which: str | None, tol: float) -> Certificate:
-    """Return the certificate of pairs that need no product to be told wrong."""
+def _rejected(unusable: Array, which: str | None, tol: float) -> Certificate:
+    """Return a failed certificate. Some eigenpairs are not finite or have a zero vector, or there are no eigenpairs."""
     residuals, bounds, nan = np.where(unusable, np.nan, np.inf), np.full(len(unusable), np.inf), float("nan")
     return Certificate(residuals, bounds, bounds.copy(), nan, nan, nan, 0.0, nan, 0, None, None, 0, which, tol)
 
@@ -260,98 +338,126 @@ def _nothing(unusable: Array, which: str | None, tol: float) -> Certificate:
 def _certificate(
     A: CountedOperator, w: Array, V: Array, which: str | None, tol: float, steps: int, rng: np.random.Generator
 ) -> Certificate:
+    """Compute the certificate of `certify` for validated arguments. `V` is normalized in place."""
     lengths = column_norms(V)
     V /= lengths
     gram = V.T @ V
     AV = A.matmat(V)
-    noise = measure(A, V, AV, rng)
-    # From here on in units of a power of two, so that squares neither underflow nor overflow; it costs no rounding.
-    unit = unit_of(np.append(w, noise.norm))
-    w, AV, norm = np.ldexp(w, -unit), np.ldexp(AV, -unit, out=AV), np.ldexp(noise.norm, -unit)
-    error = np.ldexp(noise.error + noise.skew / 2, -unit)  # the eigenvalues are those of the symmetric part
+    noise = measure_noise(A, V, AV, rng)
+    # Divide by a power of two, which is exact, so that squares neither underflow nor overflow.
+    exponent = binary_exponent(np.append(w, noise.norm))
+    w, AV, norm = np.ldexp(w, -exponent), np.ldexp(AV, -exponent, out=AV), np.ldexp(noise.norm, -exponent)
+    error = np.ldexp(noise.error + noise.skew / 2, -exponent)  # the bounds are for the symmetric part of A
     quotients = np.einsum("ij,ij->j", V, AV)
 
-    AV -= V * w  # these are the residuals from here on
-    residual_gram = AV.T @ AV
+    R = AV  # the residuals overwrite the products
+    R -= V * w
+    residual_gram = R.T @ R
     residuals = np.sqrt(np.diag(residual_gram))
     bounds, groups = matched_bounds(w, gram, residual_gram, error)
 
-    # Vectors that are a little wrong leave something of the found eigenvalues to be found again, and so does rounding.
-    tolerance = 2 * float(bounds.max()) + _ROUNDING * norm
-    ends = limits(w, which)
-    found, resolution, others = None, None, (-np.inf, np.inf)  # where the eigenvalues are that were not found
+    # Inexact vectors and rounding errors make computed eigenvalues reappear in the search. Ignore values within this
+    # tolerance of the limits.
+    tolerance = 2 * float(bounds.max()) + _SEARCH_ROUNDING * norm
+    ends = remaining_range(w, which)
+    search, resolution = None, None
+    others = (-np.inf, np.inf)  # the range of the remaining eigenvalues
     if len(w) == len(V):
         others, resolution = (np.inf, -np.inf), 0.0
-    elif ends is not None and np.isfinite(tolerance) and not asymmetric(noise.symmetry, noise.relative):
-        found = search_missed(lambda x: np.ldexp(A.dot(x), -unit), V, ends, tolerance, steps, rng)
-        norm, others = max(norm, abs(found.low), abs(found.high)), (found.low, found.high)
-        beyond = max(found.high - ends[1], ends[0] - found.low) + found.slack
+    elif ends is not None and np.isfinite(tolerance) and not is_asymmetric(noise.symmetry, noise.relative):
+        search = search_missed(lambda x: np.ldexp(A.dot(x), -exponent), V, ends, tolerance, steps, rng)
+        norm, others = max(norm, abs(search.low), abs(search.high)), (search.low, search.high)
+        beyond = max(search.high - ends[1], ends[0] - search.low) + search.slack
         resolution = max(tolerance, beyond)
     estimates = quadratic_estimates(w, quotients, residuals, bounds, groups, others, error)
 
-    def back(number: Any) -> Any:
-        return None if number is None else float(np.ldexp(number, unit))
+    def unscale(number: Any) -> Any:
+        return None if number is None else float(np.ldexp(number, exponent))
 
     return Certificate(
-        residuals=np.ldexp(residuals, unit),
-        bounds=np.ldexp(bounds, unit),
-        estimates=np.ldexp(estimates, unit),
+        residuals=np.ldexp(residuals, exponent),
+        bounds=np.ldexp(bounds, exponent),
+        estimates=np.ldexp(estimates, exponent),
         orthogonality=float(np.abs(gram * np.outer(lengths, lengths) - np.eye(len(w))).max()),
         noise=noise.relative,
         symmetry=noise.symmetry,
-        norm=back(norm),
-        error=back(error),
+        norm=unscale(norm),
+        error=unscale(error),
         zeros=int((np.abs(w) <= bounds).sum()),
-        missed=None if found is None else back(found.beyond),
-        resolution=back(resolution),
+        missed=None if search is None else unscale(search.beyond),
+        resolution=unscale(resolution),
         products=A.products,
         which=which,
         tol=tol,
     )
 
 
-# How far approximate eigenvalues of a symmetric matrix are from true ones, by the residuals of their vectors.
+# Error bounds and estimates of eigenvalues.
 
 
 def matched_bounds(values: Array, gram: Array, residual_gram: Array, noise: float) -> tuple[Array, Array]:
-    r"""Bound the errors of eigenvalues so that each of them stands for an eigenvalue of its own.
+    r"""Compute error bounds for k approximate eigenvalues of a symmetric operator A.
 
-    There are k eigenvalues of A, counted with their multiplicities, that can be assigned to the k values one to one,
-    none of them further away than its bound. Where intervals of the size of the single residuals do not overlap, each
-    holds an eigenvalue (Parlett, 1998, theorem 4.5.1). Values whose intervals do are taken together: with their vectors
-    V and residuals :math:`R = A V - V \Lambda`, as many eigenvalues as there are values lie within
-    :math:`\|R\|_2 / \sigma_{\min}(V)` of them. Two copies of one vector have no bound.
+    The k values can be matched one to one with k eigenvalues of A, counted with multiplicity, such that the error of
+    each value is at most its bound. `curvop.spectrum.certify` calls this function with measured residuals and noise.
 
     Parameters
     ----------
     values : ndarray, shape (k,)
-    gram, residual_gram : ndarray, shape (k, k)
-        ``V' V`` of the vectors, of norm 1, and ``R' R`` of their residuals.
+        The approximate eigenvalues.
+    gram : ndarray, shape (k, k)
+        ``V.T @ V``, where the columns of V are the approximate eigenvectors, normalized to norm 1.
+    residual_gram : ndarray, shape (k, k)
+        ``R.T @ R``, where ``R = A @ V - V * values`` are the residuals.
     noise : float
-        The norm, at most, of the error of a product with a vector of norm 1.
+        An upper bound for the norm of the error of a product with a vector of norm 1.
 
     Returns
     -------
     bounds : ndarray, shape (k,)
-        In the units of the eigenvalues.
+        The absolute error bounds.
     groups : ndarray of int, shape (k,)
-        The number of the group that a value was bounded in.
+        The group index of each value. All values of a group have a joint bound.
+
+    Notes
+    -----
+    Each value has an interval whose radius is the norm of its residual. Each interval contains an eigenvalue [1]_
+    (theorem 4.5.1), but overlapping intervals may contain the same eigenvalue. Values with overlapping intervals form a
+    group with a joint bound. If a group of m values :math:`\Lambda` has vectors V and residuals :math:`R = A V - V
+    \Lambda`, then the m values can be matched one to one with m eigenvalues such that each error is at most
+    :math:`\|R\|_2 / \sigma_{\min}(V)` [2]_, [3]_. The bound is infinite if V contains two copies of a vector.
 
     References
     ----------
-    Parlett (1998), "The Symmetric Eigenvalue Problem". Kahan (1967), "Inclusion theorems for clusters of eigenvalues of
-    Hermitian matrices"; Cao, Xie, Li (1996), "A sharp version of Kahan's theorem on clustered eigenvalues", Linear
-    Algebra Appl. 245, for vectors that are not orthonormal.
+    .. [1] B. N. Parlett, "The Symmetric Eigenvalue Problem", SIAM, 1998. doi:10.1137/1.9781611971163
+    .. [2] W. Kahan, "Inclusion theorems for clusters of eigenvalues of Hermitian matrices", University of Toronto,
+       1967.
+    .. [3] Z. H. Cao, J. J. Xie, R. C. Li, "A sharp version of Kahan's theorem on clustered eigenvalues", Linear Algebra
+       Appl. 245, 1996. This theorem covers vectors that are not orthonormal.
+
+    Examples
+    --------
+    The second vector is a rotated eigenvector, so the values 1.0 and 1.0 form a group with a joint bound:
+
+    >>> import numpy as np
+    >>> from curvop.spectrum.certificate import matched_bounds
+    >>> A = np.diag([1.0, 1.1, 5.0])
+    >>> V = np.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0]]).T
+    >>> values = np.array([1.0, 1.0])
+    >>> R = A @ V - V * values
+    >>> bounds, groups = matched_bounds(values, V.T @ V, R.T @ R, 0.0)
+    >>> bounds.round(4), groups
+    (array([0.1342, 0.1342]), array([0, 0]))
     """
     order = np.argsort(values, kind="stable")
     bounds, groups = np.zeros(len(values)), np.zeros(len(values), dtype=np.int64)
     parts = [order[index : index + 1] for index in range(len(order))]
     while True:
-        reach = [_bound(gram, residual_gram, part, noise) for part in parts]
+        part_bounds = [_bound(gram, residual_gram, part, noise) for part in parts]
         joined: list[Array] = []
         last = -np.inf
-        for part, bound in zip(parts, reach, strict=True):
-            if bound == np.inf:  # it is known where the copies are, and the others need not suffer from them
+        for part, bound in zip(parts, part_bounds, strict=True):
+            if bound == np.inf:  # linearly dependent vectors: use their single bounds here, to keep other groups apart
                 bound = max(_bound(gram, residual_gram, part[[index]], noise) for index in range(len(part)))
             if joined and values[part[0]] - bound <= last:
                 joined[-1] = np.concatenate([joined[-1], part])
@@ -361,21 +467,22 @@ def matched_bounds(values: Array, gram: Array, residual_gram: Array, noise: floa
         if len(joined) == len(parts):
             break
         parts = joined
-    for number, (part, bound) in enumerate(zip(parts, reach, strict=True)):
+    for number, (part, bound) in enumerate(zip(parts, part_bounds, strict=True)):
         bounds[part], groups[part] = bound, number
     return bounds, groups
 
 
 def _bound(gram: Array, residual_gram: Array, part: Array, noise: float) -> float:
+    """Return the joint error bound of the values whose indices are `part`."""
     count = len(part)
     if count == 1:
         return float(np.sqrt(residual_gram[part[0], part[0]])) + noise
     block = np.ix_(part, part)
-    least = float(np.linalg.eigvalsh(gram[block])[0])
-    if least <= 100 * count * np.finfo(float).eps:  # to rounding, the vectors are dependent
+    smallest = float(np.linalg.eigvalsh(gram[block])[0])
+    if smallest <= 100 * count * np.finfo(float).eps:  # the vectors are linearly dependent up to rounding
         return np.inf
     residual = np.sqrt(max(0.0, float(np.linalg.eigvalsh(residual_gram[block])[-1])))
-    return float((residual + np.sqrt(count) * noise) / np.sqrt(least))
+    return float((residual + np.sqrt(count) * noise) / np.sqrt(smallest))
 
 
 def quadratic_estimates(
@@ -387,22 +494,29 @@ def quadratic_estimates(
     others: tuple[float, float],
     noise: float,
 ) -> Array:
-    r"""Estimate the errors of eigenvalues by the squares of their residuals, where there is a gap around them.
+    r"""Estimate the errors of well-separated eigenvalues from their squared residuals.
 
-    A Rayleigh quotient :math:`\rho` of residual r is no further than :math:`\|r\|^2 / \delta` from an eigenvalue, where
-    :math:`\delta` is the distance from :math:`\rho` to all others (Kato, Temple; Parlett, 1998, theorem 11.7.1). It is
-    an estimate here and no bound: the eigenvalues that were not found are only known to lie about the range `others`.
+    The error of a Rayleigh quotient :math:`\rho` with residual r is at most :math:`\|r\|^2 / \delta` if
+    :math:`\delta` is the distance from :math:`\rho` to the other eigenvalues (Kato, Temple; Parlett, 1998, theorem
+    11.7.1). This function computes an estimate and not a bound, because the range `others` of the remaining eigenvalues
+    is only approximate.
 
     Parameters
     ----------
     values, quotients, residuals, bounds : ndarray, shape (k,)
-        The residuals are those of the values.
+        The approximate eigenvalues, the Rayleigh quotients of the vectors, the norms of the residuals, and the error
+        bounds of the values.
     groups : ndarray of int, shape (k,)
-        Of a group of several, the bound is returned.
+        The groups of `matched_bounds`. The estimates of a group of several values equal the bounds.
     others : (float, float)
-        The range of what was not found; infinite where it is not known.
+        The range of the remaining eigenvalues, or ``(-inf, inf)`` if this range is unknown.
     noise : float
-        As in `matched_bounds`.
+        An upper bound for the norm of the error of a product with a vector of norm 1.
+
+    Returns
+    -------
+    ndarray, shape (k,)
+        The estimated absolute errors.
     """
     estimates = bounds.copy()
     for index in range(len(values)):
@@ -419,35 +533,23 @@ def quadratic_estimates(
     return estimates
 
 
-# The search for eigenvalues that a solver overlooked: Lanczos, begun afresh, on what is orthogonal to the found ones.
-#
-# With an orthonormal basis Q of the vectors that were found and :math:`P = I - Q Q^\top`, the extreme eigenvalues of
-# :math:`P A P` on the range of P are estimated. Its starting vector has a share of every eigenvector, those included
-# that the solver's own start happened to lack; the eigenvalues that were found are not in the way, whatever their
-# signs; and a value that shows up beyond them is taken by a vector that is orthogonal to theirs.
-
-Multiply = Callable[[Array], Array]
-
-FAILURE = 1e-3
-"""The probability, at most, with which an eigenvalue lies outside of the range that `Search` tells."""
-
-_LOOK = 5  # steps from one look at the Ritz values to the next
-_EPS = float(np.finfo(np.float64).eps)
+# The search for missed eigenvalues.
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
-    """The range of the eigenvalues that were not found.
+class SearchResult:
+    """The result of a search for missed eigenvalues: the range of the remaining eigenvalues.
 
     Attributes
     ----------
     low, high : float
-        The least and the largest Ritz value.
+        The smallest and the largest Ritz value.
     slack : float
-        With a probability of 0.999 at least, all of them lie in ``[low - slack, high + slack]``; infinite after too few
-        steps.
+        All remaining eigenvalues lie in ``[low - slack, high + slack]`` with a probability of at least 0.999. After too
+        few Lanczos steps, the slack is infinite.
     beyond : float or None
-        A value beyond the limits, as the Rayleigh quotient of a vector that was formed and multiplied.
+        A Rayleigh quotient outside the limits of the search, computed with the Ritz vector. None if no missed
+        eigenvalue was found.
     """
 
     low: float
@@ -456,10 +558,21 @@ class Search:
     beyond: float | None
 
 
-def limits(values: Array, which: str | None) -> tuple[float, float] | None:
-    """Return the range that all other eigenvalues are in if `values` are those that ``eigsh`` calls `which`.
+def remaining_range(values: Array, which: str | None) -> tuple[float, float] | None:
+    """Return the range of the remaining eigenvalues if no eigenvalue was missed.
 
-    It is infinite where an end is not claimed, and None for the smallest in magnitude, whose others lie around them.
+    Parameters
+    ----------
+    values : ndarray, shape (k,)
+        The computed eigenvalues.
+    which : str or None
+        Which eigenvalues `values` are claimed to be, as in `certify`.
+
+    Returns
+    -------
+    (float, float) or None
+        The lower and the upper limit. A limit is infinite if `which` makes no claim about that end of the spectrum. The
+        result is None if `which` is None or 'SM', because the range of the remaining eigenvalues is then unknown.
     """
     if which == "LA":
         return -np.inf, float(values.min())
@@ -480,107 +593,119 @@ def search_missed(
     tolerance: float,
     steps: int,
     rng: np.random.Generator,
-) -> Search:
-    """Look for eigenvalues outside of `limits` among those that were not found.
+) -> SearchResult:
+    """Search for missed eigenvalues outside of `limits`, on the orthogonal complement of the computed eigenvectors.
 
     Parameters
     ----------
     multiply : callable
-        Returns the product with a vector ``(N,)`` or a block ``(N, K)``, as a fresh float64 array.
+        Takes a vector ``(N,)`` or a block ``(N, K)`` and returns its product with the operator as a new float64 array.
     vectors : ndarray, shape (N, k)
-        What was found, of norm 1; k is less than N.
+        The computed eigenvectors, of norm 1. k is less than N.
     limits : (float, float)
-        Infinite where an end is not looked at.
+        The range of the remaining eigenvalues if none was missed (see `remaining_range`). A limit is infinite at an end
+        that is not searched.
     tolerance : float
-        By how much a value has to lie outside.
+        The distance by which an eigenvalue must exceed the limits to count as missed.
     steps : int
-        The largest number of Lanczos steps, one product each. Where a value outside is met, as many products again form
-        its vector. With at most so many eigenvalues left over, all of them are computed.
+        The maximum number of Lanczos steps. Each step takes one product. If a Ritz value lies outside of the limits,
+        the recurrence is repeated to form the Ritz vector. If at most `steps` eigenvalues remain, a dense eigensolver
+        computes all of them.
     rng : numpy.random.Generator
-        Of the starting vector.
+        The generator for the starting vector.
+
+    Notes
+    -----
+    The slack of the result is the bound of [1]_. No Lanczos basis is stored, because a loss of orthogonality does not
+    affect the extreme Ritz values [2]_.
 
     References
     ----------
-    Kuczynski, Wozniakowski (1992), "Estimating the largest eigenvalue by the power and Lanczos algorithms with a random
-    start", SIAM J. Matrix Anal. Appl. 13(4), for the slack. Paige (1980), "Accuracy and effectiveness of the Lanczos
-    algorithm for the symmetric eigenproblem": extreme Ritz values do not suffer from the loss of orthogonality, so that
-    no basis is kept.
+    .. [1] J. Kuczynski, H. Wozniakowski, "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
+       random start", SIAM J. Matrix Anal. Appl. 13(4), 1992. doi:10.1137/0613066
+    .. [2] C. C. Paige, "Accuracy and effectiveness of the Lanczos algorithm for the symmetric eigenproblem", Linear
+       Algebra Appl. 34, 1980. doi:10.1016/0024-3795(80)90167-6
     """
     limits = (limits[0] - tolerance, limits[1] + tolerance)
     Q, R = np.linalg.qr(vectors)
-    Q = Q[:, np.abs(np.diag(R)) > 1e-8]  # without the copies
-    left, looks = Q.shape[0] - Q.shape[1], math.ceil(steps / _LOOK)
+    Q = Q[:, np.abs(np.diag(R)) > 1e-8]  # drop linearly dependent vectors
+    left, checks = Q.shape[0] - Q.shape[1], math.ceil(steps / _CHECK_INTERVAL)
     if left <= steps:
-        return _all_of_the_rest(multiply, Q, limits)
+        return _search_densely(multiply, Q, limits)
     start = _project(Q, rng.standard_normal(len(Q)))
-    run = _Lanczos(multiply, Q, start / np.linalg.norm(start))
+    lanczos = _ProjectedLanczos(multiply, Q, start / np.linalg.norm(start))
     for step in range(1, steps + 1):
-        run.step()
-        if run.exhausted or step == steps or step % _LOOK == 0:
-            values, errors = run.ritz()
+        lanczos.step()
+        if lanczos.exhausted or step == steps or step % _CHECK_INTERVAL == 0:
+            values, errors = lanczos.ritz()
             low, high = float(values[0]), float(values[-1])
-            slack = 0.0 if run.exhausted else _slack(high - low, left, step, FAILURE / looks)
-            end, excess = _worst(low, high, limits)
+            slack = 0.0 if lanczos.exhausted else _slack(high - low, left, step, _FAILURE / checks)
+            end, excess = _furthest_outside(low, high, limits)
             settled = errors[end] <= max(tolerance, 1e-6 * max(abs(low), abs(high)))
             inside = limits[0] <= low - slack and high + slack <= limits[1]
-            if run.exhausted or inside or (excess > 0 and settled):
+            if lanczos.exhausted or inside or (excess > 0 and settled):
                 break
     beyond = None
     if excess > 0:
-        value = run.rayleigh_quotient(end)
+        value = lanczos.rayleigh_quotient(end)
         if value < limits[0] or value > limits[1]:
             beyond = value
-        else:  # noise in the products
+        else:  # noise in the products caused the outlying Ritz value
             slack = max(slack, excess)
-    return Search(low, high, slack, beyond)
+    return SearchResult(low, high, slack, beyond)
 
 
-def _all_of_the_rest(multiply: Multiply, Q: Array, limits: tuple[float, float]) -> Search:
-    """Compute the whole compression on the orthogonal complement."""
+def _search_densely(multiply: Multiply, Q: Array, limits: tuple[float, float]) -> SearchResult:
+    """Search by computing all eigenvalues of A restricted to the orthogonal complement of Q."""
     count = Q.shape[1]
-    rest = np.linalg.qr(Q, mode="complete")[0][:, count:]
-    compression = rest.T @ multiply(rest)
+    complement = np.linalg.qr(Q, mode="complete")[0][:, count:]
+    compression = complement.T @ multiply(complement)
     values = np.linalg.eigvalsh((compression + compression.T) / 2)
     low, high = float(values[0]), float(values[-1])
-    end, excess = _worst(low, high, limits)
-    return Search(low, high, 0.0, (low, high)[end] if excess > 0 else None)
+    end, excess = _furthest_outside(low, high, limits)
+    return SearchResult(low, high, 0.0, (low, high)[end] if excess > 0 else None)
 
 
-def _worst(low: float, high: float, limits: tuple[float, float]) -> tuple[int, float]:
-    """Return the end, 0 or -1, that lies further outside of the limits, and by how much."""
+def _furthest_outside(low: float, high: float, limits: tuple[float, float]) -> tuple[int, float]:
+    """Compare `low` and `high` with the limits.
+
+    Return the index of the value that lies further outside (0 for `low`, -1 for `high`), and the distance from its
+    limit to this value. The distance is negative if both values lie within the limits.
+    """
     return (0, limits[0] - low) if limits[0] - low > high - limits[1] else (-1, high - limits[1])
 
 
 def _slack(spread: float, size: int, steps: int, failure: float) -> float:
-    r"""Return by how much the extreme Ritz values fall short at most.
+    r"""Return an upper bound for the distances from the extreme Ritz values to the extreme eigenvalues.
 
-    The probability that one does by more than :math:`\epsilon` times the spread of the eigenvalues is at most
-    :math:`1.648 \sqrt{n} \exp(-\sqrt{\epsilon} (2 m - 1))`; here that of either end is to be at most `failure`.
+    The probability that the bound fails at one or both ends is at most `failure`. After m steps with a matrix of size
+    n, the distance at one end exceeds :math:`\epsilon` times the spread of the eigenvalues with a probability of at
+    most :math:`1.648 \sqrt{n} \exp(-\sqrt{\epsilon} (2 m - 1))`.
     """
     share = (math.log(1.648 * math.sqrt(size) * 2 / failure) / (2 * steps - 1)) ** 2
     return share / (1 - 2 * share) * spread if share < 0.5 else math.inf
 
 
 def _project(Q: Array, x: Array) -> Array:
-    """Take the span of Q out, twice, as once leaves rounding errors of the size of what was taken out."""
+    """Return x minus its projection on the span of Q. The second pass removes the rounding errors of the first."""
     for _ in range(2):
         x = x - Q @ (Q.T @ x)
     return x
 
 
-class _Lanczos:
-    """The three-term recurrence on the complement of Q."""
+class _ProjectedLanczos:
+    """Lanczos on the orthogonal complement of Q, as a three-term recurrence that does not store the basis."""
 
     def __init__(self, multiply: Multiply, Q: Array, start: Array) -> None:
         self._multiply, self._Q, self._start = multiply, Q, start
-        self._before, self._q = np.zeros_like(start), start
+        self._previous, self._q = np.zeros_like(start), start
         self._alphas: list[float] = []
         self._betas: list[float] = []
         self._norm = 0.0
         self.exhausted = False
 
     def step(self) -> None:
-        """Take one step."""
+        """Take one Lanczos step."""
         product = self._multiply(self._q)
         self._norm = max(self._norm, float(np.linalg.norm(product)))
         alpha = float(self._q @ product)
@@ -588,64 +713,64 @@ class _Lanczos:
         beta = float(np.linalg.norm(rest))
         self._alphas.append(alpha)
         self._betas.append(beta)
-        # What is left is rounding: the vectors so far span an invariant subspace, with a share of every eigenspace.
+        # If only rounding errors are left, the Lanczos vectors span an invariant subspace. This subspace contains all
+        # distinct eigenvalues, because the starting vector is random.
         self.exhausted = beta <= 10 * _EPS * math.sqrt(len(rest)) * self._norm
         if not self.exhausted:
-            self._before, self._q = self._q, rest / beta
+            self._previous, self._q = self._q, rest / beta
 
     def ritz(self) -> tuple[Array, Array]:
-        """Return the Ritz values, in ascending order, and the norms of their residuals."""
+        """Return the Ritz values in ascending order, and the residual norms of the Ritz vectors."""
         values, vectors = self._eigh()
         return values, self._betas[-1] * np.abs(vectors[-1])
 
     def rayleigh_quotient(self, end: int) -> float:
-        """Run through the recurrence again, form the Ritz vector of that end, and multiply it."""
+        """Return the Rayleigh quotient of the Ritz vector for the smallest (end=0) or largest (end=-1) Ritz value.
+
+        The recurrence is repeated to form the Ritz vector.
+        """
         weights = self._eigh()[1][:, end]
-        self._before, self._q = np.zeros_like(self._start), self._start
+        self._previous, self._q = np.zeros_like(self._start), self._start
         total = weights[0] * self._start
         betas = [0.0, *self._betas]
         for weight, alpha, beta in zip(weights[1:], self._alphas, betas, strict=False):
             rest = self._next(self._multiply(self._q), alpha, beta)
-            self._before, self._q = self._q, rest / np.linalg.norm(rest)
+            self._previous, self._q = self._q, rest / np.linalg.norm(rest)
             total += weight * self._q
         total = _project(self._Q, total)
         total /= np.linalg.norm(total)
         return float(total @ self._multiply(total))
 
     def _next(self, product: Array, alpha: float, beta: float) -> Array:
-        return _project(self._Q, product - alpha * self._q - beta * self._before)
+        """Return the next Lanczos vector before normalization."""
+        return _project(self._Q, product - alpha * self._q - beta * self._previous)
 
     def _eigh(self) -> tuple[Array, Array]:
+        """Return the eigenvalues and eigenvectors of the tridiagonal matrix."""
         values, vectors = eigh_tridiagonal(np.array(self._alphas), np.array(self._betas[:-1]))
         return values, vectors
 
 
-# How exact and how symmetric an operator's products are, measured by a few of them.
-
-_PROBES, _SINGLE = 4, 4
-NUM_PRODUCTS = _PROBES + _SINGLE
-"""The products that `measure` takes, at most."""
-
-# Symmetry is lost to rounding as linearity is, if to a few times more of it; below the second number it does no harm.
-_SYMMETRY_OF_NOISE, _SYMMETRY = 10.0, 1e-10
+# The accuracy and symmetry of products.
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """The errors of an operator's products.
+    """The measured errors of products with an operator.
 
     Attributes
     ----------
     relative : float
-        The largest that was met, relative to the product.
+        The largest measured error of a product, relative to the norm of the product.
     error : float
-        What the error's norm may be for a found vector of norm 1: twice the largest that was met.
+        The assumed norm of the error of a product with an eigenvector of norm 1: twice the largest measured error, plus
+        rounding.
     symmetry : float
         An estimate of ``||A - A'|| / ||A||``.
     skew : float
         An estimate of ``||(A - A') x||`` for a vector of norm 1.
     norm : float
-        The largest norm of a product with a vector of norm 1.
+        The largest norm of a measured product with a vector of norm 1.
     """
 
     relative: float
@@ -655,23 +780,25 @@ class Noise:
     norm: float
 
 
-def asymmetric(symmetry: float, relative: float) -> bool:
-    """Whether a lack of symmetry is more than the `relative` noise of the products explains, and does harm."""
-    return symmetry > max(_SYMMETRY_OF_NOISE * relative, _SYMMETRY)
+def is_asymmetric(symmetry: float, relative: float) -> bool:
+    """Return True if the relative asymmetry exceeds 1e-10 and 10 times the relative noise of the products."""
+    return symmetry > max(_SYMMETRY_PER_NOISE * relative, _HARMLESS_ASYMMETRY)
 
 
-def measure(A: CountedOperator, V: Array, AV: Array, rng: np.random.Generator) -> Noise:
-    """Measure the errors of products with random vectors, and with combinations of found ones.
+def measure_noise(A: CountedOperator, V: Array, AV: Array, rng: np.random.Generator) -> Noise:
+    """Measure the errors of products with random vectors and with random combinations of eigenvectors.
 
-    Random vectors see all of the operator, but little of its largest eigenvalues; the found ones are those that matter.
+    Random vectors test all parts of the operator, but have only small components along the dominant eigenvectors. The
+    errors of products with eigenvectors are therefore measured separately.
 
     Parameters
     ----------
     A : CountedOperator, shape (N, N)
-        Its products are in float64.
+        The operator, with float64 products.
     V, AV : ndarray, shape (N, k)
-        The found vectors, of norm 1, and their products.
+        The eigenvectors, of norm 1, and the products ``A @ V``.
     rng : numpy.random.Generator
+        The generator for the random vectors.
     """
     size = len(V)
     X = rng.standard_normal((size, min(_PROBES, size)))
@@ -681,23 +808,23 @@ def measure(A: CountedOperator, V: Array, AV: Array, rng: np.random.Generator) -
     typical, largest = _rms(norms), float(max(norms.max(), column_norms(AV).max()))
 
     repeated = norm(A.matvec(X[:, 0]) - AX[:, 0])
-    combined = max(repeated, _combined(A, X, AX, rng))
-    found = max(_combined(A, V, AV, rng) for _ in range(2))
+    random_error = max(repeated, _linearity_error(A, X, AX, rng))
+    eigenvector_error = max(_linearity_error(A, V, AV, rng) for _ in range(2))
 
-    # For x of norm 1 in a random direction, sqrt(N) |g' x| is |g| on the average of squares.
-    of_found = math.sqrt(size) * _rms(AV.T @ X - V.T @ AX)
+    # If x is random of norm 1, the root mean square of sqrt(N) |g' x| is |g|.
+    eigenvector_skew = math.sqrt(size) * _rms(AV.T @ X - V.T @ AX)
     mixed = X.T @ AX
-    of_random = math.sqrt(size) * _rms((mixed - mixed.T)[np.triu_indices(len(mixed), 1)])
+    random_skew = math.sqrt(size) * _rms((mixed - mixed.T)[np.triu_indices(len(mixed), 1)])
     return Noise(
-        relative=max(_ratio(combined, typical), _ratio(found, largest)),
-        error=2 * max(combined, found) + _EPS * largest,
-        symmetry=max(_ratio(of_random, typical), _ratio(of_found, largest)),
-        skew=max(of_random, of_found),
+        relative=max(_ratio(random_error, typical), _ratio(eigenvector_error, largest)),
+        error=2 * max(random_error, eigenvector_error) + _EPS * largest,
+        symmetry=max(_ratio(random_skew, typical), _ratio(eigenvector_skew, largest)),
+        skew=max(random_skew, eigenvector_skew),
         norm=largest,
     )
 
 
-def _combined(A: CountedOperator, X: Array, AX: Array, rng: np.random.Generator) -> float:
+def _linearity_error(A: CountedOperator, X: Array, AX: Array, rng: np.random.Generator) -> float:
     """Return the norm of ``A (X c) - (A X) c`` for a random c of norm 1."""
     weights = rng.standard_normal((X.shape[1], 1))
     weights /= np.linalg.norm(weights)
@@ -705,8 +832,10 @@ def _combined(A: CountedOperator, X: Array, AX: Array, rng: np.random.Generator)
 
 
 def _rms(array: Array) -> float:
+    """Return the root mean square of the entries, or 0 for an empty array."""
     return norm(array) / math.sqrt(array.size) if array.size else 0.0
 
 
 def _ratio(part: float, whole: float) -> float:
+    """Return ``part / whole``, or 0 if `whole` is 0."""
     return part / whole if whole > 0 else 0.0

@@ -1,4 +1,8 @@
-"""What a study has come to, on disk; of a density, the runs that are over, and the steps of those that are not."""
+"""Record the Lanczos steps and the results of densities and block studies, so that a later run can continue.
+
+A checkpoint is a directory of record files (`curvop.storage.records`). The first record of a results file holds the
+settings of the computation, so that a checkpoint is never continued with another problem.
+"""
 
 from __future__ import annotations
 
@@ -14,87 +18,47 @@ from curvop.spectrum.lanczos import Lanczos
 from curvop.storage.fingerprint import OtherProblemError, differing, listed
 from curvop.storage.records import RecordFile
 
-__all__ = ["Checkpoint", "made", "settled_file"]
+__all__ = ["Checkpoint", "make_directory", "open_record_file"]
 
 Array = NDArray[Any]
 _SETTINGS, _DEFLATED, _GROUP, _STEP = b"settings", b"deflated", b"group", b"step"
 
 
-def made(directory: Path) -> Path:
-    """Make the directory of a checkpoint where it does not exist."""
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"checkpoint is {directory}, a file: pass a directory, it is made")
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
-
-
-def settled_file(path: Path, settings: Callable[[], Mapping[str, str]]) -> RecordFile:
-    """Open a file of records that begins with what the others depend on, by name; make it where it does not exist.
-
-    Raises
-    ------
-    OtherProblemError
-        Where it depends on something else, naming what differs. The file is left as it was.
-    RecordFileError
-        Where another process has it open, or a record is damaged.
-    """
-    file = RecordFile(path)
-    try:
-        current = settings()
-        recorded = [json.loads(str(file.read(offset)[0])) for key, offset in file if key == _SETTINGS]
-        if not recorded:
-            file.append(_SETTINGS, np.array(json.dumps(current)))
-        elif names := differing(recorded[0], current):
-            raise OtherProblemError(
-                f"the checkpoint in {path.parent} is of something else: {listed(names)} differ; pass another "
-                "directory, or delete it"
-            )
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
 class Checkpoint:
-    """A directory with two files of records: ``results.records``, and ``steps.records`` of the runs under way.
+    """Checkpoint directory with one record file for finished results, and one for the steps of runs in progress.
 
-    Steps are thrown away when their runs are over. Without a directory nothing is kept.
+    The steps of a run are deleted when the run is finished. If `directory` is None, nothing is recorded.
 
     Parameters
     ----------
     directory : path or None
     settings : callable
-        Returns what the results depend on, by name; called only where there is a directory.
+        Function that returns a mapping of all settings that affect the results. The function is called only if
+        `directory` is not None.
 
     Raises
     ------
     OtherProblemError
-        Where the directory holds the checkpoint of something else, naming what differs.
+        If the directory holds the checkpoint of another computation. The message names the settings that differ.
     RecordFileError
-        Where another process has it open, or a record is damaged.
+        If another process has one of the files open, or if a record is damaged.
     """
 
-    def __init__(self, directory: str | Path | None, settings: Any) -> None:
+    def __init__(self, directory: str | Path | None, settings: Callable[[], Mapping[str, str]]) -> None:
         self._steps: RecordFile | None = None
         self._results: RecordFile | None = None
         if directory is None:
             return
-        self._directory = made(Path(directory))
-        self._results = settled_file(self._directory / "results.records", settings)
+        self._directory = make_directory(Path(directory))
+        self._results = open_record_file(self._directory / "results.records", settings)
         try:
             self._steps = RecordFile(self._directory / "steps.records")
         except BaseException:
             self.close()
             raise
 
-    def _recorded(self, kind: bytes) -> Iterator[tuple[bytes, list[Array]]]:
-        if self._results is not None:
-            for key, offset in self._results:
-                if key.startswith(kind):
-                    yield key, self._results.read(offset)
-
-    def fixed(self, name: str, value: int) -> int:
-        """Return what the first run recorded under this name, `value` if this is the first."""
+    def setdefault(self, name: str, value: int) -> int:
+        """Return the value recorded under `name`. If no value is recorded, record and return `value`."""
         key = name.encode()
         for _, [recorded] in self._recorded(key):
             return int(recorded)
@@ -102,21 +66,24 @@ class Checkpoint:
             self._results.append(key, np.array(value))
         return value
 
-    def deflated(self, compute: Any) -> tuple[Array, Array, int]:
-        """Return the known eigenpairs and what they took; computed where they are not recorded."""
-        for _, [values, vectors, taken] in self._recorded(_DEFLATED):
-            return values, vectors, int(taken)
-        values, vectors, taken = compute()
-        if self._results is not None and len(values):
-            self._results.append(_DEFLATED, values, vectors, np.array(taken))
-        return values, vectors, taken
+    def deflated_eigenpairs(self, compute: Callable[[], tuple[Array, Array, int]]) -> tuple[Array, Array, int]:
+        """Return the recorded eigenvalues, eigenvectors and number of products.
 
-    def groups(self) -> dict[int, list[Array]]:
-        """Return the arrays of `finish` for the groups of probes that are done, by the first probe's number."""
+        If nothing is recorded, call `compute`, record its results, and return them.
+        """
+        for _, [values, vectors, recorded] in self._recorded(_DEFLATED):
+            return values, vectors, int(recorded)
+        values, vectors, num_products = compute()
+        if self._results is not None and len(values):
+            self._results.append(_DEFLATED, values, vectors, np.array(num_products))
+        return values, vectors, num_products
+
+    def finished_groups(self) -> dict[int, list[Array]]:
+        """Return a dict that maps the first probe of each finished group to the arrays recorded by `finish_group`."""
         return {int(key.split()[1]): arrays for key, arrays in self._recorded(_GROUP)}
 
-    def finish(self, first: int, *arrays: Array) -> None:
-        """Record that a group is done."""
+    def finish_group(self, first: int, *arrays: Array) -> None:
+        """Record the results of a group of probes, and delete the recorded steps of the group."""
         if self._results is not None and self._steps is not None:
             self._results.append(b"%s %d" % (_GROUP, first), *arrays)
             self._steps.close()
@@ -125,15 +92,15 @@ class Checkpoint:
             self._steps = RecordFile(path)
 
     def replay(self, first: int, run: Lanczos) -> None:
-        """Take the recorded steps of a group again, without a product."""
+        """Restore the recorded steps of a group of probes in `run`. No product is computed."""
         if self._steps is None:
             return
         for key, offset in self._steps:
             if key == b"%s %d" % (_STEP, first):
                 run.replay(*self._steps.read(offset))
 
-    def add(self, first: int, run: Lanczos, runs: NDArray[np.intp]) -> None:
-        """Record the last step of a group."""
+    def add_step(self, first: int, run: Lanczos, runs: NDArray[np.intp]) -> None:
+        """Record the last step of a group of probes."""
         if self._steps is not None:
             self._steps.append(b"%s %d" % (_STEP, first), *run.last_step(runs))
 
@@ -142,3 +109,52 @@ class Checkpoint:
         for file in (self._results, self._steps):
             if file is not None:
                 file.close()
+
+    def _recorded(self, kind: bytes) -> Iterator[tuple[bytes, list[Array]]]:
+        if self._results is not None:
+            for key, offset in self._results:
+                if key.startswith(kind):
+                    yield key, self._results.read(offset)
+
+
+def make_directory(directory: Path) -> Path:
+    """Create a checkpoint directory if it does not exist, and return its path."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"checkpoint is {directory}, a file: pass a directory, which is created if necessary")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def open_record_file(path: Path, settings: Callable[[], Mapping[str, str]]) -> RecordFile:
+    """Open a record file whose first record holds the settings of the computation. Create the file if necessary.
+
+    Parameters
+    ----------
+    path : path
+    settings : callable
+        Function that returns a mapping of all settings that affect the records.
+
+    Raises
+    ------
+    OtherProblemError
+        If the recorded settings differ from the current settings. The message names the differences. The file is not
+        changed.
+    RecordFileError
+        If another process has the file open, or if a record is damaged.
+    """
+    file = RecordFile(path)
+    try:
+        current = settings()
+        recorded = [json.loads(str(file.read(offset)[0])) for key, offset in file if key == _SETTINGS]
+        if not recorded:
+            file.append(_SETTINGS, np.array(json.dumps(current)))
+        elif names := differing(recorded[0], current):
+            verb = "differs" if len(names) == 1 else "differ"
+            raise OtherProblemError(
+                f"the checkpoint in {path.parent} belongs to another computation: {listed(names)} {verb}; pass another "
+                "directory, or delete it"
+            )
+    except BaseException:
+        file.close()
+        raise
+    return file

@@ -1,4 +1,4 @@
-"""An operator as the eigen-solvers and certificates see it: real, checked, its products counted on a bar."""
+"""Wrappers that validate symmetric operators, count their products, and enforce a time limit."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from curvop.operators.base import Rows, TensorLinearOperator, WrappingLinearOper
 from curvop.operators.validation import real_operator
 from curvop.spectrum.lanczos import device_of, multiply
 
-__all__ = ["CountedOperator", "TimeUpError", "TimedOperator", "end_of", "symmetric_operator"]
+__all__ = ["CountedOperator", "TimeUpError", "TimedOperator", "deadline_after", "symmetric_operator"]
+
+_COLUMNS_PER_CHECK = 16  # columns of a block product between two checks of the clock
 
 
 def symmetric_operator(A: Any) -> LinearOperator:
-    """Return `A`, an operator or a matrix, as a ``LinearOperator`` that may be symmetric.
+    """Convert an operator or a matrix to a real, square ``LinearOperator``. The symmetry of `A` is not checked.
 
     Raises
     ------
     TypeError
-        Where it is no operator, or complex.
+        If `A` is neither an operator nor a matrix, or if `A` is complex.
     ValueError
-        Where it is not square, or empty.
+        If `A` is not square or is empty.
     """
     A = real_operator(A)
     if A.shape[0] != A.shape[1] or A.shape[0] == 0:
@@ -38,21 +40,28 @@ def symmetric_operator(A: Any) -> LinearOperator:
 
 
 class CountedOperator(LinearOperator):  # type: ignore[misc]
-    """A symmetric operator in single or double precision whose products are counted, checked and fresh.
+    """Wrap a symmetric operator to count its products and to check that each product is finite.
+
+    Products with NumPy arrays are returned as new arrays of dtype float32 or float64.
 
     Parameters
     ----------
     A : LinearOperator, shape (N, N)
-        Real, symmetric.
+        The real symmetric operator.
     bar : tqdm.tqdm
-        Counts the columns that are multiplied.
+        The progress bar. Each product advances the bar by the number of columns of the product.
     dtype : dtype, optional
-        Of the products: float32 where that of `A` is, and float64 otherwise, by default.
+        The dtype of the products. The default is float32 if the dtype of `A` is float32, and float64 otherwise.
+
+    Attributes
+    ----------
+    products : int
+        The number of columns to which `A` was applied so far.
 
     Raises
     ------
     ValueError
-        From a product that is not finite.
+        If a product is not finite.
     """
 
     def __init__(self, A: LinearOperator, bar: tqdm[Any], dtype: Any = None) -> None:
@@ -70,7 +79,7 @@ class CountedOperator(LinearOperator):  # type: ignore[misc]
         return self._checked(self._A.matmat(np.asarray(X)), X.shape[1])
 
     def multiply_rows(self, rows: Tensor) -> Tensor:
-        """Return the products ``(K, N)`` with the rows of a tensor, where the operator computes."""
+        """Apply A to each row of a tensor ``(K, N)`` on the operator's device. Return a ``(K, N)`` tensor."""
         product = multiply(self._A, rows)
         self._count(len(rows))
         if not product.isfinite().all():
@@ -79,7 +88,7 @@ class CountedOperator(LinearOperator):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        """Where the operator computes."""
+        """The device on which the operator computes its products."""
         return device_of(self._A)
 
     def _count(self, columns: int) -> None:
@@ -93,29 +102,24 @@ class CountedOperator(LinearOperator):  # type: ignore[misc]
 
     def _checked(self, product: Any, columns: int) -> NDArray[Any]:
         self._count(columns)
-        # A copy, as an operator may return its argument, or an array that its next product overwrites.
-        fresh = np.array(product, dtype=self.dtype)
-        if not np.isfinite(fresh).all():
+        # Copy the product, because an operator may return its argument or reuse one output array for all products.
+        copy = np.array(product, dtype=self.dtype)
+        if not np.isfinite(copy).all():
             raise ValueError("a product with A is not finite")
-        return fresh
-
-
-# Time that a study may take: from seconds to a point in time, and an operator that keeps to it.
-
-_AT_ONCE = 16  # columns from one look at the clock to the next
+        return copy
 
 
 class TimeUpError(TimeoutError):
-    """A product was asked for when time was up."""
+    """Raised if a product is requested after the deadline."""
 
 
-def end_of(seconds: Any) -> float:
-    """Return when `seconds` from now are over, on the clock of ``time.monotonic``; infinite for None.
+def deadline_after(seconds: Any) -> float:
+    """Return the deadline ``time.monotonic() + seconds``, or infinity if `seconds` is None.
 
     Raises
     ------
     TypeError, ValueError
-        Where it is no number, NaN, or negative.
+        If `seconds` is not a number, is NaN, or is negative.
     """
     if seconds is None:
         return math.inf
@@ -123,7 +127,7 @@ def end_of(seconds: Any) -> float:
         raise TypeError(f"seconds is {seconds!r}, but must be a number, or None for no limit")
     try:
         limit = float(seconds)
-    except OverflowError:  # a whole number of more than 308 digits
+    except OverflowError:  # an integer of more than 308 digits
         limit = math.inf
     if not limit >= 0:
         raise ValueError(f"seconds is {seconds}, but must be 0 or more, or None for no limit")
@@ -131,51 +135,62 @@ def end_of(seconds: Any) -> float:
 
 
 class TimedOperator(WrappingLinearOperator):
-    """A symmetric operator that multiplies until time is up; a block in parts, so as to look at the clock in between.
+    """Wrap a symmetric operator to raise a ``TimeUpError`` after a deadline.
+
+    Block products are split into parts of 16 columns. The clock is checked before each part. A part that has started is
+    completed.
 
     Parameters
     ----------
     A : LinearOperator, shape (N, N)
-        Real, symmetric.
+        The real symmetric operator.
     until : float
-        On the clock of ``time.monotonic``.
+        The deadline as a value of ``time.monotonic()``.
 
     Attributes
     ----------
-    spare : int
-        Columns that somebody else is to multiply afterwards: their time is left to them, where it is not more than half
-        of all.
+    reserved : int
+        The number of columns for which time is reserved. Products raise a ``TimeUpError`` as soon as the remaining time
+        suffices only for these columns. The reserve is ignored if it exceeds half of the total time.
 
     Raises
     ------
     TimeUpError
-        From a product that is asked for when time is up. What is under way is not broken off.
+        If a product is requested after the deadline, or in the reserved time before it.
     """
 
     def __init__(self, A: LinearOperator, until: float) -> None:
         super().__init__(A.dtype, A.shape)
-        self._A, self._until, self._begun = A, until, time.monotonic()
-        self._pace = 0.0  # seconds for a column, of late
-        self.spare = 0
+        self._A, self._until, self._start = A, until, time.monotonic()
+        self._seconds_per_column = 0.0  # of the latest product
+        self.reserved = 0
 
     @property
     def columns_left(self) -> float:
-        """How many columns can be multiplied in the time that is left, as the last ones went."""
+        """The estimated number of columns that fit into the remaining time.
+
+        The estimate uses the time per column of the latest product. Before the first product, the estimate is infinite.
+        """
         left = max(0.0, self._until - time.monotonic())
-        return left / self._pace if self._pace else math.inf if left else 0.0
+        if self._seconds_per_column:
+            return left / self._seconds_per_column
+        return math.inf if left else 0.0
 
     def _apply(self, rows: Rows) -> Rows:
-        parts: list[Any] = [self._multiplied(rows[at : at + _AT_ONCE]) for at in range(0, len(rows), _AT_ONCE)]
+        step = _COLUMNS_PER_CHECK
+        parts: list[Any] = [self._multiply(rows[start : start + step]) for start in range(0, len(rows), step)]
         if len(parts) == 1:
             return parts[0]  # type: ignore[no-any-return]
         return torch.cat(parts) if isinstance(rows, torch.Tensor) else np.concatenate(parts)
 
-    def _multiplied(self, rows: Rows) -> Rows:
-        begun, spared = time.monotonic(), self.spare * self._pace
-        if begun >= self._until - (spared if spared <= (self._until - self._begun) / 2 else 0.0):
+    def _multiply(self, rows: Rows) -> Rows:
+        now, reserved = time.monotonic(), self.reserved * self._seconds_per_column
+        if reserved > (self._until - self._start) / 2:
+            reserved = 0.0
+        if now >= self._until - reserved:
             raise TimeUpError("time is up")
         products: Any = self._A.matvec(rows[0])[None] if len(rows) == 1 else self._A.matmat(rows.T).T
         if not isinstance(self._A, TensorLinearOperator):
             products = np.array(products, order="C")  # an operator may return its argument
-        self._pace = (time.monotonic() - begun) / len(rows)
+        self._seconds_per_column = (time.monotonic() - now) / len(rows)
         return products  # type: ignore[no-any-return]

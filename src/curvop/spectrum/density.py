@@ -1,4 +1,15 @@
-"""Spectral densities: how many eigenvalues lie where, and what follows for functions of the matrix."""
+"""Estimate spectral densities and traces of matrix functions by stochastic Lanczos quadrature.
+
+`density` runs the Lanczos process from several random probes and returns their Gauss quadratures as a
+`SpectralDensity`. The module `curvop.spectrum.gauss_quadrature` computes the bounds for fractions of eigenvalues and
+for means of functions.
+
+References
+----------
+Ubaru, Chen, Saad (2017), "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J. Matrix Anal. Appl.
+38(4), algorithm 1. Golub, Meurant (2010), "Matrices, Moments and Quadrature with Applications", Princeton University
+Press.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +33,13 @@ from curvop.operators.progress import step_bar
 from curvop.operators.validation import (
     available_bytes,
     check_fits,
+    integer,
     random_generator,
-    real_number,
     real_operator,
-    whole_number,
+    real_scalar,
 )
 from curvop.spectrum.checkpoint import Checkpoint
-from curvop.spectrum.counting import end_of
+from curvop.spectrum.counting import deadline_after
 from curvop.spectrum.eigen import eigsh
 from curvop.spectrum.estimators import BoundedEstimate, bounded_mean
 from curvop.spectrum.gauss_quadrature import (
@@ -49,340 +60,7 @@ __all__ = ["SpectralDensity", "density"]
 Array = NDArray[Any]
 
 _EPS = float(np.finfo(np.float64).eps)
-_MISSED = 0.05  # probability that an eigenvalue lies beyond the bounds of the ends
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SpectralDensity:
-    r"""The distribution of a matrix's eigenvalues as stochastic Lanczos quadrature estimates it, made by `density`.
-
-    Each of K probes sees a measure of its own, whose integrals have the mean
-    :math:`\frac{1}{N} \operatorname{tr} f(A)`, and knows its moments up to 2 m - 1 as a Gauss quadrature
-    :math:`\sum_j w_j \delta(\theta_j)`. Nodes and weights are kept as they were found; only drawing makes them smooth.
-    Every answer is a `BoundedEstimate`: `low` and `high` are what the quadrature leaves open, the value is the middle
-    of them, and the error is the root of the sum of squares of the probes' standard error and a quarter of
-    ``high - low``, so that two error bars reach the bounds. The standard error needs two probes. If the quadrature
-    leaves nothing open, the truth is within two of them in 95 % of runs with many probes and in 91 % with 8 (Student's
-    t), and less often if a few eigenvalues dominate.
-
-    The bounds of shares and quantiles (`cdf`, `quantile`) are proved: no measure with the same moments exceeds them
-    (Chebyshev, Markov, Stieltjes). For other functions (`mean`, `apply`) they hold the integrals of a family of
-    measures with the same moments, and twice the change from the rule of m / 2 steps: as wide as a step or a kink among
-    the nodes needs, and for a smooth function the error of the lesser rule (Golub, Strakos, 1994, for the inverse).
-    They are no proof, and too narrow if doubling the steps gains little, as for a logarithm of eigenvalues that are
-    spread over many orders of magnitude down to zero. Polynomials up to degree m - 1, and probes that found an
-    invariant subspace, leave nothing open but rounding. After a single step all errors but the trace's are NaN.
-
-    Attributes
-    ----------
-    size : int
-        N, the number of eigenvalues.
-    nodes, weights : ndarray, shape (K, m)
-        Of each probe; the weights of one sum to 1, or with atoms to about ``1 - k / N``. Weights of 0 fill the rows of
-        probes that stopped early: in a complete density, as they had found an invariant subspace.
-    atoms : ndarray, shape (k,)
-        Eigenvalues that are known; a density of probes is of the others. If all are known there are no probes.
-    num_products : int
-        The number of products that it took.
-    complete : bool
-        Whether all steps were taken; False if time was up.
-    recurrences : ndarray, shape (K, 2, m)
-        The alphas and betas that the nodes and weights come from. If empty, they are recovered from these, which is
-        less exact if a weight is below the square of the precision.
-    resolution : float
-        Eigenvalues that differ by less are the same, to the rounding of the products.
-
-    References
-    ----------
-    Golub, Meurant (2010), "Matrices, Moments and Quadrature with Applications", chapter 6. Golub, Strakos (1994),
-    "Estimates in quadratic formulas", Numer. Algorithms 8. Gautschi (2004), "Orthogonal Polynomials: Computation and
-    Approximation".
-    """
-
-    size: int
-    nodes: Array
-    weights: Array
-    atoms: Array
-    num_products: int
-    complete: bool = True
-    recurrences: Array = dataclasses.field(default_factory=lambda: np.zeros((0, 2, 0)))
-    resolution: float = 0.0
-
-    @property
-    def exact(self) -> bool:
-        """Whether all eigenvalues are known, so that no answer has an error but rounding."""
-        return len(self.atoms) == self.size
-
-    @property
-    def num_steps(self) -> int:
-        """The steps of the longest run."""
-        return int(self._lengths.max(initial=0))
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The least and the largest node that carries weight: bounds of the spectrum from inside."""
-        nodes = np.concatenate([self.nodes[self.weights > 0], self.atoms])
-        return float(nodes.min()), float(nodes.max())
-
-    @property
-    def range_errors(self) -> tuple[float, float]:
-        """How far beyond `range` the least and the largest eigenvalue may lie, with a probability of 95 %.
-
-        An eigenvalue at t has a share in each probe of at most the Christoffel number of t, the largest mass at t that
-        the probe's moments allow. That is a chi-squared variable with one degree of freedom, divided by N; it is as
-        small in all probes as beyond these ends with a probability of 5 %. For probes of signs this supposes an
-        eigenvector with many entries: one with two equal entries is orthogonal to half of them.
-        """
-        if self.exact:
-            return self.resolution, self.resolution
-        mass = 2 * float(gammaincinv(0.5, _MISSED ** (1 / len(self.nodes)))) / self.size
-        low, high = beyond_ends(self._recurrences, self.nodes[self.weights > 0], self.range, mass)
-        return low + self.resolution, high + self.resolution
-
-    def mean(self, f: Callable[[Array], Any]) -> BoundedEstimate:
-        """Estimate the mean of f over all eigenvalues.
-
-        Parameters
-        ----------
-        f : callable
-            Of an array of eigenvalues, entry by entry; what it returns may have further axes behind. It is called with
-            numbers within `range` only.
-        """
-        integrals, known, scale = self._integrals(f, slice(None))
-        whole, change = integrals[:, 0], 2 * np.abs(integrals[:, 0] - integrals[:, 1])
-        others = np.delete(integrals, 1, axis=1)
-        low, high = np.minimum(others.min(1), whole - change), np.maximum(others.max(1), whole + change)
-        middle = np.where(np.isfinite(high - low), (low + high) / 2, whole)
-        return bounded_mean(middle, low, high, known, scale)
-
-    def _gauss(self, f: Callable[[Array], Any], exact: bool = False) -> BoundedEstimate:
-        """Return the mean of f by the Gauss rules, and their mean difference to those of half the steps as the error.
-
-        `exact` if f is known to be a polynomial of a degree that leaves none.
-        """
-        integrals, known, scale = self._integrals(f, slice(1) if exact else slice(2))
-        whole = integrals[:, 0]
-        change = 2 * np.abs((whole - integrals[:, -1]).mean(0)) if len(whole) else 0.0
-        return bounded_mean(whole, whole - change, whole + change, known, scale)
-
-    def _integrals(self, f: Callable[[Array], Any], rules: slice) -> tuple[Array, Any, Any]:
-        """Return f's integrals ``(K, R, ...)`` by some rules of each probe, what the atoms add, and the rounding."""
-        nodes, weights = (part[:, rules] for part in self._rules)
-        values = np.asarray(f(nodes), dtype=np.float64)
-        weights = weights.reshape(*weights.shape, *[1] * (values.ndim - 3))
-        of_atoms = np.asarray(f(self.atoms), dtype=np.float64)
-        magnitudes = np.abs(values[:, 0] * weights[:, 0]).sum(1).sum(0) / max(len(nodes), 1)
-        rounding = _EPS * (magnitudes + np.abs(of_atoms).sum(0) / self.size)
-        return (values * weights).sum(2), of_atoms.sum(0) / self.size, rounding
-
-    @property
-    def _lengths(self) -> Array:
-        """The number of nodes ``(K,)`` of each probe; 1 where it has no weight."""
-        lengths: Array = np.maximum((self.weights > 0).sum(1), 1)
-        return lengths
-
-    @functools.cached_property
-    def _recurrences(self) -> list[Recurrence | None]:
-        """The recurrence of each probe; None for a probe whose measure is its rule."""
-        lengths = self._lengths
-        # A run that ended by itself has met all that its probe sees, and a probe without weight sees nothing.
-        ended = (lengths < self.nodes.shape[1]) & self.complete
-        exact = ended | (lengths >= self.size - len(self.atoms)) | ~self.weights.any(1)
-        return recurrences(self.nodes, self.weights, self.recurrences, exact)
-
-    @functools.cached_property
-    def _rules(self) -> tuple[Array, Array]:
-        return all_rules(self.nodes, self.weights, self._recurrences)
-
-    @functools.cached_property
-    def _shares(self) -> ShareBounds:
-        found = []
-        for nodes, weights, recurrence in zip(self.nodes, self.weights, self._recurrences, strict=True):
-            if recurrence is None:
-                found.append(known_shares(nodes[weights > 0], weights[weights > 0]))
-            else:
-                found.append(recurrence.shares(number_of_rules(len(recurrence.alphas))))
-        atoms = known_shares(self.atoms, np.full(len(self.atoms), 1 / self.size))
-        return ShareBounds(found, atoms, self.resolution)
-
-    def apply(self, f: Callable[[Array], Any]) -> BoundedEstimate:
-        """Estimate the trace of f(A), the sum of f over all eigenvalues; see `mean`."""
-        return self._summed(self.mean(f))
-
-    def _summed(self, mean: BoundedEstimate) -> BoundedEstimate:
-        """Return the sum over all eigenvalues whose mean this is."""
-        return BoundedEstimate(*(self.size * number for number in (*mean, mean.low, mean.high)))
-
-    def moment(self, p: int) -> BoundedEstimate:
-        """Estimate the mean of the eigenvalues' p-th powers; the quadrature leaves nothing open if p < 2 m."""
-        exact = p in range(2 * int(self._lengths.min(initial=self.size)))
-
-        def power(values: Array) -> Array:
-            return values**p
-
-        return self._gauss(power, exact) if exact else self.mean(power)
-
-    def trace(self) -> BoundedEstimate:
-        """Estimate the trace, the sum of the eigenvalues."""
-        return self._summed(self.moment(1))
-
-    def logdet(self, damping: float) -> BoundedEstimate:
-        """Estimate the logarithm of the determinant of ``A + damping * I``.
-
-        Raises
-        ------
-        ValueError
-            Where the damped matrix is found not to be positive definite.
-        """
-        least = self.range[0]
-        if not least + damping > 0:
-            raise ValueError(
-                f"damping is {damping:g}, but there is an eigenvalue of {least:.3g} or less: take more for a logarithm"
-            )
-        return self.apply(lambda values: np.log(values + damping))
-
-    @property
-    def sigma(self) -> float:
-        """The standard deviation that drawing broadens nodes by: the width of the spectrum times 10^(-2.5) / 2.
-
-        It is that of Ghorbani, Krishnan, Xiao (2019), arXiv:1901.10159, for a spectrum between -1 and 1.
-        """
-        low, high = self.range
-        return float(0.5 * (high - low) * 1e-5**0.5) or max(abs(high), 1.0) * 1e-3
-
-    def grid(self, num_points: int = 1024, sigma: float | None = None) -> Array:
-        """Return points ``(num_points,)`` that reach over the whole spectrum and its broadening."""
-        low, high = self.range
-        margin = max(5 * (self.sigma if sigma is None else sigma), 0.02 * (high - low))
-        return np.linspace(low - margin, high + margin, num_points)
-
-    def pdf(self, grid: Any, sigma: float | None = None) -> BoundedEstimate:
-        """Estimate the density at points `grid` ``(n,)``, every node broadened to a normal distribution.
-
-        Parameters
-        ----------
-        grid : array_like, shape (n,)
-        sigma : float, optional
-            Its standard deviation, in the units of the eigenvalues; `self.sigma` by default.
-
-        Returns
-        -------
-        BoundedEstimate
-            Arrays ``(n,)``; the value is that of the Gauss quadrature, and integrates to about 1 over the line. What
-            the quadrature leaves open is estimated by the mean difference to the rule of half the steps: a picture of
-            the nodes, whose peaks need not be the spectrum's if `sigma` is less than their distance. For the number of
-            eigenvalues in an interval use `cdf`.
-        """
-        grid, sigma = np.asarray(grid, dtype=np.float64), self._width(sigma)
-        scale = sigma * (2 * np.pi) ** 0.5
-        return self._at(grid, lambda distances: np.exp(-0.5 * (distances / sigma) ** 2) / scale)
-
-    def cdf(self, grid: Any, sigma: float | None = None) -> BoundedEstimate:
-        """Estimate the share of the eigenvalues up to each point of `grid`.
-
-        Parameters
-        ----------
-        grid : array_like
-        sigma : float, optional
-            A standard deviation to broaden every eigenvalue by, as `pdf` does; by default, and for 0, there is none.
-
-        Returns
-        -------
-        BoundedEstimate
-            In the shape of `grid`. ``low`` and ``high`` are proved for each probe: every measure with its moments has a
-            share between them. Eigenvalues that equal a point to ``resolution`` are in ``high`` and not in ``low``: at
-            a multiple eigenvalue the share is that interval, and the value is its middle. So is that of a cluster that
-            the quadrature does not resolve. For a positive `sigma` the value is that of the Gauss quadrature.
-        """
-        grid = np.asarray(grid, dtype=np.float64)
-        if sigma is None or sigma == 0:
-            return self._shares.up_to(grid)
-        width = self._width(sigma)
-        return self._at(grid, lambda distances: ndtr(distances / width))
-
-    def quantile(self, shares: Any) -> BoundedEstimate:
-        """Estimate the eigenvalues up to which ``shares`` of all lie; 0.5 for the median.
-
-        Parameters
-        ----------
-        shares : array_like
-            Between 0 and 1.
-
-        Returns
-        -------
-        BoundedEstimate
-            In the shape of ``shares``, in the units of the eigenvalues. The value is where `cdf` reaches the share.
-            ``low`` and ``high`` are where its upper and its lower bound do: infinite if they do nowhere. The error is
-            half of the distance between the values for one error bar of `cdf` less and more (Woodruff, 1952), as it
-            is beside the value.
-
-        References
-        ----------
-        Woodruff (1952), "Confidence intervals for medians and other position measures", J. Amer. Statist. Assoc. 47.
-        """
-        shares = np.asarray(shares, dtype=np.float64)
-        if not ((shares >= 0) & (shares <= 1)).all():
-            raise ValueError(f"shares is {shares}, but must be between 0 and 1")
-        return self._shares.quantile(shares, self.range)
-
-    def _width(self, sigma: float | None) -> float:
-        sigma = self.sigma if sigma is None else sigma
-        if not real_number("sigma", sigma) > 0:
-            raise ValueError(f"sigma is {sigma}, but must be positive")
-        return float(sigma)
-
-    def _at(self, grid: Array, function: Callable[[Array], Any]) -> BoundedEstimate:
-        """Return the mean of a function of ``grid - eigenvalue``; point by point, as all at once take K m n numbers."""
-
-        def at(point: float) -> tuple[Any, ...]:
-            found = self._gauss(lambda values: function(point - values))
-            return *found, found.low, found.high
-
-        found = np.array([at(point) for point in grid.reshape(-1)]).reshape(-1, 4).T
-        return BoundedEstimate(*(numbers.reshape(grid.shape)[()] for numbers in found))
-
-    @property
-    def arrays(self) -> dict[str, Array]:
-        """All of it as arrays, by name."""
-        return {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
-
-    @classmethod
-    def of_arrays(cls, arrays: Mapping[str, Array]) -> Self:
-        """Return the density that these `arrays` are of."""
-        kinds: dict[str, Any] = {"size": int, "num_products": int, "complete": bool, "resolution": float}
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: kinds.get(name, np.asarray)(arrays[name]) for name in names})
-
-    def save(self, path: str | Path) -> None:
-        """Write it to an ``.npz`` file, which appears only when it is complete."""
-        save_arrays(Path(path), **self.arrays)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what `save` has written; nothing in the file is executed."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls.of_arrays(load_arrays(path, names, "SpectralDensity.save"))
-
-    def plot(self, ax: Any = None, log: bool = True) -> Any:
-        """Draw the density; see `curvop.spectrum.plots.plot_density`."""
-        from curvop.spectrum.plots import plot_density
-
-        return plot_density(self, ax, log)
-
-    def __str__(self) -> str:
-        low, high = self.range
-        if self.exact:
-            return (
-                f"{self.size:,} eigenvalues between {low:.3g} and {high:.3g}, trace {self.trace().value:.6g}: "
-                f"all known, {self.num_products:,} products"
-            )
-        return (
-            f"{self.size:,} eigenvalues between about {low:.3g} and {high:.3g}, trace {self.trace()}: "
-            f"{len(self.nodes)} probes of {self.num_steps} steps, {self.num_products:,} products"
-        )
-
-
-# Stochastic Lanczos quadrature.
+_MISS_PROBABILITY = 0.05  # probability that an eigenvalue lies beyond `SpectralDensity.range_errors`
 
 
 def density(
@@ -397,175 +75,826 @@ def density(
     seconds: float | None = None,
     progress: bool = True,
 ) -> SpectralDensity:
-    r"""Estimate the density of a symmetric operator's eigenvalues by stochastic Lanczos quadrature.
+    r"""Estimate the spectral density of a symmetric operator by stochastic Lanczos quadrature.
 
-    Every probe is a vector of random signs; the Lanczos process from it gives a Gauss quadrature for the eigenvalues,
-    exact for polynomials up to degree 2 m - 1 in what it sees. The recurrences are in float64 (where `A` is float32, in
-    that: half the memory, half the time) and keep their vectors orthogonal, so that an outlier counts once; all probes
-    take their steps together, with one block product. The Wasserstein distance between the density and the spectrum
-    falls as 1 / m, and with the probes as :math:`1 / \sqrt{K N}` (Chen, Trogdon, Ubaru, 2021).
-
-    Of use for the shape of a spectrum, and for the trace of any function of the matrix. For single eigenvalues with
-    proof take `eigsh`; for a trace or a norm alone, with fewer products where eigenvalues decay, `trace` and
-    `frobenius_norm`.
+    Use `density` to see the shape of a spectrum, and to estimate the fraction of eigenvalues in an interval or the
+    trace of any function of the matrix. Use `eigsh` for single eigenvalues with proven error bounds. If only the trace
+    or the Frobenius norm is needed and the eigenvalues decay, use `trace` or `frobenius_norm`, which need fewer
+    products.
 
     Parameters
     ----------
     A : LinearOperator, shape (N, N)
-        Real, symmetric.
+        Real and symmetric.
     num_probes : int
-        K; error bars need two.
+        Number K of random vectors. Error bars require at least two vectors.
     num_steps : int
-        m, at most N. Outliers need some 10, the fine structure of the bulk as many as there is patience for.
+        Number m of Lanczos steps per probe, at most N. About 10 steps are enough for outliers. More steps resolve finer
+        structure in the bulk of the spectrum.
     rng : int or numpy.random.Generator, optional
-        Of the probes, which are the same on every device; None for others in every run.
+        Seed or generator of the probes. The same seed gives the same probes on every device; None gives different
+        probes in every run.
     deflate : int
-        So many eigenvalues of largest magnitude are found by `eigsh`, taken out, and added back as what they are
-        (Papyan, 2018): sharper where a few outliers are of interest, and the probes' spread no longer stems from them.
-        To find them takes its time, whatever `seconds` says; they are certified, with a warning where one may be
-        missing, and recorded in a checkpoint when all of them are found.
+        Number k of eigenvalues of largest magnitude that are computed exactly (Papyan, 2018). `eigsh` finds and
+        certifies these eigenvalues, the probes are made orthogonal to the eigenvectors, and the result stores the
+        eigenvalues as ``atoms``. If the spectrum has a few outliers, deflation reduces the spread between the probes.
+        The time limit ``seconds`` does not apply to the search for the k eigenvalues. A checkpoint records the
+        eigenvalues once all k are found.
     memory : int, optional
-        Bytes for the bases, 8 N m and some for each probe, half of it where `A` is float32, and for `deflate` vectors
-        of 8 N (12 N where `A` is float32); by default half of what is free. Where they do not fit, probes take turns.
+        Number of bytes for the Lanczos bases and the deflated eigenvectors; half of the free memory by default. Each
+        probe needs about 8 N m bytes (4 N m if `A` is float32). Each deflated eigenvector needs 8 N bytes (12 N if `A`
+        is float32). If the bases of all probes do not fit, the probes are processed in groups.
     checkpoint : str or path, optional
-        A directory where every step is recorded. A run that was killed takes its steps up again from there, called in
-        the same way with the same seed, and ends with the same bits as one that was not (where products repeat to the
-        last bit: this package's do with ``columns=1``, or any fixed number). It keeps 8 N bytes for each step of the
-        probes that are under way, and nodes and weights of those that are done.
+        Directory in which every step is recorded. If a run is killed, call `density` again with the same arguments and
+        the same seed. The second call continues from the last recorded step. If the products are bitwise reproducible,
+        the result is bitwise identical to that of an uninterrupted run. The products of curvop's operators are bitwise
+        reproducible if ``columns`` is 1 or any other fixed number. The directory holds 8 N bytes for each step of each
+        probe in progress, and the nodes and weights of the finished probes.
     seconds : float, optional
-        End after so long with the steps that there are, a new one at least: a density of fewer of them. With a
-        checkpoint it can be taken up again.
+        Time limit. A run that reaches the limit returns a result with fewer steps or probes, but with at least one
+        step. To continue, repeat the call with the same checkpoint.
     progress : bool
-        Count products on a bar.
+        Show a progress bar that counts products.
 
     Returns
     -------
     SpectralDensity
+        Nodes and weights of the quadratures, with methods for fractions of eigenvalues, quantiles and traces.
 
     Raises
     ------
     ValueError, TypeError
-        For arguments that cannot be, and where a product is not finite.
+        If an argument is invalid or a product is not finite.
     ValueError, RecordFileError, OSError
-        Where the checkpoint is of something else (naming it), in use, damaged, or cannot be written.
+        If the checkpoint belongs to another computation (the message names the difference), is in use by another
+        process, is damaged, or cannot be written.
     MemoryError
-        Where the deflated vectors and the basis of a single probe do not fit, before anything is computed.
+        If the deflated eigenvectors and the basis of one probe do not fit into the memory. The check precedes all
+        computations.
+    RuntimeError
+        If fewer than ``deflate`` eigenvalues converge.
+
+    Warns
+    -----
+    RuntimeWarning
+        If the certificate of the deflated eigenvalues shows that `eigsh` may have missed an eigenvalue.
+
+    See Also
+    --------
+    eigsh : Find and certify eigenvalues at one end of the spectrum.
+    trace : Estimate the trace of a matrix whose eigenvalues decay.
+    frobenius_norm : Estimate the Frobenius norm of a matrix.
+    blocks : Estimate the densities of all diagonal blocks of a curvature matrix.
+
+    Notes
+    -----
+    Each probe is a vector v of random signs. The probe defines a measure on the spectrum: the integral of a function f
+    over this measure is :math:`v^\top f(A) \, v / N`. Starting from v, m steps of the Lanczos process give a Gauss
+    quadrature with m nodes, which is exact for polynomials up to degree 2 m - 1. The cost is K m products. Each step
+    advances all probes with one block product.
+
+    The Lanczos process runs in float64, or in float32 if `A` is float32. Float32 halves the memory and the time. The
+    basis vectors are kept orthogonal, so that no outlier appears more than once.
+
+    The Wasserstein distance between the density and the spectrum decreases as 1 / m with the number of steps, and as
+    :math:`1 / \sqrt{K N}` with the number of probes (Chen, Trogdon, Ubaru, 2021).
 
     References
     ----------
-    Ubaru, Chen, Saad (2017), SIAM J. Matrix Anal. Appl. 38(4), algorithm 1; Ghorbani, Krishnan, Xiao (2019),
-    arXiv:1901.10159; Papyan (2018), arXiv:1811.07062; Chen, Trogdon, Ubaru (2021), arXiv:2105.06595.
+    Ubaru, Chen, Saad (2017), "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J. Matrix Anal.
+    Appl. 38(4), algorithm 1. Ghorbani, Krishnan, Xiao (2019), "An investigation into neural net optimization via
+    Hessian eigenvalue density", arXiv:1901.10159. Papyan (2018), "The full spectrum of deepnet Hessians at scale",
+    arXiv:1811.07062. Chen, Trogdon, Ubaru (2021), "Analysis of stochastic Lanczos quadrature for spectrum
+    approximation", arXiv:2105.06595.
+
+    Examples
+    --------
+    Compare the density of a small network's Hessian with the exact eigenvalues:
+
+    >>> import numpy as np
+    >>> import torch
+    >>> from curvop import HessianLinearOperator, spectrum
+    >>> rng = np.random.default_rng(0)
+    >>> X, y = torch.from_numpy(rng.normal(size=(50, 10))), torch.from_numpy(rng.integers(3, size=50))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(10, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).double()
+    >>> params = dict(model.named_parameters())
+    >>> with torch.no_grad():
+    ...     for p in params.values():
+    ...         _ = p.copy_(torch.from_numpy(rng.normal(size=tuple(p.shape)) / 4))
+    >>> H = HessianLinearOperator(model, torch.nn.CrossEntropyLoss(), params, [(X, y)])
+    >>> found = spectrum.density(H, num_probes=4, num_steps=30, progress=False)
+    >>> exact = np.linalg.eigvalsh(H @ np.eye(H.shape[1]))
+    >>> trace = found.trace()
+    >>> bool(abs(trace.value - exact.sum()) < 4 * trace.error)
+    True
+    >>> share = found.cdf(0.1)
+    >>> bool(abs(share.value - (exact <= 0.1).mean()) < 4 * share.error)
+    True
+    >>> bool(abs(found.range[1] - exact[-1]) < 1e-8)
+    True
     """
-    until = end_of(seconds)
+    until = deadline_after(seconds)
     A = real_operator(A)
-    _check(A, num_probes, num_steps, deflate)
+    _check_arguments(A, num_probes, num_steps, deflate)
     size, device = A.shape[0], device_of(A)
     num_steps = min(num_steps, size - deflate)
-    at_once = runs_at_once(A, num_probes, num_steps, _left_for_runs(A, deflate, memory))
+    at_once = runs_at_once(A, num_probes, num_steps, _memory_for_bases(A, deflate, memory))
     generator = random_generator(rng)
     seed = json.dumps(generator.bit_generator.state, default=str)
     signs = generator.choice(np.array([-1, 1], dtype=np.int8), (num_probes, size))
 
     def settings() -> dict[str, str]:
-        asked = {"num_probes": num_probes, "num_steps": num_steps, "deflate": deflate}
+        arguments = {"num_probes": num_probes, "num_steps": num_steps, "deflate": deflate}
         seeded = {"rng": hashlib.blake2b(seed.encode(), digest_size=16).hexdigest()}
-        return fingerprint(A) | {name: str(value) for name, value in asked.items()} | seeded
+        return fingerprint(A) | {name: str(value) for name, value in arguments.items()} | seeded
 
-    kept = Checkpoint(checkpoint, settings)
-    at_once = kept.fixed("probes at once", at_once)  # whatever memory is free today: other blocks round otherwise
+    record = Checkpoint(checkpoint, settings)
+    # Keep the group size of the first run, because block products of another width round differently.
+    at_once = record.setdefault("probes at once", at_once)
     total = num_probes * num_steps
     with (
-        contextlib.closing(kept),
+        contextlib.closing(record),
         step_bar("density", progress, total) as bar,
     ):
-        values, vectors, taken = kept.deflated(lambda: _largest(A, deflate, memory, progress))
-        known = torch.from_numpy(vectors).to(device) if deflate else None
+        values, vectors, num_products = record.deflated_eigenpairs(
+            lambda: _deflated_eigenpairs(A, deflate, memory, progress)
+        )
+        deflated = torch.from_numpy(vectors).to(device) if deflate else None
         nodes, weights = np.zeros((num_probes, num_steps)), np.zeros((num_probes, num_steps))
-        recurrences = np.zeros((num_probes, 2, num_steps))
-        done, whole, idle = kept.groups(), True, True
+        entries = np.zeros((num_probes, 2, num_steps))
+        finished, complete, idle = record.finished_groups(), True, True
         for first in range(0, num_probes, at_once):
             group = slice(first, min(first + at_once, num_probes))
-            if first in done:
-                bar.update(int(done[first][2].sum()))
+            if first in finished:
+                bar.update(int(finished[first][2].sum()))
             elif not idle and time.monotonic() > until:
-                nodes, weights, recurrences, whole = nodes[:first], weights[:first], recurrences[:first], False
+                nodes, weights, entries, complete = nodes[:first], weights[:first], entries[:first], False
                 break
             else:
                 probes = torch.from_numpy(signs[group]).to(device).to(torch.float64)
-                if known is not None:
-                    probes -= (probes @ known.T) @ known
-                # A step at least, so that whoever comes back again and again gets on.
-                done[first], complete = _quadrature(A, probes, num_steps, known, kept, first, bar, until, idle)
+                if deflated is not None:
+                    probes -= (probes @ deflated.T) @ deflated
+                # `idle` allows at least one step per call, so that repeated calls with short time limits make progress.
+                finished[first], group_complete = _quadrature(
+                    A, probes, num_steps, deflated, record, first, bar, until, idle
+                )
                 idle = False
-                whole = whole and complete
-                if complete:
-                    kept.finish(first, *done[first])
-            nodes[group], weights[group], lengths, recurrences[group] = done[first]
-            taken += int(lengths.sum())
-    longest = max(int(lengths.max()) for _, _, lengths, _ in done.values())
-    if whole:  # a weight of 0 tells of each probe that it ended by itself
+                complete = complete and group_complete
+                if group_complete:
+                    record.finish_group(first, *finished[first])
+            nodes[group], weights[group], lengths, entries[group] = finished[first]
+            num_products += int(lengths.sum())
+    longest = max(int(lengths.max()) for _, _, lengths, _ in finished.values())
+    if complete:  # keep the trailing weight of 0 that marks a probe with an invariant subspace
         longest = min(longest + 1, num_steps)
-    nodes, weights, recurrences = nodes[:, :longest], weights[:, :longest], recurrences[:, :, :longest]
+    nodes, weights, entries = nodes[:, :longest], weights[:, :longest], entries[:, :, :longest]
     scale = max(np.abs(nodes).max(), np.abs(values).max(initial=0.0))
-    return SpectralDensity(size, nodes, weights, values, taken, whole, recurrences, float(resolution(A) * scale))
+    return SpectralDensity(size, nodes, weights, values, num_products, complete, entries, float(resolution(A) * scale))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SpectralDensity:
+    r"""The spectral density of a matrix, estimated by stochastic Lanczos quadrature.
+
+    The function `density` returns this class. The methods of this class estimate the fraction of eigenvalues in an
+    interval, quantiles and moments of the spectrum, and the trace of a function of the matrix. The methods need no
+    further products with the matrix. Each method returns a `BoundedEstimate`. The error bar of the estimate has two
+    sources. The first is the spread between the probes, which decreases with more probes. The second is the distance
+    between the bounds ``low`` and ``high`` of the quadrature, which decreases with more steps.
+
+    Attributes
+    ----------
+    size : int
+        Number N of eigenvalues.
+    nodes, weights : ndarray, shape (K, m)
+        Nodes and weights of each probe's Gauss quadrature, in the units of the eigenvalues. The weights of a probe sum
+        to 1, or to about ``1 - k / N`` if there are k atoms. If the Lanczos run of a probe stops early, the rest of the
+        probe's row has weights of 0. In a complete density, a run stops early only if it has found an invariant
+        subspace.
+    atoms : ndarray, shape (k,)
+        Eigenvalues that are known exactly. The quadratures describe the other eigenvalues. If all N eigenvalues are
+        known, there are no probes.
+    num_products : int
+        Number of products used to compute the density.
+    complete : bool
+        True if all steps were taken, False if the time limit ended the run.
+    recurrences : ndarray, shape (K, 2, m)
+        Diagonals and off-diagonals of the tridiagonal matrices from which the nodes and weights were computed. If the
+        array is empty, the matrices are recovered from the nodes and weights. The recovered matrices are less accurate
+        if a weight is below the square of the precision.
+    resolution : float
+        Eigenvalues closer together than this distance cannot be distinguished, because of rounding in the products.
+
+    See Also
+    --------
+    density : Estimate the density of an operator.
+
+    Notes
+    -----
+    Each of the K probes defines a measure on the spectrum. The integral of a function f over this measure has the
+    expected value :math:`\frac{1}{N} \operatorname{tr} f(A)`. After m Lanczos steps, a Gauss quadrature :math:`\sum_j
+    w_j \delta(\theta_j)` has the same moments as the measure up to degree 2 m - 1. Nodes and weights are stored without
+    smoothing. The nodes are broadened only by `pdf`, by `plot`, and by `cdf` with a positive ``sigma``.
+
+    The bounds ``low`` and ``high`` enclose the integrals of f over other measures with the same moments. The value is
+    the midpoint of the bounds. The error is ``sqrt(s**2 + ((high - low) / 4)**2)`` with the standard error s, so that
+    the distance from the value to each bound is at most twice the error. The standard error requires at least two
+    probes. If ``low`` equals ``high``, the true value is within two standard errors in 95% of runs with many probes,
+    and in 91% of runs with 8 probes (Student's t). These percentages are lower if a few eigenvalues dominate.
+
+    For `cdf` and `quantile`, the bounds are proven: they hold for every measure with the same moments (Chebyshev,
+    Markov, Stieltjes). For `mean` and `apply`, the bounds are estimates, which combine two criteria. First, the bounds
+    contain the integrals of f over a family of measures with the same moments. This criterion covers a step or a kink
+    of f between the nodes. Second, the distance from the result of the Gauss quadrature of m steps to each bound is at
+    least twice the difference between the results of m and m / 2 steps. This criterion measures the error for a smooth
+    f (Golub, Strakos, 1994, for the inverse). The estimated bounds are too narrow if doubling the number of steps
+    hardly improves the quadrature. An example is the logarithm of eigenvalues that decay to zero over many orders of
+    magnitude.
+
+    For polynomials up to degree m - 1, and for probes that found an invariant subspace, ``low`` equals ``high`` up to
+    rounding. After a single step, all errors are NaN, except the error of the trace.
+
+    References
+    ----------
+    Golub, Meurant (2010), "Matrices, Moments and Quadrature with Applications", Princeton University Press, chapter 6.
+    Golub, Strakos (1994), "Estimates in quadratic formulas", Numer. Algorithms 8. Gautschi (2004), "Orthogonal
+    Polynomials: Computation and Approximation", Oxford University Press.
+
+    Examples
+    --------
+    Log-determinant and median eigenvalue of a positive definite matrix with evenly spaced eigenvalues:
+
+    >>> import numpy as np
+    >>> from curvop.spectrum import density
+    >>> A = np.diag(np.linspace(1, 2, 500))
+    >>> found = density(A, num_probes=8, num_steps=20, progress=False)
+    >>> logdet = found.apply(np.log)
+    >>> bool(abs(logdet.value - np.log(np.diag(A)).sum()) < 4 * logdet.error)
+    True
+    >>> median = found.quantile(0.5)
+    >>> bool(median.low < 1.5 < median.high)
+    True
+    """
+
+    size: int
+    nodes: Array
+    weights: Array
+    atoms: Array
+    num_products: int
+    complete: bool = True
+    recurrences: Array = dataclasses.field(default_factory=lambda: np.zeros((0, 2, 0)))
+    resolution: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """True if all eigenvalues are known exactly. All estimates are then exact up to rounding."""
+        return len(self.atoms) == self.size
+
+    @property
+    def num_steps(self) -> int:
+        """Number of Lanczos steps of the longest run."""
+        return int(self._num_nodes.max(initial=0))
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest value among the atoms and the nodes with a positive weight.
+
+        The extreme eigenvalues may lie outside of this range. For each end, the distance from the range to the extreme
+        eigenvalue is at most the entry of `range_errors`, with a probability of 95%.
+        """
+        nodes = np.concatenate([self.nodes[self.weights > 0], self.atoms])
+        return float(nodes.min()), float(nodes.max())
+
+    @property
+    def range_errors(self) -> tuple[float, float]:
+        """Bounds for the distances from `range` to the smallest and to the largest eigenvalue.
+
+        Each bound holds with a probability of 95%.
+
+        Notes
+        -----
+        The weight of an eigenvalue t in a probe is at most the Christoffel number of t, which follows from the moments
+        of the probe. At the same time, the weight is a chi-squared variable with one degree of freedom, divided by N.
+        With a probability of only 5%, the weights in all probes are below a threshold that follows from this
+        distribution. Beyond the returned distances, the Christoffel numbers of all probes are below this threshold.
+
+        For probes of random signs, the chi-squared distribution is an approximation that requires eigenvectors with
+        many nonzero entries. For example, an eigenvector with two equal entries and zeros elsewhere is orthogonal to
+        half of all probes.
+        """
+        if self.exact:
+            return self.resolution, self.resolution
+        mass = 2 * float(gammaincinv(0.5, _MISS_PROBABILITY ** (1 / len(self.nodes)))) / self.size
+        low, high = beyond_ends(self._recurrences, self.nodes[self.weights > 0], self.range, mass)
+        return low + self.resolution, high + self.resolution
+
+    def mean(self, f: Callable[[Array], Any]) -> BoundedEstimate:
+        r"""Estimate the mean of a function over all eigenvalues, :math:`\frac{1}{N} \operatorname{tr} f(A)`.
+
+        To estimate the fraction of eigenvalues in an interval, use `cdf` instead of an indicator function, because the
+        bounds of `cdf` are proven.
+
+        Parameters
+        ----------
+        f : callable
+            Function that is applied elementwise to an array of eigenvalues. The result may have additional trailing
+            axes. The function is only evaluated within `range`.
+
+        Returns
+        -------
+        BoundedEstimate
+            Floats, or arrays with the shape of the additional axes.
+        """
+        integrals, from_atoms, rounding = self._integrals(f, slice(None))
+        gauss, change = integrals[:, 0], 2 * np.abs(integrals[:, 0] - integrals[:, 1])
+        others = np.delete(integrals, 1, axis=1)
+        low, high = np.minimum(others.min(1), gauss - change), np.maximum(others.max(1), gauss + change)
+        middle = np.where(np.isfinite(high - low), (low + high) / 2, gauss)
+        return bounded_mean(middle, low, high, from_atoms, rounding)
+
+    def apply(self, f: Callable[[Array], Any]) -> BoundedEstimate:
+        """Estimate the trace of f(A), the sum of a function over all eigenvalues.
+
+        Parameters
+        ----------
+        f : callable
+            Function that is applied elementwise to an array of eigenvalues. The result may have additional trailing
+            axes. The function is only evaluated within `range`.
+
+        Returns
+        -------
+        BoundedEstimate
+            Floats, or arrays with the shape of the additional axes.
+
+        Examples
+        --------
+        The effective dimension of a ridge regression:
+
+        >>> import numpy as np
+        >>> from curvop.spectrum import density
+        >>> A = np.diag(np.logspace(-6, 0, 200))
+        >>> found = density(A, progress=False)
+        >>> dimension = found.apply(lambda values: values / (values + 1e-3))
+        >>> bool(abs(dimension.value - (np.diag(A) / (np.diag(A) + 1e-3)).sum()) < 2 * dimension.error)
+        True
+        """
+        return self._times_size(self.mean(f))
+
+    def moment(self, p: int) -> BoundedEstimate:
+        """Estimate the mean of the p-th powers of all eigenvalues.
+
+        Parameters
+        ----------
+        p : int
+            Degree of the moment. If p < 2 m, the quadrature is exact, and the error comes only from the spread between
+            the probes.
+
+        Returns
+        -------
+        BoundedEstimate
+            Floats.
+        """
+        exact = p in range(2 * int(self._num_nodes.min(initial=self.size)))
+
+        def power(values: Array) -> Array:
+            return values**p
+
+        return self._gauss_mean(power, exact) if exact else self.mean(power)
+
+    def trace(self) -> BoundedEstimate:
+        """Estimate the trace, the sum of all eigenvalues.
+
+        Returns
+        -------
+        BoundedEstimate
+            Floats. The quadrature is exact for the trace, so that the error comes only from the spread between the
+            probes.
+        """
+        return self._times_size(self.moment(1))
+
+    def logdet(self, damping: float) -> BoundedEstimate:
+        """Estimate the logarithm of the determinant of ``A + damping * I``.
+
+        Parameters
+        ----------
+        damping : float
+            Multiple of the identity that is added to the matrix.
+
+        Returns
+        -------
+        BoundedEstimate
+            Floats.
+
+        Raises
+        ------
+        ValueError
+            If the smallest node shows that the damped matrix is not positive definite.
+        """
+        smallest = self.range[0]
+        if not smallest + damping > 0:
+            raise ValueError(
+                f"damping is {damping:g}, but A has an eigenvalue of {smallest:.3g} or less: pass a larger "
+                "damping, for which A + damping * I is positive definite"
+            )
+        return self.apply(lambda values: np.log(values + damping))
+
+    @property
+    def sigma(self) -> float:
+        """Default standard deviation of the normal distributions that replace the nodes in `pdf`.
+
+        The default is the width of `range` times 10^(-2.5) / 2. For a spectrum between -1 and 1, this default equals
+        the standard deviation of Ghorbani, Krishnan, Xiao (2019), arXiv:1901.10159.
+        """
+        low, high = self.range
+        return float(0.5 * (high - low) * 1e-5**0.5) or max(abs(high), 1.0) * 1e-3
+
+    def grid(self, num_points: int = 1024, sigma: float | None = None) -> Array:
+        """Return evenly spaced points that cover the broadened spectrum.
+
+        Parameters
+        ----------
+        num_points : int
+            Number of points.
+        sigma : float, optional
+            Standard deviation that will be passed to `pdf`, in the units of the eigenvalues; `SpectralDensity.sigma` by
+            default.
+
+        Returns
+        -------
+        ndarray, shape (num_points,)
+            Points in increasing order.
+        """
+        low, high = self.range
+        margin = max(5 * (self.sigma if sigma is None else sigma), 0.02 * (high - low))
+        return np.linspace(low - margin, high + margin, num_points)
+
+    def pdf(self, grid: Any, sigma: float | None = None) -> BoundedEstimate:
+        """Estimate the probability density of the eigenvalues, with every node broadened to a normal distribution.
+
+        Use `pdf` for plots. To estimate the number of eigenvalues in an interval, use `cdf`.
+
+        Parameters
+        ----------
+        grid : array_like, shape (n,)
+            Points, in the units of the eigenvalues.
+        sigma : float, optional
+            Standard deviation of the normal distributions, in the units of the eigenvalues; `SpectralDensity.sigma` by
+            default.
+
+        Returns
+        -------
+        BoundedEstimate
+            Arrays with the shape of ``grid``. The value is the broadened Gauss quadrature, which integrates to about 1
+            over the real line. The bounds are estimated from the difference between the quadratures of m and m / 2
+            steps, averaged over the probes.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``sigma`` is not a positive number.
+
+        Notes
+        -----
+        If ``sigma`` is smaller than the distance between nodes, each peak shows a single node and need not be a feature
+        of the spectrum.
+        """
+        grid, sigma = np.asarray(grid, dtype=np.float64), self._checked_sigma(sigma)
+        scale = sigma * (2 * np.pi) ** 0.5
+        return self._pointwise(grid, lambda distances: np.exp(-0.5 * (distances / sigma) ** 2) / scale)
+
+    def cdf(self, grid: Any, sigma: float | None = None) -> BoundedEstimate:
+        """Estimate the fraction of eigenvalues that are less than or equal to each point.
+
+        Parameters
+        ----------
+        grid : array_like
+            Points, in the units of the eigenvalues.
+        sigma : float, optional
+            Standard deviation of the normal distributions that replace the nodes, as in `pdf`. If it is None (default)
+            or 0, the nodes are not broadened.
+
+        Returns
+        -------
+        BoundedEstimate
+            Floats, or arrays with the shape of ``grid``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``sigma`` is not a nonnegative number.
+
+        Notes
+        -----
+        The bounds are proven for each probe: any measure with the same moments has a fraction between ``low`` and
+        ``high``. An eigenvalue within ``resolution`` of a point counts in ``high`` but not in ``low``. At a multiple
+        eigenvalue, or at a cluster that the quadrature does not resolve, the bounds therefore differ by the fraction of
+        all eigenvalues that have this value or lie in this cluster. The value is the midpoint of the bounds.
+
+        If ``sigma`` is positive, the value is computed from the broadened Gauss quadrature. The bounds are then
+        estimated from the difference between the quadratures of m and m / 2 steps, averaged over the probes.
+
+        Examples
+        --------
+        The fraction of negative eigenvalues:
+
+        >>> import numpy as np
+        >>> from curvop.spectrum import density
+        >>> A = np.diag(np.r_[np.linspace(-2, -1, 100), np.linspace(1, 5, 300)])
+        >>> found = density(A, progress=False)
+        >>> print(f"{found.cdf(0.0).value:.3f}")
+        0.250
+        """
+        grid = np.asarray(grid, dtype=np.float64)
+        if sigma is None or sigma == 0:
+            return self._shares.up_to(grid)
+        width = self._checked_sigma(sigma)
+        return self._pointwise(grid, lambda distances: ndtr(distances / width))
+
+    def quantile(self, shares: Any) -> BoundedEstimate:
+        """Estimate quantiles of the eigenvalues, for example the median.
+
+        Parameters
+        ----------
+        shares : array_like
+            Fractions of all eigenvalues, between 0 and 1. A fraction of 0.5 gives the median.
+
+        Returns
+        -------
+        BoundedEstimate
+            Floats, or arrays with the shape of ``shares``, in the units of the eigenvalues. The value is the point at
+            which `cdf` reaches the fraction. ``low`` is the point at which the upper bound of `cdf` reaches the
+            fraction, and ``high`` is the point at which the lower bound of `cdf` reaches the fraction. If one of these
+            points does not exist, ``low`` or ``high`` is infinite. The error is half of the distance between the
+            quantiles for the fractions ``shares - e`` and ``shares + e``, where e is the error of `cdf` next to the
+            value (Woodruff, 1952).
+
+        Raises
+        ------
+        ValueError
+            If a fraction is not between 0 and 1.
+
+        References
+        ----------
+        Woodruff (1952), "Confidence intervals for medians and other position measures", J. Amer. Statist. Assoc. 47.
+        """
+        shares = np.asarray(shares, dtype=np.float64)
+        if not ((shares >= 0) & (shares <= 1)).all():
+            raise ValueError(f"shares is {shares}, but must be between 0 and 1")
+        return self._shares.quantile(shares, self.range)
+
+    def plot(self, ax: Any = None, log: bool = True) -> Any:
+        """Plot the density with its error band, and the atoms as lines. Requires matplotlib.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            Axes to draw into. By default, a new figure is created.
+        log : bool
+            If True, use a logarithmic axis for the density, so that single eigenvalues are visible next to thousands of
+            others.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+            The axes that contain the plot.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+
+        Notes
+        -----
+        If the error band is as wide as the peaks are high, the peaks show single nodes. To see the shape of the
+        spectrum, compute the density with more steps, or plot `pdf` with a larger ``sigma``.
+        """
+        from curvop.spectrum.plots import plot_density
+
+        return plot_density(self, ax, log)
+
+    def save(self, path: str | Path) -> None:
+        """Save the density to an ``.npz`` file.
+
+        The file appears under its name only after all data are written.
+
+        Parameters
+        ----------
+        path : str or path
+            Name of the file.
+        """
+        save_arrays(Path(path), **self.arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Load a density from a file written by `save`.
+
+        Loading a file never executes code from it.
+
+        Parameters
+        ----------
+        path : str or path
+            Name of the file.
+
+        Returns
+        -------
+        SpectralDensity
+            The density that was saved.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged or was not written by `save`.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls.of_arrays(load_arrays(path, names, "SpectralDensity.save"))
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """Dictionary of all attributes, converted to arrays."""
+        return {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, Array]) -> Self:
+        """Create a density from the arrays of its attributes.
+
+        Parameters
+        ----------
+        arrays : mapping of str to ndarray
+            Arrays of all attributes by name, as returned by the property `arrays`.
+
+        Returns
+        -------
+        SpectralDensity
+            The density.
+        """
+        kinds: dict[str, Any] = {"size": int, "num_products": int, "complete": bool, "resolution": float}
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: kinds.get(name, np.asarray)(arrays[name]) for name in names})
+
+    def __str__(self) -> str:
+        low, high = self.range
+        if self.exact:
+            return (
+                f"{self.size:,} eigenvalues between {low:.3g} and {high:.3g}, trace {self.trace().value:.6g}: "
+                f"all known, {self.num_products:,} products"
+            )
+        return (
+            f"{self.size:,} eigenvalues between about {low:.3g} and {high:.3g}, trace {self.trace()}: "
+            f"{len(self.nodes)} probes of {self.num_steps} steps, {self.num_products:,} products"
+        )
+
+    def _times_size(self, mean: BoundedEstimate) -> BoundedEstimate:
+        """Convert an estimate of the mean over all eigenvalues into an estimate of the sum."""
+        return BoundedEstimate(*(self.size * number for number in (*mean, mean.low, mean.high)))
+
+    def _gauss_mean(self, f: Callable[[Array], Any], exact: bool = False) -> BoundedEstimate:
+        """Estimate the mean of f over all eigenvalues by the Gauss rules.
+
+        The bounds are estimated from the difference between the rules of m and m / 2 steps, averaged over the probes.
+
+        Parameters
+        ----------
+        f : callable
+            Function that is applied elementwise to an array of eigenvalues.
+        exact : bool
+            True if f is known to be a polynomial that the Gauss rules integrate exactly.
+        """
+        integrals, from_atoms, rounding = self._integrals(f, slice(1) if exact else slice(2))
+        gauss = integrals[:, 0]
+        change = 2 * np.abs((gauss - integrals[:, -1]).mean(0)) if len(gauss) else 0.0
+        return bounded_mean(gauss, gauss - change, gauss + change, from_atoms, rounding)
+
+    def _integrals(self, f: Callable[[Array], Any], rules: slice) -> tuple[Array, Any, Any]:
+        """Integrate f with several quadrature rules of each probe, and sum f over the atoms.
+
+        The slice `rules` selects R of the rules that `all_rules` returns. Return the integrals of shape ``(K, R,
+        ...)``, the sum of f over the atoms divided by N, and an estimate of the rounding errors.
+        """
+        nodes, weights = (part[:, rules] for part in self._rules)
+        values = np.asarray(f(nodes), dtype=np.float64)
+        weights = weights.reshape(*weights.shape, *[1] * (values.ndim - 3))
+        at_atoms = np.asarray(f(self.atoms), dtype=np.float64)
+        magnitudes = np.abs(values[:, 0] * weights[:, 0]).sum(1).sum(0) / max(len(nodes), 1)
+        rounding = _EPS * (magnitudes + np.abs(at_atoms).sum(0) / self.size)
+        return (values * weights).sum(2), at_atoms.sum(0) / self.size, rounding
+
+    def _pointwise(self, grid: Array, function: Callable[[Array], Any]) -> BoundedEstimate:
+        """Estimate the mean of ``function(point - eigenvalue)`` over all eigenvalues, for each point of the grid.
+
+        The points are processed one at a time, because all n points together would need memory for K m n numbers.
+        """
+
+        def at_point(point: float) -> tuple[Any, ...]:
+            mean = self._gauss_mean(lambda values: function(point - values))
+            return *mean, mean.low, mean.high
+
+        columns = np.array([at_point(point) for point in grid.reshape(-1)]).reshape(-1, 4).T
+        return BoundedEstimate(*(numbers.reshape(grid.shape)[()] for numbers in columns))
+
+    def _checked_sigma(self, sigma: float | None) -> float:
+        sigma = self.sigma if sigma is None else sigma
+        if not real_scalar("sigma", sigma) > 0:
+            raise ValueError(f"sigma is {sigma}, but must be positive")
+        return float(sigma)
+
+    @property
+    def _num_nodes(self) -> Array:
+        """Number of nodes of each probe, shape ``(K,)``. A probe without positive weights counts as 1."""
+        lengths: Array = np.maximum((self.weights > 0).sum(1), 1)
+        return lengths
+
+    @functools.cached_property
+    def _recurrences(self) -> list[Recurrence | None]:
+        """For each probe, its recurrence, or None if the measure of the probe equals its Gauss rule."""
+        lengths = self._num_nodes
+        # A run that stopped by itself has found all eigenvectors that contribute to its probe. A probe without positive
+        # weights lies in the deflated space.
+        stopped = (lengths < self.nodes.shape[1]) & self.complete
+        exact = stopped | (lengths >= self.size - len(self.atoms)) | ~self.weights.any(1)
+        return recurrences(self.nodes, self.weights, self.recurrences, exact)
+
+    @functools.cached_property
+    def _rules(self) -> tuple[Array, Array]:
+        """Nodes and weights ``(K, R, m)`` of all quadrature rules."""
+        return all_rules(self.nodes, self.weights, self._recurrences)
+
+    @functools.cached_property
+    def _shares(self) -> ShareBounds:
+        """Bounds for the fraction of eigenvalues up to any point."""
+        probes = []
+        for nodes, weights, recurrence in zip(self.nodes, self.weights, self._recurrences, strict=True):
+            if recurrence is None:
+                probes.append(known_shares(nodes[weights > 0], weights[weights > 0]))
+            else:
+                probes.append(recurrence.shares(number_of_rules(len(recurrence.alphas))))
+        atoms = known_shares(self.atoms, np.full(len(self.atoms), 1 / self.size))
+        return ShareBounds(probes, atoms, self.resolution)
+
+
+def _check_arguments(A: LinearOperator, num_probes: int, num_steps: int, deflate: int) -> None:
+    if A.shape[0] != A.shape[1] or A.shape[0] == 0:
+        raise ValueError(f"A has shape {A.shape}, but must be square and symmetric, and not empty")
+    for name, value, least in (("num_probes", num_probes, 1), ("num_steps", num_steps, 1), ("deflate", deflate, 0)):
+        integer(name, value, least)
+    if deflate >= A.shape[0]:
+        raise ValueError(f"deflate is {deflate}, but must be less than {A.shape[0]}, the number of eigenvalues of A")
+
+
+def _memory_for_bases(A: LinearOperator, count: int, memory: int | None) -> int:
+    """Return the number of bytes that remain for the Lanczos bases after the deflated eigenvectors are stored.
+
+    The eigenvectors are stored in float64, and also in the precision of the bases.
+    """
+    available = available_bytes(device_of(A), memory)
+    precise = basis_dtype(A) == torch.float64
+    needed: int = count * A.shape[0] * (8 if precise else 8 + basis_dtype(A).itemsize)
+    what = f"the deflated eigenspace, {count} vectors of {A.shape[0]:,} numbers,"
+    check_fits(needed, available, what, "reduce deflate")
+    return available - needed
+
+
+def _deflated_eigenpairs(A: LinearOperator, count: int, memory: int | None, progress: bool) -> tuple[Any, Any, int]:
+    """Return eigenvalues ``(k,)`` of largest magnitude, their eigenvectors ``(k, N)``, and the number of products."""
+    if not count:
+        return np.zeros(0), np.zeros((0, A.shape[0])), 0
+    method = "arpack" if device_of(A).type == "cpu" else "lanczos"
+    found = eigsh(A, count, "LM", method=method, memory=memory, progress=progress)
+    if not found.converged:
+        raise RuntimeError(f"deflate is {count}, but only {len(found.values)} eigenvalues converged: reduce deflate")
+    return found.values.astype(np.float64), np.ascontiguousarray(found.vectors.T, dtype=np.float64), found.products
 
 
 def _quadrature(
     A: LinearOperator,
     probes: torch.Tensor,
     num_steps: int,
-    known: Any,
-    kept: Checkpoint,
+    deflated: torch.Tensor | None,
+    record: Checkpoint,
     first: int,
     bar: Any,
     until: float,
     idle: bool,
 ) -> tuple[list[Any], bool]:
-    """Return nodes, weights, lengths and recurrences of a group of probes, and whether their runs are complete."""
+    """Run the Lanczos process from a group of probes.
+
+    Return a list of nodes, weights, lengths and recurrences, and a flag that is True if all runs are complete.
+    """
     squares = (probes**2).sum(1).cpu().numpy()
-    within = squares <= 1e-20 * probes.shape[1]  # of a probe in the deflated space rounding is left: of no weight
-    squares[within] = 0
-    if within.any():
-        probes[torch.from_numpy(within)] = torch.linspace(
+    # A probe in the deflated space is zero up to rounding. It gets weight 0 and an arbitrary nonzero starting vector.
+    negligible = squares <= 1e-20 * probes.shape[1]
+    squares[negligible] = 0
+    if negligible.any():
+        probes[torch.from_numpy(negligible)] = torch.linspace(
             1, 2, probes.shape[1], dtype=probes.dtype, device=probes.device
         )
-    run = Lanczos(A, probes, num_steps, known)
-    kept.replay(first, run)
+    run = Lanczos(A, probes, num_steps, deflated)
+    record.replay(first, run)
     bar.update(int(run.lengths.sum()))
     while run.running and (time.monotonic() < until or idle or not run.lengths.any()):
         idle = False
         runs = run.step()
         bar.update(len(runs))
-        kept.add(first, run, runs)
+        record.add_step(first, run, runs)
     nodes, weights = run.quadrature()
     weights *= (squares / probes.shape[1])[:, None]
     return [nodes, weights, run.lengths, np.stack([run.alphas, run.betas], axis=1)], not run.running
-
-
-def _check(A: LinearOperator, num_probes: int, num_steps: int, deflate: int) -> None:
-    if A.shape[0] != A.shape[1] or A.shape[0] == 0:
-        raise ValueError(f"A has shape {A.shape}, but must be square and symmetric, and not empty")
-    for name, value, least in (("num_probes", num_probes, 1), ("num_steps", num_steps, 1), ("deflate", deflate, 0)):
-        whole_number(name, value, least)
-    if deflate >= A.shape[0]:
-        raise ValueError(f"deflate is {deflate}, but must be less than the {A.shape[0]} eigenvalues of A")
-
-
-def _left_for_runs(A: LinearOperator, count: int, memory: int | None) -> int:
-    """Return what deflated vectors, and their copy in the precision of the bases, leave of `memory` bytes."""
-    available = available_bytes(device_of(A), memory)
-    precise = basis_dtype(A) == torch.float64
-    needed: int = count * A.shape[0] * (8 if precise else 8 + basis_dtype(A).itemsize)
-    check_fits(needed, available, f"what is deflated, {count} vectors of {A.shape[0]:,} numbers,", "deflate fewer")
-    return available - needed
-
-
-def _largest(A: LinearOperator, count: int, memory: int | None, progress: bool) -> tuple[Any, Any, int]:
-    """Return eigenvalues ``(k,)`` and vectors ``(k, N)`` that are certain, and the products they took."""
-    if not count:
-        return np.zeros(0), np.zeros((0, A.shape[0])), 0
-    method = "arpack" if device_of(A).type == "cpu" else "lanczos"
-    found = eigsh(A, count, "LM", method=method, memory=memory, progress=progress)
-    if not found.converged:
-        raise RuntimeError(f"deflate is {count}, but only {len(found.values)} eigenvalues converged: deflate fewer")
-    return found.values.astype(np.float64), np.ascontiguousarray(found.vectors.T, dtype=np.float64), found.products

@@ -1,4 +1,19 @@
-"""Eigenvalues from SciPy's solvers, with settings that fit curvature matrices, and a certificate."""
+"""Certified eigenvalues of symmetric operators by ARPACK, LOBPCG, thick-restart Lanczos, or a dense solver.
+
+`eigsh` validates its arguments, runs one of four methods with defaults chosen for curvature matrices, and certifies the
+result. Each method is a function that takes a ``_Problem`` and returns ``_Eigenpairs``. The dictionary ``_METHODS``
+lists the four methods:
+
+- ``arpack``: implicitly restarted Lanczos, implemented by ``scipy.sparse.linalg.eigsh`` (Lehoucq, Sorensen, Yang,
+  "ARPACK Users' Guide", 1998, doi:10.1137/1.9780898719628).
+- ``lobpcg``: LOBPCG, implemented by ``scipy.sparse.linalg.lobpcg`` (Knyazev, "Toward the optimal preconditioned
+  eigensolver: locally optimal block preconditioned conjugate gradient method", SIAM J. Sci. Comput. 23(2), 2001,
+  doi:10.1137/S1064827500366124).
+- ``lanczos``: thick-restart Lanczos, implemented in this module with PyTorch tensors (Wu, Simon, "Thick-restart Lanczos
+  method for large symmetric eigenvalue problems", SIAM J. Matrix Anal. Appl. 22(2), 2000,
+  doi:10.1137/S0895479898334605).
+- ``dense``: N products form the matrix, and ``numpy.linalg.eigh`` computes all its eigenvalues.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +35,38 @@ from torch import Tensor
 
 from curvop.operators.progress import step_bar
 from curvop.operators.transfer import aligned
-from curvop.operators.validation import available_bytes, check_fits, random_generator, real_number, whole_number
-from curvop.spectrum.certificate import ENDS, NUM_PRODUCTS, Certificate, certify, measure, search_missed
-from curvop.spectrum.counting import CountedOperator, TimedOperator, TimeUpError, end_of, symmetric_operator
+from curvop.operators.validation import available_bytes, check_fits, integer, random_generator, real_scalar
+from curvop.spectrum.certificate import NUM_PRODUCTS, WHICH, Certificate, certify, measure_noise, search_missed
+from curvop.spectrum.counting import CountedOperator, TimedOperator, TimeUpError, deadline_after, symmetric_operator
 from curvop.spectrum.lanczos import device_of, rounding_left
-from curvop.spectrum.norms import norm_of, unit_of
+from curvop.spectrum.norms import binary_exponent, tensor_norm
 from curvop.storage.result_files import load_arrays, save_arrays
 
-__all__ = ["METHODS", "NO_TIME", "EigenResult", "Found", "Task", "eigsh", "thick_restart", "without_verdicts"]
+__all__ = ["EigenResult", "eigsh", "without_verdicts"]
 
 Array = NDArray[Any]
 
-_LEAST_SEARCH = 20  # steps: fewer see nothing of a large matrix
+_MIN_SEARCH = 20  # Lanczos steps of a search; a shorter search cannot rule out missed eigenvalues
+_MAX_RESTARTS = 1000  # SciPy's default of 10 N restarts is impractical for large N
+_MIN_ARPACK_BASIS = 30  # SciPy's default of 20 vectors takes twice as many products for clustered eigenvalues
+_MIN_LANCZOS_BASIS = 40  # Hessian of `digits`, which="SA": 652 products with 40 vectors, 1,187 with 30
+_ARPACK_ATTEMPTS = 3
+_DENSE_SIZE = 2000  # up to this many rows, forming the matrix is a good replacement for LOBPCG
+_LOBPCG_GUARDS = 2  # extra vectors in LOBPCG's block, because the last vectors of a block converge slowly
+_LOBPCG_CHUNK = 40  # LOBPCG iterations between two convergence checks
+_LOBPCG_BLOCKS = 16  # peak memory of LOBPCG in blocks of vectors (measured)
+
+# EigenResult
+_MAX_ROWS = 20  # eigenvalues that `EigenResult.__str__` prints
+_NO_TIME = "no certificate, as time was up"  # `verdict` searches notes for this text; saved results contain it
+_CERTIFICATE_PREFIX = "certificate_"  # names of the certificate's arrays in a saved result
+_TITLES = {
+    "arpack": "ARPACK",
+    "lobpcg": "LOBPCG",
+    "lanczos": "thick-restart Lanczos",
+    "device": "thick-restart Lanczos",  # the old name of "lanczos", in results saved by earlier versions
+    "dense": "dense",
+}
 
 
 def eigsh(
@@ -50,233 +85,223 @@ def eigsh(
     seconds: float | None = None,
     progress: bool = True,
 ) -> EigenResult:
-    """Find k eigenvalues at an end of the spectrum, with their vectors, and certify them.
+    """Find and certify k eigenvalues and their eigenvectors at an end of the spectrum of a symmetric operator.
+
+    Use this function instead of ``scipy.sparse.linalg.eigsh`` if you want error bounds, a check for missed eigenvalues,
+    a time or memory limit, or a solver that runs on the GPU. To certify eigenpairs from another solver, use `certify`.
+    For an overview of all eigenvalues, use `density`.
 
     Parameters
     ----------
     A : LinearOperator or matrix, shape (N, N)
-        Real, symmetric. ARPACK multiplies one of float32 by vectors of float32; float64 vectors over a float32 model,
-        as this package's operators are by default, give residuals 6 to 40 times smaller.
-    k : int
-    which : {'LA', 'SA', 'LM', 'SM', 'BE'}
-        In SciPy's words: the largest, the smallest, those of the largest magnitude, of the smallest magnitude (which
-        takes long, and often does not converge), or half from each end, of which an odd one is from the upper.
-    method : {'arpack', 'lobpcg', 'lanczos', 'dense'}
-        Implicitly restarted Lanczos, SciPy's `eigsh`, takes the fewest products, one vector at a time: the one to begin
-        with. SciPy's `lobpcg`, for 'LA' and 'SA' only, multiplies blocks of ``k + 2`` vectors, and takes more products
-        in all: of use where one with a block costs much less than with its columns, as where data are slow to read, or
-        the matrix is small for the device. Its `tol` is relative to the operator's norm, and 0 stands for the 2/3 power
-        of the precision, or the noise of the products. 'lanczos' is Lanczos with thick restarts (Wu, Simon, 2000), not
-        for 'SM', whose basis stays where the operator computes: on a GPU no vector crosses to the host before the end.
-        'dense' forms the matrix by N products, as the others do where
-        these are the fewer.
-    tol : float
-        The relative accuracy of eigenvalues at which ARPACK stops; 0 is machine precision. Over a float32 model 1e-6
-        is as good, and may take a third of the products.
+        The real symmetric operator. If the dtype of `A` is float32, ARPACK works with float32 vectors. The operators of
+        this package have dtype float64 by default, even for float32 models, because float64 vectors give residuals that
+        are 6 to 40 times smaller.
+    k : int, optional
+        The number of eigenvalues, from 1 to N.
+    which : {'LA', 'SA', 'LM', 'SM', 'BE'}, optional
+        Which eigenvalues to find, as in SciPy: the algebraically largest ('LA') or smallest ('SA'), the largest
+        ('LM') or smallest ('SM') in magnitude, or half from each end ('BE', with one more from the upper end if k is
+        odd). A search for 'SM' takes many products and often does not converge.
+    method : {'arpack', 'lobpcg', 'lanczos', 'dense'}, optional
+        The eigensolver.
+
+        - 'arpack' is implicitly restarted Lanczos (SciPy's ``eigsh``). It applies the operator to one vector at a time
+          and takes the fewest products. Start with this method.
+        - 'lobpcg' is SciPy's ``lobpcg``, for 'LA' and 'SA' only. It applies the operator to blocks of ``k + 2`` vectors
+          and takes more products in total than 'arpack'. Use 'lobpcg' if a block product is much cheaper than
+          ``k + 2`` single products, for example if the data are slow to read or a single product does not keep the
+          device busy.
+        - 'lanczos' is thick-restart Lanczos, for all values of `which` except 'SM'. The basis stays on the device of
+          the operator, so that only the final eigenvectors are copied from a GPU to the host.
+        - 'dense' forms the matrix from N products and computes all its eigenvalues. The other methods switch to 'dense'
+          if the matrix is so small that an iteration would not be cheaper.
+    tol : float, optional
+        The stopping tolerance. For 'arpack' and 'lanczos', it is the relative accuracy of the eigenvalues, and 0 means
+        machine precision. For a float32 model, 1e-6 gives the same accuracy as 0 and can take a third of the products.
+        For 'lobpcg', `tol` bounds the residuals relative to the norm of the operator. If `tol` is less than the 2/3
+        power of machine precision or less than the noise of the products, 'lobpcg' uses the larger of these two numbers
+        instead.
     maxiter : int, optional
-        Restarts of 'arpack' or 'lanczos', or iterations of LOBPCG: 1000 by default, 10 N for small matrices.
+        The maximum number of restarts ('arpack' and 'lanczos') or iterations ('lobpcg'). The default is
+        ``min(1000, 10 * N)``.
     ncv : int, optional
-        Vectors of the basis of 'arpack' or 'lanczos', more than k: ``max(2 k + 1, 30)`` by default, for 'lanczos'
-        ``max(2 k + 1, 40)``, or what fits into `memory`.
+        The number of basis vectors of 'arpack' and 'lanczos', greater than k. The default is ``max(2 * k + 1, 30)``
+        for 'arpack' and ``max(2 * k + 1, 40)`` for 'lanczos'. If that many vectors do not fit into `memory`, the
+        default is the largest number that fits.
     v0 : array_like, shape (N,), optional
-        The starting vector; for LOBPCG the first of them. Random by default.
-    rng : int or numpy.random.Generator, optional
-        Of all random vectors: the same number gives the same result.
+        The starting vector. The default is a random vector. 'lobpcg' uses `v0` as the first vector of its starting
+        block.
+    rng : int, numpy.random.Generator or None, optional
+        The seed or generator for all random vectors. Runs with the same seed give the same result.
     memory : int, optional
-        Bytes that the solver may take, half of what is free by default.
-    certificate : bool
-        Whether to certify the result, which takes ``k + 8`` products, and up to 60, or a quarter of the solver's, to
-        search for eigenvalues that were missed; see `curvop.spectrum.certify`. Its `tol` is 1e-4, or twice this one
-        where that is more.
+        The number of bytes that the solver may use. The default is half of the free memory.
+    certificate : bool, optional
+        Whether to certify the result with `certify`, using the tolerance ``max(1e-4, 2 * tol)``. A certificate takes
+        ``k + 8`` products for the error bounds, and further products to search for missed eigenvalues: at most 60, or
+        at most a quarter of the solver's products if the solver took more than 240. If an eigenvalue seems to be
+        missed, the search takes up to twice as many products.
     seconds : float, optional
-        End after so long, or one product later, or one of 16 vectors where a method multiplies blocks. 'lanczos'
-        returns the eigenpairs so far, not converged, and 'lobpcg' those of its last look at them, every 40 iterations;
-        time for their certificate, without a search, is set aside where it is not more than half. Of the work of
-        'arpack' and 'dense' nothing can be had before its end. A result for whose certificate there is no time comes
-        without it.
-    progress : bool
-        Count products on a bar.
+        The time limit in seconds. There is no limit by default. The clock is checked before each product (in block
+        products, before every 16 columns), and a product that has started is completed. If time runs out, 'lanczos'
+        returns its current eigenpairs, and 'lobpcg' returns the eigenpairs of its last convergence check (one every 40
+        iterations). 'arpack' and 'dense' have no partial results and raise a ``TimeoutError``. 'lanczos' and 'lobpcg'
+        reserve time for error bounds, unless the reserve would exceed half of `seconds`. If no time is left for error
+        bounds, the result has no certificate.
+    progress : bool, optional
+        Whether to show a progress bar that counts the products.
 
     Returns
     -------
     EigenResult
+        The eigenpairs and their certificate.
 
     Raises
     ------
     TypeError, ValueError
-        For arguments that cannot be, and where a product is not finite.
+        If an argument is invalid or a product is not finite.
     MemoryError
-        Where the solver does not fit into `memory`.
+        If the solver does not fit into `memory`.
     TimeoutError
-        Where time is up and the method is 'arpack' or 'dense'.
+        If time runs out and the method is 'arpack' or 'dense'.
 
     Warns
     -----
     RuntimeWarning
-        Where the solver does not converge, or the certificate says that something is wrong.
+        If the solver does not converge, or if the certificate reports a problem.
+
+    See Also
+    --------
+    certify : Certify eigenpairs from any solver.
+    density : Estimate the distribution of all eigenvalues.
+    track : Follow extreme eigenvalues during training.
+
+    Notes
+    -----
+    ARPACK [1]_ and thick-restart Lanczos [2]_ build a Krylov basis of `ncv` vectors. When the basis is full, they
+    restart: they keep the best Ritz vectors and extend the basis again. A restart takes about ``ncv - k`` products with
+    ARPACK, and half as many with thick-restart Lanczos. The orthogonalization takes ``O(N * ncv)`` operations per
+    product. LOBPCG [3]_ improves a block of vectors by Rayleigh-Ritz steps in a subspace that is three times as large
+    as the block. All these solvers can miss members of a cluster of eigenvalues and still report convergence (SciPy
+    issue 26112), so the certificate includes a search for missed eigenvalues.
+
+    References
+    ----------
+    .. [1] R. B. Lehoucq, D. C. Sorensen, C. Yang, "ARPACK Users' Guide", SIAM, 1998. doi:10.1137/1.9780898719628
+    .. [2] K. Wu, H. Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J. Matrix
+       Anal. Appl. 22(2), 2000. doi:10.1137/S0895479898334605
+    .. [3] A. V. Knyazev, "Toward the optimal preconditioned eigensolver: locally optimal block preconditioned conjugate
+       gradient method", SIAM J. Sci. Comput. 23(2), 2001. doi:10.1137/S1064827500366124
 
     Examples
     --------
-    >>> import numpy as np
-    >>> result = eigsh(np.diag(np.arange(100.0)), 3, progress=False)
-    >>> result.values.round(9)
-    array([99., 98., 97.])
-    >>> result.ok
-    True
+    Compute the two largest eigenvalues of the Hessian of a small network:
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from curvop import HessianLinearOperator, spectrum
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(40, 4).double(), torch.randn(40, 1).double()
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    >>> H = HessianLinearOperator(model, nn.MSELoss(), model.parameters(), [(X, y)])
+    >>> result = spectrum.eigsh(H, 2, "LA", progress=False)
+    >>> result.values.round(4)
+    array([3.1168, 2.1943])
+
+    The certificate bounds the errors of the two eigenvalues. The search found no missed eigenvalue:
+
+    >>> result.ok, bool(result.certificate.bounds.max() < 1e-12), result.certificate.missed
+    (True, True, None)
     """
-    until = end_of(seconds)
+    until = deadline_after(seconds)
     if method == "device":
         warnings.warn("method='device' is now method='lanczos'", DeprecationWarning, stacklevel=2)
         method = "lanczos"
     A = symmetric_operator(A)
-    k, start = _checked(A, k, which, method, tol, maxiter, ncv, v0)
+    k, start = _validate(A, k, which, method, tol, maxiter, ncv, v0)
     generator = random_generator(rng)
     available = available_bytes(device_of(A) if method == "lanczos" else None, memory)
     timed = None if seconds is None else TimedOperator(A, until)
     if timed is not None:
         A = timed
-        partial = method in ("lanczos", "lobpcg")  # can be had, and certified: twice the time that this will take
-        timed.spare = 2 * (k + NUM_PRODUCTS) if certificate and partial else 0
+        has_partial_result = method in ("lanczos", "lobpcg")
+        # Reserve time for twice the certificate's products, because the time per product is only an estimate.
+        timed.reserved = 2 * (k + NUM_PRODUCTS) if certificate and has_partial_result else 0
     with step_bar("eigsh", progress) as bar:
         counted = CountedOperator(A, bar, None if method == "arpack" else np.float64)
         start = None if start is None else start.astype(counted.dtype)
-        task = Task(counted, k, which, float(tol), maxiter, ncv, start, generator, available)
+        problem = _Problem(counted, k, which, float(tol), maxiter, ncv, start, generator, available)
         try:
-            found = METHODS[method](task)
+            pairs = _METHODS[method](problem)
         except TimeUpError:
             raise TimeoutError(
-                f"{seconds} s were over after {counted.products} products, and ARPACK's basis, or a part of a "
-                f"matrix, cannot be had: give it more seconds, or pass method='lanczos' with an ncv below {A.shape[0]}"
+                f"time was up after {seconds} s and {counted.products} products, and the methods 'arpack' and 'dense' "
+                f"have no partial results: allow more seconds, or pass method='lanczos' and ncv < {A.shape[0]}"
             ) from None
-    order = outermost_first(found.values, which)
-    values, vectors = found.values[order].astype(np.float64), found.vectors[:, order]
-    products, certified, note = counted.products, None, found.note
+    order = _outermost_first(pairs.values, which)
+    values, vectors = pairs.values[order].astype(np.float64), pairs.vectors[:, order]
+    products, proof, note = counted.products, None, pairs.note
     if certificate:
-        # ARPACK's partial results do not say how many are from which end, and unfinished ones are no claim.
-        claimed = None if (found.timed_out and found.converged < k) or (which == "BE" and len(values) < k) else which
+        # Do not claim that incomplete results are the outermost eigenvalues. For 'BE', an incomplete result of ARPACK
+        # does not even show how many eigenvalues come from each end.
+        incomplete = (pairs.timed_out and pairs.num_converged < k) or (which == "BE" and len(values) < k)
+        claim = None if incomplete else which
         search = max(60, products // 4)
-        # The generator goes on from where the solver's starting vector came from.
-        certified = _certified(A, values, vectors, claimed, max(1e-4, 2 * tol), search, generator, progress)
-        if certified is None:
-            note = f"{note}, {NO_TIME}" if note else NO_TIME
+        # Continue with the same generator, so that the search and the solver start from different vectors.
+        proof = _certify_in_time(A, values, vectors, claim, max(1e-4, 2 * tol), search, generator, progress)
+        if proof is None:
+            note = f"{note}, {_NO_TIME}" if note else _NO_TIME
         else:
-            products += certified.products
-    converged = found.converged == k
-    out_of_time = found.timed_out and not converged
+            products += proof.products
+    converged = pairs.num_converged == k
+    timed_out = pairs.timed_out and not converged
     result = EigenResult(
-        values, vectors, certified, converged, products, found.method, which, k, note, found.converged, out_of_time
+        values, vectors, proof, converged, products, pairs.method, which, k, note, pairs.num_converged, timed_out
     )
     if not result.ok and (certificate or not result.converged):
         warnings.warn(result.verdict, RuntimeWarning, stacklevel=2)
     return result
 
 
-def _certified(
-    A: LinearOperator,
-    values: Array,
-    vectors: Array,
-    which: str | None,
-    tol: float,
-    search: int,
-    rng: np.random.Generator,
-    progress: bool,
-) -> Certificate | None:
-    """Certify a result, with as long a search as there is time for; return None where there is none at all."""
-    if isinstance(A, TimedOperator):
-        A.spare = 0
-        left = A.columns_left - len(values) - NUM_PRODUCTS
-        if left < 0:
-            return None
-        search = int(max(1, min(search, left / 2)))  # it takes twice as many where something seems to be missed
-    searched = which if search >= _LEAST_SEARCH else None
-    try:
-        found = certify(A, values, vectors, which=searched, tol=tol, search=search, rng=rng, progress=progress)
-    except TimeUpError:
-        return None
-    return dataclasses.replace(found, which=which)
-
-
-def _checked(
-    A: Any, k: Any, which: Any, method: Any, tol: Any, maxiter: Any, ncv: Any, v0: Any
-) -> tuple[int, Array | None]:
-    size = A.shape[0]
-    try:
-        k = operator.index(k)
-    except TypeError:
-        raise TypeError(f"k is a {type(k).__name__}, but must be an integer") from None
-    if not 1 <= k <= size:
-        raise ValueError(f"k is {k}, but must be between 1 and {size}, the rows of A")
-    if which not in ENDS:
-        raise ValueError(f"which is {which!r}, but must be one of {', '.join(ENDS)}")
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}, but must be one of {', '.join(METHODS)}")
-    if method == "lobpcg" and which not in ("LA", "SA"):
-        raise ValueError(f"which is {which!r}, but lobpcg finds 'LA' and 'SA' only: use method='arpack'")
-    if method == "lanczos" and which == "SM":
-        raise ValueError("which is 'SM', which method='lanczos' does not find: use method='arpack'")
-    if which == "BE" and k == 1:
-        raise ValueError("k is 1, but which='BE' takes at least one from each end")
-    if not 0 <= real_number("tol", tol) < 1:
-        raise ValueError(f"tol is {tol}, but must be at least 0, and below 1")
-    if maxiter is not None:
-        whole_number("maxiter", maxiter, 1)
-    if ncv is not None and not (k < whole_number("ncv", ncv, 1) <= size or k == ncv == size):
-        raise ValueError(f"ncv is {ncv}, but must be more than k = {k}, and at most {size}")
-    if v0 is None:
-        return k, None
-    start = np.asarray(v0)
-    if start.shape != (size,) or not np.can_cast(start.dtype, np.float64, "same_kind"):
-        raise ValueError(f"v0 has shape {start.shape} and dtype {start.dtype}, but must be real of shape ({size},)")
-    if not (np.isfinite(start).all() and start.any()):
-        raise ValueError("v0 must be finite and not zero")
-    return k, start
-
-
-# Eigenpairs with what is known of them, as `eigsh` returns them.
-
-NO_TIME = "no certificate, as time was up"
-"""What a `note` says where that is so."""
-
-_SHOWN = 20
-_TITLES = {
-    "arpack": "ARPACK",
-    "lobpcg": "LOBPCG",
-    "lanczos": "thick-restart Lanczos",
-    "device": "thick-restart Lanczos",  # its name in results of earlier versions
-    "dense": "dense",
-}
-_PREFIX = "certificate_"
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class EigenResult:
-    """Eigenpairs of a symmetric operator, and what they are worth.
+    """Eigenpairs of a symmetric operator and their certificate, as returned by `eigsh`.
+
+    ``print(result)`` shows a table of the eigenvalues, residuals and error bounds, followed by the `verdict`.
 
     Attributes
     ----------
     values : ndarray, shape (n,)
-        The outermost first; for 'SM' the smallest in magnitude first, for 'BE' in ascending order.
+        The eigenvalues in float64. They are sorted from the outermost inwards for 'LA', 'SA' and 'LM', by increasing
+        magnitude for 'SM', and in ascending order for 'BE'.
     vectors : ndarray, shape (N, n)
-        Their vectors, in this order.
+        The eigenvectors, one column per eigenvalue.
     certificate : Certificate or None
-        None where it was not asked for, or time was up.
+        The error bounds and the result of the search for missed eigenvalues. None if ``certificate=False``, or if no
+        time was left for a certificate.
     converged : bool
-        Whether the solver found all that were `wanted`. Where ARPACK did not, those are here that did converge, and
-        there may be others between them; those of 'lobpcg' and 'lanczos' are all here, as far as they came.
+        Whether the solver found all `wanted` eigenvalues. If not, 'arpack' returns only the converged eigenpairs, and
+        there may be other eigenvalues between the returned eigenvalues. 'lobpcg' and 'lanczos' return all current
+        eigenpairs, converged or not.
     products : int
-        Columns multiplied with `A`, those of the certificate included.
+        The number of columns to which `A` was applied, including the columns of the certificate.
     method : str
-        The one that was used in the end.
+        The method that computed the eigenpairs. It can differ from the requested method (see ``note``).
     which : str
-        As it was asked for.
+        The argument `which` of `eigsh`.
     wanted : int
-        How many were asked for.
+        The number of requested eigenvalues, k.
     note : str
-        What was done other than asked for, and why; empty mostly.
+        The reason why the method or its settings differ from the request. Usually empty.
     num_converged : int
-        How many of the values the solver takes for converged.
+        The number of eigenvalues that converged according to the solver.
     timed_out : bool
-        Whether time was up before the solver was done.
+        Whether time ran out before the solver converged.
+
+    See Also
+    --------
+    eigsh : Compute eigenpairs.
+    Certificate : The error bounds.
     """
 
     values: Array
@@ -293,66 +318,96 @@ class EigenResult:
 
     @property
     def ok(self) -> bool:
-        """Whether the solver converged, and the certificate says that nothing is wrong; never without one."""
+        """Whether the solver converged and the certificate reports no problem. False if there is no certificate."""
         return self.converged and self.certificate is not None and self.certificate.ok
 
     @property
     def verdict(self) -> str:
-        """The certificate's, preceded by what the solver says of itself where it did not converge."""
-        why = "time was up" if NO_TIME in self.note else "no certificate was asked for"
-        text = f"not certified: {why}" if self.certificate is None else self.certificate.verdict
+        """The verdict of the certificate in one sentence, preceded by a warning if the solver did not converge."""
+        if self.certificate is not None:
+            text = self.certificate.verdict
+        else:
+            text = "not certified: " + ("time was up" if _NO_TIME in self.note else "no certificate was requested")
         if self.converged:
             return text
         if self.timed_out:
-            return f"not converged, as time was up: {self.num_converged} of {self.wanted} eigenvalues did; {text}"
-        remedy = "raise maxiter or ncv, or ask for fewer"
+            counts = f"{self.num_converged} of {self.wanted} eigenvalues converged"
+            return f"not converged before time was up: {counts}; {text}"
+        remedy = "increase maxiter or ncv, or decrease k"
         if self.method != "arpack":
-            return f"not converged, {remedy}: {text}"
-        text = f"; of these, {text}" if len(self.values) else ""
-        return f"not converged: {len(self.values)} of {self.wanted} eigenvalues were found, {remedy}{text}"
+            return f"not converged ({remedy}): {text}"
+        text = f"; for those found: {text}" if len(self.values) else ""
+        return f"not converged: {len(self.values)} of {self.wanted} eigenvalues found ({remedy}){text}"
 
     def __str__(self) -> str:
-        size, found = len(self.vectors), len(self.values)
-        head = f"{found} of {self.wanted} eigenvalues ({self.which}) of a {size:,} x {size:,} matrix"
+        size, count = len(self.vectors), len(self.values)
+        head = f"{count} of {self.wanted} eigenvalues ({self.which}) of a {size:,} x {size:,} matrix"
         title = _TITLES.get(self.method, self.method)
         lines = [f"{head}: {title}, {self.products:,} products" + (f" ({self.note})" if self.note else "")]
-        if found:
-            lines.append(
-                f"{'':>6}{'eigenvalue':>16}" + (f"{'residual':>12}{'error <=':>12}" if self.certificate else "")
-            )
-        for index in range(min(found, _SHOWN)):
+        if count:
+            errors = f"{'residual':>12}{'error <=':>12}" if self.certificate else ""
+            lines.append(f"{'':>6}{'eigenvalue':>16}{errors}")
+        for index in range(min(count, _MAX_ROWS)):
             line = f"{index + 1:>6}{self.values[index]:>16.8g}"
             if self.certificate:
                 line += f"{self.certificate.residuals[index]:>12.1e}{self.certificate.bounds[index]:>12.1e}"
             lines.append(line)
-        if found > _SHOWN:
+        if count > _MAX_ROWS:
             lines.append(f"{'...':>6}")
         return "\n".join([*lines, self.verdict])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to an ``.npz`` file of plain arrays, which appears only when it is complete."""
-        arrays = _arrays(self, "")
+        """Write the result to an ``.npz`` file of plain arrays.
+
+        An interrupted save leaves no partial file at `path`.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The file name, including its suffix. An existing file is replaced.
+
+        See Also
+        --------
+        load : Read a result from a file.
+        """
+        arrays = _arrays_of_record(self, "")
         if self.certificate is not None:
-            arrays |= _arrays(self.certificate, _PREFIX)
+            arrays |= _arrays_of_record(self.certificate, _CERTIFICATE_PREFIX)
         save_arrays(Path(path), **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote.
+        """Read a result that `save` wrote.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The file name.
+
+        Returns
+        -------
+        EigenResult
+            The result, including the certificate if one was saved.
 
         Raises
         ------
         ValueError
-            Where the file is another one.
+            If the file was not written by `save`.
+
+        See Also
+        --------
+        save : Write a result to a file.
         """
         file = load_arrays(path, ("values", "vectors", "wanted"), "EigenResult.save")
-        own = {name: file[name] for name in file if not name.startswith(_PREFIX)}
-        other = {name.removeprefix(_PREFIX): file[name] for name in file if name.startswith(_PREFIX)}
-        certificate = Certificate(**_fields(Certificate, other)) if other else None
-        return cls(**{**_fields(cls, own), "certificate": certificate})
+        prefix = _CERTIFICATE_PREFIX
+        own = {name: file[name] for name in file if not name.startswith(prefix)}
+        certified = {name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)}
+        certificate = Certificate(**_fields_of_record(Certificate, certified)) if certified else None
+        return cls(**{**_fields_of_record(cls, own), "certificate": certificate})
 
 
-def _arrays(record: Any, prefix: str) -> dict[str, Array]:
+def _arrays_of_record(record: Any, prefix: str) -> dict[str, Array]:
+    """Convert a dataclass to a dictionary of arrays. Skip fields that are None or hold a `Certificate`."""
     values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     return {
         prefix + name: np.asarray(value)
@@ -361,28 +416,97 @@ def _arrays(record: Any, prefix: str) -> dict[str, Array]:
     }
 
 
-def _fields(record: Any, arrays: dict[str, Array]) -> dict[str, Any]:
-    """Return the fields of a record: arrays as they are, numbers and words as Python's own, None what is not there."""
+def _fields_of_record(record: Any, arrays: dict[str, Array]) -> dict[str, Any]:
+    """Convert saved arrays to a dictionary of the fields of a dataclass.
+
+    Arrays of dimension 0 become Python scalars. Fields without a saved array are None.
+    """
     names = [field.name for field in dataclasses.fields(record)]
-    found = {name: arrays[name] for name in names if name in arrays}
-    return dict.fromkeys(names) | {name: array if array.ndim else array.item() for name, array in found.items()}
+    saved = {name: arrays[name] for name in names if name in arrays}
+    return dict.fromkeys(names) | {name: array if array.ndim else array.item() for name, array in saved.items()}
 
 
-# The eigen-solvers behind `curvop.spectrum.eigsh`, each a function from a `Task` to what it `Found`.
+@contextlib.contextmanager
+def without_verdicts() -> Iterator[None]:
+    """Suppress the warnings of `eigsh` and `curvop.solve` about failed convergence or certification.
 
-_MAX_RESTARTS = 1000  # SciPy's 10 N would let a large problem run for ever
-_MIN_BASIS = 30  # at a crowded end SciPy's own 20 vectors for a few eigenvalues take twice as many products
-_MIN_DEVICE_BASIS = 40  # 30 take twice as many products at the lower end of digits (1,187 to 652)
-_ATTEMPTS = 3
-_DENSE_SIZE = 2000  # rows up to which the whole matrix is as good as many eigenvalues
-_GUARDS = 2  # vectors of LOBPCG more than are wanted: the last ones of a block converge slowly
-_CHUNK = 40  # iterations of LOBPCG from one look at the wanted residuals to the next
-_LOBPCG_BLOCKS = 16  # blocks of vectors that it holds at its peak, as measured
+    All other warnings are shown as usual.
+    """
+    with warnings.catch_warnings():
+        verdicts = "not converged|not certified|converged: relative residual"
+        warnings.filterwarnings("ignore", verdicts, RuntimeWarning)
+        yield
+
+
+def _validate(
+    A: LinearOperator, k: Any, which: Any, method: Any, tol: Any, maxiter: Any, ncv: Any, v0: Any
+) -> tuple[int, Array | None]:
+    """Validate the arguments of `eigsh`. Return k as an int, and v0 as an array or None."""
+    size = A.shape[0]
+    try:
+        k = operator.index(k)
+    except TypeError:
+        raise TypeError(f"k is a {type(k).__name__}, but must be an integer") from None
+    if not 1 <= k <= size:
+        raise ValueError(f"k is {k}, but must be between 1 and {size}, the number of rows of A")
+    if which not in WHICH:
+        raise ValueError(f"which is {which!r}, but must be one of {', '.join(WHICH)}")
+    if method not in _METHODS:
+        raise ValueError(f"method is {method!r}, but must be one of {', '.join(_METHODS)}")
+    if method == "lobpcg" and which not in ("LA", "SA"):
+        raise ValueError(f"which is {which!r}, but method='lobpcg' finds only 'LA' and 'SA': use method='arpack'")
+    if method == "lanczos" and which == "SM":
+        raise ValueError("which is 'SM', but method='lanczos' does not find these: use method='arpack'")
+    if which == "BE" and k == 1:
+        raise ValueError("k is 1, but must be at least 2 for which='BE', one from each end")
+    if not 0 <= real_scalar("tol", tol) < 1:
+        raise ValueError(f"tol is {tol}, but must be at least 0 and less than 1")
+    if maxiter is not None:
+        integer("maxiter", maxiter, 1)
+    if ncv is not None and not (k < integer("ncv", ncv, 1) <= size or k == ncv == size):
+        raise ValueError(f"ncv is {ncv}, but must be greater than k = {k} and at most {size}")
+    if v0 is None:
+        return k, None
+    start = np.asarray(v0)
+    if start.shape != (size,) or not np.can_cast(start.dtype, np.float64, "same_kind"):
+        raise ValueError(f"v0 has shape {start.shape} and dtype {start.dtype}, but must be real of shape ({size},)")
+    if not (np.isfinite(start).all() and start.any()):
+        raise ValueError("v0 must be finite and not zero")
+    return k, start
+
+
+def _certify_in_time(
+    A: LinearOperator,
+    values: Array,
+    vectors: Array,
+    which: str | None,
+    tol: float,
+    search: int,
+    rng: np.random.Generator,
+    progress: bool,
+) -> Certificate | None:
+    """Certify a result within the time limit.
+
+    Shorten the search for missed eigenvalues, or skip it, if time is short. Return None if there is no time for error
+    bounds.
+    """
+    if isinstance(A, TimedOperator):
+        A.reserved = 0
+        left = A.columns_left - len(values) - NUM_PRODUCTS
+        if left < 0:
+            return None
+        search = int(max(1, min(search, left / 2)))  # confirming a missed eigenvalue doubles the products
+    searched = which if search >= _MIN_SEARCH else None
+    try:
+        certificate = certify(A, values, vectors, which=searched, tol=tol, search=search, rng=rng, progress=progress)
+    except TimeUpError:
+        return None
+    return dataclasses.replace(certificate, which=which)
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """What is to be found, and with what; `curvop.spectrum.eigsh` says what each is. `available` is in bytes."""
+class _Problem:
+    """The validated arguments of `eigsh`, passed to the eigensolvers. `available` is the available memory in bytes."""
 
     A: CountedOperator
     k: int
@@ -396,294 +520,313 @@ class Task:
 
     @property
     def size(self) -> int:
-        """N."""
+        """The number of rows of A."""
         return int(self.A.shape[0])
 
-    def start(self, columns: int | None = None) -> Array:
-        """Return random vectors in the operator's dtype, ``(N,)`` or ``(N, columns)``."""
+    @property
+    def max_restarts(self) -> int:
+        """The maximum number of restarts or iterations."""
+        return self.maxiter or min(_MAX_RESTARTS, 10 * self.size)
+
+    def random_start(self, columns: int | None = None) -> Array:
+        """Return random vectors in the operator's dtype, of shape ``(N,)`` or ``(N, columns)``."""
         shape = (self.size,) if columns is None else (self.size, columns)
         return self.rng.standard_normal(shape).astype(self.A.dtype, copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """Eigenpairs, ``(n,)`` and ``(N, n)``, in any order, and how they were found; `note` says what was unusual.
+class _Eigenpairs:
+    """The output of an eigensolver: eigenvalues ``(n,)`` in any order, and eigenvectors ``(N, n)``.
 
-    So many of them are `converged`; `timed_out` says that time was up before all were.
+    `method` is the name of the eigensolver that computed the eigenpairs. If the eigensolver or its settings differ from
+    the request, `note` states the reason.
     """
 
     values: Array
     vectors: Array
-    converged: int
+    num_converged: int
     method: str
     note: str = ""
     timed_out: bool = False
 
 
-def arpack(task: Task) -> Found:
-    """Run SciPy's `eigsh`, implicitly restarted Lanczos.
+def _arpack(problem: _Problem) -> _Eigenpairs:
+    """Run SciPy's ``eigsh``.
 
-    Where its basis would be the whole space, the matrix is formed instead, which takes N products.
+    If the basis would have N vectors, form the matrix instead, which takes only N products.
     """
-    basis = task.ncv or min(task.size, max(2 * task.k + 1, _MIN_BASIS))
-    if basis >= task.size:
-        return dense(task, "the basis would have been the whole space")
-    basis, note = _basis_that_fits(task, basis, "ARPACK's", 2)
-    start = task.start() if task.v0 is None else task.v0
-    options = {"ncv": basis, "tol": task.tol, "maxiter": task.maxiter or min(_MAX_RESTARTS, 10 * task.size)}
-    for attempt in range(_ATTEMPTS):
+    basis = problem.ncv or min(problem.size, max(2 * problem.k + 1, _MIN_ARPACK_BASIS))
+    if basis >= problem.size:
+        return _dense(problem, "the basis would have spanned the whole space")
+    basis, note = _fit_basis(problem, basis, "ARPACK's", 2)
+    start = problem.random_start() if problem.v0 is None else problem.v0
+    options = {"ncv": basis, "tol": problem.tol, "maxiter": problem.max_restarts}
+    for attempt in range(_ARPACK_ATTEMPTS):
         try:
-            values, vectors = scipy_eigsh(task.A, task.k, which=task.which, v0=start, rng=task.rng, **options)
+            values, vectors = scipy_eigsh(
+                problem.A, problem.k, which=problem.which, v0=start, rng=problem.rng, **options
+            )
         except ArpackNoConvergence as error:
-            return Found(error.eigenvalues, error.eigenvectors, len(error.eigenvalues), "arpack", note)
+            return _Eigenpairs(error.eigenvalues, error.eigenvectors, len(error.eigenvalues), "arpack", note)
         except ArpackError:
-            # It gives up where it cannot go on from its start, in an invariant subspace for one.
-            start = task.start()
-            if not task.A.matvec(start).any():
-                return _zero(task, "arpack")
-            if attempt == _ATTEMPTS - 1:
+            # ARPACK can fail if its starting vector lies in a small invariant subspace: try another starting vector.
+            start = problem.random_start()
+            if not problem.A.matvec(start).any():
+                return _zero_matrix(problem, "arpack")
+            if attempt == _ARPACK_ATTEMPTS - 1:
                 raise
         else:
-            return Found(values, vectors, len(values), "arpack", note)
+            return _Eigenpairs(values, vectors, len(values), "arpack", note)
     raise AssertionError("unreachable")
 
 
-def _basis_that_fits(task: Task, basis: int, whose: str, share: float) -> tuple[int, str]:
-    """Return a smaller basis where the memory asks for it and the user did not ask for this one, and a note of it.
+def _lobpcg(problem: _Problem) -> _Eigenpairs:
+    """Run SciPy's ``lobpcg`` with guard vectors.
 
-    Each vector of the basis takes `share` vectors, and ``k + 4`` come on top.
+    The iteration stops if all residuals are at most ``goal * scale``. The goal is the maximum of `tol`, a precision
+    limit, and the noise of the products; the scale is the norm of the operator. The operator is divided by its norm,
+    because SciPy's thresholds are absolute. If time runs out, return the eigenpairs of the last completed chunk of
+    iterations.
     """
-    vector, note, others = task.size * task.A.dtype.itemsize, "", task.k + 4
-    fitting = max(task.k + 2, int((task.available // vector - others) / share))
-    if task.ncv is None and fitting < basis:
-        basis, note = fitting, f"ncv is {fitting} for lack of memory"
-    check_fits(
-        int((share * basis + others) * vector),
-        task.available,
-        f"{whose} basis of {basis} vectors of {task.size:,} numbers",
-        "take a smaller k or ncv, method='lobpcg', or a block of the matrix",
-    )
-    return basis, note
-
-
-def lobpcg_blocks(task: Task) -> Found:
-    """Run SciPy's `lobpcg` on the operator divided by its norm, as its limits are absolute, with guard vectors.
-
-    It ends at residuals of ``tol`` times the norm, or where the operator's precision or its noise ends. Where time is
-    up, the last chunk's are what there is.
-    """
-    size, k = task.size, task.k
-    if size < 5 * k:  # SciPy would form the matrix, from integers
+    size, k = problem.size, problem.k
+    if size < 5 * k:  # SciPy would apply the operator to an identity matrix of integers
         note = f"lobpcg needs N >= 5 k, but N is {size} and k is {k}"
-        return dense(task, note) if size <= _DENSE_SIZE else dataclasses.replace(arpack(task), note=note)
-    width = min(k + _GUARDS, size // 5)
+        if size <= _DENSE_SIZE:
+            return _dense(problem, note)
+        return dataclasses.replace(_arpack(problem), note=note)
+    width = min(k + _LOBPCG_GUARDS, size // 5)
     check_fits(
         _LOBPCG_BLOCKS * 8 * size * width,
-        task.available,
+        problem.available,
         f"LOBPCG's blocks of {width} vectors of {size:,} numbers",
-        "take a smaller k, method='arpack', or a block of the matrix",
+        "use a smaller k, method='arpack', or a block of the matrix",
     )
-    X = task.start(width)
-    if task.v0 is not None:
-        X[:, 0] = task.v0
+    X = problem.random_start(width)
+    if problem.v0 is not None:
+        X[:, 0] = problem.v0
     X = np.linalg.qr(X)[0]
-    left, converged = task.maxiter or min(_MAX_RESTARTS, 10 * size), 0
+    left, num_converged = problem.max_restarts, 0
     values, scale = np.zeros(0), 1.0
     try:
-        noise = measure(task.A, X, task.A.matmat(X), task.rng)
-        unit = unit_of(np.array([noise.norm]))
-        first = search_missed(lambda x: np.ldexp(task.A.dot(x), -unit), X[:, :0], (-np.inf, np.inf), 0.0, 10, task.rng)
-        scale = max(noise.norm, float(np.ldexp(max(abs(first.low), abs(first.high)), unit)))
+        noise = measure_noise(problem.A, X, problem.A.matmat(X), problem.rng)
+        exponent = binary_exponent(np.array([noise.norm]))
+        extremes = search_missed(
+            lambda x: np.ldexp(problem.A.dot(x), -exponent), X[:, :0], (-np.inf, np.inf), 0.0, 10, problem.rng
+        )
+        scale = max(noise.norm, float(np.ldexp(max(abs(extremes.low), abs(extremes.high)), exponent)))
         if scale == 0:
-            return _zero(task, "lobpcg")
-        precision = float(np.finfo(task.A.dtype).eps) ** (2 / 3)
-        goal = max(task.tol, precision, 4 * noise.relative)
-        while converged < k and left > 0:
+            return _zero_matrix(problem, "lobpcg")
+        precision = float(np.finfo(problem.A.dtype).eps) ** (2 / 3)
+        goal = max(problem.tol, precision, 4 * noise.relative)
+        while num_converged < k and left > 0:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of residuals above the goal, which are looked at here
+                warnings.simplefilter("ignore", UserWarning)  # unconverged residuals: checked below
                 values, X, history = lobpcg(
-                    lambda block: task.A.matmat(block) / scale,
+                    lambda block: problem.A.matmat(block) / scale,
                     X,
                     tol=goal,
-                    maxiter=min(left, _CHUNK),
-                    largest=task.which == "LA",
+                    maxiter=min(left, _LOBPCG_CHUNK),
+                    largest=problem.which == "LA",
                     retResidualNormsHistory=True,
                 )
-            left -= _CHUNK
-            converged = int((np.atleast_1d(history[-1])[:k] <= goal).sum())
+            left -= _LOBPCG_CHUNK
+            num_converged = int((np.atleast_1d(history[-1])[:k] <= goal).sum())
     except TimeUpError:
         count = min(k, len(values))
-        return Found(values[:count] * scale, X[:, :count], converged, "lobpcg", timed_out=True)
-    return Found(values[:k] * scale, X[:, :k], converged, "lobpcg")
+        return _Eigenpairs(values[:count] * scale, X[:, :count], num_converged, "lobpcg", timed_out=True)
+    return _Eigenpairs(values[:k] * scale, X[:, :k], num_converged, "lobpcg")
 
 
-def lanczos(task: Task) -> Found:
-    """Run Lanczos with thick restarts, whose basis stays on the operator's device."""
-    basis = task.ncv or min(task.size, max(2 * task.k + 1, _MIN_DEVICE_BASIS))
-    if basis >= task.size:
-        return dense(task, "the basis would have been the whole space")
-    basis, note = _basis_that_fits(task, basis, "the Lanczos", 1.5)  # half of it is made anew beside it, at a restart
-    start = aligned(torch.from_numpy(np.array(task.start() if task.v0 is None else task.v0, dtype=task.A.dtype)))
-    restarts = task.maxiter or min(_MAX_RESTARTS, 10 * task.size)
+def _lanczos(problem: _Problem) -> _Eigenpairs:
+    """Run thick-restart Lanczos. The basis is stored on the device of the operator."""
+    basis = problem.ncv or min(problem.size, max(2 * problem.k + 1, _MIN_LANCZOS_BASIS))
+    if basis >= problem.size:
+        return _dense(problem, "the basis would have spanned the whole space")
+    basis, note = _fit_basis(problem, basis, "the Lanczos", 1.5)  # a restart allocates a second basis of half the size
+    start = np.array(problem.random_start() if problem.v0 is None else problem.v0, dtype=problem.A.dtype)
 
-    def choose(values: Array, count: int) -> Array:
-        return _chosen(values, task.which, count)
+    def select(values: Array, count: int) -> Array:
+        return _select(values, problem.which, count)
 
-    values, vectors, converged, timed_out = thick_restart(
-        task.A.multiply_rows, start.to(task.A.device), task.k, basis, task.tol, restarts, choose
+    values, vectors, num_converged, timed_out = _thick_restart(
+        problem.A.multiply_rows,
+        aligned(torch.from_numpy(start)).to(problem.A.device),
+        problem.k,
+        basis,
+        problem.tol,
+        problem.max_restarts,
+        select,
     )
     note = note if values.any() or timed_out else "the matrix is zero"
-    return Found(values, vectors.T.cpu().numpy(), converged, "lanczos", note, timed_out)
+    return _Eigenpairs(values, vectors.T.cpu().numpy(), num_converged, "lanczos", note, timed_out)
 
 
-def _chosen(values: Array, which: str, count: int) -> Array:
-    """Return the indices of the wanted ones among ascending values, for BE half from each end."""
-    if which != "BE":
-        order: Array = outermost_first(values, which)[:count]
-        return order
-    low = count // 2
-    ends: Array = np.r_[:low, len(values) - (count - low) : len(values)]
-    return ends
-
-
-def dense(task: Task, note: str = "") -> Found:
-    """Form the matrix by N products, and find all eigenvalues."""
+def _dense(problem: _Problem, note: str = "") -> _Eigenpairs:
+    """Form the matrix from N products, compute all its eigenvalues, and return the k requested eigenpairs."""
     check_fits(
-        5 * 8 * task.size**2,
-        task.available,
-        f"the matrix of {task.size:,} rows, formed for its {task.k:,} eigenvalues,",
-        "take a smaller k, or a block of the matrix",
+        5 * 8 * problem.size**2,
+        problem.available,
+        f"the matrix of {problem.size:,} rows, formed for its {problem.k:,} eigenvalues,",
+        "use a smaller k, or a block of the matrix",
     )
-    matrix = task.A.matmat(np.eye(task.size, dtype=task.A.dtype)).astype(np.float64)
+    matrix = problem.A.matmat(np.eye(problem.size, dtype=problem.A.dtype)).astype(np.float64)
     matrix += matrix.T.copy()
     values, vectors = np.linalg.eigh(matrix / 2)
-    order = _chosen(values, task.which, task.k)
-    return Found(values[order], vectors[:, order], task.k, "dense", note)
+    order = _select(values, problem.which, problem.k)
+    return _Eigenpairs(values[order], vectors[:, order], problem.k, "dense", note)
 
 
-def outermost_first(values: Array, which: str) -> Array:
-    """Return the order of eigenvalues: the outermost first, for SM the least in magnitude; for BE, ascending."""
-    key = {"LA": -values, "LM": -np.abs(values), "SM": np.abs(values)}.get(which, values)
-    return np.argsort(key, kind="stable")
-
-
-def _zero(task: Task, method: str) -> Found:
-    """Return pairs of the zero matrix, of which any vectors will do."""
-    vectors = np.linalg.qr(task.start(task.k))[0]
-    return Found(np.zeros(task.k), vectors, task.k, method, "the matrix is zero")
-
-
-METHODS: dict[str, Callable[[Task], Found]] = {
-    "arpack": arpack,
-    "lobpcg": lobpcg_blocks,
-    "lanczos": lanczos,
-    "dense": dense,
+_METHODS: dict[str, Callable[[_Problem], _Eigenpairs]] = {
+    "arpack": _arpack,
+    "lobpcg": _lobpcg,
+    "lanczos": _lanczos,
+    "dense": _dense,
 }
-"""What `curvop.spectrum.eigsh` calls its methods."""
 
 
-# Lanczos with thick restarts, whose basis stays on the device where the operator computes.
-
-
-def thick_restart(
-    multiply: Any, start: Tensor, k: int, basis: int, tol: float, maxiter: int, choose: Any
+def _thick_restart(
+    multiply: Callable[[Tensor], Tensor],
+    start: Tensor,
+    k: int,
+    basis: int,
+    tol: float,
+    maxiter: int,
+    select: Callable[[Array, int], Array],
 ) -> tuple[Array, Tensor, int, bool]:
-    r"""Find eigenpairs at an end of the spectrum of a symmetric operator (Wu, Simon, 2000).
+    r"""Find eigenpairs of a symmetric operator by thick-restart Lanczos (Wu, Simon, 2000).
 
-    The basis :math:`V` grows to its full size; then the best Ritz vectors and the last residual begin it anew. In the
-    projected matrix :math:`V^\top A V` what theory says is zero, or known, is that: products that are not exact would
-    else set a floor to the residuals that it tells.
+    The basis :math:`V` grows to its full size. A restart then keeps only the best Ritz vectors and the last residual
+    vector. Entries of the projected matrix :math:`V^\top A V` whose exact values are known, for example zeros, are set
+    to the exact values. If these entries were computed from inexact products, their errors would prevent convergence to
+    a small `tol`.
 
     Parameters
     ----------
     multiply : callable
-        Of a ``(1, N)`` tensor. Its `TimeUpError` ends the search with what the basis holds.
+        Takes a row vector of shape ``(1, N)`` and returns its product with the operator. If `multiply` raises a
+        ``TimeUpError``, the iteration stops and returns the Ritz pairs of the current basis.
     start : Tensor, shape (N,)
-        In the precision and on the device of the basis.
+        The starting vector. The basis has the same dtype and device.
     k : int
+        The number of eigenvalues.
     basis : int
-        Vectors of the basis, more than k, fewer than N.
+        The number of basis vectors, ``k < basis < N``.
     tol : float
-        Relative accuracy of an eigenvalue; 0 for that of the basis.
+        The relative accuracy of the eigenvalues; 0 means machine precision. The stopping criterion is that of ARPACK.
     maxiter : int
-        Restarts.
-    choose : callable
-        ``(values, count) -> indices`` of so many that are wanted, the most wanted first.
+        The maximum number of restarts.
+    select : callable
+        ``select(values, count)`` takes ascending values and returns the indices of the `count` most wanted values.
 
     Returns
     -------
     values : ndarray, shape (n,)
-        k of them; fewer where time was up before the basis had so many vectors.
+        The eigenvalues. n is k, or less if time ran out before the basis had k vectors.
     vectors : Tensor, shape (n, N)
-    converged : int
-        How many of them are within `tol`.
+        The eigenvectors as rows.
+    num_converged : int
+        The number of eigenpairs that satisfy `tol`.
     timed_out : bool
-
-    References
-    ----------
-    Wu, Simon (2000), "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J. Matrix Anal. Appl.
-    22(2); the criterion is ARPACK's.
+        Whether time ran out.
     """
     size, eps = len(start), float(torch.finfo(start.dtype).eps)
     V = torch.empty(basis + 1, size, dtype=start.dtype, device=start.device)
-    V[0] = start / norm_of(start)
+    V[0] = start / tensor_norm(start)
     H = np.zeros((basis + 1, basis + 1))
     generator = torch.Generator().manual_seed(0)
     kept, scale, timed_out = 0, 0.0, False
     while True:
         count = basis
-        for at in range(kept, basis):
+        for step in range(kept, basis):
             try:
-                w = multiply(V[at : at + 1])[0].to(start.dtype)
+                w = multiply(V[step : step + 1])[0].to(start.dtype)
             except TimeUpError:
-                count, timed_out = at, True
+                count, timed_out = step, True
                 break
-            H[at, at] = float(_orthogonalise(V[: at + 1], w)[at])
-            beta = norm_of(w)
-            scale = max(scale, abs(H[at, at]) + beta)
-            if beta <= rounding_left(start.dtype, size) * scale:  # an invariant subspace: go on from elsewhere
+            H[step, step] = float(_orthogonalize(V[: step + 1], w)[step])
+            beta = tensor_norm(w)
+            scale = max(scale, abs(H[step, step]) + beta)
+            if beta <= rounding_left(start.dtype, size) * scale:  # an invariant subspace: continue with a random vector
                 beta = 0.0
                 w = torch.randn(size, generator=generator, dtype=start.dtype).to(start.device)
-                _orthogonalise(V[: at + 1], w)
-            V[at + 1] = w / norm_of(w)
-            H[at, at + 1] = H[at + 1, at] = beta
+                _orthogonalize(V[: step + 1], w)
+            V[step + 1] = w / tensor_norm(w)
+            H[step, step + 1] = H[step + 1, step] = beta
         values, S = np.linalg.eigh(H[:count, :count])
-        wanted = choose(values, min(k, count))
-        coupling = H[count, :count] @ S  # of the Ritz vectors to the next vector of the basis: their residuals
+        wanted = select(values, min(k, count))
+        coupling = H[count, :count] @ S  # components of A times the Ritz vectors along the next basis vector
         residuals = np.abs(coupling[wanted])
-        done = residuals <= max(tol, eps) * np.maximum(np.abs(values[wanted]), eps ** (2 / 3) * scale)
+        converged = residuals <= max(tol, eps) * np.maximum(np.abs(values[wanted]), eps ** (2 / 3) * scale)
         maxiter -= 1
-        if timed_out or done.all() or maxiter <= 0:
-            return values[wanted], _combined(V[:count], S[:, wanted]), int(done.sum()), timed_out
-        # Besides those that are wanted, half of the others: what was learnt of them speeds up the next round.
+        if timed_out or converged.all() or maxiter <= 0:
+            return values[wanted], _combine(V[:count], S[:, wanted]), int(converged.sum()), timed_out
+        # Also keep half of the other Ritz vectors, because they speed up the convergence after the restart.
         kept = min(k + (basis - k) // 2, basis - 1)
-        best = choose(values, kept)
-        V[:kept] = _combined(V[:basis], S[:, best])
+        best = select(values, kept)
+        V[:kept] = _combine(V[:basis], S[:, best])
         V[kept] = V[basis]
         H[:] = 0
         H[np.diag_indices(kept)] = values[best]
         H[kept, :kept] = H[:kept, kept] = coupling[best]
 
 
-def _orthogonalise(V: Tensor, w: Tensor) -> Tensor:
-    """Take the rows of `V` out of `w`, in place and twice; return the shares."""
+def _orthogonalize(V: Tensor, w: Tensor) -> Tensor:
+    """Orthogonalize `w` in place against the rows of `V`, in two passes. Return the total coefficients."""
     total = torch.zeros(len(V), dtype=V.dtype, device=V.device)
     for _ in range(2):
-        shares = V @ w
-        w.addmv_(V.T, shares, alpha=-1.0)
-        total += shares
+        coefficients = V @ w
+        w.addmv_(V.T, coefficients, alpha=-1.0)
+        total += coefficients
     return total
 
 
-def _combined(V: Tensor, coefficients: Array) -> Tensor:
-    """Return the rows ``coefficients' V``."""
+def _combine(V: Tensor, coefficients: Array) -> Tensor:
+    """Return the linear combinations ``coefficients.T @ V`` of the rows of `V`, as a tensor."""
     return torch.from_numpy(np.ascontiguousarray(coefficients.T)).to(V.device, V.dtype) @ V
 
 
-@contextlib.contextmanager
-def without_verdicts() -> Iterator[None]:
-    """Ignore the verdicts that `eigsh` and `solve` warn of, and nothing else: an operator's own warnings are news."""
-    with warnings.catch_warnings():
-        told = "not converged|not certified|converged: relative residual"
-        warnings.filterwarnings("ignore", told, RuntimeWarning)
-        yield
+def _fit_basis(problem: _Problem, basis: int, owner: str, copies: float) -> tuple[int, str]:
+    """Return the number of basis vectors to use, and a note.
+
+    If the default number of vectors does not fit into memory, the number is reduced, and the note states this.
+    Otherwise, the note is empty. A number chosen by the user is not reduced. The solver is assumed to hold `copies`
+    vectors per basis vector, and ``k + 4`` further vectors.
+
+    Raises
+    ------
+    MemoryError
+        If the basis does not fit.
+    """
+    vector, note, others = problem.size * problem.A.dtype.itemsize, "", problem.k + 4
+    fitting = max(problem.k + 2, int((problem.available // vector - others) / copies))
+    if problem.ncv is None and fitting < basis:
+        basis, note = fitting, f"ncv was reduced to {fitting} to fit into memory"
+    check_fits(
+        int((copies * basis + others) * vector),
+        problem.available,
+        f"{owner} basis of {basis} vectors of {problem.size:,} numbers",
+        "use a smaller k or ncv, method='lobpcg', or a block of the matrix",
+    )
+    return basis, note
+
+
+def _select(values: Array, which: str, count: int) -> Array:
+    """Return the indices of the `count` eigenvalues that `which` requests. `values` must be in ascending order."""
+    if which != "BE":
+        order: Array = _outermost_first(values, which)[:count]
+        return order
+    low = count // 2
+    ends: Array = np.r_[:low, len(values) - (count - low) : len(values)]
+    return ends
+
+
+def _outermost_first(values: Array, which: str) -> Array:
+    """Return the indices that sort eigenvalues in the order of `EigenResult.values`."""
+    key = {"LA": -values, "LM": -np.abs(values), "SM": np.abs(values)}.get(which, values)
+    return np.argsort(key, kind="stable")
+
+
+def _zero_matrix(problem: _Problem, method: str) -> _Eigenpairs:
+    """Return k zero eigenvalues with random orthonormal eigenvectors, for a zero matrix."""
+    vectors = np.linalg.qr(problem.random_start(problem.k))[0]
+    return _Eigenpairs(np.zeros(problem.k), vectors, problem.k, method, "the matrix is zero")

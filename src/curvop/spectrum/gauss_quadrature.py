@@ -1,4 +1,19 @@
-"""What a Gauss quadrature knows of its measure: other rules with the same moments, and bounds of shares."""
+"""Bound fractions and integrals of a measure that is known only through its Gauss quadrature.
+
+A Gauss quadrature determines the first moments of its measure, and these moments determine a tridiagonal matrix
+(`Recurrence`). If the last entries of this matrix are changed, the eigenvalues and eigenvectors of the changed matrix
+give another quadrature rule. All moments of this rule except the highest one or two equal those of the measure. If many
+such rules are applied to a function, the spread of the results shows how accurately the moments determine the integral
+of the function. For the fraction of a measure up to a point, `Recurrence.shares` computes proven bounds, and
+`ShareBounds` averages these bounds over the probes.
+
+References
+----------
+Golub, Welsch (1969), "Calculation of Gauss quadrature rules", Math. Comp. 23. Golub, Meurant (2010), "Matrices, Moments
+and Quadrature with Applications", Princeton University Press, chapter 6. Gautschi (2004), "Orthogonal Polynomials:
+Computation and Approximation", Oxford University Press. Krein, Nudelman (1977), "The Markov Moment Problem and Extremal
+Problems", American Mathematical Society, chapter III.
+"""
 
 from __future__ import annotations
 
@@ -17,42 +32,52 @@ __all__ = ["Recurrence", "ShareBounds", "all_rules", "beyond_ends", "known_share
 Array = NDArray[Any]
 
 _EPS = float(np.finfo(np.float64).eps)
-# Quadrature rules per probe: about so many nodes in all, within these numbers of rules. Bounds at a point between the
-# nodes of two neighbouring rules are wider than the sharp ones by about 2 / rules, 6 % for 32.
+# A probe gets about _NODES nodes in total, with at least _FEWEST and at most _MOST rules. Between the nodes of
+# neighboring rules, the bounds are wider than sharp bounds by about 2 / (number of rules), which is 6% for 32 rules.
 _NODES, _FEWEST, _MOST = 2048, 8, 32
 
 
 def number_of_rules(steps: int) -> int:
-    """Return an even number of rules of so many nodes each."""
+    """Return the number of quadrature rules for a probe with `steps` nodes per rule. The number is even."""
     return int(np.clip(_NODES // max(steps, 1), _FEWEST, _MOST)) // 2 * 2
 
 
 def recurrences(nodes: Array, weights: Array, entries: Array, exact: Array) -> list[Recurrence | None]:
-    """Return the recurrences of the measures of K probes, from their `entries` ``(K, 2, m)`` if there are any.
+    """For each probe, return the recurrence of its measure, or None if the measure equals its Gauss rule.
 
-    None for a probe whose measure is its rule, as `exact` ``(K,)`` says.
+    Parameters
+    ----------
+    nodes, weights : ndarray, shape (K, m)
+        Gauss rule of each probe.
+    entries : ndarray, shape (K, 2, m)
+        Diagonals and off-diagonals of the tridiagonal matrices. If the array is empty, the matrices are recovered from
+        the rules.
+    exact : ndarray of bool, shape (K,)
+        True for a probe whose measure equals its Gauss rule.
     """
-    found: list[Recurrence | None] = [None] * len(nodes)
+    result: list[Recurrence | None] = [None] * len(nodes)
     for probe in np.flatnonzero(~exact):
-        there = weights[probe] > 0
+        positive = weights[probe] > 0
         if len(entries):
-            alphas, betas = entries[probe, :, there].T
-            ends = float(nodes[probe, there].min()), float(nodes[probe, there].max())
-            found[probe] = Recurrence(alphas, betas[:-1], float(weights[probe].sum()), ends)
+            alphas, betas = entries[probe, :, positive].T
+            ends = float(nodes[probe, positive].min()), float(nodes[probe, positive].max())
+            result[probe] = Recurrence(alphas, betas[:-1], float(weights[probe].sum()), ends)
         else:
-            found[probe] = Recurrence.of(nodes[probe, there], weights[probe, there])
-    return found
+            result[probe] = Recurrence.of(nodes[probe, positive], weights[probe, positive])
+    return result
 
 
 def all_rules(nodes: Array, weights: Array, recurrences: list[Recurrence | None]) -> tuple[Array, Array]:
-    """Return the nodes and weights of all rules of each probe, ``(K, R, m)``.
+    """Return the nodes and weights ``(K, R, m)`` of all rules of each probe.
 
-    The Gauss rule, that of half the steps (NaN after a single step), and the family of `Recurrence.within`; all are the
-    Gauss rule if that is exact.
+    The first rule is the Gauss rule. The second rule is the Gauss rule of half the steps. If there is only one step,
+    the weights of the second rule are NaN. The other rules are those of `Recurrence.within`. If the recurrence of a
+    probe is None, all rules equal the Gauss rule.
     """
     count, steps = nodes.shape
     heaviest = np.take_along_axis(nodes, weights.argmax(1)[:, None], 1) if count else nodes
-    own = np.where(weights > 0, nodes, heaviest)  # f may not be defined at nodes that are none
+    # Padding repeats the node with the largest weight, because f may not be defined at 0.
+    own = np.where(weights > 0, nodes, heaviest)
     family = number_of_rules(steps)
     nodes, weights = (np.repeat(part[:, None], 2 + family, axis=1) for part in (own, weights))
     for probe, recurrence in enumerate(recurrences):
@@ -72,23 +97,47 @@ def all_rules(nodes: Array, weights: Array, recurrences: list[Recurrence | None]
 def beyond_ends(
     recurrences: list[Recurrence | None], nodes: Array, ends: tuple[float, float], mass: float
 ) -> tuple[float, float]:
-    """Return how far beyond both `ends` the moments of any probe allow a mass; the probes' `nodes` are within them."""
-    found = []
+    """Return the largest distances from the `ends` at which the moments of at least one probe allow a point mass.
+
+    The first distance is measured downwards from the lower end, the second distance upwards from the upper end.
+
+    Parameters
+    ----------
+    recurrences : list of Recurrence or None
+        The recurrence of each probe.
+    nodes : ndarray, shape (n,)
+        Nodes of all probes, which lie within the ends.
+    ends : tuple of float
+        Lower and upper end.
+    mass : float
+        The point mass.
+    """
+    distances = []
     for sign, outermost, end in (
         (-1, nodes.min(initial=np.inf), ends[0]),
         (1, nodes.max(initial=-np.inf), ends[1]),
     ):
-        reach = max((one.reach(sign, outermost, mass) for one in recurrences if one is not None), default=0.0)
-        found.append(max(reach - sign * (end - outermost), 0.0))
-    return found[0], found[1]
+        reaches = (recurrence.reach(sign, outermost, mass) for recurrence in recurrences if recurrence is not None)
+        distances.append(max(max(reaches, default=0.0) - sign * (end - outermost), 0.0))
+    return distances[0], distances[1]
 
 
 class Recurrence(NamedTuple):
-    """The three-term recurrence of a measure's orthonormal polynomials, as far as its Gauss rule knows it.
+    """Three-term recurrence of the orthonormal polynomials of a measure, determined by the Gauss rule of the measure.
 
-    A rule of m nodes is the tridiagonal matrix of `alphas` ``(m,)`` and `betas` ``(m - 1,)``: its eigenvalues are the
-    nodes, the squares of its eigenvectors' first entries the weights (Golub, Welsch, 1969). Changing the last entries
-    gives other rules with positive weights that are exact up to a lower degree.
+    The tridiagonal matrix of `alphas` and `betas` defines the Gauss rule of m nodes: the nodes are the eigenvalues of
+    the matrix, and the weights are the squares of the first entries of its eigenvectors (Golub, Welsch, 1969). If the
+    last entries of the matrix are changed, the same construction gives other rules with positive weights, which are
+    exact up to a lower degree.
+
+    Attributes
+    ----------
+    alphas, betas : ndarray, shape (m,), (m - 1,)
+        Diagonal and off-diagonal of the tridiagonal matrix.
+    mass : float
+        Total mass of the measure.
+    ends : tuple of float
+        Smallest and largest node of the Gauss rule.
     """
 
     alphas: Array
@@ -98,10 +147,10 @@ class Recurrence(NamedTuple):
 
     @classmethod
     def of(cls, nodes: Array, weights: Array) -> Self:
-        """Recover it from nodes and weights ``(m,)``.
+        """Recover a recurrence from the nodes and weights ``(m,)`` of a Gauss rule.
 
-        The Lanczos process with the matrix of the nodes, from the roots of the weights, takes up again the recurrence
-        that they are of (Gautschi, 2004, section 2.2.3).
+        The method is the Lanczos process with the diagonal matrix of the nodes. The starting vector consists of the
+        square roots of the weights (Gautschi, 2004, section 2.2.3).
         """
         count = len(nodes)
         basis, alphas, betas = np.zeros((count, count)), np.zeros(count), np.zeros(count)
@@ -119,46 +168,54 @@ class Recurrence(NamedTuple):
             q = w / betas[step]
         return cls(alphas[:count], betas[: count - 1], float(weights.sum()), (float(nodes.min()), float(nodes.max())))
 
-    def _rule(self, alphas: Array, betas: Array) -> tuple[Array, Array]:
-        values, vectors = eigh_tridiagonal(alphas, betas)
-        return values, vectors[0] ** 2 * self.mass
-
     def half(self) -> tuple[Array, Array]:
-        """Return the Gauss rule of half as many nodes, one more if they are odd."""
+        """Return nodes and weights of the Gauss rule with m / 2 nodes, rounded up."""
         count = (len(self.alphas) + 1) // 2
         nodes, weights = self._rule(self.alphas[:count], self.betas[: count - 1])
         return np.clip(nodes, *self.ends), weights
 
     def shares(self, count: int) -> tuple[Array, Array, Array]:
-        r"""Return points, and the least and the largest share of the measure up to a point between two of them.
+        r"""Return points, and bounds for the mass of the measure up to any position between two neighboring points.
 
-        The rules whose last alpha is changed are exact up to degree 2 m - 2. Of each of them the inequalities of
-        Chebyshev, Markov and Stieltjes hold: the share of the measure to the left of a node is at least the sum of the
-        weights before it, and the share up to it at most that sum with its own weight. These bounds are the sharp ones
-        at the node, and each point is the node of one such rule; as shares increase, the bounds at all other points
-        follow from some `count` of them that place their nodes evenly.
+        If the last alpha is changed, the rule is exact up to degree 2 m - 2 and satisfies the inequalities of
+        Chebyshev, Markov and Stieltjes: the mass to the left of a node is at least the sum of the weights of all
+        smaller nodes, and the mass up to and including the node is at most this sum plus the weight of the node. These
+        bounds are sharp at the node, and every point is a node of one rule of this kind. This method computes `count`
+        rules with evenly spaced nodes. Since the mass up to a point increases with the point, the bounds at these nodes
+        also give bounds at all other points.
+
+        Returns
+        -------
+        points : ndarray, shape (n,)
+            Points in increasing order.
+        low, high : ndarray, shape (n + 1,)
+            Bounds for positions in each of the n + 1 intervals between the points.
         """
         if not len(self.betas):
             return np.zeros(0), np.zeros(1), np.full(1, self.mass)
         levels = self.betas[-1] * np.tan(np.pi * (np.arange(1, count) / count - 0.5))
-        # In a gap that is wide beside the last beta, a node goes as far as the last alpha does.
+        # In a gap that is wide relative to the last beta, a node moves by as much as the last alpha. Add levels far
+        # away.
         doublings = max(0.0, np.log2(2 * (self.ends[1] - self.ends[0])) - np.log2(levels[-1]))
         far = levels[-1] * 2.0 ** np.arange(1, doublings + 1)
         levels = np.concatenate([-far, levels, far])
-        nodes, weights = self._changed(self.alphas[-1] + levels, np.ones(len(levels)))
-        upto = weights.cumsum(1)
+        nodes, weights = self._changed_rules(self.alphas[-1] + levels, np.ones(len(levels)))
+        cumulative = weights.cumsum(1)
         order = nodes.reshape(-1).argsort(kind="stable")
-        low = np.maximum.accumulate((upto - weights).reshape(-1)[order])
-        high = np.minimum.accumulate(upto.reshape(-1)[order][::-1])[::-1]
+        low = np.maximum.accumulate((cumulative - weights).reshape(-1)[order])
+        high = np.minimum.accumulate(cumulative.reshape(-1)[order][::-1])[::-1]
         return nodes.reshape(-1)[order], np.r_[0.0, np.maximum(low, 0.0)], np.r_[high, self.mass]
 
     def within(self, count: int) -> tuple[Array, Array]:
-        """Return nodes and weights ``(count, m)`` of rules with nodes in the range, exact up to degree 2 m - 3.
+        """Return nodes and weights ``(count, m)`` of rules that have all nodes in the range.
 
-        All have an end of the range as a node. They lead from the Gauss rule of m - 1 nodes to that of m, which has
-        both ends; on the way each point in the range is the node of one of them: the canonical representations of the
-        moments on the interval (Krein, Nudelman, 1977, chapter III). One of them has a node at 0, where functions of
-        eigenvalues most often have a kink or a step that may be narrower than the distance of the others' nodes.
+        The rules are exact up to degree 2 m - 3. Each rule has one end of the range as a node. For each end, a
+        continuous family of such rules connects the Gauss rule of m - 1 nodes with the Gauss rule of m nodes, which has
+        both ends as nodes. Every point of the range is a node of one rule of these two families. These rules are
+        the canonical representations of the moments on the interval (Krein, Nudelman, 1977, chapter III).
+
+        If a rule with a node at 0 exists, it is one of the returned rules. Most kinks and steps of functions of
+        eigenvalues are at 0, and may lie between the nodes of the other rules.
         """
         half = count // 2
         levels = self.betas[-1] * np.tan(np.pi / 2 * np.arange(1, half + 1) / (half + 1))
@@ -167,43 +224,64 @@ class Recurrence(NamedTuple):
             distance = self.alphas[-1] - end
             squares = np.abs(distance) / (np.abs(distance) + levels)
             squares[-1] = self._square_of_zero(end, squares[-1])
-            alphas.append(end + squares * distance)  # `end` stays a node, whatever the square is
+            alphas.append(end + squares * distance)  # with this alpha, `end` is a node for any value of the square
             factors.append(np.sqrt(squares))
-        nodes, weights = self._changed(np.concatenate(alphas), np.concatenate(factors))
+        nodes, weights = self._changed_rules(np.concatenate(alphas), np.concatenate(factors))
         for row in nodes[[half - 1, count - 1]]:
             nearest = np.abs(row).argmin()
             row[nearest] = 0.0 if abs(row[nearest]) <= _EPS * len(row) * np.abs(row).max() else row[nearest]
         return np.clip(nodes, *self.ends), weights
 
     def _square_of_zero(self, end: float, default: float) -> float:
-        """Return the square of the factor of the rule that has `end` and 0 as nodes, or `default` if there is none."""
+        """Return the squared factor of the rule with nodes at `end` and 0, or `default` if there is no such rule."""
         pivot = 1.0
-        for alpha, before in zip(self.alphas[:-1], np.r_[0.0, self.betas[:-1]], strict=True):
-            pivot = alpha - before * (before / (pivot or _EPS))
+        for alpha, previous_beta in zip(self.alphas[:-1], np.r_[0.0, self.betas[:-1]], strict=True):
+            pivot = alpha - previous_beta * (previous_beta / (pivot or _EPS))
         beta, distance = self.betas[-1], self.alphas[-1] - end
         divisor = beta - (pivot / beta) * distance
         square = (pivot / beta) * end / divisor if divisor else 0.0
         return square if 0 < square <= 1 else default
 
     def mass_at(self, points: Array) -> Array:
-        """Return the Christoffel numbers ``(n,)`` of points outside the range: the most mass that may be in each."""
+        """Return the Christoffel numbers ``(n,)`` of points outside of the range.
+
+        The Christoffel number of a point is the largest mass that the measure can have at this point.
+        """
         pivots, logarithms = np.ones(len(points)), [np.zeros(len(points))]
-        for alpha, beta, before in zip(self.alphas, self.betas, np.r_[0.0, self.betas], strict=False):
-            pivots = alpha - points - before * (before / pivots)
+        for alpha, beta, previous_beta in zip(self.alphas, self.betas, np.r_[0.0, self.betas], strict=False):
+            pivots = alpha - points - previous_beta * (previous_beta / pivots)
             pivots = np.where(pivots == 0, np.finfo(np.float64).tiny, pivots)
-            # The squares of the orthonormal polynomials, which overflow.
+            # Sum logarithms, because the squares of the orthonormal polynomials overflow.
             logarithms.append(logarithms[-1] + 2 * (np.log(np.abs(pivots)) - np.log(beta)))
         masses: Array = self.mass * np.exp(-logsumexp(logarithms, axis=0))
         return masses
 
     def reach(self, sign: int, end: float, mass: float) -> float:
-        """Return how far beyond `end`, outside the range, the moments allow a mass, to about 10 % more."""
+        """Return the largest outward distance from `end` at which the moments allow a point mass.
+
+        The distance is overestimated by at most about 10%. It is infinite if the moments allow the mass at any
+        distance.
+
+        Parameters
+        ----------
+        sign : {-1, 1}
+            Direction from the end: -1 for smaller values, 1 for larger values.
+        end : float
+            An end of the range.
+        mass : float
+            The point mass.
+        """
         distances = np.r_[0.0, (self.ends[1] - self.ends[0]) * np.geomspace(1e-16, 1e4, 500)]
         allowed = self.mass_at(end + sign * distances) >= mass
         return float(np.r_[distances, np.inf][allowed.sum()]) if allowed[0] else 0.0
 
-    def _changed(self, last_alphas: Array, factors: Array) -> tuple[Array, Array]:
-        """Return nodes and weights ``(R, m)`` of rules with another last alpha, and the last beta times a factor."""
+    def _rule(self, alphas: Array, betas: Array) -> tuple[Array, Array]:
+        """Return the nodes and weights ``(m,)`` of the quadrature rule that a tridiagonal matrix defines."""
+        values, vectors = eigh_tridiagonal(alphas, betas)
+        return values, vectors[0] ** 2 * self.mass
+
+    def _changed_rules(self, last_alphas: Array, factors: Array) -> tuple[Array, Array]:
+        """Change the last alpha and scale the last beta, for each of R rules. Return nodes and weights ``(R, m)``."""
         rules = []
         for last, factor in zip(last_alphas, factors, strict=True):
             rules.append(self._rule(np.r_[self.alphas[:-1], last], np.r_[self.betas[:-1], factor * self.betas[-1]]))
@@ -211,37 +289,41 @@ class Recurrence(NamedTuple):
         return np.array(nodes), np.array(weights)
 
 
-# Bounds of the share of the eigenvalues up to a point, and the quantiles that follow.
-
+# Points (n,), lower bounds (n + 1,) and upper bounds (n + 1,), as returned by `Recurrence.shares`. The bounds of an
+# interval between neighboring points hold for the mass up to any position in the interval.
 Curves = tuple[Array, Array, Array]
 
 
 def known_shares(nodes: Array, weights: Array) -> Curves:
-    """Return the curves of a measure that is known: its nodes, and twice the mass up to each of them."""
+    """Return the curves of a measure that is known exactly. Its lower and upper bounds are equal."""
     order = nodes.argsort(kind="stable")
-    reached = np.r_[0.0, weights[order].cumsum()]
-    return nodes[order], reached, reached
+    cumulative = np.r_[0.0, weights[order].cumsum()]
+    return nodes[order], cumulative, cumulative
 
 
 class ShareBounds:
-    """Bounds of the share of the eigenvalues up to a point.
+    """Bounds for fractions of eigenvalues up to given points, and for quantiles.
 
     Parameters
     ----------
     probes : list of tuple
-        Of each probe, points ``(n,)`` in increasing order, and for each of the ``n + 1`` intervals between them the
-        least and the largest share of the probe's measure up to a point in it.
+        Curves of each probe: points ``(n,)`` in increasing order, and lower and upper bounds, each of shape ``(n +
+        1,)``. The bounds of an interval between neighboring points hold for the mass of the probe's measure up to any
+        position in the interval.
     atoms : tuple
-        The same of eigenvalues that are known.
+        Curves of the eigenvalues that are known exactly, in the same format.
     resolution : float
-        Points that differ by less are the same.
+        Distance below which points are considered equal.
     """
 
     def __init__(self, probes: list[Curves], atoms: Curves, resolution: float) -> None:
         self._curves, self._resolution = [*probes, atoms], resolution
 
     def up_to(self, points: Array) -> BoundedEstimate:
-        """Return the share of the eigenvalues up to each point; those at a point are in the upper bound only."""
+        """Estimate the fraction of eigenvalues up to each point.
+
+        An eigenvalue that is equal to a point counts only in the upper bound.
+        """
         low, high = (
             np.array([curves[bound][np.searchsorted(curves[0], shifted, "right")] for curves in self._curves])
             for bound, shifted in ((1, points - self._resolution), (2, points + self._resolution))
@@ -250,22 +332,26 @@ class ShareBounds:
         return bounded_mean(middle[:-1], low[:-1], high[:-1], middle[-1], _EPS, high[-1] - middle[-1])
 
     def quantile(self, shares: Array, ends: tuple[float, float]) -> BoundedEstimate:
-        """Return where the share reaches some, between `ends`; its bounds do not keep to them."""
+        """Estimate the points at which the fractions are reached.
+
+        The estimated points are clipped to `ends`. The bounds are not clipped.
+        """
         points, low, high = self._means
-        least, middle, largest = (_Inverse(points, curve) for curve in (high, (low + high) / 2, low))
+        lower, middle, upper = (_Inverse(points, curve) for curve in (high, (low + high) / 2, low))
         value = np.clip(middle.at(shares), *ends)
-        # On both sides of it, as an eigenvalue that is there leaves open at itself what is known beside it.
+        # Use the larger of the errors on both sides of the value, because the error at an eigenvalue itself includes
+        # the fraction of this eigenvalue.
         error = np.maximum(*(self.up_to(value + side * 2 * self._resolution).error for side in (-1, 1)))
-        before, behind = (np.clip(middle.at(shares + side * error), *ends) for side in (-1, 1))
-        error = np.where(np.isnan(error), np.nan, np.maximum((behind - before) / 2, self._resolution))
-        bounds = least.at(shares) - self._resolution, largest.at(shares) + self._resolution
+        left, right = (np.clip(middle.at(shares + side * error), *ends) for side in (-1, 1))
+        error = np.where(np.isnan(error), np.nan, np.maximum((right - left) / 2, self._resolution))
+        bounds = lower.at(shares) - self._resolution, upper.at(shares) + self._resolution
         return BoundedEstimate(value[()], error[()], *bounds)
 
     @property
     def _means(self) -> Curves:
-        """The curves of all eigenvalues, as shares of the mass."""
+        """Curves of all eigenvalues: the mean over the probes plus the atoms, normalized to a total mass of 1."""
         probes = len(self._curves) - 1
-        numbers = [*[probes] * probes, 1]  # of the measures that each is one of
+        numbers = [*[probes] * probes, 1]  # the curves of the probes are averaged, the curve of the atoms is not
         points = np.concatenate([curves[0] for curves in self._curves])
         order = points.argsort(kind="stable")
         bounds = []
@@ -278,7 +364,7 @@ class ShareBounds:
 
 
 class _Inverse:
-    """Where a curve of shares, constant between points, reaches a share, to rounding; infinite if it does nowhere."""
+    """Inverse of a piecewise constant curve of fractions. `at` returns infinity if no point reaches a fraction."""
 
     def __init__(self, points: Array, curve: Array) -> None:
         self._points, self._curve = np.r_[-np.inf, points, np.inf], curve

@@ -1,16 +1,22 @@
-r"""The Lanczos recurrence from several starting vectors at once, which keeps its vectors orthogonal.
+r"""Run the Lanczos process from several starting vectors in lockstep, with orthogonal bases.
 
-For each starting vector, after m steps, :math:`A Q_m = Q_m T_m + \beta_m q_{m+1} e_m^\top` with orthonormal
-:math:`Q_m` and tridiagonal :math:`T_m` (Lanczos, 1950). The runs share nothing but the block products. All arrays are
-torch tensors, on the device where the operator computes: a NumPy array on the host is a tensor of the same memory.
+After m steps from a starting vector, the process satisfies :math:`A Q_m = Q_m T_m + \beta_m q_{m+1} e_m^\top` with
+orthonormal :math:`Q_m` and tridiagonal :math:`T_m` (Lanczos, 1950). Runs from different starting vectors are
+independent, but each step computes the products for all runs in one block product. All vectors are PyTorch tensors on
+the device of the operator. On the CPU, these tensors share memory with NumPy arrays.
 
-The basis is taken out of a new vector, all of it, wherever `curvop.spectrum.lanczos` cannot rule out that it has
-come to hold more than 300 times the precision of it.
+In exact arithmetic the basis is orthogonal, but rounding destroys the orthogonality. `OrthogonalityBound` bounds the
+inner products of a new vector with the earlier vectors. If the bound exceeds 300 times the precision, the inner
+products are computed, and the new vector is orthogonalized if necessary. Otherwise the step does not read the basis,
+which saves time in most steps.
 
 References
 ----------
-Golub, Van Loan (2013), "Matrix Computations", section 10.1; Daniel, Gragg, Kaufman, Stewart (1976) for the second
-orthogonalisation.
+Lanczos (1950), "An iteration method for the solution of the eigenvalue problem of linear differential and integral
+operators", J. Res. Natl. Bur. Stand. 45(4). Golub, Van Loan (2013), "Matrix Computations", Johns Hopkins University
+Press, section 10.1. Daniel, Gragg, Kaufman, Stewart (1976), "Reorthogonalization and stable algorithms for updating the
+Gram-Schmidt QR factorization", Math. Comp. 30(136), for the second orthogonalization. Simon (1984), "The Lanczos
+algorithm with partial reorthogonalization", Math. Comp. 42(165), for the bound.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from torch import Tensor
 from curvop.operators.base import TensorLinearOperator
 from curvop.operators.transfer import LINE, aligned
 from curvop.operators.validation import available_bytes, check_fits
-from curvop.spectrum.norms import column_norms, dots_of, norms_of
+from curvop.spectrum.norms import column_norms, row_dots, row_norms
 
 __all__ = [
     "Lanczos",
@@ -45,91 +51,44 @@ __all__ = [
 
 Array = NDArray[Any]
 
+_SECTION = 16384  # largest number of terms that the CPU sums sequentially in the precision of the basis
 
-# Numbers that are summed one after another in the basis's own precision.
-_SECTION = 16384
-
-
-def device_of(A: Any) -> torch.device:
-    """Return where an operator computes; SciPy's own compute on the host."""
-    return A.device if isinstance(A, TensorLinearOperator) else torch.device("cpu")
-
-
-def multiply(A: Any, rows: Tensor) -> Tensor:
-    """Return the products ``(K, M)`` of `A` with the rows ``(K, N)`` of a tensor, from one block product."""
-    if isinstance(A, TensorLinearOperator) and A.takes_tensors:
-        product: Tensor = A @ rows.T
-        return product.T
-    array = np.array((A @ rows.numpy().T).T, order="C")  # a copy, as an operator may return its argument
-    return aligned(torch.from_numpy(array).to(torch.promote_types(rows.dtype, torch.float32)))
-
-
-def basis_dtype(A: Any) -> torch.dtype:
-    """Return the precision that a basis is kept in: that of the operator's vectors, float32 or float64."""
-    return torch.float32 if A.dtype == np.float32 else torch.float64
-
-
-def resolution(A: Any) -> float:
-    """Return the distance, relative to the norm, at which rounding in the products may merge or split eigenvalues."""
-    single = A.dtype == np.float32 or getattr(A, "epsilon", 0.0) > torch.finfo(torch.float64).eps
-    return rounding_left(torch.float32 if single else torch.float64, A.shape[0])
-
-
-def bytes_of_run(A: Any, num_steps: int) -> int:
-    """Return what one run takes: its basis, and what a step takes."""
-    return int(basis_dtype(A).itemsize * A.shape[0] * (num_steps + 6))
-
-
-def runs_at_once(A: Any, num_probes: int, num_steps: int, memory: int | None) -> int:
-    """Return how many runs fit into `memory` bytes, half of what is free by default.
-
-    Raises
-    ------
-    MemoryError
-        Where not even one does, with the number and the remedy.
-    """
-    available = available_bytes(device_of(A), memory)
-    one = bytes_of_run(A, num_steps)
-    what = f"the Lanczos basis of one probe, {num_steps} vectors of {A.shape[0]:,} numbers,"
-    check_fits(one, available, what, "take fewer num_steps, or a block of the matrix")
-    return min(num_probes, available // one)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of zeros; on the host from NumPy, whose large arrays take huge pages, made four times as fast."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    room = torch.from_numpy(np.zeros(size + LINE, np.uint8))
-    return room[-room.data_ptr() % LINE :][:size].view(dtype).view(shape)  # as `aligned` has it
+# Thresholds of `OrthogonalityBound`, in units of the precision. _LOOK: bound above which the inner products of a vector
+# with the basis are computed. _CLEAN: computed loss above which the vector is orthogonalized. _FRESH: loss in a vector
+# that was just orthogonalized.
+_LOOK, _CLEAN, _FRESH = 300.0, 30.0, 10.0
+_FIRST_STEPS = 3  # the loss is always computed in these steps, to measure rounding errors in the products
 
 
 class Lanczos:
-    """Several runs in lockstep, a step at a time.
+    """Lanczos runs from several starting vectors, which advance together one step at a time.
 
-    A run that finds an invariant subspace stops there: its `lengths` stays behind.
+    A run stops early if it finds an invariant subspace. The entry of this run in ``lengths`` then stays constant.
 
     Parameters
     ----------
     A : LinearOperator, shape (N, N)
-        Real, symmetric.
+        Real and symmetric.
     starts : Tensor, shape (K, N)
-        Not zero; of any norm.
+        Nonzero starting vectors, which need not be normalized.
     num_steps : int
-        At most N.
+        Maximum number of steps, at most N.
     deflated : Tensor, shape (D, N), optional
-        Orthonormal rows, eigenvectors of `A`, that the runs stay orthogonal to. The starting vectors are so already.
+        Orthonormal eigenvectors of `A`. All Lanczos vectors are kept orthogonal to these eigenvectors. The starting
+        vectors must already be orthogonal to the eigenvectors.
 
     Attributes
     ----------
     basis : Tensor, shape (K, num_steps + 1, N)
-        Orthonormal rows, as far as the runs have come; zeros where one has stopped. In float64, to 7e-14 or better, or
-        in float32 where `A` is: half the memory and half the time, orthogonal to 4e-5 or better. That is 300 times the
-        precision; see `curvop.spectrum.lanczos` for what may exceed it.
+        Lanczos vectors of each run as orthonormal rows, followed by rows of zeros. The dtype is float32 if `A` is
+        float32, and float64 otherwise. Float32 halves the memory and the time. The inner products of different rows are
+        below 300 times the precision: 4e-5 for float32, 7e-14 for float64. If the products with `A` are noisy, the
+        inner products may be larger (see `OrthogonalityBound`).
     alphas, betas : ndarray, shape (K, num_steps)
-        The diagonals of the tridiagonal matrices, and what is beside them; the last of `betas` is the residual's norm.
+        Diagonals and off-diagonals of the tridiagonal matrices. The last entry of ``betas`` is the norm of the
+        residual.
     lengths : ndarray of int, shape (K,)
-        The steps of each run.
+        Number of steps of each run.
     """
 
     def __init__(self, A: Any, starts: Tensor, num_steps: int, deflated: Tensor | None = None) -> None:
@@ -141,50 +100,51 @@ class Lanczos:
         self.alphas, self.betas = np.zeros((count, num_steps)), np.zeros((count, num_steps))
         self.lengths = np.zeros(count, dtype=np.int64)
         self._eps = torch.finfo(self.basis.dtype).eps
-        self._lost = OrthogonalityBound(count, self._eps)
-        self._scale = 0.0  # of the matrix, as far as the runs see it: what is zero is told by it
+        self._bound = OrthogonalityBound(count, self._eps)
+        self._scale = 0.0  # estimated norm of the matrix; residuals that are tiny relative to it count as zero
         self._running = np.ones(count, dtype=bool)
 
     @property
     def running(self) -> bool:
-        """Whether there is a step left for any run."""
+        """True if at least one run can take another step."""
         return bool(self._running.any())
 
     def step(self) -> NDArray[np.intp]:
-        """Take every run that has not stopped one step further, by one block product; return which runs these are."""
+        """Advance all active runs by one step, with one block product. Return the indices of these runs."""
         runs = np.flatnonzero(self._running)
         at = int(self.lengths[runs[0]])
-        everything = len(runs) == len(self.lengths)
-        products = multiply(self._A, self.basis[:, at] if everything else self.basis[torch.from_numpy(runs), at])
+        all_running = len(runs) == len(self.lengths)
+        products = multiply(self._A, self.basis[:, at] if all_running else self.basis[torch.from_numpy(runs), at])
         products = products.to(self.basis.dtype)
-        for start, stop in self._together(runs):
+        for start, stop in self._sections(runs):
             group, W = slice(runs[start], runs[stop - 1] + 1), products[start:stop]
-            self.alphas[group, at], self.betas[group, at] = self._orthogonalise(group, at, W)
+            self.alphas[group, at], self.betas[group, at] = self._orthogonalize(group, at, W)
             norms = self.betas[group, at]
             torch.div(W, self._column(np.where(norms > 0, norms, np.inf)), out=self.basis[group, at + 1])
         self._advance(runs)
         return runs
 
-    def _together(self, runs: NDArray[np.intp]) -> list[tuple[int, int]]:
-        """Return bounds of runs that take their step together.
+    def _sections(self, runs: NDArray[np.intp]) -> list[tuple[int, int]]:
+        """Split `runs` into sections that are processed together. Return ``(start, stop)`` of each section.
 
-        On a GPU, those beside each other, as it is the number of operations that costs. On the host, each alone: its
-        vector then stays in the processor's cache.
+        On a GPU, a section consists of runs with consecutive indices, because the time depends on the number of
+        operations. On the CPU, each section is a single run, so that the vector of the run stays in the processor's
+        cache.
         """
-        alone = self.basis.device.type == "cpu"
-        cuts = np.flatnonzero(np.diff(runs) > (0 if alone else 1)) + 1
+        on_host = self.basis.device.type == "cpu"
+        cuts = np.flatnonzero(np.diff(runs) > (0 if on_host else 1)) + 1
         return list(itertools.pairwise([0, *cuts.tolist(), len(runs)]))
 
     def last_step(self, runs: NDArray[np.intp]) -> tuple[NDArray[Any], ...]:
-        """Return what `replay` takes for the last step of `runs`, on the host."""
+        """Return the last step of `runs` as NumPy arrays, which are the arguments of `replay`."""
         at = int(self.lengths[runs[0]])
         vectors = self.basis[torch.from_numpy(runs), at].cpu().numpy()
-        return runs, self.alphas[runs, at - 1], self.betas[runs, at - 1], self._lost.state[runs], vectors
+        return runs, self.alphas[runs, at - 1], self.betas[runs, at - 1], self._bound.state[runs], vectors
 
-    def replay(self, runs: Array, alphas: Array, betas: Array, lost: Array, vectors: Array) -> None:
-        """Take a step again whose outcome is known, without a product."""
+    def replay(self, runs: Array, alphas: Array, betas: Array, bounds: Array, vectors: Array) -> None:
+        """Restore a recorded step without computing a product."""
         at = int(self.lengths[runs[0]])
-        self.alphas[runs, at], self.betas[runs, at], self._lost.state[runs] = alphas, betas, lost
+        self.alphas[runs, at], self.betas[runs, at], self._bound.state[runs] = alphas, betas, bounds
         self.basis[torch.from_numpy(runs), at + 1] = torch.from_numpy(vectors).to(self.basis.device)
         self._advance(runs)
 
@@ -197,40 +157,42 @@ class Lanczos:
         if at + 2 == self.basis.shape[1]:
             self._running[:] = False
 
-    def _orthogonalise(self, group: slice, at: int, W: Tensor) -> tuple[Array, Array]:
-        """Take the basis out of rows `W` ``(g, N)``, in place; return the diagonal's entries and the norms left."""
+    def _orthogonalize(self, group: slice, at: int, W: Tensor) -> tuple[Array, Array]:
+        """Orthogonalize each row of `W` ``(g, N)`` against its basis, in place. Return the alphas and the row norms."""
         basis = self.basis[group, : at + 1]
         if at:
             W.addcmul_(basis[:, at - 1], self._column(self.betas[group, at - 1]), value=-1)
-        dots = dots_of(basis[:, at], W)
+        dots = row_dots(basis[:, at], W)
         W.addcmul_(basis[:, at], dots[:, None].to(W.dtype), value=-1)
         self._deflate(W)
-        alphas, norms = dots.cpu().numpy(), norms_of(W)
+        alphas, norms = dots.cpu().numpy(), row_norms(W)
         if not np.isfinite(norms).all():
             raise ValueError("a product with A is not finite")
         units = np.where(norms > 0, norms, 1.0)
-        bounds = self._lost.of_next(group, np.c_[self.alphas[group, :at], alphas], self.betas[group, :at], units)
-        samples = dots_of(basis[:, 0], W).abs().cpu().numpy() / units
-        looked = (norms > 0) & ~self._lost.is_low(group, at + 1, bounds, samples)
-        if not looked.any():
+        bounds = self._bound.predict(group, np.c_[self.alphas[group, :at], alphas], self.betas[group, :at], units)
+        samples = row_dots(basis[:, 0], W).abs().cpu().numpy() / units
+        measured = (norms > 0) & ~self._bound.is_low(group, at + 1, bounds, samples)
+        if not measured.any():
             return alphas, norms
-        shares = _overlaps(basis, W)
-        found = column_norms(shares.double().cpu().numpy().T) / units
-        cleaned = self._lost.needs_cleaning(group, at + 1, bounds, found, looked)
+        overlaps = _overlaps(basis, W)
+        losses = column_norms(overlaps.double().cpu().numpy().T) / units
+        cleaned = self._bound.needs_cleaning(group, at + 1, bounds, losses, measured)
         while cleaned.any():
             if not cleaned.all():
-                shares *= self._column(cleaned)
-            W[:, None].baddbmm_(shares[:, None], basis, alpha=-1)
-            alphas = alphas + shares[:, at].cpu().numpy()
+                overlaps *= self._column(cleaned)
+            W[:, None].baddbmm_(overlaps[:, None], basis, alpha=-1)
+            alphas = alphas + overlaps[:, at].cpu().numpy()
             self._deflate(W)
-            before, norms = norms, norms_of(W)
+            before, norms = norms, row_norms(W)
+            # Repeat if the norm decreased by half or more: rounding errors are then large relative to the remaining
+            # vector.
             cleaned &= (norms <= 0.5 * before) & (norms > self._eps * np.abs(alphas))
             if cleaned.any():
-                shares = _overlaps(basis, W)
+                overlaps = _overlaps(basis, W)
         return alphas, norms
 
     def _column(self, numbers: Array) -> Tensor:
-        """Return numbers of the runs ``(g, 1)`` as the basis has them."""
+        """Convert one number per run to a column ``(g, 1)`` with the device and dtype of the basis."""
         return torch.from_numpy(numbers).to(self.basis.device, self.basis.dtype)[:, None]
 
     def _deflate(self, W: Tensor) -> None:
@@ -238,97 +200,71 @@ class Lanczos:
             W.addmm_(W @ self._deflated.T, self._deflated, alpha=-1)
 
     def quadrature(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return nodes and weights ``(K, num_steps)`` of each run's Gauss quadrature; the weights of a run sum to 1.
+        """Return the nodes and the weights of each run's Gauss quadrature, two arrays of shape ``(K, num_steps)``.
 
-        The nodes are the eigenvalues of the tridiagonal matrix, the weights the squares of its eigenvectors' first
-        entries (Golub, Welsch, 1969). Where a run stopped early, nodes and weights of 0 fill the row.
+        The nodes are the eigenvalues of the tridiagonal matrix. The weights are the squares of the first entries of its
+        eigenvectors, and sum to 1 (Golub, Welsch, 1969). If a run stopped early, its rows are padded with zeros.
         """
         nodes, weights = np.zeros(self.alphas.shape), np.zeros(self.alphas.shape)
         for run, length in enumerate(self.lengths):
             values, vectors = eigh_tridiagonal(self.alphas[run, :length], self.betas[run, : length - 1])
-            # In a gap of the spectrum a weight may underflow; it is not 0, as that means there is no node.
+            # The weight of a node in a gap of the spectrum may underflow. It must stay positive, because 0 marks
+            # padding.
             nodes[run, :length] = values
             weights[run, :length] = np.maximum(vectors[0] ** 2, np.finfo(np.float64).tiny)
         return nodes, weights
 
 
-def _overlaps(basis: Tensor, W: Tensor) -> Tensor:
-    """Return the products ``(g, m)`` of each row of `W` ``(g, N)`` with its own basis ``(g, m, N)``.
-
-    On the host, where many numbers are summed one after another, by sections: what is wrong with them beside large
-    eigenvalues grows by these in every step. A GPU sums in a tree.
-    """
-    size = W.shape[1]
-    section = _SECTION if basis.device.type == "cpu" else size
-    total = torch.zeros(basis.shape[:2], dtype=torch.float64, device=basis.device)
-    for start in range(0, size, section):
-        where = slice(start, start + section)
-        total += torch.bmm(basis[:, :, where], W[:, where, None])[:, :, 0]
-    return total.to(W.dtype)
-
-
-# How far from orthogonal to its basis the next vector of a Lanczos run may be: when a look at the basis is due.
-#
-# Between them, the vectors' products :math:`w_{j+1} = Q_j^\top q_{j+1}` obey the recurrence of the vectors themselves
-# (Paige, 1976; Simon, 1984), so that for their norms
-#
-# .. math::
-#
-#     \beta_{j+1} \|w_{j+1}\| \le \|T_j - \alpha_j I\| \|w_j\| + \beta_j \|w_{j-1}\| + \text{rounding}.
-#
-# As long as this bound is small, nothing has to be taken out of the new vector; and looking is what costs, as it reads
-# the whole basis. One of its vectors is looked at in every step, to see where products become less exact; should noise
-# spare this one, more may be lost.
-#
-# References
-# ----------
-# Simon (1984), "The Lanczos algorithm with partial reorthogonalization", Math. Comp. 42(165). There the products are
-# followed one by one, and up to the root of the precision; here they are kept within 300 times the precision.
-
-# In units of the precision: the bound at which the basis is looked at, what is left in if it is seen then, and what
-# rounding alone may leave.
-_LOOK, _CLEAN, _FRESH = 300.0, 30.0, 10.0
-_FIRST_STEPS = 3  # show what rounding leaves, in the products as well
-
-
-def rounding_left(dtype: torch.dtype, size: int) -> float:
-    """Return what rounding may leave of a vector ``(size,)`` that is in the span of a basis, by the matrix's norm.
-
-    It hardly grows with the size; but in double precision, products that sum rows one after another are given the root
-    of it, which is still little. In single precision that would be as much as the eigenvalues of a network's bulk.
-    """
-    return 10 * float(torch.finfo(dtype).eps) * (size**0.5 if dtype == torch.float64 else 1.0)
-
-
 class OrthogonalityBound:
-    """Bounds the loss of orthogonality of several runs.
+    r"""Bounds for the loss of orthogonality in Lanczos runs. The bounds decide when to orthogonalize a new vector.
+
+    The inner products :math:`w_{j+1} = Q_j^\top q_{j+1}` of a new vector with its basis obey the same recurrence as the
+    vectors (Paige, 1976; Simon, 1984). The norms of the inner products therefore satisfy
+
+    .. math::
+
+        \beta_{j+1} \|w_{j+1}\| \le \|T_j - \alpha_j I\| \|w_j\| + \beta_j \|w_{j-1}\| + \text{rounding}.
+
+    If this bound is small, the new vector need not be orthogonalized. If the bound is large, the inner products are
+    computed, which is expensive because it reads the whole basis. The new vector is orthogonalized ("cleaned") only if
+    the computed inner products are large, too.
+
+    The recurrence does not detect if the products with the operator become less accurate during a run. Therefore, every
+    step computes the inner product of the new vector with one vector of the basis. Noise that is orthogonal to this
+    basis vector is not detected, and may cause a larger loss of orthogonality.
+
+    Simon (1984) bounds each inner product separately, and allows values up to the square root of the precision. Here,
+    the norm of the vector of inner products is bounded, and kept below 300 times the precision.
 
     Parameters
     ----------
     count : int
-        Of the runs.
+        Number of runs.
     eps : float
-        The precision of the basis.
+        Precision of the basis.
 
     Attributes
     ----------
     state : ndarray, shape (count, 4)
-        All that is known: the bounds of the last vector but one and of the last, what rounding leaves in a vector that
-        was cleaned, and whether the next is to be cleaned as well.
+        State of each run in four columns: the bound for the second to last vector, the bound for the last vector, the
+        loss that rounding leaves in a cleaned vector, and 1 if the next vector must be cleaned.
     """
 
     def __init__(self, count: int, eps: float) -> None:
         self._eps = eps
         self.state = np.tile([0.0, 0.0, _FRESH * eps, 0.0], (count, 1))
 
-    def of_next(self, group: slice, alphas: Array, betas: Array, norms: Array) -> Array:
-        """Bound the losses ``(g,)`` of the next vectors, of these norms as yet, after j steps of a group of runs.
+    def predict(self, group: slice, alphas: Array, betas: Array, norms: Array) -> Array:
+        """Return bounds of shape (g,) for the loss of orthogonality in the next vector of each run, after j steps.
 
         Parameters
         ----------
+        group : slice
+            The runs.
         alphas, betas : ndarray, shapes (g, j) and (g, j - 1)
-            Of the tridiagonal matrices.
+            Diagonals and off-diagonals of the tridiagonal matrices.
         norms : ndarray, shape (g,)
+            Norms of the next vectors before normalization.
         """
         before, last, fresh, _ = self.state[group].T
         alphas, betas = alphas / norms[:, None], betas / norms[:, None]  # LAPACK squares them
@@ -339,37 +275,153 @@ class OrthogonalityBound:
         return bounds
 
     def is_low(self, group: slice, steps: int, bounds: Array, samples: Array) -> Array:
-        """Tell for which runs ``(g,)`` no look is due; the bound is then what is known of the next vector.
+        """Return a boolean array of shape (g,) that is True for runs whose bounds are low, and record the low bounds.
 
-        `samples` are the products of the next vectors with one of the basis each: where one is beyond the bound, the
-        operator's products have become less exact than they were, of which no recurrence knows.
+        If the entry of a run is False, the caller must compute the inner products of the next vector with the basis.
+
+        Parameters
+        ----------
+        group : slice
+            The runs.
+        steps : int
+            Number of steps.
+        bounds : ndarray, shape (g,)
+            Bounds from `predict`.
+        samples : ndarray, shape (g,)
+            Inner product of each next vector with one vector of its basis. A sample that exceeds its bound shows that
+            the products with the operator have become less accurate, which the recurrence does not detect.
         """
         _, last, fresh, due = self.state[group].T
         low = (steps > _FIRST_STEPS) & (due == 0) & (samples <= bounds) & (bounds <= _LOOK * self._eps)
-        known = np.stack([last, bounds, fresh, due], axis=1)
-        self.state[group] = np.where(low[:, None], known, self.state[group])
+        updated = np.stack([last, bounds, fresh, due], axis=1)
+        self.state[group] = np.where(low[:, None], updated, self.state[group])
         return np.asarray(low)
 
-    def needs_cleaning(self, group: slice, steps: int, bounds: Array, found: Array, looked: Array) -> Array:
-        """Take in the losses of the next vectors as a look at some has `found` them; tell which are to be cleaned."""
+    def needs_cleaning(self, group: slice, steps: int, bounds: Array, losses: Array, measured: Array) -> Array:
+        """Return a boolean array of shape (g,) that is True for runs whose next vector must be orthogonalized.
+
+        Parameters
+        ----------
+        group : slice
+            The runs.
+        steps : int
+            Number of steps.
+        bounds : ndarray, shape (g,)
+            Bounds from `predict`.
+        losses : ndarray, shape (g,)
+            Norm of the inner products of each next vector with its basis. This method records the losses.
+        measured : ndarray of bool, shape (g,)
+            True for runs whose ``losses`` were computed. The state of the other runs is not changed.
+        """
         _, last, fresh, due = self.state[group].T
         first = steps <= _FIRST_STEPS
-        inexact = first | (found > bounds)  # products are less exact than the precision
-        fresh = np.where(inexact, np.maximum(fresh, found), fresh)
-        clean = first | (due > 0) | (found > _CLEAN * self._eps)
-        # What is wrong with the last vector goes over to the one after the next: two in turn are cleaned.
+        inexact = first | (losses > bounds)  # products with A are less accurate than the precision
+        fresh = np.where(inexact, np.maximum(fresh, losses), fresh)
+        clean = first | (due > 0) | (losses > _CLEAN * self._eps)
+        # Clean two consecutive vectors, because each vector depends on the loss of the two vectors before it.
         due = clean & (not first) & (due == 0)
-        known = np.stack(
-            [np.maximum(last, fresh), np.where(clean, fresh, np.maximum(found, fresh)), fresh, due], axis=1
+        updated = np.stack(
+            [np.maximum(last, fresh), np.where(clean, fresh, np.maximum(losses, fresh)), fresh, due], axis=1
         )
-        self.state[group] = np.where(looked[:, None], known, self.state[group])
-        return np.asarray(clean & looked)
+        self.state[group] = np.where(measured[:, None], updated, self.state[group])
+        return np.asarray(clean & measured)
 
 
 def _ends(alphas: Array, betas: Array) -> tuple[float, float]:
-    """Return bounds of the eigenvalues of a tridiagonal matrix, a thousandth of its norm or less beyond them."""
+    """Return a lower and an upper bound for all eigenvalues of a tridiagonal matrix.
+
+    The bounds are accurate to about a thousandth of the norm, which is estimated from the largest entries.
+    """
     count, norm = len(alphas), np.abs(alphas).max() + 2 * betas.max(initial=0.0)
     if count == 1:
         return alphas[0], alphas[0]
     least, largest = (dstebz(alphas, betas, 2, 0.0, 0.0, end, end, 1e-3 * norm, "E")[1][0] for end in (1, count))
     return least - 1e-3 * norm, largest + 1e-3 * norm
+
+
+def _overlaps(basis: Tensor, W: Tensor) -> Tensor:
+    """Return the inner products ``(g, m)`` of each row of `W` ``(g, N)`` with its own basis ``(g, m, N)``.
+
+    The CPU sums sequentially. Therefore, long vectors are split into sections whose sums are added in float64.
+    Otherwise, rounding errors would grow in every step if the matrix has large eigenvalues. A GPU sums in a tree and
+    needs no sections.
+    """
+    size = W.shape[1]
+    section = _SECTION if basis.device.type == "cpu" else size
+    total = torch.zeros(basis.shape[:2], dtype=torch.float64, device=basis.device)
+    for start in range(0, size, section):
+        entries = slice(start, start + section)
+        total += torch.bmm(basis[:, :, entries], W[:, entries, None])[:, :, 0]
+    return total.to(W.dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of zeros.
+
+    On the CPU, NumPy allocates the memory. This is four times as fast, because NumPy uses huge pages for large arrays.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    buffer = torch.from_numpy(np.zeros(size + LINE, np.uint8))
+    return buffer[-buffer.data_ptr() % LINE :][:size].view(dtype).view(shape)  # aligned like the result of `aligned`
+
+
+def device_of(A: Any) -> torch.device:
+    """Return the device of an operator. SciPy operators compute on the CPU."""
+    return A.device if isinstance(A, TensorLinearOperator) else torch.device("cpu")
+
+
+def multiply(A: Any, rows: Tensor) -> Tensor:
+    """Apply `A` to the rows of a tensor ``(K, N)`` in one block product. Return the products as rows ``(K, M)``."""
+    if isinstance(A, TensorLinearOperator) and A.takes_tensors:
+        product: Tensor = A @ rows.T
+        return product.T
+    array = np.array((A @ rows.numpy().T).T, order="C")  # a copy, since an operator may return its argument
+    return aligned(torch.from_numpy(array).to(torch.promote_types(rows.dtype, torch.float32)))
+
+
+def basis_dtype(A: Any) -> torch.dtype:
+    """Return the dtype of the Lanczos basis: float32 if `A` is float32, float64 otherwise."""
+    return torch.float32 if A.dtype == np.float32 else torch.float64
+
+
+def resolution(A: Any) -> float:
+    """Return the relative distance below which rounding may merge or split eigenvalues.
+
+    The distance is relative to the norm of `A`.
+    """
+    single = A.dtype == np.float32 or getattr(A, "epsilon", 0.0) > torch.finfo(torch.float64).eps
+    return rounding_left(torch.float32 if single else torch.float64, A.shape[0])
+
+
+def bytes_of_run(A: Any, num_steps: int) -> int:
+    """Return the number of bytes that one run needs for its basis and for the temporary vectors of a step."""
+    return int(basis_dtype(A).itemsize * A.shape[0] * (num_steps + 6))
+
+
+def runs_at_once(A: Any, num_probes: int, num_steps: int, memory: int | None) -> int:
+    """Return the number of runs that fit into `memory` bytes, at most `num_probes`.
+
+    By default, `memory` is half of the free memory.
+
+    Raises
+    ------
+    MemoryError
+        If a single run does not fit. The message states the number of bytes and a remedy.
+    """
+    available = available_bytes(device_of(A), memory)
+    needed = bytes_of_run(A, num_steps)
+    what = f"the Lanczos basis of one probe, {num_steps} vectors of {A.shape[0]:,} numbers,"
+    check_fits(needed, available, what, "take fewer num_steps, or a block of the matrix")
+    return min(num_probes, available // needed)
+
+
+def rounding_left(dtype: torch.dtype, size: int) -> float:
+    """Return the norm below which an orthogonalized vector ``(size,)`` may consist of rounding errors only.
+
+    The returned norm is relative to the norm of the matrix. In double precision, the norm grows with the square root of
+    `size`, to allow for products that sum sequentially. In single precision, the norm does not depend on `size`. With
+    the same growth, the norm would be as large as the eigenvalues in the bulk of a network's spectrum.
+    """
+    return 10 * float(torch.finfo(dtype).eps) * (size**0.5 if dtype == torch.float64 else 1.0)

@@ -1,4 +1,4 @@
-"""Norms whose squares neither underflow nor overflow: a matrix may be of any scale."""
+"""Norms of arrays and tensors without underflow or overflow, and accurate inner products of tensors."""
 
 from __future__ import annotations
 
@@ -9,67 +9,73 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["column_norms", "dots_of", "norm", "norm_of", "norms_of", "unit_of"]
+__all__ = ["binary_exponent", "column_norms", "norm", "row_dots", "row_norms", "tensor_norm"]
 
 Array = NDArray[Any]
 
-# What can be squared, and so can sums of very many squares.
-_SQUARABLE = {torch.float32: (1e-14, 1e14), torch.float64: (1e-140, 1e140)}
-_SECTION = 4096
+# Norms in this range are computed without scaling, because sums of squares neither underflow nor overflow.
+_SAFE_NORMS = {torch.float32: (1e-14, 1e14), torch.float64: (1e-140, 1e140)}
+_SECTION = 4096  # number of products that are summed in the precision of the tensor
 
 
-def unit_of(array: Array) -> int:
-    """Return the exponent of the power of two just above the largest magnitude; 0 of zeros.
+def binary_exponent(array: Array) -> int:
+    """Return the smallest integer e such that all entries are less than ``2**e`` in magnitude.
 
-    ``numpy.ldexp(array, -unit)`` is the array in units of it, without any rounding.
+    The result is 0 if all entries are zero. ``numpy.ldexp(array, -e)`` scales the array without rounding errors.
     """
     return int(np.frexp(max(array.max(initial=0.0), -array.min(initial=0.0)))[1])
 
 
 def column_norms(columns: Array) -> Array:
-    """Return the norms ``(K,)`` of columns ``(N, K)``."""
-    unit = unit_of(columns)
-    scaled = np.ldexp(columns, -unit)
-    norms: Array = np.ldexp(np.sqrt(np.einsum("ij,ij->j", scaled, scaled)), unit)
+    """Return the Euclidean norms of the columns of an array ``(N, K)``, as an array ``(K,)``."""
+    exponent = binary_exponent(columns)
+    scaled = np.ldexp(columns, -exponent)
+    norms: Array = np.ldexp(np.sqrt(np.einsum("ij,ij->j", scaled, scaled)), exponent)
     return norms
 
 
 def norm(array: Array) -> float:
-    """Return the root of the sum of the squares of all entries."""
+    """Return the Frobenius norm of an array."""
     return float(column_norms(array.reshape(-1, 1))[0])
 
 
-def norm_of(vector: Tensor) -> float:
-    """Return that of a tensor ``(N,)``; see `norms_of`."""
-    return float(norms_of(vector[None])[0])
+def tensor_norm(vector: Tensor) -> float:
+    """Return the Euclidean norm of a tensor ``(N,)``."""
+    return float(row_norms(vector[None])[0])
 
 
-def norms_of(rows: Tensor) -> Array:
-    """Return those ``(K,)`` of the rows of a tensor ``(K, N)``, summed as `dots_of` does."""
-    found: Array = np.sqrt(dots_of(rows, rows).cpu().numpy())
-    low, high = _SQUARABLE[rows.dtype]
-    for row in np.flatnonzero(~((low < found) & (found < high))) if rows.shape[1] else ():
+def row_norms(rows: Tensor) -> Array:
+    """Return the Euclidean norms of the rows of a tensor ``(K, N)``, as an array ``(K,)``.
+
+    The squares are summed by `row_dots`. Rows with a very small or very large norm are scaled first.
+    """
+    norms: Array = np.sqrt(row_dots(rows, rows).cpu().numpy())
+    low, high = _SAFE_NORMS[rows.dtype]
+    for row in np.flatnonzero(~((low < norms) & (norms < high))) if rows.shape[1] else ():
         largest = float(rows[row].abs().max())
         if largest == 0 or not np.isfinite(largest):
-            found[row] = largest
+            norms[row] = largest
         else:
             scaled = rows[row : row + 1] / largest
-            found[row] = largest * float(dots_of(scaled, scaled)) ** 0.5
-    return found
+            norms[row] = largest * float(row_dots(scaled, scaled)) ** 0.5
+    return norms
 
 
-def dots_of(rows: Tensor, others: Tensor) -> Tensor:
-    """Return the products ``(K,)`` of the rows of two tensors ``(K, N)``, in float64 and on their device.
+def row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """Return the inner products of corresponding rows of two tensors ``(K, N)``, as a float64 tensor ``(K,)``.
 
-    Sections are summed in double precision: of many numbers in single precision five digits would be right, and to
-    make all of them double would take longer than to read them four times.
+    Sections of 4,096 entries are summed in the precision of the tensors, and the sums of the sections are added in
+    double precision. A single float32 sum over a long row would have only five correct digits. A conversion of all
+    entries to float64 would take as long as reading the tensors four times.
     """
-    if rows.shape[1] <= _SECTION:
-        return torch.bmm(rows[:, None], others[:, None].mT)[:, 0, 0].double()
-    whole = rows.shape[1] // _SECTION * _SECTION
+    size = left.shape[1]
+    if size <= _SECTION:
+        return torch.bmm(left[:, None], right[:, None].mT)[:, 0, 0].double()
+    whole = size // _SECTION * _SECTION
     sums = []
-    for start, stop, length in ((0, whole, _SECTION), (whole, rows.shape[1], rows.shape[1] - whole)):
+    for start, stop, length in ((0, whole, _SECTION), (whole, size, size - whole)):
         if start < stop:
-            one, two = (part[:, start:stop].reshape(-1, 1, length) for part in (rows, others))
-            sums.append(torch.bmm(one, two.mT).reshape(len(rows), -1))  # strides that MKL takes ten times faster
-    return torch.cat([*sums, rows.new_zeros(len(rows), 1)], 1).sum(1, dtype=torch.float64)
+            left_part, right_part = (rows[:, start:stop].reshape(-1, 1, length) for rows in (left, right))
+            product = torch.bmm(left_part, right_part.mT)  # with this memory layout, MKL is ten times faster
+            sums.append(product.reshape(len(left), -1))
+    return torch.cat([*sums, left.new_zeros(len(left), 1)], 1).sum(1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Pictures of spectra; they need matplotlib."""
+"""Matplotlib plots of spectral densities, block studies and tracked eigenvalues."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 __all__ = ["axes_or_new", "blocks_size", "plot_blocks", "plot_density", "plot_track"]
 
-_FLOOR = 0.1  # of an eigenvalue's peak: what a logarithmic axis shows of the space between eigenvalues
-_LETTER = 0.067  # inches that a letter of the blocks' table is wide, in 8 points
+_FLOOR = 0.1  # lower limit of a logarithmic density axis, as a fraction of the peak height of one eigenvalue
+_LETTER_WIDTH = 0.067  # inches per letter of the table of blocks (8-point monospace font)
 
 
 def axes_or_new(ax: Any) -> Any:
-    """Return `ax`, or the axes of a new figure."""
+    """Return `ax`. If `ax` is None, create a figure and return its axes."""
     if ax is not None:
         return ax
     try:
@@ -29,22 +29,33 @@ def axes_or_new(ax: Any) -> Any:
 
 
 def plot_density(density: SpectralDensity, ax: Any = None, log: bool = True) -> Any:
-    """Draw a density, its error band, and known eigenvalues as lines.
-
-    Where the band is as wide as the peaks are high, these are of single nodes: more steps or a larger `sigma` of
-    `density.pdf` are needed for the shape.
+    """Plot a spectral density with an error band. Vertical lines mark eigenvalues that are known individually.
 
     Parameters
     ----------
     density : SpectralDensity
+        The density to plot.
     ax : matplotlib.axes.Axes, optional
-        A new figure's by default.
-    log : bool
-        Whether the density is on a logarithmic axis, where a single eigenvalue can be seen beside thousands.
+        The axes to draw on. The default is the axes of a new figure.
+    log : bool, optional
+        Whether the density axis is logarithmic. A logarithmic axis shows single eigenvalues even next to a cluster of
+        thousands.
 
     Returns
     -------
     matplotlib.axes.Axes
+        The axes.
+
+    Raises
+    ------
+    ImportError
+        If Matplotlib is not installed.
+
+    Notes
+    -----
+    If the width of the error band is similar to the height of the peaks, the peaks are single quadrature nodes and do
+    not show the shape of the density. To resolve this shape, compute the density with more Lanczos steps, or evaluate
+    ``density.pdf`` with a larger ``sigma``.
     """
     ax = axes_or_new(ax)
     grid = density.grid()
@@ -67,43 +78,60 @@ def plot_density(density: SpectralDensity, ax: Any = None, log: bool = True) -> 
 
 
 def blocks_size(study: BlockStudy) -> tuple[float, float]:
-    """Return the width and height, in inches, of a figure that `plot_blocks` fills."""
-    count = len(study.names)
-    return max(4 + _LETTER * len(study.lines[0]), 5 + 0.2 * count), sum(_heights(count))
-
-
-def _heights(count: int) -> tuple[float, float]:
-    """Return those of the table and of the norms of so many blocks, in inches."""
-    return 0.9 + 0.3 * count, 2.8 + 0.22 * count
-
-
-def plot_blocks(study: BlockStudy, figure: Any = None) -> Any:
-    """Draw the table of the diagonal blocks, with the density of each in its line, and the norms of all blocks below.
-
-    The height of a density is on a logarithmic scale, from a tenth of an eigenvalue to all of the largest block's; it
-    counts eigenvalues within about a hundredth of the width of the axis. Close to zero this is finer than what the
-    quadrature resolves: gaps between single nodes need not be gaps of the spectrum, and more steps fill them. Pale bars
-    beyond the dots show how far beyond them the extreme eigenvalues may lie.
+    """Return a suitable figure size for `plot_blocks`.
 
     Parameters
     ----------
     study : BlockStudy
+        The study to plot.
+
+    Returns
+    -------
+    width, height : float
+        The width and the height in inches.
+    """
+    count = len(study.names)
+    return max(4 + _LETTER_WIDTH * len(study.lines[0]), 5 + 0.2 * count), sum(_heights(count))
+
+
+def _heights(count: int) -> tuple[float, float]:
+    """Return the heights in inches of the two parts of a plot of `count` blocks: the table and the matrix of norms."""
+    return 0.9 + 0.3 * count, 2.8 + 0.22 * count
+
+
+def plot_blocks(study: BlockStudy, figure: Any = None) -> Any:
+    """Plot a table of the diagonal blocks with their densities. Below the table, plot the norms of all blocks.
+
+    Parameters
+    ----------
+    study : BlockStudy
+        The study to plot.
     figure : matplotlib.figure.Figure, optional
-        An empty one, about as large as `blocks_size` says; by default a new one. Without a layout engine it gets the
-        constrained one, which makes room for the table.
+        An empty figure, preferably of the size that `blocks_size` returns. The default is a new figure. If the figure
+        has no layout engine, this function sets the constrained layout, so that the table fits.
 
     Returns
     -------
     matplotlib.figure.Figure
+        The figure.
 
     Raises
     ------
+    ImportError
+        If Matplotlib is not installed.
     ValueError
-        Where no block was done in time.
+        If the study has no finished block, because time ran out during the first block.
+
+    Notes
+    -----
+    Each density is smoothed with a window of about 1% of the width of the axis. The height of the curve is the number
+    of eigenvalues in the window, on a logarithmic scale from 0.1 to the size of the largest block. Near zero, the
+    window is narrower than the resolution of the quadrature, so gaps in the curve need not be gaps in the spectrum.
+    More Lanczos steps close these gaps. The pale bars next to the dots are the error bars of the extreme eigenvalues.
     """
     count = len(study.names)
     if not count:
-        raise ValueError("no block of this study is done: give `blocks` more seconds")
+        raise ValueError("this study has no finished block: pass more seconds to `blocks`")
     if figure is None:
         figure = axes_or_new(None).figure
         figure.clear()
@@ -117,7 +145,7 @@ def plot_blocks(study: BlockStudy, figure: Any = None) -> Any:
 
 
 def _draw_table(study: BlockStudy, ax: Any) -> None:
-    """Draw the lines of the table as the labels of rows, and in the rows the densities."""
+    """Draw one density per row. The tick label of each row is a line of the table of blocks."""
     bounds = np.concatenate([study.smallest - study.smallest_errors, study.largest + study.largest_errors])
     bounds = np.concatenate([bounds[np.isfinite(bounds)], study.smallest, study.largest])
     positions = _symmetric_log(ax, float(bounds.min()), float(bounds.max()))
@@ -125,22 +153,22 @@ def _draw_table(study: BlockStudy, ax: Any) -> None:
     at = to_axis.transform(positions)
     width = 0.004 * (at[-1] - at[0])
     ceiling = np.log(study.sizes.max() / _FLOOR)
-    for row, found in enumerate(study.densities):
+    for row, density in enumerate(study.densities):
 
         def near(values: Any) -> Any:
             return np.exp(-0.5 * ((to_axis.transform_non_affine(values)[..., None] - at) / width) ** 2)
 
-        of_probes = np.einsum("km,kmp->p", found.weights, near(found.nodes)) / max(len(found.weights), 1)
-        number = np.maximum(found.size * of_probes + near(found.atoms).sum(0), _FLOOR)
-        height = 0.85 * np.log(number / _FLOOR) / ceiling
+        share = np.einsum("km,kmp->p", density.weights, near(density.nodes)) / max(len(density.weights), 1)
+        count = np.maximum(density.size * share + near(density.atoms).sum(0), _FLOOR)
+        height = 0.85 * np.log(count / _FLOOR) / ceiling
         ax.fill_between(positions, row + 0.3, row + 0.3 - height, color="tab:gray", alpha=0.7, linewidth=0)
     rows = np.arange(len(study.names)) + 0.3
     ax.hlines(rows, study.smallest, study.largest, color="tab:gray", linewidth=0.8)
-    for ends, signed, color in (
+    for ends, errors, color in (
         (study.smallest, -study.smallest_errors, "tab:blue"),
         (study.largest, study.largest_errors, "tab:red"),
     ):
-        beyond = np.clip(ends + signed, *positions[[0, -1]])  # an infinite one ends at the axis
+        beyond = np.clip(ends + errors, *positions[[0, -1]])  # bars of infinite errors end at the limits of the axis
         ax.hlines(rows, ends, beyond, color=color, linewidth=2.5, alpha=0.4)
     for name, ends, color in (("largest", study.largest, "tab:red"), ("smallest", study.smallest, "tab:blue")):
         ax.plot(ends, rows, "o", color=color, markersize=3, label=name)
@@ -154,7 +182,10 @@ def _draw_table(study: BlockStudy, ax: Any) -> None:
 
 
 def _symmetric_log(ax: Any, low: float, high: float) -> Any:
-    """Make the x axis one that shows all eigenvalues between `low` and `high`, and return points all along it."""
+    """Set a symmetric logarithmic x axis for eigenvalues from `low` to `high`.
+
+    Return an array of 600 points that are evenly spaced on this axis.
+    """
     from matplotlib.ticker import FixedLocator
 
     top = max(-low, high)
@@ -165,7 +196,7 @@ def _symmetric_log(ax: Any, low: float, high: float) -> Any:
     margin = 0.03 * (ends[1] - ends[0])
     points = transform.inverted().transform(np.linspace(ends[0] - margin, ends[1] + margin, 600))
     ax.set_xlim(points[0], points[-1])
-    # Those within a decade of the linear part would be printed over the zero.
+    # Labels within a decade of the linear part would overlap the label of zero.
     exponents = np.arange(np.floor(np.log10(max(top, threshold))), np.log10(threshold) + 1, -2)
     powers = 10.0**exponents
     ax.xaxis.set_major_locator(FixedLocator([*-powers, 0.0, *powers]))
@@ -174,34 +205,47 @@ def _symmetric_log(ax: Any, low: float, high: float) -> Any:
 
 
 def _draw_norms(study: BlockStudy, ax: Any) -> None:
+    """Draw the Frobenius norms of all blocks as an image with a logarithmic color scale."""
     from matplotlib.colors import LogNorm
 
     positive = study.norms[study.norms > 0]
     top = positive.max() if positive.size else 1.0
     low = max(positive.min(initial=top), 1e-6 * top)
     image = ax.imshow(np.maximum(study.norms, low), norm=LogNorm(low, max(top, 1.001 * low)), cmap="magma")
-    everyone = range(len(study.names))
-    ax.set(xticks=everyone, yticks=everyone, title="Frobenius norms of the blocks")
+    ticks = range(len(study.names))
+    ax.set(xticks=ticks, yticks=ticks, title="Frobenius norms of the blocks")
     ax.set_xticklabels(study.names, rotation=90, fontsize=8, parse_math=False)
     ax.set_yticklabels(study.names, fontsize=8, parse_math=False)
     ax.figure.colorbar(image, cax=ax.inset_axes([1.04, 0.1, 0.04, 0.8]))
 
 
 def plot_track(tracker: Tracker, ax: Any = None, learning_rate: float | None = None) -> Any:
-    """Draw tracked eigenvalues over the steps of training.
+    """Plot tracked eigenvalues against the training steps.
 
     Parameters
     ----------
     tracker : Tracker
+        The tracker that recorded the eigenvalues.
     ax : matplotlib.axes.Axes, optional
-        A new figure's by default.
+        The axes to draw on. The default is the axes of a new figure.
     learning_rate : float, optional
-        Draws ``2 / learning_rate`` besides, the sharpness at which gradient descent becomes unstable (Cohen et al.,
-        2021).
+        The learning rate of gradient descent. If given, a dashed line shows ``2 / learning_rate``. Gradient descent
+        becomes unstable if the sharpness exceeds this value [1]_.
 
     Returns
     -------
     matplotlib.axes.Axes
+        The axes.
+
+    Raises
+    ------
+    ImportError
+        If Matplotlib is not installed.
+
+    References
+    ----------
+    .. [1] J. M. Cohen, S. Kaur, Y. Li, J. Z. Kolter, A. Talwalkar, "Gradient descent on neural networks typically
+       occurs at the edge of stability", ICLR 2021. arXiv:2103.00065
     """
     ax = axes_or_new(ax)
     for index, values in enumerate(tracker.values.T):
