@@ -1,7 +1,8 @@
 """Curvature matrices of data sets that are spread over processes.
 
-Rank 0 runs the solver, and all ranks serve products. Start the script with ``torchrun``, and give each rank an operator
-of its own part of the data.
+Start the script with ``torchrun``. Each rank creates an operator of its own part of the data and passes it to `serve`.
+Rank 0 runs the solver; the other ranks compute what their data contribute to the products. If one process can read the
+whole data set, use the operators of `curvop` directly.
 """
 
 from curvop.distributed.distributed_operator import DistributedLinearOperator, RankError, serve

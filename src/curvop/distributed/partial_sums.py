@@ -1,4 +1,9 @@
-"""A part of a data set: sums that add up, over all parts, to what the whole has."""
+"""Contribution of one rank to the matrix of the whole data set.
+
+The matrix of the whole data set is a weighted mean (or a sum) over batches. Each rank computes the sum over its own
+batches, and the total weight of these batches. Rank 0 adds the sums of all ranks, adds the weights of all ranks, and
+then divides once.
+"""
 
 from __future__ import annotations
 
@@ -18,90 +23,98 @@ from curvop.operators.transfer import aligned
 
 __all__ = ["ERRORS", "PartialSum"]
 
-#: What a product may raise that means the same on whichever part of the data it was raised, by name.
+#: Exception types by name. If a product raises one of these types on another rank, rank 0 raises the same type.
 ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (*UNTRUSTED, NotImplementedError)}
 
 
 class PartialSum:
-    """A curvature matrix of a part of a data set, as a summand of the matrix of the whole.
+    """Contribution of one part of a data set to the curvature matrix of the whole data set.
 
-    The methods that end in ``_sums`` return vectors in float64 on the operator's device, in memory of their own. They
-    are not divided by anything, the part may be empty or weigh nothing, and the sums of all parts, added one by one,
-    are the `totals` of which `products`, `gradient` and `diagonal` make the whole's.
+    The methods come in pairs, such as `gradient_sums` and `gradient`. To compute the gradient for the whole data set,
+    call `gradient_sums` for each part, add the returned tensors over all parts, and pass the totals to `gradient`. The
+    sums are float64 vectors on the operator's device. The sums are not divided by a weight, so a part of the data can
+    be empty or have weight 0.
 
     Parameters
     ----------
     A : CurvatureLinearOperator
-        Of the part. It stays as it is.
+        Operator of the part of the data. It is not modified.
     """
 
     def __init__(self, A: CurvatureLinearOperator) -> None:
         if not isinstance(A, CurvatureLinearOperator):
             raise TypeError(
                 f"A is a {type(A).__name__}, but must be a Hessian, Gauss-Newton or Fisher matrix of this rank's part "
-                "of the data: damping, submatrices and journals are made of the whole"
+                "of the data: apply damping, submatrices and journals to the operator that serve returns"
             )
         self.A = A
         self._objective = A._objective
-        self._centred = A if isinstance(A, GradientCovarianceLinearOperator) else None
+        self._centered = A if isinstance(A, GradientCovarianceLinearOperator) else None
 
     def block(self, rows: Sequence[str], cols: Sequence[str]) -> Self:
-        """Return the block that the named parameters span."""
+        """Return the partial sum for a block of the matrix."""
         return type(self)(self.A.block(rows, cols))
 
     def adjoint(self) -> Self:
-        """Return the adjoint; it shares what is kept."""
+        """Return the partial sum for the adjoint, which uses the same cached linearizations."""
         adjoint = self.A.H
         return self if adjoint is self.A else type(self)(adjoint)
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that the matrix depends on besides the data, each once: parameters first, buffers last."""
+        """Return the parameters and all tensors of the model and the loss, without duplicates, in a fixed order."""
         return list({id(tensor): tensor for tensor in self._objective.tensors()}.values())
 
     def layout(self) -> list[str]:
-        """Return dtypes and shapes of the `tensors`, in their order."""
-        return [f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in self.tensors()]
+        """Return the dtype and shape of each tensor in `tensors`, as a list of strings in the same order."""
+        return [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in self.tensors()]
 
     def shared_settings(self) -> dict[str, str]:
-        """Return what must be equal on all ranks: all but the data, by name, and each tensor by a name of its own."""
+        """Return the digests that are compared between ranks.
+
+        The dictionary contains the fingerprint without the data, and a separate digest of each tensor in the model or
+        the loss function, so that an error can name the tensor that differs.
+        """
         parts = self.A.fingerprint(data=False)
         params = {id(value) for value in self._objective.params.values()}
-        own = vars(self._objective)  # of either kind
+        attributes = vars(self._objective)  # model and loss function, or objective
         for name in ("_model", "loss_function", "_objective", "_batch_weight"):
-            for one, tensor in _enclosed_tensors(own.get(name), name.removeprefix("_"), ()):
-                if one not in parts and id(tensor) not in params:
-                    parts[one] = digest(tensor)
+            for tensor_name, tensor in _enclosed_tensors(attributes.get(name), name.removeprefix("_"), ()):
+                if tensor_name not in parts and id(tensor) not in params:
+                    parts[tensor_name] = digest(tensor)
         return parts | {"number and shapes of the model's tensors": " ".join(self.layout())}
 
     def fingerprint(self) -> dict[str, str]:
-        """Return what the matrix depends on; see `EngineLinearOperator.fingerprint`. The data may be empty."""
+        """Return digests that identify the matrix, including digests of the data. The data can be empty."""
         with self._objective.as_part_of_data():
             return self.A.fingerprint()
 
     def product_sums(self, vectors: Tensor) -> list[Tensor]:
-        """Return the sums of the products with `vectors` ``(K, N)``, in float32 or float64, on any device."""
+        """Return the sums over the data for products with the rows of `vectors`.
+
+        `vectors` has shape (K, N) and dtype float32 or float64, on any device.
+        """
 
         def compute() -> list[Tensor]:
-            lifted = aligned(vectors.to(self._objective.device, torch.float64))
-            products = self.A._apply_tensor(lifted)
-            if self._centred is None:
+            wide_vectors = aligned(vectors.to(self._objective.device, torch.float64))
+            products = self.A._apply_tensor(wide_vectors)
+            if self._centered is None:
                 return [products]
-            left, right, _, count = self._centred._gradient_sum()
-            return [products, left, lifted @ right, right.new_tensor([count])]
+            left, right, _, count = self._centered._gradient_sum()
+            return [products, left, wide_vectors @ right, right.new_tensor([count])]
 
         return self._summed(compute)
 
     def products(self, totals: Sequence[Tensor], count: int) -> Tensor:
-        """Return the whole's products ``(K, M)`` with `count` vectors, in float64."""
-        [sums, *more], divisor = self._divisor(totals)
+        """Return the products of the whole matrix with `count` vectors, as a float64 tensor of shape (count, M)."""
+        [sums, *gradient_sums], divisor = self._divisor(totals)
         products = sums.view(count, -1).div_(divisor)
-        if self._centred is not None:
-            left, along, examples = more
-            products -= (along / (divisor * examples))[:, None] * left
+        if self._centered is not None:
+            left, inner_products, examples = gradient_sums
+            products -= (inner_products / (divisor * examples))[:, None] * left
         return products
 
     def gradient_sums(self) -> list[Tensor]:
-        """Return the sums of the gradient by the row parameters and of the loss."""
+        """Return the sums over the data of the gradient (with respect to the row parameters) and of the loss."""
 
         def compute() -> list[Tensor]:
             gradient, loss = self.A._gradient()
@@ -110,86 +123,112 @@ class PartialSum:
         return self._summed(compute)
 
     def gradient(self, totals: Sequence[Tensor]) -> tuple[Tensor, float]:
-        """Return the whole's gradient ``(M,)``, in float64, and its loss."""
+        """Return the gradient (a float64 tensor of shape (M,)) and the loss of the whole data set."""
         [gradient, loss], divisor = self._divisor(totals)
         return gradient.div_(divisor), loss.item() / divisor
 
     def diagonal_sums(self) -> list[Tensor]:
-        """Return the sums of the exact diagonal, where `A` has one."""
+        """Return the sums over the data for the exact diagonal of a GGN-like matrix."""
 
         def compute() -> list[Tensor]:
             assert isinstance(self.A, GGNLikeLinearOperator)
             diagonal = self.A._diagonal()
-            if self._centred is None:
+            if self._centered is None:
                 return [diagonal]
-            self._centred._mean = None  # only products see that the parameters have changed
-            left, _, _, count = self._centred._gradient_sum()
-            self._centred._mean = None
+            self._centered._mean = None  # it may be outdated: only products check for changed parameters
+            left, _, _, count = self._centered._gradient_sum()
+            self._centered._mean = None
             return [diagonal, left, left.new_tensor([count])]
 
         return self._summed(compute)
 
     def diagonal(self, totals: Sequence[Tensor]) -> Tensor:
-        """Return the whole's diagonal ``(N,)``, in float64."""
-        [diagonal, *more], divisor = self._divisor(totals)
+        """Return the diagonal of the whole matrix as a float64 tensor of shape (N,)."""
+        [diagonal, *gradient_sums], divisor = self._divisor(totals)
         diagonal.div_(divisor)
-        if self._centred is not None:
-            left, examples = more
+        if self._centered is not None:
+            left, examples = gradient_sums
             diagonal -= left**2 / (divisor * examples)
         return diagonal
 
     def _summed(self, compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-        """Return what `compute` sums over the data, and last what the data weighs, and the number of batches."""
-        with torch.inference_mode(False), self._objective.as_part_of_data() as share:
-            parts = [part.reshape(-1).double() for part in compute()]
-        return [*parts, torch.tensor([share.weight, share.batches], dtype=torch.float64, device=self._objective.device)]
+        """Return the sums from `compute` as flat float64 tensors, followed by a tensor for `_divisor`.
+
+        The last tensor contains the total weight and the number of batches.
+        """
+        with torch.inference_mode(False), self._objective.as_part_of_data() as weights:
+            sums = [total.reshape(-1).double() for total in compute()]
+        weight = [weights.weight, weights.batches]
+        return [*sums, torch.tensor(weight, dtype=torch.float64, device=self._objective.device)]
 
     def _divisor(self, totals: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
-        """Return the sums, and what the whole divides them by."""
+        """Return all totals except the last one, and the number by which to divide them."""
         weight, batches = totals[-1].tolist()
         if not batches:
-            raise ValueError("data is empty on every rank, so there is nothing to differentiate")
-        self._objective.warn_once(int(batches))  # this rank has seen its own only
+            raise ValueError("data is empty on every rank: pass at least one batch on one rank")
+        self._objective.checks.warn_once(self._objective, int(batches))  # the number on all ranks, not only on this one
         return totals[:-1], self._objective.divisor([weight])
 
 
-def _enclosed_tensors(value: Any, name: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that modules and functions hold, by name; `above` are the identities of what they are part of.
+def _enclosed_tensors(value: Any, name: str, ancestors: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the value of each tensor that a module or function contains.
 
-    It looks where digests look: into what functions enclose, and the tensors, modules and functions that they refer to.
+    A name looks like ``loss_function['weight']``. The search covers the same objects as `digest`: modules, containers,
+    closures and defaults of functions, and the global variables that a function uses, if they are tensors, modules, or
+    functions defined in the same file.
+
+    Parameters
+    ----------
+    value : object
+    name : str
+        Name of `value`, and the beginning of the names of the tensors in it.
+    ancestors : tuple of int
+        ``id()`` of each object that contains `value`. The search skips these objects, so that it ends if there are
+        cycles.
     """
-    parts: Mapping[Any, Any] = {}
-    if id(value) in above:
+    children: Mapping[Any, Any] = {}
+    if id(value) in ancestors:
         return
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, nn.Module):
-        parts = {key: one for part in value.modules() for key, one in vars(part).items() if isinstance(one, Tensor)}
-        parts |= dict(value.named_parameters()) | dict(value.named_buffers())
+        children = {
+            key: attribute
+            for module in value.modules()
+            for key, attribute in vars(module).items()
+            if isinstance(attribute, Tensor)
+        }
+        children |= dict(value.named_parameters()) | dict(value.named_buffers())
     elif isinstance(value, Mapping):
-        parts = value
+        children = value
     elif isinstance(value, list | tuple):
-        parts = dict(enumerate(value))
+        children = dict(enumerate(value))
     elif isinstance(value, functools.partial):
-        parts = {"func": value.func, "args": value.args, **value.keywords}
+        children = {"func": value.func, "args": value.args, **value.keywords}
     elif isinstance(value, types.MethodType):
-        parts = {"self": value.__self__, value.__name__: value.__func__}
+        children = {"self": value.__self__, value.__name__: value.__func__}
     elif str(getattr(value, "__module__", None)).partition(".")[0] == "torch":
         return
     elif isinstance(value, types.FunctionType):
-        there = value.__globals__
-        named = {key: there[key] for key in value.__code__.co_names if key in there}
-        parts = {
-            key: one
-            for key, one in named.items()
-            if isinstance(one, Tensor | nn.Module)
-            or (isinstance(one, types.FunctionType) and one.__module__ == value.__module__)
-        }
-        parts |= {"defaults": value.__defaults__, **(value.__kwdefaults__ or {})}
-        for key, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            with contextlib.suppress(ValueError):  # not set yet
-                parts |= {key: cell.cell_contents}
+        children = _referenced_values(value)
     elif callable(value) and not isinstance(value, type):
-        parts = getattr(value, "__dict__", {})
-    for key, one in parts.items():
-        yield from _enclosed_tensors(one, f"{name}[{key!r}]", (*above, id(value)))
+        children = getattr(value, "__dict__", {})
+    for key, child in children.items():
+        yield from _enclosed_tensors(child, f"{name}[{key!r}]", (*ancestors, id(value)))
+
+
+def _referenced_values(function: types.FunctionType) -> dict[Any, Any]:
+    """Return the values that a function uses, by name: global variables, defaults and closure variables."""
+    module_globals = function.__globals__
+    named = {key: module_globals[key] for key in function.__code__.co_names if key in module_globals}
+    values: dict[Any, Any] = {
+        key: value
+        for key, value in named.items()
+        if isinstance(value, Tensor | nn.Module)
+        or (isinstance(value, types.FunctionType) and value.__module__ == function.__module__)
+    }
+    values |= {"defaults": function.__defaults__, **(function.__kwdefaults__ or {})}
+    for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # the variable is not assigned yet
+            values |= {key: cell.cell_contents}
+    return values

@@ -1,4 +1,9 @@
-"""What goes on between the whole operator on rank 0 and the parts on the other ranks."""
+"""Protocol between the operator on rank 0 and the partial operators on the other ranks.
+
+Rank 0 sends commands through `RemoteOperator`, and a `Worker` on each other rank executes them. Commands refer to
+operators and blocks by number. The operators passed to ``serve`` are numbered in their order; blocks get the next
+numbers as they are created.
+"""
 
 from __future__ import annotations
 
@@ -18,124 +23,150 @@ from curvop.storage.fingerprint import differing, listed
 
 __all__ = ["RemoteOperator", "ServedOperator", "Worker", "compare"]
 
-#: What is told of a problem by its code, which may differ between ranks without the matrix being another.
-_CODE = ("model", "loss_function", "objective", "batch_weight")
+#: Digests of a fingerprint that depend on code or settings. If these digests differ between ranks, the matrix may still
+#: be the same, so the difference causes a warning instead of an error.
+_CODE_PARTS = ("model", "loss_function", "objective", "batch_weight")
 
 
 class ServedOperator:
-    """What rank 0 knows of one of the operators: what it has handed out, and which blocks the others hold."""
+    """Rank 0's record of one served operator and its blocks.
+
+    Attributes
+    ----------
+    group : RankGroup
+    index : int
+        Number of the operator in commands.
+    partial : PartialSum
+        Contribution of rank 0's own data.
+    block_numbers : iterator of int
+        Unused numbers for blocks; shared by all served operators.
+    dropped_blocks : list of int
+        Numbers of blocks that the other ranks can delete; shared by all served operators.
+    state : tuple
+        Token for the values of parameters and buffers that were last sent to the other ranks.
+    """
 
     def __init__(
-        self, group: RankGroup, index: int, partial: PartialSum, numbers: Iterator[int], dropped: list[int]
+        self,
+        group: RankGroup,
+        index: int,
+        partial: PartialSum,
+        block_numbers: Iterator[int],
+        dropped_blocks: list[int],
     ) -> None:
         self.group, self.index, self.partial = group, index, partial
-        self.numbers, self.dropped = numbers, dropped
+        self.block_numbers, self.dropped_blocks = block_numbers, dropped_blocks
         self.state = partial.A.state()
 
 
 class RemoteOperator:
-    """Rank 0's way to one operator, or one block of it, on the other ranks."""
+    """Rank 0's handle to one operator, or one of its blocks, on the other ranks."""
 
     def __init__(self, served: ServedOperator, names: tuple[Sequence[str], Sequence[str]] | None = None) -> None:
         self._served = served
         self._names = names
-        self._number = served.index if names is None else -1
+        self._number = served.index if names is None else -1  # -1: the other ranks do not have the block yet
         self.group = served.group
 
     @property
     def alone(self) -> bool:
-        """Whether there are no other ranks."""
+        """True if rank 0 is the only rank."""
         return self.group.size == 1
 
     def block(self, rows: Sequence[str], cols: Sequence[str]) -> RemoteOperator:
-        """Return the way to a block, which the others make when they are first asked for it."""
+        """Return a handle to a block. The other ranks create the block on the first request."""
         return RemoteOperator(self._served, (rows, cols))
 
-    def ask(self, do: str, tensors: Sequence[Tensor] = (), **header: Any) -> int:
-        """Ask all other ranks; see `RankGroup.ask`."""
+    def request(self, command: str, tensors: Sequence[Tensor] = (), **arguments: Any) -> int:
+        """Send a command for this operator to all other ranks; return the number of the request."""
         served = self._served
         if self._number < 0 and self._names is not None:
-            number, (rows, cols) = next(served.numbers), self._names
-            self.check(
-                self.group.answers(self.group.ask("block", of=served.index, rows=rows, cols=cols, number=number))
-            )
+            number, (rows, cols) = next(served.block_numbers), self._names
+            block_request = self.group.request("block", of=served.index, rows=rows, cols=cols, number=number)
+            self.check(self.group.replies(block_request))
             self._number = number
-            weakref.finalize(self, served.dropped.append, number)
-        drop = [served.dropped.pop() for _ in range(len(served.dropped))]
-        return self.group.ask(do, tensors, of=self._number, drop=drop, **header)
+            weakref.finalize(self, served.dropped_blocks.append, number)
+        drop = [served.dropped_blocks.pop() for _ in range(len(served.dropped_blocks))]
+        return self.group.request(command, tensors, of=self._number, drop=drop, **arguments)
 
-    def answers(self, do: str, tensors: Sequence[Tensor] = (), **header: Any) -> list[dict[str, Any]]:
-        """Ask all other ranks and return their answers, none of which is an error."""
-        return self.check(self.group.answers(self.ask(do, tensors, **header)))
+    def replies(self, command: str, tensors: Sequence[Tensor] = (), **arguments: Any) -> list[dict[str, Any]]:
+        """Send a command to all other ranks, and return their replies. Raise the first error that a reply reports."""
+        return self.check(self.group.replies(self.request(command, tensors, **arguments)))
 
-    def check(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Raise what a rank has raised."""
-        for rank, answer in enumerate(answers, 1):
-            if "error" in answer:
-                kind, message, trace = answer["error"]
+    def check(self, replies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return `replies`, or raise the first error that a reply reports."""
+        for rank, reply in enumerate(replies, 1):
+            if "error" in reply:
+                kind, message, trace = reply["error"]
                 if kind in ERRORS:
                     raise ERRORS[kind](f"rank {rank}: {message}")
                 raise RankError(rank, f"rank {rank} raised {kind}: {message}\n\n{trace}", ended=False)
-        return answers
+        return replies
 
     def refresh(self) -> None:
-        """Hand out all parameters and buffers where any of them was written to since."""
+        """Send all parameters and buffers to the other ranks if any of them was modified on rank 0."""
         served = self._served
         state = served.partial.A.state()
         if state == served.state:
             return
         whole = RemoteOperator(served)
-        for rank, answer in enumerate(whole.answers("layout"), 1):
-            if answer["layout"] != (layout := served.partial.layout()):
-                ours, theirs = next(
-                    both for both in itertools.zip_longest(layout, answer["layout"]) if both[0] != both[1]
-                )
+        for rank, reply in enumerate(whole.replies("layout"), 1):
+            layout = served.partial.layout()
+            if reply["layout"] != layout:
+                pairs = itertools.zip_longest(layout, reply["layout"])
+                ours, theirs = next((mine, other) for mine, other in pairs if mine != other)
                 raise RankError(
                     0,
-                    f"rank 0's model has a tensor that is {ours or 'missing'} now, but {theirs or 'missing'} on rank "
-                    f"{rank}: values may be written within the block, but to cast, resize, add or remove tensors, "
-                    "leave it and make new operators on all ranks",
+                    f"a tensor of rank 0's model is now {ours or 'missing'}, but {theirs or 'missing'} on rank {rank}: "
+                    "within the block, change values only; to cast, resize, add or remove tensors, leave the block and "
+                    "create new operators on all ranks",
                 )
-        tensors = [_bytes(tensor).to(self.group.device) for tensor in served.partial.tensors()]
-        answers = whole.answers("tensors", tensors)
-        compare([[served.partial.shared_settings()], *([answer["shared"]] for answer in answers)])
+        tensors = [_as_bytes(tensor).to(self.group.device) for tensor in served.partial.tensors()]
+        replies = whole.replies("tensors", tensors)
+        compare([[served.partial.shared_settings()], *([reply["shared"]] for reply in replies)])
         served.state = state
 
 
 class Worker:
-    """Another rank than 0, in its service."""
+    """Loop on a rank other than 0 that executes commands from rank 0.
+
+    For each command, there is a method ``_<command>``. The method takes the arguments of the request, receives the
+    tensors, and returns a function that computes the reply. If this function raises an exception, the reply reports the
+    exception, and rank 0 raises an error.
+    """
 
     def __init__(self, group: RankGroup, partials: Sequence[PartialSum]) -> None:
         self._group = group
+        # The keys are pairs (number, is_adjoint).
         self._partials: dict[tuple[int, bool], PartialSum] = {
             (index, False): partial for index, partial in enumerate(partials)
         }
         self._sums: list[Tensor] | None = None
 
     def run(self) -> None:
-        """Answer until rank 0 needs nothing more; raise what ended it, if it was an error."""
+        """Execute commands until rank 0 stops the run. Raise a `RankError` if an error stopped it."""
         for number in itertools.count():
-            asked = self._group.asked(number)
-            do = asked.pop("do")
-            if do == "stop":
-                self._group.answer(number)
-                self._group.leave()
-                if asked["error"] is not None:
-                    raise RankError(0, asked["error"])
+            request = self._group.receive(number)
+            command = request.pop("command")
+            if command == "stop":
+                self._group.reply(number)
+                self._group.close()
+                if request["error"] is not None:
+                    raise RankError(0, request["error"])
                 return
-            if do == "sum":
+            if command == "sum":
                 assert self._sums is not None
                 self._group.reduce(self._sums)
                 continue
             self._sums = None
-            compute = getattr(self, f"_{do}")(**asked)  # takes what rank 0 hands out
+            compute = getattr(self, f"_{command}")(**request)
             try:
-                answer = compute()
-            except Exception as error:  # of this rank's data or model: rank 0 raises it
+                reply = compute()
+            except Exception as error:  # an error in this rank's data or model
                 trace = "".join(traceback.format_exception(error))
-                answer = {"error": (type(error).__name__, str(error), trace)}
-                del error  # and what it holds
-            self._group.answer(number, **answer)
+                reply = {"error": (type(error).__name__, str(error), trace)}
+                del error  # its traceback refers to tensors
+            self._group.reply(number, **reply)
 
     def _block(self, of: int, rows: Sequence[str], cols: Sequence[str], number: int) -> Callable[[], dict[str, Any]]:
         def compute() -> dict[str, Any]:
@@ -146,20 +177,20 @@ class Worker:
 
     def _products(self, count: int, dtype: str, **which: Any) -> Callable[[], dict[str, Any]]:
         partial = self._partial(**which)
-        kind = torch.float32 if dtype == "float32" else torch.float64
+        torch_dtype = torch.float32 if dtype == "float32" else torch.float64
         vectors = partial.A._retry_on_out_of_memory(
-            lambda: torch.empty(count, partial.A.shape[1], dtype=kind, device=self._group.device)
+            lambda: torch.empty(count, partial.A.shape[1], dtype=torch_dtype, device=self._group.device)
         )
         self._group.broadcast(vectors)
-        return lambda: self._keep(partial.product_sums(vectors))
+        return lambda: self._store_sums(partial.product_sums(vectors))
 
     def _gradient(self, **which: Any) -> Callable[[], dict[str, Any]]:
         partial = self._partial(**which)
-        return lambda: self._keep(partial.gradient_sums())
+        return lambda: self._store_sums(partial.gradient_sums())
 
     def _diagonal(self, **which: Any) -> Callable[[], dict[str, Any]]:
         partial = self._partial(**which)
-        return lambda: self._keep(partial.diagonal_sums())
+        return lambda: self._store_sums(partial.diagonal_sums())
 
     def _fingerprint(self, **which: Any) -> Callable[[], dict[str, Any]]:
         partial = self._partial(**which)
@@ -172,13 +203,14 @@ class Worker:
     def _tensors(self, **which: Any) -> Callable[[], dict[str, Any]]:
         partial = self._partial(**which)
         for tensor in partial.tensors():
-            fresh = torch.empty_like(_bytes(tensor), device=self._group.device)
-            self._group.broadcast(fresh)
+            received = torch.empty_like(_as_bytes(tensor), device=self._group.device)
+            self._group.broadcast(received)
             with torch.no_grad():
-                tensor.copy_(fresh.view(tensor.dtype).view(tensor.shape))
+                tensor.copy_(received.view(tensor.dtype).view(tensor.shape))
         return lambda: {"shared": partial.shared_settings()}
 
     def _partial(self, of: int, drop: Sequence[int], adjoint: bool = False) -> PartialSum:
+        """Delete the blocks in `drop`, and return the partial sum with number `of` or its adjoint."""
         for number in drop:
             self._partials.pop((number, False), None)
             self._partials.pop((number, True), None)
@@ -186,39 +218,50 @@ class Worker:
             self._partials[of, adjoint] = self._partials[of, False].adjoint()
         return self._partials[of, adjoint]
 
-    def _keep(self, sums: list[Tensor]) -> dict[str, Any]:
+    def _store_sums(self, sums: list[Tensor]) -> dict[str, Any]:
+        """Keep the sums until the command "sum" arrives, and return an empty reply."""
         self._sums = sums
         return {}
 
 
-def compare(descriptions: list[list[dict[str, str]]]) -> None:
-    """Refuse operators that are not the same on all ranks, naming rank and difference."""
-    for rank, one in enumerate(descriptions):
-        if len(one) != len(descriptions[0]):
-            raise ValueError(f"rank 0 serves {len(descriptions[0])} operators, but rank {rank} serves {len(one)}")
-        for ours, theirs in zip(descriptions[0], one, strict=True):
+def compare(settings: list[list[dict[str, str]]]) -> None:
+    """Raise an error if the operators of the ranks differ. Warn if only code or settings differ.
+
+    Parameters
+    ----------
+    settings : list of list of dict
+        ``settings[rank][i]`` is the result of `PartialSum.shared_settings` for operator i of that rank.
+    """
+    for rank, operators in enumerate(settings):
+        if len(operators) != len(settings[0]):
+            raise ValueError(
+                f"rank 0 serves {len(settings[0])} operators, but rank {rank} serves {len(operators)}: pass the same "
+                "number on all ranks"
+            )
+        for ours, theirs in zip(settings[0], operators, strict=True):
             names = [name for name in differing(ours, theirs) if name != "seed"]
-            if hard := [name for name in names if name not in _CODE]:
+            if errors := [name for name in names if name not in _CODE_PARTS]:
                 raise ValueError(
-                    f"the operator of rank {rank} is not that of rank 0: {listed(hard)} differ. Give all ranks "
-                    "the same model and loss (of the same seed or checkpoint, class weights of the whole data set, and "
-                    "no step of training that they do not share)"
+                    f"the operator of rank {rank} differs from that of rank 0 in {listed(errors)}. Give all ranks the "
+                    "same model and loss: the same seed or checkpoint, class weights of the whole data set, and no "
+                    "training step on one rank alone"
                 )
             if names:
                 warnings.warn(
-                    f"{listed(names)} of rank {rank} differ from those of rank 0, in code or settings (training mode "
-                    "is one): the matrix is a sum of different ones unless they compute the same",
+                    f"{listed(names)} of rank {rank} differ from rank 0 in code or settings (for example training "
+                    "mode): unless both compute the same function, the result is a sum of different matrices",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-    for seeds in ([one[index].get("seed") for one in descriptions] for index in range(len(descriptions[0]))):
+    for index in range(len(settings[0])):
+        seeds = [operators[index].get("seed") for operators in settings]
         for rank, seed in enumerate(seeds):
             if seed is not None and seed in seeds[:rank]:
                 raise ValueError(
-                    f"ranks {seeds.index(seed)} and {rank} draw the same random numbers for different data: pass each "
-                    "rank an rng of its own, such as rng=seed + rank"
+                    f"ranks {seeds.index(seed)} and {rank} draw the same random numbers for different data: pass a "
+                    "different rng on each rank, such as rng=seed + rank"
                 )
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)

@@ -1,1 +1,1 @@
-"""What is written to disk and read again: records, journals, fingerprints, result files."""
+"""Files that store data for later runs: journals, record files, fingerprints and result files."""

@@ -1,4 +1,9 @@
-"""What names a problem: a dict of digests by which a later run tells what has changed."""
+"""Fingerprints of linear operators, which identify a problem in later runs.
+
+A fingerprint is a dict of digests, one for each input of the problem: parameters, model, loss function and batches. If
+two fingerprints differ, the names of the digests that differ show which inputs changed. Journals, checkpoints and
+result files use fingerprints to reject files that belong to another problem.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +20,19 @@ from curvop.operators.base import TensorLinearOperator
 
 __all__ = ["OtherProblemError", "differing", "fingerprint", "listed", "state"]
 
-_PROBES, _TOLERANCE = 16, 1e-4
+_NUM_PROBES, _TOLERANCE = 16, 1e-4
 
 
 class OtherProblemError(ValueError):
-    """What is on disk belongs to another problem; the message names what differs."""
+    """Raised if files on disk belong to another problem. The message names the inputs that differ."""
 
 
 def fingerprint(A: LinearOperator) -> dict[str, str]:
-    """Return what tells the matrix of `A` from others, by name.
+    """Return a dict of digests that identify the matrix `A`.
 
-    For this package's operators these are digests of each parameter (``params['0.weight']``), of the model's structure,
-    code, other parameters and buffers, of the loss function, and of each batch (``data, batch 3``), which are read
-    once. Sums, multiples, products and submatrices have the parts of the operators that they are made of, SciPy's
-    matrices their entries. Any other operator is told by its class, its shape, and one product with a fixed vector,
-    which is compared to a relative 1e-4: products may differ in the last bits between runs.
-
-    What a Python function computes is told by its code, its defaults, the values that it encloses, and the numbers,
-    tensors, modules and functions of its own module that it refers to.
+    Save the fingerprint with your results to identify the problem later, in another process or on another machine.
+    `JournaledLinearOperator` and the functions of `curvop.spectrum` with a ``checkpoint`` argument save the fingerprint
+    automatically.
 
     Parameters
     ----------
@@ -41,21 +41,48 @@ def fingerprint(A: LinearOperator) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        Made of plain text, to be compared by `differing` in another process or on another day.
+        Digests by name, as plain text that can be saved, for example, in a JSON file. Compare two fingerprints with
+        `differing`.
 
     Raises
     ------
     TypeError
-        Where `A` is no ``LinearOperator``.
+        If `A` is not a ``LinearOperator``.
+
+    See Also
+    --------
+    curvop.JournaledLinearOperator : Operator that records its products on disk.
+
+    Notes
+    -----
+    The digests depend on the kind of operator:
+
+    * An operator of this package has one digest for each parameter (``params['0.weight']``), for the model (structure,
+      code, other parameters, buffers), for the loss function, and for each batch (``data, batch 3``). Computing the
+      digests takes one pass over the data. No product is computed.
+    * A sum, multiple, product or submatrix has the digests of its operands (``... of term 1``).
+    * A dense or sparse matrix that SciPy wraps as an operator has one digest of its entries.
+    * Any other operator is identified by its class, its shape, and one product with a fixed vector. Products are
+      compared with a relative tolerance of 1e-4, because the last bits of a product may differ between runs.
+
+    A Python function is identified by its bytecode, its default arguments, the values in its closure, and the global
+    variables that the function uses, if they are numbers, tensors, neural network modules, or functions defined in the
+    same file. Bytecode differs between Python versions.
 
     Examples
     --------
-    >>> from scipy.sparse.linalg import aslinearoperator
-    >>> A, B = aslinearoperator(np.eye(3)), aslinearoperator(np.ones((3, 3)))
-    >>> differing(fingerprint(A), fingerprint(A))
-    []
-    >>> differing(fingerprint(A), fingerprint(A + B))
-    ['operator', 'matrix', 'operator of term 1', 'shape of term 1', ...]
+    >>> import torch
+    >>> from curvop import GGNLinearOperator
+    >>> from curvop.storage.fingerprint import differing, fingerprint
+    >>> model = torch.nn.Linear(2, 1)
+    >>> params = dict(model.named_parameters())
+    >>> data = [(torch.eye(2), torch.zeros(2, 1))]
+    >>> A = GGNLinearOperator(model, torch.nn.MSELoss(), params, data)
+    >>> before = fingerprint(A)
+    >>> with torch.no_grad():
+    ...     _ = model.bias.add_(1.0)
+    >>> differing(before, fingerprint(A))
+    ["params['bias']"]
     """
     if not isinstance(A, LinearOperator):
         raise TypeError(
@@ -66,81 +93,87 @@ def fingerprint(A: LinearOperator) -> dict[str, str]:
     parts = {"operator": type(A).__name__, "shape": str(tuple(A.shape)), "dtype": str(A.dtype)}
     matrix = getattr(A, "A", None)
     if type(A).__name__ == "MatrixLinearOperator" and (isinstance(matrix, np.ndarray) or issparse(matrix)):
-        return parts | {"matrix": _matrix(matrix)}
-    terms = _terms(A)
+        return parts | {"matrix": _matrix_digest(matrix)}
+    terms = _operands(A)
     if terms is None:
         return parts | {"product": _sketch(A)}
     for number, term in enumerate(terms):
-        inner = fingerprint(term) if isinstance(term, LinearOperator) else {"value": _value(term)}
+        inner = fingerprint(term) if isinstance(term, LinearOperator) else {"value": _value_digest(term)}
         parts |= {f"{name} of term {number + 1}": value for name, value in inner.items()}
     return parts
 
 
 def state(A: LinearOperator) -> tuple[object, ...]:
-    """Return a token that changes where a model is written to that one of this package's operators in `A` shows.
+    """Return a token that changes if the model or the data of `A` is modified.
 
-    It is compared by ``==`` and holds in this process only; it costs one pass over the parameters.
+    Compare tokens with ``==``, and only within one process. The cost is one pass over the parameters. If `A` is a sum,
+    multiple, product or submatrix, the token covers its operands. Changes are detected only for operators of this
+    package.
     """
     if isinstance(A, TensorLinearOperator) and hasattr(A, "state"):
         return cast("tuple[object, ...]", A.state())
-    return tuple(state(term) if isinstance(term, LinearOperator) else _value(term) for term in _terms(A) or ())
+    terms = _operands(A) or ()
+    return tuple(state(term) if isinstance(term, LinearOperator) else _value_digest(term) for term in terms)
 
 
 def differing(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Return the names of the parts of two fingerprints that differ, or that only one of them has."""
-    return [name for name in {**old, **new} if not _same(name, old.get(name), new.get(name))]
+    """Return the names of the digests that differ between two fingerprints, or that one of them lacks."""
+    return [name for name in {**old, **new} if not _is_same_part(name, old.get(name), new.get(name))]
 
 
 def listed(names: list[str], most: int = 4) -> str:
-    """Return names as part of a sentence, the first of them where there are many."""
+    """Join names for use in a sentence, such as "a, b and 3 others". At most `most` + 1 names are listed."""
     if len(names) > most + 1:
         names = [*names[:most], f"{len(names) - most} others"]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _terms(A: LinearOperator) -> tuple[Any, ...] | None:
-    """Return what SciPy's or this package's composites are made of, None where nothing or something else is known."""
-    terms = getattr(A, "args", ())
-    known = type(A).__module__.partition(".")[0] in ("scipy", "curvop")
-    if not known or not terms or not isinstance(terms[0], LinearOperator):
+def _operands(A: LinearOperator) -> tuple[Any, ...] | None:
+    """Return the operands if `A` is a composite operator of SciPy or of this package, and None otherwise."""
+    operands = getattr(A, "args", ())
+    known = type(A).__module__.partition(".")[0] in ("scipy", "curvop")  # elsewhere, `args` may have another meaning
+    if not known or not operands or not isinstance(operands[0], LinearOperator):
         return None
-    return tuple(terms)
+    return tuple(operands)
 
 
-def _matrix(matrix: Any) -> str:
-    """Return what tells a dense or sparse matrix, entry by entry."""
+def _matrix_digest(matrix: Any) -> str:
+    """Return a digest of the entries of a dense or sparse matrix."""
     if isinstance(matrix, np.ndarray):
-        return _value(matrix)
+        return _value_digest(matrix)
     entries = matrix.tocoo()
-    return " ".join(_value(np.asarray(part)) for part in (*entries.coords, entries.data))
+    return " ".join(_value_digest(np.asarray(part)) for part in (*entries.coords, entries.data))
 
 
-def _value(term: Any) -> str:
-    """Return what tells a factor, a power or an array of indices."""
+def _value_digest(term: Any) -> str:
+    """Return a text that identifies `term`, which is a number or an array."""
     if isinstance(term, np.ndarray):
         return hashlib.blake2b(np.ascontiguousarray(term).tobytes(), digest_size=16).hexdigest()
     return repr(complex(term))
 
 
 def _sketch(A: LinearOperator) -> str:
-    """Return random sums over the product with a fixed vector, whose differences estimate the products' difference."""
+    """Return random projections of the product of `A` with a fixed vector, as text.
+
+    The norm of the difference of two sketches estimates the norm of the difference of the products.
+    """
     if 0 in A.shape:
         return ""
     rng = np.random.default_rng(0)
     product = np.asarray(A.matvec(rng.standard_normal(A.shape[1])))
-    sums = [rng.standard_normal(A.shape[0]) @ product for _ in range(_PROBES)]
-    return " ".join(f"{value:.9e}" for value in np.asarray(sums).view(np.float64))
+    projections = [rng.standard_normal(A.shape[0]) @ product for _ in range(_NUM_PROBES)]
+    return " ".join(f"{value:.9e}" for value in np.asarray(projections).view(np.float64))
 
 
-def _same(name: str, old: str | None, new: str | None) -> bool:
+def _is_same_part(name: str, old: str | None, new: str | None) -> bool:
     if old is None or new is None or name.split(" of term ")[0] != "product":
         return old == new
-    these, those = _numbers(old), _numbers(new)
-    if these.shape != those.shape:
+    old_sketch, new_sketch = _parsed_floats(old), _parsed_floats(new)
+    if old_sketch.shape != new_sketch.shape:
         return False
-    scale = max(np.linalg.norm(these), np.linalg.norm(those))
-    return bool(np.linalg.norm(these - those) <= _TOLERANCE * scale)
+    scale = max(np.linalg.norm(old_sketch), np.linalg.norm(new_sketch))
+    return bool(np.linalg.norm(old_sketch - new_sketch) <= _TOLERANCE * scale)
 
 
-def _numbers(text: str) -> NDArray[Any]:
+def _parsed_floats(text: str) -> NDArray[Any]:
     return np.array([float(word) for word in text.split()])

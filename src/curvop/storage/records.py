@@ -1,4 +1,15 @@
-"""Append-only files of records: arrays under a key, checksummed, there as a whole or not at all."""
+"""Append-only files of NumPy arrays with keys and checksums, which remain readable if the process is killed.
+
+When a file is opened, all checksums are verified. An incomplete record at the end of the file is removed. If any other
+record is damaged, an error is raised. Arrays are stored without pickling.
+
+File format: the signature, then one record after another. A record consists of
+
+1. the fields ``<4sIQI``: the record mark, the lengths of the header and of the data in bytes, the CRC-32 of the data;
+2. the CRC-32 of the fields and the header;
+3. the header as JSON: the key, and the dtype and shape of each array;
+4. the data: the arrays in C order, one after another.
+"""
 
 from __future__ import annotations
 
@@ -19,75 +30,75 @@ from numpy.typing import NDArray
 __all__ = ["RecordFile", "RecordFileError", "close_exclusive", "open_exclusive"]
 
 _SIGNATURE = b"curvop records 1\n"
-# A record: its mark, the bytes of its head and of its payload, the payload's checksum; the checksum of these and of the
-# head; the head (JSON: the key, dtypes and shapes); the payload, the arrays one after another in C order.
 _MARK = b"\x93rec"
 _FIELDS = struct.Struct("<4sIQI")
 _CHECKSUM = struct.Struct("<I")
-_PREFIX = _FIELDS.size + _CHECKSUM.size
-_CHUNK = 2**20
-_BUFFERS = 512  # that one call of the system takes
+_PREFIX_SIZE = _FIELDS.size + _CHECKSUM.size
+_CHUNK_SIZE = 2**20
+_MAX_BUFFERS = 512  # for one pwritev call, below the IOV_MAX of 1024 on Linux
 
 
 class RecordFileError(RuntimeError):
-    """A file of records cannot be used: it is damaged, in use, closed, or something else."""
+    """Raised if a file cannot be used, because it is damaged, in use, closed, or not a record file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
     key: bytes
-    arrays: list[tuple[np.dtype[Any], tuple[int, ...]]]
-    payload: int  # where it begins
-    stop: int  # where the record ends
-    checksum: int
+    arrays: list[tuple[np.dtype[Any], tuple[int, ...]]]  # dtype and shape of each array
+    start: int  # offset of the data
+    stop: int  # offset of the end of the record
+    checksum: int  # of the data
 
 
 class RecordFile:
-    """A file to which records are appended, and from which they are read, by one process at a time.
+    """File of records. Only one process at a time can open the file, to append and read records.
 
-    A record is one write. A process that is killed leaves whole records and at most one torn at the end, which the next
-    opening drops. Arrays are held in memory by nobody but the caller, and nothing is pickled.
+    If the process is killed, all complete records are kept. A record that was being written at that time is removed
+    when the file is opened again. Arrays are not kept in memory.
 
     Parameters
     ----------
-    path : str or path
-        Made where it does not exist.
-    sync_seconds : float
-        An append forces all that was written to disk where this was last done longer ago: what a loss of power may
-        take. 0 for each record, ``math.inf`` for never. The death of the process alone takes nothing.
+    path : str or path-like
+        Path of the file, which is created if it does not exist.
+    sync_seconds : float, optional
+        Minimum time in seconds between two forced writes to disk (``fsync``). A write is forced only when a record is
+        appended. A power failure can lose the records that were appended since the last forced write. If only the
+        process is killed, no record is lost. 0 forces a write after each record, and ``math.inf`` disables forced
+        writes. Default: 1.
 
     Attributes
     ----------
     path : Path
     num_bytes : int
-        The size of the file.
+        Size of the file in bytes.
     torn_bytes : int
-        What of an interrupted write was dropped by opening it.
+        Size in bytes of the incomplete record that was removed when the file was opened.
 
     Raises
     ------
     RecordFileError
-        Where the file is no file of records, another process (or another `RecordFile` of this one) has it open, or a
-        record that others follow is damaged. The file is left as it was.
+        If the file is not a record file, if it is open in another process or as another ``RecordFile`` in this process,
+        or if a record other than the last is damaged. The file is left unchanged.
 
     Notes
     -----
-    Opening reads the whole file, as every record's checksum is verified. It needs a POSIX system.
+    When a file is opened, it is read completely to verify all checksums. A POSIX system is required.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, sync_seconds: float = 1.0) -> None:
         if not sync_seconds >= 0:
-            raise ValueError(f"sync_seconds is {sync_seconds}, but must be 0 or more, or math.inf")
+            raise ValueError(f"sync_seconds is {sync_seconds}, but must be >= 0; math.inf never forces writes")
         self.path = Path(path)
         self.num_bytes = self.torn_bytes = 0
         self._sync_seconds = sync_seconds
-        self._synced = time.monotonic()
+        self._last_sync = time.monotonic()
         self._index: list[tuple[bytes, int]] = []
         try:
             self._fd, identity = open_exclusive(self.path)
         except BlockingIOError:
             raise RecordFileError(
-                f"{self.path} is in use, and one at a time can record: close it there, or use another file"
+                f"{self.path} is in use by this or another process: close it there, or use another file"
             ) from None
         self._closing = weakref.finalize(self, close_exclusive, self._fd, identity)
         try:
@@ -97,25 +108,25 @@ class RecordFile:
             raise
 
     def append(self, key: bytes, *arrays: Any) -> int:
-        """Write one record, and return its offset.
+        """Write one record and return its offset.
 
         Parameters
         ----------
         key : bytes
-            Need not be unique.
+            Key of the record. Keys need not be unique.
         *arrays : array_like
-            Of numbers, booleans or text, of any shape.
+            Arrays of numbers, booleans or text, of any shape.
 
         Raises
         ------
         OSError
-            Where it cannot be written, on a full disk for one. The file then ends with the last whole record, and more
-            can be appended when there is room.
+            If the record cannot be written, for example because the disk is full. The file then ends with the last
+            complete record, and accepts more records as soon as there is space.
         TypeError
-            For arrays of objects and of records.
+            If an array has an object or structured dtype.
         """
         self.check_open()
-        contiguous = [_checked(array) for array in arrays]
+        contiguous = [_recordable(array) for array in arrays]
         views = _views(contiguous)
         checksum = 0
         for view in views:
@@ -126,30 +137,30 @@ class RecordFile:
         return offset
 
     def read(self, offset: int) -> list[NDArray[Any]]:
-        """Return the arrays of the record at `offset`, as fresh ones.
+        """Return new copies of the arrays of the record at `offset`.
 
         Raises
         ------
         RecordFileError
-            Where there is no record, or it is not what was written.
+            If no complete record begins at `offset`, or if the data of the record is damaged.
         """
         self.check_open()
         header = self._header_at(offset, self.num_bytes)
         if header is None or header.stop > self.num_bytes:
-            raise RecordFileError(f"{self.path}: there is no whole record at byte {offset}")
+            raise RecordFileError(f"{self.path}: there is no complete record at byte {offset}")
         arrays = [np.empty(shape, dtype) for dtype, shape in header.arrays]
         views = _views(arrays)
-        at, checksum = header.payload, 0
+        position, checksum = header.start, 0
         for view in views:
-            self._fill(view, at)
-            at += len(view)
+            self._read_into(view, position)
+            position += len(view)
             checksum = zlib.crc32(view, checksum)
         if checksum != header.checksum:
-            raise RecordFileError(f"{self.path}: the record at byte {offset} is damaged, its checksum is another")
+            raise RecordFileError(f"{self.path}: the record at byte {offset} is damaged: its checksum does not match")
         return arrays
 
     def __iter__(self) -> Iterator[tuple[bytes, int]]:
-        """Yield each record's key and offset, in the order in which they were appended."""
+        """Yield the key and offset of each record, in the order in which they were appended."""
         return iter(self._index)
 
     def __len__(self) -> int:
@@ -157,7 +168,7 @@ class RecordFile:
         return len(self._index)
 
     def close(self) -> None:
-        """Close the file, so that others can open it."""
+        """Close the file. It can then be opened again, in this process or in another."""
         self._closing()
 
     def __enter__(self) -> Self:
@@ -167,37 +178,37 @@ class RecordFile:
         self.close()
 
     def __reduce__(self) -> str:
-        raise TypeError("a RecordFile cannot be pickled or copied: one process at a time has it open")
+        raise TypeError("a RecordFile cannot be pickled or copied: only one process at a time can have it open")
 
     @staticmethod
     def record_bytes(key: bytes, *arrays: Any) -> int:
-        """Return what a record of `arrays` takes on disk."""
-        contiguous = [_checked(array) for array in arrays]
+        """Return the size on disk, in bytes, of a record with these arrays."""
+        contiguous = [_recordable(array) for array in arrays]
         return len(_header(key, contiguous, 0)) + sum(array.nbytes for array in contiguous)
 
     def check_open(self) -> None:
-        """Raise an error where the file is closed."""
+        """Raise an error if the file is closed."""
         if not self._closing.alive:
             raise RecordFileError(f"{self.path} is closed: open it again")
 
     def _scan(self) -> None:
-        """Find the records, and drop what an interrupted write left."""
+        """Find all records in the file, and remove an incomplete record at the end."""
         size = os.fstat(self._fd).st_size
         begin = os.pread(self._fd, len(_SIGNATURE), 0)
         if len(begin) < len(_SIGNATURE) and _SIGNATURE.startswith(begin):
             size = self._write([_SIGNATURE], 0)
         elif begin != _SIGNATURE:
-            raise RecordFileError(f"{self.path} is not a file of records: pass another, or delete it")
+            raise RecordFileError(f"{self.path} is not a record file: pass another path, or delete it")
         end = len(_SIGNATURE)
         while end < size:
             header = self._header_at(end, size)
-            if header is None and self._later_header(end, size):
-                raise self._damaged(end)
+            if header is None and self._has_later_header(end, size):
+                raise self._damage_error(end)
             if header is None or header.stop > size:
                 break
             if self._checksum(header) != header.checksum:
                 if header.stop < size:
-                    raise self._damaged(end)
+                    raise self._damage_error(end)
                 break
             self._index.append((header.key, end))
             end = header.stop
@@ -205,130 +216,136 @@ class RecordFile:
         if end < size:
             os.ftruncate(self._fd, end)
 
-    def _damaged(self, offset: int) -> RecordFileError:
+    def _damage_error(self, offset: int) -> RecordFileError:
         kept = len(self._index)
         return RecordFileError(
-            f"{self.path}: record {kept + 1}, at byte {offset}, is damaged, and as others follow it, not by an "
+            f"{self.path}: record {kept + 1}, at byte {offset}, is damaged. Other records follow it, so this is not an "
             "interrupted write. Nothing was changed. Restore the file from a copy; or keep the "
             f"{kept} records before it, with: truncate -s {offset} {str(self.path)!r}"
         )
 
     def _header_at(self, offset: int, size: int) -> _Header | None:
-        """Return the header that begins at `offset`, None where there is none whose checksum is right."""
-        prefix = os.pread(self._fd, _PREFIX, offset)
-        if len(prefix) < _PREFIX or not prefix.startswith(_MARK):
+        """Return the header of the record at `offset`, or None if there is no header with a correct checksum."""
+        prefix = os.pread(self._fd, _PREFIX_SIZE, offset)
+        if len(prefix) < _PREFIX_SIZE or not prefix.startswith(_MARK):
             return None
-        _, count, length, checksum = _FIELDS.unpack_from(prefix)
-        if offset + _PREFIX + count > size:
+        _, header_size, data_size, checksum = _FIELDS.unpack_from(prefix)
+        if offset + _PREFIX_SIZE + header_size > size:
             return None
-        head = os.pread(self._fd, count, offset + _PREFIX)
-        if prefix[_FIELDS.size :] != _CHECKSUM.pack(zlib.crc32(head, zlib.crc32(prefix[: _FIELDS.size]))):
+        text = os.pread(self._fd, header_size, offset + _PREFIX_SIZE)
+        if prefix[_FIELDS.size :] != _CHECKSUM.pack(zlib.crc32(text, zlib.crc32(prefix[: _FIELDS.size]))):
             return None
-        told = json.loads(head)
-        arrays = [(np.dtype(dtype), tuple(shape)) for dtype, shape in told["arrays"]]
-        begin = offset + _PREFIX + count
-        return _Header(bytes.fromhex(told["key"]), arrays, begin, begin + length, checksum)
+        content = json.loads(text)
+        arrays = [(np.dtype(dtype), tuple(shape)) for dtype, shape in content["arrays"]]
+        start = offset + _PREFIX_SIZE + header_size
+        return _Header(bytes.fromhex(content["key"]), arrays, start, start + data_size, checksum)
 
-    def _later_header(self, offset: int, size: int) -> bool:
-        """Whether another record begins somewhere after `offset`."""
-        for at in range(offset + 1, size, _CHUNK):
-            chunk = os.pread(self._fd, _CHUNK + len(_MARK) - 1, at)
-            found = chunk.find(_MARK)
-            while found >= 0:
-                if self._header_at(at + found, size) is not None:
+    def _has_later_header(self, offset: int, size: int) -> bool:
+        """Return True if another record begins anywhere after `offset`."""
+        for start in range(offset + 1, size, _CHUNK_SIZE):
+            chunk = os.pread(self._fd, _CHUNK_SIZE + len(_MARK) - 1, start)
+            index = chunk.find(_MARK)
+            while index >= 0:
+                if self._header_at(start + index, size) is not None:
                     return True
-                found = chunk.find(_MARK, found + 1)
+                index = chunk.find(_MARK, index + 1)
         return False
 
     def _checksum(self, header: _Header) -> int:
-        buffer = memoryview(bytearray(_CHUNK))
+        """Return the checksum of the data of a record. The data is read in chunks."""
+        buffer = memoryview(bytearray(_CHUNK_SIZE))
         checksum = 0
-        for at in range(header.payload, header.stop, _CHUNK):
-            view = buffer[: min(_CHUNK, header.stop - at)]
-            self._fill(view, at)
+        for position in range(header.start, header.stop, _CHUNK_SIZE):
+            view = buffer[: min(_CHUNK_SIZE, header.stop - position)]
+            self._read_into(view, position)
             checksum = zlib.crc32(view, checksum)
         return checksum
 
-    def _fill(self, view: memoryview, at: int) -> None:
+    def _read_into(self, view: memoryview, position: int) -> None:
         while view:
-            count = os.preadv(self._fd, [view], at)
+            count = os.preadv(self._fd, [view], position)
             if not count:
-                raise RecordFileError(f"{self.path} ends at byte {at}, within a record: something else cut it off")
-            view, at = view[count:], at + count
+                raise RecordFileError(
+                    f"{self.path} ends at byte {position}, within a record: another program has truncated it"
+                )
+            view, position = view[count:], position + count
 
     def _write(self, buffers: Sequence[Any], offset: int) -> int:
-        """Write `buffers` at `offset`, all of them or nothing, and return how many bytes they are."""
+        """Write all `buffers` at `offset`, and return their total size in bytes. Undo the write if an error occurs."""
         views = [memoryview(buffer) for buffer in buffers]
-        at = offset
+        position = offset
         try:
             while views:
-                count = os.pwritev(self._fd, views[:_BUFFERS], at)
-                at += count
+                count = os.pwritev(self._fd, views[:_MAX_BUFFERS], position)
+                position += count
                 while views and count >= len(views[0]):
                     count -= len(views.pop(0))
                 if views:
                     views[0] = views[0][count:]
-            if time.monotonic() - self._synced >= self._sync_seconds:
+            if time.monotonic() - self._last_sync >= self._sync_seconds:
                 os.fsync(self._fd)
-                self._synced = time.monotonic()
+                self._last_sync = time.monotonic()
         except BaseException as error:
             os.ftruncate(self._fd, offset)
             if isinstance(error, OSError):
-                what = f"{error.strerror}: the record was not written, the {len(self)} before it are whole"
-                raise OSError(error.errno, what, str(self.path)) from None
+                message = f"{error.strerror}: the record was not written, the {len(self)} before it are intact"
+                raise OSError(error.errno, message, str(self.path)) from None
             raise
-        return at - offset
+        return position - offset
 
 
-def _checked(array: Any) -> NDArray[Any]:
+def _recordable(array: Any) -> NDArray[Any]:
     contiguous: NDArray[Any] = np.asarray(array, order="C")
     if contiguous.dtype.kind in "OV":
-        raise TypeError(f"an array has dtype {contiguous.dtype}: only numbers, booleans and text can be recorded")
+        raise TypeError(f"an array has dtype {contiguous.dtype}, but only numbers, booleans and text can be recorded")
     return contiguous
 
 
 def _views(arrays: Sequence[NDArray[Any]]) -> list[memoryview]:
-    """Return the memory of contiguous arrays as bytes."""
+    """Return a byte view of each contiguous array. Skip empty arrays."""
     return [memoryview(cast("bytes", array.reshape(-1).view(np.uint8))) for array in arrays if array.nbytes]
 
 
 def _header(key: bytes, arrays: Sequence[NDArray[Any]], checksum: int) -> bytes:
-    head = json.dumps({"key": key.hex(), "arrays": [(array.dtype.str, array.shape) for array in arrays]}).encode()
-    fields = _FIELDS.pack(_MARK, len(head), sum(array.nbytes for array in arrays), checksum)
-    return fields + _CHECKSUM.pack(zlib.crc32(head, zlib.crc32(fields))) + head
+    """Return the fields, their checksum and the header of a record, as bytes."""
+    text = json.dumps({"key": key.hex(), "arrays": [(array.dtype.str, array.shape) for array in arrays]}).encode()
+    fields = _FIELDS.pack(_MARK, len(text), sum(array.nbytes for array in arrays), checksum)
+    return fields + _CHECKSUM.pack(zlib.crc32(text, zlib.crc32(fields))) + text
 
 
-# Files that one user at a time has open.
+# Exclusive access to a file. A POSIX lock prevents access by other processes, and a set of open files prevents a second
+# access by this process.
 
 _open_files: set[tuple[int, int]] = set()
 
 
 def open_exclusive(path: Path) -> tuple[int, tuple[int, int]]:
-    """Open a file for reading and writing and lock it; make it where it does not exist.
+    """Create a file if it does not exist, open it for reading and writing, and lock it.
 
-    The lock is the process's own: it ends with the process, however that ends, and no fork has it. So it keeps other
-    processes out, and what this one has open is listed besides.
+    The operating system releases the lock when the process ends for any reason. Forked processes do not inherit the
+    lock. Because the lock belongs to the whole process, a set of open files prevents the process from opening a file
+    twice.
 
     Returns
     -------
     descriptor : int
     identity : tuple of int
-        Of the file; both are for `close_exclusive`.
+        Device and inode of the file. Pass `descriptor` and `identity` to `close_exclusive`.
 
     Raises
     ------
     BlockingIOError
-        Where it is open already, here or in another process.
+        If the file is already open in this or another process.
     """
-    import fcntl  # not on every system, and the package can be imported there
+    import fcntl  # imported here, because Windows lacks fcntl and must be able to import the package
 
-    # To close any descriptor of a file gives up the process's lock on it: what is open already is not opened again.
+    # Closing any descriptor of a file releases the process's lock on it, so an open file must not be opened again.
     if path.exists() and _identity(path.stat()) in _open_files:
         raise BlockingIOError
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except PermissionError:  # as some systems say it
+    except PermissionError:  # EACCES, which some systems raise instead of EAGAIN
         os.close(descriptor)
         raise BlockingIOError from None
     except BaseException:
@@ -340,7 +357,7 @@ def open_exclusive(path: Path) -> tuple[int, tuple[int, int]]:
 
 
 def close_exclusive(descriptor: int, identity: tuple[int, int]) -> None:
-    """Close a file that `open_exclusive` has opened."""
+    """Close a file that was opened by `open_exclusive`."""
     _open_files.discard(identity)
     os.close(descriptor)
 

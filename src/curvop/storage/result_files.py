@@ -1,4 +1,4 @@
-"""Files of results: NumPy ``.npz`` files without pickled objects, which appear only when they are complete."""
+"""Result files: NumPy ``.npz`` archives without pickled objects, written atomically."""
 
 from __future__ import annotations
 
@@ -19,40 +19,54 @@ Array = NDArray[Any]
 
 
 def save_arrays(path: Path, **arrays: Array) -> None:
-    """Write arrays to an ``.npz`` file, which appears only when it is complete; no objects, which would be pickled."""
-    # Not left to `allow_pickle` of `np.savez`: NumPy 2.0 takes that for the name of one more array.
+    """Write arrays to an ``.npz`` file atomically.
+
+    Raises
+    ------
+    TypeError
+        If an array contains Python objects, which would have to be pickled.
+    """
+    # Reject object arrays here, because `np.savez` of NumPy 2.0 has no `allow_pickle` argument and would pickle them.
     checked: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
     if refused := [name for name, array in checked.items() if array.dtype.hasobject]:
         raise TypeError(
-            f"{', '.join(refused)} cannot be saved in {path}, as their dtype holds Python objects: pass arrays of "
-            "numbers, or of strings (dtype=np.str_)"
+            f"{', '.join(refused)} cannot be saved in {path}, because their dtype holds Python objects: pass arrays "
+            "of numbers, or of strings (dtype=np.str_)"
         )
     with appearing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **checked)
 
 
 def load_arrays(path: str | os.PathLike[str], fields: Iterable[str], writer: str) -> dict[str, Array]:
-    """Return the arrays of the ``.npz`` file that `writer` wrote, which has these `fields`; nothing in it is executed.
+    """Return a dict of the arrays of an ``.npz`` file. Pickled objects are rejected.
+
+    Parameters
+    ----------
+    path : str or path-like
+    fields : iterable of str
+        Names of arrays that the file must contain.
+    writer : str
+        Name of the method that writes such files, for the error message.
 
     Raises
     ------
     ValueError
-        Where it is another file, or damaged.
+        If the file lacks one of the fields, is not an ``.npz`` file, or is damaged.
     """
-    advice = "pass a file that was, and is whole"
+    advice = f"pass a complete file that {writer} has written"
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in fields if name not in file]
             if not missing:
                 return {name: file[name] for name in file}
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):  # pickles, text, .npy, a torn file
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):  # pickled objects, text, .npy, truncated
         raise ValueError(f"{os.fspath(path)} was not written by {writer}: {advice}") from None
-    raise ValueError(f"{os.fspath(path)} was not written by {writer}, it lacks {', '.join(missing)}: {advice}")
+    raise ValueError(f"{os.fspath(path)} was not written by {writer}, because it lacks {', '.join(missing)}: {advice}")
 
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Give the place of a file that takes the place of `path` where nothing fails, and goes where something does."""
+    """Yield a temporary path. If the block succeeds, move the file at this path to `path`. Otherwise, delete it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
