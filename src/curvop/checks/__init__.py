@@ -1,1 +1,1 @@
-"""Checks of an operator before a long study."""
+"""Checks of operators and of computed eigenvalues."""

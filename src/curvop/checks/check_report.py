@@ -1,4 +1,4 @@
-"""What a check of an operator has found: for people, for programs."""
+"""The report of an operator check, which can be printed as a table or exported for JSON."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ _MARKS = {OK: "ok", WARNING: "warning", WRONG: "WRONG", NOT_APPLICABLE: "-"}
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes
     ----------
     name : str
+        Name of the check.
     status : {'ok', 'warning', 'wrong', 'not applicable'}
+        The outcome.
     text : str
-        What was found, or why it does not apply.
-    value, limit : float or None
-        What was measured, relative unless the text says otherwise, and up to where it is 'ok'.
+        What the check observed, or why it does not apply.
+    value : float or None
+        The measured quantity, which is a relative error unless ``text`` says otherwise.
+    limit : float or None
+        The largest value that counts as ``'ok'``.
     remedy : str
-        What to do where it is a warning, or wrong.
+        What to do about a warning or an error. Empty if the status is ``'ok'`` or ``'not applicable'``.
     """
 
     name: str
@@ -50,16 +54,37 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CheckReport:
-    """What `curvop.check` has found; it prints as a table.
+    """The findings of `curvop.check`.
+
+    Print the report to see a table of the findings. For each problem, the table also gives advice. ``report[name]``
+    returns the first finding with this name.
 
     Attributes
     ----------
     operator : str
-        Which one was checked.
+        Class, shape and dtype of the operator.
     findings : tuple of Finding
+        One or more results for each check, in the order in which the checks ran.
     products : int
-        Columns that were multiplied.
+        Number of matrix-vector products.
     seconds : float
+        Duration of the check.
+
+    See Also
+    --------
+    curvop.check : Run the check.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy.sparse.linalg import LinearOperator
+    >>> from curvop import check
+    >>> affine = LinearOperator((5, 5), matvec=lambda x: x + 1, dtype=float)
+    >>> report = check(affine, rng=0)
+    >>> report.ok
+    False
+    >>> report["linearity"].status
+    'wrong'
     """
 
     operator: str
@@ -69,26 +94,27 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong; there may be warnings."""
-        return not self._of(WRONG)
+        """True if no finding is ``'wrong'``. Some findings may be warnings."""
+        return not self._with_status(WRONG)
 
     @property
     def verdict(self) -> str:
-        """One sentence on all of it."""
-        wrong, warned = self._of(WRONG), self._of(WARNING)
+        """A one-line summary of the findings."""
+        wrong, warned = self._with_status(WRONG), self._with_status(WARNING)
         warnings = f"{len(warned)} warning{'s' * (len(warned) != 1)}"
         if wrong:
-            return f"not to be trusted: {_names(wrong)}" + (f"; {warnings} besides" if warned else "")
+            return f"not to be trusted: {_names(wrong)}" + (f"; also {warnings}" if warned else "")
         if warned:
             return f"nothing is wrong, with {warnings}: {_names(warned)}"
-        return f"sound: {len(self._of(OK))} checks passed"
+        return f"sound: {len(self._with_status(OK))} checks passed"
 
     def __getitem__(self, name: str) -> Finding:
-        """Return the first finding of this name."""
+        """Return the first finding named `name`."""
         for finding in self.findings:
             if finding.name == name:
                 return finding
-        raise KeyError(f"no finding is named {name!r}; there are {', '.join(one.name for one in self.findings)}")
+        names = ", ".join(finding.name for finding in self.findings)
+        raise KeyError(f"no finding is named {name!r}; there are {names}")
 
     def __str__(self) -> str:
         width = max((len(finding.name) for finding in self.findings), default=0)
@@ -101,19 +127,26 @@ class CheckReport:
         return "\n".join([*lines, self.verdict])
 
     def json(self) -> dict[str, Any]:
-        """Return what JSON takes."""
+        """Return the report as a dictionary that ``json.dumps`` accepts.
 
-        def number(value: float | None) -> float | None:
+        Returns
+        -------
+        dict
+            Has the keys ``operator``, ``ok``, ``verdict``, ``findings``, ``products`` and ``seconds``. Each finding is
+            a dictionary of its attributes. NaN and infinity are replaced by None.
+        """
+
+        def finite(value: float | None) -> float | None:
             return value if value is not None and math.isfinite(value) else None
 
         findings = [
-            dataclasses.asdict(finding) | {"value": number(finding.value), "limit": number(finding.limit)}
+            dataclasses.asdict(finding) | {"value": finite(finding.value), "limit": finite(finding.limit)}
             for finding in self.findings
         ]
-        own = {"operator": self.operator, "ok": self.ok, "verdict": self.verdict, "findings": findings}
-        return own | {"products": self.products, "seconds": self.seconds}
+        summary = {"operator": self.operator, "ok": self.ok, "verdict": self.verdict, "findings": findings}
+        return summary | {"products": self.products, "seconds": self.seconds}
 
-    def _of(self, status: str) -> list[Finding]:
+    def _with_status(self, status: str) -> list[Finding]:
         return [finding for finding in self.findings if finding.status == status]
 
 

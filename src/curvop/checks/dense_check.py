@@ -1,4 +1,4 @@
-"""The check of eigenvalues against the dense matrix, which an independent route forms."""
+"""Compare computed eigenvalues with those of a dense matrix, which is computed by an independent implementation."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,21 +14,38 @@ from torch.func import functional_call
 from curvop.operators.error_text import describe_error
 from curvop.testing.functorch_reference import NoHessianError
 
-__all__ = ["DENSE_LIMIT", "DenseCheck", "accuracy", "dense_check", "largest_difference", "rounding"]
+__all__ = ["DENSE_LIMIT", "DenseCheck", "accuracy", "dense_check", "largest_difference", "rounding_tolerance"]
 
 Array = npt.NDArray[Any]
 
 DENSE_LIMIT = 5000
-"""The largest number of rows for which the dense matrix is formed: 200 MB in float64."""
+"""Largest number of rows for which the dense matrix is formed. A matrix of this size takes 200 MB in float64."""
 
 
 @dataclass(frozen=True)
 class DenseCheck:
-    """The comparison with the dense matrix; not done where `reason` says why.
+    """Result of comparing computed eigenvalues with the eigenvalues of the dense matrix.
 
-    `difference`, the largest one, and `allowed` are relative to `spectral_norm`; `values` holds all eigenvalues in
-    ascending order. `exists` is False where the reason is that there is no such matrix, and nothing can be trusted;
-    `training` says whether modules are in training mode.
+    Attributes
+    ----------
+    reason : str or None
+        The reason why there was no comparison, or None if there was one.
+    values : ndarray, shape (N,), or None
+        All eigenvalues of the dense matrix, in ascending order.
+    spectral_norm : float
+        Spectral norm of the dense matrix.
+    difference : float
+        Largest difference between a computed eigenvalue and the corresponding eigenvalue of the dense matrix, relative
+        to `spectral_norm`.
+    allowed : float
+        Largest value of `difference` that is accepted.
+    seconds : float
+        Duration of the check.
+    exists : bool
+        False if the matrix does not exist, for example because the loss is random. No computed eigenvalue can be
+        trusted in that case.
+    training : bool
+        Whether any module of the model is in training mode.
     """
 
     reason: str | None = None
@@ -42,21 +59,21 @@ class DenseCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found to disagree."""
+        """True if the matrix exists and `difference` is at most `allowed`."""
         return self.exists and self.difference <= self.allowed
 
 
 def accuracy(*dtypes: str) -> float:
-    """Return the relative accuracy that results can be held to: the 2/3 power of the coarsest dtype's epsilon.
+    """Return the relative accuracy to expect from computations in the given dtypes.
 
-    It is 3.7e-11 in float64 and 2.4e-5 in float32, which leaves room for the rounding errors of sums over a data
-    set.
+    The accuracy is ``eps ** (2 / 3)``, where ``eps`` is the largest epsilon of the dtypes: 3.7e-11 for float64 and
+    2.4e-5 for float32. This accuracy allows for the rounding errors of sums over a data set.
     """
-    return rounding(max(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes))
+    return rounding_tolerance(max(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes))
 
 
-def rounding(eps: float) -> float:
-    """Return the same of numbers whose epsilon is known."""
+def rounding_tolerance(eps: float) -> float:
+    """Return the largest relative error that counts as rounding, ``eps ** (2 / 3)``."""
     return float(eps ** (2 / 3))
 
 
@@ -67,37 +84,38 @@ def dense_check(
     found: Sequence[tuple[str, int, Array]],
     allowed: float,
 ) -> DenseCheck:
-    """Compare eigenvalues with those of the dense matrix.
+    """Compare computed eigenvalues with the eigenvalues of the dense matrix.
 
     Parameters
     ----------
     problem : dict
-        As `curvop.problems.load` returns it, `params` by name.
+        A problem as returned by `curvop.problems.load`, whose ``params`` are a dict by name.
     dense : callable
-        ``(model, loss_function, params, data) -> matrix``.
+        A function ``(model, loss_function, params, data) -> matrix`` that computes the dense matrix.
     names : sequence of str
-        The parameters whose block the eigenvalues belong to.
+        Names of the parameters that define the block of the matrix.
     found : sequence of (str, int, ndarray)
-        For each end of the spectrum: which one, in `eigsh`'s words, how many were wanted, and those that converged.
+        One tuple for each end of the spectrum: the argument `which` of `curvop.spectrum.eigsh`, the number of
+        eigenvalues requested, and the eigenvalues that converged.
     allowed : float
-        The difference, relative to the spectral norm, up to which they agree.
+        Largest difference that is accepted, relative to the spectral norm.
 
     Returns
     -------
     DenseCheck
-        Not done above `DENSE_LIMIT` rows, and where the dense matrix cannot be formed.
+        The result. It has a `reason` if the matrix has more than `DENSE_LIMIT` rows or cannot be formed.
     """
     start = time.perf_counter()
     params = {name: problem["params"][name] for name in names}
     size = sum(param.numel() for param in params.values())
     if size > DENSE_LIMIT:
-        return DenseCheck(reason=f"the matrix has {size:,} rows, and it is formed for {DENSE_LIMIT:,} at most")
+        return DenseCheck(reason=f"the matrix has {size:,} rows, more than the limit of {DENSE_LIMIT:,}")
     model = problem["model"] if len(params) == len(problem["params"]) else _with_others_fixed(problem, params)
     try:
         matrix = dense(model, problem["loss_function"], params, problem["data"])
     except NoHessianError as error:
         return DenseCheck(reason=str(error), exists=False)
-    except Exception as error:  # whatever a model does that this route cannot follow
+    except Exception as error:  # user code may do anything that torch.func does not support
         return DenseCheck(reason=f"the dense matrix cannot be formed: {describe_error(error)}")
     values = np.linalg.eigvalsh(matrix.detach().to("cpu", torch.float64).numpy())
     norm = float(np.abs(values).max())
@@ -107,40 +125,40 @@ def dense_check(
 
 
 def largest_difference(which: str, wanted: int, found: Array, dense: Array) -> float:
-    """Return the largest difference between eigenvalues and those of the dense matrix.
+    """Return the largest difference between computed eigenvalues and the eigenvalues of the dense matrix.
 
-    Each is compared with its nearest neighbour and, where all converged, with the one of the same rank: this finds
-    a member of a cluster that was missed.
+    Each computed eigenvalue is compared with the nearest eigenvalue of the dense matrix. If all requested eigenvalues
+    converged, both lists are also sorted and compared entry by entry. This detects a missing member of a cluster.
 
     Parameters
     ----------
-    which : str
-        The end of the spectrum: LA, SA, LM, SM or BE.
+    which : {'LA', 'SA', 'LM', 'SM', 'BE'}
+        The end of the spectrum.
     wanted : int
-        How many eigenvalues were asked for.
-    found : ndarray of shape (n,)
-        Those that converged, in any order.
-    dense : ndarray of shape (N,)
-        All eigenvalues, in ascending order; N is at least 2.
+        Number of eigenvalues requested.
+    found : ndarray, shape (n,)
+        The eigenvalues that converged, in any order.
+    dense : ndarray, shape (N,)
+        All eigenvalues of the dense matrix, in ascending order. N must be at least 2.
 
     Returns
     -------
     float
-        The largest absolute difference; 0 where no eigenvalue converged.
+        The largest absolute difference, or 0 if no eigenvalue converged.
     """
     right = np.clip(np.searchsorted(dense, found), 1, len(dense) - 1)
     differences = np.minimum(np.abs(found - dense[right - 1]), np.abs(found - dense[right]))
     if len(found) == wanted:
         expected = _end_of(dense, which, wanted)
-        if which in ("LM", "SM"):  # ranked by magnitude: of two opposite values at the edge either may be the one
+        if which in ("LM", "SM"):  # if two values differ only in sign at the cut-off, either is correct
             found, expected = np.abs(found), np.abs(expected)
         differences = np.maximum(differences, np.abs(np.sort(found) - np.sort(expected)))
     return float(differences.max(initial=0.0))
 
 
 def _end_of(dense: Array, which: str, count: int) -> Array:
-    """Return those of the ascending eigenvalues that `eigsh` is to find."""
-    if which == "BE":  # half from each end, and where the count is odd one more from the upper
+    """Return the `count` eigenvalues that `eigsh` should find, given all eigenvalues in ascending order."""
+    if which == "BE":  # half from each end; if the count is odd, one more from the upper end
         low = count // 2
         return np.concatenate([dense[:low], dense[len(dense) - (count - low) :]])
     key = {"LA": -dense, "SA": dense, "LM": -np.abs(dense), "SM": np.abs(dense)}[which]
@@ -148,14 +166,14 @@ def _end_of(dense: Array, which: str, count: int) -> Array:
 
 
 def _with_others_fixed(problem: dict[str, Any], params: dict[str, torch.Tensor]) -> Any:
-    """Return the model as a callable of a few parameters, the others fixed at the problem's values of them."""
+    """Return a function ``(params, X) -> prediction`` of the selected parameters, with all other parameters fixed."""
     model = problem["model"]
     others = {name: param.detach() for name, param in problem["params"].items() if name not in params}
 
     def call(selected: dict[str, torch.Tensor], inputs: Any) -> Any:
         if not isinstance(model, nn.Module):
             return model({**others, **selected}, inputs)
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch norm writes into them
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch norm writes to its buffers
         return functional_call(model, {**buffers, **others, **selected}, (inputs,))
 
     return call

@@ -1,4 +1,8 @@
-"""What a check tells of the model, the loss and the data behind an operator."""
+"""Convert the measurements of an operator check into findings.
+
+There are two kinds of measurements. `curvop.checks.operator_checks` computes the errors of products. The `Inspection`
+of an operator's objective describes the model, the loss and the data.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from curvop.checks.check_report import NOT_APPLICABLE, OK, WARNING, WRONG, Finding
-from curvop.checks.dense_check import rounding
+from curvop.checks.dense_check import rounding_tolerance
 from curvop.distributed.distributed_operator import DistributedLinearOperator
 from curvop.operators.engine_operator import EngineLinearOperator
 from curvop.spectrum.norms import norm
@@ -20,198 +24,248 @@ from curvop.storage.fingerprint import listed
 from curvop.storage.journal import JournaledLinearOperator
 
 __all__ = [
-    "computed_parts",
+    "bypassed_journals",
+    "distributed_findings",
+    "distributed_parts",
+    "engine_parts",
     "magnitude",
-    "measured",
+    "measured_finding",
     "model_findings",
-    "past_journals",
     "ratio",
-    "served_findings",
-    "served_parts",
+    "restored_warnings",
     "symmetry_finding",
-    "warned_as_before",
-    "zero_block",
+    "zero_block_finding",
 ]
 
 _Operator = TypeVar("_Operator", bound=LinearOperator)
 
-# Numbers this coarse are not the parameters' own but those of autocast, or of TF32 on a GPU.
-_COARSE = 1e-4
-# What products that are not linear lack in symmetry is no more than a few times what they lack in linearity.
-_NOISY = 10
+# The dtypes of parameters have a smaller epsilon than this. A larger epsilon is due to autocast, or to TF32 on a GPU.
+_LOW_PRECISION = 1e-4
+# If a symmetric operator is not exactly linear, its symmetry defect is at most a few times its linearity error.
+_NOISE_FACTOR = 10
 
 
-def computed_parts(A: LinearOperator) -> list[EngineLinearOperator]:
-    """Return the operators of this package that `A` is, or is made of."""
+def engine_parts(A: LinearOperator) -> list[EngineLinearOperator]:
+    """Return the operators of this package that `A` is composed of, or ``[A]`` if `A` itself is one."""
     return _parts(A, EngineLinearOperator)
 
 
-@contextlib.contextmanager
-def past_journals(A: LinearOperator) -> Iterator[None]:
-    """Let products be made that a journal would answer: what it has on disk says nothing of what is made now."""
-    with contextlib.ExitStack() as stack:
-        for journal in _parts(A, JournaledLinearOperator):
-            stack.enter_context(journal.bypassed())
-        yield
-
-
-def served_parts(A: LinearOperator) -> list[DistributedLinearOperator]:
-    """Return the operators of several processes that `A` is, or is made of."""
+def distributed_parts(A: LinearOperator) -> list[DistributedLinearOperator]:
+    """Return the distributed operators that `A` is composed of, or ``[A]`` if `A` itself is one."""
     return _parts(A, DistributedLinearOperator)
 
 
 def _parts(A: LinearOperator, kind: type[_Operator]) -> list[_Operator]:
     if isinstance(A, kind):
         return [A]
-    parts = (part for part in getattr(A, "args", ()) if isinstance(part, LinearOperator))
-    return list({id(one): one for part in parts for one in _parts(part, kind)}.values())
+    operands = (operand for operand in getattr(A, "args", ()) if isinstance(operand, LinearOperator))
+    return list({id(part): part for operand in operands for part in _parts(operand, kind)}.values())
 
 
 @contextlib.contextmanager
-def warned_as_before(bases: list[EngineLinearOperator]) -> Iterator[None]:
-    """Let products warn, later, of what is a finding here."""
-    objectives = [base._objective for base in bases]
-    before = [set(objective.warned) for objective in objectives]
+def bypassed_journals(A: LinearOperator) -> Iterator[None]:
+    """Disable the journals in `A` within a ``with`` block, because a check must not read recorded products."""
+    with contextlib.ExitStack() as stack:
+        for journal in _parts(A, JournaledLinearOperator):
+            stack.enter_context(journal.bypassed())
+        yield
+
+
+@contextlib.contextmanager
+def restored_warnings(operators: list[EngineLinearOperator]) -> Iterator[None]:
+    """After a ``with`` block, forget the warnings that were issued in it, so that later products issue them again."""
+    objectives = [operator._objective for operator in operators]
+    before = [set(objective.checks.warned) for objective in objectives]
     try:
         yield
     finally:
-        for objective, told in zip(objectives, before, strict=True):
-            objective.warned = told
+        for objective, warned in zip(objectives, before, strict=True):
+            objective.checks.warned = warned
 
 
 def magnitude(array: NDArray[Any]) -> float:
-    """Return the root of the sum of all squares, of real or complex numbers of any scale and any precision."""
+    """Compute the Frobenius norm of a real or complex array without overflow or underflow."""
     return norm(np.abs(array.astype(np.result_type(array.dtype, np.float64), copy=False)))
 
 
 def ratio(part: float, whole: float) -> float:
-    """Return ``part / whole``: of nothing, nothing is none of it, and anything else more than all."""
+    """Return ``part / whole``. If `whole` is zero, return 0 if `part` is zero, too, and infinity otherwise."""
     return 0.0 if part == 0 else part / whole if whole else math.inf
 
 
-def measured(name: str, value: float, eps: float, what: str, remedy: str, limit: float = 0.0) -> Finding:
-    """Return a finding on an error of products, judged by the epsilon of the numbers that they are computed in.
+def measured_finding(name: str, value: float, eps: float, problem: str, remedy: str, limit: float = 0.0) -> Finding:
+    """Return a finding about a relative error of products.
 
-    Rounding errors of the terms of a sum add up to a multiple of epsilon that grows with the square root of their
-    number, and cancellation multiplies them: the 2/3 power leaves room for 1e5 such in float64, for 200 in float32.
-    Halved digits, the square root, are what no sum of a few million terms explains.
+    The finding is 'ok' for errors up to the 2/3 power of epsilon, a warning for errors up to the square root of
+    epsilon, and 'wrong' for larger errors.
+
+    The rounding error of a sum grows with the square root of the number of terms and with cancellation. The 2/3 power
+    of epsilon allows for a factor of 1e5 in float64 and 200 in float32. An error above the square root of epsilon means
+    that half of the digits are lost. Sums of a few million terms cannot explain such an error.
+
+    Parameters
+    ----------
+    name : str
+        Name of the finding.
+    value : float
+        The relative error. NaN counts as wrong.
+    eps : float
+        Epsilon of the lowest precision that a product uses.
+    problem, remedy : str
+        Text and remedy of the finding if the error is too large.
+    limit : float
+        Accept errors up to this limit if it is larger than the 2/3 power of `eps`.
     """
-    limit = max(limit, rounding(eps))
-    status = OK if value <= limit else WARNING if value <= max(limit, eps**0.5) else WRONG  # NaN is wrong
-    return Finding(name, status, "" if status == OK and name != "noise floor" else what, value, limit, remedy)
+    limit = max(limit, rounding_tolerance(eps))
+    status = OK if value <= limit else WARNING if value <= max(limit, eps**0.5) else WRONG
+    return Finding(name, status, "" if status == OK and name != "noise floor" else problem, value, limit, remedy)
 
 
-def model_findings(seen: Any) -> Iterator[Finding]:
-    """Yield what `inspect` of an operator has seen."""
-    parts = "" if seen.coarsest == seen.dtype else f", and parts of the loss are computed in {seen.coarsest}"
-    yield _precision(f"the parameters are {seen.dtype}{parts}; epsilon {seen.eps:.1e}", seen.eps)
-    random = seen.change > seen.eps**0.5  # as in every sweep over the data
-    first, second = seen.losses
-    if not math.isfinite(first + second):  # not random: the product that it spoils says where
+def model_findings(inspection: Any) -> Iterator[Finding]:
+    """Yield the findings that follow from the `Inspection` of an operator's objective."""
+    text = f"the parameters are {inspection.dtype}"
+    if inspection.coarsest != inspection.dtype:
+        text += f", and parts of the loss are computed in {inspection.coarsest}"
+    yield _precision(f"{text}; epsilon {inspection.eps:.1e}", inspection.eps)
+    random = inspection.change > inspection.eps**0.5  # above this limit, products raise an error
+    first, second = inspection.losses
+    if not math.isfinite(first + second):  # this is no sign of randomness; the error of the product names the cause
         yield Finding("loss", WRONG, f"it is {first:g}", remedy="look for NaN and infinity in the data")
-    limit = rounding(seen.eps)
-    changed = seen.change > limit
-    yield Finding(
-        "randomness",
-        WRONG if random else WARNING if changed else OK,
-        f"the loss is {first:.9g} in one pass and {second:.9g} in the next" if changed else "of the loss",
-        seen.change,
-        limit,
-        "call model.eval(), and take random augmentation out of the data"
-        if seen.random or not seen.reordered
-        else "take random augmentation, or shuffling with drop_last=True, out of the data",
-    )
-    yield _order(seen, random)
-    yield from _modes(seen, random)
-    if seen.batching:
-        yield Finding("weights of batches", WRONG, seen.batching, remedy=seen.batching_remedy)
-    elif seen.unverified:
-        text = (
-            "not verified, as no two batches can be evaluated as one: it is assumed that the loss is a mean over each"
-        )
+    yield _randomness(inspection, random)
+    yield _order(inspection, random)
+    yield from _modes(inspection, random)
+    if inspection.batching:
+        yield Finding("weights of batches", WRONG, inspection.batching, remedy=inspection.batching_remedy)
+    elif inspection.unverified:
+        text = "not verified, because no two batches can be evaluated as one: the loss is assumed to be a batch mean"
         yield Finding("weights of batches", NOT_APPLICABLE, text)
-    reached = not seen.unreached
+    reached = not inspection.unreached
     yield Finding(
         "parameters reached",
         OK if reached else WARNING,
-        "all" if reached else f"the loss does not depend on {listed(seen.unreached)}",
-        remedy="their rows and columns are zero, and so many eigenvalues: leave them out of params",
+        "all" if reached else f"the loss does not depend on {listed(inspection.unreached)}",
+        remedy="their rows and columns are zero, and so are as many eigenvalues: leave them out of params",
     )
 
 
-def served_findings(served: Sequence[DistributedLinearOperator]) -> Iterator[Finding]:
-    """Yield what is known where no model is at hand: the precision of what ranks compute, if it is theirs."""
-    for one in served:
-        yield _precision(f"epsilon {one.epsilon:.1e}, of the parameters of rank 0, and autocast", one.epsilon)
-    text = (
-        "its model and data are looked at on no rank, only its algebra is checked: check each rank's own operator, too"
-        if served
-        else "this is none of the package's operators: only its algebra is checked"
-    )
+def _randomness(inspection: Any, random: bool) -> Finding:
+    first, second = inspection.losses
+    limit = rounding_tolerance(inspection.eps)
+    changed = inspection.change > limit
+    text = "of the loss"
+    if changed:
+        text = f"the loss is {first:.9g} in one pass and {second:.9g} in the next"
+    remedy = "take random augmentation, or shuffling with drop_last=True, out of the data"
+    if inspection.random or not inspection.reordered:
+        remedy = "call model.eval(), and take random augmentation out of the data"
+    status = WRONG if random else WARNING if changed else OK
+    return Finding("randomness", status, text, inspection.change, limit, remedy)
+
+
+def _order(inspection: Any, random: bool) -> Finding:
+    if not inspection.reordered:
+        batches = f"{inspection.batches} batch{'es' * (inspection.batches != 1)}"
+        return Finding("order of the data", OK, f"the same {batches} in each pass")
+    text = "each pass yields different batches, or another order"
+    if not random:
+        text += "; the sum over them is the same, but they can only be cached if all fit (cache=)"
+    return Finding("order of the data", WARNING, text, remedy="pass shuffle=False to the DataLoader")
+
+
+def _modes(inspection: Any, random: bool) -> Iterator[Finding]:
+    if not inspection.looked_into:
+        text = "the model is a function, whose layers are not accessible"
+        yield Finding("dropout", NOT_APPLICABLE, text)
+        yield Finding("batch normalisation", NOT_APPLICABLE, text)
+        return
+    status = OK if not inspection.random else WRONG if random else WARNING
+    text = f"active in {listed(inspection.random)}" if inspection.random else "none is active"
+    yield Finding("dropout", status, text, remedy="call model.eval()")
+    several = inspection.batches > 1
+    text = "no layer uses batch statistics"
+    if inspection.batchwise:
+        text = f"{listed(inspection.batchwise)} uses the statistics of each batch"
+        if several:
+            text += f", {inspection.batches} in all: the matrix depends on how the data are split into batches"
+        else:
+            text += ", of the only one"
+    status = WARNING if inspection.batchwise and several else OK
+    yield Finding("batch normalisation", status, text, remedy="call model.eval(), or pass one batch")
+
+
+def distributed_findings(operators: Sequence[DistributedLinearOperator]) -> Iterator[Finding]:
+    """Yield findings for an operator whose model is not accessible.
+
+    The findings describe the precision of distributed operators, and state what was not checked.
+    """
+    for operator in operators:
+        text = f"epsilon {operator.epsilon:.1e}, from the parameters of rank 0 and autocast"
+        yield _precision(text, operator.epsilon)
+    if operators:
+        text = "the check covers the algebra, not the model and data of the ranks: check each rank's own operator, too"
+    else:
+        text = "A is not an operator of this package: the check covers its algebra only"
     yield Finding("model", NOT_APPLICABLE, text)
 
 
 def _precision(text: str, eps: float) -> Finding:
     remedy = (
-        "take products outside of torch.autocast, without TF32 (torch.set_float32_matmul_precision, cudnn), and let "
-        "the model cast to nothing coarser"
+        "compute products outside of torch.autocast and without TF32 (torch.set_float32_matmul_precision, cudnn), and "
+        "with a model that does not cast to a lower precision"
     )
-    return Finding("precision", WARNING if eps > _COARSE else OK, text, remedy=remedy)
+    return Finding("precision", WARNING if eps > _LOW_PRECISION else OK, text, remedy=remedy)
 
 
-def _order(seen: Any, random: bool) -> Finding:
-    if not seen.reordered:
-        return Finding(
-            "order of the data", OK, f"the same {seen.batches} batch{'es' * (seen.batches != 1)} in each pass"
-        )
-    return Finding(
-        "order of the data",
-        WARNING,
-        "each pass yields other batches, or in another order"
-        + ("" if random else "; the sum over them is the same, but only if all fit in cache= can they be kept"),
-        remedy="pass shuffle=False to the DataLoader",
-    )
+def symmetry_finding(value: float, eps: float, noise: float, self_adjoint: bool, has_adjoint: bool) -> Finding:
+    """Return a finding about the symmetry defect of a square operator.
 
+    An operator that is its own adjoint must be symmetric. An operator with a different adjoint need not be symmetric,
+    because defining a separate adjoint shows that asymmetry is intended. If an operator without an adjoint is not
+    symmetric, the finding is a warning.
 
-def _modes(seen: Any, random: bool) -> Iterator[Finding]:
-    if not seen.looked_into:
-        text = "the model is a function, and cannot be looked into"
-        yield Finding("dropout", NOT_APPLICABLE, text)
-        yield Finding("batch normalisation", NOT_APPLICABLE, text)
-        return
-    status = OK if not seen.random else WRONG if random else WARNING
-    text = f"active in {listed(seen.random)}" if seen.random else "none is active"
-    yield Finding("dropout", status, text, remedy="call model.eval()")
-    cut = seen.batches > 1
-    text = "none sees the batch"
-    if seen.batchwise:
-        text = f"{listed(seen.batchwise)} uses the statistics of each batch"
-        text += f", {seen.batches} in all: the matrix depends on how the data is cut" if cut else ", of the only one"
-    status = WARNING if seen.batchwise and cut else OK
-    yield Finding("batch normalisation", status, text, remedy="call model.eval(), or pass one batch")
-
-
-def symmetry_finding(value: float, eps: float, noise: float, own: bool, alone: bool) -> Finding:
-    """Return what a lack of symmetry is, of an operator that is its `own` adjoint, has none (`alone`), or has another.
-
-    One that has another says by it that it need not be symmetric; one that has none says nothing. `noise` is how far
-    products are from linear.
+    Parameters
+    ----------
+    value : float
+        The relative symmetry defect.
+    eps : float
+        Epsilon of the lowest precision that a product uses.
+    noise : float
+        The relative linearity error of the products.
+    self_adjoint : bool
+        Whether ``A.H is A``.
+    has_adjoint : bool
+        Whether the operator has an adjoint.
     """
-    if alone and not value <= rounding(eps):
-        if value <= _NOISY * noise:
-            text = f"it cannot be told: of products that are exact to {noise:.1e} only, A lacks it by {value:.1e}"
+    if not has_adjoint and not value <= rounding_tolerance(eps):
+        if value <= _NOISE_FACTOR * noise:
+            text = f"unknown: the defect of A is {value:.1e}, but its products are only exact to {noise:.1e}"
             return Finding("symmetry", NOT_APPLICABLE, text)
         remedy = "eigsh, cg and densities need a symmetric matrix; if it is not meant to be, pass rmatvec="
-        return Finding("symmetry", WARNING, "A is not symmetric", value, rounding(eps), remedy)
-    if own or value <= math.sqrt(eps):
-        remedy = "an operation of the model has a wrong derivative: eigsh, cg and curvop.spectrum go astray"
-        return measured("symmetry", value, eps, "u' (A x) is not (A u)' x", remedy)
-    text = f"A is not symmetric, by {value:.1e}: it is for eigs and gmres, not eigsh, cg"
+        return Finding("symmetry", WARNING, "A is not symmetric", value, rounding_tolerance(eps), remedy)
+    if self_adjoint or value <= math.sqrt(eps):
+        remedy = "an operation of the model has a wrong derivative: eigsh, cg and curvop.spectrum would be wrong"
+        return measured_finding("symmetry", value, eps, "u' (A x) differs from (A u)' x", remedy)
+    text = f"A is not symmetric (defect {value:.1e}): use eigs and gmres, not eigsh and cg"
     return Finding("symmetry", NOT_APPLICABLE, text)
 
 
-def zero_block(size: float, scale: float) -> Finding:
-    """Return the finding that a block is zero, where its products of norm `size` are the rounding errors of others'."""
-    text = f"the block is zero up to rounding: of a product with all parameters, {scale:.1e}, its products are"
-    remedy = "leave its parameters out: its eigenvalues are rounding errors. What follows is relative to all parameters"
-    return Finding("zero block", WARNING, f"{text} {size / scale:.1e}", remedy=remedy)
+def zero_block_finding(size: float, scale: float) -> Finding:
+    """Return a warning that a block is zero up to rounding.
+
+    Parameters
+    ----------
+    size : float
+        Norm of a product of the block with a vector of norm 1.
+    scale : float
+        Norm of a product of the matrix of all parameters with a vector of norm 1. Compared with this norm,
+        the products of the block are rounding errors.
+    """
+    text = (
+        f"the block is zero up to rounding: its products are {size / scale:.1e} times those with all parameters, "
+        f"{scale:.1e}"
+    )
+    remedy = (
+        "leave its parameters out, because its eigenvalues are rounding errors. The errors below are relative to all "
+        "parameters"
+    )
+    return Finding("zero block", WARNING, text, remedy=remedy)

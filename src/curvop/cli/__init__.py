@@ -1,1 +1,1 @@
-"""The command ``curvop``."""
+"""The ``curvop`` command."""

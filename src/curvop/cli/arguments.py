@@ -1,7 +1,6 @@
-"""What the ``curvop`` command takes."""
+"""The arguments of the ``curvop`` command, and their checks."""
 
 import argparse
-import importlib.metadata
 import math
 import os
 import re
@@ -11,78 +10,92 @@ from typing import Any, NoReturn
 
 from curvop.cli.problem_loading import MATRICES
 from curvop.cli.report import ENDS
+from curvop.operators.version import __version__
 
 __all__ = ["JOURNAL", "UsageError", "operator_settings", "parse"]
 
 JOURNAL = "journal"
-"""The folder that a study makes first of all in its own."""
+"""Name of the first subfolder that a spectrum study creates in ``--out``. ``--resume`` requires this subfolder."""
 
 _DESCRIPTION = """\
-Wraps a curvature matrix of the problem's loss over its whole data set, and prints its extreme eigenvalues with their
-true residuals, a check against the dense matrix where that is small enough, and the solution of a damped linear system.
-Of the Jacobian of the predictions (--matrix jacobian) it prints the largest singular values.
-The problem is 'digits' (a small network trained on scikit-learn's handwritten digits), 'path/to/file.py:function' or
-'package.module:function': a function that returns dict(model=..., loss_function=..., params=..., data=...)."""
+Compute extreme eigenvalues of a curvature matrix of the loss over the whole data set. The report contains the true
+residual of each eigenvalue, a comparison with the dense matrix (if the matrix is small enough), and the solution of a
+damped linear system with the block of the last layer. With --matrix jacobian, compute the largest singular values of
+the Jacobian of the predictions instead. PROBLEM is 'digits' (a small network trained on scikit-learn's handwritten
+digits), 'path/to/file.py:function' or 'package.module:function'. The function must return dict(model=...,
+loss_function=..., params=..., data=...)."""
 
 _EPILOG = """\
-exit codes: 0 all is well; 1 an eigenvalue or the solve did not converge in its true residual, or the dense check
-disagrees; 2 a bad argument or problem; 130 interrupted"""
+exit codes: 0 success; 1 an eigenvalue or the linear system did not converge, or the eigenvalues differ from those of
+the dense matrix; 2 invalid argument or problem; 130 interrupted"""
 
 
 _SOLVE_DESCRIPTION = """\
-Solves (B + damping I) x = g for the gradient g of the problem's loss and a curvature matrix B, or a block of it: a
-damped Newton step, -x. By conjugate gradients, and by MINRES where the damped matrix turns out to be indefinite. The
-problem is named as for 'curvop eigs'."""
+Solve (B + damping I) x = g, where B is a curvature matrix or a block of a curvature matrix, and g is the gradient of
+the loss. The vector -x is a damped Newton step. The solver is conjugate gradients; if the damped matrix is found to be
+indefinite, the solver is MINRES. PROBLEM is the same as for 'curvop eigs'."""
 
 _SOLVE_EPILOG = """\
-exit codes: 0 all is well; 1 the true residual is too large, or the damped matrix is indefinite; 2 a bad argument or
+exit codes: 0 success; 1 the true residual is too large, or the damped matrix is indefinite; 2 invalid argument or
 problem; 130 interrupted"""
 
 
 _SPECTRUM_DESCRIPTION = """\
-Studies the spectrum of a curvature matrix: its density, extreme eigenvalues with a certificate, trace and norm with
-error bars, and with --blocks every layer. With --out it keeps what it does, and writes report.html after each step;
---resume continues a run that was killed or ended by its --deadline, and begins where there is none. The deadline counts
-from the start of the command; nothing is broken off, so it can be overrun by the loading of the problem, its gradient,
-and a product with --probes vectors. The problem is named as for 'curvop eigs'."""
+Study the spectrum of a curvature matrix. Compute extreme eigenvalues with error bounds, the trace and the Frobenius
+norm with error bars, and the spectral density; with --blocks, also study the block of each parameter. With --out, save
+all products and results in a folder, and write report.html after each step. With --resume, continue the study in this
+folder, for example after the command was killed or reached its --deadline; if the folder is missing or empty, start
+one. The deadline is counted from the start of the command. Some steps are not interrupted and can exceed the deadline:
+loading the problem, computing the gradient, and one product with --probes vectors. PROBLEM is the same as for
+'curvop eigs'."""
 
 _SPECTRUM_EPILOG = """\
-exit codes: 0 all is well; 1 an eigenvalue is not certified, or the deadline left something undone; 2 a bad argument or
-problem; 130 interrupted"""
+exit codes: 0 success; 1 an eigenvalue is not certified, or a step was not finished by the deadline; 2 invalid argument
+or problem; 130 interrupted"""
 
 _CHECK_DESCRIPTION = """\
-Checks a problem before something long is done with it: that products are linear, symmetric, repeat, and agree with
-other routes in float64; randomness, modules in training mode, shuffling, parameters that the loss does not reach. It
-takes about ten products, and prints what to do about each thing that is found. The problem is named as for 'curvop
-eigs'."""
+Check a problem before a long computation. Products must be finite, linear, symmetric and repeatable, and must agree
+with other methods in float64. The check also detects randomness, modules in training mode, shuffled data, and
+parameters that do not affect the loss. It takes about ten products, and suggests a remedy if a check fails. PROBLEM is
+the same as for 'curvop eigs'."""
 
 _CHECK_EPILOG = """\
-exit codes: 0 nothing is wrong, though there may be warnings; 1 something is wrong; 2 a bad argument or problem;
+exit codes: 0 no check failed (there may be warnings); 1 a check failed; 2 invalid argument or problem;
 130 interrupted"""
 
-_DAMPING = "in (B + damping I) x = g (default: 0.01)"
+_DAMPING = "damping in (B + damping I) x = g (default: 0.01)"
 
 
 class UsageError(ValueError):
-    """Arguments that make no sense."""
+    """Invalid command-line arguments."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that raises, so that a mistake ends in one line rather than in a usage dump."""
+    """Parser that raises `UsageError` if an argument is invalid, so that the command does not print its usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
-    """Return the checked arguments, None where there is no command and the help was printed.
+    """Parse and check the arguments.
+
+    Parameters
+    ----------
+    argv : sequence of str or None
+        The arguments, without the name of the command. If None, use ``sys.argv[1:]``.
+
+    Returns
+    -------
+    argparse.Namespace or None
+        The parsed arguments. If `argv` contains no subcommand, print the help and return None.
 
     Raises
     ------
     UsageError
-        For arguments that make no sense.
+        If an argument is invalid.
     SystemExit
-        After ``--help`` and ``--version``.
+        If the arguments contain ``--help`` or ``--version``.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -94,7 +107,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
 
 
 def operator_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what an operator is told of how to compute."""
+    """Return a dictionary of keyword arguments for the operator: ``dtype``, ``engine`` and ``columns``."""
     return {name: getattr(options, name) for name in ("dtype", "engine", "columns")}
 
 
@@ -102,87 +115,103 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="curvop", description="Curvature matrices of PyTorch models as SciPy operators.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"curvop {importlib.metadata.version('curvop')}")
+    parser.add_argument("--version", action="version", version=f"curvop {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     eigs = commands.add_parser(
         "eigs",
-        help="extreme eigenvalues of a curvature matrix",
+        help="compute extreme eigenvalues of a curvature matrix",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         allow_abbrev=False,
     )
     _common(eigs, (*MATRICES, "jacobian"))
     eigs.add_argument("--damping", type=_nonnegative, default=1e-2, help=_DAMPING)
-    eigs.add_argument("--k", type=_count, default=10, help="number of eigenvalues (default: 10)")
+    eigs.add_argument("--k", type=_count, default=10, help="number of eigenvalues or singular values (default: 10)")
     eigs.add_argument(
         "--which",
         choices=tuple(ENDS),
-        help="which eigenvalues, in eigsh's words (default: the k largest and, of a Hessian, the min(5, k) smallest); "
-        "SM is slow",
+        help="which eigenvalues, as in scipy.sparse.linalg.eigsh; SM is slow (default: the k largest, and for a "
+        "Hessian also the min(5, k) smallest)",
     )
-    eigs.add_argument("--tol", type=_nonnegative, default=0.0, help="eigsh's tolerance (default: 0, machine precision)")
-    eigs.add_argument("--cost", action="store_true", help="measure and print what one product costs")
-    eigs.add_argument("--out", metavar="FILE.npz", type=Path, help="save eigenvalues and eigenvectors in this file")
+    eigs.add_argument(
+        "--tol", type=_nonnegative, default=0.0, help="relative tolerance of the solver (default: 0, machine precision)"
+    )
+    eigs.add_argument("--cost", action="store_true", help="measure the time and memory of one product")
+    eigs.add_argument("--out", metavar="FILE.npz", type=Path, help="save eigenvalues and eigenvectors to this file")
     solver = commands.add_parser(
         "solve",
-        help="solve a damped system with a curvature matrix",
+        help="solve a damped linear system with a curvature matrix",
         description=_SOLVE_DESCRIPTION,
         epilog=_SOLVE_EPILOG,
         allow_abbrev=False,
     )
     _common(solver, tuple(MATRICES))
     solver.add_argument("--damping", type=_nonnegative, default=1e-2, help=_DAMPING)
-    solver.add_argument("--rtol", type=_share, default=1e-5, help="the relative residual to reach (default: 1e-5)")
+    solver.add_argument("--rtol", type=_fraction, default=1e-5, help="relative residual to reach (default: 1e-5)")
     solver.add_argument(
-        "--rank", type=_count, help="precondition by a Nystrom approximation of this rank, of ggn, ef or fisher"
+        "--rank", type=_count, help="rank of a Nystrom preconditioner, for ggn, ef and fisher (default: none)"
     )
-    solver.add_argument("--out", metavar="FILE.npz", type=Path, help="save the solution in this file")
+    solver.add_argument("--out", metavar="FILE.npz", type=Path, help="save the solution and the gradient to this file")
     spectrum = commands.add_parser(
         "spectrum",
-        help="a study of the whole spectrum, to be left running",
+        help="study the whole spectrum; can be stopped and resumed",
         description=_SPECTRUM_DESCRIPTION,
         epilog=_SPECTRUM_EPILOG,
         allow_abbrev=False,
     )
     _common(spectrum, tuple(MATRICES))
-    spectrum.add_argument("--k", type=_count, default=10, help="eigenvalues at each end (default: 10)")
-    spectrum.add_argument("--probes", type=_count, default=8, help="of the density (default: 8)")
-    spectrum.add_argument("--steps", type=_count, default=64, help="of each probe (default: 64)")
-    spectrum.add_argument("--blocks", action="store_true", help="study every parameter's block, too")
+    spectrum.add_argument("--k", type=_count, default=10, help="number of eigenvalues at each end (default: 10)")
     spectrum.add_argument(
-        "--deadline", type=_duration, metavar="TIME", help="end by then with what there is: 90s, 30m, 2h, 1h30m"
+        "--probes", type=_count, default=8, help="number of random vectors of the density (default: 8)"
     )
-    spectrum.add_argument("--out", metavar="DIR", type=Path, help="save results, pictures and report.html here")
-    spectrum.add_argument("--resume", action="store_true", help="continue the study that --out holds, or begin one")
+    spectrum.add_argument("--steps", type=_count, default=64, help="Lanczos steps per random vector (default: 64)")
+    spectrum.add_argument("--blocks", action="store_true", help="also study the block of each parameter")
+    spectrum.add_argument(
+        "--deadline",
+        type=_duration,
+        metavar="TIME",
+        help="stop after this time, such as 90s, 30m, 2h or 1h30m, and report the results so far",
+    )
+    spectrum.add_argument(
+        "--out", metavar="DIR", type=Path, help="save results, pictures and report.html in this folder"
+    )
+    spectrum.add_argument("--resume", action="store_true", help="continue the study in --out, or start one")
     check = commands.add_parser(
         "check",
-        help="a check of a problem, before something long is done with it",
+        help="check a problem before a long computation",
         description=_CHECK_DESCRIPTION,
         epilog=_CHECK_EPILOG,
         allow_abbrev=False,
     )
     _common(check, (*MATRICES, "jacobian"))
-    check.add_argument("--probes", type=_count, default=2, help="random vectors (default: 2)")
+    check.add_argument("--probes", type=_count, default=2, help="number of random vectors (default: 2)")
     return parser
 
 
 def _common(command: argparse.ArgumentParser, matrices: tuple[str, ...]) -> None:
-    """Add what every command takes."""
+    """Add the arguments that all subcommands have in common."""
     command.add_argument("problem", metavar="PROBLEM", help="digits, FILE.py:FUNCTION or MODULE:FUNCTION")
     command.add_argument("--matrix", choices=matrices, default="hessian", help="which matrix (default: hessian)")
     command.add_argument(
-        "--dtype", choices=("float32", "float64"), default="float64", help="of the vectors (default: float64)"
+        "--dtype", choices=("float32", "float64"), default="float64", help="dtype of the vectors (default: float64)"
     )
-    command.add_argument("--engine", choices=("autograd", "compiled"), default="autograd", help="computes the products")
+    command.add_argument(
+        "--engine",
+        choices=("autograd", "compiled"),
+        default="autograd",
+        help="how products are computed (default: autograd)",
+    )
     command.add_argument(
         "--columns",
         type=_columns,
         default="auto",
         metavar="N|auto",
-        help="how many vectors are multiplied at once; 1 repeats the last digits in every run (default: auto, what is "
-        "measured to be fastest)",
+        help="number of columns of a block product to compute at once; with 1, every run gives the same digits "
+        "(default: auto, the fastest number in a measurement)",
     )
-    command.add_argument("--block", metavar="NAME", action="append", help="this parameter's block; can be repeated")
+    command.add_argument(
+        "--block", metavar="NAME", action="append", help="restrict the matrix to this parameter; can be repeated"
+    )
     command.add_argument("--json", action="store_true", help="print JSON instead of the report")
 
 
@@ -190,9 +219,9 @@ def _count(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
+        raise argparse.ArgumentTypeError(f"must be >= 1, not {value}")
     return value
 
 
@@ -202,7 +231,7 @@ def _columns(text: str) -> int | str:
     try:
         return _count(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 on, or 'auto', not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1 or 'auto', not {text!r}") from None
 
 
 def _nonnegative(text: str) -> float:
@@ -211,11 +240,11 @@ def _nonnegative(text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be finite and 0 or more, not {text}")
+        raise argparse.ArgumentTypeError(f"must be finite and >= 0, not {text}")
     return value
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     value = _nonnegative(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
@@ -223,24 +252,24 @@ def _share(text: str) -> float:
 
 
 def _duration(text: str) -> float:
-    """Return seconds."""
-    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
-    seconds = (
-        sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
-    )
+    """Convert a duration such as ``1h30m`` to seconds."""
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    seconds = 0.0
+    if match:
+        seconds = sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
     if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 90s, 30m, 2h or 1h30m")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration > 0 such as 90s, 30m, 2h or 1h30m")
     return seconds
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse, before anything is computed, what would only fail at the end."""
+    """Raise `UsageError` for invalid arguments that would otherwise be detected only after the computation."""
     if options.command == "check":
         return
     if options.matrix == "jacobian" and options.which:  # eigs only
-        raise UsageError("argument --which: of a Jacobian, the largest singular values are found: leave it out")
+        raise UsageError("argument --which: --matrix jacobian always finds the largest singular values: leave it out")
     if options.command == "eigs" and options.which == "BE" and options.k < 2:
-        raise UsageError("argument --k: must be 2 or more with --which BE")
+        raise UsageError("argument --k: must be >= 2 with --which BE")
     out: Path | None = options.out
     if options.command == "spectrum":
         _check_directory(out, options.resume)
@@ -260,17 +289,17 @@ def _check_file(out: Path) -> None:
 def _check_directory(out: Path | None, resume: bool) -> None:
     if out is None:
         if resume:
-            raise UsageError("argument --resume: needs --out, the folder that holds the study")
+            raise UsageError("argument --resume: needs --out, the folder of the study")
         return
     if out.exists() and not out.is_dir():
-        raise UsageError(f"argument --out: {str(out)!r} is no folder")
+        raise UsageError(f"argument --out: {str(out)!r} is not a folder")
     if not out.resolve().parent.is_dir():
         raise UsageError(f"argument --out: no folder {str(out.resolve().parent)!r}")
     if not os.access(out if out.exists() else out.resolve().parent, os.W_OK):
         raise UsageError(f"argument --out: cannot write {str(out)!r}")
     if not (out.exists() and any(out.iterdir())):
-        return  # to be begun, with --resume too: a job that is queued again is started by the same line
+        return  # start a study, even with --resume: a queued job can then repeat one command
     if not resume:
-        raise UsageError(f"argument --out: {str(out)!r} is not empty: pass --resume to continue, or another folder")
+        raise UsageError(f"argument --out: {str(out)!r} is not empty: pass --resume to continue it, or another folder")
     if not (out / JOURNAL).is_dir():
-        raise UsageError(f"argument --resume: {str(out)!r} holds no study, but other things: pass another --out")
+        raise UsageError(f"argument --resume: {str(out)!r} holds other files but no study: pass another --out")

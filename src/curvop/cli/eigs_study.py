@@ -1,4 +1,8 @@
-"""The study behind ``curvop eigs``, apart from how it is shown: `study` yields each result as soon as it is there."""
+"""Studies for ``curvop eigs``: generators that yield each result as soon as it is available.
+
+`study` computes extreme eigenvalues of a symmetric matrix; `singular_study` computes the largest singular values of a
+Jacobian. `curvop.cli.report` prints the results.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +17,21 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, svds
 
 from curvop.checks.dense_check import DenseCheck, accuracy, dense_check
-from curvop.cli.problem_loading import MATRICES, ProblemError, last_layer, wrap
-from curvop.cli.report import Array, Cost, End, Result, Setup, Singular, Solve, Spectrum
+from curvop.cli.problem_loading import MATRICES, ProblemError, last_layer, wrap, wrap_jacobian
+from curvop.cli.report import Array, End, Result, Setup, Singular, Solve, Spectrum, StepCost
 from curvop.operators.engine_operator import NonFiniteProductError
-from curvop.operators.error_text import describe_error, one_line
-from curvop.operators.jacobian import JacobianLinearOperator
+from curvop.operators.error_text import describe_error
 from curvop.solvers.linear_solve import solve
 from curvop.spectrum.eigen import eigsh, without_verdicts
 from curvop.testing.functorch_reference import functorch_jacobian
 
-__all__ = [
-    "MAX_RESTARTS",
-    "evaluated",
-    "measured",
-    "named_params",
-    "setup_of",
-    "singular_study",
-    "study",
-    "wrap_jacobian",
-]
+__all__ = ["evaluated", "singular_study", "study"]
 
-MAX_RESTARTS = 1000  # of each `eigsh`, 10,000 products and more; SciPy's 10 N would let a large problem run for ever
+# Settings for SciPy's svds, the same as in curvop.spectrum.eigsh. With SciPy's default of 10 N restarts, svds may never
+# end for a large problem. SciPy's default of 20 basis vectors needs twice as many products if the singular values are
+# clustered.
+_SVDS_RESTARTS = 1000
+_SVDS_BASIS = 30
 
 
 def study(
@@ -53,23 +51,23 @@ def study(
     Parameters
     ----------
     problem : dict
-        As `curvop.problems.load` returns it.
+        The problem, as returned by `curvop.problems.load`.
     matrix : str
-        A name of `curvop.matrices.MATRICES`.
+        A key of `curvop.cli.problem_loading.MATRICES`.
     ends : sequence of (str, int)
-        Which eigenvalues, in `eigsh`'s words, and how many of them; one call of `eigsh` each.
+        Arguments `which` and `k` for each call of `curvop.spectrum.eigsh`.
     tol : float
-        `eigsh`'s relative accuracy of an eigenvalue; 0 is machine precision.
+        Argument `tol` for `curvop.spectrum.eigsh`; 0 means machine precision.
     settings : dict
-        Of the operator: ``dtype``, ``engine`` and ``columns``, as `HessianLinearOperator` takes them.
+        ``dtype``, ``engine`` and ``columns`` of the operator.
     cost : bool
-        Whether to measure what one product costs.
+        Whether to measure the cost of one product.
     block : sequence of str or None
-        The parameters that the study is restricted to; None: all.
+        Names of the parameters of a block. If None, use the whole matrix.
     damping : float
-        Is added to the diagonal in the linear system.
+        Damping of the linear system.
     bar : tqdm.tqdm
-        Counts the products; its description names the step.
+        Progress bar that counts products. Its description names the current step.
 
     Yields
     ------
@@ -79,13 +77,13 @@ def study(
     Raises
     ------
     ProblemError
-        If the problem cannot be wrapped or evaluated, or is too small for the number of eigenvalues.
+        If the problem is invalid or cannot be evaluated, or if more eigenvalues are requested than the matrix allows.
     """
     whole, operator = wrap(problem, matrix, settings, block, bar)
-    N, most = operator.shape[0], max(count for _, count in ends)
-    if most >= N:
-        raise ProblemError(f"--k = {most} is too large: eigsh finds at most N - 1 eigenvalues, and here N = {N:,}")
-    problem = {**problem, "params": named_params(problem, whole)}
+    N, largest_k = operator.shape[0], max(k for _, k in ends)
+    if largest_k >= N:
+        raise ProblemError(f"--k = {largest_k} is too large: eigsh finds at most N - 1 eigenvalues, and here N = {N:,}")
+    problem = {**problem, "params": _named_params(problem, whole)}
     setup = _first_pass(problem, whole, operator, block, cost)
     yield setup
 
@@ -94,31 +92,78 @@ def study(
     yield spectrum
 
     bar.set_description_str("dense check")
-    found = [(end.which, end.wanted, end.values) for end in spectrum.ends]
-    yield dense_check(problem, MATRICES[matrix].dense, list(setup.slices), found, tol + precision)
+    converged = [(end.which, end.wanted, end.values) for end in spectrum.ends]
+    yield dense_check(problem, MATRICES[matrix].dense, list(setup.slices), converged, tol + precision)
 
     part = operator if setup.block else whole.block(last_layer(list(setup.slices)))
     yield _solve(part, damping, precision, bar)
 
 
-def named_params(problem: dict[str, Any], operator: Any) -> dict[str, Any]:
-    """Return the parameters by name; those of a list get their names from the operator, which keeps their order."""
-    values = problem["params"].values() if isinstance(problem["params"], Mapping) else problem["params"]
-    return dict(zip(operator.params_slices, values, strict=True))
+def singular_study(
+    problem: dict[str, Any],
+    *,
+    k: int,
+    tol: float,
+    settings: dict[str, Any],
+    cost: bool,
+    block: Sequence[str] | None,
+    bar: Any,
+) -> Iterator[Setup | Singular | DenseCheck]:
+    """Study the Jacobian of a problem's predictions.
 
+    Parameters
+    ----------
+    problem : dict
+        The problem, as returned by `curvop.problems.load`.
+    k : int
+        Number of singular values.
+    tol : float
+        Argument `tol` for SciPy's ``svds``; 0 means machine precision.
+    settings : dict
+        ``dtype``, ``engine`` and ``columns`` of the operator.
+    cost : bool
+        Whether to measure the cost of one product.
+    block : sequence of str or None
+        Names of the parameters of a block of columns. If None, use the whole matrix.
+    bar : tqdm.tqdm
+        Progress bar that counts products. Its description names the current step.
 
-@contextmanager
-def measured(operator: Any) -> Iterator[Cost]:
-    """Give a cost that is filled in at the end."""
-    cost, products, start = Cost(), operator.num_products, time.perf_counter()
-    try:
-        yield cost
-    finally:
-        cost.products, cost.seconds = operator.num_products - products, time.perf_counter() - start
+    Yields
+    ------
+    Setup, Singular, DenseCheck
+        One of each, in this order.
+
+    Raises
+    ------
+    ProblemError
+        If the problem is invalid or cannot be evaluated, or if more singular values are requested than the matrix
+        allows.
+    """
+    whole, operator = wrap_jacobian(problem, settings, block, bar)
+    if k >= min(operator.shape):
+        raise ProblemError(f"--k = {k} is too large: the Jacobian is {operator.shape[0]:,} by {operator.shape[1]:,}")
+    problem = {**problem, "params": _named_params(problem, whole)}
+    setup = _first_jacobian_pass(problem, whole, operator, block, cost)
+    yield setup
+
+    precision = accuracy(setup.dtype, setup.model_dtype)
+    bar.set_description_str("svds")
+    singular = _svds(operator, k, tol, precision * setup.norm)
+    yield singular
+
+    bar.set_description_str("dense check")
+    ends = [("LA", k, singular.values**2)]
+    yield dense_check(problem, _gram, list(setup.slices), ends, 2 * (tol + precision))
 
 
 def evaluated(operator: Any) -> tuple[Array, float]:
-    """Return gradient and loss; a `ProblemError` says what is wrong with the problem where they cannot be had."""
+    """Return the gradient and the loss of the whole data set.
+
+    Raises
+    ------
+    ProblemError
+        If the problem cannot be evaluated, or the gradient is not finite.
+    """
     try:
         return _finite_gradient(operator)
     except Exception as error:  # the user's model, loss and data run here for the first time
@@ -128,40 +173,64 @@ def evaluated(operator: Any) -> tuple[Array, float]:
 def _finite_gradient(operator: Any) -> tuple[Array, float]:
     gradient, loss = operator.gradient_and_loss()
     if not np.isfinite(gradient).all():
-        operator @ np.ones(operator.shape[1])  # its error names the batch and the parameter
+        operator @ np.ones(operator.shape[1])  # raises an error that names the batch and the parameter
         raise NonFiniteProductError(f"the gradient is not finite, and the loss is {loss:g}")
     return gradient, loss
+
+
+def _named_params(problem: dict[str, Any], operator: Any) -> dict[str, Any]:
+    """Return the parameters of the problem as a dictionary, with the names that the operator uses."""
+    values = problem["params"].values() if isinstance(problem["params"], Mapping) else problem["params"]
+    return dict(zip(operator.params_slices, values, strict=True))
 
 
 def _first_pass(
     problem: dict[str, Any], whole: Any, operator: Any, block: Sequence[str] | None, with_cost: bool
 ) -> Setup:
-    """Evaluate the loss, its gradient and one product: what cannot be differentiated twice fails here and at once."""
-    with measured(operator) as cost:
+    """Evaluate the loss, its gradient and one product, and return a description of the matrix.
+
+    An error is raised if the model or the loss has no second derivatives, so that the solver does not start.
+    """
+    with _timed(operator) as cost:
         gradient, loss = evaluated(operator)
-        try:
-            product = operator @ np.random.default_rng(0).standard_normal(operator.shape[0])
-        except Exception as error:  # what cannot be differentiated twice
-            raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
-    if not product.any():  # ARPACK would complain of its starting vector
+        product = _first_product(operator)
+    if not product.any():  # ARPACK would raise an error about its starting vector
         raise ProblemError("the matrix is zero: the loss is linear in these parameters, or does not depend on them")
-    setup = setup_of(problem, whole.shape[0], operator, block, product, cost, with_cost)
+    setup = _setup(problem, whole.shape[0], operator, block, product, cost, with_cost)
     return dataclasses.replace(setup, loss=loss, gradient_norm=float(np.linalg.norm(gradient.astype(np.float64))))
 
 
-def setup_of(
+def _first_jacobian_pass(
+    problem: dict[str, Any], whole: Any, operator: Any, block: Sequence[str] | None, with_cost: bool
+) -> Setup:
+    with _timed(operator) as cost:
+        product = _first_product(operator)
+    if not product.any():
+        raise ProblemError("the Jacobian is zero: the predictions do not depend on these parameters")
+    return _setup(problem, whole.shape[1], operator, block, product, cost, with_cost)
+
+
+def _first_product(operator: Any) -> Array:
+    """Return the product with a standard normal vector."""
+    try:
+        product: Array = operator @ np.random.default_rng(0).standard_normal(operator.shape[1])
+    except Exception as error:  # for example if there are no second derivatives
+        raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
+    return product
+
+
+def _setup(
     problem: dict[str, Any],
-    parameters: int,
+    num_params: int,
     operator: Any,
     block: Sequence[str] | None,
     product: Array,
-    cost: Cost,
+    cost: StepCost,
     with_cost: bool,
 ) -> Setup:
-    """Return what is known of a matrix after its product with a standard normal vector."""
     first = next(iter(problem["params"].values()))
     return Setup(
-        P=parameters,
+        P=num_params,
         N=operator.shape[0],
         slices=dict(operator.params_slices),
         block=None if block is None else tuple(operator.params_slices),
@@ -177,141 +246,80 @@ def setup_of(
 
 
 def _spectrum(operator: Any, ends: Sequence[tuple[str, int]], tol: float, rounding: float, bar: Any) -> Spectrum:
-    """Find the ends of the spectrum, and the residuals of all eigenpairs, up to `rounding`, with one block product."""
-    pairs = []
+    """Compute the eigenpairs and their true residuals at all `ends` of the spectrum.
+
+    `rounding` is the rounding error that a residual may have. One block product gives the residuals for all ends.
+    `curvop.spectrum.certify` would take at least 8 more products for each end. The error bounds of `certify` are not
+    needed, because the eigenvalues are compared with those of the dense matrix.
+    """
+    results = []
     for which, wanted in ends:
         bar.set_description_str(f"eigsh {which}")
-        restarts = min(MAX_RESTARTS, 10 * operator.shape[0])
-        with measured(operator) as cost, without_verdicts():
-            result = eigsh(operator, wanted, which, tol=tol, maxiter=restarts, certificate=False, progress=False)
-        pairs.append((which, wanted, result.values, result.vectors, cost))
+        with _timed(operator) as cost, without_verdicts():
+            result = eigsh(operator, wanted, which, tol=tol, certificate=False, progress=False)
+        results.append((result, cost))
     bar.set_description_str("residuals")
-    with measured(operator) as residual_cost:
-        images = operator @ np.concatenate([vectors for *_, vectors, _ in pairs], axis=1)
-    found, starts = [], np.cumsum([len(values) for _, _, values, _, _ in pairs])[:-1]
-    for (which, wanted, values, vectors, cost), image in zip(pairs, np.split(images, starts, axis=1), strict=True):
-        # In double precision, as the eigenvalues are: in single, the subtraction would add an error of its own.
+    with _timed(operator) as residual_cost:
+        images = operator @ np.concatenate([result.vectors for result, _ in results], axis=1)
+    studied, starts = [], np.cumsum([len(result.values) for result, _ in results])[:-1]
+    for (result, cost), image in zip(results, np.split(images, starts, axis=1), strict=True):
+        values, vectors = result.values, result.vectors
+        # The eigenvalues are in float64. A subtraction in float32 would add its own rounding error.
         residuals = np.linalg.norm(image.astype(np.float64) - vectors * values, axis=0)
-        allowed = 2 * tol * np.abs(values) + rounding  # ARPACK promises tol |lambda|, by an estimate of its own
-        found.append(End(which, wanted, values, vectors, residuals, allowed, cost))
-    return Spectrum(tuple(found), residual_cost)
+        allowed = 2 * tol * np.abs(values) + rounding  # ARPACK compares an estimate of the residual with tol |lambda|
+        studied.append(End(result.which, result.wanted, values, vectors, residuals, allowed, cost))
+    return Spectrum(tuple(studied), residual_cost)
 
 
 def _solve(block: Any, damping: float, rtol: float, bar: Any) -> Solve:
-    """Solve with the damped block for its own gradient."""
+    """Solve the damped linear system of a block, with the gradient of the block as the right-hand side."""
     bar.set_description_str("solve")
     gradient, _ = _finite_gradient(block)
-    with measured(block) as cost, without_verdicts():
+    with _timed(block) as cost, without_verdicts():
         result = solve(block, gradient, damping=damping, rtol=rtol, progress=False)
     return Solve(tuple(block.params_slices), block.shape[0], damping, rtol, result, cost)
 
 
-# The study behind ``curvop eigs --matrix jacobian``: the largest singular values of a model's Jacobian.
-
-
-def singular_study(
-    problem: dict[str, Any],
-    *,
-    k: int,
-    tol: float,
-    settings: dict[str, Any],
-    cost: bool,
-    block: Sequence[str] | None,
-    bar: Any,
-) -> Iterator[Setup | Singular | DenseCheck]:
-    """Study the Jacobian of a problem's predictions; `curvop.eigs.study` says what the arguments are.
-
-    Yields
-    ------
-    Setup, Singular, DenseCheck
-        One of each, in this order.
-
-    Raises
-    ------
-    ProblemError
-        If the problem cannot be wrapped or evaluated, or is too small for the number of singular values.
-    """
-    whole, operator = wrap_jacobian(problem, settings, block, bar)
-    if k >= min(operator.shape):
-        raise ProblemError(f"--k = {k} is too large: the Jacobian is {operator.shape[0]:,} by {operator.shape[1]:,}")
-    problem = {**problem, "params": named_params(problem, whole)}
-    setup = _jacobian_pass(problem, whole, operator, block, cost)
-    yield setup
-
-    precision = accuracy(setup.dtype, setup.model_dtype)
-    bar.set_description_str("svds")
-    found = _svds(operator, k, tol, precision * setup.norm)
-    yield found
-
-    bar.set_description_str("dense check")
-    ends = [("LA", k, found.values**2)]
-    yield dense_check(problem, _gram, list(setup.slices), ends, 2 * (tol + precision))
-
-
-def wrap_jacobian(
-    problem: dict[str, Any], settings: dict[str, Any], block: Sequence[str] | None, progress: Any = False
-) -> tuple[Any, Any]:
-    """Return the Jacobian of a problem, and the part of it that `block` names; `curvop.matrices.wrap` does the others.
-
-    Raises
-    ------
-    ProblemError
-        If the problem cannot be wrapped.
-    """
-    try:
-        whole = JacobianLinearOperator(
-            problem["model"], problem["params"], problem["data"], **settings, progress=progress
-        )
-    except Exception as error:  # the user's model and data run here for the first time
-        raise ProblemError(one_line(error)) from error
-    try:
-        return whole, whole if block is None else whole.block(block)
-    except ValueError as error:  # the operator calls this argument 'params'
-        raise ProblemError(f"--block: {str(error).removeprefix('params').lstrip(': ')}") from error
-
-
-def _jacobian_pass(
-    problem: dict[str, Any], whole: Any, operator: Any, block: Sequence[str] | None, with_cost: bool
-) -> Setup:
-    with measured(operator) as cost:
-        try:
-            product = operator @ np.random.default_rng(0).standard_normal(operator.shape[1])
-        except Exception as error:
-            raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
-    if not product.any():
-        raise ProblemError("the Jacobian is zero: the predictions do not depend on these parameters")
-    return setup_of(problem, whole.shape[1], operator, block, product, cost, with_cost)
-
-
 def _svds(operator: Any, k: int, tol: float, rounding: float) -> Singular:
-    """Find the largest singular values, and what is left over of ``J v = sigma u`` and ``J' u = sigma v``."""
+    """Compute the largest singular triplets and their residuals in ``J v = sigma u`` and ``J' u = sigma v``."""
     rng = np.random.default_rng(0)
-    start = rng.standard_normal(min(operator.shape)).astype(operator.dtype, copy=False)
-    basis = max(2 * k + 1, 30)
-    with measured(operator) as cost:
-        begun = time.perf_counter()
+    v0 = rng.standard_normal(min(operator.shape)).astype(operator.dtype, copy=False)
+    basis = max(2 * k + 1, _SVDS_BASIS)
+    with _timed(operator) as cost:
+        start = time.perf_counter()
         try:
             left, values, right = svds(
                 operator,
                 k,
                 tol=tol,
-                v0=start,
-                ncv=basis if basis < len(start) else None,
-                maxiter=min(10 * len(start), MAX_RESTARTS),
+                v0=v0,
+                ncv=basis if basis < len(v0) else None,
+                maxiter=min(10 * len(v0), _SVDS_RESTARTS),
                 rng=rng,
             )
         except ArpackNoConvergence:
             raise ProblemError(
-                f"svds did not converge in {time.perf_counter() - begun:.0f} s: try a smaller --k"
+                f"svds did not converge in {time.perf_counter() - start:.0f} s: try a smaller --k"
             ) from None
         order = np.argsort(-values, kind="stable")
         left, values, right = left[:, order], values[order].astype(np.float64), right[order].T
-        ahead = np.linalg.norm((operator @ right).astype(np.float64) - left * values, axis=0)
-        back = np.linalg.norm((operator.T @ left).astype(np.float64) - right * values, axis=0)
-    return Singular(k, values, left, right, np.hypot(ahead, back), 2 * tol * values + rounding, cost)
+        right_residuals = np.linalg.norm((operator @ right).astype(np.float64) - left * values, axis=0)
+        left_residuals = np.linalg.norm((operator.T @ left).astype(np.float64) - right * values, axis=0)
+    residuals = np.hypot(right_residuals, left_residuals)
+    return Singular(k, values, left, right, residuals, 2 * tol * values + rounding, cost)
 
 
 def _gram(model: Any, loss_function: Any, params: dict[str, torch.Tensor], data: Any) -> torch.Tensor:
-    """Form J' J, whose eigenvalues are the squares of the singular values."""
+    """Return the dense matrix J' J. Its eigenvalues are the squares of the singular values of J."""
     J = functorch_jacobian(model, params, data).detach().to(torch.float64)
     return J.T @ J
+
+
+@contextmanager
+def _timed(operator: Any) -> Iterator[StepCost]:
+    """Yield a `StepCost`. At the end of the ``with`` statement, set its number of products and its time."""
+    cost, products, start = StepCost(), operator.num_products, time.perf_counter()
+    try:
+        yield cost
+    finally:
+        cost.products, cost.seconds = operator.num_products - products, time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""The ``curvop`` command."""
+"""The ``curvop`` command: run a subcommand, print its report or JSON, and return the exit code."""
 
 import argparse
 import json
@@ -11,8 +11,8 @@ from typing import Any
 from curvop.checks.dense_check import DenseCheck
 from curvop.checks.operator_checks import check
 from curvop.cli.arguments import UsageError, operator_settings, parse
-from curvop.cli.eigs_study import evaluated, singular_study, study, wrap_jacobian
-from curvop.cli.problem_loading import MATRICES, ProblemError, load, wrap
+from curvop.cli.eigs_study import evaluated, singular_study, study
+from curvop.cli.problem_loading import MATRICES, ProblemError, load, wrap, wrap_jacobian
 from curvop.cli.report import Result, eigs_json, eigs_report, num_products, param_arrays, save, solve_json, solve_report
 from curvop.cli.spectrum_study import spectrum_study
 from curvop.operators.engine_operator import UNTRUSTED
@@ -32,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     argv : sequence of str, optional
-        The arguments after the command's name; those of the process by default.
+        The arguments, without the name of the command. Default: ``sys.argv[1:]``.
 
     Returns
     -------
     int
-        The exit code: 0 where all is well, 1 where a result does not converge or agree, 2 for a bad argument or
-        problem, 130 after Ctrl-C.
+        The exit code: 0 on success, 1 if a result did not converge or a check failed, 2 if an argument or the problem
+        is invalid, 130 after Ctrl-C.
     """
     try:
         options = parse(argv)
@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except (UsageError, ProblemError) as error:
         return _fail(str(error), 2)
-    except UNTRUSTED as error:  # in a later pass than the first
+    except UNTRUSTED as error:  # the first pass succeeded, but a later pass failed
         return _fail(f"the problem cannot be evaluated: {describe_error(error)}", 2)
     except KeyboardInterrupt:
         print("curvop: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:  # after hours of work, the reason and the place in one line
+    except Exception as error:  # print the reason and the place in one line, not a traceback
         return _fail(describe_error(error), 1)
 
 
@@ -64,16 +64,16 @@ def _fail(message: str, code: int) -> int:
 
 
 def _eigs(options: argparse.Namespace) -> int:
-    """Run ``curvop eigs`` and report each result when it is there."""
+    """Run ``curvop eigs``; print each result as soon as it is available."""
     start = time.perf_counter()
     results: list[Any] = []
-    # With --json, what a user's problem prints must not mix with the JSON.
+    # The user's code may print. Redirect its output, so that stdout contains only the JSON.
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
         problem = load(options.problem)
         with _progress_bar() as bar:
             for result in _study(problem, options, bar):
                 results.append(result)
-                bar.delay = 0  # the problem can be evaluated: from here on there is progress to show
+                bar.delay = 0  # show the bar only after the first pass, which fails if the problem is invalid
                 if isinstance(result, DenseCheck) and options.out:
                     save(options.out, *results)
                 if not options.json:
@@ -84,7 +84,7 @@ def _eigs(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(eigs_json(options, results, seconds), indent=2))
     else:
-        print(f"in all: {num_products(results):,} products, {seconds:.2f} s, the problem's own time included")
+        print(f"total: {num_products(results):,} products, {seconds:.2f} s, including the time to load the problem")
         if options.out:
             print(f"eigenpairs: {options.out}")
     return 0 if all(result.ok for result in results) else 1
@@ -99,7 +99,11 @@ def _study(problem: dict[str, Any], options: argparse.Namespace, bar: Any) -> It
 
 
 def _ends(options: argparse.Namespace) -> list[tuple[str, int]]:
-    """Return which eigenvalues are wanted, and how many; of a semi-definite matrix the least are many zeros."""
+    """Return a list of pairs (`which`, `k`), one for each end of the spectrum at which eigenvalues are computed.
+
+    By default, the smallest eigenvalues are computed only for a Hessian. The other matrices are semi-definite, and
+    usually many of their eigenvalues are zero.
+    """
     if options.which:
         return [(options.which, options.k)]
     return [("LA", options.k), *([("SA", min(5, options.k))] if options.matrix == "hessian" else [])]
@@ -133,37 +137,46 @@ def _solve(options: argparse.Namespace) -> int:
 
 
 def _spectrum(options: argparse.Namespace) -> int:
-    """Run ``curvop spectrum``, whose deadline counts from here."""
-    begun = time.monotonic()
+    """Run ``curvop spectrum``. The deadline is counted from the start of this function."""
+    start = time.monotonic()
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
-        findings = spectrum_study(load(options.problem), options, begun)
-    print(json.dumps(findings.json(), indent=2) if options.json else findings)
-    return 0 if findings.ok else 1
+        results = spectrum_study(load(options.problem), options, start)
+    print(json.dumps(results.json(), indent=2) if options.json else results)
+    return 0 if results.ok else 1
 
 
 def _check(options: argparse.Namespace) -> int:
     """Run ``curvop check``."""
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
         problem = load(options.problem)
-        part = operator_settings(options), options.block
+        settings = operator_settings(options)
         if options.matrix == "jacobian":
-            title, (_, operator) = "Jacobian", wrap_jacobian(problem, *part)
+            title = "Jacobian"
+            _, operator = wrap_jacobian(problem, settings, options.block)
         else:
-            title, (_, operator) = MATRICES[options.matrix].title, wrap(problem, options.matrix, *part)
+            title = MATRICES[options.matrix].title
+            _, operator = wrap(problem, options.matrix, settings, options.block)
         try:
             report = check(operator, num_probes=options.probes, rng=0)
         except Exception as error:  # the user's model, loss and data run here for the first time
             raise ProblemError(f"the problem cannot be evaluated: {describe_error(error)}") from error
-    asked = {name: getattr(options, name) for name in ("problem", "matrix", "block")}
-    print(json.dumps(asked | report.json(), indent=2) if options.json else f"{title} of {options.problem}\n{report}")
+    if options.json:
+        arguments = {name: getattr(options, name) for name in ("problem", "matrix", "block")}
+        print(json.dumps(arguments | report.json(), indent=2))
+    else:
+        print(f"{title} of {options.problem}\n{report}")
     return 0 if report.ok else 1
 
 
 @contextmanager
 def _progress_bar() -> Iterator[Any]:
-    """Give a bar that counts products on stderr, silent while its delay is not over: bad problems end in one line."""
+    """Yield a progress bar that counts products.
+
+    The bar is written to stderr after a delay of half a second. Before that, an error message for an invalid problem is
+    the only output.
+    """
     terminal = sys.stderr.isatty()
-    # A log keeps the last line, a terminal is left clean.
+    # Keep the bar in a log file, but clear it on a terminal.
     bar = new_bar("first pass", leave=not terminal, delay=0.5, dynamic_ncols=True)
     try:
         yield bar

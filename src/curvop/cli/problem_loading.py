@@ -1,7 +1,7 @@
-"""Problems to study: the built-in digits classifier, and a user's own, named on the command line.
+"""Load a problem, and create operators for it.
 
-A problem is a dictionary with the four things that every operator of this package is built from: ``model``,
-``loss_function``, ``params`` and ``data``.
+A problem is a dictionary with the arguments that most operators need: ``model``, ``loss_function``, ``params`` and
+``data``. There is a built-in problem, `digits`. All other problems are returned by functions of the user.
 """
 
 from __future__ import annotations
@@ -25,38 +25,50 @@ from curvop.operators.error_text import describe_error, one_line
 from curvop.operators.fisher import EFLinearOperator, FisherLinearOperator
 from curvop.operators.ggn import GGNLinearOperator
 from curvop.operators.hessian import HessianLinearOperator
+from curvop.operators.jacobian import JacobianLinearOperator
 from curvop.testing.functorch_reference import functorch_empirical_fisher, functorch_ggn, functorch_hessian
 
-__all__ = ["MATRICES", "Matrix", "ProblemError", "digits", "last_layer", "load", "wrap"]
+__all__ = ["MATRICES", "Matrix", "ProblemError", "digits", "last_layer", "load", "wrap", "wrap_jacobian"]
 
 _KEYS = ("model", "loss_function", "params", "data")
 _FORMS = "'digits', 'path/to/file.py:function' or 'package.module:function'"
 
 
 class ProblemError(ValueError):
-    """A problem that cannot be loaded or evaluated; its message is one line."""
+    """Raised if a problem cannot be loaded or evaluated. The message is one line."""
 
 
 def digits(seed: int = 0) -> dict[str, Any]:
     """Train a small network on scikit-learn's handwritten digits.
 
+    Training takes about a second. Use this problem to try an operator or a study before you use your own model.
+
     Parameters
     ----------
-    seed : int, optional
-        Fixes the initial weights and the order of the training images. The global random state is neither used nor
-        changed.
+    seed : int, default: 0
+        Seed of the initial weights and of the order of the training images. The function neither uses nor changes the
+        global random state.
 
     Returns
     -------
     dict
-        ``model``, a trained 64-32-10 network with tanh in double precision on the CPU; ``loss_function``, the mean
-        cross-entropy; ``params``, all 2,410 parameters; ``data``, the 1,797 images of the training set as two
-        unequal batches.
+        ``model``
+            A trained 64-32-10 network with tanh, in float64 on the CPU and in evaluation mode.
+        ``loss_function``
+            The mean cross-entropy.
+        ``params``
+            All 2,410 parameters, by name.
+        ``data``
+            The 1,797 images and labels, as two batches of different sizes.
 
     Raises
     ------
     ImportError
         If scikit-learn is not installed.
+
+    See Also
+    --------
+    curvop.problems.load : Load a problem by its name on the command line.
     """
     try:
         from sklearn.datasets import load_digits
@@ -78,7 +90,10 @@ def digits(seed: int = 0) -> dict[str, Any]:
 
 
 def _linear(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.Linear:
-    """Initialise a layer as ``nn.Linear`` does, but from a generator: its constructor knows only the global state."""
+    """Return a layer with the default initialization of ``nn.Linear``, drawn from `generator`.
+
+    The constructor of ``nn.Linear`` can only use the global random state.
+    """
     layer: nn.Linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, dtype=torch.float64)
     bound = 1.0 / math.sqrt(fan_in)
     with torch.no_grad():
@@ -97,7 +112,7 @@ def _train(
     epochs: int = 40,
     batch_size: int = 128,
 ) -> None:
-    """Train with Adam, the learning rate falling along a cosine so that the run ends near a stationary point."""
+    """Train the model with Adam and a cosine schedule, which ends near a stationary point of the loss."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     for _ in range(epochs):
@@ -111,24 +126,32 @@ def _train(
 
 
 def load(spec: str) -> dict[str, Any]:
-    """Load a problem by name.
+    """Load a problem by its name on the command line.
 
     Parameters
     ----------
     spec : str
-        ``'digits'``, ``'path/to/file.py:function'`` or ``'package.module:function'``. The function is called
-        without arguments and returns the problem's dictionary. As for a script, the file's own folder can be
-        imported from (the current directory for a module) and stays so, because models and data may import late.
+        ``'digits'``, ``'path/to/file.py:function'`` or ``'package.module:function'``. The function takes no arguments
+        and returns the problem as a dictionary.
 
     Returns
     -------
     dict
-        With the keys ``model``, ``loss_function``, ``params`` and ``data``, in this order.
+        Keys ``model``, ``loss_function``, ``params`` and ``data``, in this order.
 
     Raises
     ------
     ProblemError
-        If there is no such problem, if it fails, or if it returns something else.
+        If the problem is not found, if the function fails, or if it does not return a valid problem.
+
+    See Also
+    --------
+    curvop.problems.digits : The built-in problem.
+
+    Notes
+    -----
+    The folder of the file (for a module, the current directory) is added to ``sys.path``, as Python does for a script.
+    The folder is not removed afterwards, because models and data may import other modules later.
     """
     if spec == "digits":
         try:
@@ -147,13 +170,13 @@ def load(spec: str) -> dict[str, Any]:
 
 
 def last_layer(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the parameters in the same module as the last one."""
+    """Return the names of all parameters of the last layer, which is the layer of the last parameter."""
     module = names[-1].rpartition(".")[0]
     return tuple(name for name in names if name.rpartition(".")[0] == module)
 
 
 def _nearest(name: str, candidates: Iterable[str]) -> str:
-    """Return a remark that names the most similar candidate, empty where none is similar."""
+    """Return a hint that names the most similar candidate. If no candidate is similar, return an empty string."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.4)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
@@ -164,8 +187,8 @@ def _load_file(path: Path) -> ModuleType:
         siblings = (sibling.name for sibling in path.parent.glob("*.py"))
         raise ProblemError(f"no file {str(path)!r}{_nearest(path.name, siblings)}")
     path = path.resolve()
-    # Under its own name, a class of the file can be pickled for the worker processes of a DataLoader; another
-    # module that is loaded already must not be replaced.
+    # Name the module after the file, so that the worker processes of a DataLoader can import its classes. If a
+    # different module of this name is already loaded, add a prefix.
     taken = sys.modules.get(path.stem)
     name = path.stem if taken is None or getattr(taken, "__file__", None) == str(path) else f"curvop_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(name, path)
@@ -188,7 +211,7 @@ def _load_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # Only where the module itself is missing; one that it imports in vain is the next case.
+        # If the condition is false, the module was found, but a module that it imports is missing.
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise ProblemError(f"no module named {name!r}; a problem is {_FORMS}") from error
         raise ProblemError(f"importing {name!r} failed: {describe_error(error)}") from error
@@ -197,15 +220,15 @@ def _load_module(name: str) -> ModuleType:
 
 
 def _make_importable(folder: Path) -> None:
-    """Put a folder first on the import path."""
+    """Insert a folder at the beginning of ``sys.path``, unless ``sys.path`` already contains the folder."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-    # A module written since the folder was last listed must be seen.
+    # Python caches folder listings. Clear the caches to find new files.
     importlib.invalidate_caches()
 
 
 def _find_function(module: ModuleType, name: str, source: str) -> Callable[..., object]:
-    """Return the function called `name` of a module."""
+    """Return the function called `name` in a module."""
     if not hasattr(module, name):
         functions = [key for key, value in vars(module).items() if callable(value)]
         raise ProblemError(f"no function {name!r} in {source!r}{_nearest(name, functions)}")
@@ -231,7 +254,7 @@ def _call(function: Callable[..., object], spec: str) -> object:
 
 
 def _validated(problem: object, spec: str) -> dict[str, Any]:
-    """Check the keys of what a user's function returned; the values are the operators' to check."""
+    """Return a user's problem as a dictionary. Raise if a key is unknown or missing; operators check the values."""
     expected = "it must be a dict with the keys " + ", ".join(_KEYS)
     if not isinstance(problem, Mapping):
         raise ProblemError(f"{spec!r} returned an object of type {type(problem).__name__}; {expected}")
@@ -244,17 +267,14 @@ def _validated(problem: object, spec: str) -> dict[str, Any]:
         remedy = "; for all parameters: params=dict(model.named_parameters())" if missing == ["params"] else ""
         raise ProblemError(f"{spec!r} returned no {missing[0]!r}{remedy}; {expected}")
     checked = {key: problem[key] for key in _KEYS}
-    if isinstance(checked["params"], Iterator):  # model.parameters(): more than one reader is to come
+    if isinstance(checked["params"], Iterator):  # model.parameters() can be read only once
         checked["params"] = list(checked["params"])
     return checked
 
 
-# The symmetric curvature matrices by name, each with the dense reference that it is checked against.
-
-
 @dataclass(frozen=True)
 class Matrix:
-    """A kind of matrix: what it is called, its operator, and how it is formed."""
+    """Symmetric curvature matrix: its title in reports, its operator class, and a function for the dense matrix."""
 
     title: str
     operator: Callable[..., Any]
@@ -265,25 +285,90 @@ MATRICES = {
     "hessian": Matrix("Hessian", HessianLinearOperator, functorch_hessian),
     "ggn": Matrix("Gauss-Newton matrix", GGNLinearOperator, functorch_ggn),
     "ef": Matrix("empirical Fisher matrix", EFLinearOperator, functorch_empirical_fisher),
-    "fisher": Matrix("Fisher matrix", FisherLinearOperator, functorch_ggn),  # equal for the likelihoods that it takes
+    # For the likelihoods that FisherLinearOperator accepts, the Fisher matrix equals the Gauss-Newton matrix.
+    "fisher": Matrix("Fisher matrix", FisherLinearOperator, functorch_ggn),
 }
+"""The choices of ``--matrix``, except ``jacobian``."""
 
 
 def wrap(
     problem: dict[str, Any], matrix: str, settings: dict[str, Any], block: Sequence[str] | None, progress: Any = False
 ) -> tuple[Any, Any]:
-    """Return the operators of a problem's matrix, and of the part of it that `block` names.
+    """Create an operator for a problem.
+
+    Parameters
+    ----------
+    problem : dict
+        The problem, as returned by `load`.
+    matrix : str
+        A key of `MATRICES`.
+    settings : dict
+        ``dtype``, ``engine`` and ``columns`` of the operator.
+    block : sequence of str or None
+        Names of the parameters of a block. If None, `part` is `whole`.
+    progress : bool or tqdm.tqdm
+        Argument `progress` for the operator.
+
+    Returns
+    -------
+    whole, part : EngineLinearOperator
+        The operator for all parameters, and the operator for the parameters in `block`.
 
     Raises
     ------
     ProblemError
-        If the problem cannot be wrapped.
+        If the problem is invalid, or if `block` contains an unknown name.
     """
     try:
         whole = MATRICES[matrix].operator(**problem, **settings, progress=progress)
     except (ValueError, TypeError) as error:
         raise ProblemError(one_line(error)) from error
+    return whole, _restricted(whole, block, "rows")
+
+
+def wrap_jacobian(
+    problem: dict[str, Any], settings: dict[str, Any], block: Sequence[str] | None, progress: Any = False
+) -> tuple[Any, Any]:
+    """Create an operator for the Jacobian of a problem's predictions.
+
+    Parameters
+    ----------
+    problem : dict
+        The problem, as returned by `load`.
+    settings : dict
+        ``dtype``, ``engine`` and ``columns`` of the operator.
+    block : sequence of str or None
+        Names of the parameters of a block of columns. If None, `part` is `whole`.
+    progress : bool or tqdm.tqdm
+        Argument `progress` for the operator.
+
+    Returns
+    -------
+    whole, part : JacobianLinearOperator
+        The operator for all parameters, and the operator for the parameters in `block`.
+
+    Raises
+    ------
+    ProblemError
+        If the problem is invalid, or if `block` contains an unknown name.
+    """
     try:
-        return whole, whole if block is None else whole.block(block)
-    except ValueError as error:  # the operator calls this argument 'rows'
-        raise ProblemError(f"--block: {str(error).removeprefix('rows').lstrip(': ')}") from error
+        whole = JacobianLinearOperator(
+            problem["model"], problem["params"], problem["data"], **settings, progress=progress
+        )
+    except Exception as error:  # unlike other operators, a Jacobian runs the model to determine its shape
+        raise ProblemError(one_line(error)) from error
+    return whole, _restricted(whole, block, "params")
+
+
+def _restricted(whole: Any, block: Sequence[str] | None, argument: str) -> Any:
+    """Return a block of an operator, or the whole operator if `block` is None.
+
+    Error messages of the operator begin with `argument`, the name of its own argument. Replace it with ``--block``.
+    """
+    if block is None:
+        return whole
+    try:
+        return whole.block(block)
+    except ValueError as error:
+        raise ProblemError(f"--block: {str(error).removeprefix(argument).lstrip(': ')}") from error

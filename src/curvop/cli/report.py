@@ -1,4 +1,4 @@
-"""What the ``curvop`` command prints: reports for people, JSON for programs."""
+"""Results of ``curvop eigs`` and ``curvop solve``, and their text and JSON output."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from curvop.storage.result_files import save_arrays
 __all__ = [
     "ENDS",
     "Array",
-    "Cost",
     "End",
     "Result",
     "Setup",
     "Singular",
     "Solve",
     "Spectrum",
+    "StepCost",
     "eigs_json",
     "eigs_report",
     "num_products",
@@ -38,10 +38,19 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
+ENDS = {
+    "LA": "largest",
+    "SA": "smallest",
+    "LM": "largest in magnitude",
+    "SM": "smallest in magnitude",
+    "BE": "half from each end",
+}
+"""Descriptions of the ends of a spectrum. The keys are values of `which` in `curvop.spectrum.eigsh`."""
+
 
 @dataclass
-class Cost:
-    """What a step took: the number of products (columns multiplied), and the time in seconds."""
+class StepCost:
+    """Cost of one step: the number of products with one vector, and the time in seconds."""
 
     products: int = 0
     seconds: float = 0.0
@@ -49,11 +58,30 @@ class Cost:
 
 @dataclass(frozen=True)
 class Setup:
-    """The matrix that is studied, N rows of one of P parameters; `cost` is that of the first pass over the data.
+    """Description of the matrix in a study.
 
-    `slices` are the rows of each parameter in the matrix; `block` names the parameters where they are not all. `norm`
-    is the norm of the matrix times a standard normal vector, which estimates the matrix's Frobenius norm; `product`
-    tells what one product costs, where that was asked. Of a Jacobian N are the predictions, which have no loss.
+    Attributes
+    ----------
+    P : int
+        Number of parameters of the problem.
+    N : int
+        Number of rows of the matrix. For a Jacobian, this is the number of predictions.
+    slices : dict of str to slice
+        For each parameter, the rows of the matrix that belong to it (for a Jacobian, the columns).
+    block : tuple of str or None
+        Names of the parameters of the block, or None for the whole matrix.
+    dtype, model_dtype : str
+        Dtypes of the vectors and of the parameters.
+    device : str
+        Device of the parameters.
+    loss, gradient_norm : float or None
+        Loss, and norm of its gradient. None for a Jacobian.
+    norm : float
+        Norm of the product with a standard normal vector. This estimates the Frobenius norm of the matrix.
+    cost : StepCost
+        Cost of the first pass over the data.
+    product : curvop.operators.engine_operator.Cost or None
+        Cost of one product, or None if it was not measured.
     """
 
     P: int
@@ -66,17 +94,31 @@ class Setup:
     loss: float | None
     gradient_norm: float | None
     norm: float
-    cost: Cost
+    cost: StepCost
     product: ProductCost | None
     ok: bool = True
 
 
 @dataclass(frozen=True)
 class End:
-    """The eigenvalues from one call of `eigsh`: `wanted` many, of which those that converged are here.
+    """Eigenvalues at one end of the spectrum.
 
-    `values` has shape (n,), `vectors` (N, n); `residuals`, the norms of ``H v - lambda v``, and what is `allowed` of
-    them, (n,).
+    Attributes
+    ----------
+    which : {'LA', 'SA', 'LM', 'SM', 'BE'}
+        End of the spectrum, as in `curvop.spectrum.eigsh`.
+    wanted : int
+        Number of eigenvalues requested.
+    values : ndarray, shape (n,)
+        The eigenvalues that converged.
+    vectors : ndarray, shape (N, n)
+        The eigenvectors.
+    residuals : ndarray, shape (n,)
+        Norms of ``H v - lambda v``.
+    allowed : ndarray, shape (n,)
+        Largest accepted residuals.
+    cost : StepCost
+        Cost of the solver.
     """
 
     which: str
@@ -85,24 +127,24 @@ class End:
     vectors: Array
     residuals: Array
     allowed: Array
-    cost: Cost
+    cost: StepCost
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All eigenvalues asked for, and the cost of the one block product for their residuals."""
+    """Eigenvalues at all requested ends, and the cost of the block product for their residuals."""
 
     ends: tuple[End, ...]
-    residual_cost: Cost
+    residual_cost: StepCost
 
     @property
     def ok(self) -> bool:
-        """Whether all eigenvalues converged, in their true residuals too."""
+        """True if all eigenvalues converged and no true residual is too large."""
         return all(len(end.values) == end.wanted and (end.residuals <= end.allowed).all() for end in self.ends)
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """The ends joined: eigenvalues (n,), eigenvectors (N, n), residuals (n,) and those allowed, and their ends."""
+        """Concatenated arrays of all ends. The keys are the names in the ``.npz`` file."""
         return {
             "eigenvalues": np.concatenate([end.values for end in self.ends]),
             "eigenvectors": np.concatenate([end.vectors for end in self.ends], axis=1),
@@ -114,10 +156,24 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Singular:
-    """The `wanted` largest singular values of a Jacobian.
+    """The largest singular values of a Jacobian.
 
-    `values` has shape (n,), the singular vectors `left` (N, n) and `right` (P, n), in that order; `residuals` are the
-    norms of ``J v - sigma u`` and ``J' u - sigma v`` together, and `cost` includes them.
+    Attributes
+    ----------
+    wanted : int
+        Number of singular values requested.
+    values : ndarray, shape (n,)
+        The singular values, in descending order.
+    left : ndarray, shape (N, n)
+        The left singular vectors.
+    right : ndarray, shape (P, n)
+        The right singular vectors.
+    residuals : ndarray, shape (n,)
+        Norms of the concatenation of ``J v - sigma u`` and ``J' u - sigma v``.
+    allowed : ndarray, shape (n,)
+        Largest accepted residuals.
+    cost : StepCost
+        Cost of the solver and of the residuals.
     """
 
     wanted: int
@@ -126,16 +182,16 @@ class Singular:
     right: Array
     residuals: Array
     allowed: Array
-    cost: Cost
+    cost: StepCost
 
     @property
     def ok(self) -> bool:
-        """Whether all converged, in their true residuals."""
+        """True if no true residual is too large."""
         return bool((self.residuals <= self.allowed).all())
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """What is saved."""
+        """Arrays of the result. The keys are the names in the ``.npz`` file."""
         return {
             "singular_values": self.values,
             "left_vectors": self.left,
@@ -147,18 +203,18 @@ class Singular:
 
 @dataclass(frozen=True)
 class Solve:
-    """The solution of ``(B + damping I) x = g`` for the gradient g and the block B of these parameters."""
+    """Solution of ``(B + damping I) x = g``. B and g are the matrix and the gradient for the parameters `block`."""
 
     block: tuple[str, ...]
     N: int
     damping: float
     rtol: float
     result: SolveResult
-    cost: Cost
+    cost: StepCost
 
     @property
     def ok(self) -> bool:
-        """Whether the residual is what was asked for."""
+        """True if the true residual is small enough."""
         return self.result.converged
 
 
@@ -166,11 +222,12 @@ Result = Setup | Spectrum | Singular | DenseCheck | Solve
 
 
 def save(path: Path, setup: Setup, spectrum: Spectrum | Singular, dense: DenseCheck) -> None:
-    """Write eigenpairs, or singular values and vectors, to an ``.npz`` file, which appears only when it is complete.
+    """Save eigenpairs, or singular values and vectors, to an ``.npz`` file.
 
-    It holds the arrays of `spectrum`, ``param_names`` and ``param_slices`` (start and stop of each parameter's rows),
-    and ``dense_eigenvalues`` (N,) where these were computed (for a Jacobian, of J' J). None of them is a pickled
-    object.
+    The file contains the arrays of `spectrum` and the arrays of `param_arrays`, which locate the parameters in the
+    vectors. If the dense matrix was computed, the file also contains its eigenvalues as ``dense_eigenvalues`` (for a
+    Jacobian, the eigenvalues of J' J). The file contains no pickled objects. An existing file is replaced only after
+    the new file is complete.
     """
     arrays = {**spectrum.arrays, **param_arrays(setup.slices)}
     if dense.values is not None:
@@ -179,37 +236,23 @@ def save(path: Path, setup: Setup, spectrum: Spectrum | Singular, dense: DenseCh
 
 
 def param_arrays(slices: dict[str, slice]) -> dict[str, Array]:
-    """Return the names of parameters, and start and stop of each one's rows."""
+    """Return a dictionary of two arrays: names of parameters, and start and stop of the rows of each parameter."""
     return {
         "param_names": np.array(list(slices), dtype=np.str_),
         "param_slices": np.array([(rows.start, rows.stop) for rows in slices.values()], dtype=np.int64),
     }
 
 
-ENDS = {
-    "LA": "largest",
-    "SA": "smallest",
-    "LM": "largest in magnitude",
-    "SM": "smallest in magnitude",
-    "BE": "half from each end",
-}
-
-
 def num_products(results: Sequence[Any]) -> int:
-    """Return the number of products of all steps."""
+    """Return the total number of products in all results."""
     costs = [result.cost for result in results if isinstance(result, Setup | Singular | Solve)]
     for spectrum in (result for result in results if isinstance(result, Spectrum)):
         costs += [spectrum.residual_cost, *(end.cost for end in spectrum.ends)]
     return sum(cost.products for cost in costs)
 
 
-def _text(cost: Cost) -> str:
-    rate = cost.products / cost.seconds if cost.seconds else 0.0
-    return f"{cost.products:,} product{'s' * (cost.products != 1)} in {cost.seconds:.2f} s ({rate:,.0f} products/s)"
-
-
 def eigs_report(result: Result, options: argparse.Namespace) -> Iterator[str]:
-    """Yield the lines for people to read."""
+    """Yield the lines of the report on one result."""
     if isinstance(result, Setup):
         yield f"{'Jacobian' if result.loss is None else MATRICES[options.matrix].title} of {options.problem}"
         yield f"  parameters     P = {result.P:,} ({result.model_dtype} on {result.device})"
@@ -222,17 +265,17 @@ def eigs_report(result: Result, options: argparse.Namespace) -> Iterator[str]:
         if result.loss is not None:
             yield f"  loss           {result.loss:.6g}"
             yield f"  gradient norm  {result.gradient_norm:.3g}"
-        yield f"  first pass     {_text(result.cost)}"
+        yield f"  first pass     {_cost_text(result.cost)}"
         if result.product:
             yield f"  cost           {result.product}"
     elif isinstance(result, Spectrum):
         for end in result.ends:
             yield from _table(end)
         if any(len(end.values) < end.wanted for end in result.ends):
-            yield "Clustered eigenvalues, such as the zeros of a singular matrix, converge slowly or not at all."
-        yield f"residuals: {_text(result.residual_cost)}"
+            yield "Clustered eigenvalues, such as the zeros of a singular matrix, converge slowly, or not at all."
+        yield f"residuals: {_cost_text(result.residual_cost)}"
     elif isinstance(result, Singular):
-        yield f"{result.wanted} singular values, largest: {_text(result.cost)}"
+        yield f"{result.wanted} singular values, largest: {_cost_text(result.cost)}"
         yield f"  {'':>4}  {'sigma':>18}  {'residual':>17}"
         yield from _rows(result)
     elif isinstance(result, DenseCheck):
@@ -242,55 +285,33 @@ def eigs_report(result: Result, options: argparse.Namespace) -> Iterator[str]:
             yield f"dense check: numpy.linalg.eigvalsh of the dense matrix in {result.seconds:.2f} s"
             yield f"  spectral norm                       {result.spectral_norm:.6g}"
             yield f"  largest difference / spectral norm  {result.difference:.1e} (allowed: {result.allowed:.1e})"
-            hint = "; modules in training mode are the usual reason: call model.eval()" if result.training else ""
+            hint = "; modules in training mode are the usual cause: call model.eval()" if result.training else ""
             yield "  agrees" if result.ok else f"  DOES NOT AGREE{hint}"
     else:
-        yield f"solve (B + {result.damping:g} I) x = g, B the block of {', '.join(result.block)}"
+        yield f"solve (B + {result.damping:g} I) x = g, where B is the block of {', '.join(result.block)}"
         yield f"  unknowns                N = {result.N:,}"
-        yield f"  {result.result.solver:<22}  {_text(result.cost)}"
-        yield from _verdict(result.result, result.rtol, result.damping)
-
-
-def _verdict(result: SolveResult, rtol: float, damping: float) -> Iterator[str]:
-    yield f"  true relative residual  {result.residual:.1e} (asked for: {rtol:.1e})"
-    if result.negative_curvature is not None:
-        yield f"  INDEFINITE              an eigenvalue of B + {damping:g} I is at most {result.negative_curvature:.3g}"
-        yield "                          a larger --damping, or --matrix ggn, makes it positive definite"
-    elif result.solver == "minres":
-        yield "  SINGULAR                to rounding; a larger --damping makes it positive definite"
-    yield "  converged" if result.converged else "  NOT CONVERGED"
-
-
-def _table(end: End) -> Iterator[str]:
-    """Yield the lines of one end of the spectrum."""
-    found = len(end.values)
-    missing = "" if found == end.wanted else f", {end.wanted - found} of {end.wanted} NOT CONVERGED"
-    yield f"{end.wanted} eigenvalues, {ENDS[end.which]} ({end.which}){missing}: {_text(end.cost)}"
-    yield f"  {'':>4}  {'lambda':>18}  {'||Hv - lambda v||':>17}"
-    yield from _rows(end)
-    yield ""
-
-
-def _rows(found: End | Singular) -> Iterator[str]:
-    for i, value in enumerate(found.values):
-        remark = "" if found.residuals[i] <= found.allowed[i] else f"  MISSED (allowed: {found.allowed[i]:.1e})"
-        yield f"  {i + 1:>4}  {value:>18.10e}  {found.residuals[i]:>17.1e}{remark}"
+        yield f"  {result.result.solver:<22}  {_cost_text(result.cost)}"
+        yield from _solve_lines(result.result, result.rtol, result.damping)
 
 
 def eigs_json(options: argparse.Namespace, results: Sequence[Any], seconds: float) -> dict[str, Any]:
-    """Return what ``--json`` prints; eigenvalues and residuals in the order of the report."""
+    """Return the results of ``curvop eigs`` as a JSON serializable dictionary.
+
+    Eigenvalues and residuals have the same order as in the report.
+    """
     setup, spectrum, dense, *solves = results
     arrays = {name: array.tolist() for name, array in spectrum.arrays.items() if "vectors" not in name}
-    checked = {name: getattr(dense, name) for name in ("difference", "allowed", "spectral_norm", "seconds")}
+    dense_json: dict[str, Any] = {"done": False, "reason": dense.reason}
+    if not dense.reason:
+        numbers = {name: getattr(dense, name) for name in ("difference", "allowed", "spectral_norm", "seconds")}
+        dense_json = {"done": True, "agrees": dense.ok, **numbers}
     return {
         "problem": options.problem,
         "matrix": options.matrix,
         **{name: getattr(setup, name) for name in ("P", "N", "block", "dtype", "model_dtype", "loss", "gradient_norm")},
         **arrays,
         "converged": spectrum.ok,
-        "dense": {"done": False, "reason": dense.reason}
-        if dense.reason
-        else {"done": True, "agrees": dense.ok, **checked},
+        "dense": dense_json,
         **({"solve": _solve_json(solves[0])} if solves else {}),
         "cost": asdict(setup.product) if setup.product else None,
         "products": num_products(results),
@@ -298,36 +319,67 @@ def eigs_json(options: argparse.Namespace, results: Sequence[Any], seconds: floa
     }
 
 
-def _solve_json(solve: Solve) -> dict[str, Any]:
-    asked = {name: getattr(solve, name) for name in ("block", "N", "damping", "rtol")}
-    return asked | _solution_json(solve.result) | {"seconds": solve.cost.seconds}
-
-
-def _solution_json(result: SolveResult) -> dict[str, Any]:
-    found = asdict(result)
-    del found["solution"]
-    return found
-
-
 def solve_report(operator: Any, result: SolveResult, loss: float, options: argparse.Namespace) -> Iterator[str]:
-    """Yield the lines of ``curvop solve``."""
+    """Yield the lines of the report of ``curvop solve``."""
     yield f"{MATRICES[options.matrix].title} B of {options.problem}"
     yield f"  unknowns                N = {operator.shape[0]:,} ({', '.join(operator.params_slices)})"
     yield f"  loss                    {loss:.6g}"
-    yield f"solve (B + {options.damping:g} I) x = g, g the gradient"
+    yield f"solve (B + {options.damping:g} I) x = g, where g is the gradient"
     if options.rank:
         yield f"  preconditioner          Nystrom of rank {options.rank}, {options.rank} products"
     yield f"  {result.solver:<22}  {result.products:,} product{'s' * (result.products != 1)}"
-    yield from _verdict(result, options.rtol, options.damping)
+    yield from _solve_lines(result, options.rtol, options.damping)
 
 
 def solve_json(operator: Any, result: SolveResult, loss: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what ``curvop solve --json`` prints."""
-    asked = {name: getattr(options, name) for name in ("problem", "matrix", "damping", "rtol", "rank")}
+    """Return the results of ``curvop solve`` as a JSON serializable dictionary."""
+    arguments = {name: getattr(options, name) for name in ("problem", "matrix", "damping", "rtol", "rank")}
     return {
-        **asked,
+        **arguments,
         "block": list(operator.params_slices),
         "N": operator.shape[0],
         "loss": loss,
         **_solution_json(result),
     }
+
+
+def _cost_text(cost: StepCost) -> str:
+    rate = cost.products / cost.seconds if cost.seconds else 0.0
+    return f"{cost.products:,} product{'s' * (cost.products != 1)} in {cost.seconds:.2f} s ({rate:,.0f} products/s)"
+
+
+def _table(end: End) -> Iterator[str]:
+    """Yield the lines of the table for one end of the spectrum."""
+    missing = end.wanted - len(end.values)
+    remark = f", {missing} of {end.wanted} NOT CONVERGED" if missing else ""
+    yield f"{end.wanted} eigenvalues, {ENDS[end.which]} ({end.which}){remark}: {_cost_text(end.cost)}"
+    yield f"  {'':>4}  {'lambda':>18}  {'||Hv - lambda v||':>17}"
+    yield from _rows(end)
+    yield ""
+
+
+def _rows(end: End | Singular) -> Iterator[str]:
+    for i, value in enumerate(end.values):
+        remark = "" if end.residuals[i] <= end.allowed[i] else f"  TOO LARGE (allowed: {end.allowed[i]:.1e})"
+        yield f"  {i + 1:>4}  {value:>18.10e}  {end.residuals[i]:>17.1e}{remark}"
+
+
+def _solve_lines(result: SolveResult, rtol: float, damping: float) -> Iterator[str]:
+    yield f"  true relative residual  {result.residual:.1e} (requested: {rtol:.1e})"
+    if result.negative_curvature is not None:
+        yield f"  INDEFINITE              an eigenvalue of B + {damping:g} I is at most {result.negative_curvature:.3g}"
+        yield "                          a larger --damping, or --matrix ggn, makes it positive definite"
+    elif result.solver == "minres":
+        yield "  SINGULAR                up to rounding; a larger --damping makes it positive definite"
+    yield "  converged" if result.converged else "  NOT CONVERGED"
+
+
+def _solve_json(solve: Solve) -> dict[str, Any]:
+    arguments = {name: getattr(solve, name) for name in ("block", "N", "damping", "rtol")}
+    return arguments | _solution_json(solve.result) | {"seconds": solve.cost.seconds}
+
+
+def _solution_json(result: SolveResult) -> dict[str, Any]:
+    fields = asdict(result)
+    del fields["solution"]
+    return fields

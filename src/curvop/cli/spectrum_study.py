@@ -1,4 +1,9 @@
-"""The study behind ``curvop spectrum``: everything that is to be known of a spectrum, one step after another."""
+"""Run ``curvop spectrum`` in steps: eigenvalues, trace, norm, density and blocks.
+
+If there is an output folder, a journal records all products, and the result files are rewritten after each step. A
+study with an output folder can therefore be resumed after it was killed. If there is a deadline, each step gets a
+fraction of the available time.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +21,13 @@ from scipy.sparse.linalg import LinearOperator
 
 from curvop.cli.arguments import JOURNAL, operator_settings
 from curvop.cli.eigs_study import evaluated
-from curvop.cli.html_report import Findings, StudyFiles
+from curvop.cli.html_report import StudyFiles, StudyResults
 from curvop.cli.problem_loading import MATRICES, ProblemError, wrap
 from curvop.operators.error_text import describe_error, one_line
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import available_bytes, check_fits
 from curvop.spectrum.blocks import blocks
-from curvop.spectrum.counting import CountedOperator, TimedOperator, end_of
+from curvop.spectrum.counting import CountedOperator, TimedOperator, deadline_after
 from curvop.spectrum.density import density
 from curvop.spectrum.eigen import eigsh, without_verdicts
 from curvop.spectrum.estimators import frobenius_norm, trace
@@ -33,33 +38,57 @@ from curvop.storage.records import RecordFileError
 
 __all__ = ["spectrum_study"]
 
-_ESTIMATE_PRODUCTS = 60  # of the trace and of the norm
-# When a step is to be over, as a part of the time until the deadline less what writing takes.
+_ESTIMATE_PRODUCTS = 60  # number of products for the trace, and also for the norm
+# The available time is the time until the deadline, minus the time for writing files. The steps end at the following
+# fractions of the available time.
 _WRITING = 3.0  # seconds
 _EIGENVALUES, _ESTIMATES, _DENSITY, _BLOCKS = 0.4, 0.5, 0.75, 0.97
 
+Step = Callable[[], None]
 
-def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, begun: float) -> Findings:
-    """Study a problem's matrix as the arguments of the command say, and write what is found where they say.
 
-    It is written after each step, and where one fails, so that an error late in a study takes nothing away.
+def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, start: float) -> StudyResults:
+    """Study the spectrum of a problem's matrix, and write the results to the folder ``options.out``.
 
-    The deadline counts from `begun`, on the clock of ``time.monotonic``. What is under way is not broken off, so that
-    it can be overrun: by the loss and its gradient, which are computed in any case; by a step of the density, one block
-    product with as many vectors as it has probes, of which a first one is always made; and by the writing of files,
-    where that takes more than three seconds. Any other step ends one product after its part of the time, or a block
-    product of 16 vectors.
+    If ``options.out`` is None, no files are written. Otherwise, the files are written after each step, and also if a
+    step fails, so that no results are lost.
+
+    Parameters
+    ----------
+    problem : dict
+        The problem, as returned by `curvop.problems.load`.
+    options : argparse.Namespace
+        The arguments of ``curvop spectrum``.
+    start : float
+        Time from which the deadline is counted, as returned by ``time.monotonic``.
+
+    Returns
+    -------
+    StudyResults
+        The results, and messages about steps that were not finished.
 
     Raises
     ------
     ProblemError
-        Where the problem cannot be wrapped or evaluated, or the folder holds the study of another one, or there is not
-        the memory for a later step, before anything is computed.
+        If the problem is invalid or cannot be evaluated, if the folder contains the study of another problem, or if a
+        step needs more memory than is available. The memory is checked before the first step.
+
+    Notes
+    -----
+    Computations in progress are not interrupted. The study can therefore exceed the deadline
+
+    - by the time for the loss and its gradient, which are always computed;
+    - by the time for one Lanczos step of the density, which is a block product with one vector for each probe (the
+      first step is always computed);
+    - by the time to write files, if that is more than three seconds.
+
+    All other steps exceed their time limits by at most the time for one product or for one block product with 16
+    vectors.
     """
     whole, A = wrap(problem, options.matrix, operator_settings(options), options.block)
     _check_memory(A, options)
     gradient, loss = evaluated(A)
-    found = Findings(
+    results = StudyResults(
         problem=options.problem,
         title=MATRICES[options.matrix].title,
         rows=A.shape[0],
@@ -71,35 +100,37 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, begun: 
     out: Path | None = options.out
     try:
         if out is None:
-            _run(found, A, _steps(found, A, A, options, begun), None, begun)
+            _run(results, A, _steps(results, A, A, options, start), None, start)
         else:
             out.mkdir(exist_ok=True)
             with JournaledLinearOperator(A, out / JOURNAL) as journal:
                 files = StudyFiles(out)
-                _run(found, A, _steps(found, A, journal, options, begun), files, begun)
-                found.journal_bytes = journal.num_bytes
-                files.write(found)
+                _run(results, A, _steps(results, A, journal, options, start), files, start)
+                results.journal_bytes = journal.num_bytes
+                files.write(results)
     except (OtherProblemError, RecordFileError) as error:
         raise ProblemError(f"--out: {error}") from error
-    return found
+    return results
 
 
 def _check_memory(A: Any, options: argparse.Namespace) -> None:
-    """Refuse what would only fail after the eigenvalues, hours later; for those, `eigsh` counts itself."""
-    steps, products = min(options.steps, A.shape[0]), _estimate_products(A)
-    each = f"{{}} vectors of {A.shape[0]:,} numbers,"
+    """Raise if the density, the trace or the norm would need more memory than is available.
+
+    Otherwise, these steps might run out of memory hours later. `eigsh` checks its own memory when it starts.
+    """
+    steps, vectors = min(options.steps, A.shape[0]), 4 * _estimate_products(A)
     try:
         check_fits(
             bytes_of_run(A, steps),
             available_bytes(device_of(A)),
-            f"--steps {options.steps}: the basis of one probe, {each.format(steps)}",
+            f"--steps {options.steps}: the basis of one probe, {steps} vectors of {A.shape[0]:,} numbers,",
             "take fewer --steps, or a --block of the matrix",
             adjustable=False,
         )
         check_fits(
-            4 * 8 * products * A.shape[0],  # as `trace` says
+            8 * vectors * A.shape[0],  # as documented in curvop.spectrum.trace
             available_bytes(),
-            f"what the trace and the norm are estimated from, {each.format(4 * products)}",
+            f"the workspace of trace and norm, {vectors} vectors of {A.shape[0]:,} numbers,",
             "take a --block of the matrix",
             adjustable=False,
         )
@@ -111,147 +142,147 @@ def _estimate_products(A: LinearOperator) -> int:
     return int(min(_ESTIMATE_PRODUCTS, 2 * A.shape[0]))
 
 
-Step = Callable[[], None]
-
-
-def _run(found: Findings, A: Any, steps: dict[str, Step], files: StudyFiles | None, begun: float) -> None:
-    """Take one step after another, and write what is found after each but the last, also where one fails."""
+def _run(results: StudyResults, A: Any, steps: dict[str, Step], files: StudyFiles | None, start: float) -> None:
+    """Run the steps. Write the files after each step except the last, and also if a step fails."""
 
     def state() -> tuple[int, int]:
-        return A.num_products, id(found.blocks)
+        return A.num_products, id(results.blocks)
 
     def write(undone: list[str]) -> None:
-        # A run that has only read what an earlier one had done leaves that one's report alone until the end.
-        if files is not None and (state() != first or not files.begun):
-            files.write(_so_far(found, A, begun, undone))
+        # If a resumed run has so far only read recorded products, keep the more complete report of the earlier run.
+        if files is not None and (state() != first_state or not files.exist):
+            files.write(_intermediate(results, A, start, undone))
 
-    waiting, first = list(steps), state()
+    remaining, first_state = list(steps), state()
     try:
         for step in steps.values():
             step()
-            waiting.pop(0)
-            if waiting:
-                write([f"{name}: not done yet" for name in waiting])
-    except BaseException as error:  # Ctrl-C, too
+            remaining.pop(0)
+            if remaining:
+                write([f"{name}: not done yet" for name in remaining])
+    except BaseException as error:  # includes Ctrl-C
         why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else describe_error(error)
-        with contextlib.suppress(Exception):  # on a full disk, the first error is the one to tell
-            write([*(f"{name}: not done" for name in waiting), f"the study ended early: {why}"])
+        with contextlib.suppress(Exception):  # if this fails too, for example on a full disk, raise the first error
+            write([*(f"{name}: not done" for name in remaining), f"the study ended early: {why}"])
         raise
-    found.products, found.seconds = found.products + A.num_products, time.monotonic() - begun
+    results.products, results.seconds = results.products + A.num_products, time.monotonic() - start
 
 
-def _so_far(found: Findings, A: Any, begun: float, undone: list[str]) -> Findings:
+def _intermediate(results: StudyResults, A: Any, start: float, undone: list[str]) -> StudyResults:
     return dataclasses.replace(
-        found,
-        undone=[*found.undone, *undone],
-        products=found.products + A.num_products,
-        seconds=time.monotonic() - begun,
+        results,
+        undone=[*results.undone, *undone],
+        products=results.products + A.num_products,
+        seconds=time.monotonic() - start,
     )
 
 
 def _steps(
-    found: Findings, A: Any, recorded: LinearOperator, options: argparse.Namespace, begun: float
+    results: StudyResults, A: Any, recorded: LinearOperator, options: argparse.Namespace, start: float
 ) -> dict[str, Step]:
-    """Return by name what is to be done, one after the other; each step adds to `found`."""
+    """Return a dictionary of steps in order of execution. Each step is a function that updates `results`."""
 
-    def until(share: float) -> float:
+    def end_of_share(share: float) -> float:
         if options.deadline is None:
             return float("inf")
         seconds: float = max(options.deadline - _WRITING, 0.5 * options.deadline)
-        return begun + share * seconds
+        return start + share * seconds
 
-    def left(share: float) -> float | None:
-        return None if options.deadline is None else max(0.0, until(share) - time.monotonic())
+    def seconds_left(share: float) -> float | None:
+        return None if options.deadline is None else max(0.0, end_of_share(share) - time.monotonic())
 
     ends = {"LA": options.k} | ({"SA": min(5, options.k)} if options.matrix == "hessian" else {})
 
     def eigenvalues(which: str, share: float) -> None:
-        _eigenvalues(found, recorded, which, min(ends[which], found.rows), left(share))
+        _eigenvalues(results, recorded, which, min(ends[which], results.rows), seconds_left(share))
 
-    def estimated(name: str, estimate: Any, seed: int) -> None:
+    def estimate(name: str, estimator: Any, seed: int) -> None:
         def run(A: LinearOperator, seconds: float | None) -> Any:
             count = _estimate_products(A)
             with step_bar(name, total=count) as bar:
-                found = estimate(TimedOperator(CountedOperator(A, bar), end_of(seconds)), count, rng=seed)
-                bar.total = bar.n  # a small matrix is read off with fewer
-            return found
+                result = estimator(TimedOperator(CountedOperator(A, bar), deadline_after(seconds)), count, rng=seed)
+                bar.total = bar.n  # the trace of a small matrix takes fewer products
+            return result
 
         try:
-            setattr(found, name, _recalled(recorded, run, left(_ESTIMATES)))
+            setattr(results, name, _recalled(recorded, run, seconds_left(_ESTIMATES)))
         except TimeoutError:
-            found.undone.append(f"{name}: not done by the deadline")
+            results.undone.append(f"{name}: not done by the deadline")
 
     steps: dict[str, Step] = {
         f"eigenvalues {which}": functools.partial(eigenvalues, which, _EIGENVALUES * number / len(ends))
         for number, which in enumerate(ends, 1)
     }
     steps |= {
-        "trace": lambda: estimated("trace", trace, 1),
-        "norm": lambda: estimated("norm", frobenius_norm, 2),
-        "density": lambda: _density(found, A, options, left(_DENSITY)),
+        "trace": lambda: estimate("trace", trace, 1),
+        "norm": lambda: estimate("norm", frobenius_norm, 2),
+        "density": lambda: _density(results, A, options, seconds_left(_DENSITY)),
     }
-    kept = None if options.out is None else options.out / "blocks"
-    _earlier_blocks(found, A, kept)
+    checkpoint = None if options.out is None else options.out / "blocks"
+    _finished_blocks(results, A, checkpoint)
     if options.blocks:
-        steps["blocks"] = lambda: _blocks(found, A, kept, left(_BLOCKS))
+        steps["blocks"] = lambda: _blocks(results, A, checkpoint, seconds_left(_BLOCKS))
     return steps
 
 
+def _eigenvalues(results: StudyResults, A: LinearOperator, which: str, k: int, seconds: float | None) -> None:
+    """Compute up to `k` eigenvalues at one end of the spectrum, within the time limit.
+
+    The method is the same with and without a deadline, so that a resumed study finds its products in the journal.
+    """
+    try:
+        with without_verdicts():
+            result = _recalled(A, lambda B, limit: eigsh(B, k, which, method="lanczos", seconds=limit), seconds)
+    except TimeoutError:  # eigsh computes a small dense matrix, so there is no partial result
+        result = None
+    if result is None or not len(result.values):
+        results.undone.append(f"eigenvalues {which}: not done by the deadline")
+        return
+    results.ends.append(result)
+    if result.timed_out and not result.converged:
+        results.undone.append(f"eigenvalues {which}: {result.num_converged} of {k} converged by the deadline")
+    elif result.certificate is None:
+        results.undone.append(f"eigenvalues {which}: not certified by the deadline")
+
+
 def _recalled(A: LinearOperator, run: Callable[[LinearOperator, float | None], Any], seconds: float | None) -> Any:
-    """Return ``run(A, seconds)``; without a limit where every product of it is on disk, so that nothing is lost."""
+    """Return ``run(A, seconds)``, but without a time limit if the journal already contains all products.
+
+    Results that need no new products are therefore reported even after the deadline.
+    """
     if seconds is not None and isinstance(A, JournaledLinearOperator):
         with contextlib.suppress(UnrecordedError):
             return run(A.recall(), None)
     return run(A, seconds)
 
 
-def _eigenvalues(found: Findings, A: LinearOperator, which: str, k: int, seconds: float | None) -> None:
-    """Find those of one end, as far as there is time for it.
-
-    The same method with and without a deadline: one study takes up the products that the other has recorded.
-    """
-    try:
-        with without_verdicts():
-            result = _recalled(A, lambda B, limit: eigsh(B, k, which, method="lanczos", seconds=limit), seconds)
-    except TimeoutError:  # of a matrix so small that it is formed
-        result = None
-    if result is None or not len(result.values):
-        found.undone.append(f"eigenvalues {which}: not done by the deadline")
-        return
-    found.ends.append(result)
-    if result.timed_out and not result.converged:
-        found.undone.append(f"eigenvalues {which}: {result.num_converged} of {k} converged by the deadline")
-    elif result.certificate is None:
-        found.undone.append(f"eigenvalues {which}: not certified by the deadline")
-
-
-def _density(found: Findings, A: Any, options: argparse.Namespace, seconds: float | None) -> None:
+def _density(results: StudyResults, A: Any, options: argparse.Namespace, seconds: float | None) -> None:
     checkpoint = None if options.out is None else options.out / "density"
-    found.density = density(
+    results.density = density(
         A, num_probes=options.probes, num_steps=options.steps, checkpoint=checkpoint, seconds=seconds
     )
-    if not found.density.complete:
-        probes, steps = found.density.nodes.shape
-        found.undone.append(f"density: {probes} probes of {steps} steps only, by the deadline")
+    if not results.density.complete:
+        probes, steps = results.density.nodes.shape
+        results.undone.append(f"density: {probes} probes of {steps} steps only, by the deadline")
 
 
-def _earlier_blocks(found: Findings, A: Any, kept: Path | None) -> None:
-    """Show the blocks that are finished on disk."""
-    if kept is not None and kept.exists():
-        study = blocks(A, checkpoint=kept, seconds=0, progress=False)
-        found.blocks = study if study.names else None
+def _finished_blocks(results: StudyResults, A: Any, checkpoint: Path | None) -> None:
+    """Read the blocks that an earlier run has finished into `results`, even if this run does not study blocks."""
+    if checkpoint is not None and checkpoint.exists():
+        study = blocks(A, checkpoint=checkpoint, seconds=0, progress=False)
+        results.blocks = study if study.names else None
 
 
-def _blocks(found: Findings, A: Any, kept: Path | None, seconds: float | None) -> None:
-    before = 0 if found.blocks is None else found.blocks.num_products
+def _blocks(results: StudyResults, A: Any, checkpoint: Path | None, seconds: float | None) -> None:
+    products_before = 0 if results.blocks is None else results.blocks.num_products
     try:
-        study = blocks(A, checkpoint=kept, seconds=seconds)
+        study = blocks(A, checkpoint=checkpoint, seconds=seconds)
     except BaseException:
         with contextlib.suppress(Exception):
-            _earlier_blocks(found, A, kept)
+            _finished_blocks(results, A, checkpoint)
         raise
-    found.products += study.num_products - before
+    results.products += study.num_products - products_before
     if study.unfinished:
-        done, count = len(study.names), len(A.params_slices)
-        found.undone.append(f"blocks: {f'{done} of {count}' if done else 'not'} done by the deadline")
-    found.blocks = study if study.names else None
+        finished, count = len(study.names), len(A.params_slices)
+        results.undone.append(f"blocks: {f'{finished} of {count}' if finished else 'not'} done by the deadline")
+    results.blocks = study if study.names else None

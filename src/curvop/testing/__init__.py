@@ -1,1 +1,1 @@
-"""Dense reference matrices by independent routes, and comparison of arrays."""
+"""Dense reference matrices, computed by an independent implementation, and a function that compares arrays."""

@@ -1,4 +1,4 @@
-"""Compare two arrays and say where they differ."""
+"""Compare two arrays or tensors and report where they differ."""
 
 from __future__ import annotations
 
@@ -11,35 +11,38 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["allclose_report"]
 
-_ENTRIES_AT_A_TIME = 1 << 16
-_POSITIONS_SHOWN = 10
+_BLOCK_SIZE = 1 << 16
+_MAX_ROWS = 10
 
 
 def allclose_report(
     a: ArrayLike | torch.Tensor, b: ArrayLike | torch.Tensor, rtol: float = 1e-5, atol: float = 1e-8
 ) -> bool:
-    """Say whether two arrays agree, and print where they do not.
+    """Compare two arrays or tensors, and print where they differ.
 
-    Entries agree where ``|a - b| <= atol + rtol * |b|``, as in `numpy.allclose`: `b` is the reference, NaN agrees
-    with nothing, and infinities agree with infinities of the same sign. Comparison is in double precision or better,
-    whatever the dtypes. Unlike `numpy.allclose`, nothing is broadcast: arrays of different shapes do not agree.
+    Use this function in a test or an interactive session if you want to see which entries differ. If you only need True
+    or False, or need broadcasting, use `numpy.allclose`.
+
+    Entries agree if ``|a - b| <= atol + rtol * |b|``, as in `numpy.allclose`, with `b` as the reference. NaN never
+    agrees with anything. An infinity agrees only with an infinity of the same sign. The comparison uses float64 or a
+    wider dtype. Arrays of different shapes do not agree, because this function does not broadcast.
 
     Parameters
     ----------
     a, b : array_like or torch.Tensor
-        What to compare, of one shape and any numeric dtype (integers, booleans, bfloat16 and complex numbers
-        included). Tensors may live on any device and require gradients; arrays, tensors and nested lists mix.
-    rtol : float
-        Relative tolerance, a multiple of ``|b|``.
-    atol : float
+        Arrays of the same shape and of any numeric dtype, including integers, booleans, bfloat16 and complex numbers.
+        Tensors can be on any device and can require grad. One argument can be a tensor and the other an array or list.
+    rtol : float, default: 1e-5
+        Relative tolerance, which is multiplied by ``|b|``.
+    atol : float, default: 1e-8
         Absolute tolerance.
 
     Returns
     -------
     bool
-        True, and nothing is printed, where all entries agree (or there are none). False otherwise; then the number of
-        differing entries, the largest absolute and relative differences among them (those that are finite), and the
-        up to ten largest absolute differences are printed, with their positions and both values.
+        True if all entries agree or if the arrays are empty. Otherwise, the function returns False and prints the
+        number of entries that differ, the largest finite absolute and relative differences, and the positions and
+        values of up to ten entries with the largest absolute differences. If the shapes differ, it prints the shapes.
 
     Raises
     ------
@@ -48,18 +51,25 @@ def allclose_report(
     ValueError
         If a nested list is ragged.
 
+    See Also
+    --------
+    curvop.examples.functorch.functorch_hessian : A dense Hessian to compare an operator with.
+
     Notes
     -----
-    Beside the arrays themselves (and copies on the host, for tensors that are elsewhere) the memory used does not
-    grow with their size.
+    The arrays are compared in blocks of fixed size. The memory needed does not grow with the size of the arrays, unless
+    tensors on other devices must be copied to the CPU.
 
     Examples
     --------
     >>> import numpy as np
     >>> import torch
-    >>> from curvop.utils import allclose_report
+    >>> from curvop import allclose_report
     >>> allclose_report(np.eye(2), torch.eye(2))
     True
+
+    If entries differ, a table shows their positions and values:
+
     >>> allclose_report([[1.0, 2.0], [3.0, 4.5]], [[1.0, 2.0], [3.0, 4.0]])
     1 of 4 entries differ (rtol = 1e-05, atol = 1e-08)
     largest absolute difference: 0.5
@@ -75,10 +85,10 @@ def allclose_report(
 
     differing, not_finite, largest, largest_relative = 0, 0, -1.0, -1.0
     worst: list[tuple[float, int]] = []
-    for start, x, y in _in_pieces(left, right):
+    for start, x, y in _blocks(left, right):
         with np.errstate(all="ignore"):
             difference = np.abs(x - y)
-            # An infinite b makes the tolerance infinite; only equality may let it pass.
+            # If b is infinite, the tolerance is infinite, too. Infinite entries of b must therefore equal those of a.
             close = (difference <= atol + rtol * np.abs(y)) & np.isfinite(y) | (x == y)
             wrong = np.flatnonzero(~close)
             if wrong.size == 0:
@@ -91,13 +101,13 @@ def allclose_report(
         largest = max(largest, difference.max(where=finite, initial=-1.0))
         largest_relative = max(largest_relative, relative.max(where=np.isfinite(relative), initial=-1.0))
         size = np.where(np.isnan(difference), np.inf, difference)
-        candidates = np.argsort(-size, kind="stable")[:_POSITIONS_SHOWN]
+        candidates = np.argsort(-size, kind="stable")[:_MAX_ROWS]
         worst += [(float(size[i]), start + int(wrong[i])) for i in candidates]
-        worst = sorted(worst, key=lambda entry: (-entry[0], entry[1]))[:_POSITIONS_SHOWN]
+        worst = sorted(worst, key=lambda entry: (-entry[0], entry[1]))[:_MAX_ROWS]
     if not differing:
         return True
 
-    tail = f", {not_finite} of them by NaN or infinity" if not_finite else ""
+    tail = f", {not_finite} because of NaN or infinity" if not_finite else ""
     print(f"{differing} of {left.size} entries differ (rtol = {rtol:g}, atol = {atol:g}){tail}")
     print(f"largest absolute difference: {_number(largest)}")
     print(f"largest relative difference: {_number(largest_relative)}")
@@ -106,11 +116,12 @@ def allclose_report(
 
 
 def _as_array(values: Any) -> NDArray[Any]:
-    """Return `values` as a numeric NumPy array on the host, without a change of value."""
+    """Convert `values` to a numeric NumPy array on the CPU, without rounding."""
     if isinstance(values, torch.Tensor):
         if values.layout != torch.strided:
             values = values.to_dense()
-        # NumPy has neither bfloat16, the 8-bit floats nor half-precision complex numbers; widening is exact.
+        # NumPy has no bfloat16, 8-bit floats or half-precision complex numbers. Convert them to a wider dtype, which is
+        # exact.
         if values.is_complex():
             values = values.to(torch.promote_types(values.dtype, torch.complex64))
         elif values.is_floating_point():
@@ -121,37 +132,40 @@ def _as_array(values: Any) -> NDArray[Any]:
     else:
         array = np.asarray(values)
     if array.dtype.kind not in "biufc":
-        raise TypeError(f"cannot compare entries of type {array.dtype}: numbers are needed")
+        raise TypeError(f"cannot compare entries of type {array.dtype}: entries must be numbers")
     return array
 
 
-def _in_pieces(a: NDArray[Any], b: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
-    """Yield ``(start, piece of a, piece of b)`` in C order, as flat float64 (or wider, or complex) arrays."""
+def _blocks(a: NDArray[Any], b: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
+    """Yield tuples ``(start, block of a, block of b)`` in C order.
+
+    `start` is the flat index of the first entry. The blocks are flat arrays in float64, or in a wider or complex dtype.
+    """
     if a.size == 0:
         return
     dtype = np.result_type(a.dtype, b.dtype, np.float64)
-    # The iterator converts piece by piece, so neither a float64 copy nor a contiguous one is ever made whole.
-    pieces = np.nditer(
+    # The iterator converts the arrays block by block, so no full-size copies are made.
+    iterator = np.nditer(
         [a, b],
         flags=["external_loop", "buffered"],
         op_flags=[["readonly"], ["readonly"]],
         op_dtypes=[dtype, dtype],
         order="C",
-        buffersize=_ENTRIES_AT_A_TIME,
+        buffersize=_BLOCK_SIZE,
     )
     start = 0
-    for x, y in pieces:
+    for x, y in iterator:
         yield start, x, y
         start += x.size
 
 
 def _number(value: float) -> str:
-    """Format a largest difference; -1 stands for 'no finite one'."""
+    """Format the largest difference. A negative value means that no difference is finite."""
     return "none is finite" if value < 0 else f"{value:.6g}"
 
 
 def _print_table(a: NDArray[Any], b: NDArray[Any], flat_positions: list[int]) -> None:
-    """Print position, both values and their difference, one position a line, right-aligned."""
+    """Print a right-aligned table. Each row shows a position, the values of both arrays, and their difference."""
     rows = [("position", "a", "b", "|a - b|")]
     for flat in flat_positions:
         position = tuple(int(i) for i in np.unravel_index(flat, a.shape))

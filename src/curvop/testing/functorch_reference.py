@@ -1,7 +1,15 @@
-"""The dense curvature matrices of a small model, from their definitions, with `torch.func`.
+"""Dense curvature matrices of a small model, computed from their definitions with `torch.func`.
 
-The references that the operators are tested against. They share no code with them: the data set is evaluated as one
-batch, and what the operators differentiate in reverse mode is differentiated in forward mode here.
+The operators of this package are tested against these matrices. This file shares no code with the operators. Here,
+the whole data set is one batch. Gradients are computed in reverse mode, and then differentiated in forward mode to
+obtain second derivatives. `_check` compares the second derivatives with those computed by double backward.
+
+The file has four sections:
+
+1. functions that compute the matrices;
+2. functions that convert the data set to one batch, and the parameters to one vector;
+3. functions that compute dense first and second derivatives;
+4. replacements for operations that torch cannot differentiate in forward mode.
 """
 
 from __future__ import annotations
@@ -23,11 +31,6 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "NoHessianError",
-    "Problem",
-    "dense_ggn_like",
-    "dense_hessian",
-    "dense_jacobian",
-    "differentiable",
     "functorch_empirical_fisher",
     "functorch_ggn",
     "functorch_gradient_and_loss",
@@ -40,173 +43,336 @@ Params = Mapping[str, Tensor] | Iterable[Tensor]
 Data = Iterable[tuple[Any, Any]]
 Loss = Callable[[Any, Any], Tensor]
 
+_WORKSPACE_BYTES = 1 << 28  # memory limit for the columns of a Hessian that are computed together
+
+
+class NoHessianError(RuntimeError):
+    """Raised if the loss is random, or if torch's derivatives of the loss contradict each other."""
+
 
 @torch.inference_mode(mode=False)
 def functorch_hessian(model: Model, loss_function: Loss, params: Params, data: Data) -> Tensor:
-    r"""Compute the Hessian of the loss of a whole data set as a dense matrix.
+    r"""Compute the dense Hessian of the loss of a whole data set.
 
-    With `theta` the flattened and concatenated `params` and `(X, y)` the whole data set as one batch, it is the matrix
-    of second derivatives of ``f(theta) = loss_function(model(theta, X), y)``. A loss that averages therefore averages
-    over the data set, and one that sums adds over it, however `data` is cut into batches. For a check of an operator
-    on a model of up to some thousand parameters; time and memory grow with their square.
+    Use this function to check an operator on a model with up to a few thousand parameters. Time and memory grow with
+    the square of the number of parameters. For larger models, use `curvop.check`.
+
+    Let ``theta`` be the flattened and concatenated `params`, and ``(X, y)`` the whole data set as one batch. The matrix
+    contains the second derivatives of ``f(theta) = loss_function(model(theta, X), y)``. The loss function is thus
+    averaged (reduction 'mean') or summed (reduction 'sum') over the whole data set. The matrix does not depend on how
+    `data` is split into batches.
 
     Parameters
     ----------
     model : torch.nn.Module or callable
-        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. A module's remaining
-        parameters are constants; its flags and buffers are used as they are and left as they are.
+        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. If a parameter of the
+        module is not in `params`, it is a constant. The module runs in its present training mode and with its present
+        buffers, which do not change.
     loss_function : callable
         ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
     params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
-        Any of the module's parameters by name, in the order of rows and columns; the values given are used, even where
-        they differ from the module's own. Or some of the module's own parameters. All on one device.
+        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is
+        the order of the rows and columns. The tensors in a dict can have other values than the parameters of the
+        module. All parameters must be on one device.
     data : iterable of (X, y)
-        Batches, iterated over once. X and y are tensors with the examples along dimension 0, or (nested) mappings,
-        lists and tuples of them, joined leaf by leaf and moved to the parameters' device.
+        Batches, which are iterated over once. X and y are tensors with the examples along dimension 0, or (nested)
+        mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
+        parameters.
 
     Returns
     -------
     torch.Tensor, shape (P, P)
-        In the parameters' dtype, on their device; zero where the loss does not reach a parameter.
+        The Hessian, in the dtype and on the device of the parameters. Rows and columns are zero for parameters that the
+        loss does not depend on.
 
     Raises
     ------
     ValueError
-        If `data` is empty, or its batches cannot be joined (sequences of different lengths need padding); if `params`
-        is empty, spread over devices or not the model's; if the loss is not a scalar.
+        If `data` is empty, or its batches cannot be concatenated (pad sequences to one length). If `params` is empty,
+        or its tensors are on several devices or do not belong to the model. If the loss is not a scalar.
     TypeError
-        If X or y holds what is neither a tensor nor a collection of tensors.
+        If X or y contains objects other than tensors and collections of tensors.
     NoHessianError
-        If two evaluations of the loss differ, as they do with dropout in training mode, or if the matrix is wrong
-        beyond rounding: not symmetric, or not what the gradient gives when it is differentiated in reverse mode.
+        If two evaluations of the loss differ, for example because of dropout in training mode, or if the matrix is
+        wrong. A matrix is wrong if, beyond rounding errors, it is not symmetric or differs from the result of double
+        backward.
+
+    See Also
+    --------
+    curvop.HessianLinearOperator : The same matrix as an operator, for models of any size.
+    curvop.allclose_report : Compare two matrices and print where they differ.
 
     Notes
     -----
-    Column i is ``jvp(grad(f))`` along the i-th basis vector, the directional derivative of the gradient (Pearlmutter
-    1994, "Fast exact multiplication by the Hessian", Neural Computation 6, p. 147: ``R_v{grad} = H v``), as many
-    columns at a time as about 256 MiB hold. Columns that `vmap` cannot batch are computed one by one; where an
-    operation has no forward-mode derivative, the gradient is differentiated in reverse mode. An embedding's row at
-    `padding_idx` is a constant, as in PyTorch's gradient.
+    Column i is ``jvp(grad(f))`` along the i-th basis vector. This is the directional derivative of the gradient,
+    ``R_v{grad} = H v`` [1]_. A workspace of about 256 MiB limits the number of columns that are computed together.
+    Columns are computed one by one if ``torch.func.vmap`` does not support an operation. If an operation has no
+    forward-mode derivative, the gradient is differentiated in reverse mode. The row of an embedding at ``padding_idx``
+    is a constant, as in PyTorch's gradient.
+
+    References
+    ----------
+    .. [1] B. A. Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6(1), p. 147, 1994,
+       doi:10.1162/neco.1994.6.1.147.
 
     Examples
     --------
+    Compare an operator with the dense Hessian:
+
     >>> import torch
-    >>> from curvop.examples.functorch import functorch_hessian
-    >>> model = torch.nn.Linear(2, 1, bias=False)
-    >>> data = [(torch.tensor([[1.0, 0.0]]), torch.zeros(1, 1)), (torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1))]
-    >>> functorch_hessian(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
-    tensor([[2., 2.],
-            [2., 4.]])
+    >>> from torch import nn
+    >>> from curvop import HessianLinearOperator, allclose_report, functorch_hessian
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    >>> params = dict(model.named_parameters())
+    >>> data = [(torch.randn(n, 3).double(), torch.randint(0, 2, (n,))) for n in (7, 5)]
+    >>> dense = functorch_hessian(model, nn.CrossEntropyLoss(), params, data)
+    >>> H = HessianLinearOperator(model, nn.CrossEntropyLoss(), params, data)
+    >>> allclose_report(H @ torch.eye(26).double(), dense, rtol=1e-9, atol=1e-12)
+    True
     """
-    problem = Problem(model, params, data)
+    flat = _FlatModel(model, params, data)
 
     def f(vector: Tensor) -> Tensor:
-        return loss_function(problem.predict(vector), problem.y)
+        return loss_function(flat.predict(vector), flat.y)
 
-    with differentiable(problem.theta.device):
-        return dense_hessian(f, problem.theta, problem.eps)
-
-
-@torch.inference_mode(mode=False)
-def functorch_gradient_and_loss(model: Model, loss_function: Loss, params: Params, data: Data) -> tuple[Tensor, Tensor]:
-    """Compute the gradient ``(P,)`` of the loss of a whole data set, and the loss; see `functorch_hessian`."""
-    problem = Problem(model, params, data)
-    leaf = problem.theta.clone().requires_grad_()
-    with differentiable(leaf.device), torch.enable_grad():
-        loss = loss_function(problem.predict(leaf), problem.y)
-        [gradient] = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
-    return gradient, loss.detach()
-
-
-@torch.inference_mode(mode=False)
-def functorch_jacobian(model: Model, params: Params, data: Data) -> Tensor:
-    """Compute the Jacobian ``(N_out, P)`` of the predictions for a whole data set, flattened; see `functorch_hessian`.
-
-    Column by column in forward mode where torch can, else row by row.
-    """
-    problem = Problem(model, params, data)
-    with differentiable(problem.theta.device):
-        return dense_jacobian(lambda vector: _flat(problem.predict(vector))[0], problem.theta, problem.eps)
+    with _differentiable(flat.theta.device):
+        return _dense_hessian(f, flat.theta, flat.eps)
 
 
 @torch.inference_mode(mode=False)
 def functorch_ggn(model: Model, loss_function: Loss, params: Params, data: Data) -> Tensor:
-    r"""Compute the generalized Gauss-Newton matrix ``(P, P)`` of the loss of a whole data set.
+    r"""Compute the dense generalized Gauss-Newton matrix of the loss of a whole data set.
 
-    :math:`J^\top \nabla^2_z \ell \, J`, with the dense Jacobian of the predictions `z`. The parameters are
-    those of `functorch_hessian`.
+    The matrix is :math:`J^\top \nabla^2_z \ell \, J` [1]_, where J is the Jacobian of the predictions z.
+
+    Parameters
+    ----------
+    model : torch.nn.Module or callable
+        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. If a parameter of the
+        module is not in `params`, it is a constant. The module runs in its present training mode and with its present
+        buffers, which do not change.
+    loss_function : callable
+        ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
+    params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
+        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is
+        the order of the rows and columns. The tensors in a dict can have other values than the parameters of the
+        module. All parameters must be on one device.
+    data : iterable of (X, y)
+        Batches, which are iterated over once. X and y are tensors with the examples along dimension 0, or (nested)
+        mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
+        parameters.
+
+    Returns
+    -------
+    torch.Tensor, shape (P, P)
+        The matrix, in the dtype and on the device of the parameters.
+
+    Raises
+    ------
+    ValueError
+        If `data` is empty, or its batches cannot be concatenated (pad sequences to one length). If `params` is empty,
+        or its tensors are on several devices or do not belong to the model.
+    TypeError
+        If X or y contains objects other than tensors and collections of tensors.
+    NoHessianError
+        If the loss is random, or if torch's derivatives of the loss contradict each other.
 
     References
     ----------
-    Schraudolph (2002), "Fast curvature matrix-vector products for second-order gradient descent", Neural Computation
-    14(7), section 3.
+    .. [1] N. N. Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural
+       Computation 14(7), section 3, 2002, doi:10.1162/08997660260028683.
     """
-    problem = Problem(model, params, data)
-    with differentiable(problem.theta.device):
-        jacobian = dense_jacobian(lambda vector: _flat(problem.predict(vector))[0], problem.theta, problem.eps)
-        z, restored = _flat(problem.predict(problem.theta))
-        return dense_ggn_like(
-            lambda flat: loss_function(restored(flat), problem.y), z, jacobian.to(z.dtype), problem.eps
-        ).to(jacobian.dtype)
+    flat = _FlatModel(model, params, data)
+    with _differentiable(flat.theta.device):
+        jacobian = _dense_jacobian(lambda vector: _flattened(flat.predict(vector))[0], flat.theta, flat.eps)
+        z, restore = _flattened(flat.predict(flat.theta))
+
+        def f(z: Tensor) -> Tensor:
+            return loss_function(restore(z), flat.y)
+
+        return _dense_ggn_like(f, z, jacobian.to(z.dtype), flat.eps).to(jacobian.dtype)
 
 
 @torch.inference_mode(mode=False)
 def functorch_empirical_fisher(model: Model, loss_function: Loss, params: Params, data: Data) -> Tensor:
-    r"""Compute the empirical Fisher matrix ``(P, P)`` of the loss of a whole data set.
+    r"""Compute the dense empirical Fisher matrix of the loss of a whole data set.
 
-    :math:`\frac{1}{W} \sum_n g_n g_n^\top`, with the gradients of the examples' losses, each of them formed. The loss's
-    own divisor `W` is what its unreduced terms add up to, over the loss. Examples are positions for
-    ``CrossEntropyLoss`` and ``NLLLoss``, and rows for the other losses of ``torch.nn``; any other function is evaluated
-    for each example alone, and averages over them unless its `reduction` is 'sum'.
+    The matrix is :math:`\frac{1}{W} \sum_n g_n g_n^\top` [1]_, where :math:`g_n` is the gradient of the loss of example
+    n. W is the divisor that the loss function uses: the ratio of the sum of the unreduced loss terms to the loss.
 
-    The parameters are those of `functorch_hessian`.
+    For ``CrossEntropyLoss`` and ``NLLLoss``, an example is a position of the prediction with one entry per class. For
+    other ``torch.nn`` losses, an example is a row of the prediction. A loss function that is not from ``torch.nn`` is
+    called once for each example. Such a function is assumed to average over the examples, unless it has an attribute
+    ``reduction`` that is 'sum'.
+
+    Parameters
+    ----------
+    model : torch.nn.Module or callable
+        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. If a parameter of the
+        module is not in `params`, it is a constant. The module runs in its present training mode and with its present
+        buffers, which do not change.
+    loss_function : callable
+        ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
+    params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
+        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is
+        the order of the rows and columns. The tensors in a dict can have other values than the parameters of the
+        module. All parameters must be on one device.
+    data : iterable of (X, y)
+        Batches, which are iterated over once. X and y are tensors with the examples along dimension 0, or (nested)
+        mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
+        parameters.
+
+    Returns
+    -------
+    torch.Tensor, shape (P, P)
+        The matrix, in the dtype and on the device of the parameters.
+
+    Raises
+    ------
+    ValueError
+        If `data` is empty, or its batches cannot be concatenated (pad sequences to one length). If `params` is empty,
+        or its tensors are on several devices or do not belong to the model.
+    TypeError
+        If X or y contains objects other than tensors and collections of tensors.
+    NoHessianError
+        If forward mode and reverse mode yield different gradients.
 
     References
     ----------
-    Kunstner, Hennig, Balles (2019), "Limitations of the empirical Fisher approximation for natural gradient descent",
-    eq. (3).
+    .. [1] F. Kunstner, L. Balles, P. Hennig, "Limitations of the empirical Fisher approximation for natural gradient
+       descent", NeurIPS 2019, eq. (3), arXiv:1905.12558.
     """
-    problem = Problem(model, params, data)
-    terms_of, reduced = _terms(loss_function), getattr(loss_function, "reduction", "mean")
+    flat = _FlatModel(model, params, data)
+    unreduced, reduction = _unreduced(loss_function), getattr(loss_function, "reduction", "mean")
 
     def examples(vector: Tensor) -> Tensor:
-        prediction = problem.predict(vector)
-        if terms_of is None:
-            pairs = zip(prediction.split(1), problem.y.split(1), strict=True)
-            return torch.stack([loss_function(one, target) for one, target in pairs])
-        terms = terms_of(prediction, problem.y)
+        prediction = flat.predict(vector)
+        if unreduced is None:
+            pairs = zip(prediction.split(1), flat.y.split(1), strict=True)
+            return torch.stack([loss_function(example, target) for example, target in pairs])
+        terms = unreduced(prediction, flat.y)
         if terms.shape == prediction.shape and terms.ndim > 1:
             terms = terms.sum(-1)
         return terms.reshape(-1)
 
-    with differentiable(problem.theta.device):
-        gradients = dense_jacobian(examples, problem.theta, problem.eps)
-        losses = examples(problem.theta)
-        if terms_of is None:
-            divisor = losses.new_tensor(1.0 if reduced == "sum" else len(losses))
+    with _differentiable(flat.theta.device):
+        gradients = _dense_jacobian(examples, flat.theta, flat.eps)
+        losses = examples(flat.theta)
+        if unreduced is None:
+            divisor = losses.new_tensor(1.0 if reduction == "sum" else len(losses))
         else:
-            loss = loss_function(problem.predict(problem.theta), problem.y)
+            loss = loss_function(flat.predict(flat.theta), flat.y)
             divisor = losses.sum() / loss if loss else losses.new_tensor(1.0)
     return gradients.T @ gradients / divisor
 
 
-def _flat(prediction: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Return the floating-point entries of a prediction as one vector, and the way back."""
-    parts, structure = pytree.tree_flatten(prediction)
-    where = [index for index, part in enumerate(parts) if isinstance(part, Tensor) and part.is_floating_point()]
+@torch.inference_mode(mode=False)
+def functorch_jacobian(model: Model, params: Params, data: Data) -> Tensor:
+    """Compute the dense Jacobian of the flattened predictions for a whole data set.
 
-    def restored(flat: Tensor) -> Any:
-        pieces = flat.split([parts[index].numel() for index in where])
-        filled = list(parts)
-        for index, piece in zip(where, pieces, strict=True):
-            filled[index] = piece.view(parts[index].shape)
+    The Jacobian is computed in forward mode, or row by row in reverse mode if an operation has no forward-mode
+    derivative.
+
+    Parameters
+    ----------
+    model : torch.nn.Module or callable
+        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. If a parameter of the
+        module is not in `params`, it is a constant. The module runs in its present training mode and with its present
+        buffers, which do not change.
+    params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
+        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is
+        the order of the columns. The tensors in a dict can have other values than the parameters of the module. All
+        parameters must be on one device.
+    data : iterable of (X, y)
+        Batches, which are iterated over once. X and y are tensors with the examples along dimension 0, or (nested)
+        mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
+        parameters.
+
+    Returns
+    -------
+    torch.Tensor, shape (N_out, P)
+        The Jacobian, on the device of the parameters.
+
+    Raises
+    ------
+    ValueError
+        If `data` is empty, or its batches cannot be concatenated (pad sequences to one length). If `params` is empty,
+        or its tensors are on several devices or do not belong to the model.
+    TypeError
+        If X or y contains objects other than tensors and collections of tensors.
+    NoHessianError
+        If forward mode and reverse mode yield different derivatives.
+    """
+    flat = _FlatModel(model, params, data)
+    with _differentiable(flat.theta.device):
+        return _dense_jacobian(lambda vector: _flattened(flat.predict(vector))[0], flat.theta, flat.eps)
+
+
+@torch.inference_mode(mode=False)
+def functorch_gradient_and_loss(model: Model, loss_function: Loss, params: Params, data: Data) -> tuple[Tensor, Tensor]:
+    """Compute the gradient and the value of the loss of a whole data set.
+
+    Parameters
+    ----------
+    model : torch.nn.Module or callable
+        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. If a parameter of the
+        module is not in `params`, it is a constant. The module runs in its present training mode and with its present
+        buffers, which do not change.
+    loss_function : callable
+        ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
+    params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
+        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is
+        the order of the entries of the gradient. The tensors in a dict can have other values than the parameters of the
+        module. All parameters must be on one device.
+    data : iterable of (X, y)
+        Batches, which are iterated over once. X and y are tensors with the examples along dimension 0, or (nested)
+        mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
+        parameters.
+
+    Returns
+    -------
+    gradient : torch.Tensor, shape (P,)
+        The gradient, in the dtype and on the device of the parameters.
+    loss : torch.Tensor
+        The loss, a scalar.
+
+    Raises
+    ------
+    ValueError
+        If `data` is empty, or its batches cannot be concatenated (pad sequences to one length). If `params` is empty,
+        or its tensors are on several devices or do not belong to the model.
+    TypeError
+        If X or y contains objects other than tensors and collections of tensors.
+    """
+    flat = _FlatModel(model, params, data)
+    leaf = flat.theta.clone().requires_grad_()
+    with _differentiable(leaf.device), torch.enable_grad():
+        loss = loss_function(flat.predict(leaf), flat.y)
+        [gradient] = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
+    return gradient, loss.detach()
+
+
+def _flattened(prediction: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Flatten the floating-point tensors of a prediction into one vector.
+
+    Return the vector, and a function that converts such a vector to a prediction.
+    """
+    leaves, structure = pytree.tree_flatten(prediction)
+    indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+    def restore(vector: Tensor) -> Any:
+        pieces = vector.split([leaves[i].numel() for i in indices])
+        filled = list(leaves)
+        for i, piece in zip(indices, pieces, strict=True):
+            filled[i] = piece.view(leaves[i].shape)
         return pytree.tree_unflatten(filled, structure)
 
-    return torch.cat([parts[index].reshape(-1) for index in where]), restored
+    return torch.cat([leaves[i].reshape(-1) for i in indices]), restore
 
 
-def _terms(loss_function: Any) -> Loss | None:
-    """Return torch's own loss without its reduction, None for any other function."""
+def _unreduced(loss_function: Any) -> Loss | None:
+    """Return a copy of a PyTorch loss function with reduction 'none', or None for any other function."""
     unreduced: Any = None
     inner = loss_function.func if isinstance(loss_function, functools.partial) else loss_function
     if getattr(inner, "__module__", "") == "torch.nn.functional":
@@ -217,20 +383,20 @@ def _terms(loss_function: Any) -> Loss | None:
     return cast("Loss | None", unreduced)
 
 
-# A whole data set as one batch, and a model's parameters as one vector.
+# Conversion of the data set to one batch, and of the parameters to one vector.
 
 
-class Problem:
-    """A model and a whole data set, as a function of one vector.
+class _FlatModel:
+    """The predictions of a model for a whole data set, as a function of one vector of parameters.
 
     Attributes
     ----------
     theta : Tensor, shape (P,)
         The parameters.
     y : Any
-        All targets.
+        The targets of the whole data set.
     eps : float
-        The precision of the least precise parameter.
+        The largest machine epsilon among the dtypes of the parameters.
     """
 
     def __init__(
@@ -247,11 +413,11 @@ class Problem:
         if not batches:
             raise ValueError("data holds no batches (an iterator that was used before is empty)")
         self._X, self.y = (
-            _joined([batch[i] for batch in batches], self.theta.device, name) for i, name in enumerate("Xy")
+            _concatenated([batch[i] for batch in batches], self.theta.device, name) for i, name in enumerate("Xy")
         )
 
     def predict(self, vector: Tensor) -> Any:
-        """Return the prediction for all inputs at the parameters `vector` ``(P,)``."""
+        """Return the prediction for the whole data set, with the parameters taken from `vector` of shape ``(P,)``."""
         pieces = vector.split([value.numel() for value in self._params.values()])
         state = {
             name: piece.view(value.shape).to(value.dtype)
@@ -259,13 +425,19 @@ class Problem:
         }
         if not isinstance(self._model, nn.Module):
             return self._model(state, self._X)
-        # Batch norm writes into its buffers: let it write into copies, which torch.func also insists on.
+        # Use copies of the buffers: batch norm writes to its buffers, and torch.func does not allow that.
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         return functional_call(self._model, buffers | state, (self._X,))
 
 
 def _named(model: object, params: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return the parameters by name, in the order given, or say what is wrong with them."""
+    """Return a dict of the parameters by name, in the given order.
+
+    Raises
+    ------
+    ValueError
+        If `params` are empty, do not belong to the model, or are on several devices.
+    """
     own = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
     if isinstance(params, Mapping):
         named = dict(params)
@@ -284,71 +456,71 @@ def _named(model: object, params: Mapping[str, Tensor] | Iterable[Tensor]) -> di
     return named
 
 
-def _joined(parts: list[Any], device: torch.device, where: str) -> Any:
-    """Concatenate the same leaf, or collection of leaves, of all batches along dimension 0."""
+def _concatenated(parts: list[Any], device: torch.device, where: str) -> Any:
+    """Concatenate corresponding tensors of all batches along dimension 0.
+
+    `parts` has one tensor, or one collection of tensors, for each batch. `where` is the name of this tensor or
+    collection in error messages.
+    """
     first = parts[0]
     if isinstance(first, Tensor):
         shapes = [tuple(part.shape) for part in parts if isinstance(part, Tensor)]
         if len(shapes) < len(parts) or (len(parts) > 1 and (() in shapes or len({s[1:] for s in shapes}) > 1)):
-            raise _cannot_join(where, f"of shapes {sorted(set(shapes))}")
+            raise _cannot_concatenate(where, f"of shapes {sorted(set(shapes))}")
         return torch.cat([part.to(device) for part in parts]) if shapes[0] else first.to(device)
     if any(type(part) is not type(first) for part in parts):
-        raise _cannot_join(where, f"of types {sorted({type(part).__name__ for part in parts})}")
+        raise _cannot_concatenate(where, f"of types {sorted({type(part).__name__ for part in parts})}")
     if isinstance(first, nn.utils.rnn.PackedSequence):
         if len(parts) > 1:
-            raise _cannot_join(where, "packed")
+            raise _cannot_concatenate(where, "packed")
         return first.to(device)  # type: ignore[arg-type]
     if isinstance(first, Mapping):
         if any(set(part) != set(first) for part in parts):
-            raise _cannot_join(where, "mappings with different keys")
-        # A copy keeps what a constructor may not take: Hugging Face's BatchEncoding, a default factory.
+            raise _cannot_concatenate(where, "mappings with different keys")
+        # Copy the mapping: the constructors of Hugging Face's BatchEncoding and defaultdict need other arguments.
         mapping: MutableMapping[Any, Any] = copy.copy(first) if isinstance(first, MutableMapping) else {}
-        mapping.update({key: _joined([part[key] for part in parts], device, f"{where}[{key!r}]") for key in first})
+        mapping.update(
+            {key: _concatenated([part[key] for part in parts], device, f"{where}[{key!r}]") for key in first}
+        )
         return mapping
     if isinstance(first, list | tuple):
         if len({len(part) for part in parts}) > 1:
-            raise _cannot_join(where, f"of lengths {sorted({len(part) for part in parts})}")
-        leaves = [_joined(list(leaf), device, f"{where}[{i}]") for i, leaf in enumerate(zip(*parts, strict=True))]
+            raise _cannot_concatenate(where, f"of lengths {sorted({len(part) for part in parts})}")
+        leaves = [_concatenated(list(leaf), device, f"{where}[{i}]") for i, leaf in enumerate(zip(*parts, strict=True))]
         return type(first)(*leaves) if hasattr(first, "_fields") else type(first)(leaves)
     if first is None or (isinstance(first, bool | str) and len(set(parts)) == 1):
         return first
     raise TypeError(f"{where} is a {type(first).__name__}: batches must hold tensors, or collections of tensors")
 
 
-def _cannot_join(where: str, what: str) -> ValueError:
+def _cannot_concatenate(where: str, what: str) -> ValueError:
     return ValueError(
         f"the batches cannot be joined into one: {where} is {what}. All but the first dimension must agree; pad "
         "sequences of different lengths to one length"
     )
 
 
-# Dense first and second derivatives, in forward mode where torch can, and checked against reverse mode.
-
-_WORKSPACE_BYTES = 1 << 28
+# Dense first and second derivatives.
 
 
-class NoHessianError(RuntimeError):
-    """The loss is random, or torch's derivatives of it contradict each other."""
-
-
-def dense_hessian(f: Callable[[Tensor], Tensor], theta: Tensor, eps: float) -> Tensor:
-    """Return the second derivatives ``(P, P)`` of a scalar function, whose precision is `eps`."""
+def _dense_hessian(f: Callable[[Tensor], Tensor], theta: Tensor, eps: float) -> Tensor:
+    """Return the second derivatives ``(P, P)`` of a scalar function whose values have machine epsilon `eps`."""
     identity = torch.eye(theta.numel(), dtype=theta.dtype, device=theta.device)
     hessian = _products(f, theta, identity, _columns_at_a_time(f, theta))
     _check(hessian, hessian, identity, f, theta, eps)
     return hessian
 
 
-def dense_ggn_like(f: Callable[[Tensor], Tensor], z: Tensor, jacobian: Tensor, eps: float) -> Tensor:
-    """Return ``J' H J`` for the second derivatives ``H`` of a scalar function; only ``H J`` is formed."""
+def _dense_ggn_like(f: Callable[[Tensor], Tensor], z: Tensor, jacobian: Tensor, eps: float) -> Tensor:
+    """Return ``J' H J``, where ``H`` is the Hessian of a scalar function at `z`. The Hessian itself is not formed."""
     products = _products(f, z, jacobian.T, _columns_at_a_time(f, z))
     matrix = jacobian.T @ products
     _check(matrix, products, jacobian.T, f, z, eps)
     return matrix
 
 
-def dense_jacobian(f: Callable[[Tensor], Tensor], theta: Tensor, eps: float) -> Tensor:
-    """Return the first derivatives ``(M, P)`` of a function whose values are vectors ``(M,)``."""
+def _dense_jacobian(f: Callable[[Tensor], Tensor], theta: Tensor, eps: float) -> Tensor:
+    """Return the Jacobian ``(M, P)`` of a function whose values have shape ``(M,)``."""
     leaf = theta.clone().requires_grad_()
     with torch.enable_grad():
         values = f(leaf)
@@ -365,15 +537,18 @@ def dense_jacobian(f: Callable[[Tensor], Tensor], theta: Tensor, eps: float) -> 
         jacobian = torch.stack(rows)
     allowed = max(1e-4, eps ** (1 / 3)) * jacobian.norm() + eps**0.5
     if (signs @ jacobian - reverse).norm() > allowed:
-        raise NoHessianError("the Jacobian is wrong, for forward and reverse mode disagree")
+        raise NoHessianError("the Jacobian is wrong: forward and reverse mode disagree")
     return jacobian
 
 
 def _forward_jacobian(f: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor | None:
+    """Return the Jacobian computed in forward mode, or None if an operation has no forward-mode derivative."""
+
     def column(tangent: Tensor) -> Any:
         return jvp(f, (theta,), (tangent,))[1]
 
-    for columns in (vmap(column, randomness="same", chunk_size=64), lambda e: torch.stack([column(one) for one in e])):
+    batched = vmap(column, randomness="same", chunk_size=64)
+    for columns in (batched, lambda basis: torch.stack([column(e) for e in basis])):
         try:
             derivative: Tensor = columns(torch.eye(len(theta), dtype=theta.dtype, device=theta.device))
             return derivative.T
@@ -384,7 +559,15 @@ def _forward_jacobian(f: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor | 
 
 
 def _columns_at_a_time(f: Callable[[Tensor], Tensor], theta: Tensor) -> int:
-    """See that the objective has a Hessian, and return how many columns fit the workspace."""
+    """Return the number of Hessian columns that can be computed together within the workspace.
+
+    Raises
+    ------
+    ValueError
+        If the loss is not a scalar.
+    NoHessianError
+        If the loss is random.
+    """
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -396,37 +579,40 @@ def _columns_at_a_time(f: Callable[[Tensor], Tensor], theta: Tensor) -> int:
     if not isinstance(value, Tensor) or value.ndim != 0:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"the loss must be a scalar tensor, not {shape}: use reduction 'mean' or 'sum'")
-    with torch.enable_grad():  # an objective may contain derivatives of its own
+    with torch.enable_grad():  # the loss may contain derivatives
         again = f(theta).detach()
-    # The square root of the precision is far above what a reordered sum changes, and far below what dropout does.
+    # The square root of epsilon is far above the effect of a reordered sum and far below that of dropout.
     if not torch.isclose(value, again, rtol=torch.finfo(value.dtype).eps ** 0.5, equal_nan=True):
         raise NoHessianError(
-            f"the loss is random: {value.item():.6g}, then {again.item():.6g}. Dropout, for one, needs evaluation mode"
+            f"the loss is random: {value.item():.6g}, then {again.item():.6g}. "
+            "Put modules such as dropout into evaluation mode"
         )
-    # A column holds tangents of what a gradient saves, their cotangents, and temporaries: measured, 6 to 12 times.
+    # In addition to the tensors that a gradient saves, a column needs their tangents and cotangents and temporary
+    # tensors. Measurements showed that a column needs 6 to 12 times the memory of the saved tensors.
     return max(1, _WORKSPACE_BYTES // (8 * (sum(saved.values()) + theta.nbytes)))
 
 
 def _products(f: Callable[[Tensor], Tensor], theta: Tensor, basis: Tensor, columns_at_a_time: int) -> Tensor:
-    """Return the Hessian of `f` times the rows of `basis`, as columns."""
+    """Return a matrix whose columns are the products of the Hessian of `f` with the rows of `basis`."""
     chunks = basis.split(columns_at_a_time)
 
     def column(tangent: Tensor) -> Any:
         return jvp(grad(f), (theta,), (tangent,))[1]
 
-    # vmap stays outermost. Inside the forward-mode derivative (as in jvp(jacrev(f))) it freezes the statistics that
-    # LayerNorm, InstanceNorm and BatchNorm save, and the result is wrong without a word.
-    together = vmap(column, out_dims=1, randomness="same")
-    for columns in (together, lambda basis: torch.stack([column(e) for e in basis], dim=1)):
+    # Keep vmap outermost. If vmap is inside the forward-mode derivative, as in jvp(jacrev(f)), the saved statistics of
+    # LayerNorm, InstanceNorm and BatchNorm are treated as constants, and the result is silently wrong.
+    batched = vmap(column, out_dims=1, randomness="same")
+    for columns in (batched, lambda basis: torch.stack([column(e) for e in basis], dim=1)):
         try:
             return torch.cat([columns(chunk) for chunk in chunks], dim=1)
-        except RuntimeError as error:  # no batching rule, or no forward-mode derivative: the next way needs less
+        except RuntimeError as error:  # no batching rule or no forward-mode derivative: try the next method
             if isinstance(error, torch.OutOfMemoryError):
                 raise
     return torch.cat([_double_backward(f, theta, chunk) for chunk in chunks], dim=1)
 
 
 def _double_backward(f: Callable[[Tensor], Tensor], theta: Tensor, basis: Tensor) -> Tensor:
+    """Compute the same products as `_products` in reverse mode."""
     leaf = theta.clone().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(f(leaf), leaf, create_graph=True, materialize_grads=True)
@@ -444,44 +630,73 @@ def _check(
     theta: Tensor,
     eps: float,
 ) -> None:
-    """Refuse a matrix that is not symmetric, or that reverse mode contradicts (torch 2.13: scatter_reduce's 'prod')."""
-    # Far above rounding, also that of TF32 or of single precision inside a double model, and below what a wrong formula
-    # does. A matrix of nothing but rounding errors is small beside the loss, for parameters of order one.
+    """Raise a NoHessianError if a matrix is not symmetric, or differs from the result of double backward.
+
+    In torch 2.13, this happens for ``scatter_reduce`` with 'prod'.
+    """
+    # The limit is far above rounding errors, including those of TF32 or float32 inside a float64 model, and far below
+    # the effect of a wrong formula. The term with the loss is needed if the matrix is zero. The rounding errors of a
+    # zero matrix are small compared with the loss if parameters are of order one.
     with torch.enable_grad():
         value = float(f(theta).detach())
     allowed = max(1e-4, eps ** (1 / 3)) * products.norm() + eps**0.5 * abs(value)
-    wrong = {"it is not symmetric": matrix - matrix.T}
-    with suppress(RuntimeError):  # an operation without a second derivative in reverse mode leaves nothing to compare
+    contradictions = {"it is not symmetric": matrix - matrix.T}
+    with suppress(RuntimeError):  # no comparison if an operation has no second derivative in reverse mode
         signs = torch.randn(len(basis), dtype=theta.dtype, device=theta.device).sign()
         reverse = _double_backward(f, theta, (signs @ basis)[None])[:, 0]
-        wrong["forward and reverse mode disagree"] = products @ signs - reverse
-    for what, difference in wrong.items():
+        contradictions["forward and reverse mode disagree"] = products @ signs - reverse
+    for contradiction, difference in contradictions.items():
         if difference.norm() > allowed:
             raise NoHessianError(
-                f"the Hessian is wrong, for {what} (by {difference.norm() / products.norm():.1e} of its norm): an "
-                "operation of the model or the loss has a wrong derivative, in torch or in an autograd.Function"
+                f"the Hessian is wrong: {contradiction} (by {difference.norm() / products.norm():.1e} of its norm), "
+                "because an operation of the model or the loss has a wrong derivative, in torch or in an "
+                "autograd.Function"
             )
 
 
-# What torch differentiates in forward mode wrongly or not at all, and what stands in for it in the references.
+# Replacements for operations whose forward-mode derivative is wrong or missing in torch.
+
+
+@contextmanager
+def _differentiable(device: torch.device) -> Iterator[None]:
+    """Within a ``with`` block, disable operations that have no second derivatives, such as fused attention."""
+    backends: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    enabled = [backend.enabled for backend in backends]
+    cpu = device.type == "cpu"
+    random_state = torch.random.fork_rng([] if cpu else [device], device_type="cuda" if cpu else device.type)
+    # no_grad does not affect derivatives of torch.func. It keeps torch from recording graphs for constant parameters.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable(), random_state, warnings.catch_warnings():
+        # Hide two warnings that users cannot avoid: torch.func issues one of them on first use, and the other one if
+        # vmap loops over an operation.
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated|There is a performance drop")
+        try:
+            # Do not use the flags() context managers, which also write the TF32 settings and issue warnings about them.
+            for backend in backends:
+                backend.enabled = False
+            yield
+        finally:
+            for backend, was_enabled in zip(backends, enabled, strict=True):
+                backend.enabled = was_enabled
 
 
 class _TwiceDifferentiable(TorchFunctionMode):
-    """Replace calls whose forward-mode derivative of the gradient is missing or wrong by others of the same value."""
+    """Replace a function by an equivalent one if the forward-mode derivative of its gradient is wrong or missing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
 
 
 def _mse_loss(prediction: Tensor, target: Tensor, **options: Any) -> Tensor:
-    # The second derivative of the fused mean divides a ZeroTensor (the tangent of the target) in place, and raises.
+    # The second derivative of the fused mean raises an error, because it divides a ZeroTensor (the tangent of the
+    # target) in place.
     if options.get("reduction") == "mean" and options.get("weight") is None:
         return functional.mse_loss(prediction, target, **(options | {"reduction": "none"})).mean()
     return functional.mse_loss(prediction, target, **options)
 
 
 def _huber_loss(prediction: Tensor, target: Tensor, **options: Any) -> Tensor:
-    # huber_loss_backward has no forward-mode derivative; the smooth L1 loss, the same up to a factor, has one.
+    # The gradient of the Huber loss has no forward-mode derivative, but the gradient of the smooth L1 loss has one.
+    # The two losses differ by a constant factor.
     if options.get("weight") is not None:
         return functional.huber_loss(prediction, target, **options)
     delta: float = options["delta"]
@@ -489,7 +704,8 @@ def _huber_loss(prediction: Tensor, target: Tensor, **options: Any) -> Tensor:
 
 
 def _embedding(indices: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Tensor:
-    # Reverse mode holds the padding row constant and forward mode does not, so the matrix would not be symmetric.
+    # The padding row is a constant in reverse mode but not in forward mode. Without this replacement, the matrix would
+    # not be symmetric.
     rows = functional.embedding(indices, weight, padding_idx, **options)
     if padding_idx is None:
         return rows
@@ -497,7 +713,7 @@ def _embedding(indices: Tensor, weight: Tensor, padding_idx: int | None = None, 
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    # The derivative of the fused kernel's gradient takes the norms for constants, in both modes.
+    # In both modes, the derivative of the gradient of the fused kernel wrongly treats the norms as constants.
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
@@ -507,24 +723,3 @@ _REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {
     functional.embedding: _embedding,
     torch._weight_norm: _weight_norm,
 }
-
-
-@contextmanager
-def differentiable(device: torch.device) -> Iterator[None]:
-    """Choose kernels with second derivatives (no fused attention or recurrent cell), and restore what was chosen."""
-    backends: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
-    enabled = [backend.enabled for backend in backends]
-    cpu = device.type == "cpu"
-    random_state = torch.random.fork_rng([] if cpu else [device], device_type="cuda" if cpu else device.type)
-    # no_grad concerns what surrounds torch.func's own derivatives: parameters that were not chosen leave no graph.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable(), random_state, warnings.catch_warnings():
-        # torch.func's own, on first use and for operations that vmap loops over; nothing that a caller could act on.
-        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated|There is a performance drop")
-        try:
-            # Attributes, not the flags() managers, which write the TF32 settings too and warn about them.
-            for backend in backends:
-                backend.enabled = False
-            yield
-        finally:
-            for backend, was_enabled in zip(backends, enabled, strict=True):
-                backend.enabled = was_enabled
