@@ -72,8 +72,13 @@ BATCHINGS = {"one": (9,), "unequal": (6, 3), "singles": (1,) * 9}
 
 
 def slow(*values: Any) -> list[Any]:
-    """Return values of a parameter with which a test is a slow one."""
+    """Return values of a parameter whose tests belong to the tier ``slow``."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def nightly(*values: Any) -> list[Any]:
+    """Return values of a parameter whose tests belong to the tier ``nightly``."""
+    return [pytest.param(value, marks=pytest.mark.nightly) for value in values]
 
 
 # Losses: name -> (loss, targets); the model is an MLP with three outputs.

@@ -1,6 +1,7 @@
-"""What the processes of the distributed tests run; each rank reports to a file of its own.
+"""Functions that the processes of the distributed tests run.
 
-`Ranks` are started from a server that has imported torch already, and never waited for longer than is said.
+`Ranks` starts the processes from a fork server that has already imported torch, and waits for a limited time. Each rank
+writes its results to a file.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from curvop.storage.fingerprint import fingerprint
 
 TIMEOUT = 4.0
 
-# The problems, and how their batches are spread.
+# Problems, and the distribution of their batches over the ranks.
 
 
 @seeded
@@ -56,7 +57,7 @@ def singles(loss: str) -> Problem:
 
 @seeded
 def weighted() -> Problem:
-    """An objective of its own, whose batches count by a function of them."""
+    """Return a user-defined objective with `batch_weight`."""
     model = mlp()
     X, y = torch.randn(9, 4), torch.randn(9, 3)
 
@@ -90,7 +91,7 @@ KINDS = {
     "covariance": GradientCovarianceLinearOperator,
 }
 CASES: dict[str, tuple[Any, tuple[Any, ...], str, str]] = {
-    # name: problem, its arguments, matrix, how the batches are spread
+    # name: problem, its arguments, matrix, distribution of the batches
     "mse": (singles, ("mse",), "hessian", "uneven"),
     "sum": (singles, ("mse-sum",), "hessian", "uneven"),
     "classes": (singles, ("ce-weights",), "ggn", "uneven"),
@@ -110,7 +111,7 @@ ROWS, COLS = ["2.bias", "0.weight"], ["0.bias", "2.bias"]
 
 
 def spread(data: list[Any], rank: int, size: int, how: str) -> list[Any]:
-    """Return a rank's part: far more on one than on the others, or all of it on the first or the last."""
+    """Return a rank's part of the data: of uneven size, or all data on the first or last rank."""
     if how in ("first", "last"):
         return data if rank == (0 if how == "first" else size - 1) else []
     stops = [0, *(len(data) * (index + 1) ** 2 // size**2 for index in range(size))]
@@ -131,7 +132,7 @@ def vectors(size: int, count: int = 3) -> np.ndarray:
 
 
 def results(A: Any) -> dict[str, Any]:
-    """Return what is compared between one process and several."""
+    """Return the products and other results that are compared between one process and several."""
     names = list(A.params_slices)
     rows, cols = ([names[3], names[0]], [names[1], names[3]]) if len(names) > 3 else (names[:1], names[-1:])
     block = A.block(rows, cols)
@@ -159,7 +160,7 @@ def results(A: Any) -> dict[str, Any]:
     return found
 
 
-# What the ranks run: functions of the rank, the number of ranks, and a folder.
+# Runs: functions of the rank, the number of ranks, and a directory. `Ranks` takes them by name.
 
 
 def matrices(rank: int, size: int, folder: Path) -> dict[str, Any]:
@@ -190,7 +191,7 @@ def solvers(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def checks(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """A check of what is served, in either precision, plain and wrapped; and of products that are wrong by 1 %."""
+    """Check served operators in both precisions, plain and wrapped, and one whose products are wrong by 1 %."""
     found: dict[str, Any] = {}
     for case in ("float32", "mse"):
         with serve(operator(case, rank, size), timeout=TIMEOUT) as A:
@@ -200,14 +201,14 @@ def checks(rank: int, size: int, folder: Path) -> dict[str, Any]:
                 found[f"{case}, block"] = check(A.block("0.weight", "2.bias"), rng=0)
                 with raised(found, "cost"):
                     A.cost()
-                multiply, A._multiply = A._multiply, lambda X, own=A._multiply: own(X) + 0.01 * X.abs()
+                multiply, A._multiply = A._multiply, lambda X, right=A._multiply: right(X) + 0.01 * X.abs()
                 found[f"{case}, wrong"] = check(A, rng=0)
                 A._multiply = multiply
     return found
 
 
 def seeds(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Two runs with one journal, of which another rank than 0 draws other numbers in the second."""
+    """Use one journal in several runs; in the last, rank 1 has another seed."""
     found: dict[str, Any] = {}
     problem = singles("mse")
     for name, seed in (("first", rank), ("same", rank), ("other", 7 * rank)):
@@ -216,7 +217,7 @@ def seeds(rank: int, size: int, folder: Path) -> dict[str, Any]:
         with serve(F, timeout=TIMEOUT) as W:
             if rank == 0:
                 found[name] = W @ np.ones(W.shape[0])
-                found[f"{name}, told"] = fingerprint(W)
+                found[f"{name}, fingerprint"] = fingerprint(W)
                 with raised(found, f"{name}, journal"), JournaledLinearOperator(W, folder / "journal") as J:
                     found[f"{name}, from the journal"] = J @ np.ones(W.shape[0])
     return found
@@ -224,7 +225,7 @@ def seeds(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def raised(found: dict[str, Any], name: str) -> Iterator[None]:
-    """Report what is raised."""
+    """Record the exception that the block raises, or None."""
     began = time.monotonic()
     try:
         yield
@@ -235,13 +236,13 @@ def raised(found: dict[str, Any], name: str) -> Iterator[None]:
             "message": str(error),
             "rank": getattr(error, "rank", None),
             "seconds": time.monotonic() - began,
-            "at": time.monotonic(),  # a clock of the machine, not of a process
+            "at": time.monotonic(),  # comparable between processes of one machine
         }
 
 
 @contextmanager
 def interrupted(seconds: float) -> Iterator[None]:
-    """Press Ctrl-C after some seconds."""
+    """Raise KeyboardInterrupt in the block after some seconds, as Ctrl-C does."""
 
     def press(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -256,7 +257,7 @@ def interrupted(seconds: float) -> Iterator[None]:
 
 
 class Faulty:
-    """A loader that cannot read its data, from some time on."""
+    """A loader that can be made slow, or to raise an error."""
 
     error: BaseException | None = None
     pause = 0.0
@@ -272,14 +273,14 @@ class Faulty:
 
 
 def parts(rank: int, size: int, **options: Any) -> tuple[GGNLinearOperator, Faulty]:
-    """Return a rank's operator, whose data is read anew in each product."""
+    """Return a rank's operator, which reads its data in each product, and its loader."""
     problem = singles("ce-weights")
     data = Faulty(spread(problem.data, rank, size, "uneven"))
     return GGNLinearOperator(problem.model, problem.loss_function, problem.params, data, cache=0, **options), data
 
 
 def survivors(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """What goes wrong while all ranks live."""
+    """Raise errors while all ranks are alive."""
     found: dict[str, Any] = {}
     A, data = parts(rank, size)
     x = vectors(A.shape[0])[:, 0]
@@ -369,7 +370,7 @@ def enclosing(weight: Any) -> Any:
 
 
 class Weighing:
-    """A loss function that is an object, of no module's kind."""
+    """A loss function that is a callable object, but not a module."""
 
     def __init__(self, weight: Any) -> None:
         self.weights = [weight]
@@ -379,7 +380,7 @@ class Weighing:
 
 
 def losses(weight: Any) -> dict[str, Any]:
-    """Return the same loss in all ways that it can hold its weights."""
+    """Return the same loss, with its weights held in different ways."""
     return {
         "module": nn.CrossEntropyLoss(weight=weight),
         "partial": functools.partial(nn.functional.cross_entropy, weight=weight),
@@ -389,7 +390,7 @@ def losses(weight: Any) -> dict[str, Any]:
 
 
 def other_tensors(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Ranks that differ in a tensor of the loss or the model."""
+    """Serve operators whose ranks differ in a tensor of the loss or the model."""
     found: dict[str, Any] = {}
     problem = singles("ce-weights")
     data, shared = spread(problem.data, rank, size, "uneven"), torch.ones(3).double()
@@ -420,7 +421,7 @@ def left(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def stayed(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Rank 0 goes on after Ctrl-C, to the end of its block, while rank 1 computes for longer than `TIMEOUT`."""
+    """Continue on rank 0 after Ctrl-C to the end of the block, while rank 1 computes for longer than `TIMEOUT`."""
     found: dict[str, Any] = {}
     A, data = parts(rank, size)
     data.pause = 1.5 * TIMEOUT * rank
@@ -436,7 +437,7 @@ def stayed(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def new_tensors(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Tensors that take the place of a model's own, before the block and within it."""
+    """Replace tensors of a model, before the block and within it."""
     found: dict[str, Any] = {}
     for which in range(size):
         A, _ = parts(rank, size)
@@ -467,7 +468,7 @@ def new_tensors(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def newton(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Rank 0 writes to its parameters and to a buffer, and all ranks follow."""
+    """Take Newton steps on rank 0, which modify its parameters and a buffer."""
     found: dict[str, Any] = {"losses": []}
     A, problem = batch_norm(rank, size)
     with serve(A, timeout=TIMEOUT) as W:
@@ -480,7 +481,7 @@ def newton(rank: int, size: int, folder: Path) -> dict[str, Any]:
                         value -= step[name]
                     problem.model[1].running_mean += 0.1
                 found["losses"].append(loss)
-            problem.model[0].weight.data.mul_(1.5)  # which no version counts
+            problem.model[0].weight.data.mul_(1.5)  # tensor versions do not count changes of .data
             found["product"] = W @ np.ones(W.shape[0])
             found["block"] = W.block("0.weight") @ np.ones(W.params_slices["0.weight"].stop)
     found["parameters"] = nn.utils.parameters_to_vector(problem.model.parameters()).detach().numpy()
@@ -497,7 +498,7 @@ def batch_norm(rank: int, size: int) -> tuple[GGNLinearOperator, Problem]:
 
 
 class Pipeline(nn.Module):
-    """Two stages, each of which moves its input to where it is, and a prediction where the input was."""
+    """Two stages on different devices; the prediction is on the device of the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -508,7 +509,7 @@ class Pipeline(nn.Module):
         return self.second(hidden.to(self.second.weight.device)).to(X.device)
 
     def place(self, device: str) -> Pipeline:
-        """Put the second stage on another device."""
+        """Move the second stage to another device."""
         for name, value in list(self.second.named_parameters()):
             setattr(self.second, name, nn.Parameter(value.detach().to(device)))
         return self
@@ -520,10 +521,10 @@ def pipeline() -> Problem:
 
 
 def two_devices(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Each rank has its model on two devices."""
+    """Serve models that are on two devices on each rank."""
     found: dict[str, Any] = {}
     problem = pipeline()
-    from second_device import SECOND  # from now on, for this process
+    from second_device import SECOND  # registers the device for this process
 
     params = dict(problem.model.place(SECOND).named_parameters())
     for kind, build in KINDS.items():
@@ -541,7 +542,7 @@ def two_devices(rank: int, size: int, folder: Path) -> dict[str, Any]:
                     }
                     devices = {name: str(value.device) for name, value in W.unravel(np.ones(W.shape[0])).items()}
                     assert devices == {name: str(value.device) for name, value in params.items()}
-                    with torch.no_grad():  # handed out again
+                    with torch.no_grad():  # forces a new transfer to all ranks
                         params["second.weight"].mul_(1.0)
                     found[f"{kind}, {cache}"]["written"] = W @ vectors(W.shape[0])[:, 0]
     with warnings.catch_warnings(record=True) as caught:
@@ -566,13 +567,13 @@ def on_gpu(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def kill(process: int, number: int, folder: Path) -> None:
-    """End or stop a process, and leave word of when."""
+    """Send a signal that ends or stops a process, and record the time."""
     (folder / "killed").write_text(repr(time.monotonic()))
     os.kill(process, number)
 
 
 class Deadly:
-    """A loader that ends its process, in the third pass."""
+    """A loader that sends a signal to its own process in the third pass."""
 
     passes = 0
 
@@ -594,7 +595,7 @@ def deadly(rank: int, size: int, which: int, number: int, folder: Path) -> GGNLi
 
 
 def death(rank: int, size: int, which: int, number: int, folder: Path) -> dict[str, Any]:
-    """One rank ends in the middle of an eigen-solver's third product."""
+    """Run an eigensolver; one rank dies in the third product."""
     found: dict[str, Any] = {}
     A = deadly(rank, size, which, number, folder)
     with raised(found, "serve"), serve(A, timeout=TIMEOUT) as W:
@@ -623,7 +624,7 @@ def stopped_rank_0(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def idle_kill(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """A rank ends while rank 0 asks for nothing."""
+    """Kill a rank between two products."""
     found: dict[str, Any] = {}
     A, _ = parts(rank, size)
     (folder / f"pid{rank}").write_text(str(os.getpid()))
@@ -637,11 +638,11 @@ def idle_kill(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def killed_at_the_end(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Rank 1 ends after the last product, before rank 0 leaves its block, while rank 2 computes still."""
+    """Kill rank 1 after the last product, before rank 0 leaves its block, while rank 2 still computes."""
     found: dict[str, Any] = {}
     A, data = parts(rank, size)
     (folder / f"pid{rank}").write_text(str(os.getpid()))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with raised(found, "serve"), serve(A, timeout=TIMEOUT) as W:
             if rank == 0:
@@ -651,14 +652,14 @@ def killed_at_the_end(rank: int, size: int, folder: Path) -> dict[str, Any]:
             if rank == 0:
                 with raised(found, "interrupted"), interrupted(0.5):
                     W @ np.ones(W.shape[0])
-                time.sleep(0.5)  # rank 1 has done its part
+                time.sleep(0.5)  # rank 1 has finished its part
                 kill(int((folder / "pid1").read_text()), signal.SIGKILL, folder)
-    found["warnings"] = [(one.category.__name__, Path(one.filename).name, str(one.message)) for one in told]
+    found["warnings"] = [(one.category.__name__, Path(one.filename).name, str(one.message)) for one in caught]
     return found
 
 
 def late(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """A rank that raises before it comes to serve."""
+    """Raise an error on rank 1 before it reaches serve."""
     found: dict[str, Any] = {}
     dist.init_process_group("gloo")
     if rank == 1:
@@ -669,7 +670,7 @@ def late(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 
 def sharded_parameters(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    """Tensors of which each rank has a part, and modules whose passes wait for other ranks, are refused."""
+    """Pass sharded tensors, and modules whose passes wait for other ranks."""
     found: dict[str, Any] = {}
     dist.init_process_group("gloo")
     problem = singles("mse")
@@ -701,11 +702,11 @@ def ctrl_c_on_a_worker(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-# How they are launched.
+# Launching the processes.
 
 
 class Ranks:
-    """Processes of which each runs a function above; what they report is known when they have ended."""
+    """Processes that each run one of the functions above. Their results are in `found` after they have ended."""
 
     def __init__(
         self,
@@ -726,7 +727,7 @@ class Ranks:
         self.processes = [started(_run, run, rank, size, shared, str(folder)) for rank in range(size)]
         try:
             for rank, process in enumerate(self.processes):
-                if rank != stays:  # which is stopped, and ends not by itself
+                if rank != stays:  # a stopped process does not end by itself
                     process.join(max(0.1, began + seconds - time.monotonic()))
         finally:
             self.ended = time.monotonic()
@@ -740,7 +741,7 @@ class Ranks:
         self.found = [torch.load(path, weights_only=False) if path.exists() else None for path in reports]
 
     def check(self) -> list[Any]:
-        """Return what the ranks found, all of them."""
+        """Return the results of all ranks. Fail if a rank raised an error or did not end."""
         for found in self.found:
             assert found is None or "raised" not in found, found["raised"]
         assert self.hung == []
@@ -749,9 +750,9 @@ class Ranks:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _run(run: str, rank: int, size: int, shared: dict[str, str], folder: str) -> None:

@@ -127,12 +127,12 @@ def state(model: nn.Module, data: list[Any]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def interrupted_at(moment: int, files: tuple[str, ...]) -> Iterator[list[int]]:
-    """Interrupt at a line of these files; count the lines."""
+def interrupted_at(moment: int, files: tuple[str, ...], functions: frozenset[str] = frozenset()) -> Iterator[list[int]]:
+    """Interrupt at a line of these files, within these functions if there are any; count the lines."""
     lines = [0]
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(files):
+        if not frame.f_code.co_filename.endswith(files) or (functions and frame.f_code.co_name not in functions):
             return None
         if event == "line":
             lines[0] += 1

@@ -1,4 +1,4 @@
-"""What is killed and started again, in a process of its own: with a journal or a checkpoint, every product counted."""
+"""Functions for processes that tests kill and restart: runs with a journal or checkpoint that count their products."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from curvop.spectrum import blocks, density
 
 
 class Counted(GGNLinearOperator):
-    """Says of every product that it is begun, to whoever watches the file."""
+    """Writes a byte to a file when a product begins, for the process that watches the file."""
 
     counter = -1
 
     def _apply(self, rows: Any) -> Any:
         os.write(self.counter, b"." * len(rows))
-        time.sleep(0.002)  # so that who kills it a moment later does so before it ends
+        time.sleep(0.002)  # so that a kill shortly after the byte interrupts the product
         return super()._apply(rows)
 
 
@@ -52,7 +52,7 @@ RUNS = {"eigsh": run_eigsh, "cg": run_cg}
 
 
 def journaled(directory: Path, solver: str) -> None:
-    """Solve with a journal in `directory`; a byte is written to a file there for each product that is begun."""
+    """Solve with a journal in `directory`, and write a byte to a file there when a product begins."""
     torch.set_num_threads(1)
     A = problem()
     A.counter = os.open(directory / f"{solver}.count", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -61,7 +61,7 @@ def journaled(directory: Path, solver: str) -> None:
 
 
 class Logged(HessianLinearOperator):
-    """Writes a byte to a file for each product that begins."""
+    """Writes a byte to a file when a product begins."""
 
     log = Path()
 
@@ -78,18 +78,18 @@ def density_of_digits(log: Path, checkpoint: Path, out: Path, num_steps: int) ->
 
 
 class Dying(HessianLinearOperator):
-    """Kills its process before one product too many."""
+    """Kills its process before a product that exceeds the limit `left`."""
 
     left = 0
 
     def _apply(self, rows: Any) -> Any:
-        type(self).left -= len(rows)  # of all blocks together
+        type(self).left -= len(rows)  # the limit is shared by all blocks
         if self.left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return super()._apply(rows)
 
 
 def blocks_of_digits(left: int, checkpoint: Path, out: Path, options: dict[str, Any]) -> None:
-    torch.set_num_threads(1)  # as the tests have: more of them sum in another order
+    torch.set_num_threads(1)  # like the tests; with more threads, the order of sums differs
     Dying.left = left
     blocks(Dying(**digits(), columns=1), **options, checkpoint=checkpoint).save(out)

@@ -1,4 +1,4 @@
-"""Symmetric matrices with given eigenvalues."""
+"""Symmetric test matrices with prescribed eigenvalues."""
 
 from __future__ import annotations
 
@@ -14,4 +14,5 @@ def matrix(eigenvalues, seed: int = 0) -> np.ndarray:
 
 
 def right_side(n: int) -> np.ndarray:
+    """Return a random right-hand side of a linear system."""
     return np.random.default_rng(1).normal(size=n)

@@ -22,7 +22,7 @@ REMEDY = re.compile(
     r"\b(must|pass|use|call|make|take|give|leave|load|write|wrap|delete|close|open|cast|multiply|unravel|add|name|look|"
     r"change|precondition|did you mean|known are|they are|such as|needs|at most|does not end in|a problem is|"
     # Of the command's own arguments, what is wrong is enough.
-    r"not a whole number|no file|no folder|unrecognized arguments)\b"
+    r"not an integer|no file|no folder|unrecognized arguments)\b"
 )
 
 

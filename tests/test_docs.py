@@ -26,7 +26,6 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from pages import ROOT, Block, blocks
-from torch import nn
 
 import curvop.utils
 from curvop.cli.main import main
@@ -49,18 +48,6 @@ def pages(where: Callable[[Path], object] = lambda path: True) -> Any:
     return pytest.mark.parametrize("path", [path for path in PAGES if where(path)], ids=lambda path: path.stem)
 
 
-def readme() -> dict[str, Any]:
-    """Return what the README's code takes for given: a network whose layers have these names, data, rows, columns."""
-    torch.manual_seed(0)
-    model = nn.Sequential()
-    model.add_module("conv1", nn.Conv2d(1, 2, 3))
-    model.add_module("flatten", nn.Flatten())
-    model.add_module("fc", nn.Linear(72, 4))
-    data = [(torch.randn(size, 1, 8, 8), torch.randint(0, 4, (size,))) for size in (20, 12)]
-    given = {"model": model, "loss_function": nn.CrossEntropyLoss(), "data": data}
-    return given | {"rows": [0, 5, 100], "cols": [1, 2], "torch": torch}
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch, tmp_path) -> Iterator[None]:
     """Run in an empty folder, and draw without a screen."""
@@ -79,12 +66,12 @@ def test_blocks_are_of_kinds_that_run(path: Path) -> None:
         before = block.language
 
 
+@pytest.mark.slow_cases("density", "solves", "eigenvalues", "layers", "start")
 @pages(lambda path: of(path, "python"))
-@pytest.mark.filterwarnings("ignore:.*the damped matrix is indefinite:RuntimeWarning")  # the README's is random
 def test_python_runs_and_prints_what_the_page_says(path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "0")  # as a launcher says it of the only process
     monkeypatch.setenv("WORLD_SIZE", "1")
-    namespace: dict[str, Any] = {"__name__": "page"} | (readme() if path.stem == "README" else {})
+    namespace: dict[str, Any] = {"__name__": "page"}
     printed = ""
     with torch.random.fork_rng():
         for block in of(path, "python", "text"):
@@ -120,6 +107,7 @@ def function():
 """
 
 
+@pytest.mark.slow
 @pages(commands)
 def test_commands_run(path: Path, tmp_path, monkeypatch, capsys) -> None:
     for name in ("path/to/file.py", "package/module.py"):
@@ -169,11 +157,13 @@ def in_reference() -> set[str]:
     ids=lambda module: module.__name__,
 )
 def test_every_public_name_is_in_the_reference(module: Any) -> None:
-    listed = {name.rpartition(".")[2] for name in in_reference()}
+    elsewhere = {"functorch_hessian": "curvop.examples.functorch", "allclose_report": "curvop"}
+    listed = in_reference()
     for name in module.__all__:
         public = getattr(module, name)
         if not isinstance(public, ModuleType):
-            assert name in listed
+            owner = elsewhere.get(name, module.__name__)
+            assert f"{owner}.{name}" in listed
 
 
 def measured() -> Any:

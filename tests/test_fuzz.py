@@ -1,7 +1,8 @@
 """Random small problems, handed over in every way, against matrices computed by routes of their own in float64.
 
-200 cases by default; 2,000 more, and compiled ones, with ``-m slow``. The scheduled ones draw other cases in each run:
-``CURVOP_FUZZ_SEED`` repeats one. Besides, torch's operations, one after another, against finite differences.
+50 cases of one family by default, 150 more of the others in the tier ``slow``, 2,000 and compiled ones in ``nightly``.
+The nightly ones draw other cases in each run: ``CURVOP_FUZZ_SEED`` repeats one. Operations of torch are compared with
+finite differences one after another.
 """
 
 from __future__ import annotations
@@ -72,12 +73,13 @@ def run(kind: str, profile: str, at_least: int, engine: str = "autograd", start:
     assert len(checked) >= at_least
 
 
+@pytest.mark.default_cases("vector")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_random_problems(kind: str) -> None:
     run(kind, "fuzz-ci", at_least=50)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", LAYERS)
 def test_more_random_problems(kind: str) -> None:
     start = int(os.environ.get("CURVOP_FUZZ_SEED", random.SystemRandom().randrange(2**32)))
@@ -85,7 +87,7 @@ def test_more_random_problems(kind: str) -> None:
     run(kind, "fuzz-scheduled", at_least=500, start=start)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings(  # tensors that a function closes over cannot be traced: it says so, and is right
     "ignore:engine='compiled' falls back to 'autograd'.*convert all Tensors to FakeTensors:RuntimeWarning"
 )
@@ -111,7 +113,7 @@ def test_one_operation_after_another(name: str) -> None:
     near(H @ np.eye(3), differences.hessian())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", [name for name in REDUCTIONS | LAYER_OPERATIONS if name not in ONCE_DIFFERENTIABLE])
 def test_one_operation_after_another_compiled(name: str) -> None:
     model, data = operated(name)

@@ -102,7 +102,7 @@ def test_kernels_know_torch_and_the_standard_library_only(module: str) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_files_can_be_read_in_one_sitting(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 850
+    assert len(path.read_text().splitlines()) <= 900
 
 
 def test_the_reference_shares_no_code_with_the_kernels() -> None:

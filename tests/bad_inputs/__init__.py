@@ -1,4 +1,4 @@
-"""Every bad input that is tried, and what it gets.
+"""The bad inputs that the tests try, and their errors.
 
 ``python tests/bad_inputs > docs/bad_input.rst`` writes the page of the documentation that lists them.
 """

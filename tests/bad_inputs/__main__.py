@@ -1,4 +1,4 @@
-"""Writes the page."""
+"""Print the page of the documentation that lists all bad inputs."""
 
 import sys
 from pathlib import Path

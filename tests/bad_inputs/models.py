@@ -136,7 +136,12 @@ area(
         ValueError,
         "params[0] is not one",
     ),
-    ("one of them twice", lambda: hessian(params=[PARAMS["0.weight"]] * 2), ValueError, "params[1] stands in the list"),
+    (
+        "one of them twice",
+        lambda: hessian(params=[PARAMS["0.weight"]] * 2),
+        ValueError,
+        "params[1] is in the list twice",
+    ),
     (
         "another shape than the model's",
         lambda: with_bias(torch.ones(4, 4, dtype=torch.float64, requires_grad=True)),
@@ -166,7 +171,7 @@ area(
         "``model.state_dict()`` with buffers",
         lambda: with_buffers(),
         ValueError,
-        "params holds buffers of the model, '1.running_mean', '1.running_var', '1.num_batches_tracked'",
+        "params contains buffers of the model, '1.running_mean', '1.running_var', '1.num_batches_tracked'",
     ),
     (
         "two dtypes",
@@ -193,7 +198,7 @@ area(
         "made under ``torch.inference_mode()``",
         lambda: in_inference_mode(),
         ValueError,
-        "params['0.weight'] was made under torch.inference_mode()",
+        "params['0.weight'] was created under torch.inference_mode()",
     ),
     (
         "a tied tensor under both names",

@@ -181,7 +181,7 @@ area(
         TypeError,
         "x is a tensor that is on the meta device",
     ),
-    ("NaN", lambda: H @ (np.nan * ONES), NonFiniteProductError, "x, the vector handed in, is not finite"),
+    ("NaN", lambda: H @ (np.nan * ONES), NonFiniteProductError, "x, the vector to multiply, is not finite"),
     (
         "a complex vector, of a Jacobian",
         lambda: JacobianLinearOperator(MODEL, PARAMS, DATA) @ (1j * ONES),
@@ -272,7 +272,7 @@ area(
         "diagonal blocks of a block off the diagonal",
         lambda: H.block("0.bias", "2.bias").blocks(),
         ValueError,
-        "A has other parameters for rows than for columns",
+        "A has different row and column parameters",
     ),
     ("damping in words", lambda: H.damped("much"), TypeError, "damping is a str"),
     ("damping without bound", lambda: H.damped(np.inf), ValueError, "damping is inf"),

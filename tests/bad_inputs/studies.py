@@ -130,7 +130,7 @@ area(
     ("no matrix", lambda: spectrum.eigsh(3, 1), TypeError, "A is a int"),
     (
         "too little memory",
-        lambda: spectrum.eigsh(DENSE, 1, method="device", memory=1, progress=False),
+        lambda: spectrum.eigsh(DENSE, 1, method="lanczos", memory=1, progress=False),
         MemoryError,
         "the matrix of 4 rows",
     ),
@@ -162,7 +162,7 @@ area(
     ("a matrix that is not square", lambda: spectrum.density(WIDE), ValueError, "A has shape (3, 4)"),
     ("a seed in words", lambda: spectrum.density(DENSE, rng="x", progress=False), TypeError, "rng is 'x'"),
     ("a checkpoint that is a file", checkpoint_in_a_file, ValueError, "checkpoint is DIRECTORY/file"),
-    ("the checkpoint of something else", checkpoint_of_something_else, OtherProblemError, "num_probes differ"),
+    ("the checkpoint of something else", checkpoint_of_something_else, OtherProblemError, "num_probes differs"),
     ("more than all of a density", lambda: DENSITY.quantile(1.5), ValueError, "shares is 1.5"),
     ("no width", lambda: DENSITY.pdf(np.zeros(1), sigma=0), ValueError, "sigma is 0"),
     (
@@ -210,9 +210,9 @@ def served_within() -> None:
 
 area(
     "Several processes",
-    ("serving nothing", lambda: served(), TypeError, "serve() was given no operator"),
+    ("serving nothing", lambda: served(), TypeError, "serve() received no operator"),
     ("serving an array", lambda: served(DENSE @ np.eye(4)), TypeError, "A is a ndarray"),
     ("no time at all", lambda: served(H, timeout=0), ValueError, "timeout is 0"),
     ("ranks that come in no time", lambda: served(H, arrival=-1), ValueError, "arrival is -1"),
-    ("serving within a block that serves", lambda: served_within(), RuntimeError, "within another one's block"),
+    ("serving within a block that serves", lambda: served_within(), RuntimeError, "within the block of another serve"),
 )

@@ -1,4 +1,4 @@
-"""The check of an operator: what is sound passes, and every fault that is planted is named."""
+"""The check of an operator: correct operators pass, and the report names every planted fault."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def with_status(report: CheckReport, status: str) -> list[str]:
 
 
 def compared(report: CheckReport) -> list[str]:
-    """Return by which other routes the product is confirmed."""
+    """Return the names of the routes that confirm the product."""
     return [name for name in with_status(report, "ok") if name in ("forward mode", "finite differences")]
 
 
@@ -63,6 +63,7 @@ def single(problem: Problem) -> Problem:
 
 
 class TestSound:
+    @pytest.mark.default_cases("*-hessian")
     @pytest.mark.parametrize("kind", [*OPERATORS, "jacobian"])
     @pytest.mark.parametrize("name", ARCHITECTURES)
     def test_layers(self, name: str, kind: str) -> None:
@@ -71,6 +72,7 @@ class TestSound:
         assert with_status(report, "warning") == (["parameters reached"] if name == "unreached" else [])
         assert compared(report) == ["forward mode", "finite differences"]
 
+    @pytest.mark.default_cases("*-ggn")
     @pytest.mark.parametrize("kind", OPERATORS)
     @pytest.mark.parametrize("name", LOSSES)
     def test_losses(self, name: str, kind: str) -> None:
@@ -139,6 +141,7 @@ class TestSound:
         assert report["finite differences"].status == "not applicable"
         assert "the steps differ by 7.5e-01" in report["finite differences"].text
 
+    @pytest.mark.slow_cases("options2")
     @pytest.mark.parametrize("options", [dict(cache=0), dict(dtype=np.float32), dict(engine="compiled")])
     def test_settings(self, options: dict[str, Any]) -> None:
         assert check(operator(loss_problem("ce", "one"), **options), rng=0).verdict.startswith("sound")
@@ -234,7 +237,7 @@ def normalised(sizes: tuple[int, ...]) -> Problem:
 
 
 class SingleNorm(nn.Module):
-    """Divides by the root of the mean square, in single precision, as language models do."""
+    """Divide by the root mean square, in float32, as language models do."""
 
     def forward(self, X):
         single = X.float()
@@ -258,7 +261,7 @@ def padded() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 class Direction(torch.autograd.Function):
-    """x / |x|, whose backward takes the norm for a constant."""
+    """x / |x|, with a backward that treats the norm as a constant."""
 
     @staticmethod
     def forward(ctx, x):
@@ -273,7 +276,7 @@ class Direction(torch.autograd.Function):
 
 
 class Straight(torch.autograd.Function):
-    """A square whose second derivative is lost."""
+    """A square without a second derivative."""
 
     @staticmethod
     def forward(ctx, x):
@@ -311,7 +314,7 @@ class TestFaults:
         assert "'3' (Dropout, p = 0.5)" in report["dropout"].text
         assert report["dropout"].remedy == "call model.eval()"
 
-    def test_dropout_that_nothing_keeps(self) -> None:
+    def test_dropout_without_a_cache(self) -> None:
         problem = loss_problem("mse")
         model = nn.Sequential(*problem.model, nn.Dropout(0.5)).train()
         report = check(operator(Problem(model, nn.MSELoss(), problem.data), cache=0), rng=0)
@@ -419,9 +422,9 @@ class TestFaults:
             "gradient",
         ]
         assert "a loss that couples the examples" in report["finite differences"].remedy
-        one = loss_problem("mse", "one")
-        one.loss_function = problem.loss_function
-        assert check(operator(one), rng=0).verdict.startswith("sound")
+        one_batch = loss_problem("mse", "one")
+        one_batch.loss_function = problem.loss_function
+        assert check(operator(one_batch), rng=0).verdict.startswith("sound")
         assert check(operator(problem, batch_weight=lambda batch: len(batch[0])), rng=0).verdict.startswith("sound")
 
     def test_a_model_that_nothing_can_be_compared_with_is_not_called_sound(self) -> None:
@@ -429,7 +432,7 @@ class TestFaults:
             def forward(self, X):
                 return super().forward(X.float()).relu()
 
-        # Half of the outputs are at their kink.
+        # Half of the outputs are at a kink.
         model = Hard(4, 6)
         with torch.no_grad():
             model.weight[:3], model.bias[:3] = 0.0, 0.0
@@ -487,7 +490,7 @@ FAULTS = {
 
 
 class Attention(nn.Module):
-    """Adding the same to all keys changes no softmax: the matrix's rows and columns of ``k.bias`` are zero."""
+    """A softmax does not change if all keys are shifted: the rows and columns of ``k.bias`` are zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -499,6 +502,7 @@ class Attention(nn.Module):
 
 
 class TestBlocksThatAreZeroUpToRounding:
+    @pytest.mark.default_cases("hessian-*", "ggn-dtype0")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("kind", [*OPERATORS, "jacobian"])
     def test_biases_of_keys(self, kind: str, dtype: torch.dtype) -> None:
@@ -545,14 +549,14 @@ class TestAnyOperator:
 
     def test_the_defects_are_those_of_the_matrix(self) -> None:
         skew = 1e-9 * np.linalg.norm(SYMMETRIC) / np.linalg.norm(S - S.T) * (S - S.T)
-        found = check(aslinearoperator(SYMMETRIC + skew), num_probes=30, rng=0)["symmetry"]
-        assert found.status == "warning"
-        assert found.value == pytest.approx(2e-9, rel=0.5)
+        symmetry = check(aslinearoperator(SYMMETRIC + skew), num_probes=30, rng=0)["symmetry"]
+        assert symmetry.status == "warning"
+        assert symmetry.value == pytest.approx(2e-9, rel=0.5)
 
     @pytest.mark.parametrize("name", FAULTS)
     def test_faults(self, name: str) -> None:
-        given, wrong = FAULTS[name]
-        report = check(LinearOperator((30, 30), dtype=float, **given), rng=0)
+        options, wrong = FAULTS[name]
+        report = check(LinearOperator((30, 30), dtype=float, **options), rng=0)
         assert set(wrong) <= set(with_status(report, "wrong")), report
         assert not report.ok
 
@@ -561,12 +565,12 @@ class TestAnyOperator:
     )
     @pytest.mark.parametrize("name", ["sound", *FAULTS])
     def test_scales_whose_squares_underflow_or_overflow(self, name: str, scale: float, dtype: type) -> None:
-        given, wrong = FAULTS.get(name, (dict(matvec=lambda x: SYMMETRIC @ x), []))
+        options, wrong = FAULTS.get(name, (dict(matvec=lambda x: SYMMETRIC @ x), []))
 
         def scaled(product):
             return lambda x: (scale * product(x.astype(np.float64))).astype(dtype)
 
-        products = {what: scaled(product) for what, product in given.items()}
+        products = {what: scaled(product) for what, product in options.items()}
         report = check(LinearOperator((30, 30), dtype=dtype, **products), rng=0)
         assert set(wrong) <= set(with_status(report, "wrong")), report
         assert report.ok == (not wrong)
@@ -588,7 +592,7 @@ class TestAnyOperator:
         assert "rmatvec" in report["adjoint"].text
 
     def test_a_hessian_without_an_adjoint_that_is_not_symmetric(self) -> None:
-        """What ``jvp(jacrev(loss))`` makes of a LayerNorm with a trainable weight; ``jvp(grad(loss))`` is right."""
+        """``jvp(jacrev(loss))`` is wrong for a LayerNorm with a trainable weight; ``jvp(grad(loss))`` is right."""
         H, problem = normalised_layers()
         point = {name: value.detach() for name, value in problem.params.items()}
         [(X, y)] = problem.data
@@ -605,13 +609,13 @@ class TestAnyOperator:
         report = check(bare(torch.func.jacrev), rng=0)
         assert with_status(report, "warning") == ["symmetry"], report
         assert report.verdict == "nothing is wrong, with 1 warning: symmetry"
-        found, dense = report["symmetry"], bare(torch.func.jacrev) @ np.eye(len(H.ravel(point)))
-        assert found.text == "A is not symmetric"
+        symmetry, dense = report["symmetry"], bare(torch.func.jacrev) @ np.eye(len(H.ravel(point)))
+        assert symmetry.text == "A is not symmetric"
         defect = np.linalg.norm(dense - dense.T) / np.linalg.norm(dense)
         assert defect > 0.01
-        assert defect / 5 < found.value < 5 * defect
+        assert defect / 5 < symmetry.value < 5 * defect
         for words in ("eigsh, cg and densities need a symmetric matrix", "pass rmatvec="):
-            assert words in found.remedy
+            assert words in symmetry.remedy
         report = check(bare(torch.func.jacrev, rmatvec=lambda u: dense.T @ u), rng=0)
         assert report["symmetry"].status == "not applicable"
         assert report.verdict.startswith("sound"), report
@@ -649,7 +653,7 @@ class TestTheReport:
         assert check(aslinearoperator(SYMMETRIC), rng=0).products == 9
 
     def test_it_repeats(self) -> None:
-        values = [[one.value for one in check(operator(loss_problem("ce")), rng=1).findings] for _ in range(2)]
+        values = [[finding.value for finding in check(operator(loss_problem("ce")), rng=1).findings] for _ in range(2)]
         assert values[0] == values[1]
 
     def test_the_model_and_the_random_numbers_are_left_as_found(self) -> None:
@@ -668,8 +672,9 @@ class TestTheReport:
         with pytest.warns(RuntimeWarning, match="normalises each of the 2 batches"):
             H.block("0.weight") @ np.ones(20)
         check(H, rng=0)
-        H.block("0.bias") @ np.ones(5)  # it was said
+        H.block("0.bias") @ np.ones(5)  # no second warning
 
+    @pytest.mark.slow
     def test_a_bar_where_it_takes_long(self, capsys) -> None:
         def slow(x):
             time.sleep(0.15)
@@ -693,8 +698,8 @@ class TestTheReport:
 
     def test_json(self) -> None:
         report = check(LinearOperator((3, 3), matvec=lambda x: x * np.nan, dtype=float))
-        told = json.loads(json.dumps(report.json(), allow_nan=False))
-        assert (told["ok"], told["findings"][1]["status"]) == (False, "wrong")
+        parsed = json.loads(json.dumps(report.json(), allow_nan=False))
+        assert (parsed["ok"], parsed["findings"][1]["status"]) == (False, "wrong")
 
     def test_names_of_findings(self) -> None:
         with pytest.raises(KeyError, match=r"no finding is named 'symetry'; there are .*symmetry"):
@@ -702,13 +707,13 @@ class TestTheReport:
 
 
 class TestBadInput:
-    def test_what_is_no_operator(self) -> None:
+    def test_an_array_is_not_an_operator(self) -> None:
         with pytest.raises(TypeError, match=r"A is a ndarray.*aslinearoperator"):
             check(S)
 
     @pytest.mark.parametrize("num_probes", [0, -1, 1.5, "two", True])
     def test_numbers_of_probes(self, num_probes) -> None:
-        with pytest.raises(ValueError, match=r"num_probes is .*must be a whole number from 1 on"):
+        with pytest.raises(ValueError, match=r"num_probes is .*must be an integer >= 1"):
             check(aslinearoperator(S), num_probes=num_probes)
 
     def test_a_problem_that_cannot_be_evaluated(self) -> None:

@@ -1,7 +1,7 @@
-"""`check` calls the user's code as the user does: it finds what an operator misses of it, and leaves all as it was.
+"""`check` calls the user's code as the user does: it finds what an operator misses, and restores everything.
 
-The faults are planted in the operator alone, so that the tests hold whatever the operator itself gets right or refuses:
-its engine multiplies by a matrix that is known to be another than that of the user's code.
+The faults are planted in the operator only: its engine multiplies by a matrix that is known to differ from that of the
+user's code. The tests therefore do not depend on what the operator itself gets right or refuses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import loss_problem, mlp, slow
+from cases import loss_problem, mlp, nightly
 from fuses import Fuse, interrupted_at, made, state
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,12 +44,12 @@ OWN = ("finite differences", "gradient")
 
 
 def operator(kind: str, model: Any, loss_function: Any, params: Any, data: Any, **options: Any) -> Any:
-    given = (model, params, data) if kind == "jacobian" else (model, loss_function, params, data)
-    return KINDS[kind](*given, **options)
+    arguments = (model, params, data) if kind == "jacobian" else (model, loss_function, params, data)
+    return KINDS[kind](*arguments, **options)
 
 
 def multiplying(A: Any, dense: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let an operator multiply by another matrix."""
+    """Make an operator multiply by another matrix."""
     matrix = torch.from_numpy(dense)
 
     def apply_by(matrix: Tensor) -> Callable[[Tensor, Tensor, Any], None]:
@@ -69,7 +69,7 @@ def wrong(report: CheckReport) -> list[str]:
 
 
 def dense_hessian(loss: Callable[[], Tensor], own: list[Tensor]) -> np.ndarray:
-    """Return the Hessian by double backward, by hand."""
+    """Return the Hessian by double backward, without the package."""
     gradient = torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss(), own, create_graph=True)])
     rows = [torch.autograd.grad(entry, own, retain_graph=True, allow_unused=True) for entry in gradient]
     parts = [[torch.zeros_like(v) if g is None else g for g, v in zip(row, own, strict=True)] for row in rows]
@@ -97,10 +97,10 @@ class TestWhatAnOperatorMisses:
         assert statuses(check(H, rng=0))["finite differences"] == "ok"
         missed = exact - 0.2 * np.eye(len(exact))
         gradient = torch.cat([part.reshape(-1) for part in torch.autograd.grad(F.cross_entropy(model(X), y), own)])
-        monkeypatch.setattr(H, "_gradient", lambda: (gradient, 0.0))  # which misses it, too
+        monkeypatch.setattr(H, "_gradient", lambda: (gradient, 0.0))  # the gradient misses the penalty, too
         report = check(multiplying(H, missed, monkeypatch), rng=0)
         assert {"finite differences", "gradient"} <= set(wrong(report)), report
-        assert "parameters that the loss reaches" in report["finite differences"].remedy
+        assert "parameters that the loss does not get" in report["finite differences"].remedy
 
     def test_a_term_of_the_loss_that_the_model_leaves_in_an_attribute(self) -> None:
         net, X, y = classification()
@@ -137,7 +137,7 @@ class TestWhatAnOperatorMisses:
         assert {statuses(report)[name] for name in ("double backward", *OWN)} == {"ok"}, report
         report = check(multiplying(H, exact - 0.2 * np.eye(len(exact)), monkeypatch), rng=0)
         assert {"double backward", "finite differences"} <= set(wrong(report)), report
-        assert "parameters that the loss reaches" in report["double backward"].remedy
+        assert "parameters that the loss does not get" in report["double backward"].remedy
 
     def test_a_gradient_that_misses_a_penalty(self, monkeypatch) -> None:
         model, X, y = classification()
@@ -172,7 +172,7 @@ class TestWhatAnOperatorMisses:
         H = HessianLinearOperator(model, loss_function, dict(model.named_parameters()), cut)
         exact = dense_hessian(lambda: loss_function(model(images), y), own)
         halves = [dense_hessian(lambda a=a, b=b: loss_function(model(a), b), own) for a, b in cut]
-        # As if each list of images of three channels counted as three examples.
+        # A list of images with three channels counts as three examples.
         monkeypatch.setattr(ModelObjective, "_weight", lambda *args: 3.0)
         assert statuses(check(multiplying(H, exact, monkeypatch), rng=0))["finite differences"] == "ok"
         report = check(multiplying(H, sum(halves) / 2, monkeypatch), rng=0)
@@ -238,7 +238,7 @@ class TestWhatAnOperatorMisses:
         )
         exact = B @ np.eye(B.shape[1])
         assert statuses(check(multiplying(A, exact, monkeypatch), rng=0))["finite differences"] == "ok"
-        # As if what went through the buffers were constant.
+        # Values that pass through the buffers are constants.
         constant = dict(cut.named_parameters())
 
         def detached(params, X):
@@ -304,7 +304,7 @@ class TestWhatAnOperatorMisses:
         report = check(G, rng=0)
         assert "zero matrix" in wrong(report)
         assert "use HessianLinearOperator, or return logits" in report["zero matrix"].remedy
-        H = HessianLinearOperator(model, lambda out, y: out["loss"], dict(model.named_parameters()), G._objective._data)
+        H = HessianLinearOperator(model, lambda out, y: out["loss"], dict(model.named_parameters()), G._objective.data)
         assert check(H, rng=0).ok
 
     @pytest.mark.parametrize("loss_function", [nn.L1Loss(), F.l1_loss, nn.L1Loss(reduction="sum")])
@@ -397,7 +397,7 @@ class TestHowTheCodeIsCalled:
         assert report.verdict.startswith("sound"), report
         assert report["finite differences"].value < 1e-5
         tensors = [*model.parameters(), *model.buffers(), *loss_function.buffers()]
-        assert {one.dtype for one in tensors if one.is_floating_point()} == {torch.float32}
+        assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
 
     def test_a_model_that_fixes_its_dtype_is_run_in_that(self) -> None:
         class Hard(nn.Module):
@@ -479,6 +479,7 @@ class TestHowTheCodeIsCalled:
         H = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
         assert {statuses(check(H, rng=0))[name] for name in OWN} == {"ok"}
 
+    @pytest.mark.default_cases("dtype0")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_many_kinks(self, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -515,7 +516,7 @@ class TestHowTheCodeIsCalled:
         assert report.verdict.startswith("sound"), report
         assert report["finite differences"].text == "of your own code"
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     def test_the_compiled_engine(self) -> None:
         problem = loss_problem("ce", "one")
         H = HessianLinearOperator(problem.model, problem.loss_function, problem.params, problem.data, engine="compiled")
@@ -541,7 +542,7 @@ class TestJoining:
             ({"a": torch.ones(2)}, {"b": torch.ones(2)}),
             ((torch.ones(2), "first"), (torch.ones(2), "second")),
             ((torch.ones(2),), (torch.ones(2), torch.ones(2))),
-            ({"x": torch.ones(2), "count": 2}, {"x": torch.ones(2), "count": 2}),  # of both there are four
+            ({"x": torch.ones(2), "count": 2}, {"x": torch.ones(2), "count": 2}),  # joined, the count would be 4
         ],
     )
     def test_what_cannot_be(self, trees: Any) -> None:
@@ -550,7 +551,7 @@ class TestJoining:
 
 
 class Writing(nn.Module):
-    """Counts its calls in a buffer, and keeps what it has seen in another."""
+    """Count calls in one buffer, and keep the outputs in another."""
 
     def __init__(self, inputs: int = 4) -> None:
         super().__init__()
@@ -565,7 +566,7 @@ class Writing(nn.Module):
         return z + 0 * self.seen.sum()
 
 
-class TestAllIsLeftAsItWas:
+class TestEverythingIsRestored:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("kind", KINDS)
     def test_tensors_flags_gradients_and_what_is_kept(self, kind: str, dtype: torch.dtype) -> None:
@@ -596,16 +597,17 @@ class TestAllIsLeftAsItWas:
         model = Writing().double()
         data = [(torch.randn(4, 4).double(), torch.randn(4, 3).double()) for _ in range(2)]
         H = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
-        before = [(id(one), one.clone()) for one in model.buffers()]
+        before = [(id(buffer), buffer.clone()) for buffer in model.buffers()]
         check(H, rng=0)
-        for (identity, value), one in zip(before, model.buffers(), strict=True):
-            assert id(one) == identity
-            assert torch.equal(one, value)
-            assert one.grad_fn is None
+        for (identity, value), buffer in zip(before, model.buffers(), strict=True):
+            assert id(buffer) == identity
+            assert torch.equal(buffer, value)
+            assert buffer.grad_fn is None
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:'1' .BatchNorm1d. normalises each of the 2 batches:RuntimeWarning")
     @pytest.mark.parametrize("single", [False, True])
-    @pytest.mark.parametrize("kind", ["hessian", *slow("ggn", "ef")])
+    @pytest.mark.parametrize("kind", ["hessian", *nightly("ggn", "ef")])
     def test_wherever_a_line_is_interrupted(self, kind: str, single: bool) -> None:
         files = ("kernels/user_code.py", "kernels/differences.py")
 
@@ -629,7 +631,7 @@ class TestAllIsLeftAsItWas:
         for count, moment in enumerate(moments):  # noqa: B007
             with interrupted_at(moment, files), contextlib.suppress(KeyboardInterrupt):
                 check(A, rng=0)
-                break  # once it is known that the model writes to buffers, there are fewer lines
+                break  # fewer lines run once the check knows that the model writes to buffers
             assert state(model, data) == before
             assert tokens(model) == places
             assert A.state() == token
@@ -659,8 +661,8 @@ class TestAllIsLeftAsItWas:
 
 
 def tokens(model: nn.Module) -> list[Any]:
-    """Return where the tensors of a model are, how often they were written to, and what they are."""
+    """Return identity, address, version and values of the tensors of a model."""
     return [
-        (id(one), one.data_ptr(), one._version, one.dtype, one.requires_grad, one.grad_fn, id(one.grad), one.tolist())
-        for one in (*model.parameters(), *model.buffers())
+        (id(x), x.data_ptr(), x._version, x.dtype, x.requires_grad, x.grad_fn, id(x.grad), x.tolist())
+        for x in (*model.parameters(), *model.buffers())
     ]

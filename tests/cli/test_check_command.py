@@ -1,4 +1,4 @@
-"""``curvop check``: what it prints, and its exit code."""
+"""``curvop check``: its output and exit code."""
 
 from __future__ import annotations
 
@@ -74,18 +74,18 @@ def test_digits(run) -> None:
 @pytest.mark.parametrize("block", [[], ["--block", "2.weight", "--block", "0.bias"]])
 def test_every_matrix(run, spec, matrix: str, block: list[str]) -> None:
     code, out, _ = run(spec("sound"), "--matrix", matrix, *block, "--json")
-    told = json.loads(out)
+    parsed = json.loads(out)
     passed = 16 if matrix == "hessian" else 15
-    assert (code, told["ok"], told["verdict"]) == (0, True, f"sound: {passed} checks passed")
-    assert (told["matrix"], told["block"]) == (matrix, ["2.weight", "0.bias"] if block else None)
-    assert {one["status"] for one in told["findings"]} == {"ok", "not applicable"}
+    assert (code, parsed["ok"], parsed["verdict"]) == (0, True, f"sound: {passed} checks passed")
+    assert (parsed["matrix"], parsed["block"]) == (matrix, ["2.weight", "0.bias"] if block else None)
+    assert {finding["status"] for finding in parsed["findings"]} == {"ok", "not applicable"}
 
 
 def test_settings(run, spec) -> None:
     code, out, _ = run(spec("sound"), "--dtype", "float32", "--probes", "4", "--json")
-    told = json.loads(out)
-    assert (code, told["products"]) == (0, 11)
-    assert next(one["limit"] for one in told["findings"] if one["name"] == "symmetry") > 1e-5
+    parsed = json.loads(out)
+    assert (code, parsed["products"]) == (0, 11)
+    assert next(finding["limit"] for finding in parsed["findings"] if finding["name"] == "symmetry") > 1e-5
 
 
 def test_what_is_wrong_is_an_exit_code_and_a_warning_is_none(run, spec) -> None:
@@ -111,7 +111,7 @@ def test_what_a_problem_prints_does_not_mix_with_json(run, spec) -> None:
         ("nowhere", [], "no function 'nowhere'"),
         ("sound", ["--block", "2.wieght"], "--block: no parameter is named '2.wieght'; did you mean '2.weight'"),
         ("sound", ["--matrix", "jacobian", "--block", "2.wieght"], "--block: no parameter is named '2.wieght'"),
-        ("sound", ["--probes", "0"], "argument --probes: must be 1 or more"),
+        ("sound", ["--probes", "0"], "argument --probes: must be >= 1"),
         ("sound", ["--matrix", "hesian"], "argument --matrix: invalid choice"),
         ("sound", ["--out", "file.npz"], "unrecognized arguments: --out"),
     ],

@@ -1,4 +1,4 @@
-"""Problems: the built-in digits classifier, and those that a user names."""
+"""Problems: the built-in digits classifier, and problems of the user."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def trained():
 
 @pytest.fixture(autouse=True)
 def imports_restored(monkeypatch, tmp_path):
-    """Loading a problem extends the import path and the loaded modules; no test sees another's."""
+    """Restore the import path and the loaded modules, which loading a problem extends."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     loaded = set(sys.modules)
     yield
@@ -49,7 +49,7 @@ def write(folder: Path, text: str, name: str = "user_problem.py") -> str:
 
 
 def error_of(spec: str) -> str:
-    """Return the message with which a problem is refused, which must be one line."""
+    """Return the error message of a problem, which must be one line."""
     with pytest.raises(ProblemError) as caught:
         load(spec)
     message = str(caught.value)
@@ -249,11 +249,11 @@ class TestRefusals:
 def test_a_place_inside_a_library_is_not_named(call, described):
     with pytest.raises((ValueError, TypeError)) as caught:
         call()
-    frames = caught.tb.tb_next.tb_next  # without those of this file
+    frames = caught.tb.tb_next.tb_next  # skip the frames of this file
     assert describe_error(caught.value.with_traceback(frames)) == described
 
 
-def test_notes_are_told_as_well():
+def test_notes_are_part_of_the_description():
     error = ValueError("it is too late")
     error.add_note("This was at batch 3 of data.")
     assert describe_error(error) == "ValueError: it is too late. This was at batch 3 of data"
@@ -268,6 +268,6 @@ def test_an_error_of_this_package_is_described_without_a_place():
     try:
         load("nothing")
     except ProblemError as error:
-        frames = error.__traceback__.tb_next  # as a caller inside this package sees it
+        frames = error.__traceback__.tb_next  # as seen by a caller inside this package
         described = describe_error(error.with_traceback(frames))
     assert described == f"ProblemError: {error_of('nothing')}"

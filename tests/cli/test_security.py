@@ -1,4 +1,4 @@
-"""Nothing is executed by reading a file, no code runs that was not named, and nothing asks the network."""
+"""Reading a file executes nothing, only code that the user names runs, and nothing uses the network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ A = aslinearoperator(np.diag(np.arange(1.0, 9.0)))
 
 
 class Payload:
-    """Makes a file where it is unpickled."""
+    """Create a file when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self._mark = mark
@@ -36,7 +36,7 @@ class Payload:
 
 
 class TestSources:
-    """What the code says of itself; one line of it that reads a pickle would be one too many."""
+    """The source code has no line that reads a pickle or executes data."""
 
     @pytest.fixture(params=SOURCES, ids=lambda path: str(path.relative_to(SOURCES[0].parent)))
     def tree(self, request) -> ast.AST:
@@ -78,7 +78,7 @@ class TestSources:
                 assert any(key.arg == "allow_pickle" and not ast.literal_eval(key.value) for key in node.keywords)
 
     def test_archives_are_written_in_one_place_only_which_refuses_objects(self) -> None:
-        """`np.savez` of NumPy 2.0 takes `allow_pickle` for the name of an array, and pickles."""
+        """`np.savez` of NumPy 2.0 treats `allow_pickle` as the name of an array, and pickles."""
         named = {path.stem: path.read_text().count("savez") for path in SOURCES}
         [function] = [
             node
@@ -87,9 +87,8 @@ class TestSources:
         ]
         calls = [ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.Call)]
         assert [call for call in calls if "savez" in call] == ["np.savez(file, **checked)"]
-        assert {name: count for name, count in named.items() if count} == {
-            "result_files": 2
-        }  # that, and what is said of it
+        # The call and a comment on it.
+        assert {name: count for name, count in named.items() if count} == {"result_files": 2}
 
     @pytest.mark.parametrize("kind", ["object", [("number", "f8"), ("any", "O")]], ids=["objects", "a field of them"])
     def test_objects_are_not_pickled_into_archives(self, tmp_path, kind) -> None:
@@ -102,11 +101,11 @@ class TestSources:
         assert not list(tmp_path.iterdir())
 
     def test_archives_hold_what_they_are_given_and_nothing_else(self, tmp_path) -> None:
-        given = {"numbers": np.arange(3.0), "words": np.array(["a", "b"], dtype=np.str_), "none": np.ones((0, 2))}
-        result_files.save_arrays(tmp_path / "a.npz", **given)
+        arrays = {"numbers": np.arange(3.0), "words": np.array(["a", "b"], dtype=np.str_), "none": np.ones((0, 2))}
+        result_files.save_arrays(tmp_path / "a.npz", **arrays)
         with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
-            assert file.files == list(given)
-            for name, array in given.items():
+            assert file.files == list(arrays)
+            for name, array in arrays.items():
                 np.testing.assert_array_equal(file[name], array)
 
 
@@ -188,6 +187,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(Path(curvop.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["eigs", "check", "spectrum"])
 def test_no_command_asks_the_network(tmp_path, command: str) -> None:
     (tmp_path / "problems.py").write_text(PROBLEMS)
@@ -218,8 +218,9 @@ def test_a_report_fetches_nothing(tmp_path) -> None:
     assert "url(" not in page
 
 
+@pytest.mark.slow
 def test_code_that_lies_around_is_not_run(tmp_path) -> None:
-    """The folder where the command is called holds modules of the names of all that it imports."""
+    """The working directory has modules with the names of all modules that the command imports."""
     trap = f"from pathlib import Path\nPath({str(tmp_path / 'executed')!r}).touch()\n"
     folder = tmp_path / "folder"
     folder.mkdir()

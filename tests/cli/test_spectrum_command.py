@@ -1,4 +1,4 @@
-"""``curvop spectrum``: what it finds, writes, resumes, and does by a deadline."""
+"""``curvop spectrum``: its results, files, resumption and deadline."""
 
 from __future__ import annotations
 
@@ -100,15 +100,17 @@ def test_the_files(run, spec, tmp_path) -> None:
     assert SpectralDensity.load(out / "density.npz").size == 26
     assert BlockStudy.load(out / "blocks.npz").names[0] == "0.weight"
     assert EigenResult.load(out / "eigenpairs_LA.npz").ok
-    told = json.loads((out / "spectrum.json").read_text())
-    assert told["ok"]
+    parsed = json.loads((out / "spectrum.json").read_text())
+    assert parsed["ok"]
     found = BlockStudy.load(out / "blocks.npz").densities[0]
-    median = told["blocks"]["0.weight"]["density"]["quantiles"]["0.5"]
+    median = parsed["blocks"]["0.weight"]["density"]["quantiles"]["0.5"]
     assert found.range[0] < median["value"] == found.quantile(0.5).value < found.range[1]
     assert median["low"] <= median["value"] <= median["high"]
     shares = SpectralDensity.load(out / "density.npz").quantile([0.05, 0.25, 0.5, 0.75, 0.95])
     for name in ("value", "error", "low", "high"):
-        assert [one[name] for one in told["density"]["quantiles"].values()] == getattr(shares, name).tolist()
+        assert [quantile[name] for quantile in parsed["density"]["quantiles"].values()] == getattr(
+            shares, name
+        ).tolist()
     for name in ("density", "blocks"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (out / f"{name}.svg").read_text()
@@ -174,16 +176,17 @@ def test_resuming_nothing_begins(run, spec, tmp_path, made) -> None:
     assert json.loads(again[1])["products"] == 0
 
 
-def test_what_the_journal_takes_is_told(run, spec, tmp_path) -> None:
+def test_the_size_of_the_journal_is_reported(run, spec, tmp_path) -> None:
     out = tmp_path / "study"
     _, text, _ = run(spec, "--k", 1, "--out", out)
     size = (out / "journal" / "products.records").stat().st_size
     assert size > 26 * 26 * 8
-    assert re.search(rf"journal of the products, on disk +{size / 1e6:.3g} MB\n", text)
+    assert re.search(rf"product journal on disk +{size / 1e6:.3g} MB\n", text)
     assert json.loads((out / "spectrum.json").read_text())["journal_bytes"] == size
     assert "on disk" not in run(spec, "--k", 1)[1]
 
 
+@pytest.mark.slow
 def test_what_a_deadline_leaves_undone_is_said_and_can_be_done_later(run, tmp_path) -> None:
     out = tmp_path / "study"
     code, text, _ = run("digits", "--deadline", "0.001s", "--blocks", "--out", out)
@@ -193,8 +196,8 @@ def test_what_a_deadline_leaves_undone_is_said_and_can_be_done_later(run, tmp_pa
     assert "not done by the deadline" in (out / "report.html").read_text()
     code, text, _ = run("digits", "--k", 2, "--out", out, "--resume")
     assert code == 0
-    assert "everything that was asked for is done" in text
-    assert "0.weight " not in text  # no block is finished, and none was asked for
+    assert "all steps are complete" in text
+    assert "0.weight " not in text  # no block is finished, and none was requested
 
 
 SLOW = """
@@ -232,6 +235,7 @@ def slow(tmp_path: Path) -> str:
 ARGUMENTS = ("--k", 6, "--probes", 2, "--steps", 30, "--blocks", "--json")
 
 
+@pytest.mark.slow
 def test_a_slow_problem_ends_by_its_deadline_with_what_there_is(run, slow, tmp_path, monkeypatch) -> None:
     out = tmp_path / "study"
     monkeypatch.setenv("CURVOP_TEST_NAP", "0")
@@ -249,21 +253,22 @@ def test_a_slow_problem_ends_by_its_deadline_with_what_there_is(run, slow, tmp_p
     assert lower["which"] == "SA"
     assert len(lower["values"]) == 5
     assert lower["converged"] < 5
-    assert re.fullmatch(r"not converged, as time was up: \d of 5 eigenvalues did; .*", lower["verdict"])
-    assert "as time was up" in (out / "report.html").read_text()
-    assert any("SA: " in one and "of 5 converged by the deadline" in one for one in found["undone"])
-    assert any(re.fullmatch("density: . probes of .* steps only, by the deadline", one) for one in found["undone"])
-    assert any(re.fullmatch("blocks: (not|. of 4) done by the deadline", one) for one in found["undone"])
+    assert re.fullmatch(r"not converged before time was up: \d of 5 eigenvalues converged; .*", lower["verdict"])
+    assert "before time was up" in (out / "report.html").read_text()
+    assert any("SA: " in step and "of 5 converged by the deadline" in step for step in found["undone"])
+    assert any(re.fullmatch("density: . probes of .* steps only, by the deadline", step) for step in found["undone"])
+    assert any(re.fullmatch("blocks: (not|. of 4) done by the deadline", step) for step in found["undone"])
 
     monkeypatch.setenv("CURVOP_TEST_NAP", "0")
     again = json.loads(run(slow, *ARGUMENTS, "--out", out, "--resume")[1])
     assert again["ok"]
-    assert again["products"] < whole["products"]  # what was made before is answered from disk
+    assert again["products"] < whole["products"]  # earlier products are read from disk
     for one, other in zip(again["ends"], whole["ends"], strict=True):
         np.testing.assert_allclose(one["values"], other["values"], atol=1e-10)
     assert again["trace"]["value"] == pytest.approx(whole["trace"]["value"])
 
 
+@pytest.mark.slow
 def test_finished_blocks_are_shown_without_being_asked_for(run, spec, tmp_path) -> None:
     out = tmp_path / "study"
     _, first, _ = run(spec, "--k", 2, "--blocks", "--out", out, "--json")
@@ -290,15 +295,16 @@ def test_no_deadline_takes_away_what_is_on_disk(run, spec, tmp_path) -> None:
         assert after[name] == before[name], name
 
 
-def figures(told: Any) -> list[float]:
-    """Return all that are in what JSON holds, in its order."""
-    if isinstance(told, dict):
-        told = list(told.values())
-    return [one for part in told for one in figures(part)] if isinstance(told, list) else [told]
+def figures(parsed: Any) -> list[float]:
+    """Return all numbers in a JSON value, in order."""
+    if isinstance(parsed, dict):
+        parsed = list(parsed.values())
+    return [number for part in parsed for number in figures(part)] if isinstance(parsed, list) else [parsed]
 
 
+@pytest.mark.slow
 def test_some_blocks_of_a_run_that_was_killed(run, spec, tmp_path, monkeypatch) -> None:
-    """Within the third block: the table shows two, and later all."""
+    """Kill a run within the third block: the table shows two blocks, and all after resuming."""
     out, script = tmp_path / "study", "import sys; from curvop.cli.main import main; sys.exit(main(sys.argv[1:]))"
     _, whole, _ = run(spec, "--k", 2, "--blocks", "--out", tmp_path / "whole", "--json")
     (tmp_path / "slow.py").write_text(PROBLEMS + SLOW.replace("hidden=40", "hidden=4"))
@@ -317,8 +323,8 @@ def test_some_blocks_of_a_run_that_was_killed(run, spec, tmp_path, monkeypatch) 
     assert "not studied, as time was up: 2.weight and 2.bias" in (out / "report.html").read_text()
     assert BlockStudy.load(out / "blocks.npz").names == ["0.weight", "0.bias"]
     _, text, _ = run(slow, "--k", 2, "--out", out, "--blocks", "--resume", "--json")
-    for name, told in json.loads(text)["blocks"].items():
-        assert figures(told) == pytest.approx(figures(json.loads(whole)["blocks"][name]), rel=1e-9, abs=1e-12)
+    for name, parsed in json.loads(text)["blocks"].items():
+        assert figures(parsed) == pytest.approx(figures(json.loads(whole)["blocks"][name]), rel=1e-9, abs=1e-12)
 
 
 NORMALISED = """
@@ -335,12 +341,12 @@ def test_batch_statistics_are_warned_of(run, tmp_path) -> None:
         run(f"{tmp_path / 'normalised.py'}:normalised", "--k", 1)
 
 
-def test_a_full_journal_is_told_and_the_study_goes_on(run, spec, tmp_path, monkeypatch) -> None:
+def test_a_full_journal_causes_a_warning_and_the_study_continues(run, spec, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("curvop.storage.journal.shutil.disk_usage", lambda path: argparse.Namespace(free=2_000))
     with pytest.warns(RuntimeWarning, match="has reached max_bytes"):
         code, text, _ = run(spec, "--k", 1, "--out", tmp_path / "study")
     assert code == 0
-    assert "everything that was asked for is done" in text
+    assert "all steps are complete" in text
 
 
 def test_what_the_report_says_is_no_warning(run, slow, monkeypatch) -> None:
@@ -391,6 +397,7 @@ def test_what_was_found_before_an_error_is_on_disk(run, spec, tmp_path, monkeypa
     assert again["ends"] == after["ends"]
 
 
+@pytest.mark.slow
 def test_an_error_in_the_blocks_leaves_those_that_are_done(run, spec, tmp_path, monkeypatch) -> None:
     out = tmp_path / "study"
 
@@ -411,7 +418,7 @@ def test_an_error_in_the_blocks_leaves_those_that_are_done(run, spec, tmp_path, 
     ("argv", "room", "said"),
     [
         (["--steps", "1000"], 8 * 26 * 31, "--steps 1000: the basis of one probe, 26 vectors of 26 numbers, takes"),
-        ([], 4 * 8 * 52 * 26 - 1, "what the trace and the norm are estimated from, 208 vectors"),
+        ([], 4 * 8 * 52 * 26 - 1, "the workspace of trace and norm, 208 vectors"),
     ],
 )
 def test_memory_is_counted_before_anything_is_computed(run, spec, tmp_path, monkeypatch, argv, room, said) -> None:
@@ -437,6 +444,7 @@ def few_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"{tmp_path / 'few_slow.py'}:slow"
 
 
+@pytest.mark.slow
 def test_a_log_has_a_line_for_each_step(run, few_slow) -> None:
     err = run(few_slow, *FEW)[2]
     assert err.count("\r") == err.count("\n") == sum(BARS.values())
@@ -446,6 +454,7 @@ def test_a_log_has_a_line_for_each_step(run, few_slow) -> None:
     assert len(re.findall(r"certify: .* 34/34 \[", err)) == 2  # 2 pairs, 8 for the noise, and 24 of the search
 
 
+@pytest.mark.slow
 def test_on_a_terminal_each_step_says_when_it_will_end(few_slow, monkeypatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -465,10 +474,10 @@ def test_on_a_terminal_each_step_says_when_it_will_end(few_slow, monkeypatch) ->
         (["--resume"], "argument --resume: needs --out"),
         (["--out", "nowhere/study"], "argument --out: no folder"),
         (["--out", "{full}"], "is not empty: pass --resume"),
-        (["--out", "{full}", "--resume"], "holds no study, but other things: pass another --out"),
-        (["--out", "{file}"], "is no folder"),
-        (["--deadline", "soon"], "is no time such as"),
-        (["--probes", "0"], "argument --probes: must be 1 or more"),
+        (["--out", "{full}", "--resume"], "holds other files but no study: pass another --out"),
+        (["--out", "{file}"], "is not a folder"),
+        (["--deadline", "soon"], "is not a duration > 0 such as"),
+        (["--probes", "0"], "argument --probes: must be >= 1"),
         (["--matrix", "jacobian"], "invalid choice"),
     ],
 )

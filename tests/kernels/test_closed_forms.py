@@ -1,4 +1,4 @@
-"""Closed-form derivatives of losses: equal to autograd's, and used only where the loss is torch's own."""
+"""Closed-form derivatives of losses: they equal autograd's, and apply to torch's own losses only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cases import LOSSES, N, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvop.kernels.losses import loss_derivative, loss_divisor
+from curvop.kernels.losses import class_targets, loss_derivative, loss_divisor, loss_setting
 from curvop.kernels.memory import measured
 
 CLOSED = [name for name in LOSSES if name.startswith(("mse", "ce", "bce", "f-"))]
@@ -18,7 +18,7 @@ SHAPES = {"matrix": (N, 3), "sequence": (N, 3, 4), "image": (2, 3, 2, 2), "one":
 
 
 def autograd(loss_function, prediction: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss's first derivative, and its second along ones."""
+    """Return the first derivative of the loss, and the second one along a fixed direction."""
     (first,) = torch.autograd.grad(loss_function(prediction, y), prediction, create_graph=True)
     return first, second(first, prediction)
 
@@ -65,7 +65,10 @@ def test_cross_entropy_of_any_shape(shape: str, smoothing: float, weight, probab
         y = torch.randint(0, 3, scores.amax(axis).shape, generator=generator)
         if y.ndim > 1:
             y[0] = -100
-    check(nn.CrossEntropyLoss(weight, label_smoothing=smoothing), scores, y)
+    loss_function = nn.CrossEntropyLoss(weight, label_smoothing=smoothing)
+    check(loss_function, scores, y)
+    targets, divisor = class_targets(functools.partial(loss_setting, loss_function), scores, y)
+    torch.testing.assert_close(-(targets * scores.log_softmax(axis)).sum() / divisor, loss_function(scores, y))
 
 
 def test_scores_of_minus_infinity_are_classes_left_out() -> None:

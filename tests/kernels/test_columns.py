@@ -1,4 +1,4 @@
-"""Blocks of columns: the same product however many are multiplied at once, and never slower than one by one."""
+"""Blocks of columns: the product does not depend on the chunk size, and is never slower than column by column."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def hessian(problem: Problem, **options) -> HessianLinearOperator:
 
 
 class Clock:
-    """A machine on which a chunk of columns takes as long as it is told."""
+    """A simulated machine on which a chunk of columns takes a given time."""
 
     def __init__(self, seconds: dict[int, float]) -> None:
         self.seconds, self.now = seconds, 0.0
@@ -69,7 +69,7 @@ class TestChunks:
     def test_single_columns_are_not_timed(self) -> None:
         clock, columns = Clock({1: 1.0}), Columns("auto")
         assert clock.run(columns, 1) == [1]
-        assert not columns._taken
+        assert not columns._times
 
 
 @pytest.mark.parametrize("columns", [1, 2, 7, 43, 1000, "auto"])
@@ -97,7 +97,7 @@ def test_rectangular_blocks_in_chunks() -> None:
 
 
 class Doubling(torch.autograd.Function):
-    """Has no rule for batches of columns: no `vmap`, and Python looks at the values."""
+    """Cannot batch columns: it has no `vmap` rule, and Python reads the values."""
 
     @staticmethod
     def forward(ctx, x):

@@ -1,4 +1,4 @@
-"""The compiled engine: the same matrix as the retained graph's, by programs made once for each shape of batch."""
+"""The compiled engine: the same matrix as the autograd engine's, with one program for each shape of batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def hessian(problem: Problem, engine: str = "compiled", **options) -> HessianLin
 
 
 def check(problem: Problem, **options) -> HessianLinearOperator:
-    """Compare with the autograd engine; what falls back warns, and warnings are errors."""
+    """Compare with the autograd engine. A fallback would warn, and warnings are errors."""
     A, B = hessian(problem, "autograd"), hessian(problem, **options)
     np.testing.assert_allclose(B @ np.eye(B.shape[1]), A @ np.eye(B.shape[1]), rtol=1e-10, atol=1e-13)
     return B
@@ -42,11 +42,12 @@ def double():
 @pytest.fixture(scope="module")
 def compiled() -> tuple[Problem, HessianLinearOperator]:
     problem = loss_problem("ce-everything")
-    problem.data[1][1][0] = 1  # else no target of the batch would count, and nothing be compiled for it
+    problem.data[1][1][0] = 1  # a batch without a counted target has weight 0, and is not compiled
     return problem, check(problem)
 
 
 class TestPrograms:
+    @pytest.mark.slow
     def test_one_for_each_shape_of_batch(self, compiled) -> None:
         problem, H = compiled
         kernel = H._engine.kernel
@@ -60,6 +61,7 @@ class TestPrograms:
         assert kernel.seconds == seconds  # the third batch has the shape of the second
         problem.data.pop()
 
+    @pytest.mark.slow
     def test_serve_other_values_of_parameters_and_class_weights(self, compiled) -> None:
         problem, H = compiled
         seconds = H._engine.kernel.seconds
@@ -69,6 +71,7 @@ class TestPrograms:
         np.testing.assert_allclose(H @ np.eye(P), hessian(problem, "autograd") @ np.eye(P), rtol=1e-10, atol=1e-13)
         assert H._engine.kernel.seconds == seconds
 
+    @pytest.mark.slow_cases("0")
     @pytest.mark.parametrize("cache", [0, 3000])
     def test_serve_whatever_is_kept(self, compiled, cache) -> None:
         problem, H = compiled
@@ -83,11 +86,11 @@ class TestPrograms:
         problem, H = compiled
         many = hessian(problem, columns=columns)
         many._engine.kernel._programs = H._engine.kernel._programs
-        for K in (9, 6, P):  # in fours, a rest of 1, 2 and 3, which are padded
+        for K in (9, 6, P):  # in fours, the remaining 1, 2 and 3 are padded
             X = np.random.default_rng(K).standard_normal((P, K))
             np.testing.assert_allclose(many @ X, hessian(problem, "autograd") @ X, rtol=1e-10, atol=1e-13)
         sizes = {size for program, _ in H._engine.kernel._programs.values() for size in program._many}
-        assert sizes  # or else they went one by one
+        assert sizes  # otherwise the columns were multiplied one by one
 
     def test_pickle_without_programs(self, compiled) -> None:
         _, H = compiled
@@ -110,11 +113,12 @@ def test_rectangular_blocks_and_their_adjoints() -> None:
     np.testing.assert_allclose(A.H @ np.eye(3), dense[rows, cols].T, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_training_mode_is_another_program_and_buffers_stay() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
     problem = Problem(model, nn.MSELoss(), cut(torch.randn(6, 4).double(), torch.randn(6, 3).double(), (6,)))
-    H = check(problem, columns=1)  # one program a mode, not one more for blocks of vectors
+    H = check(problem, columns=1)  # one program for each mode, and no other for blocks of vectors
     model.train()
     before = {name: value.clone() for name, value in model.named_buffers()}
     np.testing.assert_allclose(
@@ -124,6 +128,7 @@ def test_training_mode_is_another_program_and_buffers_stay() -> None:
     assert len(H._engine.kernel._programs) == 2
 
 
+@pytest.mark.slow
 def test_settings_of_modules_are_part_of_the_program() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).double()
@@ -134,7 +139,7 @@ def test_settings_of_modules_are_part_of_the_program() -> None:
     np.testing.assert_allclose(H @ np.ones(21), hessian(problem, "autograd") @ np.ones(21), rtol=1e-10, atol=1e-13)
 
 
-def test_dropout_in_training_mode_is_told() -> None:
+def test_dropout_in_training_mode_is_reported() -> None:
     problem = loss_problem("mse", "one")
     problem.model.insert(2, nn.Dropout(0.5)).train()
     problem.params = dict(problem.model.named_parameters())
@@ -146,7 +151,7 @@ def test_dropout_in_training_mode_is_told() -> None:
 
 
 def test_single_precision() -> None:
-    torch.set_default_dtype(torch.float32)  # torch 2.11 compiles it with no other, and the operator says so
+    torch.set_default_dtype(torch.float32)  # torch 2.11 does not compile it with another one, and the operator warns
     problem = loss_problem("ce", "one")
     problem.model.float()
     problem.data = [(X.float(), y) for X, y in problem.data]
@@ -199,25 +204,25 @@ class TestFallingBack:
             hessian(problem) @ np.ones(P)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture(name: str) -> None:
     check(architecture_problem(name))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss(name: str) -> None:
     check(loss_problem(name))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sequences() -> None:
     check(sequences())
 
 
 class Table(nn.Module):
-    """Computes a table once and keeps it, in one of three ways."""
+    """Computes a table once and caches it, in one of three ways."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -237,6 +242,7 @@ class Table(nn.Module):
         return z.tanh()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["attribute", "buffer", "aside"])
 @pytest.mark.filterwarnings("ignore:engine='compiled' falls back:RuntimeWarning")
 def test_what_a_model_computes_and_keeps_is_real(way) -> None:
@@ -253,7 +259,7 @@ def test_what_a_model_computes_and_keeps_is_real(way) -> None:
 
 
 class Python(nn.Module):
-    """Depends on what no tensor holds."""
+    """Depends on values outside tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,6 +287,7 @@ class Doubled(nn.Linear):
         return 2 * super().forward(X)
 
 
+@pytest.mark.default_cases("a function")
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_changed_besides_the_parameters_is_seen_with_them(change) -> None:
     model = Python()
@@ -322,6 +329,7 @@ class Running(nn.Module):
         return (z - self.mean).tanh()
 
 
+@pytest.mark.default_cases("auto")
 @pytest.mark.parametrize("cache", [0, "auto"])
 def test_a_buffer_that_is_written_to_is_written_to_once(cache) -> None:
     X, y = torch.randn(6, 4), torch.randn(6, 3)
@@ -331,7 +339,7 @@ def test_a_buffer_that_is_written_to_is_written_to_once(cache) -> None:
 
 
 class Numbering:
-    """Data that tells the model which batch it is."""
+    """Data that set the model's state before each batch."""
 
     def __init__(self, model: nn.Module, batches: list[Any]) -> None:
         self.model, self.batches = model, batches
@@ -345,6 +353,7 @@ class Numbering:
             yield batch
 
 
+@pytest.mark.slow
 def test_a_model_whose_settings_change_in_every_batch_falls_back() -> None:
     X, y = torch.randn(6, 4), torch.randn(6, 3)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
@@ -356,7 +365,8 @@ def test_a_model_whose_settings_change_in_every_batch_falls_back() -> None:
     assert len(H._engine.kernel._programs) <= 4
 
 
-def test_inputs_that_require_grad_and_numbers_are_told_apart() -> None:
+@pytest.mark.slow
+def test_inputs_that_require_grad_and_numbers_are_distinguished() -> None:
     layer = nn.Linear(4, 3)
 
     def model(params, X):

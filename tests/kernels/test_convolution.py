@@ -1,4 +1,4 @@
-"""Convolutions that are differentiated by their own two bilinear maps."""
+"""Convolutions whose derivatives are the package's own two bilinear maps."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def tensors(name: str) -> list[Tensor]:
     return [torch.randn(shape, requires_grad=True) for shape in CASES[name][1]]
 
 
+@pytest.mark.slow_cases("dilated groups", "strided", "a remainder*")
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives_against_finite_differences(name: str) -> None:
     function, _ = CASES[name]
@@ -94,7 +95,7 @@ def test_a_product_does_twice_the_work_of_a_gradient_and_no_more() -> None:
         F.mse_loss(own["model"](X), y).backward()
     with FlopCounterMode(display=False) as product:
         H @ x
-    # The first layer has no part of the images, neither in the gradient nor in the product.
+    # Neither the gradient nor the product has a part for the images of the first layer.
     assert product.get_total_flops() <= 2 * gradient.get_total_flops()
 
 
@@ -157,11 +158,11 @@ def test_under_autocast_as_torch_computes_it() -> None:
     exact = HessianLinearOperator(model, nn.MSELoss(), params, data)
     x = np.ones(H.shape[1])
     difference = np.linalg.norm(H @ x - exact @ x) / np.linalg.norm(exact @ x)
-    assert 1e-4 < difference < 0.1  # three digits: bfloat16 it is
+    assert 1e-4 < difference < 0.1  # three digits, so it is computed in bfloat16
 
 
 def penalised(params: dict[str, Tensor], batch: tuple[Tensor, Tensor], own: dict[str, object], way: str) -> Tensor:
-    """Add the squared derivatives of the scores by the images, all at once or one by one."""
+    """Add the squared derivatives of the scores by the images, batched or one by one."""
     X = batch[0].clone().requires_grad_()
     scores = torch.func.functional_call(own["model"], params, (X,))
     total, directions = scores.sum(0), torch.eye(scores.shape[1])

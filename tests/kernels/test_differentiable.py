@@ -1,4 +1,4 @@
-"""Models whose fast implementations torch cannot, or wrongly does, differentiate twice."""
+"""Models whose fused implementations have no second derivative in torch, or a wrong one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import pytest
 import torch
 from cases import seeded
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.backends import cuda, cudnn, mha
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from curvop import HessianLinearOperator
+from curvop.kernels.differentiable import NORMS, _in_derivative
 
 
 def flags() -> tuple[bool, ...]:
@@ -144,3 +146,44 @@ def test_backends_are_restored_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         H @ np.ones(3)
     assert flags() == before
+
+
+class TestElementaryNorms:
+    """Normalisations that are computed with elementary operations for third derivatives."""
+
+    @pytest.mark.parametrize(
+        ("norm", "arguments"),
+        [
+            (F.layer_norm, ((4,),)),
+            (F.batch_norm, (torch.full((3,), 0.3), torch.full((3,), 2.0))),
+            (F.batch_norm, (None, None, None, None, True)),
+            (F.instance_norm, ()),
+            (F.instance_norm, (torch.full((3,), 0.3), torch.full((3,), 2.0), None, None, False)),
+        ],
+        ids=["layer", "batch, evaluation", "batch, training", "instance", "instance, running statistics"],
+    )
+    def test_they_are_those_of_torch_with_its_defaults(self, norm, arguments) -> None:
+        x = torch.linspace(-2, 1, 24).sin().view(2, 3, 4).requires_grad_()
+        expected, found = norm(x, *arguments), NORMS[norm](x, *arguments)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        gradients = [torch.autograd.grad((value**3).sum(), x)[0] for value in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # at the first use of forward mode
+    def test_derivatives_are_noticed(self) -> None:
+        noticed = []
+
+        def square(x: Tensor) -> Tensor:
+            noticed.append(_in_derivative())
+            return (x**2).sum()
+
+        x = torch.ones(3)
+        square(x)
+        torch.func.vmap(square)(x[:, None])
+        assert noticed == [False, False]
+        torch.func.grad(square)(x)
+        torch.func.jvp(square, (x,), (x,))
+        torch.func.vmap(torch.func.grad(square))(x[:, None])
+        with forward_ad.dual_level():
+            square(forward_ad.make_dual(x, x))
+        assert noticed[2:] == [True] * 4

@@ -1,4 +1,4 @@
-"""What goes wrong within a product: memory that runs out, data and models that fail. The next product is right."""
+"""Failures within a product: memory runs out, or data or models raise errors. The next product is right."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from curvop import GGNLinearOperator, HessianLinearOperator, NonFiniteProductErr
 OPERATORS = pytest.mark.parametrize("operator", [HessianLinearOperator, GGNLinearOperator])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")
 @pytest.mark.parametrize("mebibytes", [150, 300])
 def test_where_memory_runs_out_less_is_kept_and_the_product_is_right(mebibytes: int) -> None:
@@ -29,7 +30,7 @@ class Faults:
 
 
 class Heavy(nn.Module):
-    """Runs out of memory in so many of the next forward passes; attributes of modules are put back, but not objects."""
+    """Runs out of memory in ``faults.left`` forward passes; an object counts them, as attributes are restored."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -54,9 +55,9 @@ def test_what_counts_as_out_of_memory_is_tried_again(operator, error) -> None:
     expected = A @ np.eye(A.shape[1])
     A = operator(model, nn.MSELoss(), dict(model.named_parameters()), data)
     model.faults.left = 2
-    with pytest.warns(RuntimeWarning, match="ran out of memory: less is kept") as told:
+    with pytest.warns(RuntimeWarning, match="ran out of memory: it caches less") as caught:
         np.testing.assert_allclose(A @ np.eye(A.shape[1]), expected, rtol=1e-10, atol=1e-14)
-    assert len(told) == 1
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("call", [GGNLinearOperator.gradient_and_loss, GGNLinearOperator.diagonal])
@@ -67,15 +68,15 @@ def test_besides_products_memory_is_what_they_keep(call) -> None:
     expected, product = call(A), A @ np.ones(A.shape[1])
     assert A._engine.kept()[0]
     model.faults.left = 1
-    with pytest.warns(RuntimeWarning, match="ran out of memory: less is kept") as told:
+    with pytest.warns(RuntimeWarning, match="ran out of memory: it caches less") as caught:
         found = call(A)
-    assert len(told) == 1
+    assert len(caught) == 1
     np.testing.assert_array_equal(found[0], expected[0])
     assert not A._engine.kept()[0]
     model.faults.left = 1
-    with pytest.raises(torch.OutOfMemoryError) as raised:  # nothing is kept that could be freed
+    with pytest.raises(torch.OutOfMemoryError) as raised:  # nothing is cached that could be freed
         call(A)
-    assert any("let data yield smaller batches" in note for note in raised.value.__notes__)
+    assert any("use smaller batches" in note for note in raised.value.__notes__)
     np.testing.assert_allclose(A @ np.ones(A.shape[1]), product, rtol=1e-12)
     assert 0 < A._engine.kept()[1] < 1
 
@@ -90,7 +91,7 @@ def test_for_room_for_the_products_less_is_kept(monkeypatch) -> None:
     fails = [True, False, True, False]
 
     class Short:
-        """NumPy, as the operator sees it."""
+        """NumPy with too little memory, in place of the operator's."""
 
         def __getattr__(self, name: str):
             return getattr(np, name)
@@ -101,13 +102,13 @@ def test_for_room_for_the_products_less_is_kept(monkeypatch) -> None:
             return np.empty(*args, **options)
 
     monkeypatch.setattr("curvop.operators.engine_operator.np", Short())
-    with pytest.warns(RuntimeWarning, match="ran out of memory: less is kept") as told:
+    with pytest.warns(RuntimeWarning, match="ran out of memory: it caches less") as caught:
         np.testing.assert_allclose(A @ X, expected, rtol=1e-12)
-    assert len(told) == 1
+    assert len(caught) == 1
     A = GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data, cache=0)
     with pytest.raises(MemoryError) as raised:
         A @ X
-    assert raised.value.__notes__ == ["it does not fit though nothing is kept: multiply with fewer columns at a time"]
+    assert raised.value.__notes__ == ["it does not fit although nothing is kept: multiply with fewer columns at a time"]
     np.testing.assert_allclose(A @ X, expected, rtol=1e-12)
 
 
@@ -121,13 +122,13 @@ def test_a_batch_that_never_fits_is_said_to_be_too_large() -> None:
         pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as raised,
     ):
         A @ np.eye(A.shape[1])
-    assert any("let data yield smaller batches" in note for note in raised.value.__notes__)
+    assert any("make data yield smaller batches" in note for note in raised.value.__notes__)
     model.faults.left = 0
     assert np.isfinite(A @ np.eye(A.shape[1])).all()
 
 
 class Examples(Dataset):
-    """Of which some cannot be read."""
+    """Data with examples that cannot be read."""
 
     def __init__(self, X: Tensor, y: Tensor) -> None:
         self.X, self.y, self.broken = X, y, -1
@@ -148,6 +149,7 @@ def problem(num_workers: int = 0):
     return model, examples, DataLoader(examples, batch_size=4, num_workers=num_workers)
 
 
+@pytest.mark.slow_cases("2-*")
 @OPERATORS
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_loader_that_fails_says_at_which_batch(operator, num_workers: int) -> None:
@@ -167,7 +169,7 @@ def test_a_loader_that_fails_says_at_which_batch(operator, num_workers: int) -> 
 
 @OPERATORS
 def test_a_corrupt_batch_is_named(operator) -> None:
-    """Its inputs are too wide for the model."""
+    """One batch has inputs that are too wide for the model."""
     model, _, loader = problem()
     data = list(loader)
     data[1] = (torch.randn(4, 5).double(), data[1][1])
@@ -226,7 +228,7 @@ def test_a_gradient_warns_as_a_product_does() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
     data = [(torch.randn(4, 3).double(), torch.randn(4, 2).double())]
     A = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
-    with pytest.warns(RuntimeWarning, match=r"dropout is active in '1'") as told:
+    with pytest.warns(RuntimeWarning, match=r"dropout is active in '1'") as caught:
         A.gradient_and_loss()
-    assert len(told) == 1
-    A.gradient_and_loss()  # it is told once
+    assert len(caught) == 1
+    A.gradient_and_loss()  # it warns once

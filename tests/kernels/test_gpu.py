@@ -1,4 +1,4 @@
-"""On a GPU: the same products as on the CPU, recorded, staged and prefetched."""
+"""Products on a GPU equal those on the CPU: recorded, staged and prefetched."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ENGINES = ["autograd", "compiled"]
 
 
 def pair(name: str, **options) -> tuple[HessianLinearOperator, HessianLinearOperator]:
-    """Return a problem's operator on the GPU and, by autograd, on the CPU."""
+    """Return a problem's operators on the GPU and on the CPU, the latter with the autograd engine."""
     problem = architecture_problem(name)
     model = copy.deepcopy(problem.model).cuda()
     there = Problem(model, problem.loss_function, problem.data)
@@ -118,7 +118,7 @@ class TestCheck:
 
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
 def test_random_numbers_stay_where_a_product_raises(first: str) -> None:
-    """On every device that has parameters, whichever has the first of them."""
+    """The random state of every device with parameters is restored, whichever device has the first one."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -143,7 +143,7 @@ def test_random_numbers_stay_where_a_product_raises(first: str) -> None:
 
 
 class TestSeveralDevices:
-    """The host is one of them, so that one GPU suffices; the first has the vectors."""
+    """The host is one of the devices, so one GPU suffices. Vectors are on the device of the first parameter."""
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("on_gpu", ["first", "second"])
@@ -164,7 +164,7 @@ class TestSeveralDevices:
 
 
 class TestRanks:
-    """One GPU is shared by the ranks, so that tensors go through the host; NCCL needs one for each."""
+    """The ranks share one GPU, so tensors go through the host: NCCL needs one GPU for each rank."""
 
     def test_matrices(self, tmp_path) -> None:
         found = Ranks("on_gpu", 2, tmp_path).check()[0]
@@ -201,7 +201,7 @@ class TestRecording:
                         value += 0.1 * (step + 1)
 
     def test_blocks_that_come_and_go_leave_the_others_right(self) -> None:
-        """What a graph of this stream has of cuBLAS's memory is not freed with another one."""
+        """The cuBLAS workspace of a graph is not freed with another graph of the same stream."""
         there, here = pair("conv")
         X = vectors(here, 20)
         for x in X.T:
@@ -233,7 +233,7 @@ class TestRecording:
         for _ in range(4):
             close(H @ np.ones(6), expected.sum(1))
         assert not any(one._replays for one in H._engine._first.kept.values())
-        torch.cuda.empty_cache()  # torch is not left as while recording
+        torch.cuda.empty_cache()  # fails if torch is still in capture mode
         assert torch.rand(3, device="cuda").std() > 0
 
     def test_one_product_does_not_overwrite_another(self) -> None:
@@ -269,7 +269,7 @@ class TestStaging:
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     @pytest.mark.parametrize("most", [2**29, 0])
     def test_there_and_back(self, monkeypatch, dtype, most) -> None:
-        monkeypatch.setattr(transfer, "_MOST", most)
+        monkeypatch.setattr(transfer, "_MAX_PINNED_BYTES", most)
         stage = Staging()
         for size in (3, 1000, 10):
             array = np.random.default_rng(size).normal(size=(2, size)).astype(dtype)
@@ -278,7 +278,7 @@ class TestStaging:
             back = stage.to_array(moved)
             np.testing.assert_array_equal(back, array)
             stage.to_array(torch.zeros_like(moved))
-            np.testing.assert_array_equal(back, array)  # a copy of its own
+            np.testing.assert_array_equal(back, array)  # not overwritten by later copies
 
 
 class TestPrefetching:
@@ -301,7 +301,7 @@ class TestPrefetching:
             assert X.device == device
             assert rest == {"y": index}
             busy = X
-            for _ in range(20):  # still at work when the next batch is copied
+            for _ in range(20):  # still computing when the next batch is copied
                 busy = busy @ torch.eye(1000, device=device)
             assert bool((busy == index).all())
             del X, busy
@@ -431,7 +431,7 @@ class TestAround:
             for _ in range(100):
                 there @ x
             taken.append(torch.cuda.memory_allocated())
-        assert max(taken[1:]) - min(taken) < 2**16  # a product is half a kilobyte
+        assert max(taken[1:]) - min(taken) < 2**16  # a product takes half a kilobyte
 
     @pytest.mark.parametrize("mebibytes", [150, 300])
     def test_where_memory_runs_out_less_is_kept_and_the_product_is_right(self, mebibytes: int) -> None:

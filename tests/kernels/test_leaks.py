@@ -1,4 +1,4 @@
-"""Nothing is left behind: memory is flat over thousands of products, and what is dropped is freed at once."""
+"""No leaks: memory is flat over thousands of products, and objects without a reference are freed at once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Batches(list):
 
 
 class Spoilt(nn.Module):
-    """Returns what no product can be made of, once it is told to."""
+    """Returns NaN if ``spoils`` is set, so that products fail."""
 
     spoils = False
 
@@ -65,7 +65,7 @@ def made(kind: str, width: int = 5, **options: Any) -> tuple[Any, nn.Module, Bat
 
 
 def products(A: Any) -> None:
-    """Make some of every kind, from both sides."""
+    """Compute products of every kind with the operator and its adjoint."""
     M, N = A.shape
     A @ np.ones(N)
     A @ np.ones((N, 3))
@@ -76,32 +76,34 @@ def products(A: Any) -> None:
 
 
 def resident() -> float:
-    """Return the megabytes of memory that this process has."""
+    """Return the resident memory of this process in megabytes."""
     gc.collect()
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")) / 1e6
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell how much memory it has")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory of this process is not known")
 class TestMemoryIsFlat:
-    """A vector of the operators here takes 64 kilobytes, twice as much as memory may rise by with each of them.
+    """A vector here takes 64 kilobytes, twice the allowed rise of memory for each product.
 
-    What is made once, and kept for all that follows, makes it rise at first; a leak does so in each third.
+    Objects that are created once raise the memory at first; a leak raises it in each third of the run.
     """
 
     COUNT, WIDTH = 240, 1000
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("cache", [0, "auto"])
     @pytest.mark.parametrize("kind", ["hessian", "ef", "jacobian"])
     def test_over_hundreds_of_products(self, kind, cache):
         self.see(kind, 2 * self.COUNT, cache=cache)
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     @pytest.mark.parametrize("cache", [0, "auto"])
     @pytest.mark.parametrize("kind", OPERATORS)
     def test_over_thousands_of_products(self, kind, cache):
         self.see(kind, 5000, cache=cache)  # some 20 s each
 
+    @pytest.mark.slow
     def test_over_hundreds_of_operators_blocks_and_submatrices(self):
         A, *_ = made("hessian", self.WIDTH)
 
@@ -112,6 +114,7 @@ class TestMemoryIsFlat:
 
         self.flat(use, self.COUNT // 2)
 
+    @pytest.mark.slow
     def test_over_hundreds_of_points(self):
         A, model, _ = made("hessian", self.WIDTH)
 
@@ -122,6 +125,7 @@ class TestMemoryIsFlat:
 
         self.flat(use, self.COUNT)
 
+    @pytest.mark.slow
     def test_over_hundreds_of_products_that_fail(self):
         A, model, _ = made("hessian", self.WIDTH)
 
@@ -145,7 +149,7 @@ class TestMemoryIsFlat:
         self.flat(use, count // 2)
 
     def flat(self, use: Callable[[], None], count: int) -> None:
-        """See that neither memory nor the number of Python's blocks grows in each third of the calls of `use`."""
+        """Assert that memory and the number of Python's blocks do not grow in every third of the calls of `use`."""
         for _ in range(30):
             use()
         third = count // 3
@@ -206,17 +210,17 @@ def no_collector():
 
 @pytest.mark.usefixtures("no_collector")
 class TestNoCycleKeepsAnythingAlive:
-    """The garbage collector is off: what a cycle held would stay."""
+    """The garbage collector is off, so objects in reference cycles would stay alive."""
 
     @pytest.fixture(autouse=True, scope="class")
     @staticmethod
     def forward_mode_is_imported() -> None:
-        """Torch compiles some derivatives at the first use of forward mode, and keeps the frames that ask for it."""
+        """Use forward mode once: torch then compiles some derivatives and holds on to the frames of the caller."""
         check(made("hessian")[0], rng=0)
 
     @staticmethod
     def left(kind: str, use: Callable[[Any, Path], Any], path: Path, **options: Any) -> list[str]:
-        """Return the names of what outlives an operator that was put to use."""
+        """Return the names of the objects that outlive an operator after its use."""
         A, model, data = made(kind, **options)
         watched = {"operator": A, "model": model, "data": data, "parameter": model[0].weight, "batch": data[0][0]}
         alive = {name: weakref.ref(thing) for name, thing in watched.items()}
@@ -253,7 +257,7 @@ class TestNoCycleKeepsAnythingAlive:
         alive = weakref.ref(A)
         del A
         assert alive() is None
-        products(block)  # which needs no more of it than the model and the data
+        products(block)  # the block only needs the model and the data
         models = weakref.ref(model), weakref.ref(data)
         del model, data
         assert None not in [reference() for reference in models]

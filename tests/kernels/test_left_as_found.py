@@ -1,7 +1,7 @@
-"""The model, its gradients, buffers, flags and all global state are as found, whatever goes wrong, wherever it does.
+"""The model, its gradients, buffers, flags and all global state are restored after an error at any moment.
 
-Fuses are laid in every layer, forward and backward, in the loss and in the loader. A first run counts how often they
-are passed; then a product is made for each time, in which the fuse blows at that moment.
+Fuses lie in every layer, forward and backward, in the loss and in the loader. A first run counts how often the fuses
+are passed. Then each of these moments gets a product of its own, in which the fuse blows at that moment.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import slow
+from cases import nightly
 from fuses import KINDS, Fuse, interrupted_at, made, state
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ def probe(A: Any) -> np.ndarray:
 
 
 def moments(kind: str, options: dict[str, Any], run: Any) -> range:
-    """Return how often the fuse is passed while ``run(A)`` runs, counted from 1."""
+    """Return the moments, counted from 1, at which ``run(A)`` passes the fuse."""
     fuse = Fuse()
     _, _, A = made(kind, fuse, options)
     fuse.set(-1)
@@ -48,7 +48,7 @@ def expected(kind: str) -> np.ndarray:
 
 
 def writing(model: nn.Module) -> None:
-    """Let a model write to its batch and to a buffer."""
+    """Make a model write to its batch and to a buffer."""
 
     def write(model: nn.Module, args: tuple[Tensor]) -> None:
         args[0].add_(1.0)
@@ -58,6 +58,7 @@ def writing(model: nn.Module) -> None:
     model.register_forward_pre_hook(write)
 
 
+@pytest.mark.default_cases("hessian-auto", "covariance-0")
 @pytest.mark.parametrize("cache", ["auto", 0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_wherever_a_product_is_interrupted(kind: str, cache: Any) -> None:
@@ -77,16 +78,20 @@ def test_wherever_a_product_is_interrupted(kind: str, cache: Any) -> None:
 
 
 OWN = ("kernels/changes.py", "kernels/differentiable.py")
+#: The functions of these files that change global state and restore it.
+_RESTORING = ("_set_states", "_set_backends", "_restore", "_leave_modes", "__enter__", "__exit__")
+RESTORING = frozenset({"private", "_states", "slow_backends", *_RESTORING})
 MODES = ("torch/overrides.py",)
 GUARD = ("kernels/guard.py",)
 
 
+@pytest.mark.default_cases("swapping parameters", "random numbers and backends")
 @pytest.mark.parametrize(
-    ("files", "change"),
-    [(OWN, None), (MODES, None), (GUARD, None), (GUARD, writing)],
+    ("files", "functions", "change"),
+    [(OWN, RESTORING, None), (MODES, (), None), (GUARD, (), None), (GUARD, (), writing)],
     ids=["random numbers and backends", "modes of functions", "swapping parameters", "undoing writes"],
 )
-def test_wherever_a_line_is_interrupted(files: tuple[str, ...], change: Any) -> None:
+def test_wherever_a_line_is_interrupted(files: tuple[str, ...], functions: Any, change: Any) -> None:
     def fresh() -> tuple[nn.Module, list[Any], Any]:
         model, data, A = made("hessian", Fuse(), {})
         if change is not None:
@@ -94,13 +99,13 @@ def test_wherever_a_line_is_interrupted(files: tuple[str, ...], change: Any) -> 
         return model, data, A
 
     _, _, A = fresh()
-    with interrupted_at(-1, files) as lines:
+    with interrupted_at(-1, files, functions) as lines:
         exact = A @ probe(A)
-    assert lines[0] > 100
+    assert lines[0] > 60
     for moment in range(1, lines[0] + 1, max(1, lines[0] // 200)):
         model, data, A = fresh()
         before = state(model, data)
-        with pytest.raises(KeyboardInterrupt), interrupted_at(moment, files):
+        with pytest.raises(KeyboardInterrupt), interrupted_at(moment, files, functions):
             A @ probe(A)
         assert state(model, data) == before
         np.testing.assert_allclose(A @ probe(A), exact, rtol=1e-12, atol=1e-14)
@@ -115,13 +120,14 @@ def test_random_numbers_of_every_gpu(monkeypatch) -> None:
     generators, outside = Generators(), dict(states)
     for number, devices in enumerate([{first, second}, {second}, {torch.device("cpu"), first}]):
         with contextlib.suppress(KeyboardInterrupt), generators.private(devices):
-            assert number == 0 or states[first] == outside[first]  # what they drew is forgotten where they are left
+            assert number == 0 or states[first] == outside[first]  # a use without a device ends its stream
             assert number != 1 or states[second] == 12
             states.update({device: state + 10 for device, state in states.items() if device in devices})
             raise KeyboardInterrupt
         assert states == outside
 
 
+@pytest.mark.default_cases("hessian", "ef")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_is_raised_or_overcome(kind: str) -> None:
     exact = expected(kind)
@@ -137,6 +143,7 @@ def test_an_error_is_raised_or_overcome(kind: str) -> None:
         np.testing.assert_allclose(A @ probe(A), exact, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow_cases("check")
 @pytest.mark.parametrize("what", ["gradient_and_loss", "check", "fingerprint"])
 def test_besides_products(what: str) -> None:
     def run(A: Any) -> object:
@@ -155,7 +162,8 @@ def test_besides_products(what: str) -> None:
         np.testing.assert_allclose(A @ probe(A), exact, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("moment", [1, *slow(2, 4), 12])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [1, *nightly(2, 4), 12])
 def test_the_compiled_engine(moment: int) -> None:
     fuse = Fuse()
     model, data, A = made("hessian", fuse, {"engine": "compiled"})

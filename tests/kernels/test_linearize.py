@@ -1,4 +1,4 @@
-"""The engine: batches are linearized once, kept within the budget, and made anew when anything changed."""
+"""The engine linearizes batches once, caches them within the budget, and re-linearizes them if anything changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Tally:
 
 
 class Counting(nn.Module):
-    """Counts how often the model runs, in an object of its own, as attributes of modules are put back."""
+    """Counts the runs of the model in a separate object, because attributes of modules are restored."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def dense(problem: Problem) -> np.ndarray:
 
 
 def batch_bytes(problem: Problem) -> int:
-    """What a linearization of the first batch retains, as the engine measures it."""
+    """Return the bytes that a linearization of the first batch retains, measured by the engine."""
     objective = ModelObjective(problem.model, problem.loss_function, problem.params, problem.data)
     leaves, names = objective.leaves(problem.params), list(problem.params)
     kernel = HessianKernel(objective, names, names)
@@ -78,7 +78,7 @@ class TestCache:
         H = hessian(problem)
         H @ np.ones(43)
         first = problem.model.runs
-        assert first == 3 + 1  # one more, to measure what batches of this shape retain
+        assert first == 3 + 1  # one more to measure the memory of batches of this shape
         for _ in range(5):
             H @ np.ones(43)
         assert problem.model.runs == first
@@ -115,12 +115,12 @@ class TestCache:
     )
     def test_what_a_batch_retains_is_what_the_process_gets_back(self) -> None:
         def resident() -> int:
-            ctypes.CDLL(None).malloc_trim(0)  # the C library keeps what is freed for the next product
+            ctypes.CDLL(None).malloc_trim(0)  # the C library holds on to freed memory for the next product
             return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
         model = nn.Sequential(nn.Linear(4, 5_000), nn.Tanh())
         data = [(torch.randn(2_000, 4), torch.randn(2_000, 5_000))]
-        # The targets are not saved by this loss, so that all that is retained is new: some 40 MB a tensor.
+        # This loss does not save the targets, so all retained memory is new: about 40 MB for each tensor.
         problem = Problem(model, lambda z, y: ((z - y) ** 2).mean(), data)
         measured = batch_bytes(problem)
         H = hessian(problem, cache=2 * measured)
@@ -221,7 +221,7 @@ class TestCache:
         engines = A._engine, A.H._engine
         spent = sum(engine._first.bytes for engine in engines)
         assert 0 < spent <= 2 * batch_bytes(problem)
-        problem.model.model[0].bias.data.add_(1.0)  # both begin anew, with the whole budget between them
+        problem.model.model[0].bias.data.add_(1.0)  # both start again and share the whole budget
         np.testing.assert_allclose(A @ np.eye(15), (A.H @ np.eye(20)).T, rtol=1e-12, atol=1e-14)
         assert sum(engine._first.bytes for engine in engines) <= 2 * batch_bytes(problem)
 
@@ -233,7 +233,7 @@ AUTOCAST = pytest.mark.filterwarnings("ignore:torch.autocast is enabled:RuntimeW
 
 
 class Moving(nn.Module):
-    """Its layers compute something else in the other container."""
+    """A model whose layers compute another function in the other container."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -383,12 +383,12 @@ class TestChangesAreNoticed:
         H = hessian(problem)
         one, other = problem.model.first[0], problem.model.head
         one.weight, other.weight = other.weight, one.weight
-        with pytest.raises(RuntimeError, match="another took its place"):
+        with pytest.raises(RuntimeError, match="has been replaced"):
             H @ np.ones(H.shape[1])
         one.weight, other.weight = other.weight, one.weight
         H @ np.ones(H.shape[1])
         one.bias.data = one.bias.data[:1]
-        with pytest.raises(RuntimeError, match=r"had shape \(4,\) and has \(1,\) now"):
+        with pytest.raises(RuntimeError, match=r"had shape \(4,\) and now has \(1,\)"):
             H @ np.ones(H.shape[1])
 
     def test_a_sparse_buffer(self) -> None:
@@ -495,7 +495,7 @@ class TestTheModelIsLeftAsFound:
         problem = Problem(model, nn.MSELoss(), [(torch.arange(5), torch.randn(5, 2).double())])
         product = hessian(problem) @ np.ones(23)
         assert torch.equal(model[0].weight, before)
-        model(problem.data[0][0])  # the model does it to itself
+        model(problem.data[0][0])  # the forward pass renormalises the weight in place
         np.testing.assert_allclose(hessian(problem) @ np.ones(23), product, rtol=1e-12)
 
     def test_an_embedding_that_renormalises_its_weight_below_a_block(self) -> None:
@@ -549,7 +549,7 @@ class TestRandomness:
         np.testing.assert_allclose(H @ np.eye(43), expected, rtol=1e-10, atol=1e-14)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_batches_of_equal_losses_are_told_apart(self, dtype: torch.dtype) -> None:
+    def test_batches_of_equal_losses_are_distinguished(self, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         model = mlp().to(dtype)
         nn.init.zeros_(model[2].weight)
@@ -566,7 +566,7 @@ class TestRandomness:
             product = H @ np.ones(43)
         np.testing.assert_allclose(product, dense(whole) @ np.ones(43), **tolerance)
 
-    def test_dropout_in_training_mode_is_told_at_the_first_product(self) -> None:
+    def test_dropout_in_training_mode_is_reported_at_the_first_product(self) -> None:
         problem = loss_problem("mse")
         problem.model.insert(2, nn.Dropout(0.5)).train()
         problem.params = dict(problem.model.named_parameters())
@@ -574,7 +574,7 @@ class TestRandomness:
             hessian(problem) @ np.ones(43)
 
     @pytest.mark.parametrize("cache", ["auto", 0])
-    def test_it_is_told_by_every_product_until_it_is_off(self, cache) -> None:
+    def test_it_is_reported_by_every_product_until_it_is_off(self, cache) -> None:
         problem = loss_problem("mse")
         problem.model.insert(2, nn.Dropout(0.5)).train()
         problem.params = dict(problem.model.named_parameters())
@@ -591,8 +591,8 @@ class TestRandomness:
         np.testing.assert_array_equal(H @ np.ones(43), expected)
 
     @pytest.mark.parametrize("cache", ["auto", 0])
-    def test_randomness_that_no_module_tells_of(self, cache) -> None:
-        """In the last of three batches of one shape, by a function, and in the first product."""
+    def test_randomness_that_no_module_shows(self, cache) -> None:
+        """A function is random in the last of three batches of one shape; the first product finds it."""
         torch.manual_seed(0)
         model = mlp().double()
 
@@ -617,7 +617,7 @@ class TestRandomness:
         np.testing.assert_array_equal(H @ np.ones(43), hessian(problem) @ np.ones(43))
 
     def test_one_batch_that_changes_from_pass_to_pass_is_named(self) -> None:
-        """What one batch has more another has less, so that the sum is the same."""
+        """One batch's loss grows as another's falls, so the sum does not change."""
         problem, shifts = loss_problem("mse", "one"), [0.0] * 3
         problem.data = 2 * problem.data
 
@@ -625,7 +625,7 @@ class TestRandomness:
             return nn.functional.mse_loss(z, y) + shifts.pop(0)
 
         H = hessian(Problem(problem.model, loss, problem.data, problem.params), cache=0)
-        H @ np.ones(43)  # the third evaluation is of the two batches as one
+        H @ np.ones(43)  # the third evaluation joins the two batches
         assert not shifts
         shifts += [0.1, -0.1]
         with pytest.raises(NonDeterministicObjectiveError, match="the loss of batch 0, times its weight, was"):
@@ -648,13 +648,13 @@ class TestNonFiniteProducts:
         for seed in range(5):
             torch.manual_seed(seed)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "data yields other batches")
+                warnings.filterwarnings("ignore", "data yields different batches")
                 with pytest.raises(NonFiniteProductError, match="batch"):
                     hessian(problem, cache=budget) @ np.ones(43)
 
     def test_a_vector_that_is_not_finite(self) -> None:
         H = hessian(loss_problem("mse"))
-        with pytest.raises(NonFiniteProductError, match="vector handed in"):
+        with pytest.raises(NonFiniteProductError, match="vector to multiply"):
             H @ np.full(43, np.inf)
         assert np.isfinite(H @ np.ones(43)).all()
 
@@ -681,7 +681,7 @@ class TestNonFiniteProducts:
         H = hessian(problem)
         H @ np.ones(H.shape[1])
         runs = problem.model.runs
-        with pytest.raises(NonFiniteProductError, match="vector handed in"):
+        with pytest.raises(NonFiniteProductError, match="vector to multiply"):
             H @ np.full(H.shape[1], np.nan)
         H @ np.ones(H.shape[1])
         assert problem.model.runs == runs

@@ -1,4 +1,4 @@
-"""Objectives that people really have: Hugging Face models, weight decay, losses that contain derivatives."""
+"""Realistic objectives: Hugging Face models, weight decay, and losses that contain derivatives."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def hugging_face_model(name: str) -> nn.Module:
 
 
 CHOSEN = {
-    "gpt2": ["*wte.weight", "*ln_1.*", "*c_attn.bias", "*mlp.c_proj.bias"],  # wte.weight is that of the head, too
+    "gpt2": ["*wte.weight", "*ln_1.*", "*c_attn.bias", "*mlp.c_proj.bias"],  # wte.weight is tied to the head
     "bert": ["*word_embeddings.weight", "*attention*LayerNorm.*", "*query.bias", "*classifier.*"],
 }
 LENGTHS = (3, 2, 6, 4, 5)
@@ -42,7 +42,7 @@ PARTS = (slice(0, 2), slice(2, 3), slice(3, 5))  # all ignored, one sentence, tw
 
 @seeded
 def sentences(name: str) -> Any:
-    """Return five sentences as one padded batch; nothing is to be learned from the first two."""
+    """Return five sentences as one padded batch; the targets of the first two are ignored."""
     real = torch.arange(6) < torch.tensor(LENGTHS)[:, None]
     tokens = torch.randint(1, 11, real.shape).where(real, 0)
     labels = tokens.where(real, -100) if name == "gpt2" else torch.tensor([0, 1, 1, 0, 2])
@@ -59,7 +59,7 @@ def ragged(name: str) -> list[Any]:
 
 
 def pair(batch: Any) -> tuple[Any, Tensor]:
-    """Return a batch as inputs and targets; a token is predicted by those before it, so the first is no target."""
+    """Return a batch as inputs and targets; the first token has no predecessors, so it is not a target."""
     X = transformers.BatchEncoding({key: value for key, value in batch.items() if key != "labels"})
     return X, batch["labels"][:, 1:] if batch["labels"].ndim == 2 else batch["labels"]
 
@@ -69,7 +69,7 @@ def not_ignored(batch: tuple[Any, Tensor]) -> float:
 
 
 def scores(output: Any) -> Tensor:
-    """Return the logits with the classes where torch's losses want them, without those of the token after the last."""
+    """Return the logits with the classes along axis 1, as torch's losses expect, without those after the last token."""
     return output.logits[:, :-1].transpose(1, 2) if output.logits.ndim == 3 else output.logits
 
 
@@ -88,7 +88,7 @@ def padded(name: str) -> Problem:
 
 
 def own(problem: Problem) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the model as it was made, with the parameters by the names that it has for them."""
+    """Return the original model, with the parameters by its own names."""
     return problem.model.model, {name.removeprefix("model."): value for name, value in problem.params.items()}
 
 
@@ -101,7 +101,7 @@ def reference(dense: Callable[..., Tensor], problem: Problem) -> np.ndarray:
 
 
 def covariance(*problem: Any) -> Tensor:
-    """Return the empirical Fisher matrix, centred: there are as many examples as the loss averages over."""
+    """Return the centred empirical Fisher matrix; the loss averages over the examples."""
     gradient, _ = functorch.functorch_gradient_and_loss(*problem)
     return functorch.functorch_empirical_fisher(*problem) - gradient.outer(gradient)
 
@@ -117,6 +117,7 @@ MATRICES = {
 
 @pytest.mark.parametrize("name", CHOSEN)
 class TestHuggingFace:
+    @pytest.mark.default_cases("HessianLinearOperator-bert", "GGNLinearOperator-gpt2")
     @pytest.mark.parametrize("operator", MATRICES)
     def test_ragged_batches_have_the_matrix_of_one_padded_batch(self, name: str, operator: Any) -> None:
         problem = padded(name)
@@ -142,7 +143,7 @@ class TestHuggingFace:
             ragged(name),
             batch_weight=lambda batch: not_ignored(pair(batch)),
         )
-        # GPT-2's own loss casts the logits to float32, whatever the model is in.
+        # GPT-2's own loss casts the logits to float32, whatever the model's dtype.
         error = 1e-6 if name == "gpt2" else 1e-13
         dense = reference(functorch.functorch_hessian, padded(name))
         assert np.linalg.norm(H @ np.eye(len(dense)) - dense) <= error * np.linalg.norm(dense)
@@ -155,6 +156,7 @@ class TestHuggingFace:
         A = functools.partial(build, curvop.EFLinearOperator, problem, batch_weight=not_ignored)
         assert_matrix(A, expected, diagonal=False)
 
+    @pytest.mark.default_cases("bert")
     def test_the_models_own_output_is_a_prediction(self, name: str) -> None:
         model, params = own(padded(name))
 
@@ -174,7 +176,7 @@ class TestHuggingFace:
 
 
 def test_a_loss_less_precise_than_the_parameters_is_not_random() -> None:
-    # GPT-2's own loss is in float32; added up in another order, it changes by more than float64 rounds.
+    # GPT-2's own loss is in float32. In another order of summation it changes by more than float64 rounding.
     model = hugging_face_model("gpt2")
     tokens = torch.randint(1, 11, (40, 6), generator=torch.Generator().manual_seed(0))
     H = curvop.HessianLinearOperator.from_objective(
@@ -188,13 +190,13 @@ def test_a_loss_less_precise_than_the_parameters_is_not_random() -> None:
 
 
 def rows_of(values: Tensor, params: dict[str, Tensor]) -> Tensor:
-    """Return the gradients of some numbers, one a row."""
+    """Return the gradients of scalars as rows."""
     rows = [torch.autograd.grad(value, list(params.values()), retain_graph=True) for value in values.reshape(-1)]
     return torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
 
 
 def by_sentence(problem: Problem) -> np.ndarray:
-    """Return the empirical Fisher matrix where each sentence is an example, of the gradients one by one."""
+    """Return the empirical Fisher matrix with sentences as examples, from their gradients one by one."""
     [(X, y)] = problem.data
     losses = F.cross_entropy(problem.model(X), y, reduction="none").reshape(len(y), -1).sum(1)
     G = rows_of(losses, problem.params).numpy()
@@ -222,7 +224,7 @@ def test_weight_decay_on_weights_but_not_on_biases(loss: str, batching: str) -> 
 
 
 def laplacian(u: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the sum of u's second derivatives by its inputs at each of the points `x` (N, D)."""
+    """Return the Laplacian of u with respect to its inputs at the points `x` (N, D)."""
     x = x.detach().requires_grad_()
     [slopes] = torch.autograd.grad(u(x).sum(), x, create_graph=True)
     seconds = [torch.autograd.grad(slopes[:, d].sum(), x, create_graph=True)[0][:, d] for d in range(x.shape[1])]
@@ -258,7 +260,7 @@ def test_physics_informed_loss_with_boundary_values(sizes: tuple[int, ...]) -> N
 
 
 class Laplacian(nn.Module):
-    """The network's Laplacian as a prediction: what remains of the equation is then a loss like any other."""
+    """The network's Laplacian as a prediction, so that the residual of the equation is an ordinary loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,7 +294,7 @@ def test_physics_informed_residuals_have_every_matrix() -> None:
     close(curvop.JacobianLinearOperator(problem.model, problem.params, problem.data) @ np.eye(len(theta)), J)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_physics_informed_residuals_compile() -> None:
     compiled, plain = (build(curvop.GGNLinearOperator, poisson_equation(), engine=e) for e in ("compiled", "autograd"))
     close(compiled @ np.ones(31), plain @ np.ones(31))

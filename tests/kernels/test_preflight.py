@@ -1,4 +1,4 @@
-"""What is told, or refused, before a product is trusted, and what user's code writes to and must not."""
+"""Warnings and errors that precede a product, and user's code that writes to buffers and batches."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Attending(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drops whole examples, as libraries of vision models do."""
+    """Drops whole examples, as vision libraries do."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class TestDropout:
     def test_it_is_named_by_every_product(self, name: str, kind: str, cache: Any) -> None:
         make, where = RANDOM[name]
         A = operator(problem_of(make().train()), kind, cache=cache)
-        torch.manual_seed(1)  # two draws of so few numbers may be the same
+        torch.manual_seed(1)  # two draws of so few numbers may coincide
         for _ in range(2):
             with pytest.raises(NonDeterministicObjectiveError, match=f"dropout is active in {where}: call model.eval"):
                 product(A)
@@ -107,10 +107,10 @@ class TestDropout:
     def test_a_gradient_is_that_of_one_draw(self, name: str) -> None:
         make, where = RANDOM[name]
         A = operator(problem_of(make().train()))
-        with pytest.warns(RuntimeWarning, match=f"dropout is active in {where}.*call model.eval") as told:
+        with pytest.warns(RuntimeWarning, match=f"dropout is active in {where}.*call model.eval") as caught:
             A.gradient_and_loss()
-        assert len(told) == 1
-        A.gradient_and_loss()  # it is told once
+        assert len(caught) == 1
+        A.gradient_and_loss()  # no second warning
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_in_evaluation_mode_or_without_a_rate_it_is_not_active(self, kind: str) -> None:
@@ -125,11 +125,11 @@ class TestBatchNormalisation:
     @pytest.mark.parametrize("kind", KINDS)
     def test_over_several_batches(self, kind: str) -> None:
         A = operator(problem_of(self.model().train()), kind)
-        with pytest.warns(RuntimeWarning, match=r"'1' \(BatchNorm1d\) normalises each of the 2 batches") as told:
+        with pytest.warns(RuntimeWarning, match=r"'1' \(BatchNorm1d\) normalises each of the 2 batches") as caught:
             product(A)
-        assert len(told) == 1
-        product(A)  # it is told once
-        product(A.block("0.bias"))  # nor do blocks tell more
+        assert len(caught) == 1
+        product(A)  # no second warning
+        product(A.block("0.bias"))  # nor by blocks
 
     def test_without_running_statistics_evaluation_mode_does_not_help(self) -> None:
         model = self.model(track_running_stats=False).eval()
@@ -164,7 +164,7 @@ class TestHalfPrecision:
         assert 1e-7 < np.linalg.norm(product(A) - exact) / np.linalg.norm(exact) < 0.1
 
     def test_other_layers_may_be_in_it(self) -> None:
-        """As where a backbone in half precision is frozen, and a head is studied."""
+        """Such as a frozen backbone in half precision, below a head of interest."""
 
         class Model(nn.Module):
             def __init__(self) -> None:
@@ -192,9 +192,11 @@ class TestAutocast:
         A = operator(problem, kind)
         exact = product(A)
         with torch.autocast("cpu", torch.bfloat16):
-            with pytest.warns(RuntimeWarning, match=r"torch.autocast is enabled.*bfloat16.*7\.8e-03.*outside") as told:
+            with pytest.warns(
+                RuntimeWarning, match=r"torch.autocast is enabled.*bfloat16.*7\.8e-03.*outside"
+            ) as caught:
                 coarse = product(A)
-            assert len(told) == 1
+            assert len(caught) == 1
             product(A)
         assert 1e-4 < np.linalg.norm(coarse - exact) / np.linalg.norm(exact) < 0.1
         np.testing.assert_allclose(product(A), exact, rtol=1e-5, atol=1e-6)
@@ -234,7 +236,7 @@ def halved(prediction, y):
 
 
 class Remembering(nn.Module):
-    """Keeps the largest input of more than 10 that it has seen, with a new buffer, and without one that it had."""
+    """Stores the largest input above 10, and then adds a buffer and deletes another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +253,7 @@ class Remembering(nn.Module):
 
 
 class Imputing(nn.Module):
-    """Replaces missing values in its input, where there are any, and counts its calls in a new buffer each time."""
+    """Replaces missing values in its input, if any, and counts its calls in a new buffer each time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +269,7 @@ class Imputing(nn.Module):
 
 
 class Centred(nn.Module):
-    """A loss that remembers where targets were."""
+    """A loss with a running mean of the targets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,13 +293,14 @@ class Normalised(nn.Module):
 
 
 class TestWhatUsersCodeWritesTo:
+    @pytest.mark.slow_cases("*compiled*")
     @pytest.mark.parametrize("cache", ["auto", 0])
     @pytest.mark.parametrize(
         ("kind", "engine"),
         [
             *itertools.product(KINDS, ["autograd"]),
             ("hessian", "compiled"),
-            *(pytest.param(kind, "compiled", marks=pytest.mark.slow) for kind in list(KINDS)[1:]),
+            *(pytest.param(kind, "compiled", marks=pytest.mark.nightly) for kind in list(KINDS)[1:]),
         ],
     )
     def test_inputs_targets_and_buffers(self, kind: str, engine: str, cache: Any) -> None:
@@ -344,7 +347,7 @@ class TestWhatUsersCodeWritesTo:
 
     @pytest.mark.parametrize("cache", ["auto", 0])
     @pytest.mark.parametrize("kind", ["hessian", "ggn", "ef"])
-    @pytest.mark.filterwarnings("ignore:batches 0 and 1. as one batch:RuntimeWarning")  # their centre is another
+    @pytest.mark.filterwarnings("ignore:batches 0 and 1. as one batch:RuntimeWarning")  # each has its own centre
     def test_the_losses_own_buffers(self, kind: str, cache: Any) -> None:
         problem = problem_of(mlp())
         problem.loss_function = Centred()
@@ -412,7 +415,7 @@ class TestWhatUsersCodeWritesTo:
 
 
 class Attention(nn.Module):
-    """Asks for flash attention itself, which has no second derivative."""
+    """Requests flash attention, which has no second derivative."""
 
     def __init__(self, backend: SDPBackend | None) -> None:
         super().__init__()
@@ -504,7 +507,7 @@ class TestTensorsWithoutValuesOrDerivatives:
 
     def test_quantised_parameters(self) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch is to drop them
+            warnings.simplefilter("ignore")  # torch has deprecated them
             w = torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
         with pytest.raises(ValueError, match=r"params\['w'\] is quantised.*dequantize"):
             HessianLinearOperator(lambda p, X: X, nn.MSELoss(), {"w": w}, [])
@@ -541,11 +544,12 @@ class TestGradientCheckpointing:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_with_others_it_is_refused(self, kind: str) -> None:
-        """Torch would recompute with the model's own, and the product would be wrong."""
+        """Torch would recompute with the model's own parameters, and the product would be wrong."""
         problem = problem_of(Checkpointed())
         problem.params = {name: (1.3 * value.detach()).requires_grad_() for name, value in problem.params.items()}
         with pytest.raises(
-            RuntimeError, match=r"gradient checkpointing.*: pass the model's own, or turn checkpointing"
+            RuntimeError,
+            match=r"gradient checkpointing.*: pass the model's own, which must require grad, or turn checkpointing",
         ):
             product(operator(problem, kind))
 

@@ -1,6 +1,6 @@
-"""Linearizations whose products are recorded: whole vectors in and out, whatever the matrix and however many columns.
+"""Recorded linearizations take and return flat vectors, for every kind of matrix and any number of columns.
 
-On a GPU, tests/test_gpu.py has the recording itself; here, what would be recorded is run again.
+Here a "recorded" product simply runs again on the CPU; `test_gpu` tests the recording itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from curvop.kernels.cuda_graphs import Recorder, Replayed
 
 @pytest.fixture
 def recorded(monkeypatch) -> list[tuple[int, ...]]:
-    """Let products on the host be recorded as they would be on a GPU; return the shapes of the vectors."""
+    """Record products on the host as they would be on a GPU; return the shapes of the vectors."""
     shapes = []
 
     def record(self, run, vectors, products, needed):
@@ -25,7 +25,7 @@ def recorded(monkeypatch) -> list[tuple[int, ...]]:
         return lambda again: run(again).clone()
 
     monkeypatch.setattr(
-        Recorder, "watching", lambda self, linearization, kernel, count: Replayed(linearization, kernel, self, count)
+        Recorder, "recordable", lambda self, linearization, kernel, count: Replayed(linearization, kernel, self, count)
     )
     monkeypatch.setattr(Recorder, "record", record)
     return shapes
@@ -40,13 +40,13 @@ def operators(problem: Problem, engine: str) -> dict[str, object]:
     return found | {"jacobian": J, "transposed": J.T, "block": hessian.block(last, first)}
 
 
-@pytest.mark.parametrize("engine", ["autograd", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["autograd", pytest.param("compiled", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("kind", [*KINDS, "jacobian", "transposed", "block"])
 def test_products_are_the_same(recorded, kind: str, engine: str, monkeypatch) -> None:
     problem = loss_problem("ce")
     A = operators(problem, engine)[kind]
     with monkeypatch.context() as plain:
-        plain.setattr(Recorder, "watching", lambda self, linearization, kernel, count: linearization)
+        plain.setattr(Recorder, "recordable", lambda self, linearization, kernel, count: linearization)
         B = operators(problem, "autograd")[kind]
         dense, adjoint = B @ np.eye(B.shape[1]), B.T @ np.eye(B.shape[0])
     rng = np.random.default_rng(0)
@@ -62,10 +62,10 @@ def test_the_second_product_of_as_many_columns_is_recorded(recorded) -> None:
     problem = loss_problem("ce")
     H = operators(problem, "autograd")["hessian"]
     batches, n = len(problem.data), H.shape[0]
-    for expected in (0, 0, batches, batches):  # the first makes the linearizations
+    for expected in (0, 0, batches, batches):  # the first product builds the linearizations
         H @ np.ones(n)
         assert recorded == [(n,)] * expected
     recorded.clear()
     for _ in range(3):
         H.block(list(problem.params)) @ np.ones(n)
-    assert recorded == []  # each block is a new one, whose products have just begun
+    assert recorded == []  # each block is a new operator with its first product

@@ -1,6 +1,6 @@
-"""The seam between the user's code and the kernels: the matrix is the one that the code means, or a message says not.
+"""The seam between the user's code and the kernels: the matrix is the one that the code defines, or an error is raised.
 
-Every matrix is judged by double backward of the user's own module, called as the user calls it.
+The reference is double backward through the user's own module, called as the user calls it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import mlp, seeded, slow
+from cases import mlp, nightly, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,7 +40,7 @@ def by_hand(loss: Tensor, params: Any) -> np.ndarray:
     params = list(params)
     gradient = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
     entries = torch.cat([part.reshape(-1) for part in gradient])
-    if not entries.requires_grad:  # of what is linear
+    if not entries.requires_grad:  # the loss is linear
         return np.zeros((len(entries), len(entries)))
     rows = [torch.autograd.grad(one, params, retain_graph=True, materialize_grads=True) for one in entries]
     return torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows]).numpy()
@@ -75,7 +75,7 @@ def halves(X: Tensor, y: Tensor) -> list[Any]:
 
 
 class Decayed(nn.Module):
-    """A loss that registers the model, with a parameter and a buffer of its own."""
+    """A loss that registers the model, and has its own parameter and buffer."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -109,9 +109,9 @@ def penalties(model: nn.Sequential) -> dict[str, Any]:
 
 
 class TestPenalties:
-    """What the loss reads of the model is differentiated as what the model reads."""
+    """Parameters that the loss reads are differentiated like those that the model reads."""
 
-    @pytest.mark.parametrize("engine", ["autograd", *slow("compiled")])
+    @pytest.mark.parametrize("engine", ["autograd", *nightly("compiled")])
     @pytest.mark.parametrize("name", ["all parameters", "a submodule's", "by name", "of a module"])
     def test_the_hessian(self, name: str, engine: str) -> None:
         model, X, y = classification()
@@ -127,6 +127,7 @@ class TestPenalties:
         close(gradient, torch.cat([part.reshape(-1) for part in own]).numpy())
         close(value, loss.item())
 
+    @pytest.mark.slow
     def test_the_compiled_engine(self) -> None:
         self.test_the_hessian("of a module", "compiled")
 
@@ -138,6 +139,7 @@ class TestPenalties:
         where = [40, 41, 42, *range(20)]
         close(of(HessianLinearOperator(model, loss_function, params, halves(X, y))), expected[where][:, where])
 
+    @pytest.mark.slow_cases("compiled")
     @pytest.mark.parametrize("engine", ENGINES)
     def test_at_other_values_than_the_models_own(self, engine: str) -> None:
         model, X, y = classification()
@@ -182,7 +184,7 @@ class TestPenalties:
 
 
 class TestTensorsThatAreReachedDirectly:
-    """Nothing can stand in for a tensor that a function holds itself: the first product names it."""
+    """A tensor that a function holds itself cannot be replaced; the first product names it."""
 
     @pytest.mark.parametrize("frozen", [False, True])
     @pytest.mark.parametrize("engine", ENGINES)
@@ -201,7 +203,7 @@ class TestTensorsThatAreReachedDirectly:
                 A @ np.ones(43)
         assert all(value.requires_grad != frozen for value in model.parameters())
         rest = {name: value for name, value in named(model).items() if name.startswith("0")}
-        kind(model, loss_function, rest, halves(X, y)) @ np.ones(25)  # none of them is reached
+        kind(model, loss_function, rest, halves(X, y)) @ np.ones(25)  # the function reaches none of these
 
     def test_the_models_own_where_others_stand_in(self) -> None:
         model, X, y = classification()
@@ -257,7 +259,7 @@ class TestTensorsThatAreReachedDirectly:
 
 
 class Adapting(nn.Module):
-    """Takes a step of gradient descent in every forward pass, with all parameters that require grad."""
+    """Takes a gradient descent step over all parameters that require grad in every forward pass."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -271,7 +273,7 @@ class Adapting(nn.Module):
 
 
 class TestCodeThatAsksWhatRequiresGrad:
-    """A block, a submatrix and a matrix of some parameters are parts of the whole."""
+    """A block, a submatrix and the matrix of some parameters agree with the whole matrix."""
 
     @pytest.mark.parametrize("first", ["whole", "block", "submatrix"])
     def test_an_inner_loop(self, first: str) -> None:
@@ -333,7 +335,7 @@ class WithoutGrad(nn.Module):
 
 
 class WithAuxiliaryLoss(nn.Module):
-    """Leaves a term of the loss in an attribute, as mixtures of experts do."""
+    """Stores a term of the loss in an attribute, as mixtures of experts do."""
 
     def __init__(self, net: nn.Sequential) -> None:
         super().__init__()
@@ -346,6 +348,7 @@ class WithAuxiliaryLoss(nn.Module):
 
 
 class TestTermsThatForwardLeaves:
+    @pytest.mark.slow_cases("compiled")
     @pytest.mark.parametrize("engine", ENGINES)
     def test_they_are_part_of_the_hessian(self, engine: str) -> None:
         net, X, y = classification()
@@ -367,7 +370,7 @@ class TestTermsThatForwardLeaves:
 
 
 class TestParametersThatAreNotReached:
-    @pytest.mark.parametrize("engine", ["autograd", *slow("compiled")])
+    @pytest.mark.parametrize("engine", ["autograd", *nightly("compiled")])
     @pytest.mark.parametrize("how", ["no_grad", "detach", "data"])
     @pytest.mark.parametrize("kind", [HessianLinearOperator, GGNLinearOperator, EFLinearOperator])
     def test_none_is(self, kind: Any, how: str, engine: str) -> None:
@@ -387,7 +390,7 @@ class TestParametersThatAreNotReached:
     def test_a_single_one_is_a_row_of_zeros(self, kind: Any) -> None:
         model, X, y = classification()
         model.unused = nn.Parameter(torch.ones(2).double())
-        own = nn.Sequential(model)  # which calls the layers and nothing else
+        own = nn.Sequential(model)  # it only calls the layers
         model.forward = lambda X: model[2](model[1](model[0](X)))
         A = kind(own, nn.CrossEntropyLoss(), named(own), halves(X, y))
         matrix = of(A)
@@ -429,7 +432,7 @@ LINEAR = {
 
 
 class TestZeroMatrix:
-    @pytest.mark.parametrize("engine", ["autograd", *slow("compiled")])
+    @pytest.mark.parametrize("engine", ["autograd", *nightly("compiled")])
     @pytest.mark.parametrize("name", LINEAR)
     def test_a_loss_that_is_linear_in_the_prediction(self, name: str, engine: str) -> None:
         torch.manual_seed(0)
@@ -439,14 +442,14 @@ class TestZeroMatrix:
         G = GGNLinearOperator(model, LINEAR[name], named(model), data, engine=engine)
         with pytest.warns(RuntimeWarning, match="matrix is zero, .* linear in the prediction.*HessianLinearOperator"):
             assert not (G @ np.ones(15)).any()
-        assert not (G @ np.ones(15)).any()  # it is said once
+        assert not (G @ np.ones(15)).any()  # no second warning
         H = HessianLinearOperator(model, LINEAR[name], named(model), data, engine=engine)
         close(of(H), by_hand(LINEAR[name](model(batch), data[0][1]), model.parameters()))
 
     def test_neither_curvature_in_a_later_batch_nor_a_loss_of_torch(self) -> None:
         model, X, _ = classification()
         y = torch.randn(20, 3).double()
-        y[:7] += 100  # where Huber's loss is linear
+        y[:7] += 100  # the Huber loss is linear there
         own = lambda z, y: F.huber_loss(z, y)  # noqa: E731
         GGNLinearOperator(model, own, named(model), halves(X, y)) @ np.ones(43)
         GGNLinearOperator(model, nn.L1Loss(), named(model), halves(X, y)) @ np.ones(43)
@@ -482,7 +485,7 @@ def valid_labels(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
 
 
 class TestWeightsOfBatches:
-    @pytest.mark.parametrize("engine", ["autograd", *slow("compiled")])
+    @pytest.mark.parametrize("engine", ["autograd", *nightly("compiled")])
     @pytest.mark.parametrize("sequence", [list, tuple])
     @pytest.mark.parametrize("targets", ["tensor", "list", "tuple"])
     def test_a_list_of_images_has_its_length(self, targets: str, sequence: Any, engine: str) -> None:
@@ -551,19 +554,21 @@ class TestWeightsOfBatches:
         H = HessianLinearOperator(model, squared, named(model), data, batch_weight=lambda batch: len(batch[1]))
         expected = by_hand(squared(model(X), y), model.parameters())
         close(of(H), expected)
-        close(of(HessianLinearOperator(model, squared, named(model), [(X, y)])), expected)  # a single one needs none
+        close(
+            of(HessianLinearOperator(model, squared, named(model), [(X, y)])), expected
+        )  # a single batch needs no weight
 
     def test_weights_that_cannot_be_verified_are_not_called_sound(self) -> None:
         torch.manual_seed(0)
         w = torch.randn(3, 2).double()
         objective = lambda params, batch: (batch["x"] @ params["w"] - batch["y"]).square().mean()  # noqa: E731
-        sizes = (7, 2)  # along the second dimension: of the first, T, nobody can tell
+        sizes = (7, 2)  # along the second dimension; the first, T, says nothing about examples
         data = [{"x": torch.randn(5, n, 3).double(), "y": torch.randn(5, n, 2).double()} for n in sizes]
         report = check(HessianLinearOperator.from_objective(objective, {"w": w}, data), rng=0, progress=False)
         assert report["weights of batches"].status == "not applicable"
         assert "not verified" in report["weights of batches"].text
 
-    @pytest.mark.parametrize("engine", ["autograd", *slow("compiled")])
+    @pytest.mark.parametrize("engine", ["autograd", *nightly("compiled")])
     def test_an_objective_that_averages_over_valid_labels(self, engine: str) -> None:
         torch.manual_seed(0)
         w, X, y = torch.randn(4, 3).double(), torch.randn(20, 4).double(), torch.randint(0, 3, (20,))
@@ -652,7 +657,7 @@ def shuffled(**options: Any) -> tuple[nn.Module, DataLoader]:
 
 
 class Grouped(torch.utils.data.BatchSampler):
-    """A sampler that does not initialise its base class, as those of vision libraries."""
+    """A sampler that does not initialise its base class, like those of vision libraries."""
 
     def __init__(self) -> None:
         self.sampler = torch.utils.data.RandomSampler(range(12))
@@ -665,7 +670,7 @@ class Grouped(torch.utils.data.BatchSampler):
 
 
 class Noisy:
-    """Yields other data in every pass."""
+    """Yields different data in every pass."""
 
     def __init__(self, X: Tensor, y: Tensor) -> None:
         self.X, self.y, self.passes = X, y, 0
@@ -699,7 +704,7 @@ class TestDataThatChange:
         with pytest.warns(RuntimeWarning, match="shuffles, and drops 2 of 12 examples"):
             G @ np.ones(67)
         with pytest.raises(NonDeterministicObjectiveError):
-            [G.gradient_and_loss() for _ in range(3)]  # each of which may draw the same by chance
+            [G.gradient_and_loss() for _ in range(3)]  # two passes may draw the same examples by chance
         assert not check(G, progress=False, rng=0).ok
 
     @pytest.mark.parametrize(
@@ -753,7 +758,7 @@ class TestDataThatChange:
 
 
 class Keeping(nn.Module):
-    """A model that keeps things in `forward`, in a way to be chosen."""
+    """A model whose ``forward`` stores things, in the way named by ``how``."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -845,7 +850,7 @@ HOWS = [name for name in vars(Keeping) if not name.startswith("_") and name != "
 
 
 def found(model: Keeping, *batches: Tensor) -> list[Any]:
-    """Return all that may not change."""
+    """Return everything that must not change."""
     tensors = [*model.parameters(), *model.buffers(), model.plain, *batches]
     return [
         [(name, id(value)) for name, value in vars(model).items()],
@@ -882,7 +887,8 @@ class TestAsFound:
         if kind is HessianLinearOperator:
             close(matrix, by_hand(F.cross_entropy(own(X.clone()), y), params))
 
-    @pytest.mark.parametrize("how", ["attributes", *slow(*(how for how in HOWS if how != "attributes"))])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("how", ["attributes", *nightly(*(how for how in HOWS if how != "attributes"))])
     def test_after_a_compiled_product(self, how: str) -> None:
         model, whole, X, y = self.made(how, False)
         before = found(model, whole, X)
@@ -916,6 +922,7 @@ class TestAsFound:
         close(of(HessianLinearOperator(model, nn.CrossEntropyLoss(), params, halves(X, y))), expected)
         assert model[0].weight is weight
 
+    @pytest.mark.slow
     def test_a_static_cache(self) -> None:
         torch.manual_seed(0)
 
@@ -939,7 +946,7 @@ class TestAsFound:
             assert model.cache.grad_fn is None
             assert not model.cache.requires_grad
             copy.deepcopy(model)
-        F.cross_entropy(model(X), y).backward()  # a training step of the user's own afterwards
+        F.cross_entropy(model(X), y).backward()  # the user's own training step afterwards
 
     def test_a_loss_that_is_a_method_of_a_module(self) -> None:
         model, _, X, y = self.made("attributes", False)
@@ -980,7 +987,7 @@ class TestAsFound:
 
 
 class Packed(nn.Parameter):
-    """Codes, and what they mean beside them, as libraries of quantised weights have them."""
+    """Codes with attributes that decode them, as in libraries for quantised weights."""
 
     def __new__(cls, weight: Tensor) -> Packed:
         scale = weight.abs().max() / 127
@@ -1006,7 +1013,7 @@ def adapted() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 class TestUnselectedParameters:
-    """They reach the model as they are."""
+    """The model receives the same objects."""
 
     @pytest.mark.parametrize("engine", ENGINES)
     @pytest.mark.parametrize("kind", [HessianLinearOperator, GGNLinearOperator, JacobianLinearOperator])
@@ -1038,12 +1045,12 @@ class TestUnselectedParameters:
         close(of(H), by_hand(F.cross_entropy(model(X), y), params.values()))
         assert len(seen) > 2
         assert all(one is weight for one, _ in seen)
-        # Of the engine's runs, one sees whether the code asks for the flag; in the others nothing is saved below.
+        # One of the engine's runs detects code that reads the flag; the others save nothing for layers below.
         assert sum(flag for _, flag in seen[:-1]) == 1
         assert weight.requires_grad
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_of_peft_on_gpt2() -> None:
     peft = pytest.importorskip("peft", reason="the extra test has it")
@@ -1067,7 +1074,7 @@ def test_adapters_of_peft_on_gpt2() -> None:
     params = {name: value for name, value in named(model).items() if value.requires_grad}
     assert all("lora" in name for name in params)
     for name, value in params.items():
-        if "lora_B" in name:  # they begin at zero
+        if "lora_B" in name:  # they are zero initially
             nn.init.normal_(value, std=0.1)
     loss_function = lambda z, y: F.cross_entropy(z, y[:, 1:])  # noqa: E731
     data = [({"input_ids": part}, part) for part in tokens.split(3)]
@@ -1079,6 +1086,7 @@ def test_adapters_of_peft_on_gpt2() -> None:
 
 
 class TestWrappedModules:
+    @pytest.mark.slow_cases("*-compiled")
     @pytest.mark.parametrize("engine", ENGINES)
     @pytest.mark.parametrize("kind", [HessianLinearOperator, GGNLinearOperator])
     def test_data_parallel(self, kind: Any, engine: str) -> None:
@@ -1095,11 +1103,9 @@ class TestWrappedModules:
         plain, X, y = classification()
         compiled = torch.jit.script(plain) if how == "script" else torch.jit.trace(plain, X)
         for model in (compiled, nn.Sequential(compiled)):
-            with pytest.raises(
-                TypeError, match=r"scripted or traced .* of torch.jit.*pass the module that it was made"
-            ):
+            with pytest.raises(TypeError, match=r"scripted or traced .* of torch.jit.*pass the original module"):
                 HessianLinearOperator(model, nn.CrossEntropyLoss(), named(model), halves(X, y))
         model = nn.Sequential(compiled, nn.Linear(3, 3).double(), nn.Tanh())
         params = {name: value for name, value in named(model).items() if name.startswith("1")}
-        H = HessianLinearOperator(model, nn.CrossEntropyLoss(), params, halves(X, y))  # it has none of them
+        H = HessianLinearOperator(model, nn.CrossEntropyLoss(), params, halves(X, y))  # none is scripted
         close(of(H), by_hand(F.cross_entropy(model(X), y), params.values()))

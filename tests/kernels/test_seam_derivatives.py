@@ -1,6 +1,6 @@
-"""The matrix is that of the user's code where torch's own derivative is wrong, not finite, or of no dimension.
+"""The matrix is right even if torch's own derivative is wrong or not finite, or if a prediction has no dimensions.
 
-Judged by double backward, by hand, on the user's own module or on one of elementary operations.
+The references are double backward by hand, on the user's own module or on one made of elementary operations.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import close
-from cases import seeded, slow
+from cases import nightly, seeded
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -31,7 +31,7 @@ from curvop import (
 )
 from curvop.kernels.differentiable import TwiceDifferentiable
 
-ENGINES = ["autograd", *slow("compiled")]
+ENGINES = ["autograd", *nightly("compiled")]
 
 
 def row(output: Tensor, leaves: Sequence[Tensor]) -> Tensor:
@@ -49,7 +49,7 @@ def hessian_by_hand(loss: Tensor, model: nn.Module) -> np.ndarray:
 
 
 class Norm(nn.Module):
-    """Layer, batch or instance normalisation by elementary operations, over these axes of its input."""
+    """Layer, batch or instance normalisation by elementary operations, over given axes of its input."""
 
     def __init__(self, axes: tuple[int, ...], affine: nn.Module) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Norm(nn.Module):
         return x
 
 
-#: The module, and the axes that it normalises over.
+#: The module and the axes of its normalisation.
 NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "layer": (lambda: nn.LayerNorm(4), (-1,)),
     "layer without a bias": (lambda: nn.LayerNorm(4, bias=False), (-1,)),
@@ -82,7 +82,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 class Penalty(nn.Module):
-    """Predict derivatives of a network by its input, taken in some way."""
+    """Predict derivatives of a network by its input, computed in one of several ways."""
 
     def __init__(self, net: nn.Module, derivative: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def twice_by_transforms(net: nn.Module, X: Tensor) -> Tensor:
 
 @seeded
 def penalties(name: str, derivative: Any) -> tuple[Penalty, Penalty, list[tuple[Tensor, Tensor]]]:
-    """Return a model that torch's own norm is a part of, the same by elementary operations, and data."""
+    """Return a model with a norm of torch's, the same model with elementary operations, and data."""
     make, axes = NORMS[name]
     norm = make()
     for part in norm.parameters():
@@ -154,21 +154,22 @@ class TestThirdOrder:
     def test_models_that_predict_derivatives(self, name: str, engine: str) -> None:
         self.compare(*penalties(name, by_autograd), engine)
 
-    @pytest.mark.parametrize("name", ["layer", *slow("batch", "instance")])
+    @pytest.mark.parametrize("name", ["layer", *nightly("batch", "instance")])
     def test_models_that_predict_second_derivatives(self, name: str) -> None:
         self.compare(*penalties(name, twice_by_autograd), "autograd")
 
     @pytest.mark.parametrize(
         "derivative", [by_transform, by_forward_mode, twice_by_transforms], ids=lambda f: f.__name__
     )
-    @pytest.mark.parametrize("name", ["layer", *slow("batch without statistics", "instance without parameters")])
+    @pytest.mark.parametrize("name", ["layer", *nightly("batch without statistics", "instance without parameters")])
     def test_derivatives_by_transforms(self, name: str, derivative: Any) -> None:
         self.compare(*penalties(name, derivative), "autograd")
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     def test_derivatives_by_transforms_compiled(self) -> None:
         self.compare(*penalties("layer", by_transform), "compiled")
 
+    @pytest.mark.slow_cases("compiled")
     @pytest.mark.parametrize("engine", ["autograd", "compiled"])
     def test_an_objective_of_ones_own(self, engine: str) -> None:
         model, plain, data = penalties("layer", by_autograd)
@@ -267,7 +268,7 @@ class TestThirdOrder:
         words = "batch norm: a third derivative is not supported"
 
         class Refusing(torch.autograd.Function):
-            """Has a gradient that is marked as torch marks its own."""
+            """Has a gradient with the node names of torch's own normalisations."""
 
             @staticmethod
             def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -336,9 +337,7 @@ class TestLinearMaps:
                         "keywords": lambda dim: torch.logcumsumexp(input=risk, dim=dim),
                         "another axis": lambda dim: risk[:, None].logcumsumexp(-2)[:, 0],
                     }[how](dim=0)
-                return (
-                    risk - total
-                ) * self.event  # those without an event have a cotangent of zero, whatever comes after
+                return (risk - total) * self.event  # rows without an event have a zero cotangent
 
         return Model(), [(torch.randn(9, 3), torch.randn(9))]
 
@@ -368,7 +367,7 @@ class TestLinearMaps:
         torch.testing.assert_close(found, z.logcumsumexp(0))
 
     class Logarithmic(torch.autograd.Function):
-        """The sine, whose backward works with the logarithm of the cotangent."""
+        """The sine; its backward uses the logarithm of the cotangent."""
 
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -382,7 +381,7 @@ class TestLinearMaps:
             return torch.where(grad > 0, size, -size) * x.cos()
 
     class Clipped(torch.autograd.Function):
-        """The sine, whose backward clips the cotangent: linear around zero alone."""
+        """The sine; its backward clips the cotangent and is linear only around zero."""
 
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -406,7 +405,7 @@ class TestLinearMaps:
 
         return Model(), [(torch.randn(size, 3), torch.randn(size, 2)) for size in (3, 2)]
 
-    @pytest.mark.parametrize("options", [{}, {"cache": 0}, *slow({"engine": "compiled"})], ids=str)
+    @pytest.mark.parametrize("options", [{}, {"cache": 0}, *nightly({"engine": "compiled"})], ids=str)
     def test_a_formula_that_is_not_finite_at_zero(self, options: dict[str, Any]) -> None:
         (model, data), (plain, _) = self.model(self.Logarithmic.apply), self.model(torch.sin)
         J = np.concatenate([rows(plain(X), list(plain.parameters())) for X, _ in data])
@@ -420,6 +419,7 @@ class TestLinearMaps:
         for kind in (GGNLinearOperator, FisherLinearOperator):
             close(kind(model, nn.MSELoss(), params, data, **options) @ eye, 2 / len(J) * J.T @ J)
 
+    @pytest.mark.slow
     def test_a_formula_that_is_not_finite_at_zero_compiled(self) -> None:
         (model, data), (plain, _) = self.model(self.Logarithmic.apply), self.model(torch.sin)
         J = rows(plain(data[0][0]), list(plain.parameters()))
@@ -448,7 +448,7 @@ class TestLinearMaps:
 
 
 class Energy(nn.Module):
-    """Predicts one number for a batch, the energy of a molecule, and on demand a number for each atom besides."""
+    """Predicts one number for a batch, the energy of a molecule, and optionally a number for each atom."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -466,7 +466,7 @@ def flat(prediction: Any) -> Tensor:
 
 
 def fourth_powers(z: Any, y: Tensor) -> Tensor:
-    """A loss of one's own, of which the parts of a prediction are not independent."""
+    """A user's loss that couples the parts of a prediction."""
     if isinstance(z, dict):
         return (z["energy"] - y) ** 4 + z["energy"] * z["sites"].pow(3).sum()
     return ((z - y) ** 4).sum()
@@ -487,7 +487,7 @@ class TestPredictionsWithoutDimensions:
         return Energy(kind), data
 
     def examples(self, model: Energy, loss: Any, data: Any) -> np.ndarray:
-        """Return the gradients of the examples' losses, one a row: of a prediction without dimensions, of the batch."""
+        """Return the gradients of the examples' losses as rows; a prediction without dimensions is one example."""
         terms = []
         for X, y in data:
             z = model(X)
@@ -496,7 +496,7 @@ class TestPredictionsWithoutDimensions:
             )
         return rows(torch.stack(terms), list(model.parameters()))
 
-    @pytest.mark.parametrize("options", [{}, {"cache": 0}, {"columns": 1}, *slow({"engine": "compiled"})], ids=str)
+    @pytest.mark.parametrize("options", [{}, {"cache": 0}, {"columns": 1}, *nightly({"engine": "compiled"})], ids=str)
     @pytest.mark.parametrize("kind", ["energy", "squeezed", "tree"])
     def test_the_jacobian(self, kind: str, options: dict[str, Any]) -> None:
         model, data = self.problem(kind)
@@ -514,6 +514,7 @@ class TestPredictionsWithoutDimensions:
         assert check(A, rng=0).ok
         assert check(A.T, rng=0).ok
 
+    @pytest.mark.default_cases("energy-*-{}", "squeezed-loss3*")
     @pytest.mark.parametrize("options", [{}, {"cache": 0}, {"columns": 1}], ids=str)
     @pytest.mark.parametrize(
         ("kind", "loss"),
@@ -529,7 +530,7 @@ class TestPredictionsWithoutDimensions:
     def test_matrices(self, kind: str, loss: Any, options: dict[str, Any]) -> None:
         self.compare(kind, loss, options)
 
-    @pytest.mark.slow  # each shape of batch is compiled by itself
+    @pytest.mark.nightly  # each shape of batch is compiled separately
     @pytest.mark.parametrize(("kind", "loss"), [("squeezed", nn.MSELoss()), ("tree", fourth_powers)])
     def test_matrices_compiled(self, kind: str, loss: Any) -> None:
         self.compare(kind, loss, {"engine": "compiled", "columns": 1})
@@ -567,6 +568,7 @@ class TestPredictionsWithoutDimensions:
                 close(A.diagonal(), np.diagonal(expected))
             assert check(A, rng=0).ok
 
+    @pytest.mark.slow
     def test_a_sampled_fisher_matrix(self) -> None:
         model, data = self.problem("squeezed")
         params = dict(model.named_parameters())

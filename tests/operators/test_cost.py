@@ -1,4 +1,4 @@
-"""What a product costs."""
+"""The measured cost of a product."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ def test_kept_and_recomputed_share(problem: Problem) -> None:
 
 
 def test_time_in_gradients(problem: Problem) -> None:
-    kept, anew = (hessian(problem, cache) for cache in (10**9, 0))
-    assert 0.5 < kept.cost(repeats=9).gradients < anew.cost(repeats=9).gradients < 20
+    kept, fresh = (hessian(problem, cache) for cache in (10**9, 0))
+    assert 0.5 < kept.cost(repeats=9).gradients < fresh.cost(repeats=9).gradients < 20
     vector = np.ones(kept.shape[1])
-    clocks = [lambda: seconds(lambda: kept @ vector), lambda: seconds(lambda: anew @ vector)]
-    first, second = medians(clocks, 15)  # in turn, on whatever machine
+    clocks = [lambda: seconds(lambda: kept @ vector), lambda: seconds(lambda: fresh @ vector)]
+    first, second = medians(clocks, 15)  # alternating, on any machine
     assert first < second
 
 
 def test_the_time_is_that_of_a_product(problem: Problem) -> None:
-    """A busy machine takes longer, so it is compared with products that are timed beside it."""
+    """Timed next to other products, because a busy machine is slower."""
     H = hessian(problem, 10**9)
     vector = np.ones(H.shape[1])
     H @ vector
@@ -93,7 +93,7 @@ def test_the_sentence_for_other_shares_and_for_compiling() -> None:
 
 
 class TestUnit:
-    """A gradient is the user's own: the model and the loss called plainly, and ``torch.autograd.grad``."""
+    """The unit is the gradient that a user computes: model, loss, and ``torch.autograd.grad``."""
 
     def kinds(self, small: Problem) -> dict[str, Any]:
         model, loss, params, data = small.model, small.loss_function, small.params, small.data
@@ -114,6 +114,7 @@ class TestUnit:
             "its transpose": JacobianLinearOperator(model, params, data).T,
         }
 
+    @pytest.mark.default_cases("Hessian")
     @pytest.mark.parametrize(
         "kind", ["Hessian", "other values", "frozen", "covariance", "objective", "Jacobian", "its transpose"]
     )
@@ -135,11 +136,11 @@ class TestUnit:
         A = self.kinds(small)[kind]
         by_hand()
         found, expected = [], []
-        for _ in range(12):  # the fastest of all, as others may use the machine
+        for _ in range(12):  # the minimum, because the machine may be shared
             cost = A.cost(repeats=3)
             found.append(cost.seconds / cost.gradients)
             expected.append(min(by_hand() for _ in range(3)))
-        # The package's own gradient takes three to five times as long.
+        # The gradient of this package takes three to five times as long.
         assert 1 / 2 < min(found) / min(expected) < 2
 
     def test_a_block_is_compared_with_the_gradient_by_its_parameters(self, small: Problem) -> None:
@@ -245,7 +246,7 @@ def test_blocks_that_are_no_more_have_given_back_what_they_kept(problem: Problem
 
 
 def test_an_error_that_somebody_keeps_holds_what_was_kept_by_then(problem: Problem) -> None:
-    """Its traceback does, so that it counts; and when it is dropped, what was kept since still counts."""
+    """The traceback retains memory, which counts; linearizations kept later still count once it is dropped."""
     everything = hessian(problem, 10**9).cost().kept_bytes
     broken = [*problem.data, "no pair"]
     H = HessianLinearOperator(problem.model, problem.loss_function, problem.params, broken, cache=1.75 * everything)

@@ -1,4 +1,4 @@
-"""Curvature matrices beside curvlinops' of the same definition; where they differ, a dense matrix says who is right.
+"""Comparison with matrices of the same definition in curvlinops; a dense matrix decides if they differ.
 
 Not part of the default run: ``python -m pip install -e ".[bench,test]" && python -m pytest -m peers``.
 """
@@ -21,7 +21,7 @@ from curvop.examples.functorch import (
     functorch_jacobian,
 )
 
-pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]  # curvlinops' own are no concern of these
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]  # warnings from curvlinops do not matter here
 
 LOSSES = {"mse": nn.MSELoss, "ce": nn.CrossEntropyLoss, "bce": nn.BCEWithLogitsLoss}
 
@@ -95,7 +95,7 @@ REFERENCES = {"Hessian": functorch_hessian, "GGN": functorch_ggn, "EF": functorc
 
 
 def both(curvlinops: Any, name: str, problem: Problem) -> tuple[float, float]:
-    """Return the errors of ours and theirs, relative to the dense matrix."""
+    """Return the relative errors of curvop and curvlinops against the dense matrix."""
     exact = REFERENCES[name](problem.model, problem.loss_function, problem.params, problem.data).numpy()
     kind = f"{name}LinearOperator"
     found = (
@@ -112,7 +112,7 @@ def test_products_through_norms(curvlinops: Any, name: str) -> None:
 
 
 def test_their_hessian_is_wrong_through_trainable_norms(curvlinops: Any) -> None:
-    """Its forward derivative of a backward pass takes the saved mean and deviation of the norm for constants."""
+    """Its forward derivative of a backward pass treats the saved mean and deviation of the norm as constants."""
     own, other = both(curvlinops, "Hessian", problem_of("ce", "mean", normed))
     assert own < 1e-10
     assert other > 1e-2
@@ -128,7 +128,7 @@ def weighted(ignored: bool) -> Problem:
 @pytest.mark.parametrize("ignored", [True, False])
 @pytest.mark.parametrize("name", REFERENCES)
 def test_their_weights_are_wrong_where_examples_do_not_count_alike(curvlinops: Any, name: str, ignored: bool) -> None:
-    """Batches are weighted by their size, though the mean is over the targets that count, or by class weights."""
+    """It weights batches by size, although the mean is over targets that are not ignored, or by class weights."""
     own, other = both(curvlinops, name, weighted(ignored))
     assert own < 1e-10
     assert other > 1e-2

@@ -1,4 +1,4 @@
-"""Exact diagonals: what they take, what is refused rather than wrong; their values are in every operator's tests."""
+"""Exact diagonals: cost and refused cases. Each operator's tests check their values."""
 
 from __future__ import annotations
 
@@ -51,11 +51,12 @@ def digits(dtype: torch.dtype) -> Problem:
 
 @seeded
 def regression(scales: Tensor) -> Problem:
-    """A least-squares problem of more than 1000 unknowns, whose inputs differ in scale."""
+    """A least-squares problem with more than 1000 unknowns and inputs of different scales."""
     data = cut(torch.randn(500, 64) * scales, torch.randn(500, 20), (300, 200))
     return Problem(nn.Linear(64, 20), nn.MSELoss(), data)
 
 
+@pytest.mark.default_cases("GGN*")
 @pytest.mark.parametrize(
     ("operator", "options"),
     [
@@ -76,7 +77,7 @@ def test_digits_in_float32(operator, options) -> None:
 def test_a_few_examples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     G = build(GGNLinearOperator, mlp_problem())
     expected = G.diagonal()
-    monkeypatch.setattr(diagonal, "_ENTRIES", 100)  # two
+    monkeypatch.setattr(diagonal, "_MAX_ENTRIES", 100)  # two
     close(G.diagonal(), expected)
 
 
@@ -142,7 +143,7 @@ def test_a_parameter_without_effect(dtype: torch.dtype) -> None:
 
 
 class Shared(nn.Module):
-    """An input that is not cut into examples."""
+    """An input that is not split into examples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,7 +251,7 @@ class TestRefuses:
         ],
     )
     def test_what_cannot_be_taken_apart(self, make, match: str) -> None:
-        with pytest.raises(NotImplementedError, match=rf"as .*{match}.*: curvop\.spectrum\.diagonal estimates it"):
+        with pytest.raises(NotImplementedError, match=rf"because .*{match}.*: curvop\.spectrum\.diagonal estimates it"):
             build(GGNLinearOperator, make()).diagonal()
 
     def test_inputs_without_examples(self) -> None:
@@ -274,7 +275,7 @@ class TestRefuses:
         problem.data[1][1][0, 0] = torch.nan
         with pytest.raises(NonFiniteProductError, match=r"at batch 1 in the curvature of the loss .*batch is nan"):
             build(EFLinearOperator, problem).diagonal()
-        assert np.isfinite(build(GGNLinearOperator, problem).diagonal()).all()  # the targets are not in it
+        assert np.isfinite(build(GGNLinearOperator, problem).diagonal()).all()  # it does not depend on the targets
 
     def test_derivatives_that_are_not_finite(self) -> None:
         class Root(nn.Linear):
@@ -293,6 +294,7 @@ class TestJacobi:
         assert G.num_products == 0
         close(M @ np.ones(G.shape[0]), 1 / (of_dense(G) + 1e-3))
 
+    @pytest.mark.slow
     def test_parts_are_exact_without_a_product(self) -> None:
         G = build(GGNLinearOperator, digits(torch.float64))
         for A in (G.block("0.weight"), G.submatrix(range(0, 1200, 2)), G.damped(0.1)):
@@ -300,7 +302,7 @@ class TestJacobi:
             assert A.num_products == 0
             close(M @ np.ones(A.shape[0]), 1 / (of_dense(A) + 1e-3))
 
-    @pytest.mark.filterwarnings("ignore:batches 0 and 1. as one batch:RuntimeWarning")  # which the loss couples
+    @pytest.mark.filterwarnings("ignore:batches 0 and 1. as one batch:RuntimeWarning")  # because the loss couples them
     def test_it_estimates_what_has_no_exact_one(self) -> None:
         G = build(GGNLinearOperator, mlp_problem(coupled))
         np.testing.assert_allclose(jacobi(G, 1e-3) @ np.ones(43), 1 / (np.maximum(of_dense(G), 0) + 1e-3))

@@ -1,4 +1,4 @@
-"""Fisher matrices against dense matrices that are computed another way, in float64."""
+"""Fisher matrices against dense matrices computed in another way, in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from agreement import assert_matrix, close
 from architectures import ARCHITECTURES, RECURRENT, architecture_problem
-from cases import BATCHINGS, LOSSES, Problem, input_problem, log_problem, loss_problem, sequences, slow
+from cases import BATCHINGS, LOSSES, Problem, input_problem, log_problem, loss_problem, nightly, sequences
 from test_ggn import two_heads
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -48,12 +48,13 @@ def dense_of(A) -> np.ndarray:
 
 
 class TestEmpirical:
-    @pytest.mark.parametrize("batching", ["one", "unequal", *slow("singles")])  # those of the Hessian are by default
+    @pytest.mark.default_cases("*-unequal")
+    @pytest.mark.parametrize("batching", ["one", "unequal", *nightly("singles")])  # run by default in test_hessian.py
     @pytest.mark.parametrize("loss", LOSSES)
     def test_every_loss_however_the_data_is_cut(self, loss: str, batching: str) -> None:
         assert_ef(loss_problem(loss, batching))
 
-    @pytest.mark.filterwarnings("ignore:reduction.*divides:UserWarning")  # torch says so of its own loss
+    @pytest.mark.filterwarnings("ignore:reduction.*divides:UserWarning")  # torch warns about KLDivLoss
     @pytest.mark.parametrize("loss", ["nll", "nll-weights", "kl-batchmean", "kl-mean"])
     def test_losses_over_log_probabilities(self, loss: str) -> None:
         assert_ef(log_problem(loss))
@@ -66,6 +67,7 @@ class TestEmpirical:
     def test_inputs_that_are_trees_of_tensors(self, kind: str) -> None:
         assert_ef(input_problem(kind))
 
+    @pytest.mark.default_cases("lstm", "attention-softmax", "*conv*", "*norm*")
     @pytest.mark.parametrize("name", ARCHITECTURES)
     def test_every_architecture(self, name: str) -> None:
         assert_ef(architecture_problem(name), diagonal=name not in RECURRENT)
@@ -74,19 +76,19 @@ class TestEmpirical:
         problem = loss_problem("ce-everything", "one")
         close(dense_of(ef(problem, engine="compiled", columns=1)), dense_of(ef(problem)))
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     @pytest.mark.parametrize("batching", ["one", "unequal"])
     def test_all_parts_compiled(self, batching: str) -> None:
         assert_ef(loss_problem("ce-everything", batching), engine="compiled", columns=1)
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     @pytest.mark.parametrize("name", ARCHITECTURES)
     def test_every_architecture_compiled(self, name: str) -> None:
         assert_ef(architecture_problem(name), diagonal=name not in RECURRENT, engine="compiled")
 
     @pytest.mark.parametrize("loss", ["mse", "mse-sum", "ce", "ce-weights", "bce"])
     def test_it_is_the_sum_over_single_examples(self, loss: str) -> None:
-        # By the plain gradients of one example after another, of the loss that sums.
+        # Computed from the gradients of single examples, with a summed loss.
         problem = loss_problem(loss)
         weight = getattr(problem.loss_function, "weight", None)
         summed = copy.copy(problem.loss_function)
@@ -230,7 +232,7 @@ class TestCovariance:
         rounded = dense_of(GradientCovarianceLinearOperator(*arguments, dtype=np.float32))
         np.testing.assert_allclose(rounded, exact, rtol=1e-4, atol=1e-6 * np.abs(exact).max())
 
-    @pytest.mark.parametrize("engine", ["autograd", *slow("compiled")])
+    @pytest.mark.parametrize("engine", ["autograd", *nightly("compiled")])
     @pytest.mark.parametrize("loss", ["mse", "mse-sum", "ce", "ce-weights", "ce-ignored", "bce", "callable"])
     def test_it_is_the_centred_second_moment(self, loss: str, engine: str) -> None:
         problem = loss_problem(loss)
@@ -305,8 +307,9 @@ class TestExact:
 
 
 class TestSampled:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
-        "loss", ["mse", *slow("mse-sum"), "ce-everything", *slow("ce-probabilities"), "bce-weights"]
+        "loss", ["mse", *nightly("mse-sum"), "ce-everything", *nightly("ce-probabilities"), "bce-weights"]
     )
     def test_the_mean_over_many_draws_is_the_exact_matrix(self, loss: str) -> None:
         problem = loss_problem(loss)
@@ -316,7 +319,7 @@ class TestSampled:
             drawn = dense_of(fisher(problem, mc_samples=samples, rng=0))
             errors.append(np.linalg.norm(drawn - exact) / np.linalg.norm(exact))
         assert errors[1] < 0.06
-        assert errors[1] < errors[0] / 2  # by 4, up to luck
+        assert errors[1] < errors[0] / 2  # by 4 in expectation
 
     @pytest.mark.parametrize("problem", [loss_problem("ce"), sequences()], ids=["ce", "sequences"])
     def test_every_way_to_multiply_sees_the_same_draws(self, problem: Problem) -> None:
@@ -329,7 +332,7 @@ class TestSampled:
         build = functools.partial(fisher, loss_problem("ce-everything"), mc_samples=2, rng=5)
         close(dense_of(build(engine="compiled", columns=1)), dense_of(build()))
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     @pytest.mark.parametrize("loss", ["ce-everything", "mse", "bce-weights"])
     def test_all_parts_compiled(self, loss: str) -> None:
         build = functools.partial(fisher, loss_problem(loss), mc_samples=2, rng=5)

@@ -1,4 +1,4 @@
-"""The generalized Gauss-Newton matrix against dense matrices that are computed another way, in float64."""
+"""The generalized Gauss-Newton matrix against dense matrices computed in another way, in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ import pytest
 import torch
 from agreement import assert_matrix, close
 from architectures import ARCHITECTURES, RECURRENT, architecture_problem
-from cases import BATCHINGS, LOSSES, Problem, cut, input_problem, log_problem, loss_problem, seeded, sequences, slow
+from cases import (
+    BATCHINGS,
+    LOSSES,
+    Problem,
+    cut,
+    input_problem,
+    log_problem,
+    loss_problem,
+    nightly,
+    seeded,
+    sequences,
+    slow,
+)
 from scipy.sparse.linalg import cg
 from torch import Tensor, nn
 
@@ -28,13 +40,14 @@ def assert_ggn(problem: Problem, **options) -> None:
     assert_matrix(functools.partial(ggn, problem), dense, **options)
 
 
-@pytest.mark.parametrize("batching", ["one", "unequal", *slow("singles")])  # those of the Hessian are by default
+@pytest.mark.default_cases("*-unequal")
+@pytest.mark.parametrize("batching", ["one", "unequal", *nightly("singles")])  # run by default in test_hessian.py
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_however_the_data_is_cut(loss: str, batching: str) -> None:
     assert_ggn(loss_problem(loss, batching))
 
 
-@pytest.mark.filterwarnings("ignore:reduction.*divides:UserWarning")  # torch says so of its own loss
+@pytest.mark.filterwarnings("ignore:reduction.*divides:UserWarning")  # torch warns about KLDivLoss
 @pytest.mark.parametrize("loss", ["nll", "nll-weights", "kl-batchmean", "kl-mean"])
 def test_losses_over_log_probabilities(loss: str) -> None:
     assert_ggn(log_problem(loss))
@@ -50,24 +63,26 @@ def test_inputs_that_are_trees_of_tensors(kind: str) -> None:
     assert_ggn(input_problem(kind))
 
 
+@pytest.mark.default_cases("lstm", "attention-softmax", "*conv*", "*norm*")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture(name: str) -> None:
     assert_ggn(architecture_problem(name), diagonal=name not in RECURRENT)
 
 
-@pytest.mark.parametrize("batching", ["one", *slow("unequal")])  # each shape of batch is compiled by itself
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", ["one", *nightly("unequal")])  # each batch shape is compiled separately
 def test_the_compiled_engine(batching: str) -> None:
     assert_ggn(loss_problem("ce-everything", batching), engine="compiled")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_compiled(name: str) -> None:
     assert_ggn(architecture_problem(name), diagonal=name not in RECURRENT, engine="compiled")
 
 
 class TwoHeads(nn.Module):
-    """Predictions that are a tree: scores, a number, and something that is no number."""
+    """Predictions that are a tree: scores, a number, and a value that is not a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +105,7 @@ def test_predictions_that_are_trees() -> None:
     assert_ggn(two_heads(), diagonal=False)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_predictions_that_are_trees_compiled() -> None:
     assert_ggn(two_heads(), diagonal=False, engine="compiled")
 
@@ -125,13 +140,13 @@ def test_a_loss_that_does_not_bend_gives_zero() -> None:
     assert not (ggn(problem, engine="compiled") @ np.ones(43)).any()
 
 
-def test_a_batch_whose_targets_are_all_ignored_adds_nothing() -> None:
+@pytest.mark.parametrize("engine", ["autograd", *slow("compiled")])
+def test_a_batch_whose_targets_are_all_ignored_adds_nothing(engine: str) -> None:
     problem = loss_problem("ce")
     (X, y), *_ = problem.data
     expected = ggn(problem) @ np.eye(43)
     problem.data = [(X, torch.full_like(y, -100)), *problem.data, (X[:2], torch.full_like(y[:2], -100))]
-    close(ggn(problem) @ np.eye(43), expected)
-    close(ggn(problem, engine="compiled") @ np.ones(43), expected @ np.ones(43))
+    close(ggn(problem, engine=engine) @ np.eye(43), expected)
 
 
 def test_it_shows_the_parameters_as_they_are_now() -> None:

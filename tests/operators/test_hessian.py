@@ -1,4 +1,4 @@
-"""The Hessian against dense matrices that are computed another way, in float64."""
+"""The Hessian against dense matrices computed in another way, in float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def oracle(problem: Problem) -> np.ndarray:
 
 
 def assert_hessian(problem: Problem) -> None:
-    """Every way to multiply gives the dense Hessian of the data set evaluated as one batch."""
+    """All kinds of products give the dense Hessian of the data set evaluated as one batch."""
     H, dense = hessian(problem), oracle(problem)
     size = len(dense)
     assert H.shape == dense.shape
@@ -40,13 +40,14 @@ def assert_hessian(problem: Problem) -> None:
     )
 
 
+@pytest.mark.default_cases("*-unequal")
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_however_the_data_is_cut(loss: str, batching: str) -> None:
     assert_hessian(loss_problem(loss, batching))
 
 
-@pytest.mark.filterwarnings("ignore:reduction.*divides:UserWarning")  # torch says so of its own loss
+@pytest.mark.filterwarnings("ignore:reduction.*divides:UserWarning")  # torch warns about KLDivLoss
 @pytest.mark.parametrize("loss", ["nll", "nll-weights", "kl-batchmean", "kl-mean"])
 def test_losses_over_log_probabilities(loss: str) -> None:
     assert_hessian(log_problem(loss))

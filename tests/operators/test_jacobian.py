@@ -1,7 +1,8 @@
-"""The Jacobian and its transpose against dense matrices that are computed another way, in float64."""
+"""The Jacobian and its transpose against dense matrices computed in another way, in float64."""
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from agreement import close
 from architectures import ARCHITECTURES, architecture_problem
-from cases import BATCHINGS, Problem, input_problem, loss_problem, sequences, slow
+from cases import BATCHINGS, Problem, input_problem, loss_problem, nightly, sequences
 from scipy.sparse.linalg import lsmr, svds
 from test_ggn import two_heads
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,11 +51,19 @@ def assert_jacobian(problem: Problem, **options) -> None:
     close(J.T[cols, :][:, some] @ y[some], dense[some, cols].T @ y[some])
 
 
+def test_pickles() -> None:
+    J = jacobian(loss_problem("mse"))
+    for A in (J, J.T, J.block(next(iter(J.params_slices)))):
+        again = pickle.loads(pickle.dumps(A))
+        close(again @ np.ones(A.shape[1]), A @ np.ones(A.shape[1]))
+
+
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_however_the_data_is_cut(batching: str) -> None:
     assert_jacobian(loss_problem("mse", batching))
 
 
+@pytest.mark.default_cases("lstm", "attention-softmax", "*conv*", "*norm*")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture(name: str) -> None:
     assert_jacobian(architecture_problem(name))
@@ -69,6 +78,7 @@ def test_sequences() -> None:
     assert_jacobian(sequences())
 
 
+@pytest.mark.slow
 def test_the_compiled_engine() -> None:
     problem = architecture_problem("unreached")
     dense = functorch_jacobian(problem.model, problem.params, problem.data).numpy()
@@ -77,13 +87,16 @@ def test_the_compiled_engine() -> None:
     close(J.T @ np.eye(dense.shape[0]), dense.T)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_compiled(name: str) -> None:
     assert_jacobian(architecture_problem(name), engine="compiled")
 
 
-@pytest.mark.parametrize("options", [{}, {"engine": "compiled", "columns": 1}, *slow({"engine": "compiled"})], ids=str)
+@pytest.mark.slow_cases("*compiled*")
+@pytest.mark.parametrize(
+    "options", [{}, {"engine": "compiled", "columns": 1}, *nightly({"engine": "compiled"})], ids=str
+)
 def test_predictions_that_are_trees_follow_each_other_batch_by_batch(options: dict[str, Any]) -> None:
     problem = two_heads()
     J = jacobian(problem, **options)
@@ -157,7 +170,7 @@ class TestData:
         with pytest.raises(ValueError, match="make a new one"):
             J @ np.ones(43)
         with pytest.raises(ValueError, match="make a new one"):
-            jacobian(problem, engine="compiled")._engine.kernel.held({}, 9, None)
+            jacobian(problem, engine="compiled")._engine.kernel.buffers({}, 9, None)
         del problem.data[1:]
         with pytest.raises(ValueError, match="make a new one"):
             J @ np.ones(43)

@@ -1,4 +1,4 @@
-"""The bridge: every kind of vector that SciPy or a user hands over, and what comes back."""
+"""Products with all kinds of vectors that SciPy or a user passes, and the types of the results."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class TestArrays:
         assert H.dtype == np.float32
         assert (H @ np.ones(P, np.float32)).dtype == np.float32
         np.testing.assert_allclose(H @ np.ones(P, np.float32), dense @ np.ones(P), rtol=1e-5, atol=1e-6)
-        assert (H @ np.ones(P)).dtype == np.float64  # as NumPy promotes
+        assert (H @ np.ones(P)).dtype == np.float64  # NumPy's type promotion
         close(H @ np.ones(P), dense @ np.ones(P))
 
     def test_a_matrix_object(self, H, dense) -> None:
@@ -119,7 +119,7 @@ class TestArrays:
         close(H._matmat(X), dense @ X)
         close(H._matvec(X.swapaxes(1, 2)), (dense @ X).swapaxes(1, 2))
         square = np.random.default_rng(0).normal(size=(P, P))
-        close(H._matvec(square), square @ dense)  # a stack of rows, though it could pass for columns
+        close(H._matvec(square), square @ dense)  # a stack of rows, although the shape fits columns, too
 
     def test_sums_multiples_powers_and_transposes(self, H, dense) -> None:
         x = np.arange(P) / P
@@ -359,6 +359,21 @@ class TestBookkeeping:
             assert bar.n == 8
         assert "8it" in stream.getvalue()
 
+    @pytest.mark.parametrize("cache", [0, "auto"])
+    def test_progress_grows_batch_by_batch_and_never_beyond(self, problem, cache) -> None:
+        shown = []
+
+        class Bar(tqdm):
+            def update(self, n=1):
+                super().update(n)
+                shown.append(self.n)
+
+        with Bar(file=io.StringIO()) as bar:
+            hessian(problem, progress=bar, cache=cache, columns=4) @ np.ones((P, 8))
+        assert shown == sorted(shown)
+        assert len(set(shown)) > 2
+        assert shown[-1] == 8
+
     def test_progress_of_its_own(self, problem, capsys) -> None:
         H = hessian(problem, progress=True)
         eigsh(H, k=2)
@@ -369,7 +384,7 @@ class TestBookkeeping:
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
 @pytest.mark.parametrize("matrix", [HessianLinearOperator, GradientCovarianceLinearOperator])
 def test_the_bits_do_not_depend_on_where_a_vector_lies(matrix, kind) -> None:
-    """MKL sums in another order where memory begins at other bytes: here, a matrix times a vector does."""
+    """MKL sums in a different order if memory is aligned differently, here in a matrix-vector product."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.Tanh(), torch.nn.Linear(10, 1)).double()
     data = [(torch.randn(50, 20).double(), torch.randn(50, 1).double())]

@@ -10,12 +10,12 @@ from torch.nn import functional
 
 from curvop import HessianLinearOperator
 
-# With less decay the last steps change the loss by less than its rounding, and trust-krylov gives up on any matrix.
+# With less decay, the last steps change the loss by less than its rounding error, and trust-krylov fails.
 IMAGES, PIXELS, CLASSES, DECAY = 150, 16, 10, 0.1
 
 
 class SoftmaxRegression:
-    """Cross-entropy with weight decay on handwritten digits of 4 x 4 pixels: strictly convex, so one minimum."""
+    """Cross-entropy with weight decay on handwritten digits of 4 x 4 pixels: strictly convex, with one minimum."""
 
     def __init__(self):
         pixels, labels = load_digits(return_X_y=True)

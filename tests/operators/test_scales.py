@@ -1,4 +1,4 @@
-"""A matrix may be of any scale: what is told of it is what is told of another, in other units."""
+"""Results scale with the matrix, for any power of two."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MATRIX = (MATRIX + MATRIX.T) / 2
 
 @pytest.fixture(params=[-990, -700, -400, 400, 700, 990], ids=lambda unit: f"2^{unit}")
 def unit(request: pytest.FixtureRequest) -> int:
-    """The exponent of the power of two that a matrix is multiplied with, which rounds nothing."""
+    """The exponent of the power of two that multiplies a matrix, which is exact."""
     return int(request.param)
 
 
@@ -88,4 +88,4 @@ def test_pairs_whose_vectors_are_tiny_are_certified_for_what_they_are() -> None:
     order = np.argsort(-VALUES)[:3]
     found = spectrum.certify(scaled(0), VALUES[order], 1e-200 * _BASIS[:, order], which="LA", progress=False)
     assert found.residuals.max() < 1e-12
-    assert not found.ok  # they are not orthonormal
+    assert not found.ok  # the vectors are not orthonormal

@@ -1,4 +1,4 @@
-"""Choosing parameters by name and by the kind of layer."""
+"""Selection of parameters by name pattern and layer type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SciPy's solvers on the Hessian of a small network on handwritten digits give the dense matrix's answers."""
+"""SciPy's solvers on the Hessian of a small network on handwritten digits agree with dense solutions."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ IMAGES, CLASSES = 120, 10
 
 
 def digits_hessian():
-    """The Hessian of a network 64-3-10 after a few steps of training, and its dense matrix by double backward."""
+    """The Hessian of a 64-3-10 network after a few training steps, and its dense matrix by double backward."""
     torch.manual_seed(0)
     pixels, labels = load_digits(return_X_y=True)
     X, y = torch.from_numpy(pixels[:IMAGES] / 16), torch.from_numpy(labels[:IMAGES])
@@ -131,7 +131,7 @@ class TestSquareSystems:
         assert_allclose(x, np.linalg.solve(DENSE + damping * np.eye(P), b), rtol=1e-8, atol=1e-9)
 
     def test_cg_on_the_last_layers_block_which_is_convex(self):
-        b = DENSE_LAST @ vector(len(LAST))  # in the range: shifting all logits alike changes nothing
+        b = DENSE_LAST @ vector(len(LAST))  # in the range; a common shift of all logits is in the null space
         x, info = cg(LAST_BLOCK, b, rtol=1e-10)
         assert info == 0
         assert relative_residual(DENSE_LAST, x, b) < 1e-9
@@ -187,7 +187,7 @@ class TestRectangles:
 
     def test_onenormest(self, A, dense):
         estimates = []
-        for seed in range(4):  # an estimate from below, whose start is drawn from NumPy's global generator
+        for seed in range(4):  # a lower bound, whose start comes from NumPy's global generator
             np.random.seed(seed)  # noqa: NPY002
             estimates.append(onenormest(A.H @ A, t=4))
         exact = np.abs(dense.T @ dense).sum(0).max()

@@ -1,4 +1,4 @@
-"""Submatrices of a Hessian are NumPy's ``dense[rows, :][:, cols]``, and cost what the parameters they touch cost."""
+"""Submatrices of a Hessian agree with NumPy's, and cost as much as the parameters that they touch."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ OPERATORS = {
 
 
 def assert_is(operator, expected):
-    """Whether `operator` is the matrix `expected`, in every way of multiplying."""
+    """Assert that all kinds of products with ``operator`` agree with the matrix ``expected``."""
     assert operator.shape == expected.shape
     generator = np.random.default_rng(0)
     for X in (generator.standard_normal(expected.shape[1:]), generator.standard_normal((expected.shape[1], 3))):
@@ -75,6 +75,7 @@ class TestIsWhatNumPyIndexes:
         rows, cols = (data.draw(selections(length)) for length in A.shape)
         assert_is(SubmatrixLinearOperator(A, rows, cols), part(dense, numpys(rows), numpys(cols)))
 
+    @pytest.mark.slow
     @settings(deadline=None, max_examples=40)
     @given(st.sampled_from(list(OPERATORS)), st.data())
     def test_every_way_to_write_it(self, name, data):

@@ -1,4 +1,4 @@
-"""Over any SciPy operator, a submatrix is NumPy's ``dense[rows, :][:, cols]``."""
+"""Submatrices of any SciPy operator agree with NumPy's ``dense[rows, :][:, cols]``."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ class Identity(LinearOperator):
 
 
 class Counting(OnlyMatmat):
-    """Notes the number of columns of each product, as ``_matvec`` and ``_matmat`` see it."""
+    """Records the number of columns of each product, as seen by ``_matvec`` and ``_matmat``."""
 
     def __init__(self, matrix):
         super().__init__(matrix, matrix.dtype)
@@ -123,7 +123,7 @@ OPERATORS = {name: (aslinearoperator(matrix), matrix) for name, matrix in MATRIC
 
 
 def inputs(length):
-    """Vectors and matrices of every kind that SciPy's solvers and users hand over."""
+    """All kinds of vectors and matrices that SciPy's solvers and users pass."""
     generator = np.random.default_rng(1)
     real = generator.standard_normal((length, 4))
     yield from (real[:, 0], real, real[:, :1], real[:, :0], real[::-1, ::-2], np.asfortranarray(real))
@@ -235,7 +235,7 @@ def test_empty_selections_have_empty_or_zero_products_and_cost_nothing(rows, col
 class TestWhatGoesInAndWhatComesOut:
     def test_the_result_is_fresh(self):
         class Buffered(Identity):
-            """Returns one and the same array again and again."""
+            """Returns the same array every time."""
 
             buffer = np.zeros((N, 2))
 

@@ -1,4 +1,4 @@
-"""The indices of a submatrix mean what they mean to NumPy, whatever kind they are of, and are checked in a flash."""
+"""Indices of all types have NumPy's meaning, and their validation is fast."""
 
 import time
 
@@ -14,7 +14,7 @@ from submatrix_cases import numpys
 
 from curvop import HessianLinearOperator, SubmatrixLinearOperator
 
-M, N = 300, 200  # longer than small integers count
+M, N = 300, 200  # larger than 8-bit integers
 DENSE = np.arange(1, M * N + 1, dtype=np.float64).reshape(M, N)
 A = aslinearoperator(DENSE)
 EYE = np.eye(N)
@@ -43,7 +43,7 @@ def long():
 
 
 def assert_selects(selection, expected):
-    """Whether `selection` takes the entries `expected` of either axis."""
+    """Assert that ``selection`` selects the entries ``expected`` of either axis."""
     assert_array_equal(SubmatrixLinearOperator(A, selection, slice(None)) @ EYE, DENSE[expected])
     square = aslinearoperator(DENSE[:N])
     assert_array_equal((SubmatrixLinearOperator(square, slice(None), selection).T @ EYE).T, DENSE[:N][:, expected])
@@ -248,7 +248,7 @@ class TestArraysOfObjects:
 
 
 class TestLikeNumPy:
-    """Whatever selects along an axis selects the same of a dense array, or is refused by both."""
+    """Any selection selects the same entries of a dense array, or both refuse it."""
 
     integers = st.integers(-12, 11)
     entries = st.one_of(
@@ -265,7 +265,7 @@ class TestLikeNumPy:
         lambda dtype: hnp.arrays(
             dtype,
             hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=11),
-            # Small, as NumPy wraps the largest of uint64 around to negative ones.
+            # Small values, because NumPy wraps large uint64 indices around to negative ones.
             elements=None if dtype.kind in "Ub" else {"min_value": 0 if dtype.kind == "u" else -12, "max_value": 12},
         )
     )
@@ -297,7 +297,7 @@ class TestLikeNumPy:
         try:
             found = SubmatrixLinearOperator(operator, selection, slice(None)) @ np.eye(11)
         except (IndexError, TypeError):
-            assert expected is None or expected.ndim != 2  # a vector or more than a matrix is no operator
+            assert expected is None or expected.ndim != 2  # an operator has two dimensions
         else:
             assert_array_equal(found, expected)
             S = SubmatrixLinearOperator(operator, slice(None), selection)
@@ -358,7 +358,7 @@ class TestMillionsOfIndices:
 
     def test_are_checked_in_less_than_a_second(self, long):
         for selection in self.kinds():
-            start = time.process_time()  # another process may have the cores
+            start = time.process_time()  # not wall time: other processes may use the cores
             S = SubmatrixLinearOperator(long, selection, [1])
             took = time.process_time() - start
             assert S.shape == (COUNT, 1)

@@ -1,4 +1,4 @@
-"""Submatrices of a Hessian take tensors as they take arrays, count their products, and leave nothing behind."""
+"""Submatrices of a Hessian multiply tensors like arrays, count products, and have no side effects."""
 
 import gc
 import pickle
@@ -73,7 +73,7 @@ class TestTensors:
         def outcome(X):
             try:
                 return S.matvec(X)
-            except ValueError:  # SciPy 1.17 takes one vector only
+            except ValueError:  # SciPy 1.17 multiplies one vector only
                 return np.nan
 
         X = np.random.default_rng(3).standard_normal(shape)

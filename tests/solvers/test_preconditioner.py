@@ -1,4 +1,4 @@
-"""Preconditioners against their formulas and their bounds."""
+"""Preconditioners satisfy their formulas and their bounds."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ DECAYING = 2.0 ** -np.arange(0, 60)
 
 
 def condition(A: np.ndarray, M: LinearOperator, damping: float) -> float:
-    """Return the condition of the preconditioned damped matrix."""
+    """Return the condition number of the preconditioned damped matrix."""
     eigenvalues = np.linalg.eigvals((M @ np.eye(len(A))) @ (A + damping * np.eye(len(A)))).real
     return eigenvalues.max() / eigenvalues.min()
 
 
 class TestNystrom:
-    def test_it_is_the_inverse_of_what_it_says(self) -> None:
+    def test_the_formula(self) -> None:
         M = nystrom(matrix(DECAYING), 10, 1e-3, rng=0)
         U, values = M.vectors, M.values
         np.testing.assert_allclose(U.T @ U, np.eye(10), atol=1e-12)
@@ -35,14 +35,14 @@ class TestNystrom:
         M = nystrom(matrix(DECAYING), 20, 1e-3, rng=0)
         np.testing.assert_allclose(M.values[:10], DECAYING[:10], rtol=1e-3)
 
-    def test_of_full_rank_it_is_the_inverse_up_to_a_factor(self) -> None:
+    def test_full_rank_is_the_inverse_up_to_a_factor(self) -> None:
         A = matrix(np.linspace(0.1, 1, 20))
         M = nystrom(A, 20, 1e-2, rng=0)
         assert condition(A, M, 1e-2) == pytest.approx(1, abs=1e-8)
 
     @pytest.mark.parametrize("damping", [1e-1, 1e-3, 1e-5])
-    def test_the_condition_is_bounded_from_twice_the_effective_dimension_on(self, damping: float) -> None:
-        # Frangella, Tropp, Udell (2023), theorem 2.2 and 5.1: below 28 in the mean.
+    def test_the_condition_is_bounded_above_twice_the_effective_dimension(self, damping: float) -> None:
+        # Frangella, Tropp, Udell (2023), theorems 2.2 and 5.1: less than 28 on average.
         A = matrix(DECAYING)
         effective = (DECAYING / (DECAYING + damping)).sum()
         rank = int(2 * np.ceil(1.5 * effective) + 1)
@@ -63,11 +63,11 @@ class TestNystrom:
 
     def test_seeds(self) -> None:
         A = matrix(DECAYING)
-        one, same, other = (nystrom(A, 5, 1e-3, rng=rng) for rng in (0, np.random.default_rng(0), 1))
-        np.testing.assert_array_equal(one.vectors, same.vectors)
-        assert not np.allclose(one.vectors, other.vectors)
+        first, same, other = (nystrom(A, 5, 1e-3, rng=rng) for rng in (0, np.random.default_rng(0), 1))
+        np.testing.assert_array_equal(first.vectors, same.vectors)
+        assert not np.allclose(first.vectors, other.vectors)
 
-    def test_cg_takes_it(self) -> None:
+    def test_cg_accepts_it(self) -> None:
         A, b = matrix(DECAYING), right_side(60)
         steps: list[int] = []
         M = nystrom(A, 30, 1e-4, rng=0)
@@ -94,7 +94,7 @@ class TestNystrom:
         tiny = nystrom(aslinearoperator(A), 20, 1e-9, rng=0)
         assert np.linalg.eigvalsh(tiny @ np.eye(60)).min() > 0
 
-    def test_what_is_not_finite_is_refused(self) -> None:
+    def test_non_finite_products_are_refused(self) -> None:
         with pytest.raises(ValueError, match="not finite"):
             nystrom(np.full((5, 5), np.nan), 2, 1.0)
 
@@ -104,24 +104,24 @@ class TestNystrom:
 
 
 class TestJacobi:
-    def test_it_is_exact_where_there_are_no_more_rows_than_products(self) -> None:
+    def test_exact_if_there_are_enough_products(self) -> None:
         A = matrix(DECAYING)
         np.testing.assert_allclose(jacobi(A, 0.1) @ np.eye(60), np.diag(1 / (np.diag(A) + 0.1)), atol=1e-14)
         np.testing.assert_allclose(pickle.loads(pickle.dumps(jacobi(A, 0.1))) @ np.ones(60), 1 / (np.diag(A) + 0.1))
 
-    def test_what_is_not_finite_is_refused(self) -> None:
+    def test_non_finite_products_are_refused(self) -> None:
         for size in (5, 100):
             with pytest.raises(ValueError, match="not finite"):
                 jacobi(np.full((size, size), np.nan), 1.0)
 
-    def test_large_ones_are_estimated(self) -> None:
+    def test_large_diagonals_are_estimated(self) -> None:
         scales = np.concatenate([np.full(20, 100.0), np.full(1181, 1e-2)])
         A = LinearOperator((1201, 1201), matmat=lambda X: scales[:, None] * X, matvec=lambda x: scales * x, dtype=float)
         ratios = (jacobi(A, 1e-2, num_products=80, rng=0) @ np.ones(1201)) * (scales + 1e-2)
         np.testing.assert_allclose(ratios[:20], 1, rtol=1e-3)
         assert np.median(np.abs(ratios - 1)) < 0.1
 
-    def test_scales_of_parameters_are_taken_out(self) -> None:
+    def test_scales_of_parameters_are_removed(self) -> None:
         scale = np.logspace(-3, 3, 60)
         A = scale[:, None] * matrix(np.linspace(0.5, 1, 60)) * scale
         assert condition(A, jacobi(A, 1e-9), 1e-9) < 10 < np.linalg.cond(A)

@@ -1,4 +1,4 @@
-"""Damped systems: what is solved, how well, and what is said where it is not."""
+"""Damped solves: accuracy, and reports about singular and indefinite systems."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def quietly(A, b, **options):
 class TestPositiveDefinite:
     @settings(max_examples=25, deadline=None)
     @given(st.integers(1, 30), st.floats(1e-3, 1e2), st.integers(0, 100))
-    def test_the_true_residual_is_what_was_asked_for(self, n: int, damping: float, seed: int) -> None:
+    def test_the_true_residual_is_small_enough(self, n: int, damping: float, seed: int) -> None:
         A, b = matrix(np.linspace(0, 1, n), seed), right_side(n)
         result = quietly(A, b, damping=damping, rtol=1e-10)
         assert result.converged
@@ -37,7 +37,7 @@ class TestPositiveDefinite:
         assert residual <= 1e-10
         assert result.residual == pytest.approx(residual, rel=1e-2, abs=1e-15)
 
-    def test_of_a_model(self) -> None:
+    def test_model(self) -> None:
         problem = loss_problem("ce")
         G = GGNLinearOperator(problem.model, problem.loss_function, problem.params, problem.data)
         b, _ = G.gradient_and_loss()
@@ -47,13 +47,13 @@ class TestPositiveDefinite:
             result.solution, np.linalg.solve(G @ np.eye(43) + 1e-3 * np.eye(43), b), rtol=1e-7, atol=1e-10
         )
 
-    def test_an_ill_conditioned_system_is_taken_up_again_where_the_solver_was_wrong_of_its_residual(self) -> None:
+    def test_the_solver_restarts_if_its_own_residual_is_wrong(self) -> None:
         A, b = matrix(np.logspace(-7, 2, 60)), right_side(60)
         result = quietly(A, b, damping=1e-8, rtol=1e-8, maxiter=20_000)
         assert result.converged
         assert np.linalg.norm(b - A @ result.solution - 1e-8 * result.solution) <= 1e-8 * np.linalg.norm(b)
 
-    def test_the_right_side_zero(self) -> None:
+    def test_zero_right_hand_side(self) -> None:
         result = quietly(matrix([1.0, 2.0]), np.zeros(2), damping=1.0)
         assert (result.products, result.converged, result.residual) == (0, True, 0.0)
         assert not result.solution.any()
@@ -65,7 +65,7 @@ class TestPositiveDefinite:
         assert result.solution.dtype == np.float64
 
     @pytest.mark.parametrize("scale", [1e-24, 1e20])
-    def test_a_right_side_that_single_precision_would_lose(self, scale: float) -> None:
+    def test_a_right_hand_side_that_underflows_in_single_precision(self, scale: float) -> None:
         A, b = aslinearoperator(np.diag([1.0, 2.0, 3.0]).astype(np.float32)), np.float32(scale) * np.ones(3, np.float32)
         result = quietly(A, b, damping=1.0, rtol=1e-5)
         assert result.converged
@@ -73,11 +73,11 @@ class TestPositiveDefinite:
 
 
 class TestSingular:
-    """To rounding: neither a definite matrix nor an indefinite one, and no eigenvalue is claimed to be negative."""
+    """Matrices that are singular up to rounding; no eigenvalue is claimed to be negative."""
 
-    def test_what_can_be_solved_is_and_the_rest_is_left(self) -> None:
+    def test_the_least_squares_solution_without_drift(self) -> None:
         A, b = matrix([*np.zeros(10), *np.logspace(0, 2, 40)]), right_side(50)
-        with pytest.warns(RuntimeWarning, match="not converged.*singular to rounding.*larger damping"):
+        with pytest.warns(RuntimeWarning, match="not converged.*numerically singular.*larger damping"):
             result = quietly(A, b, damping=0)
         assert result.negative_curvature is None
         least = np.linalg.lstsq(A, b, rcond=1e-10)[0]
@@ -102,7 +102,7 @@ class TestSingular:
 
 
 class TestIndefinite:
-    def test_is_said_and_solved_all_the_same(self) -> None:
+    def test_reported_and_solved(self) -> None:
         A, b = matrix([-1.0, *np.linspace(0.1, 2, 30)]), right_side(31)
         with pytest.warns(RuntimeWarning, match=r"converged.*indefinite.*larger damping"):
             result = quietly(A, b, damping=0.2, rtol=1e-9)
@@ -115,7 +115,7 @@ class TestIndefinite:
         A, b = matrix([-1.0, *np.linspace(0.1, 2, 30)]), right_side(31)
         assert quietly(A, b, damping=1.1).negative_curvature is None
 
-    def test_a_hessian_that_is_hardly_indefinite_in_many_directions(self) -> None:
+    def test_a_hessian_that_is_slightly_indefinite_in_many_directions(self) -> None:
         eigenvalues = np.concatenate([-np.logspace(-4, -2, 20), np.logspace(-4, 1, 80)])
         A, b = matrix(eigenvalues), right_side(100)
         with pytest.warns(RuntimeWarning, match="indefinite"):
@@ -142,7 +142,7 @@ class TestIndefinite:
         assert result.products < 200
 
 
-class TestWhatIsTold:
+class TestReports:
     def test_too_few_products(self) -> None:
         A, b = matrix(np.logspace(-6, 0, 50)), right_side(50)
         with pytest.warns(RuntimeWarning, match=r"not converged: relative residual .* rtol is 1e-10"):
@@ -151,9 +151,9 @@ class TestWhatIsTold:
         assert result.products <= 7
         assert result.residual > 1e-10
         error = b @ result.solution - result.solution @ (A @ result.solution) / 2
-        assert error > 0  # the quadratic has come down from zero
+        assert error > 0  # the quadratic has decreased from zero
 
-    def test_the_callback_sees_solutions_that_get_better(self) -> None:
+    def test_the_callback_receives_improving_solutions(self) -> None:
         A, b = matrix(np.linspace(0, 1, 30)), right_side(30)
         seen: list[np.ndarray] = []
         result = quietly(A, b, damping=0.1, rtol=1e-10, callback=seen.append)
@@ -167,13 +167,14 @@ class TestWhatIsTold:
 
         assert quietly(A, b, damping=0.1, rtol=1e-10, callback=clear).converged
 
-    def test_exceptions_of_the_callback_pass(self) -> None:
+    def test_exceptions_of_the_callback_propagate(self) -> None:
         def stop(x: np.ndarray) -> None:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             quietly(matrix([1.0, 2.0]), np.ones(2), damping=1.0, callback=stop)
 
+    @pytest.mark.slow
     def test_progress_is_shown(self, capsys) -> None:
         A = matrix([1.0, 2.0])
 
@@ -186,7 +187,7 @@ class TestWhatIsTold:
         quietly(matrix([1.0, 2.0]), np.ones(2), damping=1.0)
         assert not capsys.readouterr().err
 
-    def test_it_reads_as_a_sentence(self) -> None:
+    def test_str(self) -> None:
         text = str(quietly(matrix([1.0, 2.0]), np.ones(2), damping=1.0))
         assert text.startswith("converged: relative residual")
         assert text.endswith("products (cg)")
@@ -210,7 +211,7 @@ class TestBadInput:
             ({"preconditioner": np.full((2, 2), np.nan)}, "preconditioner is not positive definite"),
         ],
     )
-    def test_it_is_named(self, change, match) -> None:
+    def test_value_errors(self, change, match) -> None:
         arguments = {"A": matrix([1.0, 2.0]), "b": np.ones(2), "damping": 1.0, **change}
         with pytest.raises(ValueError, match=match):
             solve(**arguments)
@@ -224,7 +225,7 @@ class TestBadInput:
             ({"rtol": "1"}, "rtol is a str"),
         ],
     )
-    def test_it_is_no_real_number(self, change, match) -> None:
+    def test_type_errors(self, change, match) -> None:
         arguments = {"A": matrix([1.0, 2.0]), "b": np.ones(2), "damping": 1.0, **change}
         with pytest.raises(TypeError, match=match):
             solve(**arguments)
@@ -232,7 +233,7 @@ class TestBadInput:
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[GGNLinearOperator, HessianLinearOperator]:
-    """A network that has learned the digits, of which the Gauss-Newton matrix is ill-conditioned."""
+    """A network trained on the digits, whose Gauss-Newton matrix is ill-conditioned."""
     pixels, labels = load_digits(return_X_y=True)
     X, y = torch.from_numpy(pixels / 16), torch.from_numpy(labels)
     with torch.random.fork_rng():
@@ -248,6 +249,7 @@ def digits() -> tuple[GGNLinearOperator, HessianLinearOperator]:
     return GGNLinearOperator(*arguments), HessianLinearOperator(*arguments)
 
 
+@pytest.mark.slow
 def test_on_digits_the_preconditioner_saves_four_products_of_five(digits) -> None:
     G, _ = digits
     b, damping = right_side(G.shape[0]), 1e-5

@@ -1,4 +1,4 @@
-"""Layer by layer, against dense blocks."""
+"""Compare block studies with dense blocks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_norms_of_all_blocks(H, dense, norm_products: int) -> None:
     exact = np.array([[np.linalg.norm(dense[rows, cols]) for cols in slices] for rows in slices])
     np.testing.assert_array_equal(study.norms, study.norms.T)
     assert (np.abs(study.norms - exact) < 5 * study.norm_errors + 1e-9).all()
-    # The norms of a block are exact if all of its columns are multiplied, or those of its mirror image.
+    # The norm of a block is exact if all of its columns are multiplied, or all of those of its transpose.
     columns = study.sizes <= norm_products
     known = columns[:, None] | columns | np.diag(study.sizes <= 16)
     np.testing.assert_array_equal(study.norm_errors == 0, known)
@@ -91,15 +91,15 @@ def test_round_trip(study, tmp_path) -> None:
 
 
 def assert_same(found: BlockStudy, expected: BlockStudy, count: int | None = None) -> None:
-    """To the last bit, in the first `count` blocks."""
+    """Assert that the first `count` blocks are equal to the last bit."""
     assert found.names == expected.names[:count]
     assert found.unfinished == ([] if count is None else expected.names[count:])
     np.testing.assert_array_equal(found.norms, expected.norms[:count, :count])
     np.testing.assert_array_equal(found.norm_errors, expected.norm_errors[:count, :count])
     np.testing.assert_array_equal(found.sizes, expected.sizes[:count])
-    for one, other in zip(found.densities, expected.densities, strict=False):
-        np.testing.assert_array_equal(one.nodes, other.nodes)
-        np.testing.assert_array_equal(one.weights, other.weights)
+    for actual, desired in zip(found.densities, expected.densities, strict=False):
+        np.testing.assert_array_equal(actual.nodes, desired.nodes)
+        np.testing.assert_array_equal(actual.weights, desired.weights)
 
 
 OPTIONS = {"num_probes": 3, "num_steps": 10, "norm_products": 6, "rng": 5, "progress": False}
@@ -110,8 +110,8 @@ def network() -> HessianLinearOperator:
     return HessianLinearOperator(**digits(), columns=1)
 
 
-class TestTakenUpAgain:
-    def test_after_running_out_of_time_again_and_again(self, network, tmp_path) -> None:
+class TestContinued:
+    def test_after_several_time_limits(self, network, tmp_path) -> None:
         expected = blocks(network, **OPTIONS)
         runs, seen = 0, set()
         while True:
@@ -126,7 +126,7 @@ class TestTakenUpAgain:
         assert found.num_products == expected.num_products == 3 * 30 + 10 + 4 * 6  # the last bias is formed
         assert [file.name for file in tmp_path.iterdir()] == ["blocks.records"]
 
-    def test_what_is_finished_takes_no_product_and_no_time(self, tmp_path) -> None:
+    def test_finished_blocks_take_no_product_and_no_time(self, tmp_path) -> None:
         class Refusing(HessianLinearOperator):
             def _apply(self, rows):
                 raise AssertionError("multiplied")
@@ -145,16 +145,16 @@ class TestTakenUpAgain:
         ("change", "said"),
         [({"rng": 6}, "rng"), ({"num_probes": 2}, "num_probes"), ({"groups": {"all": ["0.bias", "2.bias"]}}, "groups")],
     )
-    def test_a_checkpoint_of_something_else(self, H, network, tmp_path, change, said) -> None:
+    def test_a_checkpoint_of_another_computation(self, H, network, tmp_path, change, said) -> None:
         blocks(H, **OPTIONS, checkpoint=tmp_path)
         before = {file: file.read_bytes() for file in tmp_path.rglob("*")}
-        with pytest.raises(ValueError, match=f"is of something else: .*{said}.* differ; pass another"):
+        with pytest.raises(ValueError, match=f"belongs to another computation: {said} differs; pass another"):
             blocks(H, **OPTIONS | change, checkpoint=tmp_path)
         with pytest.raises(ValueError, match="others differ; pass another"):
             blocks(network, **OPTIONS, checkpoint=tmp_path)
         assert {file: file.read_bytes() for file in tmp_path.rglob("*")} == before
 
-    def test_a_partial_study_is_saved_as_what_it_is(self, H, tmp_path) -> None:
+    def test_a_partial_study_is_saved_as_partial(self, H, tmp_path) -> None:
         found = blocks(H, **OPTIONS, seconds=0)
         found.save(tmp_path / "blocks.npz")
         loaded = BlockStudy.load(tmp_path / "blocks.npz")
@@ -162,8 +162,9 @@ class TestTakenUpAgain:
         assert loaded.unfinished == list(H.params_slices)
 
 
+@pytest.mark.slow
 def test_sigkill(network, tmp_path: Path) -> None:
-    """In a density, before norms, in another density, among a formed block's columns: no product is made twice."""
+    """Kill runs in a density, before norms, in another density, and while a block is formed: no product is repeated."""
     expected = blocks(network, **OPTIONS)
     left = expected.num_products - (12 + 18 + 60 + 21)
     for made, code in (*((count, -signal.SIGKILL) for count in (14, 18, 60, 23)), (left, 0)):
@@ -175,7 +176,7 @@ def test_sigkill(network, tmp_path: Path) -> None:
 
 @pytest.fixture
 def figure(study):
-    """The picture of a study, drawn."""
+    """Draw the plot of a study."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -199,11 +200,11 @@ class TestPicture:
         table, norms = figure.axes
         assert [label.get_text() for label in table.get_yticklabels()] == study.lines
         assert norms.images[0].get_array().shape == study.norms.shape
-        strips = [one for one in table.collections if isinstance(one, FillBetweenPolyCollection)]
+        strips = [strip for strip in table.collections if isinstance(strip, FillBetweenPolyCollection)]
         for row, (strip, found) in enumerate(zip(strips, study.densities, strict=True)):
             x, y = strip.get_paths()[0].vertices.T
             drawn = x[y < row + 0.25]  # its baseline is at row + 0.3
-            # Every node is drawn where it is, and nothing far from all of them.
+            # Every node is drawn at its place, and nothing is drawn far from all nodes.
             at = table.xaxis.get_transform().transform
             nodes = np.r_[found.nodes[found.weights > 0], found.atoms]
             heavy = np.r_[found.nodes[found.weights * found.size > 1], found.atoms]

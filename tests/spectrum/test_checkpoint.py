@@ -1,4 +1,4 @@
-"""Densities that are killed and taken up again."""
+"""Densities that are killed and continued from their checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class KilledError(Exception):
 
 
 class Dying(LinearOperator):
-    """Multiplies by `A`, counts columns, and dies before one too many."""
+    """Multiply by `A`, count columns, and raise an error instead of exceeding a number of columns."""
 
     def __init__(self, left: float = np.inf) -> None:
         super().__init__(float, A.shape)
@@ -56,13 +56,13 @@ def assert_same(found, expected) -> None:
 
 
 @pytest.mark.parametrize("left", [3, 10, 24, 25, 31, 55])
-def test_what_was_recorded_is_not_made_again(left: int, tmp_path: Path) -> None:
+def test_recorded_products_are_not_repeated(left: int, tmp_path: Path) -> None:
     expected = run(Dying(), None)
     first, second = Dying(left), Dying()
     with pytest.raises(KilledError):
         run(first, tmp_path)
     assert_same(run(second, tmp_path), expected)
-    assert first.made + second.made == 60 + 2  # and one each for the fingerprint
+    assert first.made + second.made == 60 + 2  # plus one per run for the fingerprint
     third = Dying()
     assert_same(run(third, tmp_path), expected)
     assert third.made == 1
@@ -77,7 +77,7 @@ def test_deflated_eigenvalues_are_found_once(tmp_path: Path) -> None:
     assert once.made < 60
 
 
-def test_it_keeps_only_what_it_needs(tmp_path: Path) -> None:
+def test_steps_of_finished_runs_are_deleted(tmp_path: Path) -> None:
     run(Dying(), tmp_path)
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 8000
 
@@ -85,15 +85,15 @@ def test_it_keeps_only_what_it_needs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rng": 2}, "rng"),
-        ({"num_steps": 11}, "num_steps"),
-        ({"num_probes": 6, "deflate": 1}, "num_probes and deflate"),
+        ({"rng": 2}, "rng differs"),
+        ({"num_steps": 11}, "num_steps differs"),
+        ({"num_probes": 6, "deflate": 1}, "num_probes and deflate differ"),
     ],
 )
-def test_a_checkpoint_of_something_else(options, said, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_computation(options, said, tmp_path: Path) -> None:
     run(Dying(), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=f"is of something else: {said} differ; pass another"):
+    with pytest.raises(ValueError, match=f"belongs to another computation: {said}; pass another"):
         run(Dying(), tmp_path, **options)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
@@ -109,7 +109,7 @@ def test_another_matrix_and_other_parameters(tmp_path: Path) -> None:
     run(H, tmp_path / "b", **options)
     with torch.no_grad():
         problem["params"]["0.weight"][0, 0] += 1e-9
-    with pytest.raises(ValueError, match=r"params\['0.weight'\] differ"):
+    with pytest.raises(ValueError, match=r"params\['0.weight'\] differs"):
         run(H, tmp_path / "b", **options)
 
 
@@ -124,7 +124,7 @@ def test_a_damaged_record(tmp_path: Path) -> None:
     assert file.read_bytes() == content
 
 
-def test_one_at_a_time(tmp_path: Path) -> None:
+def test_one_process_at_a_time(tmp_path: Path) -> None:
     class Nested(Dying):
         def _matmat(self, X: np.ndarray) -> np.ndarray:
             if self.made == 3:
@@ -158,17 +158,18 @@ def killed_runs(kills: int, steps: int, tmp_path: Path) -> None:
         process.join(60)
     finish("c", log)
     assert done == kills
-    one, other = np.load(tmp_path / "p.npz"), np.load(tmp_path / "c.npz")
-    for name in one.files:
-        np.testing.assert_array_equal(one[name], other[name])
+    plain, continued = np.load(tmp_path / "p.npz"), np.load(tmp_path / "c.npz")
+    for name in plain.files:
+        np.testing.assert_array_equal(plain[name], continued[name])
     made, undisturbed = log.stat().st_size, (tmp_path / "plain").stat().st_size
-    assert undisturbed <= made <= undisturbed + 6 * done  # a product of six columns
+    assert undisturbed <= made <= undisturbed + 6 * done  # a block product of six columns per kill
 
 
+@pytest.mark.slow
 def test_sigkill(tmp_path: Path) -> None:
     killed_runs(3, 60, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sigkill_at_20_random_moments(tmp_path: Path) -> None:
     killed_runs(20, 250, tmp_path)

@@ -1,4 +1,4 @@
-"""The Lanczos recurrence: what must hold of it to rounding, whatever the matrix."""
+"""Invariants of the Lanczos process, which hold up to rounding for any matrix."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_the_recurrence_and_its_orthogonality(name: str) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 25), st.integers(1, 25), st.integers(1, 4), st.integers(0, 1000), st.floats(-8, 8))
-def test_whatever_the_matrix(n: int, num_steps: int, count: int, seed: int, exponent: float) -> None:
+def test_the_invariants_of_random_matrices(n: int, num_steps: int, count: int, seed: int, exponent: float) -> None:
     values = np.random.default_rng(seed).choice([0.0, 1.0, 2.0, *np.random.default_rng(seed).normal(size=n)], n)
     A = matrix(values * 10.0**exponent, seed)
     check_invariants(A, run(A, min(n, num_steps), count, seed))
 
 
-def test_it_stops_where_nothing_is_left_to_find() -> None:
+def test_it_stops_at_an_invariant_subspace() -> None:
     A = matrix([*np.zeros(180), *np.arange(1.0, 21)])
     lanczos = run(A, 100)
     assert set(lanczos.lengths) <= {21, 22}
@@ -73,8 +73,8 @@ def test_it_stops_where_nothing_is_left_to_find() -> None:
         assert own.sum() == pytest.approx(1)
 
 
-def test_runs_that_stop_apart() -> None:
-    """A start within an invariant subspace stops, the others go on; no product is made for one that has stopped."""
+def test_runs_that_stop_at_different_steps() -> None:
+    """A run in an invariant subspace stops, while the others continue. A stopped run takes no products."""
     A, units = np.diag(np.arange(1.0, 31)), np.eye(30)
     widths = []
 
@@ -123,7 +123,7 @@ def test_deflated_vectors_stay_out() -> None:
     check_invariants(A - (vectors[:, -10:] * values[-10:]) @ vectors[:, -10:].T, lanczos)
 
 
-def test_products_of_operators_that_take_arrays_only() -> None:
+def test_products_of_operators_that_only_take_arrays() -> None:
     A = matrix(np.arange(1.0, 7))
     part = SubmatrixLinearOperator(aslinearoperator(A), [0, 2], [0, 2])
     rows = torch.eye(2, dtype=torch.float64)
@@ -134,11 +134,11 @@ def test_an_operator_that_returns_its_argument() -> None:
     identity = LinearOperator((6, 6), matvec=lambda x: x, matmat=lambda X: X, dtype=float)
     rows = torch.eye(6, dtype=torch.float64)[:2]
     assert multiply(identity, rows).data_ptr() != rows.data_ptr()
-    found = eigsh(LinearOperator((60, 60), matvec=lambda x: x, matmat=lambda X: X, dtype=float), 3, method="device")
+    found = eigsh(LinearOperator((60, 60), matvec=lambda x: x, matmat=lambda X: X, dtype=float), 3, method="lanczos")
     assert found.ok
 
 
-def test_memory_is_counted_before() -> None:
+def test_memory_is_checked_first() -> None:
     A = aslinearoperator(np.eye(1000))
     assert runs_at_once(A, 8, 60, memory=3 * 8 * 1000 * 66) == 3
     assert runs_at_once(A, 2, 60, memory=10**9) == 2
@@ -147,8 +147,8 @@ def test_memory_is_counted_before() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_products_that_become_noisy_on_the_way_do_not_spoil_the_basis(seed: int) -> None:
-    """Rounding is learnt from the first steps, and these are exact."""
+def test_products_that_become_noisy_do_not_spoil_the_basis(seed: int) -> None:
+    """The size of rounding is estimated in the first steps, which are exact here."""
     rng = np.random.default_rng(seed)
     values, quiet, calls = np.r_[rng.uniform(0, 0.05, 194), rng.uniform(0.5, 3, 6)], int(rng.integers(3, 30)), []
 

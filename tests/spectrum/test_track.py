@@ -1,4 +1,4 @@
-"""Eigenvalues along training."""
+"""Eigenvalues during training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from curvop.spectrum import eigsh, track
 
 
 def train(learning_rate: float, steps: int, **options):
-    """Descend by full gradients on the digits, and track; return the tracker, the operator and the losses."""
+    """Run gradient descent on the digits with a tracker; return the tracker, the operator and the losses."""
     problem = digits()
     X, y = torch.cat([X for X, _ in problem["data"]]), torch.cat([y for _, y in problem["data"]])
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def train(learning_rate: float, steps: int, **options):
     return tracker, H, losses
 
 
-def test_the_eigenvalues_are_those_of_each_step() -> None:
+def test_eigenvalues_belong_to_their_steps() -> None:
     tracker, H, _ = train(0.5, 31, k=2, every=10, tol=1e-6)
     assert tracker.steps.tolist() == [0, 10, 20, 30]
     assert tracker.values.shape == (4, 2)
@@ -49,7 +49,7 @@ def test_the_eigenvalues_are_those_of_each_step() -> None:
     assert other.steps.tolist() == [0]
 
 
-def test_beginning_at_the_last_vectors_saves_products() -> None:
+def test_starting_from_the_last_vectors_saves_products() -> None:
     tracker, H, _ = train(0.2, 41, every=5)
     cold = []
     for _ in range(2):
@@ -60,7 +60,7 @@ def test_beginning_at_the_last_vectors_saves_products() -> None:
 
 
 def test_sharpness_grows_to_the_edge_of_stability_and_stays() -> None:
-    """Cohen et al. (2021): up to 2 / learning rate, and no further."""
+    """Cohen et al. (2021): sharpness grows to 2 / learning rate, and then hovers there."""
     learning_rate = 0.85
     tracker, _, losses = train(learning_rate, 800, every=20)
     sharpness = tracker.values[:, 0]
@@ -69,10 +69,10 @@ def test_sharpness_grows_to_the_edge_of_stability_and_stays() -> None:
     assert (late > 0.95 * 2 / learning_rate).all()
     assert (late < 1.15 * 2 / learning_rate).all()
     assert losses[-1] < losses[0] / 2
-    assert np.diff(losses[400:]).max() > 0  # not monotonous there
+    assert np.diff(losses[400:]).max() > 0  # not monotonic there
 
 
-def test_what_does_not_converge_does_not_end_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_search_does_not_stop_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["curvop.spectrum.track"], "eigsh", functools.partial(eigsh, maxiter=1))
     with pytest.warns(RuntimeWarning, match="step 0: the eigenvalues did not converge"):
         tracker, _, losses = train(0.2, 3, k=5, which="SA", tol=1e-14, every=5)
@@ -80,7 +80,7 @@ def test_what_does_not_converge_does_not_end_the_training(monkeypatch: pytest.Mo
     assert len(losses) == 3
 
 
-def test_what_the_operator_warns_of_is_heard() -> None:
+def test_warnings_of_the_operator_pass_through() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double().train()
     data = [(torch.randn(8, 3).double(), torch.randn(8, 1).double()) for _ in range(2)]
     tracker = track(HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data))

@@ -1,4 +1,4 @@
-"""Fingerprints: the same for the same problem in every process, and they name what is another in another one."""
+"""Fingerprints: equal for the same problem in every process; otherwise the differing parts are named."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def objective_hessian(objective: Any = regularised, **options: Any) -> HessianLi
 
 
 def opaque(M: np.ndarray) -> LinearOperator:
-    """Return an operator of which only products are known."""
+    """Return an operator that only provides products."""
     return LinearOperator(M.shape, matvec=lambda x: M @ x, matmat=lambda X: M @ X, dtype=M.dtype)
 
 
@@ -88,8 +88,9 @@ def several() -> dict[str, LinearOperator]:
 
 
 class TestTheSameProblem:
+    @pytest.mark.slow
     def test_in_another_process(self) -> None:
-        """Where strings have other hashes, and objects other addresses."""
+        """Another process has different string hashes and object addresses."""
         here = {name: fingerprint(A) for name, A in several().items()}
         script = (
             "import json, test_fingerprint as t; "
@@ -105,7 +106,7 @@ class TestTheSameProblem:
         )
         assert json.loads(run.stdout) == here
 
-    def test_every_operator_has_its_own(self) -> None:
+    def test_different_operators_differ(self) -> None:
         found = [json.dumps(fingerprint(A)) for A in several().values()]
         assert len(set(found)) == len(found)
 
@@ -115,7 +116,7 @@ class TestTheSameProblem:
         other = loss_problem("mse" if name != "mse" else "l1")
         assert "loss_function" in changed(loss_problem(name), other)
 
-    def test_products_and_how_they_are_computed_change_nothing(self) -> None:
+    def test_products_and_engine_settings_change_nothing(self) -> None:
         A = hessian(loss_problem("ce"))
         before, token = fingerprint(A), state(A)
         A @ np.eye(43)
@@ -133,7 +134,7 @@ class TestTheSameProblem:
         assert fingerprint(hessian(problem)) == before
 
 
-class TestWhatHasChanged:
+class TestChanges:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
     def test_parameters(self, dtype) -> None:
         problem, other = loss_problem("ce"), loss_problem("ce")
@@ -256,7 +257,7 @@ class TestOtherOperators:
         M[2, 2] += 1e-12
         assert differing(before, fingerprint(aslinearoperator(kind(M)))) == ["matrix"]
 
-    def test_composites_of_them(self) -> None:
+    def test_their_composites(self) -> None:
         I = aslinearoperator(eye_array(3))  # noqa: E741
         before = fingerprint(2 * I)
         assert differing(before, fingerprint(2 * I)) == []
@@ -270,7 +271,7 @@ class TestOtherOperators:
         one, two = fingerprint(opaque(np.ones((2, 2)) * 1j)), fingerprint(opaque(np.ones((2, 2))))
         assert differing(one, two) == ["dtype", "product"]
 
-    def test_operators_of_ones_own(self) -> None:
+    def test_user_defined_operators(self) -> None:
         class Own(LinearOperator):
             args = ("something", "else")
 
@@ -285,7 +286,7 @@ class TestOtherOperators:
 
 
 class TestState:
-    def test_it_changes_with_what_is_written_to(self) -> None:
+    def test_it_changes_if_model_or_data_are_modified(self) -> None:
         problem = loss_problem("ce")
         A = hessian(problem)
         B = 2 * A.damped(0.5) + A.submatrix(slice(None))
@@ -328,7 +329,7 @@ class TestDigests:
 
         assert digest(recursive) == digest(recursive)
 
-    def test_methods_and_objects_that_can_be_called(self) -> None:
+    def test_methods_and_callable_objects(self) -> None:
         class Power:
             def __init__(self, power: int) -> None:
                 self.power = power

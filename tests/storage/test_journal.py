@@ -1,4 +1,4 @@
-"""Journals: what was multiplied once is answered from disk to the last bit, whatever happened in between."""
+"""Journals: recorded products are read from disk bit for bit, also after the process was killed."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class TestProducts:
                 assert (J @ X).device == X.device
                 assert J.num_products == made
 
-    def test_arrays_and_tensors_have_results_of_their_own(self, directory) -> None:
+    def test_arrays_and_tensors_have_separate_records(self, directory) -> None:
         A, x = fresh_hessian(), vectors(P).astype(np.float32)
         with JournaledLinearOperator(A, directory) as J:
             for _ in range(2):
@@ -102,7 +102,7 @@ class TestProducts:
     @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(blocks=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=5), min_size=1, max_size=5))
     def test_blocks_of_known_and_unknown_columns(self, directory, blocks) -> None:
-        """Each column is multiplied once, in whatever blocks, repeated or not, and runs it is asked for."""
+        """Each column is multiplied once, however columns are grouped into blocks, repeated, or spread over runs."""
         shutil.rmtree(directory, ignore_errors=True)
         A, X = fresh_hessian(), vectors(P, 6)
         dense, known = A @ X, set()
@@ -113,10 +113,10 @@ class TestProducts:
                 known |= set(block)
                 assert J.num_recorded == len(known)
 
-    def test_what_is_missing_of_a_block_is_multiplied_together(self, directory) -> None:
+    def test_missing_columns_of_a_block_are_multiplied_together(self, directory) -> None:
         calls = []
 
-        class Watched(LinearOperator):
+        class Recording(LinearOperator):
             def _matvec(self, x: Any) -> Any:
                 calls.append(1)
                 return x
@@ -125,7 +125,7 @@ class TestProducts:
                 calls.append(X.shape[1])
                 return X
 
-        A, X = Watched(np.float64, (5, 5)), vectors(5, 6)
+        A, X = Recording(np.float64, (5, 5)), vectors(5, 6)
         with JournaledLinearOperator(A, directory) as J:
             calls.clear()
             J @ X[:, 2]
@@ -133,13 +133,13 @@ class TestProducts:
             J @ X[:, ::2]
             assert calls == [1, 5]
 
-    def test_what_is_returned_is_fresh(self, directory) -> None:
-        class Lazy(LinearOperator):
+    def test_returned_products_are_copies(self, directory) -> None:
+        class ReturnsItsInput(LinearOperator):
             def _matvec(self, x: Any) -> Any:
                 return x
 
         x = vectors(4)
-        with JournaledLinearOperator(Lazy(np.float64, (4, 4)), directory) as J:
+        with JournaledLinearOperator(ReturnsItsInput(np.float64, (4, 4)), directory) as J:
             for _ in range(2):
                 product = J @ x
                 product[:] = 7
@@ -189,7 +189,7 @@ class TestProducts:
 
 
 class TestSolvers:
-    """Each is run twice: the second run makes no product, and its result is the first one's to the last bit."""
+    """Each solver runs twice. The second run computes no product and returns the same bits."""
 
     def runs(self, A: LinearOperator, directory: Path, solve: Any) -> JournaledLinearOperator:
         results = []
@@ -228,7 +228,9 @@ class TestSolvers:
 class TestAnotherProblem:
     def refused(self, A: LinearOperator, directory: Path, names: str) -> None:
         before = {path.name: path.read_bytes() for path in directory.iterdir()}
-        with pytest.raises(ValueError, match=f"is of another problem: {names}.*; pass another directory, or delete it"):
+        with pytest.raises(
+            ValueError, match=f"belongs to another problem: {names}.*; pass another directory, or delete it"
+        ):
             JournaledLinearOperator(A, directory)
         assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
@@ -259,7 +261,7 @@ class TestAnotherProblem:
         torch.manual_seed(0)
         JournaledLinearOperator(hessian(problem), directory).close()
         torch.manual_seed(1)
-        with pytest.raises(ValueError, match=r"data, batch .* \(data that is shuffled or augmented is other data"):
+        with pytest.raises(ValueError, match=r"data, batch .* \(shuffled or augmented data differs in every run"):
             JournaledLinearOperator(hessian(problem), directory)
 
     def test_draws_without_a_seed(self, directory) -> None:
@@ -269,32 +271,32 @@ class TestAnotherProblem:
             return FisherLinearOperator(p.model, p.loss_function, p.params, p.data, mc_samples=2, rng=rng)
 
         JournaledLinearOperator(fisher(None), directory / "none").close()
-        with pytest.raises(ValueError, match=r"seed differs \(draws have a seed of their own.*pass rng="):
+        with pytest.raises(ValueError, match=r"seed differs \(each run draws a new seed.*pass rng="):
             JournaledLinearOperator(fisher(None), directory / "none")
         for _ in range(2):
             JournaledLinearOperator(fisher(3), directory / "three").close()
 
     def test_other_versions_are_noted(self, journaled, monkeypatch) -> None:
-        monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
+        monkeypatch.setattr("curvop.storage.journal.__version__", "99.0")
         for _ in range(2):
             with JournaledLinearOperator(fresh_hessian(), journaled) as J:
                 J @ np.ones(P)
                 assert J.num_products == 0
-        told = json.loads((journaled / "fingerprint.json").read_text())
-        assert [versions["curvop"] for versions in told["made_with"]] == ["0.1.0", "99.0"]
+        content = json.loads((journaled / "fingerprint.json").read_text())
+        assert [versions["curvop"] for versions in content["made_with"]] == ["0.1.0", "99.0"]
         assert set(os.listdir(journaled)) == {"fingerprint.json", "products.records"}
 
-    def test_directories_of_something_else(self, directory, journaled) -> None:
+    def test_directories_with_other_files(self, directory, journaled) -> None:
         (directory / "thesis.tex").write_text("dear to somebody")
-        with pytest.raises(ValueError, match=r"holds 'thesis.tex', which is not a journal's"):
+        with pytest.raises(ValueError, match=r"holds 'thesis.tex', which is not part of a journal"):
             JournaledLinearOperator(fresh_hessian(), directory)
         with pytest.raises(ValueError, match="is a file"):
             JournaledLinearOperator(fresh_hessian(), directory / "thesis.tex")
         (directory / "thesis.tex").unlink()
-        (directory / ".fingerprint.json").write_text('{"format": "cur')  # killed before it was whole
+        (directory / ".fingerprint.json").write_text('{"format": "cur')  # the process was killed while writing
         JournaledLinearOperator(fresh_hessian(), directory).close()
         (directory / "fingerprint.json").write_text("{}")
-        with pytest.raises(ValueError, match=r"fingerprint.json is not what a journal of this version holds"):
+        with pytest.raises(ValueError, match=r"fingerprint.json is not in the format 'curvop journal 1' of"):
             JournaledLinearOperator(fresh_hessian(), directory)
         (directory / "fingerprint.json").unlink()
         with pytest.raises(ValueError, match=r"lacks its fingerprint.json"):
@@ -311,12 +313,12 @@ class TestOnePoint:
             before = weight.detach().clone()
             with torch.no_grad():
                 (weight.data if through_data else weight).mul_(1.5)
-            for x in (np.ones(P), vectors(P)):  # recorded, and not
+            for x in (np.ones(P), vectors(P)):  # a recorded vector and a new one
                 with pytest.raises(RuntimeError, match=r"params\['2.weight'\].* changed since the journal"):
                     J @ x
             with torch.no_grad():
                 weight.copy_(before)
-            J @ np.ones(P)  # written to, but with the same values
+            J @ np.ones(P)  # modified, but the values are the same
             assert J.num_products == 1
 
     def test_changed_batches_and_modes(self, directory) -> None:
@@ -349,7 +351,7 @@ class TestDisk:
             same(J @ X, A @ X)
             assert (J.num_products, J.num_recorded) == (2, 5)
 
-    def test_by_default_half_of_what_is_free(self, directory, monkeypatch) -> None:
+    def test_the_default_is_half_of_the_free_space(self, directory, monkeypatch) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 2000))
         with JournaledLinearOperator(fresh_hessian(), directory) as J:
             J @ np.ones(P)
@@ -362,8 +364,8 @@ class TestDisk:
             J @ vectors(P, 3)
             assert str(J) == J.report()
             assert J.report() == (
-                f"journal in {directory}: 3 products on disk, 0.00121 MB of at most 1 MB; in this process 3 were made "
-                "and 3 answered from disk"
+                f"journal in {directory}: 3 products on disk, 0.00121 MB of at most 1 MB; this process computed 3 and "
+                "read 3 from disk"
             )
 
     def test_a_full_disk(self, directory) -> None:
@@ -373,13 +375,13 @@ class TestDisk:
         with JournaledLinearOperator(A, directory) as J:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
             try:
-                with pytest.raises(OSError, match="the record was not written, the 9 before it are whole"):
+                with pytest.raises(OSError, match="the record was not written, the 9 before it are intact"):
                     cg(J, np.ones(P), rtol=1e-8)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, before)
             made, recorded = J.num_products, J.num_recorded
             assert recorded == 9 == made - 1
-            same(cg(J, np.ones(P), rtol=1e-8)[0], expected)  # there is room again
+            same(cg(J, np.ones(P), rtol=1e-8)[0], expected)  # the disk has space again
             total = J.num_products
         with JournaledLinearOperator(A, directory) as J:
             same(cg(J, np.ones(P), rtol=1e-8)[0], expected)
@@ -409,7 +411,7 @@ class TestDisk:
 
 
 def kill(child: BaseProcess, count: Path, moment: int, delay: float) -> bool:
-    """Kill the child `delay` seconds after it begins product number `moment`; whether it had not finished."""
+    """Kill the child `delay` seconds after product number `moment` begins; return whether it was still running."""
     while child.is_alive() and not (count.exists() and count.stat().st_size >= moment):
         time.sleep(1e-4)
     time.sleep(delay)
@@ -420,18 +422,22 @@ def kill(child: BaseProcess, count: Path, moment: int, delay: float) -> bool:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """Of another interpreter, with memory and hash seed of its own."""
-    there = tmp_path_factory.mktemp("undisturbed")
-    script = "import sys, killed_runs, pathlib; [killed_runs.journaled(pathlib.Path('.'), one) for one in sys.argv[1:]]"
+    """Return a directory with the results of uninterrupted runs, from another interpreter with another hash seed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    script = (
+        "import sys, killed_runs, pathlib; "
+        "[killed_runs.journaled(pathlib.Path('.'), solver) for solver in sys.argv[1:]]"
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", script, "eigsh", "cg"], cwd=there, env=environment, check=True)
-    return there
+    subprocess.run([sys.executable, "-c", script, "eigsh", "cg"], cwd=folder, env=environment, check=True)
+    return folder
 
 
 class TestKilled:
-    """A process is killed at random moments and started again; it ends as if nothing had happened."""
+    """A process is killed at random moments and started again. Its final result is that of an uninterrupted run."""
 
-    @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.nightly)])
     @pytest.mark.parametrize("solver", ["eigsh", "cg"])
     def test_the_result_is_the_same_to_the_last_bit(self, undisturbed, tmp_path, solver, kills) -> None:
         total = (undisturbed / f"{solver}.count").stat().st_size

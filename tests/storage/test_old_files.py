@@ -1,7 +1,7 @@
-"""Files that an earlier version of the package wrote: this version loads them, and does not compute their work anew.
+"""Files written by an earlier version of the package load, and their results are not computed again.
 
-`old_files` holds them, as `old_files/make.py` made them with the sources of commit 8eb6f66; `old_problem` is what they
-are of.
+They are in `old_files`; `old_files/make.py` wrote them with the sources of commit 8eb6f66, for the problems in
+`old_problem`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from curvop.spectrum import BlockStudy, EigenResult, SpectralDensity, blocks, de
 OLD = Path(__file__).parent / "old_files"
 VERSIONS = json.loads((OLD / "versions.json").read_text())
 THE_PYTHON = sys.version_info[:2] == tuple(map(int, VERSIONS["python"].split(".")[:2]))
-CLOSE = {"rtol": 1e-9, "atol": 1e-11}  # another machine rounds otherwise
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}  # rounding differs between machines
 CLOSE_SINGLE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.fixture
 def old(tmp_path: Path) -> Callable[[str], Path]:
-    """Copy a folder or a file: what is opened is written to."""
+    """Copy a folder or file, because opening modifies it."""
 
     def copied(name: str) -> Path:
         source, copy = OLD / name, tmp_path / "old"
@@ -47,12 +47,12 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file}
 
 
-def told(name: str) -> Any:
+def read_json(name: str) -> Any:
     return json.loads((OLD / name).read_text())
 
 
 def assert_close(actual: Any, expected: Any, tolerances: dict[str, float] | None = None) -> None:
-    """Compare arrays and all that JSON takes: numbers to rounding, everything else to the letter."""
+    """Compare arrays and JSON values: floats up to rounding, everything else exactly."""
     if isinstance(expected, dict):
         assert list(actual) == list(expected)
         for name, value in expected.items():
@@ -85,7 +85,7 @@ class TestJournals:
                 assert (J.num_products, J.num_answered, J.num_recorded) == (0, count, count)
                 assert count >= 2
             np.testing.assert_array_equal(np.concatenate([np.ravel(product) for product in answered]), expected)
-            # The recorded products are those that this version computes.
+            # The recorded products agree with those of this version.
             product = A @ vectors(A.shape[1], 2)
             assert product.dtype == answered[0].dtype
             np.testing.assert_allclose(answered[0], product, rtol=1e-6, atol=1e-6 * np.abs(product).max())
@@ -119,7 +119,7 @@ class TestJournals:
         with torch.no_grad():
             settings["params"]["0.bias"][0] += 1e-9
         A = curvop.HessianLinearOperator(**settings)
-        with pytest.raises(ValueError, match=r"of another problem: params\['0.bias'\] differs"):
+        with pytest.raises(ValueError, match=r"belongs to another problem: params\['0.bias'\] differs"):
             curvop.JournaledLinearOperator(A, old("journals/hessian"))
 
 
@@ -128,7 +128,7 @@ class TestCheckpoints:
     def test_a_density(self, old: Callable[[str], Path], stage: str) -> None:
         name = stage.partition("-")[0]
         make, options = old_problem.DENSITIES[name]
-        products, A = told("densities/products.json"), make()
+        products, A = read_json("densities/products.json"), make()
         found = density(A, **options, checkpoint=old(f"densities/{stage}"), progress=False)
         assert A.num_products == products[stage] < products[name]
         expected = SpectralDensity.load(OLD / "densities" / f"{name}.npz")
@@ -136,7 +136,7 @@ class TestCheckpoints:
 
     @pytest.mark.parametrize("stage", ["steps", "norms", "columns"])
     def test_blocks(self, old: Callable[[str], Path], stage: str) -> None:
-        products = told("block-studies/products.json")
+        products = read_json("block-studies/products.json")
         with old_problem.counted_hessian() as (A, bar):
             found = blocks(A, **old_problem.BLOCKS, checkpoint=old(f"block-studies/{stage}"), progress=False)
         assert bar.n == products[stage] < products["fresh"]
@@ -149,7 +149,7 @@ class TestCheckpoints:
 
     def test_of_something_else(self, old: Callable[[str], Path]) -> None:
         make, options = old_problem.DENSITIES["hessian"]
-        with pytest.raises(ValueError, match="num_steps differ"):
+        with pytest.raises(ValueError, match="num_steps differs"):
             density(make(), **options | {"num_steps": 5}, checkpoint=old("densities/hessian-begun"), progress=False)
 
 
@@ -212,8 +212,8 @@ class TestCommand:
 
         def command(*arguments: object) -> Any:
             monkeypatch.setattr(sys, "argv", ["curvop", *map(str, arguments)])
-            monkeypatch.setattr(sys, "path", sys.path[:])  # the command adds to it
-            monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # pictures take longer than all the rest
+            monkeypatch.setattr(sys, "path", sys.path[:])  # the command modifies sys.path
+            monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # plots would take most of the time
             monkeypatch.delitem(sys.modules, "curvop.__main__", raising=False)
             with pytest.raises(SystemExit) as end:
                 runpy.run_module("curvop", run_name="__main__")
@@ -224,13 +224,13 @@ class TestCommand:
 
     @pytest.mark.parametrize("name", old_problem.STUDIES)
     def test_a_study_is_resumed(self, old: Callable[[str], Path], run: Callable[..., Any], name: str) -> None:
-        folder, expected = old(f"studies/{name}"), told("studies/finished/spectrum.json")
+        folder, expected = old(f"studies/{name}"), read_json("studies/finished/spectrum.json")
         journal_alone = folder.with_name("journal alone")
         shutil.copytree(folder / "journal", journal_alone / "journal")
         by_journal = run(*old_problem.STUDY, "--out", journal_alone, "--resume")["products"]
         found = run(*old_problem.STUDY, "--out", folder, "--resume")
         assert found["ok"]
-        # The columns of the matrix; other vectors may have other last digits on another machine.
+        # At least the columns of the matrix are read; other vectors may round differently on another machine.
         assert by_journal <= expected["products"] - SIZE
         assert found["products"] == by_journal - old_problem.STUDIES[name][1]
         assert json.loads((folder / "spectrum.json").read_text()) == found
@@ -244,7 +244,7 @@ class TestCommand:
         out, saved = tmp_path / "saved.npz", name in old_problem.SAVED
         found, expected = (
             run(*old_problem.COMMANDS[name], *(["--out", out] if saved else [])),
-            told(f"commands/{name}.json"),
+            read_json(f"commands/{name}.json"),
         )
         assert_close(shape(found), shape(expected))
         for number in ("eigenvalues", "singular_values", "loss", "gradient_norm"):
@@ -254,12 +254,14 @@ class TestCommand:
             assert list(again) == list(before)
             for field, array in before.items():
                 assert (again[field].dtype, again[field].shape) == (array.dtype, array.shape)
-                if "vectors" not in field and "residuals" not in field:  # signs, and rounding
+                if (
+                    "vectors" not in field and "residuals" not in field
+                ):  # signs are arbitrary, residuals are rounding errors
                     assert_close(again[field], array, {"rtol": 1e-4, "atol": 1e-6})
 
 
 def lasting(tree: Any) -> Any:
-    """Return what JSON holds without what it took, sentences of rounding, and quantiles, which may lie at a step."""
+    """Return a JSON value without costs, rounded sentences, and quantiles, which can jump at a step of the density."""
     volatile = ("products", "seconds", "journal_bytes", "verdict", "quantiles")
     if isinstance(tree, dict):
         return {name: lasting(value) for name, value in tree.items() if name not in volatile}
@@ -267,7 +269,7 @@ def lasting(tree: Any) -> Any:
 
 
 def shape(tree: Any) -> Any:
-    """Return the names and words that JSON holds, with zeros for what is measured, and without sentences of it."""
+    """Return a JSON value with zeros for measured numbers, and without sentences that contain them."""
     if isinstance(tree, dict):
         return {name: 0 if name == "products" else shape(value) for name, value in tree.items() if name != "text"}
     if isinstance(tree, list):

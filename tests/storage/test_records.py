@@ -1,4 +1,4 @@
-"""Files of records: what was written is read, whatever interrupted the writing; what is damaged is told."""
+"""Record files: records are read as written, interrupted writes are dropped, and damage is reported."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import math
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -36,7 +37,7 @@ RECORDS = st.lists(st.tuples(st.binary(max_size=40), st.lists(ARRAYS, max_size=3
 
 
 def written(path: Path, count: int = 3) -> list[int]:
-    """Write `count` records of ten numbers, and return the offsets where each begins, and the end."""
+    """Write `count` records of ten numbers, and return the offset of each, and the end of the file."""
     with RecordFile(path) as file:
         offsets = [file.append(b"%d" % number, np.full(10, number)) for number in range(count)]
         return [*offsets, file.num_bytes]
@@ -49,7 +50,7 @@ def contents(path: Path) -> list[tuple[bytes, float]]:
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file grows beyond `size` bytes: to the one who writes, as a full disk."""
+    """Limit the size of files to `size` bytes. For the writer this is like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -63,7 +64,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "some.records"
 
 
-class TestWhatIsWrittenIsRead:
+class TestRoundTrip:
     @ANY_FILE
     @given(records=RECORDS)
     def test_arrays_of_every_kind_and_shape(self, path, records) -> None:
@@ -81,7 +82,7 @@ class TestWhatIsWrittenIsRead:
                     assert (again.dtype, again.shape) == (array.dtype, array.shape)
                     assert again.tobytes() == array.tobytes()
 
-    def test_what_a_record_takes_is_known_before(self, path) -> None:
+    def test_the_size_of_a_record_is_known_in_advance(self, path) -> None:
         arrays = np.ones((3, 4)), np.zeros(7, np.int8)
         with RecordFile(path) as file:
             before = file.num_bytes
@@ -96,7 +97,7 @@ class TestWhatIsWrittenIsRead:
         assert (b == X[::-1, ::2]).all()
         assert (c == X.T).all()
 
-    def test_what_is_read_is_fresh(self, path) -> None:
+    def test_arrays_are_copies(self, path) -> None:
         with RecordFile(path) as file:
             offset = file.append(b"", np.ones(3))
             file.read(offset)[0][:] = 7
@@ -109,24 +110,28 @@ class TestWhatIsWrittenIsRead:
                 file.append(b"", array)
             assert len(file) == 0
 
-    @pytest.mark.parametrize("seconds", [0, 1.0, math.inf])
-    def test_sync(self, path, seconds) -> None:
+    @pytest.mark.parametrize(("seconds", "expected"), [(0, 4), (3600, 0), (math.inf, 0)])
+    def test_sync(self, path, monkeypatch, seconds, expected: int) -> None:
+        synced, fsync = [], os.fsync
         with RecordFile(path, sync_seconds=seconds) as file:
-            file.append(b"", np.ones(3))
-        assert len(contents(path)) == 1
+            monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(fsync(descriptor)))
+            for _ in range(4):
+                file.append(b"", np.ones(3))
+        assert len(synced) == expected
+        assert len(contents(path)) == 4
         with pytest.raises(ValueError, match="sync_seconds is -1"):
             RecordFile(path, sync_seconds=-1)
 
-    def test_no_record_elsewhere(self, path) -> None:
+    def test_offsets_without_a_record(self, path) -> None:
         offsets = written(path)
         with RecordFile(path) as file:
             for offset in (0, offsets[1] + 1, offsets[-1]):
-                with pytest.raises(RecordFileError, match=f"no whole record at byte {offset}"):
+                with pytest.raises(RecordFileError, match=f"no complete record at byte {offset}"):
                     file.read(offset)
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     def test_blocks_larger_than_one_call_of_the_system_writes(self, path) -> None:
-        block = np.arange(2**28 + 3.0)  # 2 GiB and a bit
+        block = np.arange(2**28 + 3.0)  # more than 2 GiB
         with RecordFile(path) as file:
             offset = file.append(b"large", block)
         with RecordFile(path) as file:
@@ -150,7 +155,7 @@ class TestInterruptedWrites:
     @ANY_FILE
     @given(data=st.data())
     def test_no_changed_byte_goes_unnoticed(self, path, data) -> None:
-        """Whatever byte changes, there is an error, or what changed was the last record, which is dropped."""
+        """A changed byte causes an error, unless it is in the last record, which is dropped."""
         path.unlink(missing_ok=True)
         offsets = written(path)
         where = data.draw(st.integers(0, offsets[-1] - 1))
@@ -161,8 +166,8 @@ class TestInterruptedWrites:
             assert contents(path) == [(b"0", 0), (b"1", 1)]
             return
         which = sum(offset <= where for offset in offsets)
-        told = rf"record {which}, at byte {offsets[which - 1]}, is damaged" if which else "not a file of records"
-        with pytest.raises(RecordFileError, match=told):
+        message = rf"record {which}, at byte {offsets[which - 1]}, is damaged" if which else "not a record file"
+        with pytest.raises(RecordFileError, match=message):
             RecordFile(path)
         assert path.read_bytes() == content
 
@@ -172,7 +177,7 @@ class TestInterruptedWrites:
             file.write(bytes(5000))
         assert len(contents(path)) == 3
 
-    def test_the_remedy_that_the_error_names(self, path) -> None:
+    def test_the_command_in_the_error_repairs_the_file(self, path) -> None:
         offsets = written(path, 5)
         content = bytearray(path.read_bytes())
         content[offsets[3] - 1] ^= 1  # the third's last byte
@@ -188,7 +193,7 @@ class TestInterruptedWrites:
         offsets = written(path)
         with RecordFile(path) as file:
             os.truncate(path, offsets[1] + 100)
-            with pytest.raises(RecordFileError, match="something else cut it off"):
+            with pytest.raises(RecordFileError, match="another program has truncated it"):
                 file.read(offsets[1])
             with path.open("r+b") as other:
                 other.seek(offsets[1] - 1)
@@ -199,7 +204,7 @@ class TestInterruptedWrites:
     def test_another_file_is_left_alone(self, path) -> None:
         for content in (b"a", b"curvop recordz", b"a text that has nothing to do with it" * 9):
             path.write_bytes(content)
-            with pytest.raises(RecordFileError, match="not a file of records"):
+            with pytest.raises(RecordFileError, match="not a record file"):
                 RecordFile(path)
             assert path.read_bytes() == content
 
@@ -208,7 +213,7 @@ class TestFullDisk:
     def test_the_error_is_clear_and_nothing_is_lost(self, path) -> None:
         offsets = written(path)
         with RecordFile(path) as file:
-            with largest_file(offsets[-1] + 500), pytest.raises(OSError, match="the 3 before it are whole") as error:
+            with largest_file(offsets[-1] + 500), pytest.raises(OSError, match="the 3 before it are intact") as error:
                 file.append(b"large", np.ones(1000))
             assert error.value.errno == errno.EFBIG
             assert error.value.filename == str(path)
@@ -244,6 +249,15 @@ class TestOneAtATime:
             file.append(b"", np.ones(3))
         assert len(contents(path)) == 1
 
+    def test_the_file_is_locked_for_other_processes(self, path) -> None:
+        lock = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+b'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        command = [sys.executable, "-I", "-S", "-c", lock, str(path)]
+        with RecordFile(path):
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert re.search("BlockingIOError|PermissionError", run.stderr)
+        assert subprocess.run(command, check=False).returncode == 0
+
+    @pytest.mark.slow
     def test_another_process(self, path) -> None:
         script = "import sys; from curvop.storage.records import RecordFile; RecordFile(sys.argv[1])"
         command = [sys.executable, "-c", script, str(path)]
@@ -252,7 +266,8 @@ class TestOneAtATime:
             assert "in use" in run.stderr
         assert subprocess.run(command, check=False).returncode == 0
 
-    def test_a_killed_process_gives_it_up_at_once(self, path) -> None:
+    @pytest.mark.slow
+    def test_a_killed_process_releases_the_lock(self, path) -> None:
         script = (
             "import sys, numpy as np; from curvop.storage.records import RecordFile; file = RecordFile(sys.argv[1])\n"
             "file.append(b'0', np.full(10, 0)); print(flush=True); sys.stdin.read()"
@@ -266,7 +281,7 @@ class TestOneAtATime:
             child.send_signal(signal.SIGKILL)
         assert contents(path) == [(b"0", 0)]
 
-    def test_one_that_is_dropped_is_closed(self, path) -> None:
+    def test_a_deleted_object_closes_its_file(self, path) -> None:
         RecordFile(path).append(b"", np.ones(3))
         assert len(contents(path)) == 1
 
@@ -279,7 +294,7 @@ class TestOneAtATime:
             with pytest.raises(RecordFileError, match="is closed"):
                 use()
 
-    def test_it_is_not_copied(self, path) -> None:
+    def test_it_cannot_be_copied(self, path) -> None:
         with RecordFile(path) as file:
             for use in (copy.copy, copy.deepcopy, pickle.dumps):
                 with pytest.raises(TypeError, match="cannot be pickled or copied"):
@@ -287,7 +302,7 @@ class TestOneAtATime:
 
     def test_a_failed_opening_locks_nothing(self, path) -> None:
         path.write_bytes(b"something else")
-        with pytest.raises(RecordFileError, match="not a file of records"):
+        with pytest.raises(RecordFileError, match="not a record file"):
             RecordFile(path)
         path.unlink()
         assert contents(path) == []

@@ -1,4 +1,4 @@
-"""`allclose_report` has the meaning of `numpy.allclose`, and says where two arrays differ."""
+"""`allclose_report` agrees with `numpy.allclose`, and prints where two arrays differ."""
 
 import re
 import tracemalloc
@@ -120,12 +120,12 @@ class TestReport:
         assert not allclose_report(a, b)
         out = capsys.readouterr().out
         assert "4 of 5 entries differ" in out
-        assert "3 of them by NaN or infinity" in out
+        assert "3 because of NaN or infinity" in out
         assert "largest absolute difference: 3\n" in out
         assert positions(out.splitlines()[4:]) == [(1,), (2,), (4,), (0,)]
 
     def test_no_more_than_the_ten_worst_of_many(self, capsys):
-        # More entries than are compared at a time, out of order in memory, the worst scattered over all of them.
+        # More entries than one block, not contiguous in memory, with the largest differences scattered over all blocks.
         b = np.zeros((400, 500)).T
         a = np.full((400, 500), 1e-3).T
         flat = np.random.default_rng(0).choice(b.size, 12, replace=False)
