@@ -1,4 +1,7 @@
-"""The site: ``sphinx-build -W --keep-going docs docs/_build/html``, with what the extra ``docs`` installs."""
+"""Configuration of the site, which ``sphinx-build -W --keep-going docs docs/_build/html`` builds.
+
+The extra ``docs`` installs what it needs.
+"""
 
 import sys
 from pathlib import Path
@@ -29,26 +32,26 @@ templates_path = ["_templates"]
 rst_epilog = substitutions()
 html_math_renderer = "mathml"
 
-# Names in single backquotes are links where they name something, and set in italics where not, as in docstrings `A` is.
+# A name in single backticks becomes a link if it can be resolved, and is set in italics otherwise (`A` in a docstring).
 default_role = "autolink"
 nitpicky = True
 nitpick_ignore = [
-    ("py:obj", "numpy.allclose"),  # of another package: nothing is fetched
-    *(("py:obj", name) for name in ("cost", "differing", "noise")),  # of this package's inside
+    ("py:obj", "numpy.allclose"),  # no inventory of another package is fetched
+    ("py:obj", "differing"),  # a private name, in the docstring of curvop.storage.fingerprint.fingerprint
 ]
 
 autosummary_generate = True
 autodoc_preserve_defaults = True
-autodoc_typehints = "none"  # the docstrings say what is taken, with shapes and units
+autodoc_typehints = "none"  # the docstrings give types, with shapes and units
 autodoc_member_order = "bysource"
 toc_object_entries_show_parents = "hide"
-numpydoc_show_class_members = False  # the template of a class lists them
+numpydoc_show_class_members = False  # _templates/autosummary/class.rst lists them
 numpydoc_xref_param_type = False
 
 sphinx_gallery_conf = {
     "examples_dirs": "examples",
     "gallery_dirs": "gallery",
-    "filename_pattern": r"\.py$",  # all of them run: two to three minutes in all
+    "filename_pattern": r"\.py$",  # run every example: two to three minutes in total
     "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": False,
     "write_computation_times": False,
@@ -72,13 +75,13 @@ html_theme_options = {
 html_sidebars = {"index": [], "start": []}
 
 
-def of_constructor(_: Any, what: str, name: str, obj: Any, *rest: Any) -> tuple[str, None] | None:
-    """Return the arguments of ``__init__``; SciPy's ``LinearOperator.__new__``, where autodoc looks, takes anything."""
+def constructor_signature(_: Any, what: str, name: str, obj: Any, *rest: Any) -> tuple[str, None] | None:
+    """Return the signature of ``__init__``. Autodoc shows that of ``LinearOperator.__new__``, which is ``(*args)``."""
     if what != "class" or not issubclass(obj, LinearOperator):
         return None
     return stringify_signature(signature(obj.__init__, bound_method=True), show_annotation=False), None
 
 
 def setup(app: Any) -> None:
-    """Connect it."""
-    app.connect("autodoc-process-signature", of_constructor)
+    """Register the handler of signatures."""
+    app.connect("autodoc-process-signature", constructor_signature)

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: no script is fetched from anywhere."""
+"""Render formulas as MathML, which browsers display without a script."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["setup"]
 
 
 def inline(translator: Any, node: nodes.math) -> None:
-    """Write a formula within a line."""
+    """Write an inline formula."""
     translator.body.append(_markup(node, as_block=False))
     raise nodes.SkipNode
 
 
 def display(translator: Any, node: nodes.math_block) -> None:
-    """Write a formula of its own."""
+    """Write a displayed formula."""
     translator.body.append(f'<div class="formula">{_markup(node, as_block=True)}</div>\n')
     raise nodes.SkipNode
 

@@ -1,6 +1,6 @@
-"""What the benchmarks measured, for the pages: tables by a directive, single figures by substitutions.
+"""Insert measured results into the pages: tables by the directive ``measured``, single figures by substitutions.
 
-Everything is read from ``benchmarks/results``, so that no page can say anything else.
+All values are read from the files in ``benchmarks/results`` when the site is built.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def results(name: str) -> Any:
-    """Return what a benchmark wrote."""
+    """Return the results of a benchmark."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
@@ -28,12 +28,12 @@ def table(head: list[str], lines: Iterable[list[str]]) -> str:
 
 
 def mb(value: float) -> str:
-    """Return megabytes."""
+    """Return a size in megabytes as text."""
     return f"{value:.0f}\N{NO-BREAK SPACE}MB"
 
 
 def cell(result: dict[str, Any] | None) -> str:
-    """Return a time, or what is wrong."""
+    """Return a time as text, or the reason why there is none."""
     if result is None:
         return ""
     if "ms" not in result:
@@ -59,26 +59,26 @@ CONTENDERS = {
 
 
 def times(work: str, name: str = "peers", contenders: dict[str, str] = CONTENDERS) -> str:
-    """Tabulate one kind of work, a line for each model."""
+    """Tabulate the times of one kind of work, with one row for each model."""
     rows = [row for row in results(name)["rows"] if row["work"] == work and "by" in row]
-    there = [key for key in contenders if any(key in row["by"] for row in rows)]
-    lines = [[row["model"], f"{row['P']:,}", *(cell(row["by"].get(key)) for key in there)] for row in rows]
-    return table(["model", "parameters", *(contenders[key] for key in there)], lines)
+    measured = [key for key in contenders if any(key in row["by"] for row in rows)]
+    lines = [[row["model"], f"{row['P']:,}", *(cell(row["by"].get(key)) for key in measured)] for row in rows]
+    return table(["model", "parameters", *(contenders[key] for key in measured)], lines)
 
 
 def peaks() -> str:
     """Tabulate the peak memory of two products."""
     names = {key: CONTENDERS[key] for key in CONTENDERS if key != "gradient"}
-    names |= {"curvop, nothing kept": "curvop, nothing kept"}
+    names |= {"curvop, nothing kept": "curvop, nothing cached"}
     lines = []
     for row in results("peers")["peaks"]:
-        found = [row["peak_mb"].get(key) for key in names]
-        lines.append([row["model"], *(mb(value) if isinstance(value, float) else "" for value in found)])
+        sizes = [row["peak_mb"].get(key) for key in names]
+        lines.append([row["model"], *(mb(size) if isinstance(size, float) else "" for size in sizes)])
     return table(["model", *names.values()], lines)
 
 
 def budget() -> str:
-    """Tabulate time and memory of products with nothing, half and everything kept."""
+    """Tabulate time and memory of products if nothing, half or everything is cached."""
     lines = [
         [
             row["model"],
@@ -89,11 +89,11 @@ def budget() -> str:
         ]
         for row in results("budget")["rows"]
     ]
-    return table(["model", "budget, of all that can be kept", "kept", "product", "peak"], lines)
+    return table(["model", "budget, share of the full cache", "cached", "product", "peak"], lines)
 
 
 def large() -> str:
-    """Tabulate the large models."""
+    """Tabulate products and eigenvalues of large models."""
     lines = [
         [
             row["model"],
@@ -111,69 +111,69 @@ def large() -> str:
         "parameters",
         "product",
         "in gradients",
-        "its error",
-        "peak of the process",
-        "largest in magnitude",
+        "error of the product",
+        "peak memory",
+        "largest eigenvalue in magnitude",
     ]
     return table(head, lines)
 
 
 def densities(name: str = "density") -> str:
-    """Tabulate densities of as many probes and steps."""
+    """Tabulate the times of spectral densities, with the same number of probes and steps."""
     heads = {"autograd": "curvop", "compiled": "curvop, compiled", "curvlinops": "curvlinops"}
-    found = results(name)["models"]
-    there = [key for key in heads if all(key in row["seconds"] for row in found.values())]
+    models = results(name)["models"]
+    measured = [key for key in heads if all(key in row["seconds"] for row in models.values())]
     lines = [
         [
             model,
             f"{row['P']:,}",
             str(row.get("steps", results(name)["steps"])),
-            *(f"{row['seconds'][key]:.2g}\N{NO-BREAK SPACE}s" for key in there),
+            *(f"{row['seconds'][key]:.2g}\N{NO-BREAK SPACE}s" for key in measured),
             f"{row['ratio to curvlinops']['autograd']:.1f}",
             f"{row['recurrence / products']:.0%}",
         ]
-        for model, row in found.items()
+        for model, row in models.items()
     ]
-    head = ["model", "parameters", "steps", *(heads[key] for key in there), "ratio", "recurrence / products"]
+    head = ["model", "parameters", "steps", *(heads[key] for key in measured), "ratio", "recurrence / products"]
     return table(head, lines)
 
 
 def density_goals() -> list[list[str]]:
-    """Return the lines of what was set for densities: 2.5 times curvlinops, and 15 % for the recurrence."""
-    found = list(results("density")["models"].values())
-    asked = [
+    """Return the rows of the goals for densities: 2.5 times curvlinops, and 15 % for the recurrence."""
+    models = list(results("density")["models"].values())
+    rows = [
         (
             "a density against curvlinops'",
             f"curvlinops / curvop{'' if engine == 'autograd' else ' ' + engine}",
             "at least 2.5 (worst model)",
-            [row["ratio to curvlinops"][engine] for row in found],
+            [row["ratio to curvlinops"][engine] for row in models],
             min,
         )
-        for engine in found[0]["ratio to curvlinops"]
+        for engine in models[0]["ratio to curvlinops"]
     ]
-    shares = [row["recurrence / products"] for row in found]
-    asked.append(("the recurrence of a density", "recurrence / products", "at most 0.15 (worst model)", shares, max))
+    shares = [row["recurrence / products"] for row in models]
+    rows.append(("the recurrence of a density", "recurrence / products", "at most 0.15 (worst model)", shares, max))
     lines = []
-    for what, of, target, figures, worst in asked:
-        met = worst(figures) >= 2.5 if worst is min else worst(figures) <= 0.15
+    for goal, quantity, target, figures, worst in rows:
+        reached = worst(figures) >= 2.5 if worst is min else worst(figures) <= 0.15
         mean = statistics.geometric_mean(figures)
-        lines.append([what, of, target, f"{mean:.3g}", f"{worst(figures):.3g}", "yes" if met else "no"])
+        lines.append([goal, quantity, target, f"{mean:.3g}", f"{worst(figures):.3g}", "yes" if reached else "no"])
     return lines
 
 
 def distributed() -> str:
-    """Tabulate products of one rank, and of several that share the data."""
-    found = results("distributed")
+    """Tabulate products of one rank, and of several ranks that share the data."""
+    measured = results("distributed")
     lines = [
         [
             product,
-            *(f"{one[key] * 1e3:.3g}\N{NO-BREAK SPACE}ms" for key in ("seconds alone", "seconds shared")),
-            f"{one['gain']:.2f}",
-            f"{one['relative difference']:.0e}",
+            *(f"{row[key] * 1e3:.3g}\N{NO-BREAK SPACE}ms" for key in ("seconds alone", "seconds shared")),
+            f"{row['gain']:.2f}",
+            f"{row['relative difference']:.0e}",
         ]
-        for product, one in found["products"].items()
+        for product, row in measured["products"].items()
     ]
-    return table(["product", "one rank", f"{found['ranks']} ranks", "gain", "difference"], lines)
+    return table(["product", "one rank", f"{measured['ranks']} ranks", "gain", "difference"], lines)
 
 
 def goals() -> str:
@@ -209,9 +209,9 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def ratio(goal: str, of: str, key: str = "geometric_mean", name: str = "peers") -> float:
-    """Return the ratio of times that a goal judges."""
-    [found] = {one[key] for one in results(name)["goals"] if (one["goal"], one["ratio"]) == (goal, of)}
-    return float(found)
+    """Return the measured ratio of times of a goal."""
+    [value] = {row[key] for row in results(name)["goals"] if (row["goal"], row["ratio"]) == (goal, of)}
+    return float(value)
 
 
 def error(work: str, contender: str, model: str) -> float:
@@ -234,8 +234,8 @@ def _environment() -> str:
 
 
 def _density() -> str:
-    found = results("density")
-    return f"{found['probes']} probes of {found['steps']} steps"
+    measured = results("density")
+    return f"{measured['probes']} probes of {measured['steps']} steps"
 
 
 def _gpu() -> str:
@@ -264,7 +264,7 @@ FIGURES: dict[str, Callable[[], str]] = {
 
 
 def substitutions() -> str:
-    """Return the figures as definitions of substitutions."""
+    """Return the figures as reStructuredText substitutions."""
     return "\n".join(f".. |{name}| replace:: {make()}" for name, make in FIGURES.items())
 
 

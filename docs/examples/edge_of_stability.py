@@ -2,12 +2,13 @@ r"""
 The edge of stability
 =====================
 
-Gradient descent with a learning rate :math:`\eta` is stable on a quadratic only where its largest eigenvalue, the
-sharpness, is below :math:`2 / \eta`. Networks sharpen as they train, and when they are there the sharpness stays there:
-the loss goes on falling, but not in every step (Cohen, Kaur, Li, Kolter, Talwalkar, 2021).
+On a quadratic, gradient descent with a learning rate :math:`\eta` is stable only if the largest eigenvalue of the
+Hessian, the sharpness, is below :math:`2 / \eta`. The sharpness of a network grows during training until it reaches
+this edge, and then stays there. The loss continues to fall, but not in every step (Cohen, Kaur, Li, Kolter, Talwalkar,
+2021).
 
-``track`` follows the largest eigenvalue along a training loop of one's own. The operator shows the parameters as they
-are, and each search begins at the last eigenvector.
+``track`` follows the largest eigenvalue during a training loop. The operator uses the current parameters, and each
+search starts from the last eigenvector.
 """
 
 import matplotlib.pyplot as plt
@@ -25,7 +26,7 @@ loss_function = nn.MSELoss()
 
 
 def train(learning_rate, steps=1500):
-    """Descend by full gradients; return the tracker and the losses."""
+    """Train by full-batch gradient descent; return the tracker and the losses."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
@@ -42,15 +43,15 @@ def train(learning_rate, steps=1500):
 
 
 # %%
-# Two learning rates: each has an edge of its own.
+# Train with two learning rates. The sharpness settles at a different edge for each.
 
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
 for axis, learning_rate in zip(axes, (0.7, 0.85), strict=False):
     tracker, losses = train(learning_rate)
     edge = 2 / learning_rate
     late = tracker.values[-20:, 0]
-    print(f"learning rate {learning_rate}: edge {edge:.2f}, sharpness in the end {late.min():.2f} to {late.max():.2f}")
-    print(f"  {tracker.products / len(tracker.steps):.0f} products for each of {len(tracker.steps)} eigenvalues")
+    print(f"learning rate {learning_rate}: edge {edge:.2f}, final sharpness {late.min():.2f} to {late.max():.2f}")
+    print(f"  {len(tracker.steps)} eigenvalues, {tracker.products / len(tracker.steps):.0f} products each")
     assert abs(late.mean() / edge - 1) < 0.1
     tracker.plot(axis, learning_rate)
     axis.set_title(f"learning rate {learning_rate}")

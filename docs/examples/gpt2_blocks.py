@@ -2,11 +2,12 @@ r"""
 GPT-2, block by block
 =====================
 
-Which layers of a transformer are sharp? The Hessian's diagonal blocks say it, one parameter at a time, and so do those
-off the diagonal of how layers depend on each other. Each is an operator of its own, which costs what its layers cost.
+Which layers of a transformer are sharp, and how do they depend on each other? The diagonal blocks of the Hessian answer
+the first question, one parameter at a time, and the off-diagonal blocks the second. Each block is an operator, and its
+products cost only what its layers cost.
 
-The model is a Hugging Face ``GPT2LMHeadModel``, a small one with random weights that is trained for a moment on this
-file's own text; replace it by ``GPT2LMHeadModel.from_pretrained("gpt2")`` and the rest stays as it is.
+The model is a small Hugging Face ``GPT2LMHeadModel`` with random weights, trained briefly on the text of this file.
+Replace it by ``GPT2LMHeadModel.from_pretrained("gpt2")`` to study GPT-2 with the same code.
 """
 
 from pathlib import Path
@@ -33,7 +34,7 @@ config = GPT2Config(
     eos_token_id=0,
 )
 model = GPT2LMHeadModel(config).eval()
-model.loss_type = "ForCausalLM"  # which the name of its class does not tell
+model.loss_type = "ForCausalLM"  # transformers cannot infer it from the name of the class
 
 source = globals().get("__file__", "gpt2_blocks.py")
 codes = torch.tensor([min(byte, 127) for byte in Path(source).read_bytes()])
@@ -41,7 +42,8 @@ tokens = codes[: len(codes) // 32 * 32].view(-1, 32)[:16]
 data = [{"input_ids": part, "labels": part} for part in tokens.split(8)]
 
 # %%
-# The model computes its own loss, so the objective calls it. What weighs a batch is how many tokens it predicts.
+# The model computes its own loss, so the objective calls the model. The loss is a mean over the predicted tokens, so a
+# batch is weighted by their number.
 
 
 def objective(params, batch):
@@ -50,7 +52,7 @@ def objective(params, batch):
 
 
 def predicted(batch):
-    """Return how many tokens are predicted; the first of each sequence is not."""
+    """Return the number of predicted tokens; the first token of a sequence is not predicted."""
     return batch["labels"][:, 1:].numel()
 
 
@@ -66,9 +68,9 @@ print(f"loss {loss.item():.2f}")
 # The largest eigenvalue of each block
 # ------------------------------------
 #
-# ``select`` takes patterns: all weights of both layers. SciPy's ``tol`` is a part of the eigenvalue that is asked for,
-# and the smallest is next to nothing beside the largest. What is far from zero is their difference, an eigenvalue of
-# the block less the largest times the identity.
+# ``select`` accepts patterns; this one selects all weights of both layers, except those of the norms. SciPy's ``tol``
+# is relative to the eigenvalue, and the smallest eigenvalue is tiny compared with the largest. Therefore, we subtract
+# the largest eigenvalue from the diagonal: the smallest eigenvalue of the shifted block is far from zero.
 
 params = select(model, "transformer.h.*.weight", exclude="*ln_*")
 H = HessianLinearOperator.from_objective(objective, params, data, batch_weight=predicted)
@@ -79,19 +81,19 @@ for name in params:
     B = H.block(name)
     names.append(name.removeprefix("transformer.h.").removesuffix(".weight"))
     largest.append(eigsh(B, k=1, which="LA", tol=1e-2, rng=0, return_eigenvectors=False)[0])
-    below = eigsh(B.damped(-largest[-1]), k=1, which="SA", tol=1e-4, rng=0, return_eigenvectors=False)[0]
-    smallest.append(largest[-1] + below)
+    shifted = eigsh(B.damped(-largest[-1]), k=1, which="SA", tol=1e-4, rng=0, return_eigenvectors=False)[0]
+    smallest.append(largest[-1] + shifted)
     print(f"{names[-1]:16s} {smallest[-1]:8.3f} to {largest[-1]:8.3f}")
 whole = eigsh(H, k=1, which="LA", tol=1e-2, rng=0, return_eigenvectors=False)[0]
-print(f"{'all of them':16s} {'':11s} {whole:8.3f}")
-assert whole >= max(largest) * 0.98  # a block's eigenvalues lie between those of the whole (Cauchy's interlacing)
+print(f"{'whole matrix':16s} {'':11s} {whole:8.3f}")
+assert whole >= max(largest) * 0.98  # a block's eigenvalues lie between those of the whole matrix (Cauchy interlacing)
 
 # %%
 # How layers depend on each other
 # -------------------------------
 #
-# The square of the Frobenius norm of ``H[i, j]`` is the mean of ``|H[i, j] v|^2`` over random signs `v` (Hutchinson,
-# 1989). All blocks of a column are multiplied at once.
+# The squared Frobenius norm of ``H[i, j]`` is the mean of ``|H[i, j] v|^2`` over vectors `v` of random signs
+# (Hutchinson, 1989). One block product computes all blocks of a column.
 
 rng = np.random.default_rng(0)
 norms = np.empty((len(params), len(params)))
@@ -104,7 +106,7 @@ for j, col in enumerate(params):
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 left.barh(names, largest, color="tab:red", label="largest")
 left.barh(names, smallest, color="tab:blue", label="smallest")
-left.axvline(whole, color="black", linestyle=":", label="largest of all together")
+left.axvline(whole, color="black", linestyle=":", label="largest of the whole matrix")
 left.set(title="extreme eigenvalues of each block")
 left.invert_yaxis()
 left.legend()

@@ -1,17 +1,17 @@
 r"""
-Which training images do harm?
-==============================
+Which training images are harmful?
+==================================
 
-How would a test loss change if one training image were left out? To first order (Koh and Liang, 2017,
+How would the test loss change if one training image were left out? To first order (Koh and Liang, 2017,
 "Understanding black-box predictions via influence functions", eq. (2)), leaving out image `n` changes the test loss by
 
 .. math:: \frac{1}{N} \, \nabla L_\text{test}^\top \, (G + \lambda I)^{-1} \, \nabla \ell_n,
 
-with the Gauss-Newton matrix `G` of the training loss in place of the Hessian, which need not be definite. One linear
-system gives the influence of all training images: solve it for the gradient of the test loss, and multiply by the
-gradients of the images.
+with the Gauss-Newton matrix `G` of the training loss in place of the Hessian, which may be indefinite. One linear
+system gives the influence of all training images: solve it for the gradient of the test loss, and multiply the solution
+by the gradients of the images.
 
-We plant errors to be found: some training images of scikit-learn's handwritten digits get a wrong label.
+To have something to find, we give 50 of the 1,000 training images of scikit-learn's handwritten digits a wrong label.
 """
 
 import copy
@@ -34,7 +34,7 @@ wrong = train[:50]
 y[wrong] = (y[wrong] + torch.randint(1, 10, (50,))) % 10
 
 # %%
-# A network with weight decay, which is part of the objective: its Hessian is added to `G` as damping.
+# Train a network with weight decay. The penalty is part of the objective, and its Hessian is added to `G` as damping.
 
 model = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10)).double()
 params = dict(model.named_parameters())
@@ -43,7 +43,7 @@ decay = 5e-3
 
 
 def fit(network, X, y, steps):
-    """Minimise the mean over all training images, also where one is missing."""
+    """Minimise the penalised loss. The divisor stays ``len(train)``, also if an image is left out."""
     optimizer = torch.optim.LBFGS(
         network.parameters(), max_iter=steps, tolerance_grad=1e-7, tolerance_change=0, line_search_fn="strong_wolfe"
     )
@@ -56,7 +56,7 @@ def fit(network, X, y, steps):
         return loss
 
     optimizer.step(objective)
-    assert max(value.grad.abs().max() for value in network.parameters()) < 1e-5  # a minimum
+    assert max(value.grad.abs().max() for value in network.parameters()) < 1e-5  # converged
 
 
 fit(model, X[train], y[train], 1000)
@@ -67,9 +67,9 @@ print(f"accuracy on {len(test)} test images: {accuracy:.1%}")
 # One linear system
 # -----------------
 #
-# ``gradient_and_loss`` gives the gradient of the test loss in the operator's order. ``solve`` says how good the
-# solution is: its residual is computed anew. The preconditioner takes 200 products of its own, in one block: too many
-# for a single system, but it serves every further one, such as that of each test image by itself.
+# ``gradient_and_loss`` returns the gradient of the test loss in the order of the operator's columns. ``solve`` reports
+# the true residual of its solution. The preconditioner takes 200 products, in one block. This is too many for a single
+# system, but it can be used again for further ones, such as one system for each test image.
 
 G = GGNLinearOperator(model, loss_function, params, list(zip(X[train].split(500), y[train].split(500), strict=True)))
 test_gradient, test_loss = GGNLinearOperator(model, loss_function, params, [(X[test], y[test])]).gradient_and_loss()
@@ -78,11 +78,11 @@ M = preconditioner.nystrom(G, 200, decay, rng=0)
 plain = solve(G, test_gradient, damping=decay, rtol=1e-8, progress=False)
 result = solve(G, test_gradient, damping=decay, rtol=1e-8, preconditioner=M, progress=False)
 print(f"without preconditioner: {plain}")
-print(f"with one of rank 200:   {result}, and 200 to make it")
+print(f"preconditioner of rank 200: {result}, and 200 products to construct it")
 
 # %%
-# The gradients of all images times one vector: the Jacobian of the predictions times it, and the loss's derivative by
-# each prediction. No gradient of a single image is ever formed.
+# Multiply the gradients of all images by the solution: multiply the Jacobian of the predictions by it, then the
+# derivative of the loss with respect to each prediction. The gradient of a single image is never formed.
 
 J = JacobianLinearOperator(model, params, [(X[train], y[train])])
 scores = model(X[train]).detach()
@@ -91,11 +91,11 @@ changes = (J @ result.solution).reshape(len(train), 10)
 influence = (changes * residuals.numpy()).sum(1) / len(train)
 
 # %%
-# Was it right? Leave the most harmful image out, train on from where we are, and compare.
+# Compare the prediction with the truth: leave one image out, continue the training, and evaluate the test loss.
 
 
 def retrained_without(image):
-    """Return by how much the test loss changes."""
+    """Return the change of the test loss."""
     rest = torch.arange(len(train)) != image
     twin = copy.deepcopy(model)
     fit(twin, X[train][rest], y[train][rest], 200)
@@ -103,9 +103,9 @@ def retrained_without(image):
 
 
 ranked = np.argsort(influence)
-some = [*ranked[:4], *ranked[-4:], *ranked[300:700:100]]  # the most harmful, the most helpful, and in between
-actual = np.array([retrained_without(image) for image in some])
-correlation = np.corrcoef(influence[some], actual)[0, 1]
+sample = [*ranked[:4], *ranked[-4:], *ranked[300:700:100]]  # the most harmful, the most helpful, and some in between
+actual = np.array([retrained_without(image) for image in sample])
+correlation = np.corrcoef(influence[sample], actual)[0, 1]
 print(f"predicted and actual changes of the test loss: correlation {correlation:.3f}")
 assert correlation > 0.9
 
@@ -113,13 +113,13 @@ assert correlation > 0.9
 # The most harmful images
 # -----------------------
 #
-# Those whose removal lowers the test loss the most. Most of them are the ones whose label we had changed.
+# These are the images whose removal lowers the test loss the most. Most of these images have a label that we changed.
 
 harmful = ranked[:12]
 planted = set(wrong.tolist())
-found = [int(train[index]) in planted for index in ranked[:50]]
-print(f"of the 50 most harmful images, {sum(found)} have a wrong label (5 % of all have)")
-assert sum(found) >= 25
+hits = [int(train[index]) in planted for index in ranked[:50]]
+print(f"{sum(hits)} of the 50 most harmful images have a wrong label (5 % of all images do)")
+assert sum(hits) >= 25
 
 figure, axes = plt.subplots(2, 6, figsize=(9, 3.8), layout="constrained")
 for axis, index in zip(axes.flat, harmful, strict=True):
@@ -127,5 +127,5 @@ for axis, index in zip(axes.flat, harmful, strict=True):
     axis.imshow(pixels[image].reshape(8, 8), cmap="gray_r")
     axis.set_title(f"labelled {y[image]}", color="tab:red" if image in planted else "black", fontsize=10)
     axis.set_axis_off()
-figure.suptitle("The most harmful training images (red: a label that was changed)")
+figure.suptitle("The most harmful training images (red: the label was changed)")
 plt.show()

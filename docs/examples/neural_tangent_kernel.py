@@ -2,12 +2,12 @@ r"""
 The spectrum of the neural tangent kernel
 =========================================
 
-Near its parameters a network is a linear model with the features :math:`J = \partial z / \partial \theta`. Gradient
-descent on a squared error then fits the direction :math:`u_i` of the targets at the rate :math:`\sigma_i^2`: the
-squared singular values of `J` are the eigenvalues of the empirical neural tangent kernel :math:`J J^\top` (Jacot,
-Gabriel, Hongler, 2018), and the singular vectors tell what is learned first.
+Close to its parameters, a network is a linear model with the features :math:`J = \partial z / \partial \theta`.
+Gradient descent on a squared error then fits the component of the targets along the singular vector :math:`u_i` at the
+rate :math:`\sigma_i^2`. The squared singular values of `J` are the eigenvalues of the empirical neural tangent kernel
+:math:`J J^\top` (Jacot, Gabriel, Hongler, 2018), and the leading singular vectors are learned first.
 
-``svds`` takes the Jacobian as it is; the kernel is never formed.
+SciPy's ``svds`` works on the Jacobian operator; the kernel is never formed.
 """
 
 import matplotlib.pyplot as plt
@@ -31,8 +31,8 @@ def network(width):
 
 
 # %%
-# The largest singular values, and the images' part in them
-# ---------------------------------------------------------
+# The largest singular values and vectors
+# ---------------------------------------
 
 model = network(64)
 J = JacobianLinearOperator(model, dict(model.named_parameters()), [(X, y)])
@@ -43,24 +43,24 @@ U, singular = U[:, order], singular[order]
 
 dense = np.linalg.svd(J @ np.eye(J.shape[1]), compute_uv=False)
 difference = np.abs(dense[:20] - singular).max() / dense[0]
-print(f"largest difference to the dense matrix's: {difference:.1e} of the norm")
+print(f"largest difference to the dense singular values: {difference:.1e} of the norm")
 assert difference < 1e-8
 
 # %%
-# The targets lie mostly along the first few vectors, so they are learned fast. For shuffled targets this is not so.
+# The targets lie mostly along the first few vectors, so they are learned fast. Shuffled targets are not.
 
 along = np.cumsum((U.T @ y.numpy()) ** 2) / (y @ y).item()
 shuffled = y[torch.randperm(len(y))]
 along_shuffled = np.cumsum((U.T @ shuffled.numpy()) ** 2) / (y @ y).item()
-print(f"the first 5 vectors hold {along[4]:.0%} of the labels, {along_shuffled[4]:.0%} of shuffled ones")
+print(f"share of the targets in the first 5 vectors: {along[4]:.0%}; shuffled: {along_shuffled[4]:.0%}")
 assert along[4] > 2 * along_shuffled[4]
 
 # %%
-# It hardly moves in wide networks
-# --------------------------------
+# The kernel hardly changes in wide networks
+# ------------------------------------------
 #
-# Train networks of several widths, and see how far the kernel has turned: the cosine of the angle between it and what
-# it was, ``<K, K'> / |K| |K'|``, from the kernel's products with random vectors.
+# Train networks of several widths, and measure how far the kernel turns: the cosine of the angle between the kernel
+# before and after training, ``<K, K'> / |K| |K'|``, estimated from products with random vectors.
 
 rng = np.random.default_rng(0)
 probes = rng.choice([-1.0, 1.0], (len(X), 40))
@@ -74,7 +74,7 @@ for width in widths:
         optimizer.zero_grad()
         nn.functional.mse_loss(model(X)[:, 0], y).backward()
         optimizer.step()
-    after = J @ (J.T @ probes)  # the operator shows the parameters as they are now
+    after = J @ (J.T @ probes)  # the operator uses the current parameters
     cosines.append((before * after).sum() / np.linalg.norm(before) / np.linalg.norm(after))
     print(f"width {width:3d}: cosine {cosines[-1]:.4f}")
 
@@ -86,5 +86,5 @@ middle.plot(np.arange(1, 21), along_shuffled, "o-", label="shuffled labels")
 middle.set(xlabel="vectors", title="share of the targets", ylim=(0, 1))
 middle.legend()
 right.semilogx(widths, cosines, "o-", base=2)
-right.set(xlabel="width", title="cosine to the kernel before")
+right.set(xlabel="width", title="cosine to the kernel before training")
 plt.show()

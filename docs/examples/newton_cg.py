@@ -2,11 +2,11 @@ r"""
 Training by Newton's method
 ===========================
 
-``scipy.optimize`` trains a network as it minimises anything else: it wants the loss and its gradient at a point, and
-products with the Hessian there. ``trust-krylov`` (Gould, Lucidi, Roma, Toint, 1999) needs nothing more, and copes with
-a Hessian that is indefinite, as it is on the way to a minimum.
+``scipy.optimize`` can train a network like any other function: it needs the loss, the gradient, and products with the
+Hessian at a point. The method ``trust-krylov`` (Gould, Lucidi, Roma, Toint, 1999) uses these, and can handle an
+indefinite Hessian, which is common before the minimum is reached.
 
-The operator shows the parameters as they are now: write a new point into them, and the next product is there.
+The operator uses the current parameters: write a new point into them, and the next product is computed at this point.
 """
 
 import matplotlib.pyplot as plt
@@ -26,7 +26,7 @@ params = dict(model.named_parameters())
 decay = 1e-3
 
 # %%
-# The objective is a function of the parameters and a batch, so that weight decay belongs to it.
+# The objective is a function of the parameters and a batch, and can include weight decay.
 
 
 def objective(params, batch):
@@ -45,7 +45,7 @@ H = HessianLinearOperator.from_objective(objective, params, data)
 
 
 def move_to(x):
-    """Write the vector `x` into the parameters, unless they are there: else what is kept would be made anew."""
+    """Write the vector `x` into the parameters, if it differs: writing makes the operator re-linearize."""
     if np.array_equal(x, H.ravel(params)):
         return
     with torch.no_grad():
@@ -57,7 +57,7 @@ gradients = 0
 
 
 def gradient_and_loss(x):
-    """Return the loss at `x`, and its gradient."""
+    """Return the loss and the gradient at `x`."""
     global gradients
     gradients += 1
     move_to(x)
@@ -75,7 +75,7 @@ start = H.ravel(params)
 
 
 def train(method, **options):
-    """Minimise from `start`; return the result, and after each step the cost so far, the loss, the gradient's norm."""
+    """Minimise from `start`; return the result, and the cost, the loss and the gradient norm after each step."""
     global gradients
     gradients, products, path = 0, H.num_products, []
 
@@ -95,18 +95,18 @@ assert newton[2, -1] < 1e-6
 print(f"accuracy on the training images: {(model(X).argmax(1) == y).double().mean():.1%}")
 
 # %%
-# L-BFGS knows gradients alone. A product costs about two of them, and on that clock it is ahead on a small network such
-# as this one, until its line search finds no lower loss. What the second order buys is the end: the last steps of
-# Newton's method are quadratic, and the gradient falls on.
+# L-BFGS uses gradients only. A product costs about two gradients. At equal cost, L-BFGS is ahead on a small network
+# like this one, until its line search finds no lower loss. Newton's method pays off at the end: it converges
+# quadratically, and the gradient continues to fall.
 
 quasi = train("L-BFGS-B", options={"maxiter": 1500, "maxfun": 4000, "ftol": 0, "gtol": 1e-7})[1]
-print(f"L-BFGS: {quasi[0, -1]:.0f} gradients, the last of norm {quasi[2, -1]:.1e}")
+print(f"L-BFGS: {quasi[0, -1]:.0f} gradients, final gradient norm {quasi[2, -1]:.1e}")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 for axis, row, title in ((left, 1, "loss"), (right, 2, "gradient norm")):
-    axis.semilogy(newton[0], newton[row], label="trust-krylov, with products")
-    axis.semilogy(quasi[0], quasi[row], label="L-BFGS, gradients alone")
+    axis.semilogy(newton[0], newton[row], label="trust-krylov, with Hessian products")
+    axis.semilogy(quasi[0], quasi[row], label="L-BFGS, gradients only")
     axis.set(xlabel="cost in gradients (a product: 2)", title=title)
 left.legend()
-figure.suptitle("The last steps of Newton's method are quadratic")
+figure.suptitle("Newton's method converges quadratically at the end")
 plt.show()

@@ -2,11 +2,12 @@ r"""
 As many outliers as classes
 ===========================
 
-The Hessian of a classifier has a bulk of small eigenvalues, and about as many outliers above it as there are classes,
-one less or so: Sagun, Bottou, LeCun (2016) and Sagun et al. (2017) found it, Papyan (2018, 2020) traced them to the
-means of the classes' gradients. Here is a small convolutional network on images of 4, 6 and 10 digits.
+The Hessian of a classifier has a bulk of small eigenvalues, and above it about as many outliers as there are classes,
+or one fewer. Sagun, Bottou, LeCun (2016) and Sagun et al. (2017) found this, and Papyan (2018, 2020) explained the
+outliers by the class means of the gradients. This example counts them for a small convolutional network on images of 4,
+6 and 10 digits.
 
-``density`` shows all eigenvalues at once, ``eigsh`` the outliers one by one, with a certificate that none is missing.
+``density`` shows all eigenvalues at once. ``eigsh`` computes the outliers, with a certificate that none is missing.
 """
 
 import matplotlib.pyplot as plt
@@ -23,7 +24,7 @@ images, labels = torch.tensor(pixels / 16).float().view(-1, 1, 8, 8), torch.tens
 
 
 def trained(classes, epochs=3):
-    """Return the Hessian of a network that has begun to tell the first digits apart."""
+    """Return the Hessian of a network after a short training on the first digits."""
     X, y = images[labels < classes], labels[labels < classes]
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -42,7 +43,7 @@ def trained(classes, epochs=3):
 
 
 # %%
-# The outliers end where the next eigenvalue is relatively furthest away.
+# The outliers end at the largest ratio of consecutive eigenvalues.
 
 figure, axes = plt.subplots(3, 1, figsize=(8, 7), layout="constrained")
 for axis, classes in zip(axes, (4, 6, 10), strict=True):
