@@ -1,11 +1,11 @@
-"""One torch thread: the models are small, and threads that wait for each other slow a busy machine down tenfold."""
+"""One torch thread for all tests, and the cases that belong to the tier ``slow``."""
 
 import fnmatch
 
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # the models are small, and waiting threads slow a busy machine down tenfold
 
 # The first changes torch for the whole process that imports it, as doctests would; the second needs an old version.
 collect_ignore = ["second_device.py", "storage/old_files/make.py"]

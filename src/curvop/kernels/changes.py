@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curvop.kernels.guard import parts_of
 from curvop.kernels.parameters import too_coarse
 
 __all__ = ["ChangeDetector", "Fingerprint", "Generators", "random_state", "settings_of"]
@@ -76,7 +77,7 @@ class ChangeDetector:
         """
         flags, children, tensors = self._walk()
         if children != self._children:  # a layer was replaced, added or removed
-            self._parts = list(dict.fromkeys(part for module in self._modules for part in module.modules()))
+            self._parts = parts_of(self._modules)
             flags, self._children, tensors = self._walk()
         versions = [_version(tensor) for tensor in tensors]
         if versions != self._versions:
@@ -199,7 +200,7 @@ def settings_of(modules: Iterable[nn.Module]) -> list[object]:
     Attributes that are dictionaries, and variables that functions capture, are not included.
     """
     settings: list[object] = []
-    for part in (part for module in modules for part in module.modules()):
+    for part in parts_of(modules):
         settings += (type(part), *part._forward_pre_hooks.values(), *part._forward_hooks.values())
         settings += ((name, repr(value)) for name, value in vars(part).items() if isinstance(value, _SETTINGS))
         settings += (value for value in vars(part).values() if inspect.isroutine(value))

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from curvop.kernels.batches import leaves, map_leaves
 
-__all__ = ["Guard", "modules_of", "own_batch", "replaced"]
+__all__ = ["Guard", "modules_of", "own_batch", "parts_of", "replaced"]
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ class Guard:
         self, function: Callable[[Any], T], batch: Any, swaps: dict[int, Tensor], hold: bool
     ) -> tuple[T, bool]:
         """Return ``function(batch)``, and a bool that is True if the function modified tensors other than copies."""
-        parts = _parts(self._modules)
+        parts = parts_of(self._modules)
         places = _Places(parts)
         parameters = list({id(value): value for value in (*places.parameters(), *self._params)}.values())
         state, inputs = places.state(parameters), list(leaves(batch))
@@ -146,7 +146,7 @@ def replaced(modules: Sequence[nn.Module], replacements: Replacements) -> Iterat
 
     In contrast to `Guard.run`, this function does not restore the values of tensors that the code modifies.
     """
-    places = _Places(_parts(modules))
+    places = _Places(parts_of(modules))
     try:
         try:
             places.replace(replacements)
@@ -158,7 +158,7 @@ def replaced(modules: Sequence[nn.Module], replacements: Replacements) -> Iterat
         raise
 
 
-def _parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def parts_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Return a list of the modules and all their submodules, without duplicates."""
     return list(dict.fromkeys(part for module in modules for part in module.modules()))
 

@@ -33,7 +33,7 @@ from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.changes import ChangeDetector, Fingerprint, Generators, settings_of
 from curvop.kernels.differentiable import Evaluator, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
-from curvop.kernels.guard import Guard, modules_of, own_batch, replaced
+from curvop.kernels.guard import Guard, modules_of, own_batch, parts_of, replaced
 from curvop.kernels.losses import check_loss, checked_weight, loss_reduction
 from curvop.kernels.objective_checks import FirstPassChecks, suspects
 from curvop.kernels.parameters import check_callable, checked_params
@@ -162,7 +162,7 @@ class Objective(abc.ABC):
         self._kept_totals: Totals | None = None
         self.checks = FirstPassChecks()
         self._changes = ChangeDetector(self.modules, params, data)
-        parts = [part for module in modules for part in module.modules()]
+        parts = parts_of(modules)
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
         self._renormalised = any(getattr(part, "max_norm", None) is not None for part in parts)
 
@@ -354,8 +354,9 @@ class Objective(abc.ABC):
         originals = self.originals()
         found = {id(original): leaf for name, leaf in leaves.items() for original in originals[name]}
         if self._renormalised:  # an embedding with `max_norm` modifies its weight in the forward pass
-            parts = (part for module in self.modules for part in module.modules())
-            weights: list[Any] = [part.weight for part in parts if getattr(part, "max_norm", None) is not None]
+            weights: list[Any] = [
+                part.weight for part in parts_of(self.modules) if getattr(part, "max_norm", None) is not None
+            ]
             found |= {id(weight): weight.detach().clone() for weight in weights if id(weight) not in found}
         return found
 
@@ -369,7 +370,7 @@ class Objective(abc.ABC):
         if (autocast := self.autocast()) is not None:
             eps = max(eps, torch.finfo(autocast).eps)
         if any(value.is_cuda and value.dtype == torch.float32 for value in self.params.values()):
-            parts = [part for module in self.modules for part in module.modules()]
+            parts = parts_of(self.modules)
             convolves = not parts or any(isinstance(part, nn.modules.conv._ConvNd | nn.RNNBase) for part in parts)
             if _allows_tf32(cuda.matmul) or (convolves and _allows_tf32(cudnn)):
                 eps = max(eps, _TF32_EPSILON)

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from curvop.kernels.batches import joined, map_leaves
 from curvop.kernels.differentiable import ElementaryNorms, ReplacementMode
+from curvop.kernels.guard import parts_of
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import CallableObjective, Objective
 from curvop.kernels.objective_checks import batchwise_modules
@@ -102,7 +103,7 @@ class UserCode:
         self._buffers = _distinct(selected | {id(value) for value in self._others}, buffers)
         # Assume that a function has embeddings with padding, because its embeddings cannot be found here.
         is_module = isinstance(getattr(objective, "_objective", self._model), nn.Module)
-        parts = [part for module in objective.modules for part in module.modules()]
+        parts = parts_of(objective.modules)
         self._pads = not is_module or any(getattr(part, "padding_idx", None) is not None for part in parts)
         self.padding_rows: list[Tensor] = []
 
