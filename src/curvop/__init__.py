@@ -2,7 +2,7 @@ r"""Curvature matrices of PyTorch models as SciPy linear operators.
 
 The Hessian of a model with P parameters has P^2 entries, too many to store even for small networks. Solvers such as
 ``eigsh``, ``cg`` and ``svds`` need only its products with vectors. This package computes these products with torch, on
-the GPU if the model is there, and presents the matrices as ``scipy.sparse.linalg.LinearOperator``\ s.
+the GPU if the model is on a GPU, and presents the matrices as ``scipy.sparse.linalg.LinearOperator``\ s.
 
 The following example examines the curvature of the loss of a small regression network. First, define a model and data::
 
@@ -34,8 +34,8 @@ weighted by their sizes. Pass the operator to any function of SciPy that accepts
     True
 
 `curvop.spectrum` estimates traces and spectral densities, and checks eigenvalues. The generalized Gauss-Newton matrix
-and the Fisher matrices have the same interface as the Hessian. Train the network by ten damped Gauss-Newton steps. The
-operator always uses the current parameters::
+and the Fisher matrices have the same interface as the Hessian. Train the network with ten damped Gauss-Newton steps.
+The operator always uses the current parameters::
 
     >>> G = GGNLinearOperator(model, loss_function, params, data)
     >>> for _ in range(10):

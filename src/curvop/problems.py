@@ -1,4 +1,4 @@
-"""The problems of the command ``curvop``: the built-in one, and the loader of your own."""
+"""Problems for the command ``curvop``: the built-in problem, and a function that loads your own problem from a file."""
 
 from curvop.cli.problem_loading import ProblemError, digits, last_layer, load
 from curvop.operators.error_text import describe_error, one_line

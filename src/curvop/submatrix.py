@@ -1,4 +1,4 @@
-"""Former location of `curvop.SubmatrixLinearOperator`, for compatibility."""
+"""Former module of `curvop.SubmatrixLinearOperator`, which is kept for compatibility."""
 
 from curvop.operators.base import SubmatrixLinearOperator
 

@@ -1,4 +1,4 @@
-"""Comparison of two arrays with a report of their differences."""
+"""A function that compares two arrays and reports their differences."""
 
 from curvop.testing.comparison import allclose_report
 

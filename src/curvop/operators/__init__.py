@@ -1,7 +1,7 @@
 """Curvature matrices as SciPy linear operators.
 
-The modules of this package present the products that ``curvop.kernels`` computes as ``LinearOperator`` subclasses.
-``base`` converts arrays and tensors and defines submatrices. ``parameter_operator`` defines operators over parameters,
-and damping. ``engine_operator`` defines operators whose products are computed by an engine. ``hessian``, ``ggn``,
-``fisher`` and ``jacobian`` define the public matrices.
+This package defines subclasses of ``LinearOperator``, whose products ``curvop.kernels`` computes. ``base`` defines
+operators that accept arrays and tensors, and submatrices. ``parameter_operator`` defines operators whose rows or
+columns are parameters, and damped operators. ``engine_operator`` defines operators whose products are sums over
+batches. ``hessian``, ``ggn``, ``fisher`` and ``jacobian`` define the public classes.
 """

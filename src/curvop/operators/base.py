@@ -1,9 +1,9 @@
-"""Base class of linear operators that accept NumPy arrays and torch tensors, and submatrices of operators.
+"""Submatrices of operators, and the base class of operators that accept both NumPy arrays and torch tensors.
 
 SciPy's solvers apply operators to arrays of shape ``(N,)``, ``(N, 1)`` and ``(N, K)``, and, in SciPy >= 1.18, also to
-stacks of such arrays. Users may also pass tensors, or one tensor per parameter. `TensorLinearOperator` validates all of
-these inputs and passes them to a single method, ``_apply``, which computes the product with each row of a ``(K, N)``
-array or tensor. Subclasses implement ``_apply``.
+stacks of such arrays. Users may also pass a tensor, or a dict, list or tuple with one tensor per parameter.
+`TensorLinearOperator` validates all of these inputs and passes them to a single method, ``_apply``, which computes the
+product with each row of a ``(K, N)`` array or tensor. Subclasses implement ``_apply``.
 
 A product with a submatrix takes three steps: the vector is scattered into a vector of zeros, the full operator is
 applied once, and the selected rows of the result are gathered.
@@ -30,7 +30,7 @@ __all__ = [
     "unsupported_layout",
 ]
 
-#: Array or tensor. Each row is a vector, or the product of an operator with a vector.
+#: Two-dimensional array or tensor. Each row is a vector, or the product of an operator with a vector.
 Rows = NDArray[Any] | Tensor
 
 _BOOLEANS = {np.dtype(bool), torch.bool}
@@ -181,7 +181,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         return self._adjoint()
 
     def _apply(self, rows: Rows) -> Rows:
-        """Return the products with the rows of an array or tensor of shape ``(K, N)``.
+        """Multiply the operator by each row of an array or tensor of shape ``(K, N)``.
 
         The result has shape ``(K, M)`` and does not share memory with ``rows``. K, M and N are positive.
         """
@@ -190,15 +190,18 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
     def _smallest_block(
         self, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> tuple[TensorLinearOperator, NDArray[np.intp], NDArray[np.intp]]:
-        """Return the smallest block that contains the given rows and columns.
+        """Return (block, rows, cols), where ``block`` is the smallest block that contains the given rows and columns.
 
-        Also return the indices of these rows and columns within the block.
+        The returned ``rows`` and ``cols`` are the indices of the given rows and columns within ``block``.
         """
         return self, rows, cols
 
     def _multiply_last_axis(self, x: Rows) -> Rows:
-        """Apply the operator along the last axis of ``x``, of shape ``(..., N)``, and return shape ``(..., M)``."""
-        if not isinstance(x, Tensor) and not x.dtype.isnative:  # torch supports the native byte order only
+        """Apply the operator to each vector along the last axis of ``x``.
+
+        ``x`` has shape ``(..., N)``, and the product has shape ``(..., M)``.
+        """
+        if not isinstance(x, Tensor) and not x.dtype.isnative:  # torch supports only the native byte order
             x = x.astype(x.dtype.newbyteorder("="))
         self._check_entries(x)
         (size, length), stack = self.shape, tuple(x.shape[:-1])
@@ -221,10 +224,10 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         return np.result_type(self.dtype, dtype)
 
     def _is_tree(self, x: Any) -> bool:
-        """Return True if ``x`` is a mapping, or a sequence with a tensor of one or more dimensions.
+        """Return True if ``x`` is a mapping, or a sequence in which at least one tensor has one or more dimensions.
 
-        Such an ``x`` is interpreted as one tensor per parameter. A list of 0-dimensional tensors is interpreted as a
-        vector.
+        If the result is True, ``x`` is interpreted as one tensor per parameter. A list of 0-dimensional tensors is
+        interpreted as a vector.
         """
         return isinstance(x, Mapping) or any(isinstance(part, Tensor) and part.ndim for part in x)
 
@@ -404,7 +407,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         return super().__sub__(other) if isinstance(other, LinearOperator) else self._unsupported_sum(other)
 
     def __radd__(self, other: Any) -> LinearOperator:
-        """Call `_unsupported_sum` for ``B + A`` and ``B - A``, where ``B`` is not an operator."""
+        """Call `_unsupported_sum` for ``B + A`` and ``B - A`` if ``B`` is not an operator."""
         return self._unsupported_sum(other)
 
     __rsub__ = __radd__
@@ -442,7 +445,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
     def _check_shape(self, x: Any, x_is_vector: bool) -> None:
         """Raise a ``ValueError`` with both shapes if the shape of ``x`` does not match the shape of A.
 
-        SciPy's own message does not contain the shapes.
+        The check is necessary because the message of SciPy does not contain the shapes.
         """
         shape = _shape(x)
         length = shape[-1] if x_is_vector and shape else shape[-2] if len(shape) > 1 else None
@@ -477,7 +480,7 @@ def _as_python_scalar(x: Any) -> Any:
 
 
 def _is_open_mesh(rows: Any, cols: Any) -> bool:
-    """Return True if the arguments are integer arrays or tensors that form an open mesh, as from ``numpy.ix_``.
+    """Return True if the arguments are integer arrays or tensors that form an open mesh, like those from ``numpy.ix_``.
 
     ``rows`` must have shape ``(m, 1)``, and ``cols`` must have shape ``(1, n)`` or ``(n,)``. Boolean masks are
     excluded, because NumPy interprets a two-dimensional mask as a selection of single entries.
@@ -489,7 +492,7 @@ def _is_open_mesh(rows: Any, cols: Any) -> bool:
 
 
 def unsupported_layout(x: Tensor) -> str | None:
-    """Return None if ``x`` is a dense tensor with values. Otherwise, return a phrase that names the problem.
+    """Return None if ``x`` is a dense tensor with values. Otherwise, return a phrase such as "on the meta device".
 
     The phrase is used in error messages.
     """
@@ -507,12 +510,12 @@ class WrappingLinearOperator(TensorLinearOperator):
 
     @property
     def takes_tensors(self) -> bool:
-        """Whether A can be applied to tensors. This is False for operators of SciPy."""
+        """Whether ``_A`` can be applied to tensors. This is False for operators of SciPy."""
         return isinstance(self._A, TensorLinearOperator) and self._A.takes_tensors
 
     @property
     def device(self) -> torch.device:
-        """Device on which A computes products. This is the CPU if A is an operator of SciPy."""
+        """Device on which ``_A`` computes products. This is the CPU if ``_A`` is an operator of SciPy."""
         return self._A.device if isinstance(self._A, TensorLinearOperator) else super().device
 
     def _product_dtype(self, dtype: Any) -> Any:
@@ -533,15 +536,15 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
     Parameters
     ----------
     A : LinearOperator
-        Real or complex operator with any numbers of rows and columns. If A is itself a submatrix, the result is a
-        submatrix of the original operator, with composed indices.
+        Real or complex operator with any numbers of rows and columns. If A is itself a submatrix, the indices are
+        converted to indices of the operator from which A was taken.
     row_idxs : slice, range, list, tuple, integer or boolean array, or integer or boolean tensor on any device
         One-dimensional selection of rows, interpreted as in NumPy. Negative indices count from the end. A list that
         contains both booleans and integers is a list of integers. Indices may repeat: a repeated row is computed once
         and appears several times in the product. An empty selection gives an operator without rows. An array with dtype
         object must contain integers.
     col_idxs : same types as ``row_idxs``
-        Selection of columns. If a column is repeated, the corresponding entries of the vector are added. An empty
+        Selection of columns. If a column is repeated, the entries of the vector for this column are added. An empty
         selection gives an operator without columns, whose products are zero.
 
     Raises
@@ -552,7 +555,7 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
     TypeError
         If indices are not integers, or A is not a ``LinearOperator``.
     ValueError
-        If A is a stack of operators, which SciPy >= 1.18 supports.
+        If A is a stack of operators (SciPy >= 1.18).
 
     See Also
     --------
@@ -617,7 +620,7 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
         self.args = (A, rows.idxs, cols.idxs)  # SciPy's composite operators have this attribute
 
     def _like(self, A: LinearOperator, rows: _Selection, cols: _Selection) -> Self:
-        """Return the submatrix of ``A`` for valid indices. The new submatrix shares the counter of ``self``."""
+        """Return a submatrix of ``A`` that shares the counter of ``self``. The selections must be valid for ``A``."""
         submatrix = type(self).__new__(type(self))
         submatrix._setup(A, rows, cols)
         submatrix._counter = self._counter
@@ -634,7 +637,7 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
         Raises
         ------
         ValueError
-            If the selections of rows and columns differ, or have a different order.
+            If the row indices and the column indices are not the same, in the same order.
         NotImplementedError
             If A cannot compute its diagonal. Use `curvop.spectrum.diagonal` to estimate the diagonal.
         """
@@ -668,13 +671,14 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
     def _apply(self, rows: Rows) -> Rows:
         if isinstance(self._A, TensorLinearOperator):
             kind: Any = rows.dtype
-            if not self._cols.distinct:  # entries for repeated columns are added at least in the precision of A
+            if not self._cols.distinct:  # add the entries for repeated columns in at least the precision of A
                 rows = self._widened(rows)
             whole = rows if self._cols.everything else self._cols.scatter(rows)
             products = self._A._multiply_last_axis(whole)
             products = products if self._rows.everything else self._rows.gather(products)
             return products.to(kind) if isinstance(products, Tensor) else products
-        # Widen as above. If A has no dtype, widen integers before they are added.
+        # Convert to at least the precision of A. If A has no dtype, convert integers to ``intp``, so that sums do not
+        # overflow.
         array = cast("NDArray[Any]", rows)
         if self.dtype is not None:
             dtype = self.dtype
@@ -719,9 +723,10 @@ class _Selection:
         self._on_device: Tensor | None = None
 
     def scatter(self, rows: Rows) -> Rows:
-        """Return zeros of shape ``(K, length)``, to which the columns of ``rows`` are added at the indices.
+        """Write the columns of ``rows`` at the selected indices of a new array or tensor, which is zero elsewhere.
 
-        ``rows`` has shape ``(K, idxs.size)``.
+        ``rows`` has shape ``(K, idxs.size)``, and the result has shape ``(K, length)``. Columns with equal indices are
+        added.
         """
         if isinstance(rows, Tensor):
             whole = rows.new_zeros(len(rows), self._length)
@@ -770,7 +775,8 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
         except (TypeError, ValueError) as error:  # floats, or a step of 0
             raise type(error)(f"{what} is {idxs}: {error}") from None
     if isinstance(idxs, range):
-        # No valid range is longer than this. Truncate longer ranges, which raise an error below, to save memory.
+        # A valid range has at most 2 * length elements. Truncate longer ranges to save memory. They still raise an
+        # error below.
         idxs = idxs[: 2 * length + 1]
         if idxs and not -length <= idxs[0] < length:
             raise _out_of_bounds(what, idxs[0], length)
@@ -816,7 +822,7 @@ def _indices(what: str, idxs: Any, length: int) -> NDArray[np.intp]:
 
 
 def _check_objects(what: str, array: NDArray[Any]) -> None:
-    """Raise an error if an array of objects contains values other than integers. Booleans are not integers."""
+    """Raise an error if an array with dtype object contains values other than integers. Booleans are not allowed."""
     kinds = {type(index) for index in array}
     if kinds and all(issubclass(kind, bool | np.bool_) for kind in kinds):
         raise IndexError(f"{what} holds booleans, but has dtype object: pass mask.astype(bool) for a mask")

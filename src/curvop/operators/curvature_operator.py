@@ -58,7 +58,7 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
     ) -> None:
         """Initialize the operator from an objective.
 
-        Constructors with other arguments call this method instead of ``__init__``, and so does `block`.
+        `block` and constructors with other arguments call this method instead of ``__init__``.
         """
         rows = list(objective.params) if rows is None else rows
         cols = list(objective.params) if cols is None else cols
@@ -107,7 +107,7 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
     def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
         """Compute the gradient and the loss in one pass over the data.
 
-        The batches are weighted in the same way as in the matrix. Therefore ``curvop.solve(A, -gradient,
+        The loss uses the same batch weights as the matrix. Therefore ``curvop.solve(A, -gradient,
         damping=lam).solution`` is a damped Newton step.
 
         Returns

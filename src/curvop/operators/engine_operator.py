@@ -1,8 +1,8 @@
-"""Operators whose products are computed by an engine, their settings, and the measured cost of a product.
+"""Operators whose products are sums over batches, the settings of these operators, and the cost of a product.
 
-A product with an `EngineLinearOperator` is a sum over the batches of an objective. The operator converts arrays and
-tensors to the device and dtype of the parameters. If memory runs out, it releases the cached linearizations and tries
-again once.
+An ``Engine`` computes the products of an `EngineLinearOperator` as sums over the batches of an objective. The operator
+converts arrays and tensors to the device and dtype of the parameters. If memory runs out, the operator releases the
+cached linearizations and tries again once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: Exceptions that are raised if products cannot be trusted.
+#: Exceptions that are raised if the products of an operator are not finite or not reproducible.
 UNTRUSTED = (NonDeterministicObjectiveError, NonFiniteProductError)
 
 TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
@@ -87,10 +87,10 @@ _FEWER_COLUMNS = "multiply with fewer columns at a time"
 
 
 class EngineLinearOperator(TensorLinearOperator):
-    """Base class of operators whose products an engine computes as sums over the batches of an objective."""
+    """Base class of operators whose products are sums over the batches of an objective."""
 
     def _set_up_engines(self, kernel: Kernel, settings: Settings) -> None:
-        """Create the engines of the operator and its adjoint. Constructors call this method."""
+        """Create the engines that compute products with the operator and its adjoint. Constructors call this method."""
         if settings.engine == "compiled":
             kernel = CompiledKernel(kernel)
         self._objective = kernel.objective
@@ -170,9 +170,9 @@ class EngineLinearOperator(TensorLinearOperator):
 
         Notes
         -----
-        The method does not compute a product. The digest of a Python function covers its code, its default arguments,
-        the values in its closure, and the global variables that the function uses, if they are numbers, tensors, neural
-        network modules, or functions defined in the same file.
+        The method does not compute a product. The digest of a Python function covers its code, its default arguments
+        and the values in its closure. It also covers those global variables used by the function that are numbers,
+        tensors, neural network modules, or functions defined in the same file.
         """
         kernel, settings = self._engine.kernel, getattr(self, "_kernel", None)
         parts = {"operator": type(self).__name__, "shape": str(tuple(self.shape)), "dtype": str(self.dtype)}
@@ -227,8 +227,9 @@ class EngineLinearOperator(TensorLinearOperator):
         Returns
         -------
         list of Route
-            Products and the gradient. One product is computed in forward mode (in float64, if torch supports it). Other
-            products are computed by finite differences of the unmodified model and loss function.
+            The product, computed by several methods, and the gradient. One product is computed in forward mode (in
+            float64, if torch supports it). The other products are computed by finite differences of the unmodified
+            model and loss function.
 
         Notes
         -----
@@ -240,7 +241,7 @@ class EngineLinearOperator(TensorLinearOperator):
             return other_routes(self._engine.kernel, tensor, available_bytes(self.device))
 
     def _gradient(self) -> tuple[Tensor, float]:
-        """Return the gradient of the loss with respect to the parameters in ``_parameters()``, and the loss."""
+        """Return (gradient, loss). The gradient is with respect to the parameters in ``_parameters()``."""
         layout = self._parameters()
         with torch.inference_mode(False):
             gradient = torch.zeros(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
@@ -255,7 +256,7 @@ class EngineLinearOperator(TensorLinearOperator):
             )
 
     def _parameters(self) -> Layout:
-        """Return the layout of the row parameters, or of the column parameters if the rows are not parameters."""
+        """Return the layout of the row parameters, or that of the column parameters if the rows are not parameters."""
         kernel = self._engine.kernel
         return kernel.rows if kernel.rows.names else kernel.cols
 
@@ -273,7 +274,8 @@ class EngineLinearOperator(TensorLinearOperator):
                 raise
             for engine in keeping:
                 message = engine.release_memory(error) or message
-        # Try again outside of the handler, because inside it the traceback retains the tensors of the first attempt.
+        # Try again outside the ``except`` block. Within the block, the traceback retains the tensors of the first
+        # attempt.
         if message:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         return compute()
@@ -341,7 +343,8 @@ class Cost:
     Attributes
     ----------
     seconds : float
-        Median time of a product with one vector, after all batches that fit into the budget have been cached.
+        Median time, in seconds, of a product with one vector, after all batches that fit into the budget have been
+        cached.
     gradients : float
         ``seconds`` divided by the median time of a gradient over the same data. The gradient is computed for all
         batches by ``torch.autograd.grad``, which differentiates the loss with respect to the operator's parameters. The
@@ -352,7 +355,8 @@ class Cost:
     kept_share : float
         Fraction of the batches that are cached. All other batches are linearized again in every product.
     peak_bytes : int or None
-        Additional memory in bytes at the peak of a product, not counting the cached linearizations. None if unknown.
+        Largest amount of additional memory in bytes that a product allocates. The cached linearizations are not
+        included. None if the amount is unknown.
     compile_seconds : float
         Time in seconds spent on compilation so far. 0 for the autograd engine.
 
@@ -407,9 +411,9 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def medians(clocks: Sequence[Callable[[], float]], repeats: int) -> list[float]:
-    """Return the median result of each function.
+    """Call each function ``repeats`` times, and return the median result of each function.
 
-    The functions are called alternately, so that other load on the machine affects all of them equally.
+    The functions are called alternately, so that other programs on the machine slow down all of them equally.
     """
     rounds = [[clock() for clock in clocks] for _ in range(repeats)]
     return [statistics.median(results) for results in zip(*rounds, strict=True)]

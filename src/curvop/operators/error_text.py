@@ -13,9 +13,9 @@ __all__ = ["describe_error", "one_line"]
 def describe_error(error: BaseException) -> str:
     """Describe an exception in one line: its type, message, location and notes.
 
-    The location is the last line of the traceback that is in the user's code, that is, in a file that belongs neither
-    to this package nor to an installed package. The location is omitted if the traceback has no line of the user's
-    code.
+    The location is the last line of the traceback that is in the user's code. Files of this package, of installed
+    packages and of Python itself do not count as the user's code. If the traceback has no line of the user's code, the
+    location is omitted.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def _is_user_code(filename: str) -> bool:
-    """Return False for generated files and for files of this package, an installed package or Python itself."""
+    """Return False for generated files, and for files of this package, of installed packages and of Python itself."""
     folders = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib")] + [str(Path(__file__).parents[1])]
     installed = not {"site-packages", "dist-packages"}.isdisjoint(Path(filename).parts)
     return not (installed or filename.startswith(("<", *(folder + os.sep for folder in folders))))

@@ -40,14 +40,15 @@ class EFLinearOperator(GGNLikeLinearOperator):
     .. math:: F = \frac{1}{W} \sum_n g_n g_n^\top,
 
     where :math:`g_n` is the gradient of the loss of example :math:`n`. The loss of an example is the sum of its terms
-    in the unreduced loss (``reduction='none'``). For ``CrossEntropyLoss`` and ``NLLLoss``, an example is a position of
-    the target. The other loss functions of ``torch.nn`` have one term per entry; for them, an example is a row (all
-    entries along the last axis). For any other loss function, an example is an index of the first dimension.
+    in the unreduced loss (``reduction='none'``). For ``CrossEntropyLoss`` and ``NLLLoss``, an example is one position
+    for which a class is predicted (such as an image, a token or a pixel). The other loss functions of ``torch.nn`` have
+    one term per entry of the prediction. For these loss functions, an example is a row of the prediction, that is, all
+    entries along the last axis. For any other loss function, each index of the first dimension is an example.
 
-    If the loss is a mean, W is the divisor of the mean over the whole data set, :math:`W = \sum_b w_b`. The weight
-    :math:`w_b` of a batch is the divisor of the mean over the batch. Depending on the loss function, this divisor is
-    the number of elements, the number of targets that are not ignored, or the sum of the class weights of these
-    targets. If the loss is a sum, W is 1.
+    If the loss is a mean, the sum over the whole data set is divided by :math:`W = \sum_b w_b`. The weight :math:`w_b`
+    of batch b is the number by which the loss function divides the sum over the batch. Depending on the loss function,
+    this divisor is the number of elements, the number of targets that are not ignored, or the sum of the class weights
+    of these targets. If the loss is a sum, W is 1.
 
     Parameters
     ----------
@@ -61,14 +62,14 @@ class EFLinearOperator(GGNLikeLinearOperator):
     params : dict of str to Tensor, or list of the model's own parameters
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
-        buffers. The rows and columns of the matrix follow the order of the parameters. The parameters need not require
-        grad. If the values of a tensor differ from those of the corresponding parameter of the module, the values of
-        the tensor are used. If the parameters are on several devices, batches and vectors are moved to the device of
-        the first parameter, and the model must move its intermediate results itself.
+        buffers. The rows and columns of the matrix follow the order of the parameters. The parameters may have
+        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
+        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
+        device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
-        A list, a ``DataLoader`` or any other iterable that can be read repeatedly. One-shot iterators are rejected. X
-        and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the device of the
-        parameters. A model that modifies its input receives copies.
+        A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Iterators that can be read only once
+        are rejected. X and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the
+        device of the parameters. A model that modifies its input receives copies.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
@@ -84,12 +85,13 @@ class EFLinearOperator(GGNLikeLinearOperator):
         'autograd' is used.
     columns : int or 'auto', default 'auto'
         Number of columns of ``X`` that a block product ``F @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between runs,
-        provided that there is enough memory for this number of columns.
+        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
+        columns, block products are bitwise reproducible between runs.
     batch_weight : callable, optional
-        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. By default, the weight is the divisor
-        of the mean if the loss function is from ``torch.nn``, and the batch size otherwise. The batch size is the size
-        of the first dimension of X and y, or the length of X and y if they are lists or tuples.
+        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. If the loss function is from
+        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch.
+        Otherwise, the default weight is the batch size, which is the size of the first dimension of X and y, or the
+        length of X and y if they are lists or tuples.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
@@ -97,9 +99,9 @@ class EFLinearOperator(GGNLikeLinearOperator):
     ------
     TypeError, ValueError
         If an argument is invalid. The message names the argument. The constructor does not read the data. Therefore,
-        the first product raises an error if the data are invalid, if the size of a batch is needed but unknown, or if
-        the loss function uses a tensor of ``params`` directly (for example, through a closure) and not through the
-        model.
+        invalid data raise an error in the first product. The first product also raises an error if the size of a batch
+        is needed but unknown, or if the loss function uses a tensor of ``params`` directly (for example, through a
+        closure) and not through the model.
     RuntimeError
         If the loss does not depend on any of ``params``. Raised by the first product.
     NonFiniteProductError
@@ -111,11 +113,15 @@ class EFLinearOperator(GGNLikeLinearOperator):
     -----
     RuntimeWarning
         Issued by the first product, once for an operator and its blocks, if one of the following applies:
-        ``torch.autocast`` is enabled and lowers the precision of products; batch normalization is in training mode and
-        there are several batches, so each batch is normalized separately; the weights of two batches are inconsistent
-        with the loss of both batches evaluated as one batch (checked for loss functions that are not from
-        ``torch.nn``); or a ``DataLoader`` draws a different subset of its data set in each pass. `curvop.check` detects
-        more problems.
+
+        - ``torch.autocast`` is enabled and lowers the precision of products.
+        - Batch normalization is in training mode and there are several batches. Each batch is then normalized
+          separately.
+        - The loss of two batches evaluated as one batch is inconsistent with the weights of these batches. Loss
+          functions from ``torch.nn`` are not checked.
+        - A ``DataLoader`` draws a different subset of its data set in each pass.
+
+        `curvop.check` detects more problems.
 
     See Also
     --------
@@ -174,17 +180,18 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
 
     where :math:`F` is the empirical Fisher matrix and :math:`g_n` is the gradient of the loss of example :math:`n`. The
     loss of an example is the sum of its terms in the unreduced loss (``reduction='none'``). For ``CrossEntropyLoss``
-    and ``NLLLoss``, an example is a position of the target. The other loss functions of ``torch.nn`` have one term per
-    entry; for them, an example is a row (all entries along the last axis). For any other loss function, an example is
-    an index of the first dimension. N is the number of examples, not counting positions whose target is ignored by a
-    loss function of ``torch.nn``.
+    and ``NLLLoss``, an example is one position for which a class is predicted (such as an image, a token or a pixel).
+    The other loss functions of ``torch.nn`` have one term per entry of the prediction. For these loss functions, an
+    example is a row of the prediction, that is, all entries along the last axis. For any other loss function, each
+    index of the first dimension is an example. N is the number of examples. If a loss function of ``torch.nn`` ignores
+    the target of an example, the example is not counted.
 
-    If the loss is a mean, W is the divisor of the mean over the whole data set, :math:`W = \sum_b w_b`. The weight
-    :math:`w_b` of a batch is the divisor of the mean over the batch. Depending on the loss function, this divisor is
-    the number of elements, the number of targets that are not ignored, or the sum of the class weights of these
-    targets. If the loss is a sum, W is 1. If the loss is a mean over the examples (for example, cross-entropy without
-    class weights), W equals N. In this case, C / B is the covariance of the gradient of a batch of B examples that are
-    drawn with replacement.
+    If the loss is a mean, the sum over the whole data set is divided by :math:`W = \sum_b w_b`. The weight :math:`w_b`
+    of batch b is the number by which the loss function divides the sum over the batch. Depending on the loss function,
+    this divisor is the number of elements, the number of targets that are not ignored, or the sum of the class weights
+    of these targets. If the loss is a sum, W is 1. If the loss is a mean over the examples (for example, cross-entropy
+    without class weights), W equals N. In this case, C / B is the covariance of the gradient of a batch of B examples
+    that are drawn with replacement.
 
     Parameters
     ----------
@@ -198,14 +205,14 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     params : dict of str to Tensor, or list of the model's own parameters
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
-        buffers. The rows and columns of the matrix follow the order of the parameters. The parameters need not require
-        grad. If the values of a tensor differ from those of the corresponding parameter of the module, the values of
-        the tensor are used. If the parameters are on several devices, batches and vectors are moved to the device of
-        the first parameter, and the model must move its intermediate results itself.
+        buffers. The rows and columns of the matrix follow the order of the parameters. The parameters may have
+        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
+        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
+        device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
-        A list, a ``DataLoader`` or any other iterable that can be read repeatedly. One-shot iterators are rejected. X
-        and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the device of the
-        parameters. A model that modifies its input receives copies.
+        A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Iterators that can be read only once
+        are rejected. X and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the
+        device of the parameters. A model that modifies its input receives copies.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
@@ -221,12 +228,13 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         'autograd' is used.
     columns : int or 'auto', default 'auto'
         Number of columns of ``X`` that a block product ``C @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between runs,
-        provided that there is enough memory for this number of columns.
+        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
+        columns, block products are bitwise reproducible between runs.
     batch_weight : callable, optional
-        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. By default, the weight is the divisor
-        of the mean if the loss function is from ``torch.nn``, and the batch size otherwise. The batch size is the size
-        of the first dimension of X and y, or the length of X and y if they are lists or tuples.
+        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. If the loss function is from
+        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch.
+        Otherwise, the default weight is the batch size, which is the size of the first dimension of X and y, or the
+        length of X and y if they are lists or tuples.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
@@ -234,9 +242,9 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     ------
     TypeError, ValueError
         If an argument is invalid. The message names the argument. The constructor does not read the data. Therefore,
-        the first product raises an error if the data are invalid, if the size of a batch is needed but unknown, or if
-        the loss function uses a tensor of ``params`` directly (for example, through a closure) and not through the
-        model.
+        invalid data raise an error in the first product. The first product also raises an error if the size of a batch
+        is needed but unknown, or if the loss function uses a tensor of ``params`` directly (for example, through a
+        closure) and not through the model.
     RuntimeError
         If the loss does not depend on any of ``params``. Raised by the first product.
     NonFiniteProductError
@@ -248,11 +256,15 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     -----
     RuntimeWarning
         Issued by the first product, once for an operator and its blocks, if one of the following applies:
-        ``torch.autocast`` is enabled and lowers the precision of products; batch normalization is in training mode and
-        there are several batches, so each batch is normalized separately; the weights of two batches are inconsistent
-        with the loss of both batches evaluated as one batch (checked for loss functions that are not from
-        ``torch.nn``); or a ``DataLoader`` draws a different subset of its data set in each pass. `curvop.check` detects
-        more problems.
+
+        - ``torch.autocast`` is enabled and lowers the precision of products.
+        - Batch normalization is in training mode and there are several batches. Each batch is then normalized
+          separately.
+        - The loss of two batches evaluated as one batch is inconsistent with the weights of these batches. Loss
+          functions from ``torch.nn`` are not checked.
+        - A ``DataLoader`` draws a different subset of its data set in each pass.
+
+        `curvop.check` detects more problems.
 
     See Also
     --------
@@ -264,7 +276,7 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     A product costs about 4/3 of a gradient, counted in floating-point operations. The first product, and the first
     product after a change of the parameters, take one more pass over the data to compute the mean gradient. The
     contribution of the mean gradient is subtracted in double precision. If the mean gradient is much larger than the
-    noise, the accuracy of the result is limited by the precision of the model.
+    noise, the accuracy of the result is limited by the precision in which the model is evaluated.
 
     Thomas et al. [1]_ relate the matrix to the Hessian and to generalization. The example below computes the "simple
     noise scale" of McCandlish et al. [2]_, which estimates the batch size above which larger batches improve training
@@ -323,7 +335,7 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         backward passes does not depend on the number of parameters.
         """
         diagonal = self._diagonal()
-        # Recompute the mean and do not cache it, because only products detect changes of the parameters.
+        # Compute the mean gradient again and do not cache it, because only products detect changes of the parameters.
         self._mean = None
         row_sum, col_sum, divisor, count = self._gradient_sum()
         self._mean = None
@@ -343,10 +355,10 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         Returns
         -------
         list of Route
-            Products and the gradient. One product is computed in forward mode (in float64, if torch supports it). Other
-            products are computed by finite differences of the unmodified model and loss function. The contribution of
-            the mean gradient is subtracted from each product. For finite differences, the unmodified model and loss
-            function are also used to compute the mean gradient.
+            The product, computed by several methods, and the gradient. One product is computed in forward mode (in
+            float64, if torch supports it). The other products are computed by finite differences of the unmodified
+            model and loss function. The contribution of the mean gradient is subtracted from each product. For finite
+            differences, the unmodified model and loss function are also used to compute the mean gradient.
         """
         row_sum, col_sum, divisor, count = self._gradient_sum()
         along = col_sum @ torch.tensor(vector, dtype=torch.float64, device=col_sum.device)
@@ -364,14 +376,15 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     def _adjoint(self) -> Any:
         adjoint = super()._adjoint()
         if adjoint is not self:
-            adjoint._mean = None  # the adjoint's engine counts its passes separately
+            adjoint._mean = None  # it is valid for a number of passes, and each engine counts its own passes
         return adjoint
 
     def __getstate__(self) -> dict[str, object]:
         return cast("dict[str, object]", super().__getstate__()) | {"_mean": None}
 
     def _apply(self, rows: Rows) -> Rows:
-        # The mean is subtracted in double precision, because most of the product may cancel.
+        # The contribution of the mean gradient is subtracted in double precision, because the two terms may almost
+        # cancel.
         vectors: Any = aligned(rows.double().contiguous()) if isinstance(rows, Tensor) else rows.astype(np.float64)
         products: Any = super()._apply(vectors)
         row_sum, col_sum, divisor, count = self._gradient_sum()
@@ -382,9 +395,10 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         return cast("Rows", products.astype(self._product_dtype(rows.dtype), copy=False))
 
     def _gradient_sum(self) -> tuple[Tensor, Tensor, float, float]:
-        """Return two sums of per-example gradients (for the row and the column parameters), then W and N.
+        """Return (row_sum, col_sum, W, N), where ``row_sum`` and ``col_sum`` are sums of the gradients of all examples.
 
-        W is the divisor of the mean, and N is the number of examples.
+        ``row_sum`` is the sum of the gradients with respect to the row parameters, and ``col_sum`` the sum of those
+        with respect to the column parameters. W is the divisor of the matrix, and N is the number of examples.
         """
         with torch.inference_mode(False):
             if self._mean is None or self._mean[0] != self._engine.first_passes:
@@ -405,8 +419,9 @@ class FisherLinearOperator(GGNLikeLinearOperator):
     r"""Fisher matrix of the likelihood that defines a loss, as a symmetric ``LinearOperator`` of shape ``(P, P)``.
 
     Use it for natural gradient steps and Laplace approximations. For all supported loss functions, the exact matrix
-    (``mc_samples=0``) equals the generalized Gauss-Newton matrix (`curvop.GGNLinearOperator`). Many published
-    approximations are based on a Monte Carlo estimate of this matrix, which is computed if ``mc_samples`` is positive.
+    (``mc_samples=0``) equals the generalized Gauss-Newton matrix (`curvop.GGNLinearOperator`). If ``mc_samples`` is
+    positive, the operator is a Monte Carlo estimate of this matrix. Many published approximations are based on such an
+    estimate.
 
     .. math::
 
@@ -414,12 +429,12 @@ class FisherLinearOperator(GGNLikeLinearOperator):
         \qquad r_n(y) = \nabla_{z_n} \ell(z_n, y),
 
     where :math:`J_n` is the Jacobian of the prediction :math:`z_n` of example :math:`n`, and the targets y are drawn
-    from the predictive distribution of the model. If the loss is a mean, W is the divisor of the mean over the whole
-    data set, :math:`W = \sum_b w_b`. The weight :math:`w_b` of a batch is the divisor of the mean over the batch.
-    Depending on the loss function, this divisor is the number of elements, the number of targets that are not ignored,
-    or the sum of the class weights of these targets. If the loss is a sum, W is 1. Class weights, ``pos_weight`` and
-    ignored targets affect the contributions of the examples to the matrix in the same way as their contributions to the
-    loss.
+    from the predictive distribution of the model. If the loss is a mean, the sum over the whole data set is divided by
+    :math:`W = \sum_b w_b`. The weight :math:`w_b` of batch b is the number by which the loss function divides the sum
+    over the batch. Depending on the loss function, this divisor is the number of elements, the number of targets that
+    are not ignored, or the sum of the class weights of these targets. If the loss is a sum, W is 1. Class weights,
+    ``pos_weight`` and ignored targets scale the contribution of an example to the matrix in the same way as its
+    contribution to the loss.
 
     Parameters
     ----------
@@ -432,20 +447,21 @@ class FisherLinearOperator(GGNLikeLinearOperator):
     params : dict of str to Tensor, or list of the model's own parameters
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
-        buffers. The rows and columns of the matrix follow the order of the parameters. The parameters need not require
-        grad. If the values of a tensor differ from those of the corresponding parameter of the module, the values of
-        the tensor are used. If the parameters are on several devices, batches and vectors are moved to the device of
-        the first parameter, and the model must move its intermediate results itself.
+        buffers. The rows and columns of the matrix follow the order of the parameters. The parameters may have
+        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
+        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
+        device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
-        A list, a ``DataLoader`` or any other iterable that can be read repeatedly. One-shot iterators are rejected. X
-        and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the device of the
-        parameters. A model that modifies its input receives copies.
+        A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Iterators that can be read only once
+        are rejected. X and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the
+        device of the parameters. A model that modifies its input receives copies.
     mc_samples : int, default 0
-        0 for the exact expectation ('type 2'). A positive number n gives an unbiased estimate of the expectation: the
-        mean over n draws of the target of each example. The contribution of each example then has a rank of at most n.
-        The draws are made once, so all products use the same matrix.
+        0 for the exact expectation (called 'type 2' in curvlinops). If a positive number n is passed, n targets are
+        drawn for each example, and the mean over the n draws is used. This gives an unbiased estimate of the
+        expectation. The contribution of each example then has a rank of at most n. The draws are made once, so all
+        products use the same matrix.
     rng : int or numpy.random.Generator, optional
-        Seed or generator of the draws. By default, every operator uses different draws.
+        Seed or generator of the random targets. By default, every operator draws different targets.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
@@ -461,22 +477,23 @@ class FisherLinearOperator(GGNLikeLinearOperator):
         'autograd' is used.
     columns : int or 'auto', default 'auto'
         Number of columns of ``X`` that a block product ``F @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between runs,
-        provided that there is enough memory for this number of columns.
+        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
+        columns, block products are bitwise reproducible between runs.
     batch_weight : callable, optional
-        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. By default, the weight is the divisor
-        of the mean if the loss function is from ``torch.nn``, and the batch size otherwise. The batch size is the size
-        of the first dimension of X and y, or the length of X and y if they are lists or tuples.
+        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. If the loss function is from
+        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch.
+        Otherwise, the default weight is the batch size, which is the size of the first dimension of X and y, or the
+        length of X and y if they are lists or tuples.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is invalid, or the loss function is not one of the three supported functions. The message names
-        the argument. The constructor does not read the data. Therefore, the first product raises an error if the data
-        are invalid, if the size of a batch is needed but unknown, or if the loss function uses a tensor of ``params``
-        directly (for example, through a closure) and not through the model.
+        If an argument is invalid, or if the loss function is not one of the three supported functions. The message
+        names the argument. The constructor does not read the data. Therefore, invalid data raise an error in the first
+        product. The first product also raises an error if the size of a batch is needed but unknown, or if the loss
+        function uses a tensor of ``params`` directly (for example, through a closure) and not through the model.
     RuntimeError
         If the loss does not depend on any of ``params``. Raised by the first product.
     NonFiniteProductError
@@ -488,11 +505,15 @@ class FisherLinearOperator(GGNLikeLinearOperator):
     -----
     RuntimeWarning
         Issued by the first product, once for an operator and its blocks, if one of the following applies:
-        ``torch.autocast`` is enabled and lowers the precision of products; batch normalization is in training mode and
-        there are several batches, so each batch is normalized separately; the weights of two batches are inconsistent
-        with the loss of both batches evaluated as one batch (checked for loss functions that are not from
-        ``torch.nn``); or a ``DataLoader`` draws a different subset of its data set in each pass. `curvop.check` detects
-        more problems.
+
+        - ``torch.autocast`` is enabled and lowers the precision of products.
+        - Batch normalization is in training mode and there are several batches. Each batch is then normalized
+          separately.
+        - The loss of two batches evaluated as one batch is inconsistent with the weights of these batches. Loss
+          functions from ``torch.nn`` are not checked.
+        - A ``DataLoader`` draws a different subset of its data set in each pass.
+
+        `curvop.check` detects more problems.
 
     See Also
     --------

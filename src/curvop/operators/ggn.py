@@ -23,10 +23,11 @@ class GGNLinearOperator(GGNLikeLinearOperator):
         \qquad \text{or} \qquad G = \sum_b J_b^\top \, (\nabla^2_z \ell_b) \, J_b,
 
     for a loss that is a mean or a sum, respectively, where :math:`J_b = \partial z_b / \partial \theta` is the Jacobian
-    of the predictions :math:`z_b` of batch :math:`b`. The weight :math:`w_b` is the divisor of the mean over batch
-    :math:`b`. Depending on the loss function, this divisor is the number of elements, the number of targets that are
-    not ignored, or the sum of the class weights of these targets. G therefore does not depend on the split into
-    batches: it is the GGN of the loss that is obtained if the whole data set is evaluated as one batch.
+    of the predictions :math:`z_b` of batch :math:`b`. The weight :math:`w_b` is the number by which the loss function
+    divides the sum over batch :math:`b`. Depending on the loss function, this divisor is the number of elements, the
+    number of targets that are not ignored, or the sum of the class weights of these targets. G therefore does not
+    depend on the split into batches: it is the GGN of the loss that is obtained if the whole data set is evaluated as
+    one batch.
 
     Parameters
     ----------
@@ -40,14 +41,14 @@ class GGNLinearOperator(GGNLikeLinearOperator):
     params : dict of str to Tensor, or list of the model's own parameters
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
-        buffers. The rows and columns of the matrix follow the order of the parameters. The parameters need not require
-        grad. If the values of a tensor differ from those of the corresponding parameter of the module, the values of
-        the tensor are used. If the parameters are on several devices, batches and vectors are moved to the device of
-        the first parameter, and the model must move its intermediate results itself.
+        buffers. The rows and columns of the matrix follow the order of the parameters. The parameters may have
+        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
+        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
+        device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
-        A list, a ``DataLoader`` or any other iterable that can be read repeatedly. One-shot iterators are rejected. X
-        and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the device of the
-        parameters. A model that modifies its input receives copies.
+        A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Iterators that can be read only once
+        are rejected. X and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the
+        device of the parameters. A model that modifies its input receives copies.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
@@ -63,12 +64,13 @@ class GGNLinearOperator(GGNLikeLinearOperator):
         'autograd' is used.
     columns : int or 'auto', default 'auto'
         Number of columns of ``X`` that a block product ``G @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between runs,
-        provided that there is enough memory for this number of columns.
+        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
+        columns, block products are bitwise reproducible between runs.
     batch_weight : callable, optional
-        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. By default, the weight is the divisor
-        of the mean if the loss function is from ``torch.nn``, and the batch size otherwise. The batch size is the size
-        of the first dimension of X and y, or the length of X and y if they are lists or tuples.
+        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. If the loss function is from
+        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch.
+        Otherwise, the default weight is the batch size, which is the size of the first dimension of X and y, or the
+        length of X and y if they are lists or tuples.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
@@ -76,10 +78,10 @@ class GGNLinearOperator(GGNLikeLinearOperator):
     ------
     TypeError, ValueError
         If an argument is invalid. The message names the argument. The constructor does not read the data. Therefore,
-        the first product raises an error if the data are invalid, if the size of a batch is needed but unknown, if the
-        loss function uses a tensor of ``params`` directly (for example, through a closure) and not through the model,
-        or if the loss contains a term that depends on the parameters but not on the prediction (for example, a
-        penalty).
+        invalid data raise an error in the first product. The first product also raises an error if the size of a batch
+        is needed but unknown, or if the loss function uses a tensor of ``params`` directly (for example, through a
+        closure) and not through the model. The same holds if the loss contains a term that depends on the parameters
+        but not on the prediction (for example, a penalty).
     RuntimeError
         If the loss does not depend on any of ``params``. Raised by the first product.
     NonFiniteProductError
@@ -91,11 +93,15 @@ class GGNLinearOperator(GGNLikeLinearOperator):
     -----
     RuntimeWarning
         Issued by the first product, once for an operator and its blocks, if one of the following applies:
-        ``torch.autocast`` is enabled and lowers the precision of products; batch normalization is in training mode and
-        there are several batches, so each batch is normalized separately; the weights of two batches are inconsistent
-        with the loss of both batches evaluated as one batch (checked for loss functions that are not from
-        ``torch.nn``); a ``DataLoader`` draws a different subset of its data set in each pass; or the loss is linear in
-        the prediction, so the matrix is zero (checked for loss functions that are not from ``torch.nn``).
+
+        - ``torch.autocast`` is enabled and lowers the precision of products.
+        - Batch normalization is in training mode and there are several batches. Each batch is then normalized
+          separately.
+        - The loss of two batches evaluated as one batch is inconsistent with the weights of these batches. Loss
+          functions from ``torch.nn`` are not checked.
+        - A ``DataLoader`` draws a different subset of its data set in each pass.
+        - The loss is linear in the prediction, so the matrix is zero. Loss functions from ``torch.nn`` are not checked.
+
         `curvop.check` detects more problems.
 
     See Also
@@ -107,7 +113,7 @@ class GGNLinearOperator(GGNLikeLinearOperator):
 
     Notes
     -----
-    The matrix is due to Schraudolph [1]_. For each batch, a product multiplies by :math:`J_b`, by the Hessian of the
+    Schraudolph [1]_ introduced the matrix. For each batch, a product multiplies by :math:`J_b`, by the Hessian of the
     loss, and by the transpose of :math:`J_b`. This costs about 4/3 of a gradient, counted in floating-point operations.
     The first product linearizes the batches and caches them up to the limit ``cache``. The operator detects in-place
     changes of the parameters, and changes of layers, buffers, training flags and lists of batches (see
@@ -120,7 +126,7 @@ class GGNLinearOperator(GGNLikeLinearOperator):
 
     Examples
     --------
-    One damped Gauss-Newton step for a small classifier. The 60 points are split into batches of 25, 25 and 10:
+    Take one damped Gauss-Newton step for a small classifier. The 60 points are split into batches of 25, 25 and 10:
 
     >>> import torch
     >>> from torch import nn

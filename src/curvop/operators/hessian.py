@@ -23,7 +23,7 @@ class HessianLinearOperator(CurvatureLinearOperator):
     Use it for sharpness and spectra (``eigsh``, `curvop.spectrum.eigsh`), for Newton and influence-function systems
     (`curvop.solve`, or ``minres`` on ``H.damped(lam)``), and as ``hessp`` in ``scipy.optimize.minimize``. In general,
     the Hessian is indefinite. Use `curvop.GGNLinearOperator` if you need a positive semi-definite matrix, or if an
-    approximation whose products cost a third less is sufficient.
+    approximation is sufficient. Products with the GGN cost a third less than products with the Hessian.
 
     .. math::
 
@@ -32,10 +32,10 @@ class HessianLinearOperator(CurvatureLinearOperator):
         \qquad \text{or} \qquad L(\theta) = \sum_b \ell_b(\theta),
 
     for a loss that is a mean or a sum, respectively, where :math:`\ell_b` is the loss of batch :math:`b`. The weight
-    :math:`w_b` is the divisor of the mean over batch :math:`b`. Depending on the loss function, this divisor is the
-    number of elements, the number of targets that are not ignored, or the sum of the class weights of these targets. H
-    therefore does not depend on the split into batches: it is the Hessian of the loss that is obtained if the whole
-    data set is evaluated as one batch.
+    :math:`w_b` is the number by which the loss function divides the sum over batch :math:`b`. Depending on the loss
+    function, this divisor is the number of elements, the number of targets that are not ignored, or the sum of the
+    class weights of these targets. H therefore does not depend on the split into batches: it is the Hessian of the loss
+    that is obtained if the whole data set is evaluated as one batch.
 
     Parameters
     ----------
@@ -48,14 +48,14 @@ class HessianLinearOperator(CurvatureLinearOperator):
     params : dict of str to Tensor, or list of the model's own parameters
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
-        buffers. The rows and columns of the matrix follow the order of the parameters. The parameters need not require
-        grad. If the values of a tensor differ from those of the corresponding parameter of the module, the values of
-        the tensor are used. If the parameters are on several devices, batches and vectors are moved to the device of
-        the first parameter, and the model must move its intermediate results itself.
+        buffers. The rows and columns of the matrix follow the order of the parameters. The parameters may have
+        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
+        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
+        device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
-        A list, a ``DataLoader`` or any other iterable that can be read repeatedly. One-shot iterators are rejected. X
-        and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the device of the
-        parameters. A model that modifies its input receives copies.
+        A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Iterators that can be read only once
+        are rejected. X and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the
+        device of the parameters. A model that modifies its input receives copies.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
@@ -71,12 +71,13 @@ class HessianLinearOperator(CurvatureLinearOperator):
         'autograd' is used.
     columns : int or 'auto', default 'auto'
         Number of columns of ``X`` that a block product ``H @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between runs,
-        provided that there is enough memory for this number of columns.
+        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
+        columns, block products are bitwise reproducible between runs.
     batch_weight : callable, optional
-        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. By default, the weight is the divisor
-        of the mean if the loss function is from ``torch.nn``, and the batch size otherwise. The batch size is the size
-        of the first dimension of X and y, or the length of X and y if they are lists or tuples.
+        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. If the loss function is from
+        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch.
+        Otherwise, the default weight is the batch size, which is the size of the first dimension of X and y, or the
+        length of X and y if they are lists or tuples.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
@@ -84,9 +85,9 @@ class HessianLinearOperator(CurvatureLinearOperator):
     ------
     TypeError, ValueError
         If an argument is invalid. The message names the argument. The constructor does not read the data. Therefore,
-        the first product raises an error if the data are invalid, if the size of a batch is needed but unknown, or if
-        the loss function uses a tensor of ``params`` directly (for example, through a closure) and not through the
-        model.
+        invalid data raise an error in the first product. The first product also raises an error if the size of a batch
+        is needed but unknown, or if the loss function uses a tensor of ``params`` directly (for example, through a
+        closure) and not through the model.
     RuntimeError
         If the loss does not depend on any of ``params``. Raised by the first product.
     NonFiniteProductError
@@ -98,11 +99,15 @@ class HessianLinearOperator(CurvatureLinearOperator):
     -----
     RuntimeWarning
         Issued by the first product, once for an operator and its blocks, if one of the following applies:
-        ``torch.autocast`` is enabled and lowers the precision of products; batch normalization is in training mode and
-        there are several batches, so each batch is normalized separately; the weights of two batches are inconsistent
-        with the loss of both batches evaluated as one batch (checked for loss functions that are not from
-        ``torch.nn``); or a ``DataLoader`` draws a different subset of its data set in each pass. `curvop.check` detects
-        more problems.
+
+        - ``torch.autocast`` is enabled and lowers the precision of products.
+        - Batch normalization is in training mode and there are several batches. Each batch is then normalized
+          separately.
+        - The loss of two batches evaluated as one batch is inconsistent with the weights of these batches. Loss
+          functions from ``torch.nn`` are not checked.
+        - A ``DataLoader`` draws a different subset of its data set in each pass.
+
+        `curvop.check` detects more problems.
 
     See Also
     --------
@@ -116,19 +121,20 @@ class HessianLinearOperator(CurvatureLinearOperator):
     -----
     Products are computed by double backward: :math:`H v = \nabla_\theta \langle \nabla_\theta L, v \rangle`.
     Pearlmutter [1]_ derives the equivalent forward-mode form. The first product linearizes the batches and caches them
-    up to the limit ``cache``. For a cached batch, a product is one backward pass through the graph of the gradient.
-    This costs at most two gradients, counted in floating-point operations. For any other batch, a product costs at most
-    three gradients. ``H.cost()`` measures the cost of a product.
+    up to the limit ``cache``. For a cached batch, a product takes one backward pass through the graph of the gradient.
+    Counted in floating-point operations, a product costs at most two gradients for a cached batch, and at most three
+    gradients for any other batch. ``H.cost()`` measures the cost of a product.
 
-    While the model and the loss are evaluated, ``params`` replaces the parameters of all modules. A loss that reads
-    ``model.parameters()``, such as weight decay, is therefore differentiated correctly. All changes that the evaluation
-    makes to parameters, buffers, module attributes, flags and batches are undone afterwards.
+    While the model and the loss are evaluated, the tensors in ``params`` replace the parameters of all modules. A loss
+    that reads ``model.parameters()``, such as weight decay, is therefore differentiated correctly. All changes that the
+    evaluation makes to parameters, buffers, module attributes, flags and batches are undone afterwards.
 
     The operator always uses the current values of the parameters. It linearizes the batches again if it detects one of
     the following changes: parameters modified in place (for example, by an optimizer step or ``load_state_dict``),
     replaced layers, modified buffers or training flags, or batches replaced in a list. It does not detect other
-    changes. Examples are a new slope of a ``LeakyReLU`` layer, a new value of a number that a function reads, and a
-    tensor of a batch that is replaced by another tensor. Construct a new operator after a change of this kind.
+    changes. Examples of undetected changes are a new slope of a ``LeakyReLU`` layer, a new value of a number that a
+    function reads, and a tensor of a batch that is replaced by another tensor. Construct a new operator after a change
+    of this kind.
 
     Do not use an operator in several threads at the same time, because products temporarily replace the parameters of
     the module itself.
@@ -193,11 +199,11 @@ class HessianLinearOperator(CurvatureLinearOperator):
         Parameters
         ----------
         objective : callable
-            Function ``(params_dict, batch) -> scalar`` that returns the loss of a batch. The loss is a mean over the
-            batch, unless the attribute ``reduction`` of the function is 'sum'.
+            Function ``(params_dict, batch) -> scalar`` that returns the loss of a batch. If the attribute ``reduction``
+            of the function is 'sum', the loss is a sum over the batch. Otherwise, it is a mean.
         params : dict of str to Tensor
-            Parameters in the order of the rows and columns, either all float32 or all float64. The parameters need not
-            require grad.
+            Parameters in the order of the rows and columns, either all float32 or all float64. The parameters may have
+            ``requires_grad=False``.
         data : iterable of batches
             A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Batches may be of any type that
             ``objective`` accepts. Their tensors are moved to the device of the parameters.
@@ -217,11 +223,11 @@ class HessianLinearOperator(CurvatureLinearOperator):
             reason and 'autograd' is used.
         columns : int or 'auto', default 'auto'
             Number of columns of ``X`` that a block product ``H @ X`` processes at once. 'auto' tries several numbers on
-            the first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between
-            runs, provided that there is enough memory for this number of columns.
+            the first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number
+            of columns, block products are bitwise reproducible between runs.
         batch_weight : callable, optional
             Function ``batch -> w_b`` that returns the weight of a batch. By default, the weight is the size of the
-            first dimension, which must be the same for all tensors of the batch.
+            first dimension of the tensors in the batch, which must be the same for all of them.
         progress : bool or tqdm, default False
             Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
@@ -233,11 +239,11 @@ class HessianLinearOperator(CurvatureLinearOperator):
         Raises
         ------
         TypeError, ValueError, RuntimeError, NonFiniteProductError, NonDeterministicObjectiveError
-            Under the same conditions as in the constructor.
+            Under the same conditions as in the constructor of `curvop.HessianLinearOperator`.
 
         Examples
         --------
-        Compute the Hessian of a ridge regression. A quadratic penalty adds twice its factor to the diagonal:
+        Compute the Hessian of the loss of a ridge regression. The penalty ``0.5 * w**2`` adds 1 to the diagonal:
 
         >>> import torch
         >>> from curvop import HessianLinearOperator

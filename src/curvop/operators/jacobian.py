@@ -87,7 +87,7 @@ class _Jacobians(ParameterVectors, EngineLinearOperator):
         return block
 
     def blocks(self) -> Iterator[Self]:
-        """Iterate over the blocks of the individual parameters.
+        """Iterate over the blocks of the matrix, one block for each parameter.
 
         Yields
         ------
@@ -131,15 +131,15 @@ class JacobianLinearOperator(_Jacobians):
     params : dict of str to Tensor, or list of the model's own parameters
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
-        buffers. The columns of the matrix follow the order of the parameters. The parameters need not require grad. If
-        the values of a tensor differ from those of the corresponding parameter of the module, the values of the tensor
-        are used. If the parameters are on several devices, batches and vectors are moved to the device of the first
-        parameter, and the model must move its intermediate results itself.
+        buffers. The columns of the matrix follow the order of the parameters. The parameters may have
+        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
+        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
+        device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
         A list, a ``DataLoader`` or any other iterable that can be read repeatedly and yields the data in the same order
-        each time. One-shot iterators are rejected. X is a tensor, or a nested mapping, list or tuple of tensors. All
-        tensors are moved to the device of the parameters. A model that modifies its input receives copies. y is
-        ignored.
+        each time. Iterators that can be read only once are rejected. X is a tensor, or a nested mapping, list or tuple
+        of tensors. All tensors are moved to the device of the parameters. A model that modifies its input receives
+        copies. y is ignored.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
@@ -155,15 +155,15 @@ class JacobianLinearOperator(_Jacobians):
         'autograd' is used.
     columns : int or 'auto', default 'auto'
         Number of columns of ``X`` that a block product ``J @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between runs,
-        provided that there is enough memory for this number of columns.
+        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
+        columns, block products are bitwise reproducible between runs.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument or the data are invalid. The message names the argument.
+        If an argument is invalid, or if the data are invalid. The message names the argument.
     RuntimeError
         If the predictions do not depend on any of ``params``. Raised by the first product.
     NonFiniteProductError
@@ -176,8 +176,10 @@ class JacobianLinearOperator(_Jacobians):
     -----
     RuntimeWarning
         Issued by the first product, once for an operator and its blocks, if one of the following applies:
-        ``torch.autocast`` is enabled and lowers the precision of products; or batch normalization is in training mode
-        and there are several batches, so each batch is normalized separately.
+
+        - ``torch.autocast`` is enabled and lowers the precision of products.
+        - Batch normalization is in training mode and there are several batches. Each batch is then normalized
+          separately.
 
     See Also
     --------
@@ -189,8 +191,8 @@ class JacobianLinearOperator(_Jacobians):
     The constructor counts the predictions in one forward pass over the data. A product with J or its transpose costs
     about two thirds of a gradient, counted in floating-point operations. The first product linearizes the batches and
     caches them up to the limit ``cache``. The operator detects in-place changes of the parameters, and changes of
-    layers, buffers, training flags and lists of batches (see `curvop.HessianLinearOperator`). The neural tangent kernel
-    is due to Jacot et al. [1]_.
+    layers, buffers, training flags and lists of batches (see `curvop.HessianLinearOperator`). Jacot et al. [1]_
+    introduced the neural tangent kernel.
 
     References
     ----------
@@ -218,7 +220,8 @@ class JacobianLinearOperator(_Jacobians):
     array([10.6, 10.7, 10.5, 10. ,  9.5])
 
     The squared singular values of J are the eigenvalues of K. Under gradient flow on half the sum of squared residuals,
-    these eigenvalues are the rates at which the residuals decrease. The largest singular values are:
+    these eigenvalues are the rates at which the residuals decrease along the eigenvectors of K. The largest singular
+    values are:
 
     >>> svds(J, k=3, rng=0, return_singular_vectors=False)[::-1].round(2)
     array([3.44, 2.02, 0.18])
@@ -230,8 +233,8 @@ class JacobianLinearOperator(_Jacobians):
 class TransposedJacobianLinearOperator(_Jacobians):
     r"""Transposed Jacobian of a model's predictions, as a ``LinearOperator`` of shape ``(P, N_out)``.
 
-    Most users obtain this operator as ``J.T`` from a `curvop.JacobianLinearOperator` ``J``. ``J`` and ``J.T`` share
-    their cached linearizations. Construct the operator directly if you need only the transpose.
+    In most cases, construct a `curvop.JacobianLinearOperator` ``J`` and use ``J.T``, which returns this operator. ``J``
+    and ``J.T`` share their cached linearizations. Construct the operator directly if you need only the transpose.
 
     .. math:: J^\top = \left( \frac{\partial \, (z_1, z_2, \ldots)}{\partial \theta} \right)^{\!\top},
 
@@ -246,15 +249,15 @@ class TransposedJacobianLinearOperator(_Jacobians):
     params : dict of str to Tensor, or list of the model's own parameters
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
-        buffers. The rows of the matrix follow the order of the parameters. The parameters need not require grad. If the
-        values of a tensor differ from those of the corresponding parameter of the module, the values of the tensor are
-        used. If the parameters are on several devices, batches and vectors are moved to the device of the first
-        parameter, and the model must move its intermediate results itself.
+        buffers. The rows of the matrix follow the order of the parameters. The parameters may have
+        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
+        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
+        device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
         A list, a ``DataLoader`` or any other iterable that can be read repeatedly and yields the data in the same order
-        each time. One-shot iterators are rejected. X is a tensor, or a nested mapping, list or tuple of tensors. All
-        tensors are moved to the device of the parameters. A model that modifies its input receives copies. y is
-        ignored.
+        each time. Iterators that can be read only once are rejected. X is a tensor, or a nested mapping, list or tuple
+        of tensors. All tensors are moved to the device of the parameters. A model that modifies its input receives
+        copies. y is ignored.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
@@ -270,15 +273,15 @@ class TransposedJacobianLinearOperator(_Jacobians):
         'autograd' is used.
     columns : int or 'auto', default 'auto'
         Number of columns of ``X`` that a block product ``JT @ X`` processes at once. 'auto' tries several numbers on
-        the first columns and uses the fastest. With a fixed number, block products are bitwise reproducible between
-        runs, provided that there is enough memory for this number of columns.
+        the first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
+        columns, block products are bitwise reproducible between runs.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument or the data are invalid. The message names the argument.
+        If an argument is invalid, or if the data are invalid. The message names the argument.
     RuntimeError
         If the predictions do not depend on any of ``params``. Raised by the first product.
     NonFiniteProductError
@@ -291,8 +294,10 @@ class TransposedJacobianLinearOperator(_Jacobians):
     -----
     RuntimeWarning
         Issued by the first product, once for an operator and its blocks, if one of the following applies:
-        ``torch.autocast`` is enabled and lowers the precision of products; or batch normalization is in training mode
-        and there are several batches, so each batch is normalized separately.
+
+        - ``torch.autocast`` is enabled and lowers the precision of products.
+        - Batch normalization is in training mode and there are several batches. Each batch is then normalized
+          separately.
 
     See Also
     --------

@@ -22,7 +22,7 @@ __all__ = ["DampedLinearOperator", "ParameterLinearOperator", "ParameterVectors"
 class ParameterVectors(TensorLinearOperator):
     """Base class of operators whose rows, columns, or both are parameters.
 
-    Subclasses define ``_row_and_column_layouts``, and the layout ``_layout`` that `ravel` and `unravel` use.
+    Subclasses define the properties ``_row_and_column_layouts`` and ``_layout``. `ravel` and `unravel` use ``_layout``.
     """
 
     _params: Mapping[str, Tensor]
@@ -33,7 +33,10 @@ class ParameterVectors(TensorLinearOperator):
 
     @property
     def _row_and_column_layouts(self) -> tuple[ParameterLayout | None, ParameterLayout | None]:
-        """Layouts of the rows and of the columns. A layout is None if the rows or columns are not parameters."""
+        """Tuple (rows, cols): the layout of the row parameters, and the layout of the column parameters.
+
+        ``rows`` is None if the rows of the matrix are not parameters, and ``cols`` is None if the columns are not.
+        """
         raise NotImplementedError
 
     @property
@@ -57,7 +60,7 @@ class ParameterVectors(TensorLinearOperator):
         Returns
         -------
         vector : ndarray, shape (N,)
-            Vector in the dtype of the operator and the order of its columns.
+            Vector in the dtype of the operator. The entries are in the order of the columns.
 
         Raises
         ------
@@ -128,7 +131,7 @@ class ParameterVectors(TensorLinearOperator):
 
     def _product_dtype(self, dtype: Any) -> Any:
         product = super()._product_dtype(dtype)
-        return product if product == np.float32 else np.dtype(np.float64)  # torch has no longdouble
+        return product if product == np.float32 else np.dtype(np.float64)  # torch has no dtype for longdouble
 
     def _is_tree(self, x: Any) -> bool:
         _, cols = self._row_and_column_layouts
@@ -137,9 +140,10 @@ class ParameterVectors(TensorLinearOperator):
         return super()._is_tree(x) or (scalars and any(isinstance(part, Tensor) for part in x))
 
     def _tree_product(self, x: Any) -> Any:
-        """Apply the operator to one tensor per column parameter, and return one tensor per row parameter.
+        """Apply the operator to a container of one tensor per column parameter. Return one tensor per row parameter.
 
-        The product is a container of the same type as ``x``.
+        The product is a container of the same type as ``x``. If the rows are not parameters, the product is a single
+        tensor.
         """
         rows, cols = self._row_and_column_layouts
         if cols is None:
@@ -153,7 +157,7 @@ class ParameterVectors(TensorLinearOperator):
         return tuple(parts.values()) if isinstance(x, tuple) else list(parts.values())
 
     def _tree_parts(self, x: Any, cols: ParameterLayout) -> Iterator[Tensor]:
-        """Validate the tensors in ``x`` and yield one tensor for each column parameter, on the device of products."""
+        """Validate the tensors in ``x``. Yield one tensor per column parameter, on the device of the operator."""
         if isinstance(x, Mapping):
             for name in x:
                 if name not in cols.slices:
@@ -177,7 +181,7 @@ class ParameterVectors(TensorLinearOperator):
             yield self._as_floating(part, what).to(self.device)
 
     def _split_by_parameter(self, layout: ParameterLayout, vector: Tensor) -> dict[str, Tensor]:
-        """Split a vector into one tensor per parameter, with the shape and device of the parameter."""
+        """Split a vector into one tensor per parameter. Each tensor has the shape and device of its parameter."""
         pairs = zip(layout.names, layout.split(vector), strict=True)
         return {name: part.to(self._params[name].device) for name, part in pairs}
 
@@ -253,7 +257,7 @@ class ParameterLinearOperator(ParameterVectors):
         raise NotImplementedError
 
     def blocks(self) -> Iterator[Self]:
-        """Iterate over the diagonal blocks of the individual parameters.
+        """Iterate over the diagonal blocks of the matrix, one block for each parameter.
 
         Yields
         ------
@@ -302,9 +306,9 @@ class ParameterLinearOperator(ParameterVectors):
     def _smallest_block(
         self, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> tuple[Self, NDArray[np.intp], NDArray[np.intp]]:
-        """Return the smallest block that contains the given rows and columns.
+        """Return (block, rows, cols), where ``block`` is the smallest block that contains the given rows and columns.
 
-        Also return the indices of these rows and columns within the block.
+        The returned ``rows`` and ``cols`` are the indices of the given rows and columns within ``block``.
         """
         row_names, rows = touched_parameters(self._rows, rows)
         col_names, cols = touched_parameters(self._cols, cols)
@@ -321,7 +325,7 @@ def _as_tensor(what: str, value: Any) -> Tensor:
         array = np.array(value)
         if array.dtype.kind not in "biufc":
             raise TypeError(f"{what} has dtype {array.dtype}, but must hold numbers")
-        wide = {"g": np.float64, "G": np.complex128}  # torch lacks longdouble and non-native byte orders
+        wide = {"g": np.float64, "G": np.complex128}  # torch supports neither longdouble nor non-native byte orders
         tensor = torch.from_numpy(array.astype(wide.get(array.dtype.char, array.dtype.newbyteorder("=")), copy=False))
     if tensor.is_complex():
         raise TypeError(f"{what} is complex, but parameters are real: pass its real and imaginary parts separately")
@@ -336,8 +340,8 @@ def _shapes_text(shapes: Iterable[tuple[int, ...]]) -> str:
 def touched_parameters(layout: ParameterLayout, idxs: NDArray[np.intp]) -> tuple[tuple[str, ...], NDArray[np.intp]]:
     """Find the parameters that contain the given indices.
 
-    Return the names of these parameters, and the positions of the indices in the concatenation of only these
-    parameters.
+    Return (names, positions), where ``names`` are the names of these parameters. If only these parameters are
+    concatenated, ``positions`` are the new positions of the given indices.
     """
     starts = np.array([part.start for part in layout.slices.values()])
     sizes = np.array([shape.numel() for shape in layout.shapes])
@@ -388,7 +392,7 @@ class DampedLinearOperator(ParameterLinearOperator):
 
     Examples
     --------
-    A Newton step with Levenberg damping on a quadratic loss, solved by conjugate gradients:
+    Compute a Newton step with Levenberg damping for a quadratic loss, by conjugate gradients:
 
     >>> import numpy as np
     >>> import torch
@@ -436,7 +440,8 @@ class DampedLinearOperator(ParameterLinearOperator):
         Returns
         -------
         DampedLinearOperator
-            Block of A, with damping on the parameters that its rows and columns have in common.
+            Block of A. The damping is added to the diagonal entries of each parameter that is both a row and a column
+            parameter of the block.
 
         Raises
         ------
@@ -479,7 +484,7 @@ class DampedLinearOperator(ParameterLinearOperator):
         return diagonal
 
     def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
-        """Compute the gradient and the loss of the objective of A. Neither depends on the damping.
+        """Compute the gradient and the loss of the objective of A. The damping does not affect them.
 
         Returns
         -------

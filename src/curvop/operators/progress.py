@@ -57,10 +57,10 @@ class Progress:
 
     @contextlib.contextmanager
     def counting(self, count: int) -> Iterator[Callable[[float], None] | None]:
-        """Yield a function that updates the bar while ``count`` products are computed. Yield None if there is no bar.
+        """Yield a function that updates the bar while ``count`` products are computed, or None if there is no bar.
 
-        The argument of the function is the completed fraction of the products. On exit, all products count as
-        completed.
+        Pass the fraction of the products that are completed to the function. At the end of the ``with`` block, the bar
+        shows all products as completed.
         """
         if self._setting is False:
             yield None

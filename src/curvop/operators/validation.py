@@ -68,7 +68,7 @@ def real_operator(A: Any) -> LinearOperator:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Maps keywords of curvlinops' constructors to the keywords of this package.
+#: Keyword of this package for each keyword of curvlinops' constructors that has a different name here.
 _RENAMED = {
     "model_func": "model",
     "loss_func": "loss_function",
@@ -79,7 +79,7 @@ _RENAMED = {
 
 _FISHER = "use FisherLinearOperator(..., mc_samples=, rng=) for a matrix with sampled targets"
 
-#: Maps keywords of curvlinops that have no replacement to advice.
+#: Advice for each keyword of curvlinops that has no equivalent in this package.
 _NOT_NEEDED = {
     "batch_size_fn": "leave it out: nothing is weighted here",
     "num_data": "leave it out: batches are weighted by the loss's own divisor",
@@ -95,9 +95,9 @@ _NOT_NEEDED = {
 def named_keywords(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a constructor so that wrong arguments raise helpful errors. The signature is unchanged.
 
-    The error message names the class that the user called. Python's own message would name the class that defines
-    ``__init__``, which may be a base class. For an unknown keyword, the message suggests the most similar keyword. For
-    a keyword of curvlinops, it suggests the replacement.
+    If an argument is wrong, the error message names the class that the user called. Python's own message would name the
+    class that defines ``__init__``, which may be a base class. For an unknown keyword, the message suggests the most
+    similar keyword. For a keyword of curvlinops, the message explains what to use instead.
     """
     signature = inspect.signature(function)
     known = [name for name in signature.parameters if name not in ("self", "cls")]
@@ -138,7 +138,7 @@ def _remedy(name: str, known: list[str]) -> str:
 
 
 def available_bytes(device: torch.device | None = None, memory: float | None = None) -> int:
-    """Return ``memory``, a number of bytes, as an int. If it is None, return half of the free memory of ``device``.
+    """Convert ``memory``, a number of bytes, to an int. If it is None, return half of the free memory of ``device``.
 
     If ``device`` is None, the CPU is used.
     """
