@@ -235,16 +235,37 @@ def in_child(options: argparse.Namespace) -> None:
 def arguments() -> argparse.Namespace:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=list(PEER_PROBLEMS), action="append", help="only this; may be repeated")
-    parser.add_argument("--work", choices=WORK, action="append", help="only this, without peaks; may be repeated")
-    parser.add_argument("--only", choices=list(CONTENDERS), action="append", help="of these; may be repeated")
-    parser.add_argument("--runs", type=int, default=7, help="the least number of runs; 7")
-    parser.add_argument("--room", type=float, default=3.0, help="seconds for more runs than that; 3")
-    parser.add_argument("--limit", type=float, default=1200.0, help="seconds that one process may take; 1200")
-    parser.add_argument("--memory", type=float, default=0.6 * memory, help="GiB for one process; 60 %% of all there is")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the models are; cpu")
-    parser.add_argument("--larger", type=int, default=1, help="so many times the batches; 1")
-    parser.add_argument("--out", type=Path, default=RESULTS / "peers", help="results, without .json and .md; peers")
+    parser.add_argument(
+        "--model", choices=list(PEER_PROBLEMS), action="append", help="only this model; can be repeated"
+    )
+    parser.add_argument(
+        "--work", choices=WORK, action="append", help="only this kind of work, and no peak memory; can be repeated"
+    )
+    parser.add_argument(
+        "--only", choices=list(CONTENDERS), action="append", help="only this contender; can be repeated"
+    )
+    parser.add_argument("--runs", type=int, default=7, help="minimum number of runs (default: 7)")
+    parser.add_argument(
+        "--room",
+        type=float,
+        default=3.0,
+        help="add runs until the contenders have run for this many seconds (default: 3)",
+    )
+    parser.add_argument("--limit", type=float, default=1200.0, help="seconds that one process may take (default: 1200)")
+    parser.add_argument(
+        "--memory",
+        type=float,
+        default=0.6 * memory,
+        help="memory limit of one process in GiB, on a CPU only (default: 60 %% of the memory)",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of the models (default: cpu)")
+    parser.add_argument("--larger", type=int, default=1, help="enlarge the batches by this factor (default: 1)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / "peers",
+        help="path of the results, without .json and .md (default: benchmarks/results/peers)",
+    )
     parser.add_argument("--peak", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()

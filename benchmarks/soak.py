@@ -275,9 +275,11 @@ def growth(memory: list[tuple[int, float]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=30.0, help="how long; 30")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random; 0")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go")
+    parser.add_argument("--minutes", type=float, default=30.0, help="duration in minutes (default: 30)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="file for the results (default: benchmarks/results/soak.json)"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # that data comes in another order, or a matrix is indefinite
     soak = _Soak(options.seed)

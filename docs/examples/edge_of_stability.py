@@ -7,8 +7,8 @@ Hessian, the sharpness, is below :math:`2 / \eta`. The sharpness of a network gr
 this edge, and then stays there. The loss continues to fall, but not in every step (Cohen, Kaur, Li, Kolter, Talwalkar,
 2021).
 
-``track`` follows the largest eigenvalue during a training loop. The operator uses the current parameters, and each
-search starts from the last eigenvector.
+``track`` follows the largest eigenvalue during a training loop. The operator always uses the current parameters. Each
+computation starts from the previous eigenvector.
 """
 
 import matplotlib.pyplot as plt
@@ -43,7 +43,7 @@ def train(learning_rate, steps=1500):
 
 
 # %%
-# Train with two learning rates. The sharpness settles at a different edge for each.
+# Train with two learning rates. For each learning rate, the sharpness settles at its own edge.
 
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
 for axis, learning_rate in zip(axes, (0.7, 0.85), strict=False):

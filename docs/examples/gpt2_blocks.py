@@ -3,11 +3,11 @@ GPT-2, block by block
 =====================
 
 Which layers of a transformer are sharp, and how do they depend on each other? The diagonal blocks of the Hessian answer
-the first question, one parameter at a time, and the off-diagonal blocks the second. Each block is an operator, and its
-products cost only what its layers cost.
+the first question for each parameter. The off-diagonal blocks answer the second question. Each block is an operator,
+whose products involve only the parameters of the block.
 
-The model is a small Hugging Face ``GPT2LMHeadModel`` with random weights, trained briefly on the text of this file.
-Replace it by ``GPT2LMHeadModel.from_pretrained("gpt2")`` to study GPT-2 with the same code.
+The model is a small Hugging Face ``GPT2LMHeadModel`` with random weights, trained briefly on the text of this file. To
+study GPT-2 with the same code, replace this model by ``GPT2LMHeadModel.from_pretrained("gpt2")``.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ config = GPT2Config(
     eos_token_id=0,
 )
 model = GPT2LMHeadModel(config).eval()
-model.loss_type = "ForCausalLM"  # transformers cannot infer it from the name of the class
+model.loss_type = "ForCausalLM"  # transformers cannot infer the loss type from the class name
 
 source = globals().get("__file__", "gpt2_blocks.py")
 codes = torch.tensor([min(byte, 127) for byte in Path(source).read_bytes()])
@@ -42,12 +42,12 @@ tokens = codes[: len(codes) // 32 * 32].view(-1, 32)[:16]
 data = [{"input_ids": part, "labels": part} for part in tokens.split(8)]
 
 # %%
-# The model computes its own loss, so the objective calls the model. The loss is a mean over the predicted tokens, so a
-# batch is weighted by their number.
+# The model computes its own loss, so the objective calls the model. The loss is a mean over the predicted tokens, so
+# the weight of a batch is its number of predicted tokens.
 
 
 def objective(params, batch):
-    """Return the model's own loss."""
+    """Return the loss of a batch, which the model computes itself."""
     return torch.func.functional_call(model, params, (), batch).loss
 
 
@@ -68,9 +68,10 @@ print(f"loss {loss.item():.2f}")
 # The largest eigenvalue of each block
 # ------------------------------------
 #
-# ``select`` accepts patterns; this one selects all weights of both layers, except those of the norms. SciPy's ``tol``
-# is relative to the eigenvalue, and the smallest eigenvalue is tiny compared with the largest. Therefore, we subtract
-# the largest eigenvalue from the diagonal: the smallest eigenvalue of the shifted block is far from zero.
+# ``select`` accepts patterns. The pattern below selects all weights of both transformer layers, except those of the
+# layer norms. The smallest eigenvalue of a block is tiny compared with the largest, and SciPy's ``tol`` is relative to
+# the wanted eigenvalue. To compute the smallest eigenvalue, we therefore subtract the largest eigenvalue from the
+# diagonal: the smallest eigenvalue of the shifted block is far from zero.
 
 params = select(model, "transformer.h.*.weight", exclude="*ln_*")
 H = HessianLinearOperator.from_objective(objective, params, data, batch_weight=predicted)
@@ -93,7 +94,7 @@ assert whole >= max(largest) * 0.98  # a block's eigenvalues lie between those o
 # -------------------------------
 #
 # The squared Frobenius norm of ``H[i, j]`` is the mean of ``|H[i, j] v|^2`` over vectors `v` of random signs
-# (Hutchinson, 1989). One block product computes all blocks of a column.
+# (Hutchinson, 1989). One block product estimates the norms of all blocks that have the same columns.
 
 rng = np.random.default_rng(0)
 norms = np.empty((len(params), len(params)))

@@ -7,11 +7,12 @@ How would the test loss change if one training image were left out? To first ord
 
 .. math:: \frac{1}{N} \, \nabla L_\text{test}^\top \, (G + \lambda I)^{-1} \, \nabla \ell_n,
 
-with the Gauss-Newton matrix `G` of the training loss in place of the Hessian, which may be indefinite. One linear
-system gives the influence of all training images: solve it for the gradient of the test loss, and multiply the solution
-by the gradients of the images.
+where `G` is the Gauss-Newton matrix of the training loss. The original formula uses the Hessian, which may be
+indefinite. One linear system is enough for all training images: solve the system with the gradient of the test loss as
+the right-hand side, and multiply the solution by the gradient of each image.
 
-To have something to find, we give 50 of the 1,000 training images of scikit-learn's handwritten digits a wrong label.
+To have harmful images to find, we give wrong labels to 50 of the 1,000 training images, which are scikit-learn's
+handwritten digits.
 """
 
 import copy
@@ -43,7 +44,7 @@ decay = 5e-3
 
 
 def fit(network, X, y, steps):
-    """Minimise the penalised loss. The divisor stays ``len(train)``, also if an image is left out."""
+    """Minimize the penalized loss. The divisor of the loss stays ``len(train)`` if an image is left out."""
     optimizer = torch.optim.LBFGS(
         network.parameters(), max_iter=steps, tolerance_grad=1e-7, tolerance_change=0, line_search_fn="strong_wolfe"
     )
@@ -68,8 +69,9 @@ print(f"accuracy on {len(test)} test images: {accuracy:.1%}")
 # -----------------
 #
 # ``gradient_and_loss`` returns the gradient of the test loss in the order of the operator's columns. ``solve`` reports
-# the true residual of its solution. The preconditioner takes 200 products, in one block. This is too many for a single
-# system, but it can be used again for further ones, such as one system for each test image.
+# the true residual of its solution. The preconditioner takes 200 products, in one block. For a single system, these
+# products take more time than they save. However, the preconditioner can be reused, for example to solve one system for
+# each test image.
 
 G = GGNLinearOperator(model, loss_function, params, list(zip(X[train].split(500), y[train].split(500), strict=True)))
 test_gradient, test_loss = GGNLinearOperator(model, loss_function, params, [(X[test], y[test])]).gradient_and_loss()
@@ -81,8 +83,9 @@ print(f"without preconditioner: {plain}")
 print(f"preconditioner of rank 200: {result}, and 200 products to construct it")
 
 # %%
-# Multiply the gradients of all images by the solution: multiply the Jacobian of the predictions by it, then the
-# derivative of the loss with respect to each prediction. The gradient of a single image is never formed.
+# Compute the inner product of the solution with the gradient of each image: multiply the Jacobian of the predictions by
+# the solution, and multiply the result by the derivative of the loss with respect to each prediction. The gradient of a
+# single image is never formed.
 
 J = JacobianLinearOperator(model, params, [(X[train], y[train])])
 scores = model(X[train]).detach()
@@ -91,11 +94,12 @@ changes = (J @ result.solution).reshape(len(train), 10)
 influence = (changes * residuals.numpy()).sum(1) / len(train)
 
 # %%
-# Compare the prediction with the truth: leave one image out, continue the training, and evaluate the test loss.
+# Compare the predicted changes with actual changes: leave one image out, continue the training, and evaluate the test
+# loss.
 
 
 def retrained_without(image):
-    """Return the change of the test loss."""
+    """Continue the training without one training image, and return the change of the test loss."""
     rest = torch.arange(len(train)) != image
     twin = copy.deepcopy(model)
     fit(twin, X[train][rest], y[train][rest], 200)

@@ -2,12 +2,13 @@ r"""
 The spectrum of the neural tangent kernel
 =========================================
 
-Close to its parameters, a network is a linear model with the features :math:`J = \partial z / \partial \theta`.
-Gradient descent on a squared error then fits the component of the targets along the singular vector :math:`u_i` at the
-rate :math:`\sigma_i^2`. The squared singular values of `J` are the eigenvalues of the empirical neural tangent kernel
-:math:`J J^\top` (Jacot, Gabriel, Hongler, 2018), and the leading singular vectors are learned first.
+For small changes of its parameters, a network is approximately a linear model with the features :math:`J = \partial z /
+\partial \theta`. Gradient descent on a squared error then fits the component of the targets along the left singular
+vector :math:`u_i` of `J` at the rate :math:`\sigma_i^2`, where :math:`\sigma_i` is the singular value. The components
+along the leading singular vectors are therefore learned first. The squared singular values of `J` are the eigenvalues
+of the empirical neural tangent kernel :math:`J J^\top` (Jacot, Gabriel, Hongler, 2018).
 
-SciPy's ``svds`` works on the Jacobian operator; the kernel is never formed.
+SciPy's ``svds`` computes the singular values from products with the Jacobian operator. The kernel is never formed.
 """
 
 import matplotlib.pyplot as plt
@@ -47,7 +48,8 @@ print(f"largest difference to the dense singular values: {difference:.1e} of the
 assert difference < 1e-8
 
 # %%
-# The targets lie mostly along the first few vectors, so they are learned fast. Shuffled targets are not.
+# The targets lie mostly in the span of the first few left singular vectors, so they are learned fast. Shuffled targets
+# do not lie in this span, so they are learned slowly.
 
 along = np.cumsum((U.T @ y.numpy()) ** 2) / (y @ y).item()
 shuffled = y[torch.randperm(len(y))]
@@ -59,8 +61,9 @@ assert along[4] > 2 * along_shuffled[4]
 # The kernel hardly changes in wide networks
 # ------------------------------------------
 #
-# Train networks of several widths, and measure how far the kernel turns: the cosine of the angle between the kernel
-# before and after training, ``<K, K'> / |K| |K'|``, estimated from products with random vectors.
+# Train networks of several widths, and measure how much the kernel changes. The measure is the cosine of the angle
+# between the kernels before and after training, ``<K, K'> / (|K| |K'|)``. It is estimated from products of the kernels
+# with random vectors.
 
 rng = np.random.default_rng(0)
 probes = rng.choice([-1.0, 1.0], (len(X), 40))

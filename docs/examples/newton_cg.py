@@ -3,10 +3,11 @@ Training by Newton's method
 ===========================
 
 ``scipy.optimize`` can train a network like any other function: it needs the loss, the gradient, and products with the
-Hessian at a point. The method ``trust-krylov`` (Gould, Lucidi, Roma, Toint, 1999) uses these, and can handle an
+Hessian at a point. The method ``trust-krylov`` (Gould, Lucidi, Roma, Toint, 1999) uses all three. It can handle an
 indefinite Hessian, which is common before the minimum is reached.
 
-The operator uses the current parameters: write a new point into them, and the next product is computed at this point.
+The operator always uses the current parameters: if you write a new point into the parameters, the next product is
+computed at this point.
 """
 
 import matplotlib.pyplot as plt
@@ -30,7 +31,7 @@ decay = 1e-3
 
 
 def objective(params, batch):
-    """Return the regularised loss of a batch."""
+    """Return the loss of a batch, including weight decay."""
     X, y = batch
     loss = nn.functional.cross_entropy(torch.func.functional_call(model, params, (X,)), y)
     return loss + decay / 2 * sum((value**2).sum() for value in params.values())
@@ -45,7 +46,7 @@ H = HessianLinearOperator.from_objective(objective, params, data)
 
 
 def move_to(x):
-    """Write the vector `x` into the parameters, if it differs: writing makes the operator re-linearize."""
+    """Set the parameters to `x`. If they already equal `x`, do not write: writing makes the operator re-linearize."""
     if np.array_equal(x, H.ravel(params)):
         return
     with torch.no_grad():
@@ -75,7 +76,7 @@ start = H.ravel(params)
 
 
 def train(method, **options):
-    """Minimise from `start`; return the result, and the cost, the loss and the gradient norm after each step."""
+    """Minimize from `start`. Return SciPy's result, and the cost, the loss and the gradient norm after each step."""
     global gradients
     gradients, products, path = 0, H.num_products, []
 
@@ -95,9 +96,9 @@ assert newton[2, -1] < 1e-6
 print(f"accuracy on the training images: {(model(X).argmax(1) == y).double().mean():.1%}")
 
 # %%
-# L-BFGS uses gradients only. A product costs about two gradients. At equal cost, L-BFGS is ahead on a small network
-# like this one, until its line search finds no lower loss. Newton's method pays off at the end: it converges
-# quadratically, and the gradient continues to fall.
+# L-BFGS uses only gradients; a product costs about two gradients. For a small network such as this one, L-BFGS reaches
+# a lower loss at equal cost, until its line search no longer finds a lower loss. Newton's method is better at the end:
+# it converges quadratically, and the gradient continues to decrease.
 
 quasi = train("L-BFGS-B", options={"maxiter": 1500, "maxfun": 4000, "ftol": 0, "gtol": 1e-7})[1]
 print(f"L-BFGS: {quasi[0, -1]:.0f} gradients, final gradient norm {quasi[2, -1]:.1e}")

@@ -2,12 +2,12 @@ r"""
 As many outliers as classes
 ===========================
 
-The Hessian of a classifier has a bulk of small eigenvalues, and above it about as many outliers as there are classes,
-or one fewer. Sagun, Bottou, LeCun (2016) and Sagun et al. (2017) found this, and Papyan (2018, 2020) explained the
-outliers by the class means of the gradients. This example counts them for a small convolutional network on images of 4,
-6 and 10 digits.
+The Hessian of a classifier has a bulk of small eigenvalues. Above this bulk, there are about as many outliers as
+classes, or one fewer. Sagun, Bottou, LeCun (2016) and Sagun et al. (2017) found this, and Papyan (2018, 2020) explained
+the outliers by the class means of the gradients. This example counts the outliers for small convolutional networks that
+are trained on images of 4, 6 or 10 different digits.
 
-``density`` shows all eigenvalues at once. ``eigsh`` computes the outliers, with a certificate that none is missing.
+``density`` shows all eigenvalues at once. ``eigsh`` computes the outliers, and certifies that no outlier is missing.
 """
 
 import matplotlib.pyplot as plt
@@ -24,7 +24,7 @@ images, labels = torch.tensor(pixels / 16).float().view(-1, 1, 8, 8), torch.tens
 
 
 def trained(classes, epochs=3):
-    """Return the Hessian of a network after a short training on the first digits."""
+    """Train a network briefly on images of the first `classes` digits, and return its Hessian."""
     X, y = images[labels < classes], labels[labels < classes]
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -43,7 +43,8 @@ def trained(classes, epochs=3):
 
 
 # %%
-# The outliers end at the largest ratio of consecutive eigenvalues.
+# Count the outliers: they are the eigenvalues above the largest gap, which is the largest ratio of two consecutive
+# eigenvalues.
 
 figure, axes = plt.subplots(3, 1, figsize=(8, 7), layout="constrained")
 for axis, classes in zip(axes, (4, 6, 10), strict=True):

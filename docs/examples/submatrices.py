@@ -2,9 +2,9 @@ r"""
 Taking a Hessian apart
 ======================
 
-The Hessian of even a small network is large, and often only a part is of interest: one layer, the coupling of two
-layers, a few weights. This tutorial shows how to obtain such parts, checks each part against the dense matrix, and
-measures its cost.
+The Hessian of even a small network is large, and often only a submatrix is of interest: the block of one layer, the
+coupling of two layers, or the rows of a few weights. This tutorial shows how to obtain submatrices, checks each of them
+against the dense matrix, and measures the cost of a product.
 
 We need a network, a loss and two batches of data.
 """
@@ -39,8 +39,8 @@ data = [(torch.rand(examples, inputs), torch.rand(examples, outputs)) for _ in r
 # The whole matrix
 # ----------------
 #
-# The order of ``params`` is the order of rows and columns. Constructing the operator costs nothing; the model runs in
-# the first product.
+# The order of ``params`` is the order of rows and columns. The constructor does not run the model; the first product
+# does.
 
 params = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 H = HessianLinearOperator(model, loss_function, params, data)
@@ -49,8 +49,8 @@ print(H, H.params_slices)
 
 # %%
 # The network is small enough for a dense Hessian. ``functorch_hessian`` computes it independently (forward mode over
-# reverse mode, with all data as one batch). The operator times the identity is the same matrix. The identity is a
-# tensor, so the product is a tensor too.
+# reverse mode, with all data as one batch). The product of the operator and the identity is the same matrix. The
+# identity is a tensor, so the product is a tensor too.
 
 H_dense = functorch_hessian(model, loss_function, params, data)
 assert allclose_report(H_dense, H @ torch.eye(P, device=DEVICE))
@@ -60,7 +60,7 @@ assert allclose_report(H_dense, H @ torch.eye(P, device=DEVICE))
 # -------------
 #
 # The diagonal block of the first layer's weight is the Hessian with respect to this weight alone. Restrict ``params``
-# to it:
+# to this weight:
 
 name0, name1 = list(params)[:2]
 H_param0 = HessianLinearOperator(model, loss_function, {name0: params[name0]}, data)
@@ -107,12 +107,13 @@ assert allclose_report(H_dense[rows, :][:, cols], H[rows, :][:, cols] @ torch.ey
 # ------------------
 #
 # A submatrix could be computed by multiplying by the whole Hessian and discarding most of the result. ``curvop`` only
-# uses the parameters that the rows and columns touch. A block sliced from the whole operator therefore costs as much as
-# an operator that is restricted from the start. Time the two alternately, and compare the medians:
+# uses the parameters to which the rows and columns belong. A product with a block that is sliced from ``H`` therefore
+# costs as much as a product with an operator that was created for these parameters only. Time both operators
+# alternately, and compare the medians:
 
 
 def medians(*functions, repeats=300):
-    """Time functions alternately; return the median seconds of each."""
+    """Time functions alternately. Return the median time of each function, in seconds."""
     seconds = [[] for _ in functions]
     for _ in range(repeats):
         for function, times in zip(functions, seconds, strict=True):

@@ -27,7 +27,7 @@ class Finding:
     text : str
         What the check observed, or why it does not apply.
     value : float or None
-        The measured quantity, which is a relative error unless ``text`` says otherwise.
+        The measured value, which is a relative error unless ``text`` says otherwise.
     limit : float or None
         The largest value that counts as ``'ok'``.
     remedy : str
@@ -64,7 +64,7 @@ class CheckReport:
     operator : str
         Class, shape and dtype of the operator.
     findings : tuple of Finding
-        One or more results for each check, in the order in which the checks ran.
+        One or more findings for each check, in the order in which the checks ran.
     products : int
         Number of matrix-vector products.
     seconds : float

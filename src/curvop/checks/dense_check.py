@@ -1,4 +1,4 @@
-"""Compare computed eigenvalues with those of a dense matrix, which is computed by an independent implementation."""
+"""Compare computed eigenvalues with those of a dense matrix that is formed by an independent implementation."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ class DenseCheck:
     Attributes
     ----------
     reason : str or None
-        The reason why there was no comparison, or None if there was one.
+        The reason why the eigenvalues were not compared, or None if they were compared.
     values : ndarray, shape (N,), or None
         All eigenvalues of the dense matrix, in ascending order.
     spectral_norm : float
@@ -89,7 +89,7 @@ def dense_check(
     Parameters
     ----------
     problem : dict
-        A problem as returned by `curvop.problems.load`, whose ``params`` are a dict by name.
+        A problem, as returned by `curvop.problems.load`. Its ``params`` must be a dictionary from names to tensors.
     dense : callable
         A function ``(model, loss_function, params, data) -> matrix`` that computes the dense matrix.
     names : sequence of str
@@ -103,7 +103,8 @@ def dense_check(
     Returns
     -------
     DenseCheck
-        The result. It has a `reason` if the matrix has more than `DENSE_LIMIT` rows or cannot be formed.
+        The result of the comparison. If the matrix has more than `DENSE_LIMIT` rows or cannot be formed, there is no
+        comparison, and `reason` is set.
     """
     start = time.perf_counter()
     params = {name: problem["params"][name] for name in names}
@@ -115,7 +116,7 @@ def dense_check(
         matrix = dense(model, problem["loss_function"], params, problem["data"])
     except NoHessianError as error:
         return DenseCheck(reason=str(error), exists=False)
-    except Exception as error:  # user code may do anything that torch.func does not support
+    except Exception as error:  # user code may contain anything that torch.func does not support
         return DenseCheck(reason=f"the dense matrix cannot be formed: {describe_error(error)}")
     values = np.linalg.eigvalsh(matrix.detach().to("cpu", torch.float64).numpy())
     norm = float(np.abs(values).max())
@@ -128,7 +129,8 @@ def largest_difference(which: str, wanted: int, found: Array, dense: Array) -> f
     """Return the largest difference between computed eigenvalues and the eigenvalues of the dense matrix.
 
     Each computed eigenvalue is compared with the nearest eigenvalue of the dense matrix. If all requested eigenvalues
-    converged, both lists are also sorted and compared entry by entry. This detects a missing member of a cluster.
+    converged, they are also sorted and compared one by one with the eigenvalues that `eigsh` should find. This
+    comparison detects a missing member of a cluster.
 
     Parameters
     ----------
@@ -150,14 +152,14 @@ def largest_difference(which: str, wanted: int, found: Array, dense: Array) -> f
     differences = np.minimum(np.abs(found - dense[right - 1]), np.abs(found - dense[right]))
     if len(found) == wanted:
         expected = _end_of(dense, which, wanted)
-        if which in ("LM", "SM"):  # if two values differ only in sign at the cut-off, either is correct
+        if which in ("LM", "SM"):  # of two eigenvalues with opposite signs at the cut-off, either may be found
             found, expected = np.abs(found), np.abs(expected)
         differences = np.maximum(differences, np.abs(np.sort(found) - np.sort(expected)))
     return float(differences.max(initial=0.0))
 
 
 def _end_of(dense: Array, which: str, count: int) -> Array:
-    """Return the `count` eigenvalues that `eigsh` should find, given all eigenvalues in ascending order."""
+    """Return the `count` eigenvalues that `eigsh` should find, where `dense` are all eigenvalues in ascending order."""
     if which == "BE":  # half from each end; if the count is odd, one more from the upper end
         low = count // 2
         return np.concatenate([dense[:low], dense[len(dense) - (count - low) :]])

@@ -39,19 +39,20 @@ __all__ = [
 
 _Operator = TypeVar("_Operator", bound=LinearOperator)
 
-# The dtypes of parameters have a smaller epsilon than this. A larger epsilon is due to autocast, or to TF32 on a GPU.
+# Parameters have dtypes with a smaller epsilon than this. A larger epsilon is due to autocast, to TF32 on a GPU, or to
+# a model that casts to a lower precision.
 _LOW_PRECISION = 1e-4
-# If a symmetric operator is not exactly linear, its symmetry defect is at most a few times its linearity error.
+# The symmetry defect of a symmetric operator that is not exactly linear is at most a few times its linearity error.
 _NOISE_FACTOR = 10
 
 
 def engine_parts(A: LinearOperator) -> list[EngineLinearOperator]:
-    """Return the operators of this package that `A` is composed of, or ``[A]`` if `A` itself is one."""
+    """Return the operators of this package in `A`, or ``[A]`` if `A` itself is an operator of this package."""
     return _parts(A, EngineLinearOperator)
 
 
 def distributed_parts(A: LinearOperator) -> list[DistributedLinearOperator]:
-    """Return the distributed operators that `A` is composed of, or ``[A]`` if `A` itself is one."""
+    """Return the distributed operators in `A`, or ``[A]`` if `A` itself is a distributed operator."""
     return _parts(A, DistributedLinearOperator)
 
 
@@ -73,7 +74,7 @@ def bypassed_journals(A: LinearOperator) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restored_warnings(operators: list[EngineLinearOperator]) -> Iterator[None]:
-    """After a ``with`` block, forget the warnings that were issued in it, so that later products issue them again."""
+    """Forget the warnings that operators issue within a ``with`` block, so that later products issue them again."""
     objectives = [operator._objective for operator in operators]
     before = [set(objective.checks.warned) for objective in objectives]
     try:
@@ -89,7 +90,7 @@ def magnitude(array: NDArray[Any]) -> float:
 
 
 def ratio(part: float, whole: float) -> float:
-    """Return ``part / whole``. If `whole` is zero, return 0 if `part` is zero, too, and infinity otherwise."""
+    """Return ``part / whole``. If `whole` is zero, return 0 if `part` is also zero, and infinity if it is not."""
     return 0.0 if part == 0 else part / whole if whole else math.inf
 
 
@@ -129,7 +130,7 @@ def model_findings(inspection: Any) -> Iterator[Finding]:
     yield _precision(f"{text}; epsilon {inspection.eps:.1e}", inspection.eps)
     random = inspection.change > inspection.eps**0.5  # above this limit, products raise an error
     first, second = inspection.losses
-    if not math.isfinite(first + second):  # this is no sign of randomness; the error of the product names the cause
+    if not math.isfinite(first + second):  # NaN is no sign of randomness; the product's error names the cause
         yield Finding("loss", WRONG, f"it is {first:g}", remedy="look for NaN and infinity in the data")
     yield _randomness(inspection, random)
     yield _order(inspection, random)
@@ -194,7 +195,7 @@ def _modes(inspection: Any, random: bool) -> Iterator[Finding]:
 
 
 def distributed_findings(operators: Sequence[DistributedLinearOperator]) -> Iterator[Finding]:
-    """Yield findings for an operator whose model is not accessible.
+    """Yield findings for an operator whose model, loss and data are not accessible.
 
     The findings describe the precision of distributed operators, and state what was not checked.
     """
@@ -226,15 +227,15 @@ def symmetry_finding(value: float, eps: float, noise: float, self_adjoint: bool,
     Parameters
     ----------
     value : float
-        The relative symmetry defect.
+        The relative symmetry defect, which is the relative difference between ``u' (A x)`` and ``(A u)' x``.
     eps : float
         Epsilon of the lowest precision that a product uses.
     noise : float
-        The relative linearity error of the products.
+        The largest relative error of products in the checks of ``matmat``, repeatability and linearity.
     self_adjoint : bool
         Whether ``A.H is A``.
     has_adjoint : bool
-        Whether the operator has an adjoint.
+        Whether the operator has an adjoint (``rmatvec``).
     """
     if not has_adjoint and not value <= rounding_tolerance(eps):
         if value <= _NOISE_FACTOR * noise:

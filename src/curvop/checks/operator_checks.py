@@ -42,8 +42,8 @@ __all__ = ["check", "route_findings"]
 
 Array = NDArray[Any]
 
-# If products by finite differences with two steps differ by more than this limit, a comparison is inconclusive. All
-# wrong formulas seen so far changed a product by more than this limit.
+# If finite differences with two step sizes give products that differ by more than this limit, a comparison is
+# inconclusive. All wrong formulas seen so far changed a product by more than this limit.
 _INCONCLUSIVE = 1e-3
 # Step of a difference quotient, relative to the norm of the parameters. The relative error of the quotient is
 # roughly as large as the step, or larger.
@@ -93,7 +93,7 @@ def check(
     and the gradient in other ways for comparison. If `A` is a sum, a submatrix, or a damped or journaled operator, the
     operators that it is composed of are checked in the same way. The check finds
 
-    - randomness in the loss, active dropout, batch normalisation in training mode, and data that change between passes;
+    - randomness in the loss, active dropout, batch normalization in training mode, and data that change between passes;
     - wrong derivatives, by comparison with forward mode and with finite differences of your code;
     - differences between the operator and your code, such as wrong batch weights, or a loss that reads the parameters
       from somewhere else (to find such differences, the check calls your model and loss the way you do, but with other
@@ -203,12 +203,12 @@ def check(
 def route_findings(
     routes: Sequence[Any], product: NDArray[Any], gradient: NDArray[Any], eps: float, scale: float = 0.0
 ) -> Iterator[Finding]:
-    """Compare a product and the gradient with those computed by other routes.
+    """Compare a product and the gradient of an operator with the same results from other methods ("routes").
 
     Parameters
     ----------
     routes : sequence of curvop.kernels.reference.Route
-        The products by other routes, and the gradient computed by the user's code.
+        The products computed by other methods, and the gradient computed by the user's code.
     product : ndarray, shape (M,)
         The product computed by the operator.
     gradient : ndarray, shape (P,)
@@ -221,8 +221,8 @@ def route_findings(
     Yields
     ------
     Finding
-        One finding for each route, another one if the matrix is zero because the loss is linear in the prediction, and
-        a warning if no independent route could be compared.
+        One finding for each route. If the matrix is zero because the loss is linear in the prediction, there is another
+        finding. If no independent route could be compared, there is also a warning.
     """
     gradients = [_gradient_finding(route, gradient, eps) for route in routes if route.name == "gradient"]
     gradient_agrees = all(finding.status == OK for finding in gradients)
@@ -259,7 +259,7 @@ class _OperatorChecks:
         self.products = 0
 
     def findings(self) -> Iterator[Finding]:
-        """Yield findings about the model, then about the algebra, then about the other routes."""
+        """Yield findings about the model, then about the algebra of products, then about other methods."""
         parts, random, reported = engine_parts(self._A), False, ""
         for part in parts:
             try:
@@ -302,8 +302,8 @@ class _OperatorChecks:
         # Errors are relative to the norm of the largest product, because one of the products may be zero by mistake.
         size = max(magnitude(AX) / math.sqrt(AX.shape[1]), magnitude(single), magnitude(again), magnitude(combined) / 3)
         errors = [magnitude(single - AX[:, 0]), magnitude(again - single), magnitude(combined - AX @ weights) / 3]
-        # The products of a block that is zero up to rounding are noise. The errors of such a block are relative to the
-        # terms that cancel.
+        # The products of a block that is zero up to rounding are noise. The errors of such a block are therefore
+        # divided by the size of the terms that cancel.
         if self._is_noise(max(errors), size) and size <= rounding_tolerance(self._eps) * (scale := self._scale()):
             yield zero_block_finding(size, scale)
             self._is_zero_block, size = True, scale
@@ -377,11 +377,11 @@ class _OperatorChecks:
         yield from route_findings(routes, product, gradient, self._eps, scale if is_zero else 0.0)
 
     def _scale(self) -> float:
-        """Return the norm to which the rounding errors of a zero block are relative; see `Route.scale`."""
+        """Return the norm by which the errors of a zero block are divided (see ``Route.scale``)."""
         return max((route.scale for part in self._comparable for route in self._compare(part)[2]), default=0.0)
 
     def _compare(self, part: EngineLinearOperator) -> tuple[Array, Array, list[Any]]:
-        """Return a vector of norm 1, the product of `part` with this vector, and the same product by other routes."""
+        """Return (vector, product, routes): a unit vector, its product with `part`, and the same by other methods."""
         if part not in self._compared:
             if part is self._A and self._first_product is not None:
                 vector, product = self._first_product
@@ -416,10 +416,10 @@ class _OperatorChecks:
 
 
 def _gradient_finding(route: Any, gradient: NDArray[Any], eps: float) -> Finding:
-    """Compare the gradient with the gradient computed by the user's code.
+    """Compare the gradient of the operator with the gradient computed by the user's code.
 
     If terms cancel, the rounding errors of both gradients are proportional to the size of the terms. The difference
-    between the gradients is therefore relative to this size.
+    between the gradients is therefore divided by this size.
     """
     own = route.products[0].cpu().numpy()
     value = ratio(magnitude(gradient - own), max(magnitude(own), route.own.size))
@@ -429,11 +429,11 @@ def _gradient_finding(route: Any, gradient: NDArray[Any], eps: float) -> Finding
 
 
 def _product_finding(route: Any, product: NDArray[Any], eps: float, scale: float) -> Finding:
-    """Compare the product of the operator with the product that another route computed."""
+    """Compare the product of the operator with the same product computed by another method."""
     if not route.products:
         return Finding(route.name, NOT_APPLICABLE, route.reason)
-    # Finite differences yield products with two or more steps. In a pair, the product with the longer step has the
-    # smaller rounding error, and is accurate if there is no kink nearby.
+    # Finite differences give one product for each of two or more step sizes. The first product has a longer step than
+    # the second. It therefore has a smaller rounding error, and is accurate if there is no kink nearby.
     first, *others = [other.cpu().numpy() for other in route.products]
     shorter = others[0] if others else first
     size = max(magnitude(shorter), scale)
@@ -446,7 +446,7 @@ def _product_finding(route: Any, product: NDArray[Any], eps: float, scale: float
             text = f"the steps differ by {error:.1e}, as they do near kinks (ReLU): the comparison is inconclusive"
             return Finding(route.name, NOT_APPLICABLE, text)
         limit += 4 * error
-        if error > _STEP and limit < value < 100 * error:  # a smooth function would have a smaller error
+        if error > _STEP and limit < value < 100 * error:  # the error would be smaller for a smooth function
             text = f"kinks, such as those of ReLU, lie within a step: the comparison is only accurate to {value:.1e}"
             return Finding(route.name, NOT_APPLICABLE, text)
         if value > limit and route.own is not None and route.own.holds:
@@ -457,7 +457,7 @@ def _product_finding(route: Any, product: NDArray[Any], eps: float, scale: float
 
 
 def _with_source(finding: Finding, route: Any) -> Finding:
-    """Append a description of how the user's code was called to the text of a finding."""
+    """Add to the text of a finding how the user's code was called."""
     source = ""
     if route.own is not None:
         source = "of your own code" + (", all data as one batch" if route.own.whole else "")
@@ -465,9 +465,9 @@ def _with_source(finding: Finding, route: Any) -> Finding:
 
 
 def _with_likely_cause(finding: Finding, route: Any, status: dict[str, str], gradient_agrees: bool) -> Finding:
-    """Use the results of other routes to find the cause of a wrong product.
+    """Adapt the finding about a wrong product to the cause that the other comparisons suggest.
 
-    Only findings with the status 'wrong' are changed. They may become warnings or get another remedy.
+    Only findings with the status 'wrong' are changed. Some of them become warnings.
     """
     if finding.status != WRONG:
         return finding

@@ -67,11 +67,11 @@ _DAMPING = "damping in (B + damping I) x = g (default: 0.01)"
 
 
 class UsageError(ValueError):
-    """Invalid command-line arguments."""
+    """Raised if a command-line argument is invalid."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser that raises `UsageError` if an argument is invalid, so that the command does not print its usage."""
+    """Parser that raises `UsageError` for an invalid argument, instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
@@ -263,7 +263,7 @@ def _duration(text: str) -> float:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise `UsageError` for invalid arguments that would otherwise be detected only after the computation."""
+    """Raise `UsageError` for arguments whose errors would otherwise be found only after a long computation."""
     if options.command == "check":
         return
     if options.matrix == "jacobian" and options.which:  # eigs only
@@ -298,7 +298,7 @@ def _check_directory(out: Path | None, resume: bool) -> None:
     if not os.access(out if out.exists() else out.resolve().parent, os.W_OK):
         raise UsageError(f"argument --out: cannot write {str(out)!r}")
     if not (out.exists() and any(out.iterdir())):
-        return  # start a study, even with --resume: a queued job can then repeat one command
+        return  # start a study even with --resume, so that a queued job can always use the same command
     if not resume:
         raise UsageError(f"argument --out: {str(out)!r} is not empty: pass --resume to continue it, or another folder")
     if not (out / JOURNAL).is_dir():

@@ -1,4 +1,4 @@
-"""Studies for ``curvop eigs``: generators that yield each result as soon as it is available.
+"""Generators that run the studies of ``curvop eigs`` and yield each result as soon as it is available.
 
 `study` computes extreme eigenvalues of a symmetric matrix; `singular_study` computes the largest singular values of a
 Jacobian. `curvop.cli.report` prints the results.
@@ -28,8 +28,8 @@ from curvop.testing.functorch_reference import functorch_jacobian
 __all__ = ["evaluated", "singular_study", "study"]
 
 # Settings for SciPy's svds, the same as in curvop.spectrum.eigsh. With SciPy's default of 10 N restarts, svds may never
-# end for a large problem. SciPy's default of 20 basis vectors needs twice as many products if the singular values are
-# clustered.
+# end for a large problem. If the singular values are clustered, SciPy's default of 20 basis vectors takes twice as many
+# products as 30.
 _SVDS_RESTARTS = 1000
 _SVDS_BASIS = 30
 
@@ -46,7 +46,7 @@ def study(
     damping: float,
     bar: Any,
 ) -> Iterator[Result]:
-    """Study a curvature matrix of a problem.
+    """Compute extreme eigenvalues of a curvature matrix, check them, and solve a damped linear system.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def study(
     Yields
     ------
     Setup, Spectrum, DenseCheck, Solve
-        One of each, in this order.
+        One object of each type, in this order.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def singular_study(
     block: Sequence[str] | None,
     bar: Any,
 ) -> Iterator[Setup | Singular | DenseCheck]:
-    """Study the Jacobian of a problem's predictions.
+    """Compute the largest singular values of the Jacobian of a problem's predictions, and check them.
 
     Parameters
     ----------
@@ -124,14 +124,14 @@ def singular_study(
     cost : bool
         Whether to measure the cost of one product.
     block : sequence of str or None
-        Names of the parameters of a block of columns. If None, use the whole matrix.
+        Names of the parameters whose columns form a block. If None, use the whole matrix.
     bar : tqdm.tqdm
         Progress bar that counts products. Its description names the current step.
 
     Yields
     ------
     Setup, Singular, DenseCheck
-        One of each, in this order.
+        One object of each type, in this order.
 
     Raises
     ------
@@ -157,7 +157,7 @@ def singular_study(
 
 
 def evaluated(operator: Any) -> tuple[Array, float]:
-    """Return the gradient and the loss of the whole data set.
+    """Return (gradient, loss), both for the whole data set.
 
     Raises
     ------
@@ -189,12 +189,12 @@ def _first_pass(
 ) -> Setup:
     """Evaluate the loss, its gradient and one product, and return a description of the matrix.
 
-    An error is raised if the model or the loss has no second derivatives, so that the solver does not start.
+    If the model or the loss has no second derivatives, the product raises an error before the solver starts.
     """
     with _timed(operator) as cost:
         gradient, loss = evaluated(operator)
         product = _first_product(operator)
-    if not product.any():  # ARPACK would raise an error about its starting vector
+    if not product.any():  # ARPACK would only complain about its starting vector
         raise ProblemError("the matrix is zero: the loss is linear in these parameters, or does not depend on them")
     setup = _setup(problem, whole.shape[0], operator, block, product, cost, with_cost)
     return dataclasses.replace(setup, loss=loss, gradient_norm=float(np.linalg.norm(gradient.astype(np.float64))))
@@ -211,7 +211,7 @@ def _first_jacobian_pass(
 
 
 def _first_product(operator: Any) -> Array:
-    """Return the product with a standard normal vector."""
+    """Return the product of the operator with a standard normal vector."""
     try:
         product: Array = operator @ np.random.default_rng(0).standard_normal(operator.shape[1])
     except Exception as error:  # for example if there are no second derivatives
@@ -248,9 +248,9 @@ def _setup(
 def _spectrum(operator: Any, ends: Sequence[tuple[str, int]], tol: float, rounding: float, bar: Any) -> Spectrum:
     """Compute the eigenpairs and their true residuals at all `ends` of the spectrum.
 
-    `rounding` is the rounding error that a residual may have. One block product gives the residuals for all ends.
-    `curvop.spectrum.certify` would take at least 8 more products for each end. The error bounds of `certify` are not
-    needed, because the eigenvalues are compared with those of the dense matrix.
+    `rounding` is the rounding error that is accepted in a residual. One block product gives the residuals of all
+    eigenpairs. `curvop.spectrum.certify` would take at least 8 more products for each end. Instead of computing error
+    bounds, the study compares the eigenvalues with those of the dense matrix, if the matrix is small enough.
     """
     results = []
     for which, wanted in ends:
@@ -272,7 +272,7 @@ def _spectrum(operator: Any, ends: Sequence[tuple[str, int]], tol: float, roundi
 
 
 def _solve(block: Any, damping: float, rtol: float, bar: Any) -> Solve:
-    """Solve the damped linear system of a block, with the gradient of the block as the right-hand side."""
+    """Solve the damped linear system of a block. The right-hand side is the gradient for its parameters."""
     bar.set_description_str("solve")
     gradient, _ = _finite_gradient(block)
     with _timed(block) as cost, without_verdicts():
@@ -281,7 +281,7 @@ def _solve(block: Any, damping: float, rtol: float, bar: Any) -> Solve:
 
 
 def _svds(operator: Any, k: int, tol: float, rounding: float) -> Singular:
-    """Compute the largest singular triplets and their residuals in ``J v = sigma u`` and ``J' u = sigma v``."""
+    """Compute the largest singular values and vectors, with residuals in ``J v = sigma u`` and ``J' u = sigma v``."""
     rng = np.random.default_rng(0)
     v0 = rng.standard_normal(min(operator.shape)).astype(operator.dtype, copy=False)
     basis = max(2 * k + 1, _SVDS_BASIS)

@@ -1,4 +1,4 @@
-"""Results of ``curvop spectrum``, and files with these results: arrays, JSON, pictures and an HTML report."""
+"""The results of ``curvop spectrum``, and how they are written to files: arrays, JSON, pictures and an HTML report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from curvop.storage.result_files import appearing
 
 __all__ = ["StudyFiles", "StudyResults"]
 
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles of the density in the JSON output
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # levels of the quantiles of the density in the JSON output
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -40,7 +40,7 @@ class StudyResults:
     Attributes
     ----------
     problem, title : str
-        Name of the problem, and name of the kind of matrix.
+        Name of the problem, and title of the matrix, for example "Hessian".
     rows, parameters : int
         Number of rows of the matrix, and number of parameters of the problem.
     names : list of str
@@ -50,15 +50,16 @@ class StudyResults:
     ends : list of EigenResult
         Eigenvalues at each end of the spectrum.
     trace, norm : Estimate or None
-        Trace and Frobenius norm.
+        Estimates of the trace and the Frobenius norm.
     density : SpectralDensity or None
         The spectral density.
     blocks : BlockStudy or None
         The study of each parameter's block.
     undone : list of str
-        Messages about steps that were not finished. If a result is None, its step was not finished or not requested.
+        Messages about steps that were not finished. If the attribute of a result is None, the step that computes the
+        result was not finished or not requested.
     products : int
-        Number of products that were computed. Products that were read from the journal do not count.
+        Number of products that were computed, not counting those that were read from the journal.
     seconds : float
         Duration of the study.
     journal_bytes : int or None
@@ -118,9 +119,9 @@ class StudyResults:
         return "\n".join([*lines, "", *(self.undone or ["all steps are complete"])])
 
     def json(self) -> dict[str, Any]:
-        """Return all results except arrays as a JSON serializable dictionary.
+        """Return the results as a JSON serializable dictionary.
 
-        The arrays are in the ``.npz`` files.
+        Eigenvectors, the nodes of densities and the norms of off-diagonal blocks are only in the ``.npz`` files.
         """
         names = ("problem", "title", "rows", "parameters", "names", "undone", "products", "seconds", "journal_bytes")
         return {name: getattr(self, name) for name in names} | {
@@ -158,7 +159,7 @@ class StudyFiles:
         return (self._directory / "spectrum.json").exists()
 
     def write(self, results: StudyResults) -> None:
-        """Write all files, except arrays and pictures that have not changed since the last call."""
+        """Write all files. Omit arrays and pictures that have not changed since the last call."""
         parts: dict[str, Any] = {f"eigenpairs_{end.which}": end for end in results.ends}
         parts |= {name: getattr(results, name) for name in ("density", "blocks") if getattr(results, name) is not None}
         changed = {name for name, part in parts.items() if self._written.get(name) is not part}

@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options is None:
             return 2
         return {"eigs": _eigs, "solve": _solve, "spectrum": _spectrum, "check": _check}[options.command](options)
-    except SystemExit as stop:  # argparse, after --help and --version
+    except SystemExit as stop:  # argparse exits after --help and --version
         return int(stop.code or 0)
     except (UsageError, ProblemError) as error:
         return _fail(str(error), 2)
-    except UNTRUSTED as error:  # the first pass succeeded, but a later pass failed
+    except UNTRUSTED as error:  # the first pass over the data succeeded, but a later one failed
         return _fail(f"the problem cannot be evaluated: {describe_error(error)}", 2)
     except KeyboardInterrupt:
         print("curvop: interrupted", file=sys.stderr)
@@ -73,7 +73,7 @@ def _eigs(options: argparse.Namespace) -> int:
         with _progress_bar() as bar:
             for result in _study(problem, options, bar):
                 results.append(result)
-                bar.delay = 0  # show the bar only after the first pass, which fails if the problem is invalid
+                bar.delay = 0  # the first result shows that the problem is valid: display the bar now
                 if isinstance(result, DenseCheck) and options.out:
                     save(options.out, *results)
                 if not options.json:
@@ -99,7 +99,7 @@ def _study(problem: dict[str, Any], options: argparse.Namespace, bar: Any) -> It
 
 
 def _ends(options: argparse.Namespace) -> list[tuple[str, int]]:
-    """Return a list of pairs (`which`, `k`), one for each end of the spectrum at which eigenvalues are computed.
+    """Return a list of pairs (`which`, `k`), one pair for each end of the spectrum to compute.
 
     By default, the smallest eigenvalues are computed only for a Hessian. The other matrices are semi-definite, and
     usually many of their eigenvalues are zero.
@@ -172,8 +172,8 @@ def _check(options: argparse.Namespace) -> int:
 def _progress_bar() -> Iterator[Any]:
     """Yield a progress bar that counts products.
 
-    The bar is written to stderr after a delay of half a second. Before that, an error message for an invalid problem is
-    the only output.
+    The bar appears on stderr after half a second. If the problem is invalid and the command fails earlier, it prints
+    only the error message.
     """
     terminal = sys.stderr.isatty()
     # Keep the bar in a log file, but clear it on a terminal.

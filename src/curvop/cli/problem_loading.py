@@ -1,7 +1,8 @@
 """Load a problem, and create operators for it.
 
 A problem is a dictionary with the arguments that most operators need: ``model``, ``loss_function``, ``params`` and
-``data``. There is a built-in problem, `digits`. All other problems are returned by functions of the user.
+``data``. The problem `digits` is built in. For all other problems, the user provides a function that returns the
+dictionary.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def digits(seed: int = 0) -> dict[str, Any]:
 def _linear(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.Linear:
     """Return a layer with the default initialization of ``nn.Linear``, drawn from `generator`.
 
-    The constructor of ``nn.Linear`` can only use the global random state.
+    This function is needed because the constructor of ``nn.Linear`` can only use the global random state.
     """
     layer: nn.Linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, dtype=torch.float64)
     bound = 1.0 / math.sqrt(fan_in)
@@ -112,7 +113,7 @@ def _train(
     epochs: int = 40,
     batch_size: int = 128,
 ) -> None:
-    """Train the model with Adam and a cosine schedule, which ends near a stationary point of the loss."""
+    """Train the model with Adam and a cosine schedule, which brings it close to a stationary point of the loss."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     for _ in range(epochs):
@@ -211,7 +212,7 @@ def _load_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # If the condition is false, the module was found, but a module that it imports is missing.
+        # If the missing module is not the requested one, the requested module was found, but one of its imports failed.
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise ProblemError(f"no module named {name!r}; a problem is {_FORMS}") from error
         raise ProblemError(f"importing {name!r} failed: {describe_error(error)}") from error
@@ -254,7 +255,7 @@ def _call(function: Callable[..., object], spec: str) -> object:
 
 
 def _validated(problem: object, spec: str) -> dict[str, Any]:
-    """Return a user's problem as a dictionary. Raise if a key is unknown or missing; operators check the values."""
+    """Check the keys of a user's problem, and return the problem as a dictionary. Operators check its values."""
     expected = "it must be a dict with the keys " + ", ".join(_KEYS)
     if not isinstance(problem, Mapping):
         raise ProblemError(f"{spec!r} returned an object of type {type(problem).__name__}; {expected}")
@@ -274,7 +275,7 @@ def _validated(problem: object, spec: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Symmetric curvature matrix: its title in reports, its operator class, and a function for the dense matrix."""
+    """A symmetric curvature matrix: title in reports, class of the operator, and function for the dense matrix."""
 
     title: str
     operator: Callable[..., Any]
@@ -294,7 +295,7 @@ MATRICES = {
 def wrap(
     problem: dict[str, Any], matrix: str, settings: dict[str, Any], block: Sequence[str] | None, progress: Any = False
 ) -> tuple[Any, Any]:
-    """Create an operator for a problem.
+    """Create the operators for the matrix of a problem and for a block of this matrix.
 
     Parameters
     ----------
@@ -305,7 +306,7 @@ def wrap(
     settings : dict
         ``dtype``, ``engine`` and ``columns`` of the operator.
     block : sequence of str or None
-        Names of the parameters of a block. If None, `part` is `whole`.
+        Names of the parameters of the block. If None, `part` is `whole`.
     progress : bool or tqdm.tqdm
         Argument `progress` for the operator.
 
@@ -329,7 +330,7 @@ def wrap(
 def wrap_jacobian(
     problem: dict[str, Any], settings: dict[str, Any], block: Sequence[str] | None, progress: Any = False
 ) -> tuple[Any, Any]:
-    """Create an operator for the Jacobian of a problem's predictions.
+    """Create the operators for the Jacobian of a problem's predictions and for a block of its columns.
 
     Parameters
     ----------
@@ -338,7 +339,7 @@ def wrap_jacobian(
     settings : dict
         ``dtype``, ``engine`` and ``columns`` of the operator.
     block : sequence of str or None
-        Names of the parameters of a block of columns. If None, `part` is `whole`.
+        Names of the parameters whose columns form the block. If None, `part` is `whole`.
     progress : bool or tqdm.tqdm
         Argument `progress` for the operator.
 
@@ -364,7 +365,8 @@ def wrap_jacobian(
 def _restricted(whole: Any, block: Sequence[str] | None, argument: str) -> Any:
     """Return a block of an operator, or the whole operator if `block` is None.
 
-    Error messages of the operator begin with `argument`, the name of its own argument. Replace it with ``--block``.
+    Error messages of ``whole.block`` begin with `argument`, the name of its own argument. In these messages,
+    ``--block`` replaces the name.
     """
     if block is None:
         return whole

@@ -67,7 +67,7 @@ class Setup:
     N : int
         Number of rows of the matrix. For a Jacobian, this is the number of predictions.
     slices : dict of str to slice
-        For each parameter, the rows of the matrix that belong to it (for a Jacobian, the columns).
+        The rows of the matrix that belong to each parameter (for a Jacobian, the columns).
     block : tuple of str or None
         Names of the parameters of the block, or None for the whole matrix.
     dtype, model_dtype : str
@@ -75,11 +75,11 @@ class Setup:
     device : str
         Device of the parameters.
     loss, gradient_norm : float or None
-        Loss, and norm of its gradient. None for a Jacobian.
+        The loss, and the norm of its gradient. Both are None for a Jacobian.
     norm : float
-        Norm of the product with a standard normal vector. This estimates the Frobenius norm of the matrix.
+        Norm of the product of the matrix with a standard normal vector, which is an estimate of the Frobenius norm.
     cost : StepCost
-        Cost of the first pass over the data.
+        Cost of the first evaluation of the problem.
     product : curvop.operators.engine_operator.Cost or None
         Cost of one product, or None if it was not measured.
     """
@@ -110,7 +110,7 @@ class End:
     wanted : int
         Number of eigenvalues requested.
     values : ndarray, shape (n,)
-        The eigenvalues that converged.
+        The eigenvalues that have converged.
     vectors : ndarray, shape (N, n)
         The eigenvectors.
     residuals : ndarray, shape (n,)
@@ -203,7 +203,7 @@ class Singular:
 
 @dataclass(frozen=True)
 class Solve:
-    """Solution of ``(B + damping I) x = g``. B and g are the matrix and the gradient for the parameters `block`."""
+    """Solution of ``(B + damping I) x = g``, where B is the matrix and g the gradient for the parameters in `block`."""
 
     block: tuple[str, ...]
     N: int
@@ -224,10 +224,10 @@ Result = Setup | Spectrum | Singular | DenseCheck | Solve
 def save(path: Path, setup: Setup, spectrum: Spectrum | Singular, dense: DenseCheck) -> None:
     """Save eigenpairs, or singular values and vectors, to an ``.npz`` file.
 
-    The file contains the arrays of `spectrum` and the arrays of `param_arrays`, which locate the parameters in the
-    vectors. If the dense matrix was computed, the file also contains its eigenvalues as ``dense_eigenvalues`` (for a
-    Jacobian, the eigenvalues of J' J). The file contains no pickled objects. An existing file is replaced only after
-    the new file is complete.
+    The file contains the arrays of `spectrum`, and the arrays of `param_arrays`, which tell which rows of the vectors
+    belong to which parameter. If the dense matrix was computed, the file also contains its eigenvalues as
+    ``dense_eigenvalues`` (for a Jacobian, the eigenvalues of J' J). The file contains no pickled objects. An existing
+    file is replaced only after the new file is complete.
     """
     arrays = {**spectrum.arrays, **param_arrays(setup.slices)}
     if dense.values is not None:
@@ -236,7 +236,7 @@ def save(path: Path, setup: Setup, spectrum: Spectrum | Singular, dense: DenseCh
 
 
 def param_arrays(slices: dict[str, slice]) -> dict[str, Array]:
-    """Return a dictionary of two arrays: names of parameters, and start and stop of the rows of each parameter."""
+    """Return two arrays in a dictionary: the names of the parameters, and the start and stop row of each parameter."""
     return {
         "param_names": np.array(list(slices), dtype=np.str_),
         "param_slices": np.array([(rows.start, rows.stop) for rows in slices.values()], dtype=np.int64),
@@ -244,7 +244,7 @@ def param_arrays(slices: dict[str, slice]) -> dict[str, Array]:
 
 
 def num_products(results: Sequence[Any]) -> int:
-    """Return the total number of products in all results."""
+    """Return the total number of products that were computed for all results."""
     costs = [result.cost for result in results if isinstance(result, Setup | Singular | Solve)]
     for spectrum in (result for result in results if isinstance(result, Spectrum)):
         costs += [spectrum.residual_cost, *(end.cost for end in spectrum.ends)]

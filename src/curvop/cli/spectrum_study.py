@@ -38,9 +38,9 @@ from curvop.storage.records import RecordFileError
 
 __all__ = ["spectrum_study"]
 
-_ESTIMATE_PRODUCTS = 60  # number of products for the trace, and also for the norm
-# The available time is the time until the deadline, minus the time for writing files. The steps end at the following
-# fractions of the available time.
+_ESTIMATE_PRODUCTS = 60  # number of products for the trace; the norm takes as many
+# The available time is the time until the deadline, minus the time reserved for writing files. The following fractions
+# of the available time are the time limits of the steps, counted from the start of the study.
 _WRITING = 3.0  # seconds
 _EIGENVALUES, _ESTIMATES, _DENSITY, _BLOCKS = 0.4, 0.5, 0.75, 0.97
 
@@ -75,14 +75,14 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, start: 
 
     Notes
     -----
-    Computations in progress are not interrupted. The study can therefore exceed the deadline
+    Computations in progress are not interrupted. The study can therefore exceed the deadline for three reasons:
 
-    - by the time for the loss and its gradient, which are always computed;
-    - by the time for one Lanczos step of the density, which is a block product with one vector for each probe (the
-      first step is always computed);
-    - by the time to write files, if that is more than three seconds.
+    - The loss and its gradient are always computed.
+    - A Lanczos step of the density is a block product with one vector for each probe, and the first step is always
+      computed.
+    - Writing the files may take more than the three seconds that are reserved for it.
 
-    All other steps exceed their time limits by at most the time for one product or for one block product with 16
+    All other steps exceed their time limits by at most the time for one product, or for one block product with 16
     vectors.
     """
     whole, A = wrap(problem, options.matrix, operator_settings(options), options.block)
@@ -116,7 +116,7 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, start: 
 def _check_memory(A: Any, options: argparse.Namespace) -> None:
     """Raise if the density, the trace or the norm would need more memory than is available.
 
-    Otherwise, these steps might run out of memory hours later. `eigsh` checks its own memory when it starts.
+    Without this check, these steps might run out of memory hours later. `eigsh` checks its own memory when it starts.
     """
     steps, vectors = min(options.steps, A.shape[0]), 4 * _estimate_products(A)
     try:
@@ -149,7 +149,8 @@ def _run(results: StudyResults, A: Any, steps: dict[str, Step], files: StudyFile
         return A.num_products, id(results.blocks)
 
     def write(undone: list[str]) -> None:
-        # If a resumed run has so far only read recorded products, keep the more complete report of the earlier run.
+        # If a resumed run has only read recorded products so far, keep the report of the earlier run, which is more
+        # complete.
         if files is not None and (state() != first_state or not files.exist):
             files.write(_intermediate(results, A, start, undone))
 
@@ -201,7 +202,7 @@ def _steps(
             count = _estimate_products(A)
             with step_bar(name, total=count) as bar:
                 result = estimator(TimedOperator(CountedOperator(A, bar), deadline_after(seconds)), count, rng=seed)
-                bar.total = bar.n  # the trace of a small matrix takes fewer products
+                bar.total = bar.n  # a small matrix takes fewer products than expected
             return result
 
         try:
@@ -233,7 +234,7 @@ def _eigenvalues(results: StudyResults, A: LinearOperator, which: str, k: int, s
     try:
         with without_verdicts():
             result = _recalled(A, lambda B, limit: eigsh(B, k, which, method="lanczos", seconds=limit), seconds)
-    except TimeoutError:  # eigsh computes a small dense matrix, so there is no partial result
+    except TimeoutError:  # for a small matrix, eigsh forms the dense matrix, and has no partial result
         result = None
     if result is None or not len(result.values):
         results.undone.append(f"eigenvalues {which}: not done by the deadline")
@@ -246,9 +247,9 @@ def _eigenvalues(results: StudyResults, A: LinearOperator, which: str, k: int, s
 
 
 def _recalled(A: LinearOperator, run: Callable[[LinearOperator, float | None], Any], seconds: float | None) -> Any:
-    """Return ``run(A, seconds)``, but without a time limit if the journal already contains all products.
+    """Return ``run(A, seconds)``, or ``run(A, None)`` if the journal already contains all products of this run.
 
-    Results that need no new products are therefore reported even after the deadline.
+    Results that take no new products are therefore reported even after the deadline.
     """
     if seconds is not None and isinstance(A, JournaledLinearOperator):
         with contextlib.suppress(UnrecordedError):
@@ -267,7 +268,7 @@ def _density(results: StudyResults, A: Any, options: argparse.Namespace, seconds
 
 
 def _finished_blocks(results: StudyResults, A: Any, checkpoint: Path | None) -> None:
-    """Read the blocks that an earlier run has finished into `results`, even if this run does not study blocks."""
+    """Add the blocks that an earlier run has finished to `results`, even if this run does not study blocks."""
     if checkpoint is not None and checkpoint.exists():
         study = blocks(A, checkpoint=checkpoint, seconds=0, progress=False)
         results.blocks = study if study.names else None

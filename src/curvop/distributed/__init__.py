@@ -1,8 +1,8 @@
 """Curvature matrices of data sets that are spread over processes.
 
-Start the script with ``torchrun``. Each rank creates an operator of its own part of the data and passes it to `serve`.
-Rank 0 runs the solver; the other ranks compute what their data contribute to the products. If one process can read the
-whole data set, use the operators of `curvop` directly.
+Start the script with ``torchrun``. Each rank (process) creates an operator of its own part of the data and passes the
+operator to `serve`. Rank 0 runs the solver. The other ranks compute what their data contribute to the products. If one
+process can read the whole data set, use the operators of `curvop` directly.
 """
 
 from curvop.distributed.distributed_operator import DistributedLinearOperator, RankError, serve

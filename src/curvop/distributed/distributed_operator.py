@@ -1,7 +1,7 @@
 """Curvature matrices of data sets that are spread over processes.
 
 Every rank enters `serve` with an operator of its own part of the data. Rank 0 runs the solver on a
-`DistributedLinearOperator`; the other ranks compute what their data contribute to the products.
+`DistributedLinearOperator`. The other ranks compute what their data contribute to the products.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
 
     Every rank enters this context manager with an operator of its own part of the data. On rank 0, the context manager
     yields the operator of the whole data set, which any solver accepts. On every other rank, the context manager
-    computes what the data of the rank contribute to the products. It yields None when rank 0 has left its ``with``
-    block. Start the script with ``torchrun``. Without a launcher, or with one rank, the only process is rank 0.
+    computes what the data of the rank contribute to the products. On these ranks, it yields None after rank 0 has left
+    its ``with`` block. Start the script with ``torchrun``. If there is no launcher or only one rank, the only process
+    is rank 0.
 
     If one process can read the whole data set in acceptable time, do not use `serve`: pass the operator to the solver
     directly.
@@ -56,7 +57,7 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
         Python's global interpreter lock, such as ``scipy.linalg.eigh`` of a large matrix, also blocks the heartbeats
         and must not take longer than `timeout`.
     arrival : float, optional
-        Time in seconds that ranks wait for each other at the beginning, for example while some of them load data.
+        Time in seconds that ranks wait for each other at the beginning, for example because some of them load data.
         Default: 600.
 
     Yields
@@ -260,7 +261,8 @@ class DistributedLinearOperator(ParameterLinearOperator):
         Raises
         ------
         NotImplementedError
-            If the exact diagonal is unknown, for example for a Hessian. `curvop.spectrum.diagonal` estimates it.
+            If the exact diagonal cannot be computed, for example for a Hessian. Use `curvop.spectrum.diagonal` to
+            estimate the diagonal.
         ValueError
             If the operator is a block whose rows and columns are different parameters.
         """
@@ -276,10 +278,10 @@ class DistributedLinearOperator(ParameterLinearOperator):
     def fingerprint(self) -> dict[str, str]:
         """Return a dictionary of digests that identify the matrix.
 
-        Each rank reads its data once. The dictionary contains the digests of rank 0 (described in
-        `curvop.storage.fingerprint.fingerprint`), the digests of the batches of every rank (for example ``data, rank 1,
-        batch 0``), and every other digest of a rank that differs from the corresponding digest of rank 0 (for example
-        ``rank 1, seed``).
+        Each rank reads its data once. The dictionary contains the digests of rank 0, which
+        `curvop.storage.fingerprint.fingerprint` describes. It also contains the digests of the batches of every rank
+        (for example ``data, rank 1, batch 0``). If another digest of a rank differs from that of rank 0, it is added
+        (for example ``rank 1, seed``).
 
         Returns
         -------
@@ -331,7 +333,10 @@ class DistributedLinearOperator(ParameterLinearOperator):
         return self._multiply(torch.from_numpy(array)).cpu().numpy().astype(dtype, copy=False)
 
     def _multiply(self, vectors: Tensor) -> Tensor:
-        """Return the products with the rows of `vectors`, of shape (K, N), as a float64 tensor of shape (K, M)."""
+        """Multiply the matrix by each row of `vectors`, which has shape (K, N).
+
+        The result is a float64 tensor of shape (K, M).
+        """
         with torch.inference_mode(False):
             vectors = vectors.to(self._remote.group.device).contiguous()
             count, dtype = len(vectors), str(vectors.dtype).removeprefix("torch.")
@@ -342,7 +347,7 @@ class DistributedLinearOperator(ParameterLinearOperator):
     def _totals(
         self, command: str, local: Callable[[], list[Tensor]], tensors: Sequence[Tensor] = (), **arguments: Any
     ) -> list[Tensor]:
-        """Add the tensors that the ranks compute, and return the sums.
+        """Let all ranks compute tensors, and return the sums of these tensors over the ranks.
 
         Rank 0 calls `local`, and the other ranks execute `command`.
         """

@@ -52,11 +52,11 @@ class PartialSum:
         self._centered = A if isinstance(A, GradientCovarianceLinearOperator) else None
 
     def block(self, rows: Sequence[str], cols: Sequence[str]) -> Self:
-        """Return the partial sum for a block of the matrix."""
+        """Return the `PartialSum` of a block of the matrix."""
         return type(self)(self.A.block(rows, cols))
 
     def adjoint(self) -> Self:
-        """Return the partial sum for the adjoint, which uses the same cached linearizations."""
+        """Return the `PartialSum` of the adjoint, which uses the same cached linearizations."""
         adjoint = self.A.H
         return self if adjoint is self.A else type(self)(adjoint)
 
@@ -69,10 +69,10 @@ class PartialSum:
         return [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in self.tensors()]
 
     def shared_settings(self) -> dict[str, str]:
-        """Return the digests that are compared between ranks.
+        """Return a dictionary of the digests that are compared between ranks.
 
-        The dictionary contains the fingerprint without the data, and a separate digest of each tensor in the model or
-        the loss function, so that an error can name the tensor that differs.
+        The dictionary contains the fingerprint without the data. It also contains a separate digest of each tensor in
+        the model or the loss function, so that an error can name the tensor that differs.
         """
         parts = self.A.fingerprint(data=False)
         params = {id(value) for value in self._objective.params.values()}
@@ -89,7 +89,7 @@ class PartialSum:
             return self.A.fingerprint()
 
     def product_sums(self, vectors: Tensor) -> list[Tensor]:
-        """Return the sums over the data for products with the rows of `vectors`.
+        """Return the sums over this rank's data from which `products` computes the products with the rows of `vectors`.
 
         `vectors` has shape (K, N) and dtype float32 or float64, on any device.
         """
@@ -105,7 +105,10 @@ class PartialSum:
         return self._summed(compute)
 
     def products(self, totals: Sequence[Tensor], count: int) -> Tensor:
-        """Return the products of the whole matrix with `count` vectors, as a float64 tensor of shape (count, M)."""
+        """Compute the products of the whole matrix with `count` vectors from the sums over all ranks.
+
+        The result is a float64 tensor of shape (count, M).
+        """
         [sums, *gradient_sums], divisor = self._divisor(totals)
         products = sums.view(count, -1).div_(divisor)
         if self._centered is not None:
@@ -114,7 +117,7 @@ class PartialSum:
         return products
 
     def gradient_sums(self) -> list[Tensor]:
-        """Return the sums over the data of the gradient (with respect to the row parameters) and of the loss."""
+        """Return the sums over this rank's data from which `gradient` computes the gradient and the loss."""
 
         def compute() -> list[Tensor]:
             gradient, loss = self.A._gradient()
@@ -123,12 +126,15 @@ class PartialSum:
         return self._summed(compute)
 
     def gradient(self, totals: Sequence[Tensor]) -> tuple[Tensor, float]:
-        """Return the gradient (a float64 tensor of shape (M,)) and the loss of the whole data set."""
+        """Compute (gradient, loss) of the whole data set from the sums over all ranks.
+
+        The gradient is a float64 tensor of shape (M,), with respect to the row parameters.
+        """
         [gradient, loss], divisor = self._divisor(totals)
         return gradient.div_(divisor), loss.item() / divisor
 
     def diagonal_sums(self) -> list[Tensor]:
-        """Return the sums over the data for the exact diagonal of a GGN-like matrix."""
+        """Return the sums over this rank's data from which `diagonal` computes the diagonal of a GGN-like matrix."""
 
         def compute() -> list[Tensor]:
             assert isinstance(self.A, GGNLikeLinearOperator)
@@ -143,7 +149,7 @@ class PartialSum:
         return self._summed(compute)
 
     def diagonal(self, totals: Sequence[Tensor]) -> Tensor:
-        """Return the diagonal of the whole matrix as a float64 tensor of shape (N,)."""
+        """Compute the diagonal of the whole matrix, a float64 tensor of shape (N,), from the sums over all ranks."""
         [diagonal, *gradient_sums], divisor = self._divisor(totals)
         diagonal.div_(divisor)
         if self._centered is not None:
@@ -152,9 +158,9 @@ class PartialSum:
         return diagonal
 
     def _summed(self, compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-        """Return the sums from `compute` as flat float64 tensors, followed by a tensor for `_divisor`.
+        """Return the sums from `compute` as flat float64 tensors, followed by one tensor for the method `_divisor`.
 
-        The last tensor contains the total weight and the number of batches.
+        The last tensor contains the total weight and the number of this rank's batches.
         """
         with torch.inference_mode(False), self._objective.as_part_of_data() as weights:
             sums = [total.reshape(-1).double() for total in compute()]
@@ -162,11 +168,11 @@ class PartialSum:
         return [*sums, torch.tensor(weight, dtype=torch.float64, device=self._objective.device)]
 
     def _divisor(self, totals: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
-        """Return all totals except the last one, and the number by which to divide them."""
+        """Return (sums, divisor): all totals except the last one, and the number by which these must be divided."""
         weight, batches = totals[-1].tolist()
         if not batches:
             raise ValueError("data is empty on every rank: pass at least one batch on one rank")
-        self._objective.checks.warn_once(self._objective, int(batches))  # the number on all ranks, not only on this one
+        self._objective.checks.warn_once(self._objective, int(batches))  # batches on all ranks, not only on rank 0
         return totals[:-1], self._objective.divisor([weight])
 
 
@@ -174,8 +180,8 @@ def _enclosed_tensors(value: Any, name: str, ancestors: tuple[int, ...]) -> Iter
     """Yield the name and the value of each tensor that a module or function contains.
 
     A name looks like ``loss_function['weight']``. The search covers the same objects as `digest`: modules, containers,
-    closures and defaults of functions, and the global variables that a function uses, if they are tensors, modules, or
-    functions defined in the same file.
+    closures and default arguments of functions, and those global variables used by a function that are tensors,
+    modules, or functions defined in the same file.
 
     Parameters
     ----------
@@ -183,8 +189,8 @@ def _enclosed_tensors(value: Any, name: str, ancestors: tuple[int, ...]) -> Iter
     name : str
         Name of `value`, and the beginning of the names of the tensors in it.
     ancestors : tuple of int
-        ``id()`` of each object that contains `value`. The search skips these objects, so that it ends if there are
-        cycles.
+        ``id()`` of each object that contains `value`. The search skips these objects. Otherwise, it would not end if an
+        object contains itself.
     """
     children: Mapping[Any, Any] = {}
     if id(value) in ancestors:
@@ -218,7 +224,7 @@ def _enclosed_tensors(value: Any, name: str, ancestors: tuple[int, ...]) -> Iter
 
 
 def _referenced_values(function: types.FunctionType) -> dict[Any, Any]:
-    """Return the values that a function uses, by name: global variables, defaults and closure variables."""
+    """Return a dict of the values that a function uses: global variables, default arguments and closure variables."""
     module_globals = function.__globals__
     named = {key: module_globals[key] for key in function.__code__.co_names if key in module_globals}
     values: dict[Any, Any] = {

@@ -28,7 +28,7 @@ __all__ = ["Heartbeat", "RankError", "RankGroup", "join_process_group", "type_an
 _group_numbers = itertools.count()
 #: Largest number of entries in one collective. Longer tensors are sent in pieces, so that no collective takes too long.
 _PIECE_SIZE = 1 << 23
-#: Time in seconds without a heartbeat after which a rank is reported as failed if a connection is broken.
+#: If a connection is broken, a rank is reported as failed after this time without a heartbeat, in seconds.
 _BROKEN_CONNECTION_PATIENCE = 5.0
 #: Time in seconds that rank 0 waits for the other ranks after an error or Ctrl-C has ended the block of rank 0.
 _STOP_PATIENCE = 2.0
@@ -70,12 +70,12 @@ class RankGroup:
     timeout : float
         Time in seconds without a heartbeat after which a rank is considered dead.
     arrival : float
-        Time in seconds that ranks wait for each other at the beginning.
+        Time in seconds that ranks wait for each other at the beginning of the run.
 
     Attributes
     ----------
     rank, size : int
-        Number of this process, and number of processes.
+        Number of this process (0 to ``size - 1``), and number of processes.
     device : torch.device
         Device that holds tensors while they are sent between ranks.
     """
@@ -109,7 +109,7 @@ class RankGroup:
         Raises
         ------
         RankError
-            If a rank does not arrive within `arrival` seconds, or fails while the others wait.
+            If a rank does not arrive within `arrival` seconds, or fails while the other ranks wait.
         """
         if self.size == 1:
             return [message]
@@ -137,7 +137,7 @@ class RankGroup:
             self._raise_cause(error)
         return messages
 
-    # Rank 0 only.
+    # The following methods are called on rank 0 only.
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -154,7 +154,7 @@ class RankGroup:
 
     def request(self, command: str, tensors: Iterable[Tensor] = (), **arguments: Any) -> int:
         """Send a command to all other ranks, broadcast its tensors, and return the number of the request."""
-        if self._open_request is not None:  # interrupted: the other ranks reply before they accept tensors
+        if self._open_request is not None:  # interrupted earlier: the other ranks reply to it first
             self.replies(self._open_request)
         with self._fail_if_interrupted():
             number = self._open_request = self._send_request(command, **arguments)
@@ -201,7 +201,7 @@ class RankGroup:
             message = f"{rank_error}. This was detected at the end of the block; all products before it are correct"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
 
-    # All ranks.
+    # The following methods are called on all ranks.
 
     def receive(self, number: int) -> dict[str, Any]:
         """Wait for a request from rank 0, and return it."""
@@ -387,11 +387,11 @@ class Heartbeat(threading.Thread):
         self.start()
 
     def watch(self, ranks: Iterable[int]) -> None:
-        """Watch these ranks from now on. Each of them must have written a heartbeat before."""
+        """Watch these ranks, and no others, from now on. Each of them must already have written a heartbeat."""
         self._beats = dict.fromkeys(ranks, (b"", 0))
 
     def check(self, patience: float | None = None) -> None:
-        """Raise if a rank has reported a failure, or if a watched rank has sent no heartbeat for `patience` seconds.
+        """Raise an error if a rank has reported a failure, or if a watched rank was silent for `patience` seconds.
 
         Raises
         ------
@@ -408,7 +408,7 @@ class Heartbeat(threading.Thread):
                 )
 
     def poll(self, max_pause: float) -> Iterator[None]:
-        """Yield repeatedly. Raise a `RankError` as soon as a watched rank fails.
+        """Yield repeatedly, so that the caller can check a condition. Raise a `RankError` if a watched rank fails.
 
         Between two iterations, pause for a time that grows up to `max_pause` seconds.
         """
@@ -422,7 +422,7 @@ class Heartbeat(threading.Thread):
             time.sleep(min(max_pause, (now - start) / 16))
 
     def store_error(self, error: Exception | None) -> RankError:
-        """Return the failure that a rank has reported or, if there is none, an error about the unreachable store."""
+        """Return an error about the failure that a rank has reported or, if there is none, about the lost store."""
         if self._failure is not None:
             failure = json.loads(self._failure)
             return RankError(failure["rank"], failure["message"])
@@ -459,7 +459,7 @@ class Heartbeat(threading.Thread):
 
 
 def join_process_group(arrival: float) -> bool:
-    """Initialize the process group if a launcher has set it up. Return True if there are several ranks."""
+    """Initialize the process group if a launcher started this process. Return True if there are several ranks."""
     if not dist.is_available():
         return False
     if not dist.is_initialized():

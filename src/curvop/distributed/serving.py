@@ -1,8 +1,8 @@
-"""Protocol between the operator on rank 0 and the partial operators on the other ranks.
+"""Protocol by which the operator on rank 0 requests results from the operators on the other ranks.
 
 Rank 0 sends commands through `RemoteOperator`, and a `Worker` on each other rank executes them. Commands refer to
-operators and blocks by number. The operators passed to ``serve`` are numbered in their order; blocks get the next
-numbers as they are created.
+operators and blocks by number. The operators passed to ``serve`` are numbered from 0. Each new block gets the next
+number.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from curvop.storage.fingerprint import differing, listed
 
 __all__ = ["RemoteOperator", "ServedOperator", "Worker", "compare"]
 
-#: Digests of a fingerprint that depend on code or settings. If these digests differ between ranks, the matrix may still
-#: be the same, so the difference causes a warning instead of an error.
+#: Names of the digests that depend on code or settings. If these digests differ between ranks, the matrix may still be
+#: the same, so the difference causes a warning instead of an error.
 _CODE_PARTS = ("model", "loss_function", "objective", "batch_weight")
 
 
 class ServedOperator:
-    """Rank 0's record of one served operator and its blocks.
+    """Data that rank 0 keeps about one operator passed to ``serve`` and about the blocks of this operator.
 
     Attributes
     ----------
@@ -39,11 +39,11 @@ class ServedOperator:
     partial : PartialSum
         Contribution of rank 0's own data.
     block_numbers : iterator of int
-        Unused numbers for blocks; shared by all served operators.
+        Unused numbers for new blocks. All served operators share this iterator.
     dropped_blocks : list of int
-        Numbers of blocks that the other ranks can delete; shared by all served operators.
+        Numbers of blocks that the other ranks can delete. All served operators share this list.
     state : tuple
-        Token for the values of parameters and buffers that were last sent to the other ranks.
+        Token that identifies the values of parameters and buffers that the other ranks have.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ServedOperator:
 
 
 class RemoteOperator:
-    """Rank 0's handle to one operator, or one of its blocks, on the other ranks."""
+    """Object through which rank 0 sends requests for one operator, or for a block of it, to the other ranks."""
 
     def __init__(self, served: ServedOperator, names: tuple[Sequence[str], Sequence[str]] | None = None) -> None:
         self._served = served
@@ -74,11 +74,11 @@ class RemoteOperator:
         return self.group.size == 1
 
     def block(self, rows: Sequence[str], cols: Sequence[str]) -> RemoteOperator:
-        """Return a handle to a block. The other ranks create the block on the first request."""
+        """Return a `RemoteOperator` for a block. The other ranks create the block before its first request."""
         return RemoteOperator(self._served, (rows, cols))
 
     def request(self, command: str, tensors: Sequence[Tensor] = (), **arguments: Any) -> int:
-        """Send a command for this operator to all other ranks; return the number of the request."""
+        """Send a command for this operator to all other ranks, and return the number of the request."""
         served = self._served
         if self._number < 0 and self._names is not None:
             number, (rows, cols) = next(served.block_numbers), self._names
@@ -104,7 +104,7 @@ class RemoteOperator:
         return replies
 
     def refresh(self) -> None:
-        """Send all parameters and buffers to the other ranks if any of them was modified on rank 0."""
+        """If a parameter or buffer was modified on rank 0, send all parameters and buffers to the other ranks."""
         served = self._served
         state = served.partial.A.state()
         if state == served.state:
@@ -144,7 +144,7 @@ class Worker:
         self._sums: list[Tensor] | None = None
 
     def run(self) -> None:
-        """Execute commands until rank 0 stops the run. Raise a `RankError` if an error stopped it."""
+        """Execute commands until rank 0 stops the run. Raise a `RankError` if rank 0 stopped because of an error."""
         for number in itertools.count():
             request = self._group.receive(number)
             command = request.pop("command")
@@ -165,7 +165,7 @@ class Worker:
             except Exception as error:  # an error in this rank's data or model
                 trace = "".join(traceback.format_exception(error))
                 reply = {"error": (type(error).__name__, str(error), trace)}
-                del error  # its traceback refers to tensors
+                del error  # its traceback keeps tensors in memory
             self._group.reply(number, **reply)
 
     def _block(self, of: int, rows: Sequence[str], cols: Sequence[str], number: int) -> Callable[[], dict[str, Any]]:
@@ -210,7 +210,7 @@ class Worker:
         return lambda: {"shared": partial.shared_settings()}
 
     def _partial(self, of: int, drop: Sequence[int], adjoint: bool = False) -> PartialSum:
-        """Delete the blocks in `drop`, and return the partial sum with number `of` or its adjoint."""
+        """Delete the blocks whose numbers are in `drop`. Return the partial sum with number `of`, or its adjoint."""
         for number in drop:
             self._partials.pop((number, False), None)
             self._partials.pop((number, True), None)

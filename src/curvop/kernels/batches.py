@@ -1,4 +1,4 @@
-"""Functions for batches, which are trees of nested mappings, lists and tuples that contain tensors.
+"""Functions for batches. A batch is a tensor, or a tree of tensors: nested mappings, lists and tuples.
 
 The functions visit the tensors of a batch, move them to a device, count examples, join batches along their first
 dimension, and split batches into examples.
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors of `tree`, depth first."""
+    """Yield the tensors in `tree` in depth-first order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -50,8 +50,8 @@ def _is_tensor(tree: Any) -> bool:
 def map_leaves(function: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any], bool] = _is_tensor) -> Any:
     """Return a copy of `tree` in which each leaf is replaced by ``function(leaf)``.
 
-    Mutable mappings (such as a Hugging Face ``BatchEncoding``), lists, tuples and named tuples keep their type. Other
-    mappings become dicts.
+    The leaves are the objects for which `is_leaf` returns True: by default, the tensors. Mutable mappings (such as a
+    Hugging Face ``BatchEncoding``), lists, tuples and named tuples keep their type. Other mappings become dicts.
     """
     if is_leaf(tree):
         return function(tree)
@@ -101,8 +101,9 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     stream = _copy_stream(device)
     queued: list[tuple[Any, torch.cuda.Event]] = []
     for batch in batches:
-        # Before each copy, the copy stream waits for the computation on the batch before last. A copy therefore never
-        # overwrites the memory of a batch that was freed but is still being read, and no tensor needs record_stream.
+        # Before it copies batch k, the copy stream waits until the computation with batch k - 2 has finished. A copy
+        # therefore never overwrites the memory of a freed batch that the GPU still reads, and no tensor needs
+        # record_stream.
         stream.wait_stream(torch.cuda.current_stream(device))
         stream.wait_stream(torch.cuda.default_stream(device))  # a data loader may have used this stream
         with torch.cuda.stream(stream):
@@ -132,7 +133,7 @@ def signature(tree: Any) -> tuple[tuple[torch.Size, torch.dtype], ...]:
 
 
 def leading_size(tree: Any) -> int | None:
-    """Return the size of the first dimension of all tensors in `tree`, None if the sizes differ."""
+    """Return the common size of the first dimension of all tensors in `tree`, or None if the sizes differ."""
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves(tree)}
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -143,8 +144,8 @@ def batch_size(*parts: Any) -> int | None:
     Return None if the parts imply different numbers of examples. Parts without tensors are ignored.
 
     A list or tuple may have one entry per input of the model, or one entry per example (such as images of different
-    sizes). The entries are inputs if the first dimension has the same size in all tensors of the list or tuple and in
-    the other parts. Otherwise the entries are examples.
+    sizes). The entries are taken to be inputs if there are other parts, and if all tensors in all parts have the same
+    size along their first dimension. Otherwise the entries are taken to be examples.
     """
     common = _common_sizes(parts)
     if len(common) > 1:
@@ -171,7 +172,7 @@ def _candidate_sizes(part: Any) -> set[int]:
 
 @contextlib.contextmanager
 def at_batch(index: int) -> Iterator[None]:
-    """Add a note with the number of the batch to every exception raised while the context is active."""
+    """Within a ``with`` block, add a note with the number of the batch to every exception that is raised."""
     try:
         yield
     except Exception as error:
@@ -194,7 +195,7 @@ def numbered_errors(batches: Iterable[Any]) -> Iterator[Any]:
         index += 1
 
 
-# Join trees of tensors along the first dimension, and split them into examples.
+# Functions that join batches along the first dimension, and that split a batch into examples.
 
 
 class CannotJoinError(Exception):
@@ -205,12 +206,13 @@ def joined(trees: Sequence[Any]) -> Any:
     """Join trees of tensors into one tree by concatenating corresponding tensors along their first dimension.
 
     Lists and tuples with one entry per example, such as images of different sizes, are concatenated as sequences.
+    Other entries, such as strings, must be equal in all trees.
 
     Raises
     ------
     CannotJoinError
-        If an entry is a number, or if the trees differ in structure, in entries that are not tensors, or in a dimension
-        of their tensors other than the first.
+        If the trees have different structures, if corresponding tensors differ in a dimension other than the first, if
+        other corresponding entries are not equal, or if an entry is a number (which may be a count of examples).
     """
     if len(trees) == 1:
         return trees[0]
@@ -218,7 +220,7 @@ def joined(trees: Sequence[Any]) -> Any:
 
 
 def example_of(tree: Any, index: int, count: int) -> Any:
-    """Return a batch of one example: example number `index` of `tree`, a batch of `count` examples.
+    """Extract example number `index` from a batch of `count` examples, and return it as a batch of one example.
 
     Raises
     ------
@@ -238,7 +240,7 @@ def example_of(tree: Any, index: int, count: int) -> Any:
 
 
 def _size(tree: Any) -> int | None:
-    """Return the number of examples in a batch, None if the number is unknown."""
+    """Return the number of examples in a batch, or None if the number is unknown."""
     parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else [tree]
     return batch_size(*parts)
 
@@ -273,7 +275,7 @@ def _join(trees: Sequence[Any], sizes: Sequence[int | None], outermost: bool = F
 
 
 def _is_by_example(tree: Sequence[Any], size: int | None) -> bool:
-    """Return True if the entries of a list or tuple are the `size` examples of a batch, not inputs of the model."""
+    """Return True if a list or tuple has one entry per example of a batch of `size` examples, not one per input."""
     tensors = list(leaves(tree))
     by_input = bool(tensors) and all(leaf.ndim and len(leaf) == size for leaf in tensors)
     return len(tree) == size and not by_input and not hasattr(tree, "_fields")

@@ -1,6 +1,6 @@
 """Change detection for modules, parameters and data; private random number streams.
 
-A tensor counts as changed if its identity, version counter or fingerprint changes. The fingerprint is the dot product
+A tensor counts as changed if its ``id``, version counter or fingerprint changes. The fingerprint is the dot product
 of the tensor's entries with fixed random numbers, as in Freivalds' verification of matrix products (R. Freivalds,
 "Probabilistic machines can use less running time", IFIP Congress 1977).
 """
@@ -31,8 +31,8 @@ _SETTINGS = (bool, int, float, str, tuple)
 class ChangeDetector:
     """Detect changes to the modules, the parameters and the list of batches of an objective.
 
-    Replacing a tensor changes its identity, and writing to a tensor increments its version counter. A write through
-    ``.data`` changes neither the identity nor the counter, and code that perturbs weights often uses ``.data``.
+    A replaced tensor is detected by its ``id``, and an in-place operation by the version counter of the tensor. A write
+    through ``.data`` changes neither the ``id`` nor the counter, and code that perturbs weights often uses ``.data``.
     Therefore all parameters and all floating-point buffers (running means, for example) are also fingerprinted. Buffers
     have a separate fingerprint, because infinities in a buffer (in a mask, for example) would otherwise hide changes to
     parameters.
@@ -65,7 +65,7 @@ class ChangeDetector:
         self._forget()
 
     def token(self) -> tuple[object, ...]:
-        """Return a tuple that represents the current state.
+        """Return a tuple that represents the current state of the modules, the parameters and the list of batches.
 
         The tuples returned before and after a change are not equal. Each call reads all parameters once.
 
@@ -97,7 +97,7 @@ class ChangeDetector:
         )
 
     def _walk(self) -> tuple[list[bool], list[nn.Module | None], list[Tensor | None]]:
-        """Return three lists: all ``training`` flags, all modules and their children, and all tensors."""
+        """Return lists ``(flags, children, tensors)`` of all ``training`` flags, modules with children, and tensors."""
         flags: list[bool] = []
         children: list[nn.Module | None] = []
         tensors: list[Tensor | None] = list(self._others)
@@ -111,8 +111,8 @@ class ChangeDetector:
     def _parameters(self) -> dict[str, Tensor]:
         """Return a dict from names to the parameters of all modules.
 
-        The first module is the model, whose parameters have the same names as in `params`. The names of parameters of
-        other modules start with the number of the module.
+        The first module is the model, whose parameters have the same names as in `params`. If a parameter belongs to
+        another module, its name starts with the index of this module.
         """
         return {
             f"{index}:{name}" if index else name: value
@@ -169,7 +169,7 @@ class Fingerprint:
                 self._others.append(tensor)
 
     def __call__(self) -> list[float]:
-        """Return the fingerprint of the current values: one number for each section."""
+        """Return the fingerprint of the current entries of the tensors: one number for each section."""
         rows = self._rows.copy()
         for tensors in self._small.values():
             rows += _sections(torch.cat(tensors))
@@ -183,8 +183,8 @@ class Fingerprint:
     def finite(self) -> list[float | None]:
         """Return the fingerprint with NaN and infinity replaced by None.
 
-        NaN and infinity may come from masks and missing values. Fingerprints with None can be compared for equality,
-        because None equals itself, but NaN does not.
+        NaN and infinity may come from masks and missing values. NaN is replaced because two fingerprints are compared
+        with ``==``: None equals itself, whereas NaN does not.
         """
         return [entry if math.isfinite(entry) else None for entry in self()]
 
@@ -197,7 +197,7 @@ class Fingerprint:
 def settings_of(modules: Iterable[nn.Module]) -> list[object]:
     """Return a list of module settings that affect the output: classes, flags, numbers, strings, hooks and functions.
 
-    Attributes that are dictionaries, and variables that functions capture, are not included.
+    The list contains neither attributes that are dictionaries, nor variables that are captured by functions.
     """
     settings: list[object] = []
     for part in parts_of(modules):
@@ -252,7 +252,7 @@ class Generators:
 
     @contextmanager
     def private(self, devices: Iterable[torch.device]) -> Iterator[None]:
-        """Use the private streams on the host and on the GPUs in `devices`; restore the default generators on exit."""
+        """Use the private streams on the host and on the GPUs in `devices`; restore the default states on exit."""
         gpus = [device for device in devices if device.type == "cuda"]
         outside = _states(gpus)
         try:
@@ -268,7 +268,7 @@ class Generators:
 
 
 def random_state(devices: Iterable[torch.device]) -> Tensor:
-    """Return one tensor with the states of the default generators of the host and of the GPUs in `devices`.
+    """Return the states of PyTorch's default generators, for the host and for the GPUs in `devices`, as one tensor.
 
     The tensor changes with every random draw.
     """
@@ -276,7 +276,7 @@ def random_state(devices: Iterable[torch.device]) -> Tensor:
 
 
 def _states(gpus: Iterable[torch.device]) -> dict[torch.device, Tensor]:
-    """Return a dict from devices to generator states, for the host and for `gpus`."""
+    """Return a dict that maps the host and each GPU in `gpus` to the state of its default generator."""
     return {_HOST: torch.get_rng_state()} | {device: torch.cuda.get_rng_state(device) for device in gpus}
 
 

@@ -1,11 +1,11 @@
-"""The compiled engine. If the objective can be traced, it compiles one program for each shape of batch.
+"""The compiled engine, which compiles one program for each shape of batch if the objective can be traced.
 
-The engine traces a product, splits its graph into two halves, and compiles each half with Inductor. The first half does
-not depend on the vector. It runs once per batch and returns residuals: the values that the second half reads. The
-second half runs once per product. A minimal cut of the graph decides which values are stored as residuals and which are
-recomputed. ``torch.compile`` uses the same cut to split a training graph into forward and backward. The trade-off
-between memory and recomputation is discussed in Chen, Xu, Zhang and Guestrin, "Training deep nets with sublinear memory
-cost", 2016, arXiv:1604.06174.
+The engine traces the computation of a product, splits the traced graph into two halves, and compiles each half with
+Inductor. The first half does not depend on the vector. It runs once per batch and returns residuals: the intermediate
+values that the second half reads. The second half runs once per product. A minimal cut of the graph decides which
+values are stored as residuals and which are recomputed. ``torch.compile`` uses the same algorithm to split a training
+graph into forward and backward. The trade-off between memory and recomputation is discussed in Chen, Xu, Zhang and
+Guestrin, "Training deep nets with sublinear memory cost", 2016, arXiv:1604.06174.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class CompiledKernel(Kernel):
         self._kernel.check_count(count)
 
     def move(self) -> bool:
-        """Call the method `move` of the wrapped kernel and return its value. If it is True, discard all programs."""
+        """Call ``move`` of the wrapped kernel and return the result. If the result is True, discard all programs."""
         moved = self._kernel.move()
         if moved:
             self._programs.clear()
@@ -98,7 +98,7 @@ class CompiledKernel(Kernel):
         self._inputs_and_program(leaves, index, batch)
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
-        """Linearize one batch."""
+        """Linearize one batch, with a compiled program if possible."""
         for _ in range(2):
             found = self._inputs_and_program(leaves, index, batch)
             if found is None:
@@ -120,8 +120,8 @@ class CompiledKernel(Kernel):
     ) -> tuple[list[Any], tuple[Program, Any]] | None:
         """Return the inputs and the program for a batch, as a tuple ``(inputs, (program, prediction))``.
 
-        `inputs` is a flat list, and `prediction` has the shapes of the prediction. Return None if there is no program
-        for inputs of these shapes.
+        Here, `inputs` is a flat list of all values that the program may read, and `prediction` is a copy of the
+        prediction on the meta device. Return None if there is no program for inputs of these shapes.
         """
         if len({value.device for value in leaves.values()}) > 1:
             self._warn("parameters are on several devices")
@@ -150,7 +150,7 @@ class CompiledKernel(Kernel):
         try:
             with torch.no_grad():
                 return self.objective.traced(leaves, buffers, batch)[0]
-        except RuntimeError:  # the objective contains derivatives
+        except RuntimeError:  # the objective contains derivatives, which cannot be computed within no_grad
             with torch.enable_grad():
                 return self.objective.traced(leaves, buffers, batch)[0].detach()
 
@@ -159,7 +159,8 @@ class CompiledKernel(Kernel):
     ) -> tuple[Program, Any] | None:
         """Compile and verify a program for inputs that have the shapes of `inputs`.
 
-        Return the program and the shapes of the prediction, or None if compilation fails.
+        Return ``(program, prediction)``, where `prediction` is a copy of the prediction on the meta device. Return None
+        if the compilation or the verification fails.
         """
         positions = [position for position, part in enumerate(inputs) if isinstance(part, Tensor)]
         selected = {*self.rows.names, *self.cols.names}
@@ -229,14 +230,14 @@ def _is_known(part: Any) -> bool:
 
 
 def _input_key(part: Any) -> object:
-    """Return the part of a program's key that describes one input."""
+    """Return the properties of one input that must be equal for two calls to share a program."""
     if not isinstance(part, Tensor):
         return type(part), repr(part)  # repr distinguishes -0.0 from 0.0
     return part.shape, part.stride(), part.dtype, part.device, part.requires_grad
 
 
 def _clone(tensor: Tensor) -> Tensor:
-    """Return a clone with the same strides, or `tensor` itself if its clone has other strides (expanded tensors)."""
+    """Return a clone of `tensor`, or `tensor` itself if the clone has other strides (as for an expanded tensor)."""
     clone = tensor.clone()
     return clone if clone.stride() == tensor.stride() else tensor
 
@@ -245,24 +246,25 @@ def _shape(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-# These settings of the partitioner are turned off, so that it can recompute elementwise operations wherever their
-# results are used. Turning them off halves the size of the residuals and does not slow down products.
+# These settings of torch's min-cut partitioner are turned off, so that it can recompute elementwise operations wherever
+# their results are used. Turning them off halves the size of the residuals and does not slow down products.
 _BANS = ("ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward")
 
 # With layout optimization, Inductor would run convolutions in channels_last and copy the weights in every product.
 _OPTIONS: dict[str, Any] = {"layout_optimization": False}
 
-#: ``(inputs, tangents) -> (extras, cotangents)``. Extras are results that do not depend on the tangents, such as the
-#: loss; the first half of a program returns them. A cotangent that is None means zero.
+#: A function ``(inputs, tangents) -> (extras, cotangents)``. Extras are results that do not depend on the tangents,
+#: such as the loss. The first half of a program returns the extras. A cotangent that is zero may be None.
 Product = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
 
 
 @dataclasses.dataclass
 class Program:
-    """A product compiled in two halves.
+    """A matrix-vector product that is compiled in two halves.
 
-    The program takes a flat vector and returns a flat vector. It splits the first vector by parameter, which costs
-    nothing in compiled code. It writes the product for each parameter directly to its place in the second vector.
+    The first half, `linearize`, runs once per batch. The second half, `apply`, runs once per vector. Vectors and
+    products are flat. In compiled code, splitting a flat vector into one tensor for each parameter costs nothing, and
+    the result for each parameter is written directly to its place in the flat product.
 
     Attributes
     ----------
@@ -280,18 +282,18 @@ class Program:
     _many: dict[int, Callable[..., Sequence[Tensor]]] = dataclasses.field(default_factory=dict)
 
     def linearize(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
-        """Run the first half; return the extras and the residuals for `apply`."""
+        """Run the first half of the program and return ``(extras, residuals)``; pass the residuals to `apply`."""
         with torch.no_grad():
             values = list(self._first(*(inputs[index] for index in self._inputs)))
         return values[: self._extras], values[self._extras :]
 
     def apply(self, residuals: Sequence[Tensor], vector: Tensor) -> Tensor:
-        """Return the product with a vector ``(N,)``."""
+        """Return the product of the matrix with a vector of shape ``(N,)``."""
         with torch.no_grad():
             return self._second(*residuals, vector)[0]
 
     def apply_many(self, residuals: Sequence[Tensor], vectors: Tensor) -> Tensor:
-        """Return the products with vectors ``(K, N)``.
+        """Return the products of the matrix with K vectors, the rows of a tensor of shape ``(K, N)``.
 
         Compile a program for K vectors, unless a program for K or more vectors exists.
 
@@ -326,10 +328,10 @@ def agree(
     Parameters
     ----------
     product, reference : sequence of Tensor or None
-        One tensor for each parameter. None means zero.
+        One tensor for each parameter, or None in place of a zero tensor.
     thirds : sequence of Tensor or None, optional
-        The reference product with a third of the vector. Three times this product differs from `reference` only by
-        rounding errors, so the difference is an estimate of these errors.
+        The product that is computed like `reference`, but with a third of the vector. Three times this product differs
+        from `reference` only by rounding errors, so the difference is an estimate of these errors.
     """
     thirds = thirds or reference
     rounding = [
@@ -380,7 +382,7 @@ def _inductor(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[...
 
 
 def _batched(linear: fx.GraphModule, residuals: Sequence[Tensor], vectors: Tensor) -> Callable[..., Sequence[Tensor]]:
-    """Compile the second half for ``len(vectors)`` vectors at once."""
+    """Compile `linear`, the second half of a program, for ``len(vectors)`` vectors at once."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     axes = (*(None for _ in residuals), 0)
@@ -398,7 +400,11 @@ def _padded(vectors: Tensor, size: int) -> Tensor:
 def _trace(
     product: Product, inputs: Sequence[Tensor], vector: Tensor, cols: Layout, rows: Layout
 ) -> tuple[fx.GraphModule, int]:
-    """Trace `product`. Return the number of extras after a graph that computes the extras and the product."""
+    """Trace `product` and return ``(graph, extras)``.
+
+    The graph computes the extras (see `Product`), followed by the product with the vector. The integer `extras` is the
+    number of extras.
+    """
     import torch._inductor.lowering  # needed by the decompositions of pooling
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -420,7 +426,7 @@ def _trace(
 
 
 def _split(graph: fx.GraphModule, inputs: int, extras: int, examples: list[Tensor]) -> tuple[Any, Any]:
-    """Split a graph into two halves.
+    """Split a traced graph into the two halves of a program.
 
     The first half computes extras and residuals from the inputs. The second half computes the product from the
     residuals and the vector.

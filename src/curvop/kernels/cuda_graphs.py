@@ -48,9 +48,9 @@ class Recorder:
         """Return a linearization that records its products, or `linearization` itself if recording is not possible.
 
         The argument `count` is the number of bytes that the linearization retains. A product with K columns is assumed
-        to need ``K * count`` bytes.
+        to need ``K * count`` bytes of temporary memory.
         """
-        objective = kernel.objective  # autocast frees the copies it caches, so a replay could not read them
+        objective = kernel.objective  # autocast frees its cached copies, so a replay could not read them
         if self._gave_up or objective.device.type != "cuda" or objective.autocast() is not None:
             return linearization
         return Replayed(linearization, kernel, self, count)
@@ -64,7 +64,7 @@ class Recorder:
             A function ``vectors -> products`` on a GPU. The function must have run before, because one-time
             initialization cannot be recorded.
         vectors, products : Tensor
-            An argument of `run`, and the products ``run(vectors)``. The recording is checked against these products.
+            An argument of `run`, and the result ``run(vectors)``. The recording must reproduce this result.
         needed : int
             Number of bytes of temporary memory that a product needs. A graph keeps this memory, so nothing is recorded
             if less than an eighth of the GPU memory would remain free.
@@ -109,11 +109,11 @@ class _Memory:
     def __init__(self, like: Tensor) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         nothing = like.new_zeros(1)
-        self._anchor = _capture(nothing.zero_, self.pool)  # a pool exists as long as any of its graphs
+        self._anchor = _capture(nothing.zero_, self.pool)  # the pool exists as long as one of its graphs exists
         self._buffers: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     def buffers(self, vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two buffers. They have the shapes, dtypes and devices of `vectors` and `products`."""
+        """Return two buffers: one with the shape, dtype and device of `vectors`, and one with those of `products`."""
         key = tuple(part for like in (vectors, products) for part in (like.shape, like.dtype, like.device))
         if key not in self._buffers:
             self._buffers[key] = torch.empty_like(vectors), torch.empty_like(products)
@@ -170,7 +170,7 @@ def capture_stream(device: torch.device) -> Iterator[None]:
     """Use a side stream of a GPU while the context is active, because the default stream cannot be captured.
 
     Only one thread at a time can enter the context. Autograd runs the backward pass on the stream of the forward pass,
-    so both linearizations and products must be computed in the context. On the CPU, the context does nothing.
+    so both linearizations and products must be computed within the context. On the CPU, the context does nothing.
     """
     if device.type != "cuda":
         yield
@@ -208,7 +208,7 @@ def _capture(compute: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
     """Capture a computation as a CUDA graph, and return a function that replays the graph.
 
     Every replay overwrites and returns the same tensor. Call this function within `capture_stream`. Temporary
-    tensors are allocated in the memory `pool`, which exists as long as any of its graphs.
+    tensors are allocated in `pool`, a memory pool that exists as long as one of its graphs exists.
     """
     graph = torch.cuda.CUDAGraph()
     with warnings.catch_warnings():
@@ -235,7 +235,7 @@ def _capture(compute: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """End a failed capture, after which PyTorch leaves its allocator and random generators in capture mode."""
+    """End a failed capture, and reset PyTorch's allocator and generators, which a failure leaves in capture mode."""
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
     with contextlib.suppress(RuntimeError, AttributeError):

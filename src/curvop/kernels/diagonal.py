@@ -32,16 +32,16 @@ _MAX_ENTRIES = 1 << 23
 
 
 def write_diagonal(kernel: GGNLikeKernel, names: Sequence[str], out: Tensor) -> None:
-    """Write the diagonal of the block of the parameters `names` into `out`, a tensor of shape (N,).
+    """Compute the diagonal entries of the parameters `names`, and write them into `out`, a tensor of shape (N,).
 
-    This takes one pass over the data.
+    The computation takes one pass over the data.
 
     Raises
     ------
     NotImplementedError
-        If the prediction is not one tensor with the examples along dimension 0, if the model or the loss couples the
-        examples, if ``torch.func.vmap`` cannot map the model over the examples, or if an example has more than 256
-        outputs.
+        If the prediction is not one tensor with the examples along dimension 0, or if an example has more than 256
+        outputs. Also if ``torch.func.vmap`` cannot map the model over the examples, or if the model or the loss couples
+        the examples, as batch normalization in training mode does.
     NonFiniteProductError
         If the diagonal contains NaN or infinity.
     """
@@ -84,12 +84,12 @@ def _check_finite(tensor: Tensor, where: str, describe: Callable[[str], str]) ->
 
 
 def _decompose(output_hessian: OutputHessian, z: Tensor, describe: Callable[[str], str]) -> tuple[Tensor, Tensor]:
-    """For each of the n examples, return the eigenvalues and eigenvectors of its block of `M`.
+    """Compute the eigenvalues and eigenvectors of the block of `M` for each of the n examples.
 
     Returns
     -------
     eigenvalues : Tensor, shape (C, n)
-        Row c is omitted if the c-th eigenvalues of all examples are zero.
+        Rows in which the eigenvalues of all examples are zero are omitted.
     eigenvectors : Tensor, shape (C, n, ...)
     """
     count = _count(z)
@@ -112,15 +112,15 @@ def _decompose(output_hessian: OutputHessian, z: Tensor, describe: Callable[[str
     _check_agreement(multiply(probe), expected, "the loss couples its examples", size)
     eigenvalues, vectors = torch.linalg.eigh(blocks.double())
     eigenvalues, vectors = eigenvalues.to(z.dtype).T, vectors.to(z.dtype).permute(2, 0, 1)
-    # Drop eigenvalues that are rounding errors. For a block that is the outer product of one gradient, this leaves only
-    # one eigenvalue.
+    # Drop eigenvalues that are rounding errors. If a block is the outer product of one gradient with itself, only one
+    # eigenvalue remains.
     threshold = outputs * torch.finfo(z.dtype).eps * eigenvalues.abs().max()
     nonzero = eigenvalues.abs().amax(1) > threshold
     return eigenvalues[nonzero], vectors[nonzero].reshape(-1, count, *z.shape[1:])
 
 
 def _count(z: Tensor) -> int:
-    """Return the number of examples in a prediction; a prediction without dimensions is one example."""
+    """Return the number of examples in a prediction. A prediction without dimensions counts as one example."""
     return len(z) if z.ndim else 1
 
 
@@ -149,8 +149,8 @@ def _check_gradient(
     )
     expected = [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(chosen, whole, strict=True)]
     eps = torch.finfo(z.dtype).eps
-    # The absolute term allows for gradients that are rounding errors, such as the gradient of a bias before a
-    # normalisation layer. The term assumes parameters of order one. Squares of smaller gradients are negligible.
+    # The absolute term allows for gradients that consist of rounding errors, such as the gradient of a bias before a
+    # normalization layer. The term assumes parameters of order one. Squares of smaller gradients are negligible.
     allowed = eps**0.5 * sum(float(part.norm()) for part in expected) + 100 * eps * float(probe.norm())
     for found, part in zip(sums, expected, strict=True):
         if not float((found - part).norm()) <= allowed:
@@ -197,7 +197,7 @@ def _sum_powers(
     for start in range(0, len(z), size):
         rows = slice(start, start + size)
         try:
-            with torch.no_grad():  # else torch would retain graphs for parameters not in `names`
+            with torch.no_grad():  # torch would otherwise retain graphs for other parameters
                 outputs, totals = vmap(sum_of_example, in_dims=(0, 1, 1))(
                     [leaf[None] if single else leaf[rows] for leaf in leaves_of(X)], weights[:, rows], vectors[:, rows]
                 )

@@ -1,10 +1,10 @@
-"""Products by central differences of first derivatives of the user's own code.
+"""Compute matrix-vector products by central differences of first derivatives of the user's own code.
 
-`own_product` computes a product for the whole data set, with two step sizes. The difference between
-these products is an estimate of the error.
+`own_product` computes a product for the whole data set twice, with two step sizes. The difference between the two
+results is an estimate of the error.
 
 `Differences` has a subclass for each kind of matrix. A subclass computes the contribution of one or more batches to the
-product, with one step size. Several batches are evaluated as one: their predictions and targets are joined before the
+product, with one step size. To evaluate several batches as one, their predictions and targets are joined before the
 loss function is called.
 """
 
@@ -44,11 +44,11 @@ __all__ = [
     "unreduced_loss",
 ]
 
-#: If the relative difference between autograd's derivative and a difference quotient is at most this, rounding errors
-#: explain the difference.
+#: Largest relative difference between autograd's derivative and a difference quotient that can be due to rounding
+#: errors.
 _TOLERANCE = 1e-4
-#: A divisor is computed only if the sum of the examples' losses exceeds this fraction of the sum of their absolute
-#: values. Otherwise, the losses cancel.
+#: The losses of the examples are considered to cancel unless the absolute value of their sum exceeds this fraction of
+#: the sum of their absolute values.
 _CANCELLATION = 1e-3
 #: Largest number of examples for which the loss function is called once per example; 10,000 calls take about 0.3
 #: seconds.
@@ -66,7 +66,7 @@ class Part:
     holds, linear : bool
         See `OwnProduct`.
     inner : float
-        For an empirical Fisher matrix, the sum of the derivatives of the examples' losses along the vector.
+        For an empirical Fisher matrix, the sum of the directional derivatives of the examples' losses along the vector.
     total : Tensor or None
         For an empirical Fisher matrix, the sum of the gradients of the examples' losses.
     """
@@ -104,11 +104,11 @@ class Differences(abc.ABC):
         """Compute the contribution of the batches to the product; `step` is relative to the norm of the parameters."""
 
     def divisor(self, weight: float, prediction: Any, index: int, batch: Any) -> float:
-        """Return the number by which a batch's product is divided before it is multiplied by the batch's weight."""
+        """Return the number by which the product of a batch is divided before the product is weighted."""
         return 1.0
 
     def whole_divisor(self, loss: Tensor, predictions: Any, batches: list[Any]) -> float:
-        """Return the number by which the product is divided if all batches are evaluated as one."""
+        """Return the number by which the product of all batches is divided if they are evaluated as one batch."""
         return 1.0
 
     def exact(self, batches: list[Any]) -> Tensor | None:
@@ -120,13 +120,13 @@ class Differences(abc.ABC):
         return 0.0
 
     def size(self, step: float) -> float:
-        """Convert a step, given relative to the norm of the parameters, to a number by which to multiply `along`."""
+        """Return the factor for the vector that makes its norm equal to `step` times the norm of the parameters."""
         return step * (norm([self.code.base[name] for name in self.along]) or 1.0) / (norm(self.along.values()) or 1.0)
 
     def change(self, product: Tensor) -> float:
-        """Estimate the norm of the change of the gradient for a relative step of 1 along the vector; see `size`.
+        """Estimate how much the gradient changes, in norm, for a step along the vector of relative size 1 (see `size`).
 
-        Return 0 if `curves` is False.
+        Return 0 if the matrix is not a derivative of the gradient (`curves` is False).
         """
         return float(product.norm()) * self.size(1.0) if self.curves else 0.0
 
@@ -140,7 +140,7 @@ class Differences(abc.ABC):
         return results
 
     def rows(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Join the tensors of the row parameters into one vector."""
+        """Concatenate the tensors of the parameters that the rows belong to into one vector."""
         return torch.cat([part.reshape(-1) for part in self.kernel.rows.of(parts)])
 
     def inner(self, gradient: Mapping[str, Tensor]) -> float:
@@ -148,7 +148,7 @@ class Differences(abc.ABC):
         return sum(float((gradient[name] * part).sum()) for name, part in self.along.items())
 
     def vjp(self, function: Callable[[list[Any]], list[Tensor]], batches: list[Any], seeds: list[Tensor]) -> Values:
-        """Return the product of the transposed Jacobian of a function with `seeds`, which has one tensor per output."""
+        """Multiply the transposed Jacobian of a function by `seeds`, a list with one tensor for each output."""
         product: Values = self.code.run(lambda own: self.code.gradient(function(own), seeds), batches)
         return product
 
@@ -273,7 +273,7 @@ class _EmpiricalFisher(Differences):
         return float(self.code.objective.divisor_of(prediction, index, batch))  # type: ignore[attr-defined]
 
     def whole_divisor(self, loss: Tensor, predictions: Any, batches: list[Any]) -> float:
-        """Return the divisor of the loss: the ratio of the sum of the examples' losses to the loss."""
+        """Return the number by which the loss function divides the sum of the examples' losses."""
         if self.code.objective.reduction == "sum":
             return 1.0
         losses = torch.cat(self.code.run(self._losses, batches)).detach()
@@ -289,7 +289,7 @@ class _EmpiricalFisher(Differences):
         return sum(examples.count(outputs_of(prediction), y) for prediction, (_, y) in pairs)
 
     def _losses(self, batches: list[Any]) -> list[Tensor]:
-        """Return one tensor per batch, with the loss of each example.
+        """For each batch, return a tensor with the losses of its examples.
 
         `curvop.kernels.losses` defines what an example is.
         """
@@ -321,7 +321,7 @@ def unreduced_loss(loss_function: Any) -> Any:
 def losses_of_examples(terms: Tensor, prediction: Tensor) -> Tensor:
     """Return the loss of each example, given the terms of an unreduced loss.
 
-    If there is a term for each output, the terms of an example are summed.
+    If the loss has one term for each output, the terms of an example are summed.
     """
     by_output = terms.shape == prediction.shape and terms.ndim > 1
     return (terms.sum(-1) if by_output else terms).reshape(-1)
@@ -361,16 +361,17 @@ DIFFERENCES: Mapping[type, Callable[[UserCode, Any, Tensor], Differences]] = {
 }
 
 
-# Pairs of steps of central differences, relative to the norm of the parameters. The pairs are tried in order until the
-# products with both steps agree. The truncation error is proportional to the squared step, and the rounding error to
-# epsilon divided by the step. Both errors are balanced if the step is the cube root of epsilon. Far fewer kinks (ReLU)
-# lie within shorter steps. Longer steps are for float64 models that do some of their computations in float32.
+# Pairs of step sizes for central differences, relative to the norm of the parameters. The pairs are tried in order
+# until the products with both steps agree. The truncation error is proportional to the squared step, and the rounding
+# error to epsilon divided by the step. Both errors are balanced if the step is the cube root of epsilon. Shorter steps
+# are tried because they reach far fewer kinks (of ReLU, for example). Longer steps are tried because some float64
+# models compute partly in float32.
 _FINE, _COARSE = (torch.finfo(dtype).eps ** (1 / 3) for dtype in (torch.float64, torch.float32))
 _STEPS = {
     torch.float64: [(_FINE, _FINE / 2**8), (_FINE / 2**8, _FINE / 2**12), (_COARSE, _COARSE / 4)],
     torch.float32: [(_COARSE, _COARSE / 4)],
 }
-#: Two products agree if their relative difference is at most this.
+#: Largest relative difference between two products that agree.
 _CONCLUSIVE = 1e-3
 
 
@@ -383,22 +384,22 @@ class OwnProduct:
     products : list of Tensor, shape (M,)
         Products in float64. For each pair of steps that was tried, the list has the product with the longer step,
         followed by the product with the shorter step. The pair with the smallest error comes first. The list has a
-        single product if no differences are needed, and is empty if there is a `reason`.
+        single product if no differences are needed, and is empty if no product could be computed.
     error : float
         Relative difference between the first two products.
     gradient : Tensor or None
-        Gradient of the objective with respect to the parameters of the rows. If the rows belong to predictions, the
-        gradient is with respect to the parameters of the columns.
+        Gradient of the objective with respect to the parameters that the rows belong to. If the rows belong to
+        predictions, the gradient is with respect to the parameters that the columns belong to.
     exact : Tensor or None
-        The product by double backward through the user's code. Double backward uses the same formulas as the operator,
-        but calls the model and the loss the way the user does.
+        The product computed by double backward through the user's code, or None. Double backward uses the same formulas
+        as the operator, but calls the model and the loss the way the user does.
     unknown : str
         The reason why `exact` could not be computed, or an empty string.
     centred : list of Tensor
-        For an empirical Fisher matrix, one vector for each product. The product would decrease by this vector if the
-        mean gradient were subtracted from the gradient of each example.
+        For an empirical Fisher matrix, one vector for each entry of `products`: the amount by which the product would
+        decrease if the mean gradient were subtracted from the gradient of each example.
     holds : bool
-        Whether autograd's first derivative differs from the difference quotient. This happens if the code treats a
+        Whether autograd's first derivative differs from the difference quotient. The two differ if the code treats a
         value as constant (``detach()``), or if the backward pass of an operation is wrong.
     linear : bool
         Whether the loss is linear in the prediction.
@@ -409,10 +410,10 @@ class OwnProduct:
     fine : bool
         Whether the steps are those for float64, which are so short that kinks rarely lie within a step.
     size : float
-        The rounding errors of the gradient are proportional to this number. It is the larger of two numbers: the norm
-        of the gradient with respect to all parameters, and the estimate by `Differences.change`.
+        Scale of the rounding errors of the gradient: the norm of the gradient with respect to all parameters, or the
+        estimate by `Differences.change` if the estimate is larger.
     reason : str
-        The reason why there is no product.
+        The reason why no product could be computed, or an empty string.
     """
 
     products: list[Tensor] = dataclasses.field(default_factory=list)
@@ -459,9 +460,9 @@ def own_product(kernel: Any, vector: Tensor, needed: int, available: int) -> Own
 
 
 def _product(kernel: Any, vector: Tensor, dtype: torch.dtype, steps: tuple[float, ...], max_batches: int) -> OwnProduct:
-    """Compute the product in one dtype with one pair of steps.
+    """Compute the product with a vector in one dtype, with one pair of step sizes.
 
-    If there are at most `max_batches` batches, evaluate them as one batch if possible.
+    If there are at most `max_batches` batches and they can be joined, they are evaluated as one batch.
     """
     objective = kernel.objective
     code = UserCode(objective, dict.fromkeys((*kernel.rows.names, *kernel.cols.names)), dtype)
@@ -512,7 +513,7 @@ class _Sums:
             return False
 
     def add(self, numbered: list[tuple[int, Any]], whole: bool) -> bool:
-        """Evaluate the batches as one, and add their contribution. Return False if the evaluation failed."""
+        """Evaluate the batches as one, and add their contribution to the product. Return False if this failed."""
         if self._reason:
             return False
         try:
@@ -560,7 +561,7 @@ class _Sums:
             self._unknown = f"torch cannot: {first_line(error)}"
 
     def result(self, whole: bool) -> OwnProduct:
-        """Return the product for all batches added so far. `whole` is True if the batches were evaluated as one."""
+        """Return the product for all added batches; pass ``whole=True`` if they were evaluated as one batch."""
         if self._reason or not self._gradients:
             return OwnProduct(reason=self._reason or "every batch has weight 0")
         kernel, objective = self._kind.kernel, self._kind.code.objective

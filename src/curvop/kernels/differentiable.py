@@ -2,7 +2,7 @@
 
 Fused attention and cuDNN's recurrent layers have no second derivative; `slow_backends` turns them off. A torch function
 mode, `TwiceDifferentiable`, replaces other operations by the functions in `CONVOLUTIONS` and `STAND_INS`. If the
-objective itself contains derivatives, the mode also replaces normalisations by the functions in `NORMS`.
+objective itself contains derivatives, the mode also replaces normalizations by the functions in `NORMS`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def slow_backends(recurrent: bool) -> Iterator[None]:
     Attention uses its math backend. Recurrent layers run without cuDNN if `recurrent` is True. Transformer encoder
     layers do not use their inference fast path, which they would otherwise use if no tensor in a layer requires grad.
 
-    The function uses torch's setters because torch's context managers take several times as long, or also write the
-    TF32 settings.
+    This function calls torch's setters, because torch's context managers take several times as long, or change the TF32
+    settings, too.
     """
     before = (
         cuda.flash_sdp_enabled(),
@@ -96,24 +96,24 @@ class Evaluator:
     Attributes
     ----------
     elementary_norms : bool
-        Whether normalisations are computed with elementary operations. This becomes True when a result contains the
-        derivative of a normalisation, and stays True in all later evaluations.
+        Whether normalizations are computed with elementary operations. The attribute becomes True when a result
+        contains the derivative of a normalization, and stays True in all later evaluations.
     """
 
     def __init__(self) -> None:
         self.elementary_norms = False
 
     def __call__(self, function: Callable[[], T]) -> T:
-        """Return ``function()``, evaluated with replacements of torch's functions.
+        """Return ``function()``, evaluated while `TwiceDifferentiable` replaces some of torch's functions.
 
-        If the result contains a derivative of a fused normalisation, call the function again with normalisations
+        If the result contains a derivative of a fused normalization, call the function again with normalizations
         computed by elementary operations.
 
         Raises
         ------
         RuntimeError
-            If the second result still contains such a derivative. This happens, for example, if the model is a scripted
-            module, whose operations cannot be replaced.
+            If the result of the second call still contains a derivative of a fused normalization. For example, the
+            operations of a scripted module cannot be replaced.
         """
         with torch.enable_grad(), TwiceDifferentiable(self.elementary_norms) as mode:
             result = function()
@@ -155,8 +155,8 @@ class TwiceDifferentiable(ReplacementMode):
     Parameters
     ----------
     elementary_norms : bool
-        Whether to compute normalisations with elementary operations. The mode sets this to True when a normalisation
-        is called inside a ``torch.func`` or forward-mode derivative.
+        Whether to compute normalizations with elementary operations. The mode sets the attribute of this name to True
+        when a normalization is called inside a ``torch.func`` or forward-mode derivative.
     """
 
     def __init__(self, elementary_norms: bool = False) -> None:
@@ -185,7 +185,7 @@ class TwiceDifferentiable(ReplacementMode):
 
 
 class ElementaryNorms(ReplacementMode):
-    """Replace fused normalisations by elementary operations."""
+    """Replace fused normalizations by elementary operations."""
 
     def replacement(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function to call in place of `func`, or `func` itself."""
@@ -195,7 +195,8 @@ class ElementaryNorms(ReplacementMode):
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Return ``g v / ||v||``.
 
-    This replaces torch's fused version. Its second derivative is wrong, because it treats the saved norms as constants.
+    This function replaces torch's fused version, whose second derivative is wrong, because the fused version treats the
+    saved norms as constants.
     """
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
@@ -209,8 +210,8 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
 def _logcumsumexp(function: Callable[..., Any], input: Tensor, dim: int, **kwargs: Any) -> Any:  # noqa: A002
     """Compute ``log(cumsum(exp(input)))`` of real numbers with a scan of log2(n) steps.
 
-    This replaces torch's version, whose gradient takes the logarithm of the cotangent. If the cotangent is zero, for
-    example because a mask follows, the derivative of that gradient is wrong or NaN.
+    This function replaces torch's version, whose gradient takes the logarithm of the cotangent. If the cotangent is
+    zero, for example because a mask follows, the derivative of that gradient is wrong or NaN.
     """
     if kwargs or not input.is_floating_point():
         return function(input, dim, **kwargs)
@@ -224,13 +225,13 @@ def _logcumsumexp(function: Callable[..., Any], input: Tensor, dim: int, **kwarg
 
 
 def _norm(function: Callable[..., Any], names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-    """Compute a normalisation with elementary operations.
+    """Compute a normalization with elementary operations.
 
-    `function` is torch's normalisation, and `names` are the names of its arguments.
+    `function` is torch's normalization, and `names` are the names of its arguments.
 
-    Third derivatives of torch's fused normalisations are wrong, because the second derivative treats the saved mean and
+    Third derivatives of torch's fused normalizations are wrong, because the second derivative treats the saved mean and
     variance as constants. Derivatives of the forward-mode derivative are wrong for the same reason (pytorch#186256,
-    #175754, #196699, #196700). If a normalisation uses running statistics, which are constants, call `function`.
+    #175754, #196699, #196700). If a normalization uses running statistics, which are constants, call `function`.
     """
     arguments = dict(zip(names, args, strict=False)) | kwargs
     x, weight, bias = arguments["input"], arguments.get("weight"), arguments.get("bias")
@@ -259,13 +260,13 @@ def _in_derivative() -> bool:
 
 
 def _is_derivative_of_norm(node: Node) -> bool:
-    """Return True if `node` is the double backward of a fused normalization layer that uses batch statistics."""
+    """Return True if `node` is the double backward of a fused normalization that uses no running statistics."""
     return node.name() in _DERIVATIVES_OF_NORMS and getattr(node, "_saved_train", True)
 
 
 # Convolutions without unnecessary work in the second derivative.
 #
-# A convolution y = x * W is bilinear, and so are its two derivatives. Consider the maps
+# A convolution y = x * W is bilinear in x and W, and its two gradients are bilinear as well. Consider the maps
 #
 #     (x, W)    -> x * W                      the convolution
 #     (g, x, W) -> (g (*) W, x (*) g)         its gradients with respect to x and W; g is the cotangent of y
@@ -285,7 +286,7 @@ _Parts = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Convolution(torch.autograd.Function):
-    """The first map, ``(x, W, b) -> y``, with a bias b."""
+    """A convolution ``(x, W, b) -> y`` with a bias b: the first map of the comment above."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
@@ -303,7 +304,10 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The second map, from ``(g, x, W)`` to the gradients for x, W and b; gradients that are not `wanted` are None."""
+    """The gradients of a convolution with respect to x, W and b: the second map of the comment above.
+
+    Gradients that are not `wanted` are None.
+    """
 
     @staticmethod
     def forward(
@@ -327,8 +331,8 @@ class _Gradient(torch.autograd.Function):
             if u is not None:
                 through = _forward(u, weight, None, ctx.settings)
                 first = through if first is None else first + through
-        # The gradient with respect to x needs V, and the gradient with respect to W needs u. If V (or u) is missing, W
-        # (or x) is passed in its place, but is not read.
+        # The gradient with respect to x needs V, and the gradient with respect to W needs u. If V is None, W is passed
+        # in its place but not read. Likewise, x is passed in place of u.
         wanted = (by_x and v is not None, by_weight and u is not None, False)
         second: _Parts = (None, None, None)
         if any(wanted):
@@ -356,7 +360,7 @@ def _gradient(grad: Tensor, x: Tensor, weight: Tensor, settings: _Settings, want
 
 
 def _convolve(function: Callable[..., Any], dimensions: int, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-    """Compute a convolution with the two maps, or with torch's `function` if the maps do not support the arguments.
+    """Compute a convolution with `_Convolution`, or with torch's `function` if `_Convolution` does not apply.
 
     `names` are the names of the arguments of `function`.
     """
@@ -381,7 +385,10 @@ def _per_dimension(dimensions: int, setting: int | Sequence[int]) -> list[int]:
 
 
 def _applies(dimensions: int, *tensors: Tensor | None) -> bool:
-    """Return True if the two maps support these arguments: a real batch that requires grad, without autocast."""
+    """Return True if `_Convolution` can replace a convolution of these tensors (input, weight and bias).
+
+    The input must be a batch of real numbers, a tensor must require grad, and autocast must be off.
+    """
     present = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     if len(present) < 2:
         return False
@@ -397,7 +404,10 @@ def _applies(dimensions: int, *tensors: Tensor | None) -> bool:
 
 
 def _backward_only(*tensors: Tensor | None) -> bool:
-    """Return True if only reverse mode is active; ``torch.func`` transforms and forward mode need torch's own rules."""
+    """Return True if grad mode is on, and neither ``torch.func`` nor forward mode is active.
+
+    Both ``torch.func`` transforms and forward mode need torch's own derivative rules.
+    """
     return (
         torch.is_grad_enabled()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -433,8 +443,7 @@ _NAMES: dict[Callable[..., Any], Sequence[str]] = {
     functional.instance_norm: ("input", *_RUNNING, *_AFFINE, "use_input_stats", "momentum", "eps"),
     torch.instance_norm: ("input", *_AFFINE, *_RUNNING, "use_input_stats", "momentum", "eps"),
 }
-#: Replacements for normalisations. They are used for third derivatives, and for derivatives of forward-mode
-#: derivatives.
+#: Replacements for normalizations, used for third derivatives and for derivatives of forward-mode derivatives.
 NORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     function: functools.partial(_norm, function, names) for function, names in _NAMES.items()
 }

@@ -1,8 +1,8 @@
 """The engine: linearize each batch once, cache the linearizations, and apply them to many vectors.
 
-``Kernel.linearize(batch) -> Linearization`` computes the part of a product that does not depend on the vector.
-``Linearization.apply(tangents) -> cotangents`` computes the rest, which is linear in the vector. `Engine` sums over the
-batches and caches linearizations within a memory budget. `Columns` chooses the number of vectors that are
+``Kernel.linearize(batch) -> Linearization`` performs all computations that do not depend on the vector.
+``Linearization.apply(tangents) -> cotangents`` then multiplies the matrix of the batch by one vector. `Engine` sums
+over the batches and caches linearizations within a memory budget. `Columns` chooses the number of vectors that are
 processed at once.
 """
 
@@ -67,7 +67,7 @@ class Engine:
         self.first_passes = 0
         self._recorder = Recorder(kernel.compiled)
         self._warned_of_memory = False
-        self._bytes: dict[object, int] = {}  # per linearization, by dtype and shapes of the batch
+        self._bytes: dict[object, int] = {}  # size of a linearization, by dtype and shapes of the batch
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_first": None}  # graphs cannot be pickled; the first product rebuilds them
@@ -108,14 +108,15 @@ class Engine:
                     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def release_memory(self, error: Exception) -> str:
-        """Shrink the cache and the chunks of columns after an out-of-memory error.
+        """After an out-of-memory error, shrink the cache and reduce the number of columns that are processed at once.
 
         Return a warning message on the first call, and an empty string on later calls.
 
         Raises
         ------
         RuntimeError or MemoryError
-            If neither the cache nor the chunks can shrink further. The exception is `error` with a note.
+            If neither the cache nor the number of columns can be reduced further. The exception is `error`, with a
+            note.
         """
         if not (self._budget.shrink() | self._columns.shrink()):  # `|`, not `or`: shrink both
             error.add_note("one column and one batch at a time do not fit: make data yield smaller batches")
@@ -129,7 +130,7 @@ class Engine:
         return message
 
     def kept(self) -> tuple[int, float]:
-        """Return the number of bytes cached after the last product, and the fraction of batches that are cached."""
+        """Return the size of the cache in bytes after the last product, and the fraction of batches that are cached."""
         if self._first is None:
             return 0, 0.0
         return self._first.bytes, len(self._first.kept) / len(self._first.losses)
@@ -177,16 +178,18 @@ class Engine:
                     tick(done / steps)
             del linearization  # frees the graph of this batch before the next graph is built
         self.kernel.check_count(len(weights))
-        if not unit:  # all batches of a part of a data set may have weight 0
+        if not unit:  # if the data set is divided into parts, all batches of a part may have weight 0
             out.zero_()
         rest = self._objective.divisor(weights) / (unit or 1.0)
         if rest != 1:
             out.div_(rest)
 
     def _parts(self, index: int, vector: Tensor, total: Tensor, whole: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the tangents for batch number `index`, and the views of `total` that receive the product of the batch.
+        """Return ``(tangents, totals)`` for batch number `index`.
 
-        If `whole`, each list contains one flat vector instead of one tensor for each parameter.
+        `tangents` is a list that contains the vector, split into one tensor for each parameter. `totals` is a list of
+        the views of `total` that receive the product of the batch, one for each parameter. If `whole` is True, each
+        list contains one flat vector instead.
         """
         cols, rows = self.kernel.cols, self.kernel.rows
         vector, total = cols.at(vector, index), rows.at(total, index)
@@ -194,7 +197,7 @@ class Engine:
         return tangents, [total] if whole else rows.split(total)
 
     def _colocate(self, tensors: Sequence[Tensor], parts: Any) -> Any:
-        """Return `parts` with each tensor moved to the device of the corresponding entry of `tensors`; keep None."""
+        """Move each tensor in `parts` to the device of the corresponding entry of `tensors`; do not change None."""
         if not (self._multi_device and tensors):
             return parts
         pairs = zip(parts, tensors, strict=True)
@@ -303,11 +306,11 @@ class Engine:
             return self.kernel.linearize(point, index, batch)
 
     def _measure(self, point: Mapping[str, Tensor], index: int, batch: Any) -> tuple[int | None, float | None]:
-        """Return the number of bytes that a linearization of `batch` retains, and the loss of the batch.
+        """Return ``(count, loss)``: the number of bytes that a linearization of `batch` retains, and the batch's loss.
 
-        The first of several batches with equal shapes and dtypes is linearized to measure the number of bytes. For the
-        later batches, the stored number is returned, and the loss is None. If the memory of a linearization cannot be
-        measured, the number of bytes and the loss are None.
+        To measure the number of bytes, the first of several batches with equal shapes and dtypes is linearized. For the
+        later batches, `count` is the stored number, and `loss` is None. If the memory of a linearization cannot be
+        measured, both `count` and `loss` are None.
         """
         key = (self._objective.dtype, signature(batch))
         if key in self._bytes:
@@ -372,7 +375,7 @@ class Columns:
         ----------
         count : int
         room : callable
-            Returns the number of columns whose temporaries fit into memory.
+            Returns the number of columns whose temporary tensors fit into memory.
         clock : callable
             Synchronizes the device and returns the current time in seconds.
         """
@@ -395,7 +398,7 @@ class Columns:
         self._times.clear()
 
     def shrink(self) -> bool:
-        """Reduce the largest chunk size; return False if this size was already 1."""
+        """Reduce the largest size of a chunk of columns. Return False if this size was already 1."""
         largest = self._sizes[-1]
         self._sizes = self._sizes[:-1] or (max(1, largest // 2),)
         return largest > 1
@@ -424,7 +427,7 @@ class Columns:
     def _seconds(self, size: int) -> float:
         """Return the shortest time per column, in seconds, among the timed chunks of `size` columns.
 
-        The first chunk is excluded, because its time includes set-up.
+        The first timed chunk of this size is excluded, because its time includes set-up.
         """
         return min(self._times[size][1:])
 
@@ -432,8 +435,8 @@ class Columns:
 def set_sums(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: float) -> None:
     """Overwrite `totals` with the cotangents of one batch.
 
-    The argument `share` must be 1 and is not used. If the dtypes of `totals` and `cotangents` differ, overwriting is
-    cheaper than adding to zeros.
+    The argument `share` must be 1 and is not used. If the dtypes of `totals` and `cotangents` differ, overwriting
+    `totals` is cheaper than setting it to zero and adding `cotangents`.
     """
     for total, cotangent in zip(totals, cotangents, strict=True):
         if cotangent is None:

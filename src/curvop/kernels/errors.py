@@ -31,7 +31,7 @@ class NonFiniteProductError(ArithmeticError):
 class NonDeterministicObjectiveError(RuntimeError):
     """Raised if the loss of the same data at the same parameters changes between two passes.
 
-    The usual causes are dropout or batch normalisation in training mode (call ``model.eval()``), random augmentation of
+    The usual causes are dropout or batch normalization in training mode (call ``model.eval()``), random augmentation of
     the data, and shuffling with ``drop_last=True``.
 
     See Also
@@ -58,7 +58,7 @@ def first_line(error: Exception) -> str:
 def arrays_explained(batch: Any) -> Iterator[None]:
     """If the user's code fails on a batch that contains a NumPy array, raise a TypeError that suggests a remedy.
 
-    Code that converts arrays to tensors does not fail, so this function does not affect it. Unrelated errors, such as
+    Code that converts arrays to tensors is not affected, because such code does not fail. Unrelated errors, such as
     running out of memory, are re-raised unchanged.
     """
     try:

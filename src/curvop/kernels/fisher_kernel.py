@@ -1,9 +1,9 @@
 r"""Fisher matrices :math:`\sum_n J_n^\top r_n r_n^\top J_n`: sums of outer products of per-example gradients.
 
-For example `n`, :math:`J_n` is the Jacobian of the prediction, and :math:`r_n` is a derivative of the loss with respect
-to the prediction. Per-example gradients :math:`J_n^\top r_n` are not computed. A product with `v` first computes
-``w = J v`` for a whole batch. Each example then contributes :math:`r_n \langle r_n, w_n \rangle` to the cotangent of
-the prediction, and one backward pass multiplies this cotangent by :math:`J^\top`.
+Here :math:`J_n` is the Jacobian of the prediction for the n-th example, and :math:`r_n` is a derivative of the loss
+with respect to this prediction. A product with `v` does not compute the per-example gradients :math:`J_n^\top r_n`. The
+first step computes ``w = J v`` for a whole batch. Each example then contributes :math:`r_n \langle r_n, w_n \rangle`
+to the cotangent of the prediction, and one backward pass multiplies this cotangent by :math:`J^\top`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class EmpiricalFisherKernel(GGNLikeKernel):
     def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
         """Return a dict with the square root of `d`, the number by which the loss divides the sum over the examples.
 
-        The derivative of the loss is multiplied by this square root. Without the square root, `M` would have the
-        factor ``1 / d ** 2`` instead of ``1 / d``, because `M` is quadratic in the derivative.
+        The derivative of the loss has the factor ``1 / d``, and `M` is quadratic in the derivative. Multiplying the
+        derivative by the square root of `d` gives `M` the factor ``1 / d`` instead of ``1 / d ** 2``.
         """
         divisor = self.objective.divisor_of(prediction, index, batch)
         return {"scale": torch.tensor(divisor**0.5, dtype=self.objective.dtype, device=self.objective.device)}
@@ -47,7 +47,7 @@ class EmpiricalFisherKernel(GGNLikeKernel):
     def output_hessian(
         self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> OutputHessian:
-        """Return a block-diagonal map.
+        """Return the block-diagonal map `M`.
 
         The block of each example is ``r r' / d``, where the loss is ``1 / d`` times a sum over the examples.
         """
@@ -89,7 +89,7 @@ class SampledFisherKernel(GGNLikeKernel):
     def output_hessian(
         self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> OutputHessian:
-        """Return a block-diagonal map. The block of each example is the mean of ``r r'`` over the draws."""
+        """Return the block-diagonal map `M`. The block of an example is the mean of ``r r'`` over its draws."""
         [z], (_, y) = outputs, batch
         with torch.no_grad():
             draws = [self._likelihood.derivative(z, y, noise, extra) for noise in extra["noise"]]

@@ -1,9 +1,9 @@
-r"""Matrices of the form :math:`\sum_b J_b^\top M_b J_b` with the Jacobian `J` of a model, and the Gauss-Newton matrix.
+r"""Matrices :math:`\sum_b J_b^\top M_b J_b`, where :math:`J_b` is the Jacobian of the prediction for batch b.
 
-A product with the transposed Jacobian, :math:`u \mapsto J^\top u`, is one backward pass. The map is linear in `u`, so
-differentiating it with respect to `u` yields products with `J`: a backward pass through the graph of the map computes
-``J v``. This needs neither forward-mode differentiation nor a second evaluation of the model. A product with `J`, or
-with its transpose, costs two thirds of a gradient.
+A product with the transposed Jacobian, :math:`u \mapsto J^\top u`, is one backward pass. The map is linear in `u`, and
+the transpose of its derivative is `J`: a second backward pass, through the graph of the map, computes ``J v``. This
+method needs neither forward-mode differentiation nor a second evaluation of the model. A product with `J`, or with its
+transpose, costs two thirds of a gradient.
 
 `GGNKernel` computes the generalized Gauss-Newton matrix, for which `M` is the Hessian of the loss with respect to the
 prediction (Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural Computation
@@ -41,8 +41,9 @@ class JVP:
         The parameters.
     at_zero : bool
         If True, the linear map ``u -> J' u`` is differentiated at ``u = 0``, else at a vector `u` without zero entries.
-        In exact arithmetic, both derivatives are equal. However, a backward pass that takes the logarithm of `u` can
-        only be differentiated at a `u` without zero entries, and a backward pass that clips `u` only at zero.
+        In exact arithmetic, both derivatives are equal. However, if a backward pass takes the logarithm of `u`, it can
+        only be differentiated at a `u` without zero entries. If a backward pass clips `u`, it can only be
+        differentiated at zero.
     """
 
     def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor], at_zero: bool = True) -> None:
@@ -63,7 +64,7 @@ class JVP:
         self.roots = self._map.roots
 
     def __call__(self, vectors: Sequence[Tensor], batched: bool = False) -> Parts:
-        """Return ``J v`` for one vector, or for several vectors at once if `batched`."""
+        """Return ``J v`` for one vector, or for several vectors at once if `batched` is True."""
         return self._map(vectors, batched)
 
 
@@ -81,7 +82,7 @@ class OutputHessian(abc.ABC):
     roots : list of Node
         Roots of the autograd graph that the map retains.
     tensors : list of Tensor
-        Other tensors that the map retains.
+        Tensors that the map retains in addition to the graph.
     """
 
     roots: Sequence[Any] = ()
@@ -91,8 +92,8 @@ class OutputHessian(abc.ABC):
     def __call__(self, vectors: Parts, batched: bool = False) -> Parts:
         """Return ``M w``.
 
-        For each floating-point tensor of the prediction, `vectors` contains a tensor of the same shape, or None for
-        zero. If `batched`, all tensors in `vectors` have an additional first dimension.
+        For each floating-point tensor of the prediction, `vectors` contains a tensor of the same shape, or None in
+        place of a zero tensor. If `batched` is True, all tensors in `vectors` have an additional first dimension.
         """
 
 
@@ -110,9 +111,9 @@ class GGNLikeKernel(Kernel):
         self._at_zero = True
 
     def move(self) -> bool:
-        """Change the point at which linear maps are differentiated.
+        """Change the point `u` at which the linear map ``u -> J' u`` is differentiated; see `JVP`.
 
-        At first, the point is zero. Each call switches between zero and a point without zero entries. Return True after
+        The point is zero at first. Each call switches between zero and a point without zero entries. Return True after
         a switch to the point without zero entries, and False after a switch back to zero.
         """
         self._at_zero = not self._at_zero
@@ -138,17 +139,17 @@ class GGNLikeKernel(Kernel):
         """
 
     def check_curvature(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:  # optional
-        """Record properties of `M` of one batch that are needed for a later warning. By default, do nothing."""
+        """Record properties of `M` for one batch that a later warning depends on. By default, do nothing."""
 
     def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
-        """Return a dict of additional tensors that `M` of batch number `index` depends on.
+        """Return a dict of additional tensors that are needed to compute `M` for batch number `index`.
 
         The method uses only the shapes of the tensors in `prediction`, not their values.
         """
         return {}
 
     def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
-        """Return the buffers of the objective, and the tensors that the method `extra` returns."""
+        """Return a dict of the buffers of the objective, and of the tensors that the method `extra` returns."""
         buffers = super().buffers(leaves, index, batch)
         if not self.has_extra:
             return buffers
@@ -178,7 +179,7 @@ class GGNLikeKernel(Kernel):
         batch: Any,
         tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Parts]:
-        """Return the loss and the prediction for a batch, and the product of the batch's matrix with a vector."""
+        """Return the loss of a batch, the prediction, and the product of the batch's matrix with `tangents`."""
         prediction, parts, loss = self.objective.traced_split(leaves, buffers, batch, cut_off)
         outputs = outputs_of(prediction)
 
@@ -194,7 +195,7 @@ class GGNLikeKernel(Kernel):
 def outputs_of(prediction: Any) -> list[Tensor]:
     """Return a list of the floating-point tensors in a prediction.
 
-    This raises the same errors as `cut_off`.
+    This function raises the same exceptions as `cut_off`.
     """
     return _parts(prediction, lambda part: part)[1]
 
@@ -212,8 +213,8 @@ def cut_off(prediction: Any) -> tuple[Any, list[Tensor]]:
     Raises
     ------
     TypeError
-        If the prediction contains a complex tensor, if it contains no floating-point tensor, or if it contains an
-        object of an unknown type. Such an object could contain tensors.
+        If the prediction contains a complex tensor, no floating-point tensor, or an object of an unknown type, which
+        could contain tensors.
     """
     return _parts(prediction, lambda part: part.detach().requires_grad_())
 
@@ -261,7 +262,7 @@ class GGNKernel(GGNLikeKernel):
         return _LossHessian(derivative(True), outputs)
 
     def check_curvature(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:
-        """Record whether the loss of this or an earlier batch has a nonzero second derivative."""
+        """Record whether the loss of any batch so far has a nonzero second derivative."""
         if not self.objective.checks.curved:
             probes = [torch.linspace(1, 2, part.numel()).cos().to(part).view_as(part) for part in outputs]
             self.objective.checks.curved = any(part is not None and bool(part.any()) for part in output_hessian(probes))

@@ -20,7 +20,7 @@ __all__ = ["gradient_and_loss", "plain_gradient_seconds"]
 def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -> float:
     """Write the gradient with respect to the parameters `names` into `out`, of shape (N,), and return the loss.
 
-    This takes one pass over the data.
+    The computation takes one pass over the data.
 
     Raises
     ------
@@ -38,7 +38,8 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
             for part, value in zip(parts, loss.gradient([leaves[name] for name in names]), strict=True):
                 if value is not None:
                     part.add_(value.to(part.device), alpha=loss.weight)
-            # NaN and infinity propagate through a sum. The sums are read later, because reading one waits for the GPU.
+            # NaN and infinity propagate through a sum. The sums are read later, because reading a sum makes the host
+            # wait for the GPU.
             sums.append(out.sum())
         _check(out, layout, sums, totals.losses, totals.weights)
         objective.conclude(totals)
@@ -50,8 +51,7 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
 def plain_gradient_seconds(objective: Objective, names: Sequence[str]) -> float:
     """Return the time in seconds that plain ``torch.autograd.grad`` takes to compute the gradients of all batches.
 
-    This excludes the time that is needed to read the data, to insert the parameters into the model, and to prepare
-    second derivatives.
+    The time excludes reading the data, inserting the parameters into the model, and preparing second derivatives.
     """
     leaves = objective.leaves(names)
     params = [leaves[name] for name in names]
@@ -78,7 +78,7 @@ def plain_gradient_seconds(objective: Objective, names: Sequence[str]) -> float:
 def _check(
     out: Tensor, layout: ParameterLayout, sums: Sequence[Tensor], losses: Sequence[float], weights: Sequence[float]
 ) -> None:
-    """If a gradient or loss is not finite, raise a NonFiniteProductError that names the first such batch.
+    """Raise a NonFiniteProductError if the gradient or the loss of a batch is not finite; name the first such batch.
 
     Parameters
     ----------

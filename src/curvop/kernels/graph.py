@@ -14,7 +14,7 @@ __all__ = ["LinearMap", "nodes"]
 
 
 def nodes(roots: Iterable[Node]) -> Iterator[Node]:
-    """Yield all nodes that are reachable from `roots`, each of them once."""
+    """Yield all nodes of an autograd graph that are reachable from `roots`, without duplicates."""
     seen = set(roots)
     stack = list(seen)
     while stack:
@@ -29,8 +29,8 @@ def nodes(roots: Iterable[Node]) -> Iterator[Node]:
 class LinearMap:
     """The transposed Jacobian of `outputs` with respect to `inputs`, for products with many vectors.
 
-    The object retains only the graph, not the outputs. If the outputs are a gradient, this saves as much memory as the
-    parameters occupy.
+    The object retains only the graph, not the outputs. If the outputs are a gradient, not retaining them saves as much
+    memory as the parameters occupy.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class LinearMap:
         return self
 
     def __call__(self, vectors: Sequence[Tensor | None], batched: bool = False) -> Sequence[Tensor | None]:
-        """Apply the transposed Jacobian to one vector, or to several vectors at once if `batched`.
+        """Apply the transposed Jacobian to one vector, or to several vectors at once if `batched` is True.
 
         `vectors` has one entry for each output, and the returned sequence has one entry for each input. An entry is a
         tensor, or None in place of a zero tensor.

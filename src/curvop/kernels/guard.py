@@ -23,9 +23,9 @@ Replacements = Mapping[int, Tensor]
 
 
 class Guard:
-    """Runs the user's code and undoes its changes to modules and batches.
+    """Run the user's code and undo its changes to modules and batches.
 
-    After every run the guard restores
+    After every run, the guard restores
 
     - parameters, buffers, submodules and plain attributes of the modules, including the contents of nested lists,
       dicts, sets and deques,
@@ -34,9 +34,9 @@ class Guard:
 
     State inside other objects is not restored.
 
-    After the code has modified a tensor of the modules or of the batch for the first time, all runs use copies of such
-    tensors. The code then never reads values that its earlier runs have written, and retained graphs do not refer to
-    the user's tensors.
+    Once the code has modified a buffer, another tensor of the modules or a tensor of a batch, all later runs use copies
+    of all such tensors. The code then never reads values that its earlier runs have written, and retained graphs do not
+    refer to the user's tensors.
 
     Parameters
     ----------
@@ -71,10 +71,11 @@ class Guard:
         function : callable
         batch : tree of tensors
         replacements : dict of int to Tensor, optional
-            Replacements for tensors of the modules while the function runs, by the ``id`` of the replaced tensor.
+            Tensors that replace tensors of the modules while the function runs. The keys are the ``id`` numbers of the
+            tensors to be replaced.
         hold : bool
-            Whether to set ``requires_grad`` of all other parameters to False while the function runs. Has no effect
-            without `replacements`.
+            Whether to set ``requires_grad`` of all parameters that are not replaced to False while the function runs.
+            This has no effect if `replacements` is None.
         """
         swaps, hold = dict(replacements or {}), hold and replacements is not None
         result, wrote = self._watched(function, batch, swaps, hold)
@@ -83,7 +84,7 @@ class Guard:
     def _watched(
         self, function: Callable[[Any], T], batch: Any, swaps: dict[int, Tensor], hold: bool
     ) -> tuple[T, bool]:
-        """Return ``function(batch)``, and a bool that is True if the function modified tensors other than copies."""
+        """Return ``(result, wrote)``: ``function(batch)``, and whether the function modified the original tensors."""
         parts = parts_of(self._modules)
         places = _Places(parts)
         parameters = list({id(value): value for value in (*places.parameters(), *self._params)}.values())
@@ -97,7 +98,7 @@ class Guard:
         # Values are saved in every run, because writes may depend on the batch.
         saved = _saved(state, by_value=True) + ([] if self.writes else _saved(inputs))
         own = own_batch(batch, copies=self.writes)
-        # Autograd cannot save tensors created in inference mode, so these are copied, too.
+        # Tensors created in inference mode are copied as well, because autograd cannot save them.
         copies = _copies([*copied, *(value for value in parameters if value.is_inference())])
         swaps = copies | swaps
         constant = [value for value in parameters if value.requires_grad and value.is_leaf and id(value) not in swaps]
@@ -159,7 +160,7 @@ def replaced(modules: Sequence[nn.Module], replacements: Replacements) -> Iterat
 
 
 def parts_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return a list of the modules and all their submodules, without duplicates."""
+    """Return a list of the given modules and all their submodules, without duplicates."""
     return list(dict.fromkeys(part for module in modules for part in module.modules()))
 
 
@@ -218,7 +219,7 @@ class _Places:
         return list(state.values())
 
     def replace(self, replacements: Replacements) -> None:
-        """Replace tensors in all containers except sets, and clear the cache of parametrizations."""
+        """Replace tensors in all recorded containers except sets, and clear the cache of parametrizations."""
         self._cache.clear()
         for container, contents in self._with_tensors if replacements else ():
             if isinstance(container, set):
@@ -231,7 +232,7 @@ class _Places:
                     container[slot] = other
 
     def put_back(self) -> None:
-        """Restore the contents of all containers."""
+        """Restore the recorded contents of all containers."""
         for container, contents in self._saved:
             _fill(container, contents)
 
@@ -291,7 +292,7 @@ def _fill(container: Any, contents: Any) -> None:
 
 
 def _is_no_state(tensor: Tensor) -> bool:
-    """Return True for a parameter, and for a wrapper left behind by torch.func (in an LSTM's weights, for example)."""
+    """Return True if a tensor is a parameter, or a wrapper that torch.func left behind (in an LSTM, for example)."""
     return isinstance(tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -312,8 +313,8 @@ class _Saved:
     ----------
     tensor : Tensor
     by_value : bool
-        Whether to detect writes by comparing values, too. The version counter alone misses writes to
-        ``tensor.data``.
+        Whether to compare values to detect writes. Without the comparison, writes are detected only by the version
+        counter, which misses writes to ``tensor.data``.
     """
 
     def __init__(self, tensor: Tensor, by_value: bool) -> None:
@@ -323,7 +324,7 @@ class _Saved:
         self._by_value = by_value and self._strided and tensor.dtype in _COMPARABLE
 
     def restore(self) -> bool:
-        """If the memory or the values of the tensor have changed, restore both and return True, else return False."""
+        """Restore the memory and the values of the tensor. Return True if either of them had changed."""
         moved = self._strided and not self._tensor.is_set_to(self._memory)
         written = moved or self._tensor._version != self._version
         if not written and not (self._by_value and _differ(self._memory, self._copy)):
@@ -385,7 +386,7 @@ def _copies(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
         views = len({id(tensor if tensor._base is None else tensor._base) for tensor in group}) == 1
         for tensor in group:
             offset, shape, stride = tensor.storage_offset(), tensor.shape, tensor.stride()
-            # Autograd tracks writes to memory that views of one tensor share, but no writes to other shared memory.
+            # If tensors share memory, autograd tracks writes to this memory only if all are views of one tensor.
             if views:
                 copies[id(tensor)] = whole.as_strided(shape, stride, offset)
             else:
@@ -410,7 +411,7 @@ def _memory(tensor: Tensor) -> object:
 
 
 def _sharing_memory(selected: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return a list of those `tensors` that share memory with any of `selected`."""
+    """Return a list of the tensors in `tensors` that share memory with at least one tensor in `selected`."""
     memory = {_memory(tensor) for tensor in selected}
     return [tensor for tensor in tensors if _memory(tensor) in memory]
 
@@ -422,7 +423,7 @@ def own_batch(batch: Any, copies: bool) -> Any:
     ----------
     batch : tree of tensors
     copies : bool
-        Whether to copy the values of the tensors, too.
+        Whether to copy the values of the tensors. If False, the copy shares memory with the original batch.
     """
     aliases: dict[int, Tensor] = {}
 
@@ -435,9 +436,9 @@ def own_batch(batch: Any, copies: bool) -> Any:
 
 
 def _alias(leaf: Tensor, copy: bool) -> Tensor:
-    """If `copy` is True, return a copy of a tensor, otherwise a new tensor that shares memory with the original.
+    """Return a copy of a tensor if `copy` is True, or else a new tensor that shares memory with the original.
 
-    If `copy` is False, a tensor that requires grad or that may have Python attributes is returned unchanged.
+    If `copy` is False, and the tensor requires grad or may have Python attributes, return the tensor itself.
     """
     if copy:
         return leaf.clone()

@@ -37,7 +37,7 @@ class HessianKernel(Kernel):
         batch: Any,
         tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
-        """Return the loss and the prediction for a batch, and the product of the batch's matrix with a vector."""
+        """Return ``(loss, prediction, product)`` for a batch; ``product`` is the batch's matrix times `tangents`."""
         loss, prediction = self.objective.traced(leaves, buffers, batch)
         gradient: Sequence[Tensor | None] = [None] * len(tangents)
         if loss.requires_grad:
@@ -45,7 +45,7 @@ class HessianKernel(Kernel):
         return loss, prediction, LinearMap(gradient, self.rows.of(leaves)).check_differentiable()(tangents)
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
-        """Return the linearization of batch number `index`, which retains the graph of the gradient."""
+        """Return a linearization of batch number `index` that retains the graph of the gradient."""
         loss = self.objective.evaluate(leaves, index, batch)
         gradient = loss.gradient(self.cols.of(leaves), create_graph=True)
         return _RetainedGraph(loss, LinearMap(gradient, self.rows.of(leaves)).check_differentiable())

@@ -1,4 +1,4 @@
-"""Inspection of a model, a loss function and data for `curvop.check`, in two passes over the data."""
+"""Inspect a model, a loss function and data for `curvop.check`, in two passes over the data."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _DtypeRecorder(TorchFunctionMode):
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """Result of the inspection of an objective.
+    """The properties of an objective and of its data that `inspect` finds.
 
     Attributes
     ----------
@@ -52,29 +52,29 @@ class Inspection:
     coarsest : str
         The dtype with the lowest precision among the parameters and all intermediate results that depend on them.
     eps : float
-        Largest machine epsilon among the operations of a product.
+        Machine epsilon of the lowest precision that a product uses.
     random : list of str
-        Modules with active dropout.
+        Descriptions of the modules in which dropout is active.
     batchwise : list of str
-        Modules that normalise by batch statistics.
+        Descriptions of the modules that normalize by batch statistics.
     batches : int
         Number of batches.
     losses : tuple of float
         The loss over the whole data set in the first and in the second pass.
     change : float
-        The largest change of a loss between the passes, divided by the mean absolute loss of a batch. The compared
-        losses are the loss over the whole data set and, unless `reordered` is True, the loss of each batch.
+        The largest change of a loss between the two passes, divided by the mean absolute loss of a batch. The loss over
+        the whole data set is compared. If `reordered` is False, the loss of each batch is also compared.
     reordered : bool
-        Whether the batches, or their order, differ between the passes.
+        Whether the two passes yield different batches, or the same batches in a different order.
     unreached : list of str
         Names of parameters that have no effect on the loss of any batch.
     looked_into : bool
         Whether the objective has modules with parameters. If False, `random` and `batchwise` may be incomplete.
     batching : str
-        If the loss of two batches joined into one contradicts the weights of the two batches, a description of the
-        contradiction; otherwise empty.
+        The loss of two batches evaluated as one batch may contradict the weights of the two batches. This string then
+        describes the contradiction. Otherwise, it is empty.
     unverified : bool
-        Whether the weights of the batches are an assumption that could not be checked on any two batches.
+        True if the weights of the batches are only assumed, and no two batches could be used to verify them.
     batching_remedy : str
         Advice for the user if `batching` is not empty.
     """

@@ -25,12 +25,12 @@ _CHANGED = "this has changed since the operator was made; make a new one"
 
 
 def prediction_sum(prediction: Any, y: Any) -> Tensor:
-    """Return a checksum of the entries of a prediction, for use in place of a loss.
+    """Return a checksum of the entries of a prediction. A Jacobian has no loss, and uses the checksum instead.
 
     The checksum depends on the order of the entries.
     """
     flat = _flat(outputs_of(prediction))
-    masked = ~flat.isfinite() | (flat.abs() > torch.finfo(flat.dtype).max ** 0.5)  # infinity may come from a mask
+    masked = ~flat.isfinite() | (flat.abs() > torch.finfo(flat.dtype).max ** 0.5)  # a mask may add infinity
     return flat.masked_fill(masked, 0.0) @ torch.arange(1, len(flat) + 1, device=flat.device).to(flat.dtype).cos()
 
 
@@ -41,7 +41,7 @@ prediction_sum.stands_in = True  # type: ignore[attr-defined]  # not a loss: ski
 def prediction_sizes(objective: ModelObjective) -> list[int]:
     """Return a list with the number of entries in the prediction of each batch.
 
-    This takes one forward pass over the data.
+    To obtain the predictions, the model is called once for each batch.
     """
     leaves = objective.leaves(())
     with torch.no_grad():
@@ -50,7 +50,9 @@ def prediction_sizes(objective: ModelObjective) -> list[int]:
 
 
 class JacobianKernel(Kernel):
-    """Linearize batches for products with columns of the Jacobian, or with the transpose of these columns.
+    """Linearize batches for products with the Jacobian of the predictions, or with its transpose.
+
+    The Jacobian may be restricted to the columns of some of the parameters.
 
     Parameters
     ----------
@@ -72,11 +74,11 @@ class JacobianKernel(Kernel):
         self._at_zero = True
 
     def move(self) -> bool:
-        """Change the point at which linear maps are differentiated.
+        """Change the point `u` at which the linear map ``u -> J' u`` is differentiated to compute ``J v``.
 
-        At first, the point is zero. Each call switches between zero and a point without zero entries. Return True after
-        a switch to the point without zero entries, and False after a switch back to zero. For the transpose, always
-        return False, because products with the transpose do not differentiate linear maps.
+        At first, ``u = 0``. Each call switches between zero and a vector without zero entries. Return True after a
+        switch to a vector without zero entries, and False after a switch back to zero. A kernel for the transpose
+        always returns False, because the product ``J' u`` needs no such derivative.
         """
         self._at_zero = not self._at_zero or not isinstance(self.rows, BatchLayout)
         return not self._at_zero
@@ -87,7 +89,7 @@ class JacobianKernel(Kernel):
             raise ValueError(f"data yields {count} batches: {_CHANGED}")
 
     def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
-        """Return the buffers of the objective; raise a ValueError if there are more batches than expected."""
+        """Return the buffers of the objective. Raise a ValueError if the number of batches has grown."""
         if index >= len(self._sizes):
             raise ValueError(f"data yields more than {index} batches: {_CHANGED}")
         return super().buffers(leaves, index, batch)
@@ -99,7 +101,11 @@ class JacobianKernel(Kernel):
         batch: Any,
         tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
-        """Return the checksum and the prediction for a batch, and the product of the batch's matrix with a vector."""
+        """Return ``(checksum, prediction, product)`` for a batch.
+
+        ``checksum`` is the `prediction_sum` of the prediction. ``product`` is the Jacobian of the batch, or its
+        transpose, multiplied by `tangents`.
+        """
         loss, prediction = self.objective.traced(leaves, buffers, batch)
         return loss, prediction, self._map(outputs_of(prediction), leaves).apply(tangents)
 

@@ -1,4 +1,4 @@
-"""Interface between engine and kernels: linearize a batch once, then apply the linearization to many vectors."""
+"""Interface of the kernels to the engine: linearize a batch once, then apply the linearization to many vectors."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ class Linearization(abc.ABC):
     weight : float
         The weight ``w_b`` of the batch. The engine multiplies products by this weight; `apply` does not.
     roots : sequence of Node
-        Roots of the retained autograd graphs. The memory of the graphs is measured from the roots.
+        Root nodes of the retained autograd graphs. The memory of the graphs is measured by following them from these
+        nodes.
     tensors : sequence of Tensor
-        Other retained tensors, whose memory is measured, too.
+        Retained tensors that do not belong to these graphs. Their memory is measured, too.
     whole : bool
-        If True, `apply` takes a list with one flat vector instead of one tensor per parameter, and returns such a list.
+        If False, `apply` takes and returns a list with one tensor per parameter. If True, it takes and returns a list
+        with a single flat vector.
     """
 
     whole = False
@@ -49,17 +51,17 @@ class Linearization(abc.ABC):
         Parameters
         ----------
         tangents : sequence of Tensor
-            One tangent for each column parameter.
+            One tangent for each parameter that corresponds to columns.
 
         Returns
         -------
         sequence of Tensor or None
-            One cotangent for each row parameter; None means zero.
+            One cotangent for each parameter that corresponds to rows. None stands for a tensor of zeros.
         """
 
     @abc.abstractmethod
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Apply the matrix to K vectors at once; tangents and cotangents have an additional first dimension K."""
+        """Apply the matrix to K vectors at once. Tangents and cotangents have an additional first dimension K."""
 
 
 class GraphLinearization(Linearization):
@@ -67,7 +69,7 @@ class GraphLinearization(Linearization):
 
     @abc.abstractmethod
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
-        """Apply the matrix; if `batched`, tangents and cotangents have an additional first dimension."""
+        """Apply the matrix. If `batched` is True, tangents and cotangents have an additional first dimension."""
 
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Apply the matrix to one vector."""
@@ -79,7 +81,7 @@ class GraphLinearization(Linearization):
 
 
 class Kernel(abc.ABC):
-    """Abstract base class of kernels, which linearize batches for products with a block of a curvature matrix.
+    """Abstract base class of kernels. A kernel linearizes batches for products with a block of a curvature matrix.
 
     Each subclass implements one kind of matrix.
 
@@ -90,13 +92,13 @@ class Kernel(abc.ABC):
         Names of the parameters that correspond to the rows and to the columns of the block.
     """
 
-    #: Whether the matrix of all parameters is symmetric.
+    #: Whether the whole matrix, with rows and columns for all parameters, is symmetric.
     symmetric: bool
     #: Whether the rows or the columns of the matrix correspond to the entries of the predictions, ordered by batch.
     by_batch = False
     #: Whether compiled programs compute the products. If True, failure to record CUDA graphs causes a warning.
     compiled = False
-    #: Batching of columns is tried only if a column takes at most this time, in seconds.
+    #: The engine tries to multiply several columns at once only if a column takes at most this time, in seconds.
     worth_batching: float = math.inf
 
     def __init__(self, objective: Objective, rows: Sequence[str], cols: Sequence[str]) -> None:
@@ -112,14 +114,15 @@ class Kernel(abc.ABC):
     def adjoint(self) -> Kernel:
         """Return the kernel of the adjoint of the block.
 
-        In the adjoint, `rows` and `cols` are swapped, because the whole matrix is symmetric.
+        The adjoint is a copy in which `rows` and `cols` are swapped. This is sufficient if the whole matrix is
+        symmetric. A Jacobian kernel multiplies by the transpose if its columns correspond to predictions.
         """
         mirrored = copy.copy(self)
         mirrored.rows, mirrored.cols = self.cols, self.rows
         return mirrored
 
     def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
-        """Return the tensors on which a product of batch number `index` depends, except `leaves` and `batch`."""
+        """Return the tensors other than `leaves` and `batch` on which a product for batch number `index` depends."""
         return self.objective.buffers(leaves)
 
     @abc.abstractmethod
@@ -130,24 +133,24 @@ class Kernel(abc.ABC):
         batch: Any,
         tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
-        """Return the loss of a batch, the prediction, and the product of the batch's matrix with `tangents`.
+        """Return ``(loss, prediction, product)`` for a batch; ``product`` is the batch's matrix times `tangents`.
 
-        The method can be traced, because the results depend only on the arguments. In the product, None stands for a
-        tensor of zeros.
+        A compiler can trace this method, because the results depend only on the arguments. In ``product``, None stands
+        for a tensor of zeros.
         """
 
     def check_count(self, count: int) -> None:  # noqa: B027  # most kernels accept any number
-        """Raise a ValueError if `count` batches do not fit the shape of the matrix."""
+        """Raise a ValueError if the shape of the matrix requires another number of batches than `count`."""
 
     def move(self) -> bool:
-        """Change the point at which linear maps are differentiated, because a product was not finite.
+        """Change the point at which a kernel differentiates linear maps. Call this method if a product is not finite.
 
-        Return False if no other point is left to try. If True is returned, the caller must linearize all batches again.
+        Return False if the kernel has no other point to try. If the method returns True, linearize all batches again.
         """
         return False
 
     def prepare(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> None:  # noqa: B027  # optional
-        """Do the work of `linearize` that is done only once for all batches of equal shapes, such as compilation."""
+        """Do work that `linearize` needs only once for all batches of equal shapes, such as compilation."""
 
     @abc.abstractmethod
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:

@@ -7,11 +7,11 @@ smaller, and often if the loss function ignores padding or has class weights.
 
 *Derivatives* (`loss_derivative`). Differentiating ``nn.CrossEntropyLoss`` twice with autograd retains three tensors of
 the size of the logits (the log-softmax, its gradient, and the gradient of the loss) and runs seven operations per
-product. A closed form of the derivative :math:`r(z) = \partial \ell / \partial z` costs less. The gradient is
-:math:`J_z^\top r(z)`, and autograd only needs to differentiate :math:`r`, which contains at most one softmax. The table
-lists the derivatives ([1]_, eq. 4.109 and 4.91). Here :math:`D` is the divisor, and :math:`w` are the weights of the
-entries. The targets :math:`T` are one-hot vectors, smoothed one-hot vectors or probabilities, multiplied by the class
-weights:
+product. A closed form of the derivative :math:`r(z) = \partial \ell / \partial z` costs less. The gradient with respect
+to the parameters is :math:`J_z^\top r(z)`. Autograd then only needs to differentiate :math:`r`, which contains at most
+one softmax. The table lists the derivatives ([1]_, eq. 4.109 and 4.91). Here :math:`D` is the divisor, and :math:`w` is
+the tensor of weights of the entries. The targets :math:`T` are one-hot vectors, smoothed one-hot vectors or
+probabilities, multiplied by the class weights:
 
 =============================  =============================================================================
 ``CrossEntropyLoss``           :math:`r = (\mathrm{softmax}(z) \sum_c T_c - T) / D`
@@ -36,8 +36,8 @@ loss                     target                               :math:`r \sqrt{D}`
 Here `s` is the weight of the target, :math:`p` is the softmax of the prediction, :math:`\sigma` is its sigmoid, and
 :math:`e_c` is a unit vector.
 
-*Examples* (`Examples`). An example is the part of a prediction that belongs to one draw of the target. Which entries of
-the prediction form an example depends on the loss function:
+*Examples* (`Examples`). An example consists of the entries of a prediction that belong to one draw of the target. Which
+entries form an example depends on the loss function:
 
 =============================================  ===================================================================
 loss                                           entries of an example
@@ -89,7 +89,7 @@ __all__ = [
     "loss_setting",
 ]
 
-#: A function ``(prediction, X, y) -> w_b`` that returns the divisor of a batch, None if the divisor is unknown.
+#: A function ``(prediction, X, y) -> w_b`` that returns the divisor of a batch, or None if it is unknown.
 Divisor = Callable[[Any, Any, Any], float | None]
 
 _BY_ELEMENT = (
@@ -149,9 +149,10 @@ def loss_reduction(loss_function: Callable[..., Any]) -> str:
 def loss_divisor(loss_function: Callable[..., Any]) -> Divisor:
     """Return a function that computes the divisor of a batch.
 
-    The divisor is 1 if `loss_function` is a sum. If it is a mean that `loss_kind` recognizes, the divisor is the number
-    by which `loss_function` divides; it is unknown for a functional loss with ``weight=``. For any other mean, such as
-    a subclass of a loss with its own ``forward``, the divisor is the batch size.
+    If `loss_function` is a sum, the divisor is 1. If it is a mean that `loss_kind` recognizes, the divisor is the
+    number by which `loss_function` divides. However, the divisor is unknown for ``mse_loss``, ``l1_loss``,
+    ``smooth_l1_loss`` and ``huber_loss`` with ``weight=``. For any other mean, such as a subclass of a loss with its
+    own ``forward``, the divisor is the batch size.
     """
     kind = loss_kind(loss_function)
     reduction = loss_setting(loss_function, "reduction", "mean")
@@ -200,7 +201,7 @@ def _class_divisor(setting: Callable[[str, Any], Any], prediction: Tensor, X: An
 
 
 def loss_kind(loss_function: Callable[..., Any]) -> type[nn.Module] | None:
-    """Return the ``torch.nn`` class of a recognized loss function, None for any other function.
+    """Return the ``torch.nn`` class of a recognized loss function, or None for any other function.
 
     The loss classes listed in this module and their functional forms are recognized. A functional form may be wrapped
     in a ``functools.partial`` that sets keywords only.
@@ -259,14 +260,15 @@ def checked_weight(value: Any, index: int) -> float:
 
 # Closed-form derivatives.
 
-#: A function ``(prediction, y, divisor) -> r``. The derivative ``r`` is a differentiable function of the prediction. If
-#: no closed form applies to the arguments, ``r`` is None, and autograd must differentiate the loss.
+#: A function ``(prediction, y, divisor) -> r``. The result ``r`` is the derivative of the loss with respect to the
+#: prediction, and can be differentiated again. If no closed form applies to the arguments, ``r`` is None, and autograd
+#: must differentiate the loss.
 LossDerivative = Callable[[Any, Any, float | None], Tensor | None]
 Setting = Callable[[str, Any], Any]
 
 
 def loss_derivative(loss_function: Callable[..., Any]) -> LossDerivative | None:
-    """Return a function for the closed-form derivative of `loss_function`, None if no closed form is known."""
+    """Return a function for the closed-form derivative of `loss_function`, or None if there is none."""
     kind = loss_kind(loss_function)
     if kind not in _CLOSED_FORMS or _is_customised(loss_function):
         return None
@@ -321,7 +323,7 @@ def _cross_entropy(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> Te
 
 
 def class_targets(setting: Setting, z: Tensor, y: Tensor) -> tuple[Tensor, Any]:
-    """Return the targets `T` of cross-entropy, in the shape of the prediction `z`, and the divisor of the batch."""
+    """Return ``(T, divisor)`` for cross-entropy, where the targets ``T`` have the shape of the prediction `z`."""
     axis = min(1, z.ndim - 1)
     weight, smoothing, classes = setting("weight", None), setting("label_smoothing", 0.0), z.shape[axis]
     divisor: Any
@@ -423,7 +425,7 @@ class Likelihood:
         z, y : Tensor
             Prediction and target. The target determines only the weights of the entries.
         noise : Tensor
-            One entry of the tensor that the method `noise` returns, which holds the random numbers for one target.
+            The random numbers for one target: one entry, along the first dimension, of the result of `noise`.
         tensors : dict of str to Tensor
             Tensors that replace settings of the loss, such as its class weights.
         """
@@ -478,7 +480,7 @@ Parts = Sequence[Tensor | None]
 
 
 class Examples:
-    """Divides predictions into examples, as described in the last table in the module docstring.
+    """Divides predictions into examples. The last table in the module docstring defines what an example is.
 
     Parameters
     ----------
@@ -496,21 +498,22 @@ class Examples:
         self.by_class = self._kind is not None and issubclass(self._kind, nn.CrossEntropyLoss | nn.NLLLoss)
 
     def outer(self, factors: Parts, vectors: Parts) -> list[Any]:
-        r"""Return :math:`r_n \langle r_n, w_n \rangle` for all examples n, as one tensor per part of the prediction.
+        r"""Return a list with the entries of :math:`r_n \langle r_n, w_n \rangle` for all examples n.
 
-        None stands for a tensor of zeros, both in the arguments and in the list that is returned.
+        The list has one tensor for each tensor in the prediction. None stands for a tensor of zeros, both in the
+        arguments and in the returned list.
 
         Parameters
         ----------
         factors : sequence of Tensor or None
-            The factors :math:`r`, one for each part of the prediction.
+            The factors :math:`r`, one for each tensor in the prediction.
         vectors : sequence of Tensor or None
             The vectors :math:`w`, with the shapes of the factors.
 
         Raises
         ------
         ValueError
-            If the parts of the prediction have different first dimensions, and thus no common examples.
+            If the tensors in the prediction have different first dimensions, so that examples cannot be identified.
         """
         pairs = [(r, w) for r, w in zip(factors, vectors, strict=True) if r is not None and w is not None]
         if not pairs:
@@ -525,7 +528,9 @@ class Examples:
         return [None if r is None else (r.reshape(count, -1) * inner[:, None]).view_as(r) for r in factors]
 
     def axis(self, ndim: int) -> int | None:
-        """Return the axis along which the entries of a prediction form one example, None if each entry is an example.
+        """Return the axis along which the entries of a prediction form one example.
+
+        Return None if each entry is an example.
 
         This method applies only to loss functions that `loss_kind` recognizes.
         """
@@ -556,7 +561,7 @@ def check_classes(loss_function: Callable[..., Any], prediction: Any) -> None:
 
 
 def _shared_count(outputs: Sequence[Tensor]) -> int:
-    """Return the number of examples in a prediction. Raise a ValueError if parts of the prediction disagree."""
+    """Return the number of examples in a prediction. Raise a ValueError if its tensors differ in first dimension."""
     if any(not output.ndim for output in outputs):
         return 1
     if len({len(output) for output in outputs}) > 1:

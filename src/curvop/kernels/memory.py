@@ -52,7 +52,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 def free_bytes(device: torch.device) -> int:
     """Return the number of free bytes on `device`.
 
-    On the host, the memory limit of the control group (cgroup) of this process is taken into account.
+    On the CPU, the result also respects the memory limit of the control group (cgroup) of this process.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -64,8 +64,8 @@ def free_bytes(device: torch.device) -> int:
 def out_of_memory(error: BaseException) -> bool:
     """Return True if an error means that memory ran out.
 
-    On the host, PyTorch raises a plain RuntimeError, and so do NVIDIA's libraries. Such an error is recognized by its
-    message.
+    If memory runs out on the CPU or in one of NVIDIA's libraries, PyTorch raises a plain RuntimeError. Such an error is
+    recognized by its message.
     """
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
@@ -74,7 +74,7 @@ def out_of_memory(error: BaseException) -> bool:
 def free_unused(device: torch.device) -> None:
     """Release GPU memory that PyTorch has reserved but does not use.
 
-    Otherwise a large allocation may fail, because each of the reserved blocks is too small.
+    A large allocation may otherwise fail, because no reserved block is large enough.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -125,7 +125,7 @@ def _resident(what: str) -> int:
 
 
 class _Saved:
-    """Wrapper of a tensor saved by autograd. The wrapper lives exactly as long as the node that saved the tensor."""
+    """Wrapper of a tensor saved by autograd. The wrapper lives as long as the autograd node that saved it."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -136,14 +136,15 @@ class _Saved:
 def measured(make: Callable[[], T], shared: Iterable[Tensor]) -> tuple[T, int]:
     """Call ``make()`` and measure the memory that the autograd graph of the result retains.
 
-    Return the result of ``make()`` and the number of retained bytes. The tensors in `shared` are not counted. Use the
-    result of ``make()`` only for measurements, because its graph contains saved-tensor hooks. These hooks are called at
-    every use of a saved tensor and slow down all products.
+    Return ``(result, count)``, where ``count`` is the number of retained bytes. The tensors in `shared` are not
+    counted. Use ``result`` only for measurements, because its graph contains saved-tensor hooks. These hooks are called
+    at every use of a saved tensor and slow down all products.
 
     Raises
     ------
     RuntimeError
-        If `make` differentiates with ``torch.func``, which does not support the hooks. Use `graph_bytes` instead.
+        If `make` differentiates with ``torch.func``, which does not support saved-tensor hooks. In this case, use
+        `graph_bytes`.
     """
     alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
@@ -161,7 +162,7 @@ def measured(make: Callable[[], T], shared: Iterable[Tensor]) -> tuple[T, int]:
 def graph_bytes(roots: Iterable[Node], shared: Iterable[Tensor]) -> int:
     """Return the number of bytes that the saved tensors of a graph occupy.
 
-    The tensors in `shared` are not counted. Nodes of C++ extensions may not report their saved tensors.
+    The tensors in `shared` are not counted. Tensors saved by C++ extensions may be missed.
     """
     saved = []
     for node in nodes(roots):
@@ -212,7 +213,7 @@ class Budget:
     Parameters
     ----------
     limit : float or 'auto'
-        Number of bytes. ``'auto'`` is half of the memory that is free on the device before any bytes are spent.
+        Number of bytes. ``'auto'`` is half of the memory that is free on the device while no bytes are spent.
     """
 
     def __init__(self, limit: float | str) -> None:
@@ -226,14 +227,14 @@ class Budget:
         return Budget, (self._limit,)
 
     def open(self, device: torch.device) -> bool:
-        """If no bytes are spent, set the limit. Return True if the limit is positive."""
+        """Return True if the limit is positive. If no bytes are spent, the limit is first determined again."""
         if self._fixed is None or not self._spent:
             self._fixed = free_bytes(device) // 2 if self._limit == "auto" else float(self._limit)
         return self._fixed > 0
 
     @property
     def left(self) -> float:
-        """Number of bytes that are not spent."""
+        """Number of bytes that may still be spent."""
         return (self._fixed or 0) - sum(self._spent.values())
 
     def take(self, count: int, holder: Holder) -> bool:
@@ -260,7 +261,7 @@ class Budget:
 def _available() -> int | None:
     """Return the number of available bytes, or None if the system does not report it.
 
-    On Linux, this is the memory available without swapping. On other systems, it is the size of all free pages.
+    On Linux, the memory that is available without swapping is counted. On other systems, all free pages are counted.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -290,5 +291,5 @@ def _cgroup_v1() -> list[int]:
 def _left(limit: Path, usage: Path) -> list[int]:
     try:
         return [int(limit.read_text()) - int(usage.read_text())]
-    except (OSError, ValueError):  # no such group, or the limit is 'max'
+    except (OSError, ValueError):  # there is no such control group, or its limit is 'max'
         return []

@@ -20,8 +20,8 @@ from curvop.kernels.parameters import check_callable, checked_params
 
 __all__ = ["ModelObjective"]
 
-#: A function ``prediction -> (copy, parts)``. The first output is a detached copy of the prediction. The second output
-#: is a list of tensors in the copy; the loss is differentiated with respect to these tensors.
+#: A function ``prediction -> (copy, parts)``. Here ``copy`` is a detached copy of the prediction, and ``parts`` is a
+#: list of tensors in the copy. The loss is differentiated with respect to these tensors.
 Cut = Callable[[Any], tuple[Any, list[Tensor]]]
 
 _SETTINGS = (bool, int, float, str)
@@ -71,7 +71,7 @@ class ModelObjective(Objective):
     def _check_replaceable(self) -> None:
         """Raise a TypeError if a scripted or traced module owns one of the parameters.
 
-        The parameters of these modules cannot be replaced.
+        The parameters of scripted and traced modules cannot be replaced.
         """
         names = {id(original): name for name, tensors in self.originals().items() for original in tensors}
         for path, part in (named for module in self.modules for named in module.named_modules()):
@@ -93,24 +93,24 @@ class ModelObjective(Objective):
     def split(
         self, leaves: Mapping[str, Tensor], index: int, batch: Any, cut: Cut
     ) -> tuple[Any, Any, list[Tensor], BatchLoss]:
-        """Evaluate the model and the loss function separately, without a graph between them.
+        """Evaluate the model, and evaluate the loss function on a detached copy of the prediction.
 
         Returns
         -------
         prediction : Any
-            The prediction as a function of `leaves`.
+            The prediction as a differentiable function of `leaves`.
         copy : Any
             A detached copy of the prediction.
         parts : list of Tensor
             The tensors in `copy` with respect to which the loss is differentiated.
         loss : BatchLoss
-            The loss as a function of `parts`.
+            The loss as a differentiable function of `parts`.
 
         Raises
         ------
         ValueError
-            If the loss depends on a parameter directly, not only through the prediction. The matrix would then be
-            incomplete.
+            If the loss depends on a parameter directly, and not only through the prediction. A matrix computed from
+            the prediction would then be incomplete.
         """
 
         def evaluate(leaves: Mapping[str, Tensor], own: Any) -> _Split:
@@ -138,7 +138,7 @@ class ModelObjective(Objective):
         PyTorch recomputes checkpointed layers with the model's own parameters. If derivatives are taken with respect to
         other tensors (`apart` is True), the recomputed layers would be wrong.
         """
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # the user's, if any
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # the user's hooks, if any
         disabled = apart and hooks is None and isinstance(self._model, nn.Module)
         with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES) if disabled else contextlib.nullcontext():
             yield
@@ -163,7 +163,7 @@ class ModelObjective(Objective):
     def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return the loss of a batch by calling the model and the loss function.
 
-        If `prediction_sum` stands in for the loss function, return the sum of the predictions.
+        If the objective belongs to a Jacobian and has no loss function, return the sum of the predictions.
         """
         X, y = batch
         prediction = self._predict(leaves, X)
@@ -191,7 +191,10 @@ class ModelObjective(Objective):
         return self._weight(index, batch, None)
 
     def state(self) -> tuple[object, ...]:
-        """Return a token that changes whenever the objective or a setting of the loss function changes."""
+        """Return a tuple that represents the current state of the objective and the settings of the loss function.
+
+        The tuples returned before and after a change are not equal.
+        """
         own = self.loss_function
         settings = [value for value in vars(own).values() if isinstance(value, _SETTINGS)] if self._has_state else ()
         return *super().state(), settings
@@ -211,14 +214,18 @@ class ModelObjective(Objective):
         return self._divisor(prediction, *batch)
 
     def assumes_weights(self) -> bool:
-        """Return True if `loss_kind` does not recognize the loss function and no ``batch_weight`` was passed."""
+        """Return True if the weights of the batches are only assumed, and should be verified.
+
+        Weights are assumed if `loss_kind` does not recognize the loss function and no ``batch_weight`` was passed. The
+        objective of a Jacobian has no loss, and needs no weights.
+        """
         known = loss_kind(self.loss_function) is not None or self._batch_weight is not None
         return not known and not getattr(self.loss_function, "stands_in", False)
 
     def assumes_curvature(self) -> bool:
-        """Return True if `loss_kind` does not recognize the loss function.
+        """Return True if a loss that is linear in the prediction is probably a mistake.
 
-        A recognized loss function, such as ``L1Loss``, may be linear in the prediction on purpose.
+        A loss function that `loss_kind` recognizes, such as ``L1Loss``, may be linear on purpose.
         """
         return loss_kind(self.loss_function) is None
 
@@ -231,9 +238,10 @@ class ModelObjective(Objective):
         )
 
     def originals(self) -> dict[str, list[Tensor]]:
-        """Return a dict from parameter names to lists of tensors that the leaves replace.
+        """Return a dict that maps each parameter name to a list of the tensors that the leaf of this name replaces.
 
-        Each list contains the tensor in `params` and, if it is another tensor, the model's own parameter.
+        Each list contains the tensor in `params`. If the model's own parameter is a different tensor, the list contains
+        this tensor, too.
         """
         if not isinstance(self._model, nn.Module):
             return super().originals()
@@ -253,7 +261,7 @@ class ModelObjective(Objective):
     def _constants(self) -> dict[str, Tensor]:
         """Return a dict of the model's tensors that are not differentiated, by name.
 
-        The dict contains copies of the model's buffers, and detached parameters of the model except those in `params`.
+        The dict contains copies of the model's buffers, and the detached parameters that are not in `params`.
         """
         if not isinstance(self._model, nn.Module):
             return {}
@@ -297,7 +305,7 @@ class ModelObjective(Objective):
             yield
 
     def traced(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Any]:
-        """Return the loss and the prediction of a batch as a pure function of the arguments."""
+        """Return ``(loss, prediction)`` for a batch, as a pure function of the arguments."""
         own = own_batch(batch, self.guard.writes)
         with self._substituted(leaves, buffers), self._evaluating(True):
             prediction = self._predict(leaves, own[0])
@@ -306,9 +314,9 @@ class ModelObjective(Objective):
     def traced_split(
         self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any, cut: Cut
     ) -> tuple[Any, list[Tensor], Tensor]:
-        """Return the prediction, the tensors in its detached copy, and the loss as a function of these tensors.
+        """Return ``(prediction, parts, loss)`` for a batch, as a pure function of the arguments.
 
-        This is `split` as a pure function of the arguments.
+        As in `split`, ``parts`` are tensors in a detached copy of the prediction, and ``loss`` is a function of them.
         """
         own = own_batch(batch, self.guard.writes)
         with self._substituted(leaves, buffers), self._evaluating(True):

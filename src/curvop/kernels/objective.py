@@ -57,7 +57,7 @@ T = TypeVar("T")
 #: A function ``(leaves, batch) -> result``.
 Evaluation = Callable[[Mapping[str, Tensor], Any], T]
 #: ``(loss, divisor, output, derivative)``. The divisor is the number by which the loss function divides the sum over
-#: the batch, None if unknown. For ``output`` and ``derivative`` see `BatchLoss`.
+#: the batch, or None if this number is unknown. For ``output`` and ``derivative`` see `BatchLoss`.
 EvaluatedLoss = tuple[Tensor, float | None, Tensor, Tensor | None]
 #: A function ``batch -> w_b`` that returns the weight of a batch. The batch is on the device of the parameters.
 BatchWeight = Callable[[Any], float]
@@ -78,7 +78,7 @@ class BatchLoss:
     output : Tensor
         The tensor at which backpropagation starts: the loss, or the prediction if `derivative` is given.
     derivative : Tensor or None
-        The derivative of the loss with respect to `output`. None if `output` is the loss itself.
+        The derivative of the loss with respect to `output`, or None if `output` is the loss itself.
     """
 
     value: Tensor
@@ -89,8 +89,8 @@ class BatchLoss:
     def gradient(self, params: Sequence[Tensor], create_graph: bool = False) -> Sequence[Tensor | None]:
         """Return the gradients of the loss with respect to `params`, in the same order.
 
-        A gradient is None if the loss does not depend on the parameter. All gradients are None if the batch has weight
-        0, because its loss may be undefined (0/0 if all targets of the batch are ignored).
+        A gradient is None if the loss does not depend on the parameter. If the batch has weight 0, all gradients are
+        None, because the loss may be undefined (0/0 if all targets of the batch are ignored).
         """
         if not self.weight or not self.output.requires_grad:
             return [None] * len(params)
@@ -99,7 +99,7 @@ class BatchLoss:
 
 @dataclasses.dataclass
 class PartWeights:
-    """The total weight and the number of batches in a part of a data set."""
+    """The total weight and the number of the batches in this process's part of a data set."""
 
     weight: float = 0.0
     batches: int = 0
@@ -127,7 +127,7 @@ class Objective(abc.ABC):
     ordered : bool
         Whether `data` is a list or tuple, which yields the batches in the same order in every pass.
     checks : FirstPassChecks
-        The checks of the first pass over the data, and the results of these checks.
+        Checks that are made in the first pass over the data, and the results of these checks.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Objective(abc.ABC):
         self._renormalised = any(getattr(part, "max_norm", None) is not None for part in parts)
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_kept_totals": None}  # its tensor ids are invalid in another process
+        return self.__dict__ | {"_kept_totals": None}  # ids of tensors are invalid in another process
 
     @property
     def device(self) -> torch.device:
@@ -204,14 +204,14 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def traced(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Any]:
-        """Return the loss and the prediction of a batch as a pure function of the arguments.
+        """Return ``(loss, prediction)`` for a batch, as a pure function of the arguments.
 
         Compilation traces this method with fake tensors, which have shapes and dtypes but no values.
         """
 
     @abc.abstractmethod
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
-        """Return the number by which the loss function divides the sum over a batch, None if unknown.
+        """Return the number by which the loss function divides the sum over a batch, or None if it is unknown.
 
         Only the shape of `prediction` is used.
         """
@@ -252,7 +252,7 @@ class Objective(abc.ABC):
                 if pair is not None:
                     pair.see(index, batch)
                 yield batch
-        except BaseException:  # GeneratorExit included: a pass may be closed early
+        except BaseException:  # including GeneratorExit, because the caller may stop a pass early
             self.checks.abandon_pass()
             raise
 
@@ -306,9 +306,10 @@ class Objective(abc.ABC):
     def _run(self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str) -> T:
         """Return ``function(leaves, batch)``, evaluated with the parameters replaced by `leaves`.
 
-        Afterwards, the modules and the batch are restored. In the first pass that evaluates the quantity `what`
-        (``"loss"``, for example), the graph of the result is also searched. An error is raised if the user's code uses
-        a parameter directly instead of the leaf that replaces the parameter.
+        Afterwards, the modules and the batch are restored. `what` is a name for the result, such as ``"loss"``. In the
+        first pass over the data that computes a result of this name, the autograd graph of the result is also searched
+        for the user's parameters. If the graph contains one, an error is raised, because the user's code then uses a
+        parameter directly instead of the leaf that replaces the parameter.
         """
 
         def run(leaves: Mapping[str, Tensor], keeps_flags: bool) -> T:
@@ -346,11 +347,11 @@ class Objective(abc.ABC):
         """Return the error message for code that uses the parameter `name` directly instead of its replacement."""
 
     def originals(self) -> dict[str, list[Tensor]]:
-        """Return a dict from parameter names to lists of the user's tensors that the leaves replace."""
+        """Return a dict that maps each parameter name to a list of the tensors that the leaf of this name replaces."""
         return {name: [value] for name, value in self.params.items()}
 
     def replacements(self, leaves: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """Return a dict of replacements for tensors. The keys are the ``id`` numbers of the tensors to be replaced."""
+        """Return a dict that maps the ``id`` of each tensor to be replaced to the tensor that replaces it."""
         originals = self.originals()
         found = {id(original): leaf for name, leaf in leaves.items() for original in originals[name]}
         if self._renormalised:  # an embedding with `max_norm` modifies its weight in the forward pass
@@ -363,8 +364,8 @@ class Objective(abc.ABC):
     def epsilon(self, loss: Tensor) -> float:
         """Return the machine epsilon of the lowest precision that a product uses.
 
-        This is the largest epsilon of the following formats that are in use: the dtypes of the parameters and of the
-        loss, the autocast dtype, and TF32.
+        The result is the largest machine epsilon of the dtypes of the parameters and of the loss. The autocast dtype
+        and TF32 are included if they are enabled.
         """
         eps = precision(loss, *self.params.values())
         if (autocast := self.autocast()) is not None:
@@ -413,10 +414,10 @@ class Objective(abc.ABC):
             )
 
     def leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return a dict of leaf tensors with the values of all parameters.
+        """Return a dict of leaf tensors by name, with the values of all parameters.
 
-        The leaves in `names` require grad. If the user's code depends on ``requires_grad`` flags, all leaves require
-        grad.
+        Only the leaves in `names` require grad. However, if the result of the user's code depends on the
+        ``requires_grad`` flags of the parameters, all leaves require grad.
         """
         names = set(names)
         # An embedding with `max_norm` modifies its weight in the forward pass, so the weight must be a copy.
@@ -427,7 +428,7 @@ class Objective(abc.ABC):
         return {name: value.requires_grad_(every or name in names) for name, value in values.items()}
 
     def slow_backends(self) -> AbstractContextManager[None]:
-        """Return a context manager that disables backends without second derivatives."""
+        """Return a context manager that disables PyTorch backends that have no second derivatives."""
         return slow_backends(self._recurrent)
 
     def evaluate(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> BatchLoss:
@@ -453,7 +454,7 @@ class Objective(abc.ABC):
         return self._weight(index, batch, self._mean_divisor(prediction, batch))
 
     def divisor(self, weights: Iterable[float]) -> float:
-        """Return the divisor of the weighted sum over all batches: ``W`` for a mean, 1 for a sum.
+        """Return the divisor of the weighted sum over all batches: ``W`` if the loss is a mean, 1 if it is a sum.
 
         Within the `as_part_of_data` context, the divisor is 1, and the total weight is stored in a `PartWeights`.
         """
@@ -482,23 +483,23 @@ class Objective(abc.ABC):
             self._part_weights = None
 
     def mode(self) -> tuple[object, ...]:
-        """Return the autocast dtype, followed by the module settings that affect the output (see `settings_of`)."""
+        """Return a tuple of the autocast dtype and all module settings that affect the output; see `settings_of`."""
         return self.autocast(), *settings_of(self.modules)
 
     def autocast(self) -> torch.dtype | None:
-        """Return the autocast dtype for the device of the parameters, None if autocast is disabled."""
+        """Return the autocast dtype for the device of the parameters, or None if autocast is disabled."""
         kind = self.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def state(self) -> tuple[object, ...]:
-        """Return a token that changes whenever the objective changes.
+        """Return a tuple that represents the current state of the objective.
 
-        To compute the token, all parameters are read once.
+        The tuples returned before and after a change are not equal. Each call reads all parameters once.
         """
         return len(self), self._part_weights is None, self.autocast(), *self._changes.token()
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the parameters, and all parameters and buffers of the modules.
+        """Yield the tensors in `params`, and all parameters and buffers of the modules.
 
         These tensors occupy memory even if no linearization is cached.
         """
@@ -576,11 +577,11 @@ class CallableObjective(Objective):
         )
 
     def buffers(self, leaves: Mapping[str, Tensor]) -> Buffers:
-        """Return an empty dict, because the tensors that a function uses are unknown."""
+        """Return an empty dict, because the tensors that the user's function uses are unknown."""
         return {}
 
     def traced(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Any]:
-        """Return the loss of a batch, and None in place of a prediction."""
+        """Return ``(loss, None)`` for a batch, because the user's function returns no prediction."""
         with replaced(self.modules, self.replacements(leaves)):
             return self._objective(dict(leaves), own_batch(batch, self.guard.writes)), None
 

@@ -1,7 +1,8 @@
-"""Checks in the first pass over the data that the kernels interpret the user's code correctly.
+"""Check, in the first pass over the data, that the kernels interpret the user's code correctly.
 
-- The graphs of the first results are searched for parameters that the code uses directly.
-- The loss of two batches evaluated as one is compared with the mean or sum of the losses of the two batches.
+- The graphs of the first results are searched for parameters that the user's code uses directly. The kernels can only
+  differentiate with respect to the tensors that replace these parameters.
+- Two batches are evaluated as one batch. The loss is compared with the mean or sum of the losses of the two batches.
 - The modules and the data loader are inspected for randomness.
 """
 
@@ -59,7 +60,7 @@ ZERO_MATRIX = (
 
 
 class FirstPassChecks:
-    """The checks of an objective in the first pass over the data, and their results.
+    """Checks of an objective during the first pass over the data, and the results of these checks.
 
     Methods take the objective as an argument. If this class stored the objective, the two objects would form a
     reference cycle, and the graphs that the objective retains would stay in memory until the garbage collector runs.
@@ -69,13 +70,13 @@ class FirstPassChecks:
     warned : set of str
         Kinds of warnings that have been issued.
     batching : str or None
-        Description of how the loss of two batches evaluated as one contradicts the weights of the batches. Empty if
-        there is no contradiction, None before the end of the first pass.
+        If the loss of two batches evaluated as one contradicts the weights of the batches, a description of the
+        contradiction. If there is no contradiction, an empty string. None before the end of the first pass.
     unverified : bool
         True if the weights could not be verified, because no two batches could be compared.
     curved : bool or None
-        True if the second derivative of the loss with respect to the prediction is nonzero, False if this derivative is
-        zero, None if it was not evaluated.
+        Whether the second derivative of the loss with respect to the prediction is nonzero. None if this derivative was
+        not evaluated.
     flags_matter : bool or None
         Whether the result of the user's code depends on the ``requires_grad`` flags of the parameters. None if this is
         not yet known.
@@ -96,7 +97,7 @@ class FirstPassChecks:
         return self.__dict__ | {"_pair": None}  # batches of data are not pickled
 
     def start_pass(self, objective: Objective) -> BatchPair | None:
-        """Return a `BatchPair` that collects batches for `verify_batching`, None if there is nothing to verify."""
+        """Return a `BatchPair` that collects batches for `verify_batching`, or None if there is nothing to verify."""
         self._pair = BatchPair() if self.batching is None and objective.assumes_weights() else None
         return self._pair
 
@@ -105,15 +106,15 @@ class FirstPassChecks:
         self._pair = None
 
     def begin_search(self, what: str) -> None:
-        """Record that the current pass searches the graphs of the quantity `what`, such as ``"loss"``."""
+        """Record that the current pass over the data searches the graphs of the results named `what` (``"loss"``)."""
         self._searching.add(what)
 
     def end_search(self) -> None:
-        """Record that the searches of the current pass are complete."""
+        """Record that the current pass over the data has searched the graphs of all batches."""
         self._searched, self._searching = self._searched | self._searching, set()
 
     def is_searched(self, what: str) -> bool:
-        """Return True if the graphs of the quantity `what` were searched in a complete pass."""
+        """Return True if a complete pass over the data has searched the graphs of the results named `what`."""
         return what in self._searched
 
     def search(
@@ -125,7 +126,7 @@ class FirstPassChecks:
     ) -> None:
         """Raise a ValueError if the graph of `result` contains any of `originals`, the tensors that `leaves` replace.
 
-        Also record for `depends_on_params` whether the graph contains any of `leaves`.
+        In addition, record whether the graph contains any of `leaves`. The method `depends_on_params` uses this record.
         """
         outputs = list(leaves_of(result))
         if direct := reached(outputs, originals):
@@ -146,18 +147,19 @@ class FirstPassChecks:
         run: Callable[[Mapping[str, Tensor], bool], Any],
         leaves: Mapping[str, Tensor],
     ) -> None:
-        """Set `flags_matter` by evaluating the user's code with two choices of ``requires_grad`` flags.
+        """Set `flags_matter` by evaluating the user's code twice, with different ``requires_grad`` flags.
 
-        If the results agree, later evaluations treat parameters that are not differentiated as constants, so that
-        autograd saves nothing for layers before the selected parameters. If the two choices are identical, because all
-        `leaves` and no other parameters require grad, `flags_matter` stays None.
+        In the first evaluation, the leaves of all parameters require grad. In the second evaluation, `leaves` keep
+        their flags, and all other parameters are constants. If the results agree, `flags_matter` becomes False, and
+        later evaluations use the flags of the second evaluation. Autograd then saves nothing for layers before the
+        selected parameters. If the flags of both evaluations would be equal, `flags_matter` stays None.
 
         Parameters
         ----------
         objective : Objective
         run : callable
-            A function ``(leaves, keeps_flags) -> result``. If ``keeps_flags`` is True, the other parameters of the
-            modules keep their ``requires_grad`` flags. Otherwise, these parameters are constants.
+            A function ``(leaves, keeps_flags) -> result``. If ``keeps_flags`` is True, parameters of the modules that
+            are not replaced by `leaves` keep their ``requires_grad`` flags. Otherwise, these parameters are constants.
         leaves : dict of str to Tensor
         """
         others = {id(value): value for module in objective.modules for value in module.parameters()}
@@ -193,7 +195,7 @@ class FirstPassChecks:
             self.batching = self.batching or ""
             return
         self.batching = ""
-        if random_modules(objective.modules) or batchwise_modules(objective.modules):  # other warnings cover these
+        if random_modules(objective.modules) or batchwise_modules(objective.modules):  # they cause other warnings
             return
         with objective.generators.private(objective.devices):
             contradiction = _compare_as_one(objective, totals, pair)
@@ -220,7 +222,7 @@ class FirstPassChecks:
         self.warned.update(found)
 
     def _other_cautions(self, objective: Objective) -> dict[str, str]:
-        """Return a dict of warning messages about weights, curvature and data. The keys are kinds of warnings."""
+        """Return a dict of warning messages about weights, curvature and data, by kind of warning."""
         found = {}
         if self.batching:
             found["weights of batches"] = f"{self.batching}; {BATCHING_REMEDY}"
@@ -247,7 +249,7 @@ def reached(outputs: Iterable[Tensor], inputs: Mapping[str, Sequence[Tensor]]) -
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Return True if two tensors are equal up to rounding, or do not have a floating-point dtype."""
+    """Return True if two tensors are equal up to rounding. Tensors without a floating-point dtype are not compared."""
     if not a.is_floating_point():
         return True
     a, b = a.detach(), b.detach()
@@ -288,10 +290,10 @@ class BatchPair:
 
 
 def _counts(batch: Any) -> list[float]:
-    """Return the numbers of examples, of nonnegative integers and of nonzero integers in a batch.
+    """Return three counts for a batch: the number of examples, of nonnegative integers and of nonzero integers.
 
-    Padding is often marked by a negative class index (such as -100) or by 0. The last two counts therefore estimate how
-    many targets are valid.
+    Padding is often marked by a negative class index (such as -100) or by 0. The number of nonnegative integers and the
+    number of nonzero integers therefore estimate how many targets are valid.
     """
     integers = [leaf for leaf in leaves_of(batch) if leaf.dtype in _INTEGERS and leaf.layout == torch.strided]
     parts = batch if isinstance(batch, list | tuple) else [batch]
@@ -329,8 +331,8 @@ def random_subset(data: Any) -> str:
 def _compare_as_one(objective: Objective, totals: Totals, pair: BatchPair) -> str | None:
     """Describe how the loss of two batches evaluated as one contradicts the weights of the batches.
 
-    Return an empty string if there is no contradiction. Return None if no two batches can be compared, because batches
-    cannot be joined, the model does not accept the size of the joined batch, or all batches are too similar.
+    Return an empty string if there is no contradiction. Return None if no two batches can be compared. For example,
+    batches cannot be joined, or the model does not accept the size of the joined batch, or all batches are too similar.
     """
     for (index, first), (other, second) in pair.candidates():
         with contextlib.suppress(Exception):
@@ -344,9 +346,9 @@ def _compare_as_one(objective: Objective, totals: Totals, pair: BatchPair) -> st
 def _contradiction(
     objective: Objective, totals: Totals, numbers: tuple[int, int], batches: tuple[Any, Any, Any]
 ) -> str | None:
-    """Compare the losses of two batches with the loss of the joined batch, which is the last of `batches`.
+    """Compare the losses of two batches with the loss of the joined batch. The joined batch is the last of `batches`.
 
-    Return a description of the contradiction, or an empty string if there is none. Return None if the comparison is
+    Return a description of a contradiction, or an empty string if there is none. Return None if the comparison is
     inconclusive.
     """
     weights = [totals.weights[number] for number in numbers]
@@ -360,8 +362,8 @@ def _contradiction(
     decisive = shares is None or abs(losses[0] - losses[1]) > _ALIKE * scale
     if decisive and not _disagreement(losses, shares, rounding * scale):
         return ""
-    # Compare gradients, because the matrix is the derivative of the gradient. The losses may
-    # consist of rounding errors only, or disagree only by a constant.
+    # Compare gradients, because the matrix is the derivative of the gradient. A comparison of losses is not enough: the
+    # losses may consist of rounding errors only, or disagree only by a constant.
     gradients = [_gradient(objective, batch) for batch in batches]
     direction = gradients[0] - gradients[1] if shares else gradients[2]
     size, scale = float(direction.norm()), sum(float(gradient.norm()) for gradient in gradients)
@@ -412,7 +414,7 @@ def _disagreement(losses: Sequence[float], weights: Sequence[float] | None, limi
 
 
 def random_modules(modules: Sequence[nn.Module]) -> list[str]:
-    """Return a list of descriptions, one for each module in training mode that applies dropout.
+    """Return a list with a description of each module in training mode that applies dropout.
 
     Layers with internal dropout, such as ``nn.MultiheadAttention``, are included.
     """
@@ -421,7 +423,7 @@ def random_modules(modules: Sequence[nn.Module]) -> list[str]:
 
 
 def _drop_rate(part: nn.Module) -> float:
-    """Return the dropout probability that a module itself applies, without its submodules; 0 if there is none."""
+    """Return the dropout probability of a module itself, ignoring its submodules. Return 0 if it has no dropout."""
     rate: Any = 0.0
     if isinstance(part, nn.MultiheadAttention) or (isinstance(part, nn.RNNBase) and part.num_layers > 1):
         rate = part.dropout
@@ -431,7 +433,7 @@ def _drop_rate(part: nn.Module) -> float:
 
 
 def batchwise_modules(modules: Sequence[nn.Module]) -> list[str]:
-    """Return a list of descriptions, one for each batch normalisation layer that uses statistics of the batch."""
+    """Return a list with a description of each batch normalization layer that uses statistics of the batch."""
     found = ((name, part) for name, part in _named(modules) if isinstance(part, _BatchNorm))
     return [f"{name!r} ({type(part).__name__})" for name, part in found if part.training or part.running_mean is None]
 
@@ -442,7 +444,7 @@ def _named(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _mode_cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.dtype | None) -> dict[str, str]:
-    """Return a dict of warning messages about modules and autocast. The keys are kinds of warnings.
+    """Return a dict of warning messages about modules and autocast, by kind of warning.
 
     Parameters
     ----------
@@ -450,7 +452,7 @@ def _mode_cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.d
     batches : int
         Number of batches in the data.
     autocast : torch.dtype or None
-        The autocast dtype, None if autocast is disabled or does not lower the precision.
+        The autocast dtype. None if autocast is disabled or does not lower the precision.
     """
     found = {}
     if random := random_modules(modules):

@@ -1,7 +1,7 @@
 """Digests of the parameters, the model, the loss function and the data of an objective.
 
-A digest is the same in every process and on every device. A later run can therefore compare digests and say what has
-changed.
+The digest of a value is the same in every process and on every device. A later run can therefore compare digests and
+report which values have changed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 # Functions of these libraries are hashed by name only, because their code depends on the installed version and not on
 # the user's problem.
 _LIBRARIES = {"builtins", "torch", "curvop", "numpy", "scipy", "functools", "operator", "math"}
-#: Modules whose names are in the fingerprints of existing journals, by their present names.
+#: The former names of renamed modules, by present name. The fingerprints in existing journals use the former names.
 _FORMER_MODULES = {"curvop.kernels.jacobian_kernel": "curvop.kernels.jacobian"}
 
 
 def objective_parts(objective: Objective, data: bool = True) -> dict[str, str]:
-    """Return a dict of digests by name, for each parameter, tensor of the model, setting and batch of the objective.
+    """Return a dict with a digest of each parameter, tensor of the model, setting and batch of the objective, by name.
 
     The digest of a Python function depends on its code, its defaults, the values of its closure, and the global
     variables that it uses. Global variables are ignored unless they are numbers, strings, tensors, layers, or functions
@@ -41,7 +41,7 @@ def objective_parts(objective: Objective, data: bool = True) -> dict[str, str]:
     ----------
     objective : Objective
     data : bool
-        Whether to include the batches. This takes one pass over the data.
+        Whether to include the batches. If True, the function reads all data once.
     """
     parts = {f"params[{name!r}]": _described(value) for name, value in objective.params.items()}
     if isinstance(objective, ModelObjective):
@@ -58,9 +58,10 @@ def objective_parts(objective: Objective, data: bool = True) -> dict[str, str]:
 
 
 def objective_state(objective: Objective) -> tuple[object, ...]:
-    """Return a token that changes if the objective changes.
+    """Return a tuple that represents the current state of an objective and of its data.
 
-    The token also changes if a batch is modified in place, provided that the data are a list or a tuple.
+    The tuples returned before and after a change are not equal. If the data are a list or a tuple, modifying a batch in
+    place counts as a change.
     """
     data = objective.data
     listed = leaves(data) if isinstance(data, list | tuple) else ()
@@ -74,7 +75,7 @@ def digest(value: Any) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor ``(..., N)`` as a uint8 tensor ``(..., N * itemsize)`` on the CPU."""
+    """Return the bytes of a tensor of shape ``(..., N)`` as a uint8 tensor ``(..., N * itemsize)`` on the CPU."""
     return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().view(torch.uint8)
 
 
@@ -113,7 +114,7 @@ def _structure(module: nn.Module, above: tuple[int, ...]) -> Iterator[bytes]:
 
 
 def _chunks(value: Any, above: tuple[int, ...]) -> Iterator[bytes]:
-    """Yield bytes that identify `value`; `above` lists the ids of the objects that contain it, outermost first."""
+    """Yield bytes that identify `value`. `above` has the ids of all objects that contain `value`, outermost first."""
     if isinstance(value, _PLAIN):
         yield _text(type(value).__name__, repr(value))
         return

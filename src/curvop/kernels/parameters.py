@@ -133,7 +133,8 @@ def _named(own: dict[str, Tensor] | None, params: Iterable[Tensor]) -> dict[str,
 
 def _check_own(model: Any, named: Mapping[str, Tensor]) -> None:
     """Raise a TypeError if parameters are sharded between processes, or if DistributedDataParallel is used."""
-    # torch.distributed.tensor and torch.distributed.fsdp are slow to import. A model that uses one has imported it.
+    # Do not import torch.distributed.tensor and torch.distributed.fsdp, which is slow. If the model uses one of these
+    # modules, it is already imported.
     tensors, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
     remedy = (
         "products need whole parameters: give every rank the whole model and its part of the data "
@@ -239,13 +240,13 @@ def _check_values(model: Any, named: Mapping[str, Tensor]) -> None:
 class Layout(abc.ABC):
     """Abstract base class for the layout of a vector: the order and the shapes of its parts.
 
-    The rows and the columns of a matrix each have a layout. The parts are parameters (`ParameterLayout`) or the outputs
-    of the batches (`BatchLayout`).
+    The rows and the columns of a matrix each have a layout. The parts of a vector are either parameters
+    (`ParameterLayout`) or the outputs of the batches (`BatchLayout`).
 
     Attributes
     ----------
     names : tuple of str
-        The names of the parts that are parameters.
+        The names of the parameters, in order. Empty if the parts are outputs of batches.
     size : int
         The number of entries of the vector.
     """
@@ -290,7 +291,7 @@ class Layout(abc.ABC):
         """Return a description of part number `part` for messages."""
 
     def of(self, leaves: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return a list of the `leaves` with the names in `names`, in the order of `names`."""
+        """Return a list with the leaf of each parameter in `names`, in the same order."""
         return [leaves[name] for name in self.names]
 
 
@@ -370,7 +371,7 @@ class BatchLayout(Layout):
         return vector[..., self._slices[index]]
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Return ``[vector]``, because the outputs of a batch are one part."""
+        """Return ``[vector]``, because the outputs of a batch are not divided into parts."""
         return [vector]
 
     def join(self, parts: Sequence[Tensor | None], like: Tensor) -> Tensor:
@@ -380,7 +381,7 @@ class BatchLayout(Layout):
         return part
 
     def label(self, part: int) -> str:
-        """Return a description of the single part."""
+        """Return a description of the outputs of a batch."""
         return "the prediction"
 
 

@@ -25,7 +25,7 @@ REORDERED = (
 
 
 class DataReorderedError(Exception):
-    """Raised if batches have changed since the first pass, so cached linearizations cannot be matched to batches."""
+    """Raised if cached linearizations cannot be matched to batches, because a later pass yields other batches."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,7 +43,8 @@ class Totals:
     eps : float
         The largest machine epsilon among the dtypes of the losses and the parameters.
     watched : list
-        Pairs of a weak reference to a tensor of a batch and the version counter of that tensor.
+        Pairs ``(reference, version)`` for tensors of batches: a weak reference to the tensor, and the value of the
+        tensor's version counter during the pass.
     """
 
     state: tuple[object, ...]
@@ -53,7 +54,7 @@ class Totals:
     watched: list[tuple[weakref.ref[Tensor], int]] = dataclasses.field(default_factory=list)
 
     def alone(self) -> Totals:
-        """Return a `Totals` object with the same losses, which does not refer to linearizations."""
+        """Return a `Totals` object with the same losses and weights, but without references to linearizations."""
         return Totals(self.state, self.weights, self.losses, self.eps, self.watched)
 
     def add(self, loss: Tensor, weight: float, *params: Tensor) -> None:
@@ -123,7 +124,7 @@ class Pass(Totals):
         self.add(linearization.loss, linearization.weight, *self.leaves.values())
 
     def keep(self, index: int, linearization: Linearization, batch: Any, count: int) -> None:
-        """Cache the linearization of batch number `index`, which retains `count` bytes.
+        """Cache a linearization of batch number `index`. The linearization retains `count` bytes.
 
         If a tensor of the batch is modified in place later, `stale` returns True.
         """
@@ -146,7 +147,7 @@ def precision(*tensors: Tensor) -> float:
 
 
 def same(losses: Sequence[float], expected: Sequence[float], eps: float) -> bool:
-    """Return True if the losses of two passes have the same sum up to rounding."""
+    """Return True if the losses of two passes have the same sum, up to rounding errors."""
     scale = sum(map(abs, expected))
     difference = abs(sum(losses) - sum(expected))
     # Return True if the difference is NaN, because another check raises an error for products that are not finite.

@@ -1,8 +1,9 @@
 """Compute products by other methods ("routes"), to check the engine's products.
 
-- Forward mode is exact up to rounding. However, it calls the model the same way as the engine does.
+- Forward mode is exact up to rounding. However, it calls the model the same way as the engine does, so it cannot detect
+  an error in this call.
 - Double backward is also exact up to rounding, and calls the user's code the way the user does. However, it uses the
-  engine's formulas for second derivatives.
+  same formulas for second derivatives as the engine.
 - Finite differences are less precise, but they share nothing with the engine: they need no second derivatives, and they
   call the user's code the way the user does.
 """
@@ -45,25 +46,25 @@ REVERSE, GRADIENT = "reverse mode", "gradient"
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A product, or the gradient, computed by another route.
+    """A product or a gradient that was computed by another method than the engine's.
 
     Attributes
     ----------
     name : str
     products : tuple of Tensor, shape (M,)
         The product in float64. Finite differences give one product for each of two or more step sizes. The tuple is
-        empty if there is a `reason`.
+        empty if no product could be computed.
     error : float
         Relative difference between the products with the first two step sizes, or 0 if a product is exact up to
         rounding.
     reason : str
-        The reason why there is no product.
+        The reason why no product could be computed, or an empty string.
     scale : float
         For a block of the matrix, the norm of the product of the whole matrix with a random vector of norm 1. If the
-        block is zero, its rounding errors are proportional to this norm. It is 0 if the kernel is for all
-        parameters.
+        block is zero, its rounding errors are proportional to this norm. If the kernel has the rows and columns of all
+        parameters, `scale` is 0.
     own : OwnProduct or None
-        Further results, if the product was computed by calling the user's own code.
+        Further results, if the product was computed by calling the user's own code. Otherwise None.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Route:
 
 
 def other_routes(kernel: Kernel, vector: Tensor, available: int) -> list[Route]:
-    """Compute the product with a vector by other routes, in at least two passes over the data.
+    """Compute the product with a vector by other methods, in at least two passes over the data.
 
     Parameters
     ----------
@@ -119,7 +120,7 @@ def _scale(whole: Any, needed: int, available: int, device: torch.device) -> flo
 
 
 def _whole(kernel: Any) -> Any:
-    """Return a copy of the kernel for all parameters of the objective, or `kernel` itself if it has all of them."""
+    """Return a copy of `kernel` that has the rows and columns of all parameters, or `kernel` itself if it has them."""
     params = kernel.objective.params
     whole = copy.copy(kernel)
     for side in ("rows", "cols"):
@@ -163,9 +164,9 @@ def _needed(objective: Objective) -> int:
         _, batch = next(objective.batches())
         with contextlib.suppress(RuntimeError):  # a model that uses torch.func cannot be measured
             _, saved = measured(lambda: objective.evaluate(leaves, 0, batch), objective.tensors())
-    # For each saved tensor, count the tensor, its tangent, and temporary tensors of the same size for both. For the
-    # parameters, count their values, the vector, two gradients with their tangents, and three products. For all other
-    # tensors of the modules, count two copies.
+    # For each saved tensor, count four tensors: the tensor, its tangent, and one temporary tensor for each of these.
+    # For the parameters, count their values, the vector, two gradients with their tangents, and three products. For all
+    # tensors of the objective, count two copies.
     parameters = sum(value.numel() for value in leaves.values())
     others = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in objective.tensors()}.values())
     return 8 * (4 * saved // objective.dtype.itemsize + 10 * parameters + 2 * others)
@@ -192,7 +193,7 @@ class Point:
 
 
 class _ForwardDifferentiable(HeldPadding):
-    """Keep padding rows constant, and replace functions whose forward-mode derivative is missing or wrong in torch."""
+    """Replace functions whose forward-mode derivative is missing or wrong in torch, and keep padding rows constant."""
 
     def replacement(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function to call in place of `func`, or `func` itself."""
@@ -236,7 +237,7 @@ class DoubleBatch(abc.ABC):
         self.index = index
         self._padding: list[Tensor] = []
         self.values = {name: point.values[name] for name in (*kernel.rows.names, *kernel.cols.names)}
-        with torch.enable_grad():  # the model may contain derivatives
+        with torch.enable_grad():  # the model may compute derivatives
             self.prediction = self._traced({})[1]
         self.weight = 1.0 if self.by_batch else self.objective.weight(self.prediction, index, self.batch)
 
@@ -266,7 +267,7 @@ class DoubleBatch(abc.ABC):
         return torch.cat([part.reshape(-1) for part in self.kernel.rows.of(parts)])
 
     def _vjp(self, function: Callable[[Values], Parts], vectors: Parts) -> Tensor:
-        """Multiply the transposed Jacobian of `function` by `vectors`, which has one tensor for each output."""
+        """Multiply the transposed Jacobian of `function` by `vectors`. There is one vector for each output."""
         leaves = _leaves(self.values)
         with torch.enable_grad():
             outputs = function(leaves)
@@ -320,7 +321,7 @@ class _EmpiricalFisher(DoubleBatch):
         return self._vjp(self._losses, tangents) / divisor
 
     def _losses(self, values: Values) -> Parts:
-        """Return the loss of each example, in one tensor. `curvop.kernels.losses` defines what an example is."""
+        """Return a tuple with one tensor: the losses of all examples. For examples, see `curvop.kernels.losses`."""
         with _ForwardDifferentiable(self._padding):
             prediction, y = self._prediction(values), self.batch[1]
             buffers, loss_function = self.point.buffers(), self.objective.loss_function

@@ -1,12 +1,12 @@
 r"""Call the user's model and loss the way the user calls them.
 
 The kernels replace the model's parameters by other tensors. The code in this file instead calls the model and the loss
-with the user's own parameters, and temporarily changes the values of these parameters. If the replacement in the
-kernels misses something, the products of the kernels differ from those computed with this file. For example, the loss
-may read ``model.parameters()``, or the forward pass may write to a buffer.
+with the user's own parameters, and temporarily changes the values of these parameters. If the kernels fail to replace a
+parameter, or the replacement has side effects, their products differ from those computed with this file. For example,
+the loss may read ``model.parameters()``, or the forward pass may write to a buffer.
 
 The values are changed by temporarily giving every parameter another ``.data`` tensor. In-place operations would not
-work, because they overwrite memory that retained graphs read, and because they count as a change of the parameter.
+work: they overwrite memory that retained graphs read, and they increment the version counter of the parameter.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class UserCode:
         own: Mapping[str, Tensor] = objective.params
         if isinstance(self._model, nn.Module):
             own = dict(self._model.named_parameters(remove_duplicate=False))
-        # The values of a parameter that is not a leaf cannot be changed. Only a model that is a function has such
-        # parameters. The function gets its parameters as arguments, so clones can replace them.
+        # The values of a parameter that is not a leaf cannot be changed. Only models and objectives that are functions
+        # have such parameters. Pass clones to the function instead.
         self.targets: Values = {
             name: own[name] if own[name].is_leaf else self.base[name].clone() for name in objective.params
         }
@@ -173,8 +173,8 @@ class UserCode:
     def run(self, function: Callable[[list[Any]], Any], batches: list[Any]) -> Any:
         """Return ``function(batches)``, and undo its writes to batches and buffers.
 
-        If the objective contains derivatives of normalisations, compute the normalisations with elementary operations.
-        Derivatives of torch's fused normalisations would be wrong (see `curvop.kernels.differentiable`).
+        If the objective contains derivatives of normalizations, compute the normalizations with elementary operations.
+        Derivatives of torch's fused normalizations would be wrong (see `curvop.kernels.differentiable`).
         """
         norms = ElementaryNorms() if self.objective.evaluator.elementary_norms else contextlib.nullcontext()
         with torch.enable_grad(), norms:
@@ -194,9 +194,10 @@ class UserCode:
         return self._model(X) if isinstance(self._model, nn.Module) else self._model(dict(self.targets), X)
 
     def loss(self, batches: list[Any]) -> tuple[Tensor, Any]:
-        """Join the batches into one batch, and return the loss of this batch and a list of the separate predictions.
+        """Join the batches into one batch, and return ``(loss, predictions)``.
 
-        Return None instead of the list if the objective is a function of parameters and batch.
+        ``loss`` is the loss of the joined batch. ``predictions`` is a list with the prediction of each separate batch,
+        or None if the objective is a function of parameters and batch.
         """
         if isinstance(self.objective, CallableObjective):
             for batch in batches:
@@ -232,7 +233,8 @@ class UserCode:
     ) -> Values:
         """Return the gradient of the sum of `outputs`, weighted by `seeds`, as a dict by parameter name.
 
-        Differentiate with respect to the parameters `names`, by default those in the attribute `names`.
+        The gradient is with respect to the parameters in `names`. By default, these are the names passed to
+        `UserCode`.
         """
         names = self.names if names is None else tuple(names)
         return dict(zip(names, gradient_of(outputs, [self.targets[name] for name in names], seeds), strict=True))
@@ -253,7 +255,7 @@ def gradient_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequ
 
 
 def _distinct(known: set[int], tensors: list[Tensor]) -> list[Tensor]:
-    """Remove duplicates, inference tensors, and tensors whose ids are in `known`."""
+    """Return `tensors` without duplicates, inference tensors, and tensors whose ids are in `known`."""
     distinct = {id(value): value for value in tensors if id(value) not in known and not value.is_inference()}
     return list(distinct.values())
 
@@ -261,8 +263,8 @@ def _distinct(known: set[int], tensors: list[Tensor]) -> list[Tensor]:
 def _has_graph(tensor: Tensor) -> bool:
     """Return True if one of the user's autograd graphs contains the leaf `tensor`.
 
-    The user's graph keeps the leaf's node alive, and with it a hook that is registered here. Without such a graph, the
-    node and the hook are deleted immediately.
+    To find out, a hook is registered on the autograd node of the leaf. If one of the user's graphs contains the leaf,
+    the graph keeps the node and the hook alive. Otherwise, the node and the hook are deleted immediately.
     """
 
     class Mark:
@@ -279,7 +281,7 @@ def _has_graph(tensor: Tensor) -> bool:
 
 
 def in_double(tree: Any) -> Any:
-    """Return a tree of tensors in which floating-point tensors are converted to float64."""
+    """Convert all floating-point tensors in a tree of tensors to float64."""
     return map_leaves(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
 
 

@@ -7,5 +7,5 @@ __all__ = ["NystromPreconditioner", "SolveResult", "jacobi", "nystrom", "solve"]
 
 
 def __dir__() -> list[str]:
-    """Return the public names, for tab completion."""
+    """Return the list of public names for tab completion."""
     return __all__

@@ -10,8 +10,8 @@ systems", J. Res. Natl. Bur. Stand. 49(6), 1952, doi:10.6028/jres.049.044). The 
 2. It computes the true residual of the solution, because rounding errors accumulate in the residual that the solver
    updates recursively. If the true residual is too large, the solver is restarted from the current solution, as long as
    restarts reduce the residual.
-3. It computes in float64, so that norms do not underflow, and scales the system for MINRES, whose tolerances are partly
-   absolute.
+3. It computes in float64, so that norms do not underflow. It also scales the system for MINRES, because some tolerances
+   of MINRES are absolute.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def solve(
         A positive definite approximation of the inverse of the damped matrix, for example from
         `curvop.preconditioner.nystrom`.
     maxiter : int, optional
-        The maximum number of products, not counting a few products that compute the residual. The default is ``10 *
-        N``.
+        The maximum number of products. A few additional products may be needed to compute the residual. The default is
+        ``10 * N``.
     callback : callable, optional
         Called as ``callback(x)`` with a copy of the current solution after each step.
     progress : bool, optional
@@ -157,15 +157,16 @@ class SolveResult:
     residual : float
         ``||b - (A + damping * I) x|| / ||b||``, computed from the solution and not updated recursively by the solver.
     products : int
-        The number of products with `A`, including those that compute the residual, but not those that constructed the
-        preconditioner.
+        The number of products with `A`. Products for the residual are included. Products that constructed the
+        preconditioner are not included.
     converged : bool
         Whether the residual is at most the requested `rtol`.
     negative_curvature : float or None
-        If a direction p of negative curvature was found, the curvature ``p' (A + damping * I) p / p' p`` along p, and
-        None otherwise. A negative value is an upper bound on the smallest eigenvalue and proves that the damped matrix
-        is indefinite. The solution is then a saddle point of the quadratic function whose gradient is ``(A + damping *
-        I) x - b``, and -x may not be a descent direction. None does not prove that the matrix is positive definite.
+        The curvature ``p' (A + damping * I) p / p' p`` along a direction p of negative curvature, or None if no such
+        direction was found. A negative value is an upper bound for the smallest eigenvalue and proves that the damped
+        matrix is indefinite. The solution is then a saddle point of the quadratic function whose gradient is ``(A +
+        damping * I) x - b``, and -x may not be a descent direction. The value None does not prove that the matrix is
+        positive definite.
     solver : str
         'minres' if a direction with negative or numerically zero curvature was found, and 'cg' otherwise.
 
@@ -320,7 +321,7 @@ class _Solver:
     def _step_callback(
         self, x0: NDArray[Any], scale: float = 1.0, check_residual: bool = False
     ) -> Callable[[NDArray[Any]], None]:
-        """Return a callback for a solver, which stores the current solution.
+        """Return a callback that stores the current solution of a solver.
 
         If `check_residual` is True, the callback also checks the true residual every ``_CHECK_INTERVAL`` steps.
         """

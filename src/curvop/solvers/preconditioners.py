@@ -1,4 +1,4 @@
-"""Nystrom and Jacobi preconditioners for damped systems, for `curvop.solve` and SciPy's ``cg`` and ``minres``."""
+"""Nystrom and Jacobi preconditioners of damped systems, for `curvop.solve` and SciPy's ``cg`` and ``minres``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def nystrom(
 ) -> NystromPreconditioner:
     """Construct a low-rank preconditioner for ``A + damping * I`` from one block product with `A`.
 
-    Use it if only a few eigenvalues are much larger than the damping, as is common for the Gauss-Newton and Fisher
-    matrices of neural networks. If the rank is twice the number of eigenvalues that exceed the damping, the number of
-    steps of conjugate gradients does not depend on the condition number of `A`. If the eigenvalues differ mainly
-    because the parameters have different scales, `jacobi` may be sufficient.
+    Use this preconditioner if only a few eigenvalues are much larger than the damping. This is common for the
+    Gauss-Newton and Fisher matrices of neural networks. If the rank is twice the number of eigenvalues that exceed the
+    damping, the number of steps of conjugate gradients does not depend on the condition number of `A`. If the
+    eigenvalues differ mainly because the parameters have different scales, `jacobi` may be sufficient.
 
     Parameters
     ----------
@@ -125,8 +125,8 @@ def jacobi(
 ) -> LinearOperator:
     """Construct the diagonal (Jacobi) preconditioner for ``A + damping * I``.
 
-    Use it if the parameters have different scales. If only a few eigenvalues are much larger than the others, `nystrom`
-    saves more products.
+    Use this preconditioner if the parameters have different scales. If only a few eigenvalues are much larger than the
+    others, `nystrom` saves more products.
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ def jacobi(
 class NystromPreconditioner(LinearOperator):  # type: ignore[misc]
     r"""The inverse of a low-rank approximation of ``A + damping * I``, created by `nystrom`.
 
-    Pass it to `curvop.solve` as ``preconditioner``, or to SciPy's ``cg`` and ``minres`` as ``M``.
+    Pass this operator to `curvop.solve` as ``preconditioner``, or to SciPy's ``cg`` and ``minres`` as ``M``.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Spectral analysis: certified eigenvalues, spectral densities, traces, norms, block studies and tracking.
+"""Spectral analysis: certified eigenvalues, spectral densities, traces, norms, studies of blocks, tracking in training.
 
 All functions except `blocks` take any real symmetric SciPy ``LinearOperator``, including the curvature matrices of this
 package. `frobenius_norm` also takes rectangular operators.

@@ -1,8 +1,9 @@
 """Study a curvature matrix layer by layer: densities of the diagonal blocks, and norms of all blocks.
 
-`blocks` returns a `BlockStudy`. Small diagonal blocks are formed, and their eigenvalues are computed exactly. The
-spectra of larger diagonal blocks are estimated by `density`. The norms of blocks that are not formed are estimated from
-products with vectors of random signs.
+`blocks` returns a `BlockStudy`. For a small diagonal block, all columns are computed, and the eigenvalues of the
+resulting matrix are exact. The spectrum of a larger diagonal block is estimated by `density`. The Frobenius norm of a
+block is exact if all its columns are computed. Otherwise, the norm is estimated from products with vectors of random
+signs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Array = NDArray[Any]
 _BLOCK, _NORMS = b"block", b"norms"
 _FIELDS = [field.name for field in dataclasses.fields(SpectralDensity)]
 _SHOWN_ERROR = 1e-4  # smallest relative error that the table shows
-_COLUMNS_AT_ONCE = 4  # columns per block product for the norms; small, because each column of the result has N entries
+_COLUMNS_AT_ONCE = 4  # columns per block product that estimates norms; small because each product has N rows
 
 
 def blocks(
@@ -64,28 +65,28 @@ def blocks(
     A : ParameterLinearOperator
         A symmetric curvature matrix of this package, for example a ``HessianLinearOperator``.
     groups : mapping of str to str or sequence of str, optional
-        Maps the name of each block to the names of its parameters. By default, each parameter forms a block. Parameters
-        in no group are left out.
+        Maps the name of each block to the names of its parameters. By default, each parameter forms its own block.
+        Parameters that belong to no group are ignored.
     num_probes : int
         Number of probes for the density of each diagonal block.
     num_steps : int
         Number of Lanczos steps for the density of each diagonal block.
     norm_products : int
-        Number of products for estimating the norms of the blocks in the columns of each group, at least 2. A group with
-        fewer columns needs only one product per column. The relative error of an estimated norm is about ``1 / sqrt(2
-        norm_products)``.
+        Number of products with the columns of each group, at least 2. The norms of all blocks in these columns are
+        estimated from these products. A group with fewer than ``norm_products`` columns needs only one product per
+        column. The relative error of an estimated norm is about ``1 / sqrt(2 norm_products)``.
     rng : int or numpy.random.Generator, optional
-        Seed or generator of all random vectors. None gives different vectors in every run.
+        Seed or generator for all random vectors. If it is None, every run uses different vectors.
     checkpoint : str or path, optional
         Directory in which every finished block and every step of the current block are recorded, as in `density`. If a
         run is killed or reaches its time limit, call `blocks` again with the same arguments and the same seed. The
-        second call continues from the last recorded step, and its result is identical (bitwise, if ``columns`` of the
-        operator is a number) to that of an uninterrupted run.
+        second call continues from the last recorded step and returns the same result as an uninterrupted run. If the
+        operator's argument ``columns`` is a number, the results are bitwise identical.
     seconds : float, optional
-        Time limit. A run that reaches the limit completes the current block product, which has at most ``num_probes``
-        vectors, and returns the finished blocks. With a limit of 0, the run returns the blocks in the checkpoint and
-        computes no product. With any other limit, the run computes at least one block product, so that repeated calls
-        with a checkpoint make progress.
+        Time limit. A run that reaches the limit completes the current block product, which has at most
+        ``max(num_probes, 4)`` vectors, and returns the finished blocks. If the limit is 0, the run computes no product
+        and returns the finished blocks in the checkpoint. If the limit is larger, the run computes at least one block
+        product, so that repeated calls with a checkpoint make progress.
     progress : bool
         Show a progress bar that counts products.
 
@@ -108,15 +109,15 @@ def blocks(
 
     Notes
     -----
-    A diagonal block with at most ``num_probes * num_steps`` rows is formed, and its eigenvalues are computed exactly,
-    because an estimate would not take fewer products. The spectrum of a larger block is estimated by `density`. Both
-    methods use products with the diagonal block only. These products involve only the layers of the block.
+    If a diagonal block has at most ``num_probes * num_steps`` rows, all its columns are computed, which gives the exact
+    eigenvalues. An estimate would take at least as many products. The spectrum of a larger block is estimated by
+    `density`. In both cases, the products involve only the layers of the block.
 
-    The squared norm of the block with the rows of group i and the columns of group j is :math:`\|A_{ij}\|_F^2 = E
-    \|A_{ij} x\|^2` for vectors x of random signs. A product with the columns of a group contributes to the estimates of
-    all blocks in these columns. Since the matrix is symmetric, the norm of each off-diagonal block is estimated twice.
-    If a group has at most ``norm_products`` columns, all its columns are formed, and the norms of the blocks in these
-    columns are exact.
+    Let :math:`A_{ij}` be the block with the rows of group i and the columns of group j. Its squared norm is
+    :math:`\|A_{ij}\|_F^2 = E \|A_{ij} x\|^2`, where x is a vector of random signs. A product with the columns of a
+    group contributes to the estimates of all blocks in these columns. Because the matrix is symmetric, the norm of each
+    off-diagonal block is estimated twice. If a group has at most ``norm_products`` columns, all its columns are
+    computed, and the norms of the blocks in these columns are exact.
 
     Examples
     --------
@@ -158,9 +159,10 @@ def blocks(
         return rows <= num_probes * num_steps and 3 * 8 * rows**2 <= available_bytes()
 
     def study_block(name: str, seed: int, steps: Path | None, column: int) -> list[Array]:
-        """Return the arrays of the density of a diagonal block, followed by an array of squared norms.
+        """Return a list: the arrays of the density of a diagonal block, followed by one array of squared norms.
 
-        Entry (i, j) is the squared norm of the product of the i-th block in these columns and the j-th test vector.
+        Entry (i, j) of the last array is ``||A_i x_j||**2``. Here, A_i is the block with the rows of the i-th group and
+        the columns of the group `name`, and x_j is the j-th test vector.
         """
         nonlocal idle
         block, generator = diagonal[name], np.random.default_rng(seed)
@@ -251,8 +253,8 @@ class BlockStudy:
     norms, norm_errors : ndarray, shape (n, n)
         Frobenius norms of all blocks, and standard errors of these norms. The errors of exact norms are 0.
     num_products : int
-        Number of products for these blocks, including products of earlier runs. A product with a diagonal block and a
-        product with all columns of a group both count as one product.
+        Number of products used for these blocks, including products of earlier runs. A product with a diagonal block
+        and a product with all columns of a group both count as one product.
     unfinished : list of str
         Names of the blocks that were not finished within the time limit. These blocks are missing from the other
         attributes.
@@ -311,15 +313,15 @@ class BlockStudy:
 
     @property
     def traces(self) -> Estimate:
-        """Traces of the diagonal blocks and their errors, as an `Estimate` of two arrays of shape ``(n,)``."""
+        """Traces of the diagonal blocks: an `Estimate` whose ``value`` and ``error`` are arrays of shape ``(n,)``."""
         traces = [block.trace() for block in self.densities]
         return Estimate(np.array([trace.value for trace in traces]), np.array([trace.error for trace in traces]))
 
     @property
     def table(self) -> list[tuple[str, ...]]:
-        """Cells of a table as text: a row of headings, and one row per block.
+        """Cells of the printed table: a tuple of headings, followed by one tuple of strings for each block.
 
-        Errors that are smaller than the last digit shown are omitted.
+        The error of an extreme eigenvalue is omitted if it is smaller than the last digit shown.
         """
         lines: list[tuple[str, ...]] = [("block", "rows", "smallest", "largest", "trace", "norm")]
         for name, block, norm in zip(self.names, self.densities, self.norms.diagonal(), strict=True):
@@ -347,7 +349,7 @@ class BlockStudy:
         return "\n".join([*self.lines, f"not studied, as time was up: {listed(self.unfinished)}"])
 
     def plot(self, figure: Any = None) -> Any:
-        """Plot the table, the density of each block, and the norms of all blocks. Requires matplotlib.
+        """Plot the table of blocks, the density of each diagonal block, and all norms. Requires matplotlib.
 
         Parameters
         ----------
@@ -480,17 +482,17 @@ def _formed(
 
 
 def _assembled(names: list[str], sizes: Array, finished: list[list[Array]]) -> BlockStudy:
-    """Combine the results of the finished blocks into a study. These blocks come first in `names`."""
+    """Combine the results of the finished blocks into a study. The finished blocks must come first in `names`."""
     count = len(finished)
     densities = [SpectralDensity.of_arrays(dict(zip(_FIELDS, arrays, strict=True))) for *arrays, _ in finished]
     means, variances = np.zeros((count, count)), np.zeros((count, count))
-    # Weights of the estimates from the columns of each block. The estimates from the transposed blocks have the
-    # remaining weights.
+    # Each norm is estimated twice: from the columns of a block and from the columns of its transpose. `shares` holds
+    # the weights of the first estimates. The second estimates have the remaining weights.
     shares = np.full((count, count), 0.5)
     num_products = sum(block.num_products for block in densities)
     for column, (*_, squares) in enumerate(finished):
         num_products += squares.shape[1]
-        if squares.shape[1] == sizes[column]:  # all columns were formed, so that the norms are exact
+        if squares.shape[1] == sizes[column]:  # all columns were computed, so the norms are exact
             means[:, column] = squares[:count].sum(1)
             shares[:, column] += 0.5
             shares[column] -= 0.5
@@ -499,7 +501,7 @@ def _assembled(names: list[str], sizes: Array, finished: list[list[Array]]) -> B
             variances[:, column] = squares[:count].var(1, ddof=1) / squares.shape[1]
     means, variances = shares * means, shares**2 * variances
     means, variances = means + means.T, variances + variances.T
-    np.fill_diagonal(variances, 2 * np.diag(variances))  # a diagonal block has only one estimate
+    np.fill_diagonal(variances, 2 * np.diag(variances))  # a diagonal block is estimated only once
     for index, block in enumerate(densities):
         if block.exact:
             means[index, index], variances[index, index] = (block.atoms**2).sum(), 0.0

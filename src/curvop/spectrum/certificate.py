@@ -4,11 +4,11 @@
 
 - `matched_bounds` and `quadratic_estimates` compute error bounds and error estimates for the eigenvalues from the
   residuals of the eigenvectors.
-- `search_missed` looks for eigenvalues that a solver missed. If the columns of Q are an orthonormal basis of the
-  computed eigenvectors, and P = I - Q Q', the search estimates the extreme eigenvalues of P A P on the range of P. The
-  search uses Lanczos with a random starting vector, which almost surely has a component along every eigenvector. The
-  projection P removes the computed eigenvalues, whatever their signs. A missed eigenvalue is reported only if the
-  Rayleigh quotient of a vector orthogonal to Q confirms it.
+- `search_missed` looks for eigenvalues that a solver missed. Let the columns of Q be an orthonormal basis of the
+  computed eigenvectors, and let P = I - Q Q'. The search estimates the extreme eigenvalues of P A P on the range of P.
+  The search uses Lanczos with a random starting vector, which almost surely has a component along every eigenvector.
+  The projection P removes the computed eigenvalues, regardless of their signs. A missed eigenvalue is reported only if
+  the Rayleigh quotient of a vector orthogonal to Q confirms it.
 - `measure_noise` measures the accuracy and the symmetry of the products.
 """
 
@@ -50,9 +50,9 @@ WHICH = ("LA", "SA", "LM", "SM", "BE")
 """SciPy's values of the argument `which`."""
 
 _EPS = float(np.finfo(np.float64).eps)
-_SEARCH_ROUNDING = 2e-14  # the rounding error of a search, relative to the norm of A
+_SEARCH_ROUNDING = 2e-14  # rounding error of the Ritz values of a search, relative to the norm of A
 
-_FAILURE = 1e-3  # an upper bound for the failure probability of a `SearchResult`
+_FAILURE = 1e-3  # upper bound for the probability that the range of a `SearchResult` is wrong
 _CHECK_INTERVAL = 5  # Lanczos steps between two checks of the Ritz values
 
 _PROBES, _SINGLE_PRODUCTS = 4, 4
@@ -98,7 +98,7 @@ def certify(
         of the vectors from orthonormality, ``max |V'V - I|``.
     search : int, optional
         The maximum number of Lanczos steps in the search. Each step takes one product. The search stops early if it can
-        rule out missed eigenvalues. If an eigenvalue seems to be missed, the search repeats its steps to confirm it.
+        rule out missed eigenvalues. If an eigenvalue seems to be missed, the search repeats its steps to confirm this.
     rng : int, numpy.random.Generator or None, optional
         The seed or generator for the random vectors. If the solver drew its starting vector from a seeded generator,
         pass a different seed here, so that the search starts from a different vector.
@@ -108,7 +108,8 @@ def certify(
     Returns
     -------
     Certificate
-        The error bounds and the result of the search. If a value or a vector is not finite, ``ok`` is False.
+        The error bounds and the result of the search. If a value or a vector is not finite, the attribute ``ok`` is
+        False.
 
     Raises
     ------
@@ -121,11 +122,11 @@ def certify(
 
     Notes
     -----
-    The error bounds take ``k + 8`` products and the memory of three copies of `vectors`. The bounds are computed by
+    The error bounds take ``k + 8`` products and as much memory as three copies of `vectors`. The bounds are computed by
     `curvop.spectrum.certificate.matched_bounds` [1]_ and include the noise of the products. The search runs Lanczos on
-    the orthogonal complement of `vectors`. The search gives a range that contains all other eigenvalues with a
-    probability of at least 0.999 over the random starting vector [2]_. The search is useful because eigensolvers can
-    miss members of a cluster of eigenvalues and still report convergence (SciPy issue 26112).
+    the orthogonal complement of `vectors`. The search returns a range. With a probability of at least 0.999 for a
+    random starting vector, this range contains all eigenvalues other than the given ones [2]_. The search is useful
+    because eigensolvers can miss members of a cluster of eigenvalues and still report convergence (SciPy issue 26112).
 
     References
     ----------
@@ -147,7 +148,7 @@ def certify(
     >>> certify(A, values, vectors, which="LA", progress=False).ok
     True
 
-    The search finds the eigenvalue 2 if the given eigenpairs lack it:
+    The search finds the eigenvalue 2 if the given eigenpairs do not include it:
 
     >>> certificate = certify(A, [1.0, 3.0], np.eye(300)[:, [297, 299]], which="LA", progress=False)
     >>> certificate.ok, round(certificate.missed, 4)
@@ -194,23 +195,24 @@ class Certificate:
         An estimate of ``||A - A'|| / ||A||`` from the differences ``x' A y - y' A x``, where y is random and x is
         random or an eigenvector. A value of the order of `noise` is harmless.
     norm : float
-        A lower bound for the norm of A: the maximum of all absolute Ritz values and of the computed ``||A x||`` with
-        ``||x|| = 1``.
+        A lower bound for the norm of A: the largest absolute Ritz value, or the largest computed ``||A x||`` with
+        ``||x|| = 1`` if this norm is larger.
     error : float
-        The assumed error of a product with an eigenvector of norm 1, including the error due to asymmetry. Each bound
-        includes this error.
+        The assumed error (in the Euclidean norm) of a product with an eigenvector of norm 1. It includes the error due
+        to an asymmetry of A. Each bound includes this error.
     zeros : int
         The number of values that are not larger in magnitude than their bounds. The signs of these eigenvalues are
         unknown.
     missed : float or None
         The Rayleigh quotient of a vector that is orthogonal to all `vectors`. At least one eigenvalue at or beyond this
-        value was missed. None if no missed eigenvalue was found.
+        Rayleigh quotient was missed. The attribute is None if no missed eigenvalue was found.
     resolution : float or None
-        The resolution of the search. A missed eigenvalue that lies more than `resolution` beyond the last of the given
-        eigenvalues would have been found with a probability of at least 0.999. None if there was no search: if `which`
-        is None or 'SM', if time ran out, if the operator is not symmetric, or if the given vectors are unusable.
+        The resolution of the search. With a probability of at least 0.999, the search would have found any missed
+        eigenvalue that lies more than `resolution` beyond the last of the given eigenvalues. The attribute is None if
+        there was no search. There is no search if `which` is None or 'SM', if time ran out, if the operator is not
+        symmetric, or if the given vectors are unusable.
     products : int
-        The number of columns to which A was applied.
+        The number of products with A. A block product with K columns counts as K products.
     which : str or None
         The argument `which` of `certify`.
     tol : float
@@ -240,8 +242,9 @@ class Certificate:
     def ok(self) -> bool:
         """Whether the eigenpairs pass all checks.
 
-        All bounds are at most ``tol * norm``, the vectors are orthonormal up to `tol`, the operator is symmetric, and
-        the search did not find a missed eigenvalue.
+        The checks require finite eigenpairs, bounds of at most ``tol * norm``, vectors that are orthonormal up to
+        `tol`, and a symmetric operator. If there was a search, it must have been long enough and must not have found a
+        missed eigenvalue.
         """
         return not self._problems()
 
@@ -330,7 +333,11 @@ def _validate(size: int, values: Any, vectors: Any, which: str | None, tol: floa
 
 
 def _rejected(unusable: Array, which: str | None, tol: float) -> Certificate:
-    """Return a failed certificate. Some eigenpairs are not finite or have a zero vector, or there are no eigenpairs."""
+    """Return a failed certificate for k eigenpairs that cannot be checked.
+
+    The boolean array `unusable` of shape (k,) marks eigenpairs that are not finite or whose vector is zero. If there
+    are no eigenpairs, the array is empty.
+    """
     residuals, bounds, nan = np.where(unusable, np.nan, np.inf), np.full(len(unusable), np.inf), float("nan")
     return Certificate(residuals, bounds, bounds.copy(), nan, nan, nan, 0.0, nan, 0, None, None, 0, which, tol)
 
@@ -356,12 +363,12 @@ def _certificate(
     residuals = np.sqrt(np.diag(residual_gram))
     bounds, groups = matched_bounds(w, gram, residual_gram, error)
 
-    # Inexact vectors and rounding errors make computed eigenvalues reappear in the search. Ignore values within this
-    # tolerance of the limits.
+    # Because of inexact vectors and rounding errors, the search can find computed eigenvalues again. Therefore, ignore
+    # Ritz values that exceed the limits by at most this tolerance.
     tolerance = 2 * float(bounds.max()) + _SEARCH_ROUNDING * norm
     ends = remaining_range(w, which)
     search, resolution = None, None
-    others = (-np.inf, np.inf)  # the range of the remaining eigenvalues
+    others = (-np.inf, np.inf)  # the range of the eigenvalues that were not computed
     if len(w) == len(V):
         others, resolution = (np.inf, -np.inf), 0.0
     elif ends is not None and np.isfinite(tolerance) and not is_asymmetric(noise.symmetry, noise.relative):
@@ -399,7 +406,8 @@ def matched_bounds(values: Array, gram: Array, residual_gram: Array, noise: floa
     r"""Compute error bounds for k approximate eigenvalues of a symmetric operator A.
 
     The k values can be matched one to one with k eigenvalues of A, counted with multiplicity, such that the error of
-    each value is at most its bound. `curvop.spectrum.certify` calls this function with measured residuals and noise.
+    each value is at most its bound. `curvop.spectrum.certify` calls this function with measured residuals and a
+    measured noise.
 
     Parameters
     ----------
@@ -417,15 +425,15 @@ def matched_bounds(values: Array, gram: Array, residual_gram: Array, noise: floa
     bounds : ndarray, shape (k,)
         The absolute error bounds.
     groups : ndarray of int, shape (k,)
-        The group index of each value. All values of a group have a joint bound.
+        The group index of each value. All values of a group share one bound.
 
     Notes
     -----
-    Each value has an interval whose radius is the norm of its residual. Each interval contains an eigenvalue [1]_
-    (theorem 4.5.1), but overlapping intervals may contain the same eigenvalue. Values with overlapping intervals form a
-    group with a joint bound. If a group of m values :math:`\Lambda` has vectors V and residuals :math:`R = A V - V
-    \Lambda`, then the m values can be matched one to one with m eigenvalues such that each error is at most
-    :math:`\|R\|_2 / \sigma_{\min}(V)` [2]_, [3]_. The bound is infinite if V contains two copies of a vector.
+    Each value is the center of an interval whose radius is the norm of its residual. Each interval contains an
+    eigenvalue [1]_ (theorem 4.5.1), but overlapping intervals may contain the same eigenvalue. Values with overlapping
+    intervals form a group with a joint bound. If a group of m values :math:`\Lambda` has vectors V and residuals
+    :math:`R = A V - V \Lambda`, then the m values can be matched one to one with m eigenvalues such that each error is
+    at most :math:`\|R\|_2 / \sigma_{\min}(V)` [2]_, [3]_. The bound is infinite if V contains two copies of a vector.
 
     References
     ----------
@@ -437,7 +445,7 @@ def matched_bounds(values: Array, gram: Array, residual_gram: Array, noise: floa
 
     Examples
     --------
-    The second vector is a rotated eigenvector, so the values 1.0 and 1.0 form a group with a joint bound:
+    Both values are 1.0, so they form a group with a joint bound. The second vector is not an exact eigenvector:
 
     >>> import numpy as np
     >>> from curvop.spectrum.certificate import matched_bounds
@@ -457,7 +465,7 @@ def matched_bounds(values: Array, gram: Array, residual_gram: Array, noise: floa
         joined: list[Array] = []
         last = -np.inf
         for part, bound in zip(parts, part_bounds, strict=True):
-            if bound == np.inf:  # linearly dependent vectors: use their single bounds here, to keep other groups apart
+            if bound == np.inf:  # linearly dependent vectors: use single bounds, so that other groups stay apart
                 bound = max(_bound(gram, residual_gram, part[[index]], noise) for index in range(len(part)))
             if joined and values[part[0]] - bound <= last:
                 joined[-1] = np.concatenate([joined[-1], part])
@@ -496,20 +504,21 @@ def quadratic_estimates(
 ) -> Array:
     r"""Estimate the errors of well-separated eigenvalues from their squared residuals.
 
-    The error of a Rayleigh quotient :math:`\rho` with residual r is at most :math:`\|r\|^2 / \delta` if
-    :math:`\delta` is the distance from :math:`\rho` to the other eigenvalues (Kato, Temple; Parlett, 1998, theorem
-    11.7.1). This function computes an estimate and not a bound, because the range `others` of the remaining eigenvalues
-    is only approximate.
+    The error of a Rayleigh quotient :math:`\rho` with residual r is at most :math:`\|r\|^2 / \delta` if :math:`\delta`
+    is the distance from :math:`\rho` to the other eigenvalues (Kato, Temple; Parlett, 1998, theorem 11.7.1). This
+    function computes an estimate and not a bound, because `others`, the range of the eigenvalues that were not
+    computed, is only approximate.
 
     Parameters
     ----------
     values, quotients, residuals, bounds : ndarray, shape (k,)
-        The approximate eigenvalues, the Rayleigh quotients of the vectors, the norms of the residuals, and the error
-        bounds of the values.
+        In this order: the approximate eigenvalues, the Rayleigh quotients of the vectors, the norms of the residuals,
+        and the error bounds of the eigenvalues.
     groups : ndarray of int, shape (k,)
-        The groups of `matched_bounds`. The estimates of a group of several values equal the bounds.
+        The group index of each value, as returned by `matched_bounds`. If a group has several values, their estimates
+        equal their bounds.
     others : (float, float)
-        The range of the remaining eigenvalues, or ``(-inf, inf)`` if this range is unknown.
+        The range of the eigenvalues that were not computed, or ``(-inf, inf)`` if this range is unknown.
     noise : float
         An upper bound for the norm of the error of a product with a vector of norm 1.
 
@@ -538,18 +547,18 @@ def quadratic_estimates(
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """The result of a search for missed eigenvalues: the range of the remaining eigenvalues.
+    """The result of a search for missed eigenvalues: the range of all eigenvalues that the solver did not compute.
 
     Attributes
     ----------
     low, high : float
         The smallest and the largest Ritz value.
     slack : float
-        All remaining eigenvalues lie in ``[low - slack, high + slack]`` with a probability of at least 0.999. After too
-        few Lanczos steps, the slack is infinite.
+        With a probability of at least 0.999, all eigenvalues that the solver did not compute lie in ``[low - slack,
+        high + slack]``. After too few Lanczos steps, the slack is infinite.
     beyond : float or None
-        A Rayleigh quotient outside the limits of the search, computed with the Ritz vector. None if no missed
-        eigenvalue was found.
+        The Rayleigh quotient of a Ritz vector. It lies outside the limits of the search, which proves that an
+        eigenvalue was missed. None if no missed eigenvalue was found.
     """
 
     low: float
@@ -559,7 +568,7 @@ class SearchResult:
 
 
 def remaining_range(values: Array, which: str | None) -> tuple[float, float] | None:
-    """Return the range of the remaining eigenvalues if no eigenvalue was missed.
+    """Return the range in which all other eigenvalues lie if the solver missed none.
 
     Parameters
     ----------
@@ -572,7 +581,7 @@ def remaining_range(values: Array, which: str | None) -> tuple[float, float] | N
     -------
     (float, float) or None
         The lower and the upper limit. A limit is infinite if `which` makes no claim about that end of the spectrum. The
-        result is None if `which` is None or 'SM', because the range of the remaining eigenvalues is then unknown.
+        result is None if `which` is None or 'SM', because the range of the other eigenvalues is then unknown.
     """
     if which == "LA":
         return -np.inf, float(values.min())
@@ -603,14 +612,14 @@ def search_missed(
     vectors : ndarray, shape (N, k)
         The computed eigenvectors, of norm 1. k is less than N.
     limits : (float, float)
-        The range of the remaining eigenvalues if none was missed (see `remaining_range`). A limit is infinite at an end
-        that is not searched.
+        The range in which all other eigenvalues lie if the solver missed none (see `remaining_range`). If one end of
+        the spectrum is not searched, the limit at this end is infinite.
     tolerance : float
         The distance by which an eigenvalue must exceed the limits to count as missed.
     steps : int
         The maximum number of Lanczos steps. Each step takes one product. If a Ritz value lies outside of the limits,
-        the recurrence is repeated to form the Ritz vector. If at most `steps` eigenvalues remain, a dense eigensolver
-        computes all of them.
+        the recurrence is repeated to form the Ritz vector. If the solver left at most `steps` eigenvalues uncomputed, a
+        dense eigensolver computes all of them.
     rng : numpy.random.Generator
         The generator for the starting vector.
 
@@ -667,10 +676,10 @@ def _search_densely(multiply: Multiply, Q: Array, limits: tuple[float, float]) -
 
 
 def _furthest_outside(low: float, high: float, limits: tuple[float, float]) -> tuple[int, float]:
-    """Compare `low` and `high` with the limits.
+    """Find which of the values `low` and `high` lies further outside of the limits.
 
-    Return the index of the value that lies further outside (0 for `low`, -1 for `high`), and the distance from its
-    limit to this value. The distance is negative if both values lie within the limits.
+    Return ``(index, distance)``. The index is 0 for `low` and -1 for `high`. The distance is measured outwards from the
+    limit to the value, and is negative if both values lie within the limits.
     """
     return (0, limits[0] - low) if limits[0] - low > high - limits[1] else (-1, high - limits[1])
 
@@ -687,7 +696,7 @@ def _slack(spread: float, size: int, steps: int, failure: float) -> float:
 
 
 def _project(Q: Array, x: Array) -> Array:
-    """Return x minus its projection on the span of Q. The second pass removes the rounding errors of the first."""
+    """Return x minus its projection onto the span of Q. The projection is repeated to remove rounding errors."""
     for _ in range(2):
         x = x - Q @ (Q.T @ x)
     return x
@@ -713,8 +722,8 @@ class _ProjectedLanczos:
         beta = float(np.linalg.norm(rest))
         self._alphas.append(alpha)
         self._betas.append(beta)
-        # If only rounding errors are left, the Lanczos vectors span an invariant subspace. This subspace contains all
-        # distinct eigenvalues, because the starting vector is random.
+        # If `rest` contains only rounding errors, the Lanczos vectors span an invariant subspace. This subspace
+        # contains all distinct eigenvalues, because the starting vector is random.
         self.exhausted = beta <= 10 * _EPS * math.sqrt(len(rest)) * self._norm
         if not self.exhausted:
             self._previous, self._q = self._q, rest / beta
@@ -763,12 +772,12 @@ class Noise:
     relative : float
         The largest measured error of a product, relative to the norm of the product.
     error : float
-        The assumed norm of the error of a product with an eigenvector of norm 1: twice the largest measured error, plus
-        rounding.
+        The assumed error (in the Euclidean norm) of a product with an eigenvector of norm 1: twice the largest measured
+        error, plus a rounding error.
     symmetry : float
         An estimate of ``||A - A'|| / ||A||``.
     skew : float
-        An estimate of ``||(A - A') x||`` for a vector of norm 1.
+        An estimate of ``||(A - A') x||`` for a vector x of norm 1.
     norm : float
         The largest norm of a measured product with a vector of norm 1.
     """
@@ -781,15 +790,15 @@ class Noise:
 
 
 def is_asymmetric(symmetry: float, relative: float) -> bool:
-    """Return True if the relative asymmetry exceeds 1e-10 and 10 times the relative noise of the products."""
+    """Return True if the relative asymmetry exceeds both 1e-10 and 10 times the relative noise of the products."""
     return symmetry > max(_SYMMETRY_PER_NOISE * relative, _HARMLESS_ASYMMETRY)
 
 
 def measure_noise(A: CountedOperator, V: Array, AV: Array, rng: np.random.Generator) -> Noise:
     """Measure the errors of products with random vectors and with random combinations of eigenvectors.
 
-    Random vectors test all parts of the operator, but have only small components along the dominant eigenvectors. The
-    errors of products with eigenvectors are therefore measured separately.
+    Random vectors test the whole operator, but have only small components along the dominant eigenvectors. The errors
+    of products with eigenvectors are therefore measured separately.
 
     Parameters
     ----------
@@ -811,7 +820,7 @@ def measure_noise(A: CountedOperator, V: Array, AV: Array, rng: np.random.Genera
     random_error = max(repeated, _linearity_error(A, X, AX, rng))
     eigenvector_error = max(_linearity_error(A, V, AV, rng) for _ in range(2))
 
-    # If x is random of norm 1, the root mean square of sqrt(N) |g' x| is |g|.
+    # For random vectors x of norm 1, the root mean square of sqrt(N) |g' x| is |g|.
     eigenvector_skew = math.sqrt(size) * _rms(AV.T @ X - V.T @ AX)
     mixed = X.T @ AX
     random_skew = math.sqrt(size) * _rms((mixed - mixed.T)[np.triu_indices(len(mixed), 1)])

@@ -67,9 +67,10 @@ class Checkpoint:
         return value
 
     def deflated_eigenpairs(self, compute: Callable[[], tuple[Array, Array, int]]) -> tuple[Array, Array, int]:
-        """Return the recorded eigenvalues, eigenvectors and number of products.
+        """Return the eigenvalues and eigenvectors to deflate, and the number of products that computed them.
 
-        If nothing is recorded, call `compute`, record its results, and return them.
+        If these results are recorded, return the recorded results. Otherwise, call `compute`, record its results, and
+        return them.
         """
         for _, [values, vectors, recorded] in self._recorded(_DEFLATED):
             return values, vectors, int(recorded)
@@ -79,7 +80,7 @@ class Checkpoint:
         return values, vectors, num_products
 
     def finished_groups(self) -> dict[int, list[Array]]:
-        """Return a dict that maps the first probe of each finished group to the arrays recorded by `finish_group`."""
+        """Map the index of the first probe of each finished group to the arrays that `finish_group` recorded."""
         return {int(key.split()[1]): arrays for key, arrays in self._recorded(_GROUP)}
 
     def finish_group(self, first: int, *arrays: Array) -> None:
@@ -92,7 +93,7 @@ class Checkpoint:
             self._steps = RecordFile(path)
 
     def replay(self, first: int, run: Lanczos) -> None:
-        """Restore the recorded steps of a group of probes in `run`. No product is computed."""
+        """Restore the recorded steps of a group of probes in `run`, without computing a product."""
         if self._steps is None:
             return
         for key, offset in self._steps:
@@ -100,7 +101,7 @@ class Checkpoint:
                 run.replay(*self._steps.read(offset))
 
     def add_step(self, first: int, run: Lanczos, runs: NDArray[np.intp]) -> None:
-        """Record the last step of a group of probes."""
+        """Record the latest Lanczos step of a group of probes."""
         if self._steps is not None:
             self._steps.append(b"%s %d" % (_STEP, first), *run.last_step(runs))
 

@@ -56,7 +56,7 @@ class CountedOperator(LinearOperator):  # type: ignore[misc]
     Attributes
     ----------
     products : int
-        The number of columns to which `A` was applied so far.
+        The number of products so far. A block product with K columns counts as K products.
 
     Raises
     ------
@@ -137,8 +137,8 @@ def deadline_after(seconds: Any) -> float:
 class TimedOperator(WrappingLinearOperator):
     """Wrap a symmetric operator to raise a ``TimeUpError`` after a deadline.
 
-    Block products are split into parts of 16 columns. The clock is checked before each part. A part that has started is
-    completed.
+    Block products are split into parts of 16 columns. The clock is checked before each part. If time runs out during a
+    part, this part is completed.
 
     Parameters
     ----------
@@ -150,8 +150,9 @@ class TimedOperator(WrappingLinearOperator):
     Attributes
     ----------
     reserved : int
-        The number of columns for which time is reserved. Products raise a ``TimeUpError`` as soon as the remaining time
-        suffices only for these columns. The reserve is ignored if it exceeds half of the total time.
+        The number of columns for which time is reserved before the deadline. Products raise a ``TimeUpError`` as soon
+        as the remaining time is only sufficient for these columns. The reserve is ignored if it exceeds half of the
+        total time.
 
     Raises
     ------
@@ -162,7 +163,7 @@ class TimedOperator(WrappingLinearOperator):
     def __init__(self, A: LinearOperator, until: float) -> None:
         super().__init__(A.dtype, A.shape)
         self._A, self._until, self._start = A, until, time.monotonic()
-        self._seconds_per_column = 0.0  # of the latest product
+        self._seconds_per_column = 0.0  # time per column of the latest product
         self.reserved = 0
 
     @property

@@ -1,8 +1,8 @@
 """Estimate spectral densities and traces of matrix functions by stochastic Lanczos quadrature.
 
-`density` runs the Lanczos process from several random probes and returns their Gauss quadratures as a
-`SpectralDensity`. The module `curvop.spectrum.gauss_quadrature` computes the bounds for fractions of eigenvalues and
-for means of functions.
+`density` runs the Lanczos process from several random vectors, the probes. It returns a `SpectralDensity`, which holds
+one Gauss quadrature for each probe. The module `curvop.spectrum.gauss_quadrature` computes the bounds for fractions of
+eigenvalues and for means of functions.
 
 References
 ----------
@@ -85,21 +85,21 @@ def density(
     Parameters
     ----------
     A : LinearOperator, shape (N, N)
-        Real and symmetric.
+        Real symmetric operator.
     num_probes : int
         Number K of random vectors. Error bars require at least two vectors.
     num_steps : int
-        Number m of Lanczos steps per probe, at most N. About 10 steps are enough for outliers. More steps resolve finer
-        structure in the bulk of the spectrum.
+        Number m of Lanczos steps per probe. At most ``N - deflate`` steps are taken. About 10 steps are enough to find
+        outliers. More steps resolve finer structure in the bulk of the spectrum.
     rng : int or numpy.random.Generator, optional
-        Seed or generator of the probes. The same seed gives the same probes on every device; None gives different
-        probes in every run.
+        Seed or generator for the probes. The same seed gives the same probes on every device. If it is None, every run
+        uses different probes.
     deflate : int
-        Number k of eigenvalues of largest magnitude that are computed exactly (Papyan, 2018). `eigsh` finds and
-        certifies these eigenvalues, the probes are made orthogonal to the eigenvectors, and the result stores the
-        eigenvalues as ``atoms``. If the spectrum has a few outliers, deflation reduces the spread between the probes.
-        The time limit ``seconds`` does not apply to the search for the k eigenvalues. A checkpoint records the
-        eigenvalues once all k are found.
+        Number k of eigenvalues that are computed individually (Papyan, 2018). These are the k eigenvalues of largest
+        magnitude. `eigsh` finds and certifies them, and the result stores them in ``atoms``. The probes are made
+        orthogonal to the eigenvectors of these eigenvalues. If the spectrum has a few outliers, deflation reduces the
+        spread between the probes. The time limit ``seconds`` does not apply to the search for the k eigenvalues. A
+        checkpoint records these eigenvalues once all k are found.
     memory : int, optional
         Number of bytes for the Lanczos bases and the deflated eigenvectors; half of the free memory by default. Each
         probe needs about 8 N m bytes (4 N m if `A` is float32). Each deflated eigenvector needs 8 N bytes (12 N if `A`
@@ -108,8 +108,9 @@ def density(
         Directory in which every step is recorded. If a run is killed, call `density` again with the same arguments and
         the same seed. The second call continues from the last recorded step. If the products are bitwise reproducible,
         the result is bitwise identical to that of an uninterrupted run. The products of curvop's operators are bitwise
-        reproducible if ``columns`` is 1 or any other fixed number. The directory holds 8 N bytes for each step of each
-        probe in progress, and the nodes and weights of the finished probes.
+        reproducible if their argument ``columns`` is a fixed number, for example 1. For each step of each unfinished
+        probe, the directory holds 8 N bytes (4 N if `A` is float32). It also holds the deflated eigenpairs, and the
+        nodes and weights of the finished probes.
     seconds : float, optional
         Time limit. A run that reaches the limit returns a result with fewer steps or probes, but with at least one
         step. To continue, repeat the call with the same checkpoint.
@@ -129,8 +130,8 @@ def density(
         If the checkpoint belongs to another computation (the message names the difference), is in use by another
         process, is damaged, or cannot be written.
     MemoryError
-        If the deflated eigenvectors and the basis of one probe do not fit into the memory. The check precedes all
-        computations.
+        If the deflated eigenvectors and the basis of one probe do not fit into the memory. This is checked before any
+        computation.
     RuntimeError
         If fewer than ``deflate`` eigenvalues converge.
 
@@ -209,7 +210,7 @@ def density(
         return fingerprint(A) | {name: str(value) for name, value in arguments.items()} | seeded
 
     record = Checkpoint(checkpoint, settings)
-    # Keep the group size of the first run, because block products of another width round differently.
+    # Keep the group size of the first run, because block products with another number of columns round differently.
     at_once = record.setdefault("probes at once", at_once)
     total = num_probes * num_steps
     with (
@@ -259,18 +260,18 @@ class SpectralDensity:
     The function `density` returns this class. The methods of this class estimate the fraction of eigenvalues in an
     interval, quantiles and moments of the spectrum, and the trace of a function of the matrix. The methods need no
     further products with the matrix. Each method returns a `BoundedEstimate`. The error bar of the estimate has two
-    sources. The first is the spread between the probes, which decreases with more probes. The second is the distance
-    between the bounds ``low`` and ``high`` of the quadrature, which decreases with more steps.
+    sources. The first is the standard error of the mean over the probes, which decreases with more probes. The second
+    is the distance between the bounds ``low`` and ``high`` of the quadrature, which decreases with more steps.
 
     Attributes
     ----------
     size : int
         Number N of eigenvalues.
     nodes, weights : ndarray, shape (K, m)
-        Nodes and weights of each probe's Gauss quadrature, in the units of the eigenvalues. The weights of a probe sum
-        to 1, or to about ``1 - k / N`` if there are k atoms. If the Lanczos run of a probe stops early, the rest of the
-        probe's row has weights of 0. In a complete density, a run stops early only if it has found an invariant
-        subspace.
+        Nodes and weights of the Gauss quadrature of each probe. The nodes have the units of the eigenvalues. The
+        weights of a probe sum to 1, or to about ``1 - k / N`` if there are k atoms. If the Lanczos run of a probe stops
+        early, the remaining weights of this probe are 0. In a complete density, a run stops early only if it has found
+        an invariant subspace.
     atoms : ndarray, shape (k,)
         Eigenvalues that are known exactly. The quadratures describe the other eigenvalues. If all N eigenvalues are
         known, there are no probes.
@@ -281,7 +282,7 @@ class SpectralDensity:
     recurrences : ndarray, shape (K, 2, m)
         Diagonals and off-diagonals of the tridiagonal matrices from which the nodes and weights were computed. If the
         array is empty, the matrices are recovered from the nodes and weights. The recovered matrices are less accurate
-        if a weight is below the square of the precision.
+        if a weight is below the square of machine precision.
     resolution : float
         Eigenvalues closer together than this distance cannot be distinguished, because of rounding in the products.
 
@@ -296,20 +297,21 @@ class SpectralDensity:
     w_j \delta(\theta_j)` has the same moments as the measure up to degree 2 m - 1. Nodes and weights are stored without
     smoothing. The nodes are broadened only by `pdf`, by `plot`, and by `cdf` with a positive ``sigma``.
 
-    The bounds ``low`` and ``high`` enclose the integrals of f over other measures with the same moments. The value is
-    the midpoint of the bounds. The error is ``sqrt(s**2 + ((high - low) / 4)**2)`` with the standard error s, so that
-    the distance from the value to each bound is at most twice the error. The standard error requires at least two
-    probes. If ``low`` equals ``high``, the true value is within two standard errors in 95% of runs with many probes,
-    and in 91% of runs with 8 probes (Student's t). These percentages are lower if a few eigenvalues dominate.
+    Many measures have the same moments as the measure of a probe. The bounds ``low`` and ``high`` enclose the integrals
+    of f over such measures. The value is the midpoint of the bounds. The error is ``sqrt(s**2 + ((high - low) /
+    4)**2)`` with the standard error s, so that the distance from the value to each bound is at most twice the error.
+    The standard error requires at least two probes. If ``low`` equals ``high``, the true value is within two standard
+    errors in 95% of runs with many probes, and in 91% of runs with 8 probes (Student's t). These percentages are lower
+    if a few eigenvalues dominate.
 
     For `cdf` and `quantile`, the bounds are proven: they hold for every measure with the same moments (Chebyshev,
     Markov, Stieltjes). For `mean` and `apply`, the bounds are estimates, which combine two criteria. First, the bounds
     contain the integrals of f over a family of measures with the same moments. This criterion covers a step or a kink
-    of f between the nodes. Second, the distance from the result of the Gauss quadrature of m steps to each bound is at
-    least twice the difference between the results of m and m / 2 steps. This criterion measures the error for a smooth
-    f (Golub, Strakos, 1994, for the inverse). The estimated bounds are too narrow if doubling the number of steps
-    hardly improves the quadrature. An example is the logarithm of eigenvalues that decay to zero over many orders of
-    magnitude.
+    of f between the nodes. Second, let d be the difference between the results of the Gauss quadratures with m and with
+    m / 2 steps. Each bound is at least 2 d away from the result with m steps. This criterion measures the error for a
+    smooth f (Golub, Strakos, 1994, for the inverse). The estimated bounds are too narrow if doubling the number of
+    steps hardly improves the quadrature. An example is the logarithm of eigenvalues that decay to zero over many orders
+    of magnitude.
 
     For polynomials up to degree m - 1, and for probes that found an invariant subspace, ``low`` equals ``high`` up to
     rounding. After a single step, all errors are NaN, except the error of the trace.
@@ -373,10 +375,11 @@ class SpectralDensity:
 
         Notes
         -----
-        The weight of an eigenvalue t in a probe is at most the Christoffel number of t, which follows from the moments
-        of the probe. At the same time, the weight is a chi-squared variable with one degree of freedom, divided by N.
-        With a probability of only 5%, the weights in all probes are below a threshold that follows from this
-        distribution. Beyond the returned distances, the Christoffel numbers of all probes are below this threshold.
+        In the measure of a probe, each eigenvalue t has a weight. This weight is at most the Christoffel number of t,
+        which can be computed from the moments of the measure. At the same time, the weight is a random variable: a
+        chi-squared variable with one degree of freedom, divided by N. With a probability of only 5%, the weights in all
+        probes are below a threshold that is computed from this distribution. Beyond the returned distances, the
+        Christoffel numbers of all probes are below this threshold.
 
         For probes of random signs, the chi-squared distribution is an approximation that requires eigenvectors with
         many nonzero entries. For example, an eigenvector with two equal entries and zeros elsewhere is orthogonal to
@@ -403,7 +406,7 @@ class SpectralDensity:
         Returns
         -------
         BoundedEstimate
-            Floats, or arrays with the shape of the additional axes.
+            Estimate of the mean. Its fields are floats, or arrays with the shape of the additional axes.
         """
         integrals, from_atoms, rounding = self._integrals(f, slice(None))
         gauss, change = integrals[:, 0], 2 * np.abs(integrals[:, 0] - integrals[:, 1])
@@ -424,7 +427,7 @@ class SpectralDensity:
         Returns
         -------
         BoundedEstimate
-            Floats, or arrays with the shape of the additional axes.
+            Estimate of the trace. Its fields are floats, or arrays with the shape of the additional axes.
 
         Examples
         --------
@@ -446,13 +449,13 @@ class SpectralDensity:
         Parameters
         ----------
         p : int
-            Degree of the moment. If p < 2 m, the quadrature is exact, and the error comes only from the spread between
-            the probes.
+            Degree of the moment. If p is less than twice the number of steps, the quadrature is exact, and the error
+            comes only from the spread between the probes.
 
         Returns
         -------
         BoundedEstimate
-            Floats.
+            Estimate of the moment. Its fields are floats.
         """
         exact = p in range(2 * int(self._num_nodes.min(initial=self.size)))
 
@@ -467,8 +470,8 @@ class SpectralDensity:
         Returns
         -------
         BoundedEstimate
-            Floats. The quadrature is exact for the trace, so that the error comes only from the spread between the
-            probes.
+            Estimate of the trace. The quadrature is exact for the trace, so the error comes only from the spread
+            between the probes.
         """
         return self._times_size(self.moment(1))
 
@@ -483,7 +486,7 @@ class SpectralDensity:
         Returns
         -------
         BoundedEstimate
-            Floats.
+            Estimate of the logarithm. Its fields are floats.
 
         Raises
         ------
@@ -503,7 +506,7 @@ class SpectralDensity:
         """Default standard deviation of the normal distributions that replace the nodes in `pdf`.
 
         The default is the width of `range` times 10^(-2.5) / 2. For a spectrum between -1 and 1, this default equals
-        the standard deviation of Ghorbani, Krishnan, Xiao (2019), arXiv:1901.10159.
+        the standard deviation in Ghorbani, Krishnan, Xiao (2019), arXiv:1901.10159.
         """
         low, high = self.range
         return float(0.5 * (high - low) * 1e-5**0.5) or max(abs(high), 1.0) * 1e-3
@@ -576,7 +579,7 @@ class SpectralDensity:
         Returns
         -------
         BoundedEstimate
-            Floats, or arrays with the shape of ``grid``.
+            Estimate of the fractions. Its fields are floats, or arrays with the shape of ``grid``.
 
         Raises
         ------
@@ -585,10 +588,11 @@ class SpectralDensity:
 
         Notes
         -----
-        The bounds are proven for each probe: any measure with the same moments has a fraction between ``low`` and
-        ``high``. An eigenvalue within ``resolution`` of a point counts in ``high`` but not in ``low``. At a multiple
-        eigenvalue, or at a cluster that the quadrature does not resolve, the bounds therefore differ by the fraction of
-        all eigenvalues that have this value or lie in this cluster. The value is the midpoint of the bounds.
+        The bounds are proven for each probe: for any measure with the same moments, the fraction lies between ``low``
+        and ``high``. An eigenvalue within ``resolution`` of a point counts in ``high`` but not in ``low``. At a
+        multiple eigenvalue, or at a cluster that the quadrature does not resolve, the bounds therefore differ by the
+        fraction of all eigenvalues that have this value or lie in this cluster. The value is the midpoint of the
+        bounds.
 
         If ``sigma`` is positive, the value is computed from the broadened Gauss quadrature. The bounds are then
         estimated from the difference between the quadratures of m and m / 2 steps, averaged over the probes.
@@ -621,12 +625,12 @@ class SpectralDensity:
         Returns
         -------
         BoundedEstimate
-            Floats, or arrays with the shape of ``shares``, in the units of the eigenvalues. The value is the point at
-            which `cdf` reaches the fraction. ``low`` is the point at which the upper bound of `cdf` reaches the
-            fraction, and ``high`` is the point at which the lower bound of `cdf` reaches the fraction. If one of these
-            points does not exist, ``low`` or ``high`` is infinite. The error is half of the distance between the
-            quantiles for the fractions ``shares - e`` and ``shares + e``, where e is the error of `cdf` next to the
-            value (Woodruff, 1952).
+            Estimate of the quantiles. Its fields are floats, or arrays with the shape of ``shares``, in the units of
+            the eigenvalues. The value is the point at which `cdf` reaches the fraction. ``low`` is the point at which
+            the upper bound of `cdf` reaches the fraction, and ``high`` is the point at which the lower bound of `cdf`
+            reaches the fraction. If one of these points does not exist, ``low`` or ``high`` is infinite. The error is
+            half of the distance between the quantiles for the fractions ``shares - e`` and ``shares + e``, where e is
+            the error of `cdf` next to the value (Woodruff, 1952).
 
         Raises
         ------
@@ -765,10 +769,11 @@ class SpectralDensity:
         return bounded_mean(gauss, gauss - change, gauss + change, from_atoms, rounding)
 
     def _integrals(self, f: Callable[[Array], Any], rules: slice) -> tuple[Array, Any, Any]:
-        """Integrate f with several quadrature rules of each probe, and sum f over the atoms.
+        """Integrate f with several quadrature rules of each probe, and sum f over the known eigenvalues (atoms).
 
-        The slice `rules` selects R of the rules that `all_rules` returns. Return the integrals of shape ``(K, R,
-        ...)``, the sum of f over the atoms divided by N, and an estimate of the rounding errors.
+        The slice `rules` selects R of the rules that `all_rules` returns. Return ``(integrals, from_atoms, rounding)``:
+        the integrals of shape ``(K, R, ...)``, the sum of f over the atoms divided by N, and an estimate of the
+        rounding errors.
         """
         nodes, weights = (part[:, rules] for part in self._rules)
         values = np.asarray(f(nodes), dtype=np.float64)
@@ -799,13 +804,13 @@ class SpectralDensity:
 
     @property
     def _num_nodes(self) -> Array:
-        """Number of nodes of each probe, shape ``(K,)``. A probe without positive weights counts as 1."""
+        """Number of nodes of each probe, shape ``(K,)``. A probe without positive weights has the number 1."""
         lengths: Array = np.maximum((self.weights > 0).sum(1), 1)
         return lengths
 
     @functools.cached_property
     def _recurrences(self) -> list[Recurrence | None]:
-        """For each probe, its recurrence, or None if the measure of the probe equals its Gauss rule."""
+        """List with the recurrence of each probe's measure, or None if the measure equals its Gauss rule."""
         lengths = self._num_nodes
         # A run that stopped by itself has found all eigenvectors that contribute to its probe. A probe without positive
         # weights lies in the deflated space.
@@ -820,7 +825,7 @@ class SpectralDensity:
 
     @functools.cached_property
     def _shares(self) -> ShareBounds:
-        """Bounds for the fraction of eigenvalues up to any point."""
+        """Bounds for the fraction of eigenvalues that are less than or equal to any given point."""
         probes = []
         for nodes, weights, recurrence in zip(self.nodes, self.weights, self._recurrences, strict=True):
             if recurrence is None:
@@ -843,7 +848,7 @@ def _check_arguments(A: LinearOperator, num_probes: int, num_steps: int, deflate
 def _memory_for_bases(A: LinearOperator, count: int, memory: int | None) -> int:
     """Return the number of bytes that remain for the Lanczos bases after the deflated eigenvectors are stored.
 
-    The eigenvectors are stored in float64, and also in the precision of the bases.
+    The eigenvectors are stored in float64. If the bases are in float32, the eigenvectors are also stored in float32.
     """
     available = available_bytes(device_of(A), memory)
     precise = basis_dtype(A) == torch.float64
@@ -854,7 +859,7 @@ def _memory_for_bases(A: LinearOperator, count: int, memory: int | None) -> int:
 
 
 def _deflated_eigenpairs(A: LinearOperator, count: int, memory: int | None, progress: bool) -> tuple[Any, Any, int]:
-    """Return eigenvalues ``(k,)`` of largest magnitude, their eigenvectors ``(k, N)``, and the number of products."""
+    """Return the k eigenvalues of largest magnitude, their eigenvectors ``(k, N)``, and the number of products."""
     if not count:
         return np.zeros(0), np.zeros((0, A.shape[0])), 0
     method = "arpack" if device_of(A).type == "cpu" else "lanczos"
@@ -877,10 +882,12 @@ def _quadrature(
 ) -> tuple[list[Any], bool]:
     """Run the Lanczos process from a group of probes.
 
-    Return a list of nodes, weights, lengths and recurrences, and a flag that is True if all runs are complete.
+    Return ``(results, complete)``. The list ``results`` contains the nodes, weights, lengths and recurrences of the
+    runs. The flag ``complete`` is True if no run was stopped by the time limit.
     """
     squares = (probes**2).sum(1).cpu().numpy()
-    # A probe in the deflated space is zero up to rounding. It gets weight 0 and an arbitrary nonzero starting vector.
+    # A probe in the deflated space is zero up to rounding. Such a probe gets weight 0 and an arbitrary nonzero starting
+    # vector.
     negligible = squares <= 1e-20 * probes.shape[1]
     squares[negligible] = 0
     if negligible.any():

@@ -113,15 +113,15 @@ def eigsh(
           ``k + 2`` single products, for example if the data are slow to read or a single product does not keep the
           device busy.
         - 'lanczos' is thick-restart Lanczos, for all values of `which` except 'SM'. The basis stays on the device of
-          the operator, so that only the final eigenvectors are copied from a GPU to the host.
+          the operator, so only the final eigenvectors are copied from a GPU to the host.
         - 'dense' forms the matrix from N products and computes all its eigenvalues. The other methods switch to 'dense'
           if the matrix is so small that an iteration would not be cheaper.
     tol : float, optional
         The stopping tolerance. For 'arpack' and 'lanczos', it is the relative accuracy of the eigenvalues, and 0 means
         machine precision. For a float32 model, 1e-6 gives the same accuracy as 0 and can take a third of the products.
-        For 'lobpcg', `tol` bounds the residuals relative to the norm of the operator. If `tol` is less than the 2/3
-        power of machine precision or less than the noise of the products, 'lobpcg' uses the larger of these two numbers
-        instead.
+        For 'lobpcg', `tol` bounds the residuals relative to the norm of the operator. 'lobpcg' has two lower limits for
+        `tol`: the 2/3 power of machine precision, and four times the noise of the products. If `tol` is smaller than
+        one of these limits, the larger limit is used instead.
     maxiter : int, optional
         The maximum number of restarts ('arpack' and 'lanczos') or iterations ('lobpcg'). The default is
         ``min(1000, 10 * N)``.
@@ -146,8 +146,8 @@ def eigsh(
         products, before every 16 columns), and a product that has started is completed. If time runs out, 'lanczos'
         returns its current eigenpairs, and 'lobpcg' returns the eigenpairs of its last convergence check (one every 40
         iterations). 'arpack' and 'dense' have no partial results and raise a ``TimeoutError``. 'lanczos' and 'lobpcg'
-        reserve time for error bounds, unless the reserve would exceed half of `seconds`. If no time is left for error
-        bounds, the result has no certificate.
+        reserve time for error bounds. If the reserve would exceed half of `seconds`, no time is reserved. If no time is
+        left for error bounds, the result has no certificate.
     progress : bool, optional
         Whether to show a progress bar that counts the products.
 
@@ -272,8 +272,8 @@ class EigenResult:
     Attributes
     ----------
     values : ndarray, shape (n,)
-        The eigenvalues in float64. They are sorted from the outermost inwards for 'LA', 'SA' and 'LM', by increasing
-        magnitude for 'SM', and in ascending order for 'BE'.
+        The eigenvalues in float64. For 'LA', 'SA' and 'LM', they are sorted from the outermost eigenvalue inwards. For
+        'SM', they are sorted by increasing magnitude, and for 'BE' in ascending order.
     vectors : ndarray, shape (N, n)
         The eigenvectors, one column per eigenvalue.
     certificate : Certificate or None
@@ -284,7 +284,8 @@ class EigenResult:
         there may be other eigenvalues between the returned eigenvalues. 'lobpcg' and 'lanczos' return all current
         eigenpairs, converged or not.
     products : int
-        The number of columns to which `A` was applied, including the columns of the certificate.
+        The number of products, including the products for the certificate. A block product with K columns counts as K
+        products.
     method : str
         The method that computed the eigenpairs. It can differ from the requested method (see ``note``).
     which : str
@@ -292,7 +293,8 @@ class EigenResult:
     wanted : int
         The number of requested eigenvalues, k.
     note : str
-        The reason why the method or its settings differ from the request. Usually empty.
+        A remark, for example the reason why the method or its settings differ from the request. The string is usually
+        empty.
     num_converged : int
         The number of eigenvalues that converged according to the solver.
     timed_out : bool
@@ -487,8 +489,8 @@ def _certify_in_time(
 ) -> Certificate | None:
     """Certify a result within the time limit.
 
-    Shorten the search for missed eigenvalues, or skip it, if time is short. Return None if there is no time for error
-    bounds.
+    If time is short, shorten or skip the search for missed eigenvalues. If there is no time for error bounds either,
+    return None.
     """
     if isinstance(A, TimedOperator):
         A.reserved = 0
@@ -583,10 +585,10 @@ def _arpack(problem: _Problem) -> _Eigenpairs:
 def _lobpcg(problem: _Problem) -> _Eigenpairs:
     """Run SciPy's ``lobpcg`` with guard vectors.
 
-    The iteration stops if all residuals are at most ``goal * scale``. The goal is the maximum of `tol`, a precision
-    limit, and the noise of the products; the scale is the norm of the operator. The operator is divided by its norm,
-    because SciPy's thresholds are absolute. If time runs out, return the eigenpairs of the last completed chunk of
-    iterations.
+    The iteration stops if all residuals are at most ``goal * scale``. The goal is the largest of `tol`, the 2/3 power
+    of machine precision, and four times the noise of the products. The scale is an estimate of the norm of the
+    operator. The operator is divided by the scale, because SciPy's thresholds are absolute. If time runs out, return
+    the eigenpairs of the last completed chunk of iterations.
     """
     size, k = problem.size, problem.k
     if size < 5 * k:  # SciPy would apply the operator to an identity matrix of integers
@@ -620,7 +622,7 @@ def _lobpcg(problem: _Problem) -> _Eigenpairs:
         goal = max(problem.tol, precision, 4 * noise.relative)
         while num_converged < k and left > 0:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # unconverged residuals: checked below
+                warnings.simplefilter("ignore", UserWarning)  # large residuals, which are checked below
                 values, X, history = lobpcg(
                     lambda block: problem.A.matmat(block) / scale,
                     X,
@@ -695,10 +697,10 @@ def _thick_restart(
 ) -> tuple[Array, Tensor, int, bool]:
     r"""Find eigenpairs of a symmetric operator by thick-restart Lanczos (Wu, Simon, 2000).
 
-    The basis :math:`V` grows to its full size. A restart then keeps only the best Ritz vectors and the last residual
-    vector. Entries of the projected matrix :math:`V^\top A V` whose exact values are known, for example zeros, are set
-    to the exact values. If these entries were computed from inexact products, their errors would prevent convergence to
-    a small `tol`.
+    The basis :math:`V` grows until it has `basis` vectors. A restart then keeps only the best Ritz vectors and the last
+    residual vector. Entries of the projected matrix :math:`V^\top A V` whose exact values are known, for example zeros,
+    are set to the exact values. If these entries were computed from inexact products, their errors would prevent
+    convergence to a small `tol`.
 
     Parameters
     ----------
@@ -771,7 +773,7 @@ def _thick_restart(
 
 
 def _orthogonalize(V: Tensor, w: Tensor) -> Tensor:
-    """Orthogonalize `w` in place against the rows of `V`, in two passes. Return the total coefficients."""
+    """Orthogonalize `w` in place against the rows of `V`, in two passes. Return the sum of both coefficient vectors."""
     total = torch.zeros(len(V), dtype=V.dtype, device=V.device)
     for _ in range(2):
         coefficients = V @ w
@@ -789,8 +791,8 @@ def _fit_basis(problem: _Problem, basis: int, owner: str, copies: float) -> tupl
     """Return the number of basis vectors to use, and a note.
 
     If the default number of vectors does not fit into memory, the number is reduced, and the note states this.
-    Otherwise, the note is empty. A number chosen by the user is not reduced. The solver is assumed to hold `copies`
-    vectors per basis vector, and ``k + 4`` further vectors.
+    Otherwise, the note is empty. A number chosen by the user is not reduced. The solver is assumed to need memory for
+    `copies` vectors per basis vector and for ``k + 4`` other vectors.
 
     Raises
     ------
@@ -827,6 +829,6 @@ def _outermost_first(values: Array, which: str) -> Array:
 
 
 def _zero_matrix(problem: _Problem, method: str) -> _Eigenpairs:
-    """Return k zero eigenvalues with random orthonormal eigenvectors, for a zero matrix."""
+    """Return the eigenpairs of a zero matrix: k zero eigenvalues with random orthonormal eigenvectors."""
     vectors = np.linalg.qr(problem.random_start(problem.k))[0]
     return _Eigenpairs(np.zeros(problem.k), vectors, problem.k, method, "the matrix is zero")

@@ -38,7 +38,7 @@ def trace(A: LinearOperator, num_products: int, rng: int | np.random.Generator |
     Parameters
     ----------
     A : LinearOperator, shape (N, N)
-        Real and symmetric.
+        Real symmetric operator.
     num_products : int
         Number of products, at least 2. The estimate needs memory for about 4 N num_products numbers. With N or more
         products, the whole matrix is formed and its trace is exact.
@@ -66,10 +66,11 @@ def trace(A: LinearOperator, num_products: int, rng: int | np.random.Generator |
 
     Notes
     -----
-    Half of the products find the dominant part of the range of `A`. The other half apply `A` to a basis of this range.
-    The trace on the range is exact. The trace on the complement of the range is estimated with the same test vectors:
-    each test vector is combined with the range found by the other test vectors. The cost is ``num_products`` products
-    in two blocks, and a QR decomposition.
+    Half of the products apply `A` to random test vectors, and find the dominant part of the range of `A`. The other
+    half apply `A` to a basis of this range. The trace of `A` on the range is computed exactly. The trace on the
+    complement of the range is estimated with the same test vectors. To avoid a bias, each test vector is projected onto
+    the complement of the range that the other test vectors found. The cost is ``num_products`` products in two blocks,
+    and a QR decomposition.
 
     References
     ----------
@@ -121,10 +122,10 @@ def diagonal(A: LinearOperator, num_products: int, rng: int | np.random.Generato
     Parameters
     ----------
     A : LinearOperator, shape (N, N)
-        Real and symmetric.
+        Real symmetric operator.
     num_products : int
-        Number of products, at least 2. The estimate needs memory for about 4 N num_products numbers. If half of
-        `num_products` exceeds the rank of `A` by at least a few, the estimate is exact up to rounding. With N or more
+        Number of products, at least 2. The estimate needs memory for about 4 N num_products numbers. If ``num_products
+        / 2`` is greater than the rank of `A` by at least a few, the estimate is exact up to rounding. With N or more
         products, the whole matrix is formed and its diagonal is exact.
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are random signs.
@@ -132,8 +133,8 @@ def diagonal(A: LinearOperator, num_products: int, rng: int | np.random.Generato
     Returns
     -------
     Estimate
-        Arrays ``(N,)``: an estimate of each diagonal entry, with its standard error. The error includes rounding errors
-        of the products.
+        Estimate of the diagonal. ``value`` and ``error`` are arrays ``(N,)``: the estimated entries and their standard
+        errors. The error includes rounding errors of the products.
 
     Raises
     ------
@@ -147,10 +148,11 @@ def diagonal(A: LinearOperator, num_products: int, rng: int | np.random.Generato
 
     Notes
     -----
-    Half of the products find the dominant part of the range of `A`. The other half apply `A` to an orthonormal basis Q
-    of this range. The diagonal of ``Q Q' A`` is computed exactly. The diagonal of ``(I - Q Q') A`` is estimated with
-    the same test vectors: each test vector is combined with the range found by the other test vectors. The cost is
-    ``num_products`` products in two blocks, and a QR decomposition.
+    Half of the products apply `A` to random test vectors, and find the dominant part of the range of `A`. The other
+    half apply `A` to an orthonormal basis Q of this range. The diagonal of ``Q Q' A`` is computed exactly. The diagonal
+    of ``(I - Q Q') A`` is estimated with the same test vectors. To avoid a bias, the estimate from each test vector
+    uses a basis of the range that the other test vectors found, in place of Q. The cost is ``num_products`` products in
+    two blocks, and a QR decomposition.
 
     References
     ----------
@@ -176,8 +178,8 @@ def diagonal(A: LinearOperator, num_products: int, rng: int | np.random.Generato
     exact = _row_dots(sketch.Q, sketch.image)
     if sketch.covers_range:
         return sketch.estimate(exact, np.full(size, max(sketch.rounding, sketch.dropped)))
-    # Only the left projection onto the range of the other vectors is subtracted. The part that a right projection would
-    # remove is known exactly, too.
+    # Let P be the projection onto the range that the other test vectors found. Each test vector estimates the diagonal
+    # of (I - P) A. The part (I - P) A P is estimated as well, although it could be computed exactly.
     QS = sketch.Q @ sketch.S
     inner = np.einsum("ij,ij->j", sketch.S, sketch.image.T @ sketch.tests)
     residuals = sketch.products - sketch.Q @ (sketch.image.T @ sketch.tests) + QS * inner
@@ -189,12 +191,12 @@ def frobenius_norm(A: LinearOperator, num_products: int, rng: int | np.random.Ge
     r"""Estimate the Frobenius norm of an operator of any shape.
 
     Use `frobenius_norm` if the singular values decay. For a symmetric operator with a flat spectrum, use the method
-    ``moment(2)`` of a `density`. This method estimates the squared norm divided by N.
+    ``moment`` of a `density` instead: ``moment(2)`` estimates the squared norm divided by N.
 
     Parameters
     ----------
     A : LinearOperator, shape (M, N)
-        Real, with an adjoint (``rmatvec`` or ``rmatmat``).
+        Real operator with an adjoint (``rmatvec`` or ``rmatmat``).
     num_products : int
         Number of products, at least 2. Half of these are products with the adjoint. With 2 min(M, N) or more products,
         the norm is exact.
@@ -222,8 +224,8 @@ def frobenius_norm(A: LinearOperator, num_products: int, rng: int | np.random.Ge
     -----
     Half of the products give an orthonormal basis Q of the dominant part of the range. The estimate uses the identity
     :math:`\|A\|_F^2 = \|Q^\top A\|_F^2 + \|(I - Q Q^\top) A\|_F^2`. The first term is computed exactly. The second term
-    is estimated as in XTrace for :math:`A A^\top`: each test vector is combined with the range found by the other test
-    vectors.
+    is estimated as in XTrace for :math:`A A^\top`. To avoid a bias, the estimate from each test vector uses a basis of
+    the range that the other test vectors found, in place of Q.
 
     References
     ----------
@@ -272,10 +274,10 @@ class Estimate(NamedTuple):
 
     Notes
     -----
-    The true value is within ``scipy.stats.t.ppf(0.975, num_probes - 1)`` errors in about 95% of runs, unless a few
-    eigenvalues dominate. If a few eigenvalues dominate and there are few probes, the error is too small in about one of
-    ten runs. Errors that are equal for all probes are not included, except for the quadrature error that
-    `SpectralDensity` estimates.
+    In about 95% of runs, the distance between the true value and ``value`` is at most ``scipy.stats.t.ppf(0.975,
+    num_probes - 1)`` times ``error``. If a few eigenvalues dominate and there are few probes, the error is too small in
+    about one of ten runs. An error that is the same for all probes is not included. The only exception is the
+    quadrature error, which `SpectralDensity` estimates.
 
     Examples
     --------
@@ -294,7 +296,7 @@ class Estimate(NamedTuple):
 
 
 class BoundedEstimate(Estimate):
-    """Randomized estimate with bounds for its quadrature error. The tuple contains only ``value`` and ``error``.
+    """Randomized estimate with bounds for its quadrature error. As a tuple, it holds only ``value`` and ``error``.
 
     Attributes
     ----------
@@ -302,7 +304,7 @@ class BoundedEstimate(Estimate):
         The estimate.
     error : float or ndarray
         Combined error of the probes and the quadrature, ``sqrt(s**2 + ((high - low) / 4)**2)`` with the standard error
-        s. The bounds are therefore at most two errors from the value.
+        s. The distance from ``value`` to each bound is therefore at most twice ``error``.
     low, high : float or ndarray
         Bounds of the quadrature, averaged over the probes. The bounds do not account for the spread between the probes.
 
@@ -334,15 +336,15 @@ class BoundedEstimate(Estimate):
 
 
 class _Sketch:
-    r"""The two block products of an estimator.
+    r"""The two block products that an estimator needs, and the quantities derived from them.
 
     The first product is :math:`A \Omega`, where the columns of :math:`\Omega` are test vectors. The second product is
     the adjoint of `A` times an orthonormal basis of the range of the first product.
 
     If :math:`Q R = A \Omega` is a QR decomposition, the projector onto the range of all columns of :math:`A \Omega`
     except the i-th is :math:`Q (I - s_i s_i^\top) Q^\top`, where :math:`s_i` is the i-th column of :math:`R^{-\top}`,
-    normalized (Epperly, Tropp, Webber, 2024, section 3.1 and supplement). Each test vector can therefore be combined
-    with the range found by the other test vectors.
+    normalized (Epperly, Tropp, Webber, 2024, section 3.1 and supplement). With this projector, an estimator can combine
+    each test vector with the range found by the other test vectors.
 
     Attributes
     ----------
@@ -350,7 +352,7 @@ class _Sketch:
         Exponent of a power of two. All products are divided by this power, so that their squares neither underflow nor
         overflow.
     Q, image : ndarray, shape (M, r), (N, r)
-        Orthonormal basis of the range of the first product, and the second product.
+        ``Q`` is an orthonormal basis of the range of the first product. ``image`` is the second product.
     rounding : float
         Estimated norm of the rounding error in a product.
     dropped : float
@@ -384,7 +386,7 @@ class _Sketch:
             self.S = S / np.linalg.norm(S, axis=0)
 
     def estimate(self, value: Any, error: Any) -> Estimate:
-        """Create an estimate from scaled numbers, after undoing the scaling by the power of two."""
+        """Create an estimate from a scaled value and a scaled error, by undoing the scaling by the power of two."""
         return Estimate(np.ldexp(value, self.unit)[()], np.ldexp(error, self.unit)[()])
 
     def residual_norms(self) -> Array:

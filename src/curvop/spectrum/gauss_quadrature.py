@@ -2,10 +2,10 @@
 
 A Gauss quadrature determines the first moments of its measure, and these moments determine a tridiagonal matrix
 (`Recurrence`). If the last entries of this matrix are changed, the eigenvalues and eigenvectors of the changed matrix
-give another quadrature rule. All moments of this rule except the highest one or two equal those of the measure. If many
+give another quadrature rule. The rule and the measure have the same moments, except for the highest one or two. If many
 such rules are applied to a function, the spread of the results shows how accurately the moments determine the integral
 of the function. For the fraction of a measure up to a point, `Recurrence.shares` computes proven bounds, and
-`ShareBounds` averages these bounds over the probes.
+`ShareBounds` averages these bounds over the measures of several random vectors (probes).
 
 References
 ----------
@@ -32,8 +32,9 @@ __all__ = ["Recurrence", "ShareBounds", "all_rules", "beyond_ends", "known_share
 Array = NDArray[Any]
 
 _EPS = float(np.finfo(np.float64).eps)
-# A probe gets about _NODES nodes in total, with at least _FEWEST and at most _MOST rules. Between the nodes of
-# neighboring rules, the bounds are wider than sharp bounds by about 2 / (number of rules), which is 6% for 32 rules.
+# All rules of a probe together have about _NODES nodes. The number of rules is at least _FEWEST and at most _MOST.
+# Between the nodes of neighboring rules, the bounds are wider than sharp bounds by about 2 / (number of rules), which
+# is 6% for 32 rules.
 _NODES, _FEWEST, _MOST = 2048, 8, 32
 
 
@@ -43,7 +44,7 @@ def number_of_rules(steps: int) -> int:
 
 
 def recurrences(nodes: Array, weights: Array, entries: Array, exact: Array) -> list[Recurrence | None]:
-    """For each probe, return the recurrence of its measure, or None if the measure equals its Gauss rule.
+    """Return a list with the recurrence of each probe's measure, or None if the measure equals its Gauss rule.
 
     Parameters
     ----------
@@ -70,13 +71,13 @@ def recurrences(nodes: Array, weights: Array, entries: Array, exact: Array) -> l
 def all_rules(nodes: Array, weights: Array, recurrences: list[Recurrence | None]) -> tuple[Array, Array]:
     """Return the nodes and weights ``(K, R, m)`` of all rules of each probe.
 
-    The first rule is the Gauss rule. The second rule is the Gauss rule of half the steps. If there is only one step,
-    the weights of the second rule are NaN. The other rules are those of `Recurrence.within`. If the recurrence of a
-    probe is None, all rules equal the Gauss rule.
+    The first rule is the Gauss rule. The second rule is the Gauss rule of the first half of the Lanczos steps. If there
+    is only one step, the weights of the second rule are NaN. The other rules are those of `Recurrence.within`. If the
+    recurrence of a probe is None, all rules equal the Gauss rule.
     """
     count, steps = nodes.shape
     heaviest = np.take_along_axis(nodes, weights.argmax(1)[:, None], 1) if count else nodes
-    # Padding repeats the node with the largest weight, because f may not be defined at 0.
+    # Pad with the node of largest weight instead of 0, because a function may be undefined at 0.
     own = np.where(weights > 0, nodes, heaviest)
     family = number_of_rules(steps)
     nodes, weights = (np.repeat(part[:, None], 2 + family, axis=1) for part in (own, weights))
@@ -97,9 +98,10 @@ def all_rules(nodes: Array, weights: Array, recurrences: list[Recurrence | None]
 def beyond_ends(
     recurrences: list[Recurrence | None], nodes: Array, ends: tuple[float, float], mass: float
 ) -> tuple[float, float]:
-    """Return the largest distances from the `ends` at which the moments of at least one probe allow a point mass.
+    """Return how far outside of the `ends` the measure of a probe can have a point mass.
 
-    The first distance is measured downwards from the lower end, the second distance upwards from the upper end.
+    The first distance is measured downwards from the lower end, and the second distance is measured upwards from the
+    upper end. Each distance is the largest distance at which the moments of at least one probe allow the point mass.
 
     Parameters
     ----------
@@ -108,7 +110,7 @@ def beyond_ends(
     nodes : ndarray, shape (n,)
         Nodes of all probes, which lie within the ends.
     ends : tuple of float
-        Lower and upper end.
+        Lower and upper end of the range.
     mass : float
         The point mass.
     """
@@ -128,7 +130,7 @@ class Recurrence(NamedTuple):
     The tridiagonal matrix of `alphas` and `betas` defines the Gauss rule of m nodes: the nodes are the eigenvalues of
     the matrix, and the weights are the squares of the first entries of its eigenvectors (Golub, Welsch, 1969). If the
     last entries of the matrix are changed, the same construction gives other rules with positive weights, which are
-    exact up to a lower degree.
+    exact for polynomials of a lower degree only.
 
     Attributes
     ----------
@@ -175,27 +177,27 @@ class Recurrence(NamedTuple):
         return np.clip(nodes, *self.ends), weights
 
     def shares(self, count: int) -> tuple[Array, Array, Array]:
-        r"""Return points, and bounds for the mass of the measure up to any position between two neighboring points.
+        r"""Return bounds for the mass of the measure up to any position, as step functions of the position.
 
         If the last alpha is changed, the rule is exact up to degree 2 m - 2 and satisfies the inequalities of
         Chebyshev, Markov and Stieltjes: the mass to the left of a node is at least the sum of the weights of all
         smaller nodes, and the mass up to and including the node is at most this sum plus the weight of the node. These
-        bounds are sharp at the node, and every point is a node of one rule of this kind. This method computes `count`
-        rules with evenly spaced nodes. Since the mass up to a point increases with the point, the bounds at these nodes
-        also give bounds at all other points.
+        bounds are sharp at the node, and every point is a node of one rule of this kind. This method computes about
+        `count` rules with evenly spaced nodes. Because the mass up to a point increases with the point, the bounds at
+        these nodes also give bounds at all other points.
 
         Returns
         -------
         points : ndarray, shape (n,)
             Points in increasing order.
         low, high : ndarray, shape (n + 1,)
-            Bounds for positions in each of the n + 1 intervals between the points.
+            Bounds for the mass up to any position in each of the n + 1 intervals that the points delimit.
         """
         if not len(self.betas):
             return np.zeros(0), np.zeros(1), np.full(1, self.mass)
         levels = self.betas[-1] * np.tan(np.pi * (np.arange(1, count) / count - 0.5))
-        # In a gap that is wide relative to the last beta, a node moves by as much as the last alpha. Add levels far
-        # away.
+        # In a gap that is wide relative to the last beta, a node moves by as much as the last alpha. Therefore, also
+        # use large changes of the last alpha.
         doublings = max(0.0, np.log2(2 * (self.ends[1] - self.ends[0])) - np.log2(levels[-1]))
         far = levels[-1] * 2.0 ** np.arange(1, doublings + 1)
         levels = np.concatenate([-far, levels, far])
@@ -207,11 +209,11 @@ class Recurrence(NamedTuple):
         return nodes.reshape(-1)[order], np.r_[0.0, np.maximum(low, 0.0)], np.r_[high, self.mass]
 
     def within(self, count: int) -> tuple[Array, Array]:
-        """Return nodes and weights ``(count, m)`` of rules that have all nodes in the range.
+        """Return nodes and weights ``(count, m)`` of rules whose nodes all lie in the range of the `ends`.
 
-        The rules are exact up to degree 2 m - 3. Each rule has one end of the range as a node. For each end, a
-        continuous family of such rules connects the Gauss rule of m - 1 nodes with the Gauss rule of m nodes, which has
-        both ends as nodes. Every point of the range is a node of one rule of these two families. These rules are
+        The rules are exact up to degree 2 m - 3. Each rule has one end of the range as a node. For each end, these
+        rules form a continuous family, which connects the Gauss rules of m - 1 and of m nodes. Both ends are nodes of
+        the Gauss rule of m nodes. Every point of the range is a node of one rule of these two families. These rules are
         the canonical representations of the moments on the interval (Krein, Nudelman, 1977, chapter III).
 
         If a rule with a node at 0 exists, it is one of the returned rules. Most kinks and steps of functions of
@@ -233,7 +235,7 @@ class Recurrence(NamedTuple):
         return np.clip(nodes, *self.ends), weights
 
     def _square_of_zero(self, end: float, default: float) -> float:
-        """Return the squared factor of the rule with nodes at `end` and 0, or `default` if there is no such rule."""
+        """Return the square of the factor for which a rule has nodes at `end` and 0, or `default` if there is none."""
         pivot = 1.0
         for alpha, previous_beta in zip(self.alphas[:-1], np.r_[0.0, self.betas[:-1]], strict=True):
             pivot = alpha - previous_beta * (previous_beta / (pivot or _EPS))
@@ -281,7 +283,7 @@ class Recurrence(NamedTuple):
         return values, vectors[0] ** 2 * self.mass
 
     def _changed_rules(self, last_alphas: Array, factors: Array) -> tuple[Array, Array]:
-        """Change the last alpha and scale the last beta, for each of R rules. Return nodes and weights ``(R, m)``."""
+        """Return nodes and weights ``(R, m)`` of R rules, each with a changed last alpha and a scaled last beta."""
         rules = []
         for last, factor in zip(last_alphas, factors, strict=True):
             rules.append(self._rule(np.r_[self.alphas[:-1], last], np.r_[self.betas[:-1], factor * self.betas[-1]]))
@@ -295,7 +297,7 @@ Curves = tuple[Array, Array, Array]
 
 
 def known_shares(nodes: Array, weights: Array) -> Curves:
-    """Return the curves of a measure that is known exactly. Its lower and upper bounds are equal."""
+    """Return points and bounds as `Recurrence.shares` does, for a measure that is known exactly."""
     order = nodes.argsort(kind="stable")
     cumulative = np.r_[0.0, weights[order].cumsum()]
     return nodes[order], cumulative, cumulative
@@ -307,11 +309,11 @@ class ShareBounds:
     Parameters
     ----------
     probes : list of tuple
-        Curves of each probe: points ``(n,)`` in increasing order, and lower and upper bounds, each of shape ``(n +
-        1,)``. The bounds of an interval between neighboring points hold for the mass of the probe's measure up to any
+        For each probe, a tuple of points ``(n,)`` in increasing order, lower bounds ``(n + 1,)`` and upper bounds ``(n
+        + 1,)``. The bounds of an interval between neighboring points hold for the mass of the probe's measure up to any
         position in the interval.
     atoms : tuple
-        Curves of the eigenvalues that are known exactly, in the same format.
+        Points and bounds for the eigenvalues that are known exactly, in the same format as for a probe.
     resolution : float
         Distance below which points are considered equal.
     """
@@ -332,9 +334,9 @@ class ShareBounds:
         return bounded_mean(middle[:-1], low[:-1], high[:-1], middle[-1], _EPS, high[-1] - middle[-1])
 
     def quantile(self, shares: Array, ends: tuple[float, float]) -> BoundedEstimate:
-        """Estimate the points at which the fractions are reached.
+        """Estimate the quantiles of the eigenvalues for the fractions `shares`.
 
-        The estimated points are clipped to `ends`. The bounds are not clipped.
+        The estimates are clipped to `ends`. Their bounds are not clipped.
         """
         points, low, high = self._means
         lower, middle, upper = (_Inverse(points, curve) for curve in (high, (low + high) / 2, low))
@@ -349,9 +351,9 @@ class ShareBounds:
 
     @property
     def _means(self) -> Curves:
-        """Curves of all eigenvalues: the mean over the probes plus the atoms, normalized to a total mass of 1."""
+        """Points and bounds for all eigenvalues: the mean over the probes plus the atoms, scaled to mass 1."""
         probes = len(self._curves) - 1
-        numbers = [*[probes] * probes, 1]  # the curves of the probes are averaged, the curve of the atoms is not
+        numbers = [*[probes] * probes, 1]  # the bounds of the probes are averaged, but those of the atoms are not
         points = np.concatenate([curves[0] for curves in self._curves])
         order = points.argsort(kind="stable")
         bounds = []
@@ -364,7 +366,7 @@ class ShareBounds:
 
 
 class _Inverse:
-    """Inverse of a piecewise constant curve of fractions. `at` returns infinity if no point reaches a fraction."""
+    """Inverse of a step function of fractions. If the function does not reach a fraction, `at` returns infinity."""
 
     def __init__(self, points: Array, curve: Array) -> None:
         self._points, self._curve = np.r_[-np.inf, points, np.inf], curve

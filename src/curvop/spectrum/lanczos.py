@@ -6,9 +6,9 @@ independent, but each step computes the products for all runs in one block produ
 the device of the operator. On the CPU, these tensors share memory with NumPy arrays.
 
 In exact arithmetic the basis is orthogonal, but rounding destroys the orthogonality. `OrthogonalityBound` bounds the
-inner products of a new vector with the earlier vectors. If the bound exceeds 300 times the precision, the inner
-products are computed, and the new vector is orthogonalized if necessary. Otherwise the step does not read the basis,
-which saves time in most steps.
+inner products of a new vector with the earlier vectors. If the bound exceeds 300 times machine precision, the inner
+products are computed, and the new vector is orthogonalized if necessary. Otherwise, the step does not read the whole
+basis. This saves time in most steps.
 
 References
 ----------
@@ -53,11 +53,11 @@ Array = NDArray[Any]
 
 _SECTION = 16384  # largest number of terms that the CPU sums sequentially in the precision of the basis
 
-# Thresholds of `OrthogonalityBound`, in units of the precision. _LOOK: bound above which the inner products of a vector
-# with the basis are computed. _CLEAN: computed loss above which the vector is orthogonalized. _FRESH: loss in a vector
-# that was just orthogonalized.
+# Thresholds of `OrthogonalityBound`, in units of machine precision. _LOOK: bound above which the inner products of a
+# vector with the basis are computed. _CLEAN: computed loss of orthogonality above which the vector is orthogonalized.
+# _FRESH: loss of orthogonality in a vector that was just orthogonalized.
 _LOOK, _CLEAN, _FRESH = 300.0, 30.0, 10.0
-_FIRST_STEPS = 3  # the loss is always computed in these steps, to measure rounding errors in the products
+_FIRST_STEPS = 3  # number of first steps that always compute the loss, to measure rounding errors in the products
 
 
 class Lanczos:
@@ -68,7 +68,7 @@ class Lanczos:
     Parameters
     ----------
     A : LinearOperator, shape (N, N)
-        Real and symmetric.
+        Real symmetric operator.
     starts : Tensor, shape (K, N)
         Nonzero starting vectors, which need not be normalized.
     num_steps : int
@@ -82,11 +82,11 @@ class Lanczos:
     basis : Tensor, shape (K, num_steps + 1, N)
         Lanczos vectors of each run as orthonormal rows, followed by rows of zeros. The dtype is float32 if `A` is
         float32, and float64 otherwise. Float32 halves the memory and the time. The inner products of different rows are
-        below 300 times the precision: 4e-5 for float32, 7e-14 for float64. If the products with `A` are noisy, the
+        below 300 times machine precision: 4e-5 for float32, 7e-14 for float64. If the products with `A` are noisy, the
         inner products may be larger (see `OrthogonalityBound`).
     alphas, betas : ndarray, shape (K, num_steps)
-        Diagonals and off-diagonals of the tridiagonal matrices. The last entry of ``betas`` is the norm of the
-        residual.
+        Diagonals and off-diagonals of the tridiagonal matrices. The last entry of ``betas`` for each run is the norm of
+        its residual.
     lengths : ndarray of int, shape (K,)
         Number of steps of each run.
     """
@@ -136,7 +136,7 @@ class Lanczos:
         return list(itertools.pairwise([0, *cuts.tolist(), len(runs)]))
 
     def last_step(self, runs: NDArray[np.intp]) -> tuple[NDArray[Any], ...]:
-        """Return the last step of `runs` as NumPy arrays, which are the arguments of `replay`."""
+        """Return the latest step of `runs` as a tuple of NumPy arrays, the arguments of `replay`."""
         at = int(self.lengths[runs[0]])
         vectors = self.basis[torch.from_numpy(runs), at].cpu().numpy()
         return runs, self.alphas[runs, at - 1], self.betas[runs, at - 1], self._bound.state[runs], vectors
@@ -247,7 +247,7 @@ class OrthogonalityBound:
     ----------
     state : ndarray, shape (count, 4)
         State of each run in four columns: the bound for the second to last vector, the bound for the last vector, the
-        loss that rounding leaves in a cleaned vector, and 1 if the next vector must be cleaned.
+        loss that rounding leaves in a vector that was orthogonalized, and 1 if the next vector must be orthogonalized.
     """
 
     def __init__(self, count: int, eps: float) -> None:
@@ -275,7 +275,7 @@ class OrthogonalityBound:
         return bounds
 
     def is_low(self, group: slice, steps: int, bounds: Array, samples: Array) -> Array:
-        """Return a boolean array of shape (g,) that is True for runs whose bounds are low, and record the low bounds.
+        """Record the bounds that are low. Return a boolean array of shape (g,) that is True for runs with low bounds.
 
         If the entry of a run is False, the caller must compute the inner products of the next vector with the basis.
 
@@ -309,13 +309,14 @@ class OrthogonalityBound:
         bounds : ndarray, shape (g,)
             Bounds from `predict`.
         losses : ndarray, shape (g,)
-            Norm of the inner products of each next vector with its basis. This method records the losses.
+            Loss of orthogonality of each run: the norm of the inner products of its next vector with its basis. This
+            method records the losses.
         measured : ndarray of bool, shape (g,)
             True for runs whose ``losses`` were computed. The state of the other runs is not changed.
         """
         _, last, fresh, due = self.state[group].T
         first = steps <= _FIRST_STEPS
-        inexact = first | (losses > bounds)  # products with A are less accurate than the precision
+        inexact = first | (losses > bounds)  # products with A are less accurate than machine precision
         fresh = np.where(inexact, np.maximum(fresh, losses), fresh)
         clean = first | (due > 0) | (losses > _CLEAN * self._eps)
         # Clean two consecutive vectors, because each vector depends on the loss of the two vectors before it.
@@ -358,7 +359,8 @@ def _overlaps(basis: Tensor, W: Tensor) -> Tensor:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor of zeros.
 
-    On the CPU, NumPy allocates the memory. This is four times as fast, because NumPy uses huge pages for large arrays.
+    On the CPU, NumPy allocates the memory. This is four times as fast as ``torch.zeros``, because NumPy uses huge pages
+    for large arrays.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -377,7 +379,7 @@ def multiply(A: Any, rows: Tensor) -> Tensor:
     if isinstance(A, TensorLinearOperator) and A.takes_tensors:
         product: Tensor = A @ rows.T
         return product.T
-    array = np.array((A @ rows.numpy().T).T, order="C")  # a copy, since an operator may return its argument
+    array = np.array((A @ rows.numpy().T).T, order="C")  # a copy, because an operator may return its argument
     return aligned(torch.from_numpy(array).to(torch.promote_types(rows.dtype, torch.float32)))
 
 
@@ -420,8 +422,8 @@ def runs_at_once(A: Any, num_probes: int, num_steps: int, memory: int | None) ->
 def rounding_left(dtype: torch.dtype, size: int) -> float:
     """Return the norm below which an orthogonalized vector ``(size,)`` may consist of rounding errors only.
 
-    The returned norm is relative to the norm of the matrix. In double precision, the norm grows with the square root of
-    `size`, to allow for products that sum sequentially. In single precision, the norm does not depend on `size`. With
-    the same growth, the norm would be as large as the eigenvalues in the bulk of a network's spectrum.
+    This threshold is relative to the norm of the matrix. In double precision, the threshold grows with the square root
+    of `size`, to allow for products that sum sequentially. In single precision, it does not depend on `size`, because
+    it would otherwise be as large as the eigenvalues in the bulk of a network's spectrum.
     """
     return 10 * float(torch.finfo(dtype).eps) * (size**0.5 if dtype == torch.float64 else 1.0)

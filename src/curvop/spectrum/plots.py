@@ -29,7 +29,7 @@ def axes_or_new(ax: Any) -> Any:
 
 
 def plot_density(density: SpectralDensity, ax: Any = None, log: bool = True) -> Any:
-    """Plot a spectral density with an error band. Vertical lines mark eigenvalues that are known individually.
+    """Plot a spectral density with an error band. Vertical lines mark eigenvalues that are known exactly.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ def plot_blocks(study: BlockStudy, figure: Any = None) -> Any:
 
 
 def _draw_table(study: BlockStudy, ax: Any) -> None:
-    """Draw one density per row. The tick label of each row is a line of the table of blocks."""
+    """Draw the density of each diagonal block in a row. The tick label of each row is a line of the table of blocks."""
     bounds = np.concatenate([study.smallest - study.smallest_errors, study.largest + study.largest_errors])
     bounds = np.concatenate([bounds[np.isfinite(bounds)], study.smallest, study.largest])
     positions = _symmetric_log(ax, float(bounds.min()), float(bounds.max()))

@@ -1,4 +1,4 @@
-"""Track extreme eigenvalues, for example the sharpness of a loss, during training by warm-started ARPACK."""
+"""Track extreme eigenvalues during training, for example the sharpness of a loss, with warm-started ARPACK."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def track(A: LinearOperator, k: int = 1, *, every: int = 10, which: str = "LA", 
     ----------
     A : LinearOperator, shape (N, N)
         A symmetric operator that always uses the current parameters. The operators of this package satisfy this
-        condition: they read the parameters in every product, and recompute cached quantities after a change of the
-        parameters.
+        condition: they read the parameters in every product, and recompute cached tensors if the parameters have
+        changed.
     k : int, optional
         The number of eigenvalues.
     every : int, optional
-        The number of training steps from one computation to the next.
+        The number of training steps from one computation of the eigenvalues to the next.
     which : {'LA', 'SA', 'LM'}, optional
         Which eigenvalues to track: the algebraically largest ('LA') or smallest ('SA'), or the largest in magnitude
         ('LM').
@@ -107,10 +107,10 @@ class Tracker:
     steps : ndarray of int, shape (n,)
         The training steps at which eigenvalues were computed.
     values : ndarray, shape (n, k)
-        The eigenvalues at each step in `steps`, sorted from the outermost inwards. A row is NaN if the eigenvalues did
-        not converge at that step.
+        The eigenvalues at each step in `steps`, sorted from the outermost eigenvalue inwards. A row is NaN if the
+        eigenvalues did not converge at that step.
     vectors : ndarray, shape (N, k), or None
-        The latest converged eigenvectors. None before the first computation has converged.
+        The latest converged eigenvectors, or None if no computation has converged yet.
     products : int
         The number of products so far.
 

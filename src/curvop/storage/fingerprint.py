@@ -24,7 +24,7 @@ _NUM_PROBES, _TOLERANCE = 16, 1e-4
 
 
 class OtherProblemError(ValueError):
-    """Raised if files on disk belong to another problem. The message names the inputs that differ."""
+    """Raised if files on disk belong to another problem, for example to other data. The message names what differs."""
 
 
 def fingerprint(A: LinearOperator) -> dict[str, str]:
@@ -60,14 +60,15 @@ def fingerprint(A: LinearOperator) -> dict[str, str]:
     * An operator of this package has one digest for each parameter (``params['0.weight']``), for the model (structure,
       code, other parameters, buffers), for the loss function, and for each batch (``data, batch 3``). Computing the
       digests takes one pass over the data. No product is computed.
-    * A sum, multiple, product or submatrix has the digests of its operands (``... of term 1``).
+    * A sum, multiple, product or submatrix has the digests of its operands. Their names end with, for example, ``of
+      term 1``.
     * A dense or sparse matrix that SciPy wraps as an operator has one digest of its entries.
-    * Any other operator is identified by its class, its shape, and one product with a fixed vector. Products are
+    * Any other operator is identified by its class, its shape, and one product with a fixed vector. These products are
       compared with a relative tolerance of 1e-4, because the last bits of a product may differ between runs.
 
-    A Python function is identified by its bytecode, its default arguments, the values in its closure, and the global
-    variables that the function uses, if they are numbers, tensors, neural network modules, or functions defined in the
-    same file. Bytecode differs between Python versions.
+    A Python function is identified by its bytecode, its default arguments and the values in its closure. It is also
+    identified by those global variables it uses that are numbers, tensors, neural network modules, or functions defined
+    in the same file. Bytecode differs between Python versions.
 
     Examples
     --------
@@ -117,7 +118,7 @@ def state(A: LinearOperator) -> tuple[object, ...]:
 
 
 def differing(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Return the names of the digests that differ between two fingerprints, or that one of them lacks."""
+    """Return the names of the digests that differ between two fingerprints, or that only one of them contains."""
     return [name for name in {**old, **new} if not _is_same_part(name, old.get(name), new.get(name))]
 
 

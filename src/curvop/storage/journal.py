@@ -48,9 +48,10 @@ class JournaledLinearOperator(WrappingLinearOperator):
 
     Use it for long runs of solvers that do not save checkpoints, for example SciPy's ``eigsh``, ``cg`` or ``lsmr``. If
     the process is killed, run the same script again. A deterministic solver requests the same products again, receives
-    exact copies of all recorded products, and continues where it stopped. Fix the starting vector of the solver
-    (``eigsh(J, v0=...)`` or ``rng=...``), because a random starting vector is different in every run.
-    `curvop.spectrum.density` and `curvop.spectrum.blocks` have a ``checkpoint`` argument and do not need a journal.
+    exact copies of the recorded products, and continues at the point where the first run stopped. Fix the starting
+    vector of the solver (``eigsh(J, v0=...)`` or ``rng=...``), because a random starting vector is different in every
+    run. `curvop.spectrum.density` and `curvop.spectrum.blocks` have a ``checkpoint`` argument and do not need a
+    journal.
 
     Products with the adjoint are recorded, too, because ``svds`` and ``lsmr`` use them.
 
@@ -93,8 +94,8 @@ class JournaledLinearOperator(WrappingLinearOperator):
     RecordFileError
         If another process has the journal open, or if a record is damaged. The directory is left unchanged.
     RuntimeError
-        If the model or the data have been modified since the journal was opened. A journal belongs to fixed values of
-        the parameters. Raised by the next product.
+        If the model or the data have been modified since the journal was opened. Raised by the next product. A journal
+        belongs to fixed values of the parameters.
     OSError
         If a product cannot be recorded, for example because the disk is full. Earlier products are kept, and the next
         product is recorded if possible.
@@ -111,12 +112,13 @@ class JournaledLinearOperator(WrappingLinearOperator):
 
     Notes
     -----
-    If the operator is applied to a matrix, each column is looked up separately, by a hash of its bytes. `A` is applied
-    to all columns without a recorded product at once, and the products are written as one record. The last bits of the
-    products can depend on the number of these columns, unless `A` processes one column at a time (``columns=1``).
+    If the operator is applied to a matrix, each column is looked up separately, by a hash of its bytes. The columns
+    whose products are not recorded are combined into one matrix. `A` is applied to this matrix, and the products are
+    written as one record. The number of columns of this matrix can affect the last bits of the products. To avoid this,
+    pass an operator that processes one column at a time (``columns=1``).
 
-    A float64 product takes about ``8 * M`` bytes on disk. Each application of the operator also takes one pass over the
-    parameters, to detect modifications.
+    A float64 product takes about ``8 * M`` bytes on disk. Each application of the operator also reads the parameters
+    once, to detect modifications.
 
     Examples
     --------
@@ -305,7 +307,7 @@ class JournaledLinearOperator(WrappingLinearOperator):
         return keys
 
     def _multiply(self, rows: Rows) -> Rows:
-        """Return the products of A with the rows, in memory that is not shared with other arrays."""
+        """Multiply A by each row, and return the products in memory that is not shared with other arrays."""
         if not self._may_multiply:
             raise UnrecordedError(
                 f"{len(rows)} of the requested products are not in the journal in {self._store.directory}, and an "
@@ -372,7 +374,7 @@ class ProductStore:
         self._state = now  # tensors were written to, but their values are the same
 
     def record(self, keys: Sequence[bytes], products: NDArray[Any]) -> None:
-        """Write k products, of shape ``(k, M)``, and their keys as one record, unless the journal is full."""
+        """Write products, an array of shape ``(k, M)``, and their keys as one record, unless the journal is full."""
         if self._is_full:
             return
         key, products = b"".join(keys), np.ascontiguousarray(products)

@@ -5,7 +5,8 @@ record is damaged, an error is raised. Arrays are stored without pickling.
 
 File format: the signature, then one record after another. A record consists of
 
-1. the fields ``<4sIQI``: the record mark, the lengths of the header and of the data in bytes, the CRC-32 of the data;
+1. the fields ``<4sIQI``: the record mark, the length of the header and the length of the data in bytes, and the CRC-32
+   of the data;
 2. the CRC-32 of the fields and the header;
 3. the header as JSON: the key, and the dtype and shape of each array;
 4. the data: the arrays in C order, one after another.
@@ -35,7 +36,7 @@ _FIELDS = struct.Struct("<4sIQI")
 _CHECKSUM = struct.Struct("<I")
 _PREFIX_SIZE = _FIELDS.size + _CHECKSUM.size
 _CHUNK_SIZE = 2**20
-_MAX_BUFFERS = 512  # for one pwritev call, below the IOV_MAX of 1024 on Linux
+_MAX_BUFFERS = 512  # number of buffers in one pwritev call; Linux allows at most IOV_MAX = 1024
 
 
 class RecordFileError(RuntimeError):
@@ -48,14 +49,14 @@ class _Header:
     arrays: list[tuple[np.dtype[Any], tuple[int, ...]]]  # dtype and shape of each array
     start: int  # offset of the data
     stop: int  # offset of the end of the record
-    checksum: int  # of the data
+    checksum: int  # checksum of the data
 
 
 class RecordFile:
-    """File of records. Only one process at a time can open the file, to append and read records.
+    """File to which records can be appended. Only one process at a time can open the file.
 
-    If the process is killed, all complete records are kept. A record that was being written at that time is removed
-    when the file is opened again. Arrays are not kept in memory.
+    If the process is killed, all complete records are kept. A record that was incomplete at that time is removed when
+    the file is opened again. Arrays are not kept in memory.
 
     Parameters
     ----------
@@ -137,7 +138,7 @@ class RecordFile:
         return offset
 
     def read(self, offset: int) -> list[NDArray[Any]]:
-        """Return new copies of the arrays of the record at `offset`.
+        """Read the record at byte `offset`, and return its arrays.
 
         Raises
         ------
@@ -307,7 +308,7 @@ def _views(arrays: Sequence[NDArray[Any]]) -> list[memoryview]:
 
 
 def _header(key: bytes, arrays: Sequence[NDArray[Any]], checksum: int) -> bytes:
-    """Return the fields, their checksum and the header of a record, as bytes."""
+    """Return the bytes of a record that precede its data: the fields, the second checksum, and the header."""
     text = json.dumps({"key": key.hex(), "arrays": [(array.dtype.str, array.shape) for array in arrays]}).encode()
     fields = _FIELDS.pack(_MARK, len(text), sum(array.nbytes for array in arrays), checksum)
     return fields + _CHECKSUM.pack(zlib.crc32(text, zlib.crc32(fields))) + text
@@ -339,7 +340,7 @@ def open_exclusive(path: Path) -> tuple[int, tuple[int, int]]:
     """
     import fcntl  # imported here, because Windows lacks fcntl and must be able to import the package
 
-    # Closing any descriptor of a file releases the process's lock on it, so an open file must not be opened again.
+    # Do not open a file twice: closing one of its descriptors would release the lock of the whole process on the file.
     if path.exists() and _identity(path.stat()) in _open_files:
         raise BlockingIOError
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -1,4 +1,4 @@
-"""Result files: NumPy ``.npz`` archives without pickled objects, written atomically."""
+"""Save and load result files, which are NumPy ``.npz`` archives without pickled objects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 
 def save_arrays(path: Path, **arrays: Array) -> None:
-    """Write arrays to an ``.npz`` file atomically.
+    """Write arrays to an ``.npz`` file atomically. If writing fails, an existing file is left unchanged.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def save_arrays(path: Path, **arrays: Array) -> None:
 
 
 def load_arrays(path: str | os.PathLike[str], fields: Iterable[str], writer: str) -> dict[str, Array]:
-    """Return a dict of the arrays of an ``.npz`` file. Pickled objects are rejected.
+    """Load the arrays of an ``.npz`` file into a dict. Pickled objects are rejected.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def load_arrays(path: str | os.PathLike[str], fields: Iterable[str], writer: str
     fields : iterable of str
         Names of arrays that the file must contain.
     writer : str
-        Name of the method that writes such files, for the error message.
+        Name of the method that writes files of this kind. The error message contains this name.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def load_arrays(path: str | os.PathLike[str], fields: Iterable[str], writer: str
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path. If the block succeeds, move the file at this path to `path`. Otherwise, delete it."""
+    """Yield a temporary path. If the ``with`` block succeeds, rename this file to `path`. Otherwise, delete it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary

@@ -57,8 +57,8 @@ def allclose_report(
 
     Notes
     -----
-    The arrays are compared in blocks of fixed size. The memory needed does not grow with the size of the arrays, unless
-    tensors on other devices must be copied to the CPU.
+    The arrays are compared in blocks of fixed size, so the memory needed does not grow with the size of the arrays.
+    However, tensors on other devices are copied to the CPU as a whole.
 
     Examples
     --------
@@ -88,7 +88,7 @@ def allclose_report(
     for start, x, y in _blocks(left, right):
         with np.errstate(all="ignore"):
             difference = np.abs(x - y)
-            # If b is infinite, the tolerance is infinite, too. Infinite entries of b must therefore equal those of a.
+            # An infinite entry of b has an infinite tolerance. Therefore, compare such entries with a for equality.
             close = (difference <= atol + rtol * np.abs(y)) & np.isfinite(y) | (x == y)
             wrong = np.flatnonzero(~close)
             if wrong.size == 0:
@@ -139,7 +139,8 @@ def _as_array(values: Any) -> NDArray[Any]:
 def _blocks(a: NDArray[Any], b: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
     """Yield tuples ``(start, block of a, block of b)`` in C order.
 
-    `start` is the flat index of the first entry. The blocks are flat arrays in float64, or in a wider or complex dtype.
+    ``start`` is the flat index of the first entry of a block. The blocks are flat arrays in float64, or in a wider or
+    complex dtype if `a` or `b` has one.
     """
     if a.size == 0:
         return

@@ -1,8 +1,8 @@
 """Dense curvature matrices of a small model, computed from their definitions with `torch.func`.
 
-The operators of this package are tested against these matrices. This file shares no code with the operators. Here,
-the whole data set is one batch. Gradients are computed in reverse mode, and then differentiated in forward mode to
-obtain second derivatives. `_check` compares the second derivatives with those computed by double backward.
+The operators of this package are tested against these matrices. This file shares no code with the operators, and
+evaluates the whole data set as one batch. Second derivatives are computed by differentiating a reverse-mode gradient in
+forward mode. `_check` compares them with second derivatives computed by double backward.
 
 The file has four sections:
 
@@ -65,9 +65,9 @@ def functorch_hessian(model: Model, loss_function: Loss, params: Params, data: D
     Parameters
     ----------
     model : torch.nn.Module or callable
-        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. If a parameter of the
-        module is not in `params`, it is a constant. The module runs in its present training mode and with its present
-        buffers, which do not change.
+        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. Parameters of the module
+        that are not in `params` are constants. The module runs in its present training mode and with its present
+        buffers. The buffers do not change.
     loss_function : callable
         ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
     params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
@@ -75,7 +75,7 @@ def functorch_hessian(model: Model, loss_function: Loss, params: Params, data: D
         the order of the rows and columns. The tensors in a dict can have other values than the parameters of the
         module. All parameters must be on one device.
     data : iterable of (X, y)
-        Batches, which are iterated over once. X and y are tensors with the examples along dimension 0, or (nested)
+        Batches. The iterable is read once. X and y are tensors with the examples along dimension 0, or (nested)
         mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
         parameters.
 
@@ -88,14 +88,14 @@ def functorch_hessian(model: Model, loss_function: Loss, params: Params, data: D
     Raises
     ------
     ValueError
-        If `data` is empty, or its batches cannot be concatenated (pad sequences to one length). If `params` is empty,
-        or its tensors are on several devices or do not belong to the model. If the loss is not a scalar.
+        If `data` is empty, or if its batches cannot be concatenated. (Pad sequences to one length.) If `params` is
+        empty, if its tensors are on several devices, or if they do not belong to the model. If the loss is not a
+        scalar.
     TypeError
         If X or y contains objects other than tensors and collections of tensors.
     NoHessianError
-        If two evaluations of the loss differ, for example because of dropout in training mode, or if the matrix is
-        wrong. A matrix is wrong if, beyond rounding errors, it is not symmetric or differs from the result of double
-        backward.
+        If two evaluations of the loss differ, for example because of dropout in training mode. If the matrix is not
+        symmetric, or differs from the result of double backward, by more than rounding errors.
 
     See Also
     --------
@@ -104,8 +104,9 @@ def functorch_hessian(model: Model, loss_function: Loss, params: Params, data: D
 
     Notes
     -----
-    Column i is ``jvp(grad(f))`` along the i-th basis vector. This is the directional derivative of the gradient,
-    ``R_v{grad} = H v`` [1]_. A workspace of about 256 MiB limits the number of columns that are computed together.
+    Column i is ``jvp(grad(f))``, the directional derivative of the gradient, along the i-th basis vector. In the
+    notation of [1]_, this derivative is ``R_v{grad} = H v``. The number of columns that are computed together is
+    limited so that they need a workspace of about 256 MiB.
     Columns are computed one by one if ``torch.func.vmap`` does not support an operation. If an operation has no
     forward-mode derivative, the gradient is differentiated in reverse mode. The row of an embedding at ``padding_idx``
     is a constant, as in PyTorch's gradient.
@@ -149,9 +150,9 @@ def functorch_ggn(model: Model, loss_function: Loss, params: Params, data: Data)
     Parameters
     ----------
     model : torch.nn.Module or callable
-        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. If a parameter of the
-        module is not in `params`, it is a constant. The module runs in its present training mode and with its present
-        buffers, which do not change.
+        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. Parameters of the module
+        that are not in `params` are constants. The module runs in its present training mode and with its present
+        buffers. The buffers do not change.
     loss_function : callable
         ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
     params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
@@ -159,7 +160,7 @@ def functorch_ggn(model: Model, loss_function: Loss, params: Params, data: Data)
         the order of the rows and columns. The tensors in a dict can have other values than the parameters of the
         module. All parameters must be on one device.
     data : iterable of (X, y)
-        Batches, which are iterated over once. X and y are tensors with the examples along dimension 0, or (nested)
+        Batches. The iterable is read once. X and y are tensors with the examples along dimension 0, or (nested)
         mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
         parameters.
 
@@ -171,8 +172,8 @@ def functorch_ggn(model: Model, loss_function: Loss, params: Params, data: Data)
     Raises
     ------
     ValueError
-        If `data` is empty, or its batches cannot be concatenated (pad sequences to one length). If `params` is empty,
-        or its tensors are on several devices or do not belong to the model.
+        If `data` is empty, or if its batches cannot be concatenated. (Pad sequences to one length.) If `params` is
+        empty, if its tensors are on several devices, or if they do not belong to the model.
     TypeError
         If X or y contains objects other than tensors and collections of tensors.
     NoHessianError
@@ -201,17 +202,17 @@ def functorch_empirical_fisher(model: Model, loss_function: Loss, params: Params
     The matrix is :math:`\frac{1}{W} \sum_n g_n g_n^\top` [1]_, where :math:`g_n` is the gradient of the loss of example
     n. W is the divisor that the loss function uses: the ratio of the sum of the unreduced loss terms to the loss.
 
-    For ``CrossEntropyLoss`` and ``NLLLoss``, an example is a position of the prediction with one entry per class. For
-    other ``torch.nn`` losses, an example is a row of the prediction. A loss function that is not from ``torch.nn`` is
-    called once for each example. Such a function is assumed to average over the examples, unless it has an attribute
-    ``reduction`` that is 'sum'.
+    For ``CrossEntropyLoss`` and ``NLLLoss``, an example consists of the entries for all classes at one position of the
+    prediction. For other ``torch.nn`` losses, an example is a row of the prediction. A loss function that is not from
+    ``torch.nn`` is called once for each example. Such a function is assumed to sum over the examples if its attribute
+    ``reduction`` is 'sum'. Otherwise, it is assumed to average over them.
 
     Parameters
     ----------
     model : torch.nn.Module or callable
-        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. If a parameter of the
-        module is not in `params`, it is a constant. The module runs in its present training mode and with its present
-        buffers, which do not change.
+        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. Parameters of the module
+        that are not in `params` are constants. The module runs in its present training mode and with its present
+        buffers. The buffers do not change.
     loss_function : callable
         ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
     params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
@@ -219,7 +220,7 @@ def functorch_empirical_fisher(model: Model, loss_function: Loss, params: Params
         the order of the rows and columns. The tensors in a dict can have other values than the parameters of the
         module. All parameters must be on one device.
     data : iterable of (X, y)
-        Batches, which are iterated over once. X and y are tensors with the examples along dimension 0, or (nested)
+        Batches. The iterable is read once. X and y are tensors with the examples along dimension 0, or (nested)
         mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
         parameters.
 
@@ -231,8 +232,8 @@ def functorch_empirical_fisher(model: Model, loss_function: Loss, params: Params
     Raises
     ------
     ValueError
-        If `data` is empty, or its batches cannot be concatenated (pad sequences to one length). If `params` is empty,
-        or its tensors are on several devices or do not belong to the model.
+        If `data` is empty, or if its batches cannot be concatenated. (Pad sequences to one length.) If `params` is
+        empty, if its tensors are on several devices, or if they do not belong to the model.
     TypeError
         If X or y contains objects other than tensors and collections of tensors.
     NoHessianError
@@ -277,15 +278,15 @@ def functorch_jacobian(model: Model, params: Params, data: Data) -> Tensor:
     Parameters
     ----------
     model : torch.nn.Module or callable
-        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. If a parameter of the
-        module is not in `params`, it is a constant. The module runs in its present training mode and with its present
-        buffers, which do not change.
+        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. Parameters of the module
+        that are not in `params` are constants. The module runs in its present training mode and with its present
+        buffers. The buffers do not change.
     params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
         A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is
         the order of the columns. The tensors in a dict can have other values than the parameters of the module. All
         parameters must be on one device.
     data : iterable of (X, y)
-        Batches, which are iterated over once. X and y are tensors with the examples along dimension 0, or (nested)
+        Batches. The iterable is read once. X and y are tensors with the examples along dimension 0, or (nested)
         mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
         parameters.
 
@@ -297,8 +298,8 @@ def functorch_jacobian(model: Model, params: Params, data: Data) -> Tensor:
     Raises
     ------
     ValueError
-        If `data` is empty, or its batches cannot be concatenated (pad sequences to one length). If `params` is empty,
-        or its tensors are on several devices or do not belong to the model.
+        If `data` is empty, or if its batches cannot be concatenated. (Pad sequences to one length.) If `params` is
+        empty, if its tensors are on several devices, or if they do not belong to the model.
     TypeError
         If X or y contains objects other than tensors and collections of tensors.
     NoHessianError
@@ -316,9 +317,9 @@ def functorch_gradient_and_loss(model: Model, loss_function: Loss, params: Param
     Parameters
     ----------
     model : torch.nn.Module or callable
-        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. If a parameter of the
-        module is not in `params`, it is a constant. The module runs in its present training mode and with its present
-        buffers, which do not change.
+        A module, called as ``model(X)``, or a callable ``(params_dict, X) -> prediction``. Parameters of the module
+        that are not in `params` are constants. The module runs in its present training mode and with its present
+        buffers. The buffers do not change.
     loss_function : callable
         ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
     params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
@@ -326,7 +327,7 @@ def functorch_gradient_and_loss(model: Model, loss_function: Loss, params: Param
         the order of the entries of the gradient. The tensors in a dict can have other values than the parameters of the
         module. All parameters must be on one device.
     data : iterable of (X, y)
-        Batches, which are iterated over once. X and y are tensors with the examples along dimension 0, or (nested)
+        Batches. The iterable is read once. X and y are tensors with the examples along dimension 0, or (nested)
         mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
         parameters.
 
@@ -340,8 +341,8 @@ def functorch_gradient_and_loss(model: Model, loss_function: Loss, params: Param
     Raises
     ------
     ValueError
-        If `data` is empty, or its batches cannot be concatenated (pad sequences to one length). If `params` is empty,
-        or its tensors are on several devices or do not belong to the model.
+        If `data` is empty, or if its batches cannot be concatenated. (Pad sequences to one length.) If `params` is
+        empty, if its tensors are on several devices, or if they do not belong to the model.
     TypeError
         If X or y contains objects other than tensors and collections of tensors.
     """
@@ -356,7 +357,7 @@ def functorch_gradient_and_loss(model: Model, loss_function: Loss, params: Param
 def _flattened(prediction: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Flatten the floating-point tensors of a prediction into one vector.
 
-    Return the vector, and a function that converts such a vector to a prediction.
+    Return ``(vector, restore)``, where ``restore`` is a function that converts such a vector to a prediction.
     """
     leaves, structure = pytree.tree_flatten(prediction)
     indices = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -504,7 +505,7 @@ def _cannot_concatenate(where: str, what: str) -> ValueError:
 
 
 def _dense_hessian(f: Callable[[Tensor], Tensor], theta: Tensor, eps: float) -> Tensor:
-    """Return the second derivatives ``(P, P)`` of a scalar function whose values have machine epsilon `eps`."""
+    """Return the Hessian ``(P, P)`` of a scalar function that is evaluated with machine epsilon `eps`."""
     identity = torch.eye(theta.numel(), dtype=theta.dtype, device=theta.device)
     hessian = _products(f, theta, identity, _columns_at_a_time(f, theta))
     _check(hessian, hessian, identity, f, theta, eps)
@@ -520,7 +521,7 @@ def _dense_ggn_like(f: Callable[[Tensor], Tensor], z: Tensor, jacobian: Tensor, 
 
 
 def _dense_jacobian(f: Callable[[Tensor], Tensor], theta: Tensor, eps: float) -> Tensor:
-    """Return the Jacobian ``(M, P)`` of a function whose values have shape ``(M,)``."""
+    """Return the Jacobian ``(M, P)`` of a function that returns vectors of shape ``(M,)``."""
     leaf = theta.clone().requires_grad_()
     with torch.enable_grad():
         values = f(leaf)
@@ -612,7 +613,7 @@ def _products(f: Callable[[Tensor], Tensor], theta: Tensor, basis: Tensor, colum
 
 
 def _double_backward(f: Callable[[Tensor], Tensor], theta: Tensor, basis: Tensor) -> Tensor:
-    """Compute the same products as `_products` in reverse mode."""
+    """Compute the same products as `_products`, but differentiate the gradient in reverse mode."""
     leaf = theta.clone().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(f(leaf), leaf, create_graph=True, materialize_grads=True)
@@ -636,7 +637,7 @@ def _check(
     """
     # The limit is far above rounding errors, including those of TF32 or float32 inside a float64 model, and far below
     # the effect of a wrong formula. The term with the loss is needed if the matrix is zero. The rounding errors of a
-    # zero matrix are small compared with the loss if parameters are of order one.
+    # zero matrix are small compared with the loss, provided that the parameters are of order one.
     with torch.enable_grad():
         value = float(f(theta).detach())
     allowed = max(1e-4, eps ** (1 / 3)) * products.norm() + eps**0.5 * abs(value)
@@ -659,7 +660,7 @@ def _check(
 
 @contextmanager
 def _differentiable(device: torch.device) -> Iterator[None]:
-    """Within a ``with`` block, disable operations that have no second derivatives, such as fused attention."""
+    """Disable operations that have no second derivatives, such as fused attention, within a ``with`` block."""
     backends: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
     enabled = [backend.enabled for backend in backends]
     cpu = device.type == "cpu"
