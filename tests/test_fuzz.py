@@ -48,7 +48,7 @@ settings.register_profile("fuzz-compiled", settings.get_profile("fuzz"), max_exa
 #: spare. float32 has none to spare: there the error of a route of its own in float32 says what the condition is.
 FLOAT64 = 1e-9
 FLOAT32 = 200 * float(np.finfo(np.float32).eps)
-#: Matrices smaller than this are zero but for rounding, such as those of a bias below a normalisation.
+#: Matrices smaller than this are zero but for rounding, such as those of a bias below a normalization.
 SMALL = 1e-2
 
 KINDS = {

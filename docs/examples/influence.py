@@ -129,7 +129,7 @@ figure, axes = plt.subplots(2, 6, figsize=(9, 3.8), layout="constrained")
 for axis, index in zip(axes.flat, harmful, strict=True):
     image = int(train[index])
     axis.imshow(pixels[image].reshape(8, 8), cmap="gray_r")
-    axis.set_title(f"labelled {y[image]}", color="tab:red" if image in planted else "black", fontsize=10)
+    axis.set_title(f"labeled {y[image]}", color="tab:red" if image in planted else "black", fontsize=10)
     axis.set_axis_off()
 figure.suptitle("The most harmful training images (red: the label was changed)")
 plt.show()

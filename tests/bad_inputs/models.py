@@ -187,10 +187,10 @@ area(
     ),
     ("a sparse tensor", lambda: with_bias(sparse()), ValueError, "params['0.bias'] has layout torch.sparse_coo"),
     (
-        "a quantised tensor",
+        "a quantized tensor",
         lambda: with_bias(torch.quantize_per_tensor(torch.ones(5), 0.1, 0, torch.qint8)),
         ValueError,
-        "params['0.bias'] is quantised",
+        "params['0.bias'] is quantized",
     ),
     ("a model on the meta device", lambda: on_meta(), ValueError, "params['weight'] is on the meta device"),
     ("a lazy layer that has not been called", lambda: lazy(), ValueError, "params['weight'] has no shape yet"),

@@ -170,10 +170,10 @@ area(
     ("words", lambda: H @ np.array(["a"] * 43), TypeError, "x has dtype <U1"),
     ("a sparse tensor", lambda: H @ torch.eye(43).to_sparse(), TypeError, "x is a tensor that is torch.sparse_coo"),
     (
-        "a quantised tensor",
+        "a quantized tensor",
         lambda: H @ torch.quantize_per_tensor(torch.ones(43), 0.1, 0, torch.qint8),
         TypeError,
-        "x is a tensor that is quantised",
+        "x is a tensor that is quantized",
     ),
     (
         "a tensor on the meta device",

@@ -146,10 +146,10 @@ class TestSound:
     def test_settings(self, options: dict[str, Any]) -> None:
         assert check(operator(loss_problem("ce", "one"), **options), rng=0).verdict.startswith("sound")
 
-    def test_batch_normalisation_in_training_mode_over_one_batch(self) -> None:
-        report = check(operator(normalised((9,))), rng=0)
+    def test_batch_normalization_in_training_mode_over_one_batch(self) -> None:
+        report = check(operator(normalized((9,))), rng=0)
         assert report.verdict.startswith("sound"), report
-        assert "the only one" in report["batch normalisation"].text
+        assert "the only one" in report["batch normalization"].text
 
     def test_wrapped(self, tmp_path) -> None:
         H = operator(loss_problem("ce"))
@@ -231,7 +231,7 @@ class TestSound:
 
 
 @seeded
-def normalised(sizes: tuple[int, ...]) -> Problem:
+def normalized(sizes: tuple[int, ...]) -> Problem:
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).train()
     return Problem(model, nn.MSELoss(), cut(torch.randn(9, 4), torch.randn(9, 3), sizes))
 
@@ -320,10 +320,10 @@ class TestFaults:
         report = check(operator(Problem(model, nn.MSELoss(), problem.data), cache=0), rng=0)
         assert report["randomness"].status == report["products"].status == "wrong"
 
-    def test_batches_normalised_one_by_one(self) -> None:
-        report = check(operator(normalised((6, 3))), rng=0)
+    def test_batches_normalized_one_by_one(self) -> None:
+        report = check(operator(normalized((6, 3))), rng=0)
         assert report.ok
-        assert with_status(report, "warning") == ["batch normalisation"]
+        assert with_status(report, "warning") == ["batch normalization"]
         assert "'1' (BatchNorm1d)" in str(report)
 
     def test_shuffling(self) -> None:
@@ -469,7 +469,7 @@ class TestFaults:
 
 
 @seeded
-def normalised_layers() -> tuple[HessianLinearOperator, Problem]:
+def normalized_layers() -> tuple[HessianLinearOperator, Problem]:
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)).double()
     nn.init.normal_(model[1].weight)
     problem = Problem(model, nn.CrossEntropyLoss(), [(torch.randn(22, 6), torch.randint(0, 3, (22,)))])
@@ -519,8 +519,8 @@ class TestBlocksThatAreZeroUpToRounding:
             assert with_status(report, "warning") == ["zero block"], report
         assert "rounding errors" in report["zero block"].remedy
 
-    def test_bias_below_batch_normalisation(self) -> None:
-        H = operator(normalised((9,)))
+    def test_bias_below_batch_normalization(self) -> None:
+        H = operator(normalized((9,)))
         report = check(H.block("0.bias"), rng=0)
         assert with_status(report, "warning") == ["zero block"], report
         assert with_status(report, "wrong") == []
@@ -593,7 +593,7 @@ class TestAnyOperator:
 
     def test_a_hessian_without_an_adjoint_that_is_not_symmetric(self) -> None:
         """``jvp(jacrev(loss))`` is wrong for a LayerNorm with a trainable weight; ``jvp(grad(loss))`` is right."""
-        H, problem = normalised_layers()
+        H, problem = normalized_layers()
         point = {name: value.detach() for name, value in problem.params.items()}
         [(X, y)] = problem.data
 
@@ -657,7 +657,7 @@ class TestTheReport:
         assert values[0] == values[1]
 
     def test_the_model_and_the_random_numbers_are_left_as_found(self) -> None:
-        problem = normalised((6, 3))
+        problem = normalized((6, 3))
         before = {name: value.clone() for name, value in problem.model.state_dict().items()}
         flags, state = [part.training for part in problem.model.modules()], torch.get_rng_state()
         check(operator(problem))
@@ -667,9 +667,9 @@ class TestTheReport:
         assert all(value.grad is None and value.requires_grad for value in problem.model.parameters())
 
     def test_products_warn_afterwards_as_they_would_have(self) -> None:
-        H = operator(normalised((6, 3)))
+        H = operator(normalized((6, 3)))
         check(H, rng=0)
-        with pytest.warns(RuntimeWarning, match="normalises each of the 2 batches"):
+        with pytest.warns(RuntimeWarning, match="normalizes each of the 2 batches"):
             H.block("0.weight") @ np.ones(20)
         check(H, rng=0)
         H.block("0.bias") @ np.ones(5)  # no second warning
@@ -688,12 +688,12 @@ class TestTheReport:
         assert "check: " in capsys.readouterr().err
 
     def test_it_prints_a_table_with_remedies(self) -> None:
-        text = str(check(operator(normalised((6, 3))), rng=0))
+        text = str(check(operator(normalized((6, 3))), rng=0))
         lines = text.splitlines()
         assert lines[0].startswith("check of HessianLinearOperator, 53 by 53, float64: 7 products, ")
-        assert any(line.split()[:3] == ["warning", "batch", "normalisation"] for line in lines)
+        assert any(line.split()[:3] == ["warning", "batch", "normalization"] for line in lines)
         assert "to do: call model.eval(), or pass one batch" in text
-        assert lines[-1] == "nothing is wrong, with 1 warning: batch normalisation"
+        assert lines[-1] == "nothing is wrong, with 1 warning: batch normalization"
         assert max(map(len, lines)) <= 120
 
     def test_json(self) -> None:

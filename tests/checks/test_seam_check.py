@@ -258,15 +258,15 @@ class TestWhatAnOperatorMisses:
             assert not buffer.requires_grad
         copy.deepcopy(model)
 
-    def test_third_derivatives_through_layer_normalisation(self, monkeypatch) -> None:
+    def test_third_derivatives_through_layer_normalization(self, monkeypatch) -> None:
         torch.manual_seed(0)
         X = torch.randn(8, 3).double()
         model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1)).double()
         nn.init.normal_(model[1].weight, 1.0, 0.3)
 
-        def normalised(x, weight, bias):
-            centred = x - x.mean(-1, keepdim=True)
-            return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+        def normalized(x, weight, bias):
+            centered = x - x.mean(-1, keepdim=True)
+            return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
         def penalty(call, x):
             x = x.detach().requires_grad_()
@@ -274,7 +274,7 @@ class TestWhatAnOperatorMisses:
             return ((slope.square().sum(1) + 1e-3).sqrt() - 1).square().mean()
 
         def elementary(x):
-            return model[3](normalised(model[0](x), model[1].weight, model[1].bias).tanh())
+            return model[3](normalized(model[0](x), model[1].weight, model[1].bias).tanh())
 
         params = {name: value for name, value in model.named_parameters() if name != "3.bias"}
         own = list(params.values())
@@ -605,7 +605,7 @@ class TestEverythingIsRestored:
             assert buffer.grad_fn is None
 
     @pytest.mark.slow
-    @pytest.mark.filterwarnings("ignore:'1' .BatchNorm1d. normalises each of the 2 batches:RuntimeWarning")
+    @pytest.mark.filterwarnings("ignore:'1' .BatchNorm1d. normalizes each of the 2 batches:RuntimeWarning")
     @pytest.mark.parametrize("single", [False, True])
     @pytest.mark.parametrize("kind", ["hessian", *nightly("ggn", "ef")])
     def test_wherever_a_line_is_interrupted(self, kind: str, single: bool) -> None:

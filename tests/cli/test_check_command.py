@@ -28,7 +28,7 @@ def dropout():
     problem = sound()
     return problem | dict(model=nn.Sequential(*problem["model"], nn.Dropout()).train())
 
-def normalised():
+def normalized():
     problem = sound()
     model = nn.Sequential(nn.BatchNorm1d(3, affine=False), *problem["model"]).double().train()
     return problem | dict(model=model, params=dict(model.named_parameters()))
@@ -93,9 +93,9 @@ def test_what_is_wrong_is_an_exit_code_and_a_warning_is_none(run, spec) -> None:
     assert (code, err) == (1, "")
     assert "WRONG    dropout              active in '3' (Dropout, p = 0.5)\n" in out
     assert "to do: call model.eval()\n" in out
-    code, out, _ = run(spec("normalised"))
+    code, out, _ = run(spec("normalized"))
     assert code == 0
-    assert out.endswith("nothing is wrong, with 1 warning: batch normalisation\n")
+    assert out.endswith("nothing is wrong, with 1 warning: batch normalization\n")
 
 
 def test_what_a_problem_prints_does_not_mix_with_json(run, spec) -> None:

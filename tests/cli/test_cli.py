@@ -80,7 +80,7 @@ def not_additive():
     return network() | dict(loss_function=lambda prediction, y: prediction.mean() ** 2)
 
 def training():
-    # Each batch is normalised by its own statistics.
+    # Each batch is normalized by its own statistics.
     problem = network()
     model = nn.Sequential(nn.BatchNorm1d(3), *problem["model"]).double()
     return problem | dict(model=model, params=dict(model.named_parameters()))
@@ -377,7 +377,7 @@ class TestFailures:
         assert not result["dense"]["agrees"]
 
     def test_modules_in_training_mode_are_the_likely_reason(self, run, spec):
-        with pytest.warns(RuntimeWarning, match=r"'0' \(BatchNorm1d\) normalises each of the 2 batches"):
+        with pytest.warns(RuntimeWarning, match=r"'0' \(BatchNorm1d\) normalizes each of the 2 batches"):
             code, out, _ = run("eigs", spec("training"), "--k", 3)
         assert code == 1
         assert re.search(r"^  DOES NOT AGREE; modules in training mode .+: call model\.eval\(\)$", out, re.MULTILINE)

@@ -328,7 +328,7 @@ def test_some_blocks_of_a_run_that_was_killed(run, spec, tmp_path, monkeypatch) 
 
 
 NORMALISED = """
-def normalised():
+def normalized():
     problem = network()
     problem["model"] = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().train()
     return problem | dict(params=dict(problem["model"].named_parameters()))
@@ -336,9 +336,9 @@ def normalised():
 
 
 def test_batch_statistics_are_warned_of(run, tmp_path) -> None:
-    (tmp_path / "normalised.py").write_text(PROBLEMS + NORMALISED)
-    with pytest.warns(RuntimeWarning, match="'1' .BatchNorm1d. normalises each of the 2 batches"):
-        run(f"{tmp_path / 'normalised.py'}:normalised", "--k", 1)
+    (tmp_path / "normalized.py").write_text(PROBLEMS + NORMALISED)
+    with pytest.warns(RuntimeWarning, match="'1' .BatchNorm1d. normalizes each of the 2 batches"):
+        run(f"{tmp_path / 'normalized.py'}:normalized", "--k", 1)
 
 
 def test_a_full_journal_causes_a_warning_and_the_study_continues(run, spec, tmp_path, monkeypatch) -> None:

@@ -300,7 +300,7 @@ def test_what_is_changed_besides_the_parameters_is_seen_with_them(change) -> Non
     np.testing.assert_allclose(H @ np.eye(15), hessian(problem, "autograd") @ np.eye(15), rtol=1e-10, atol=1e-13)
 
 
-def test_a_regularisation_weight_is_seen_with_the_parameters() -> None:
+def test_a_regularization_weight_is_seen_with_the_parameters() -> None:
     params = {"theta": torch.randn(3, requires_grad=True)}
     weight = {"decay": 1.0}
 

@@ -149,7 +149,7 @@ def test_backends_are_restored_after_an_error() -> None:
 
 
 class TestElementaryNorms:
-    """Normalisations that are computed with elementary operations for third derivatives."""
+    """Normalizations that are computed with elementary operations for third derivatives."""
 
     @pytest.mark.parametrize(
         ("norm", "arguments"),

@@ -21,7 +21,7 @@ from curvop import (
 )
 from curvop.kernels.changes import Generators
 
-pytestmark = pytest.mark.filterwarnings("ignore:'1' .BatchNorm1d. normalises each of the 2 batches:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:'1' .BatchNorm1d. normalizes each of the 2 batches:RuntimeWarning")
 
 
 def probe(A: Any) -> np.ndarray:

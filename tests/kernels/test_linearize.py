@@ -488,17 +488,17 @@ class TestTheModelIsLeftAsFound:
         assert not frozen.requires_grad
         assert all(value.requires_grad for value in params.values())
 
-    def test_an_embedding_that_renormalises_its_weight(self) -> None:
+    def test_an_embedding_that_renormalizes_its_weight(self) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.1), nn.Tanh(), nn.Linear(3, 2)).double()
         before = model[0].weight.detach().clone()
         problem = Problem(model, nn.MSELoss(), [(torch.arange(5), torch.randn(5, 2).double())])
         product = hessian(problem) @ np.ones(23)
         assert torch.equal(model[0].weight, before)
-        model(problem.data[0][0])  # the forward pass renormalises the weight in place
+        model(problem.data[0][0])  # the forward pass renormalizes the weight in place
         np.testing.assert_allclose(hessian(problem) @ np.ones(23), product, rtol=1e-12)
 
-    def test_an_embedding_that_renormalises_its_weight_below_a_block(self) -> None:
+    def test_an_embedding_that_renormalizes_its_weight_below_a_block(self) -> None:
         model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.5), nn.Flatten(), nn.Linear(6, 2)).double()
         before = model[0].weight.detach().clone()
         data = [(torch.randint(0, 5, (7, 2)), torch.randn(7, 2, dtype=torch.float64))]

@@ -101,7 +101,7 @@ def reference(dense: Callable[..., Tensor], problem: Problem) -> np.ndarray:
 
 
 def covariance(*problem: Any) -> Tensor:
-    """Return the centred empirical Fisher matrix; the loss averages over the examples."""
+    """Return the centered empirical Fisher matrix; the loss averages over the examples."""
     gradient, _ = functorch.functorch_gradient_and_loss(*problem)
     return functorch.functorch_empirical_fisher(*problem) - gradient.outer(gradient)
 

@@ -118,14 +118,14 @@ class TestDropout:
         product(operator(problem_of(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.0)).train()), kind))
 
 
-class TestBatchNormalisation:
+class TestBatchNormalization:
     def model(self, **options: Any) -> nn.Module:
         return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, **options), nn.Tanh(), nn.Linear(5, 3))
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_over_several_batches(self, kind: str) -> None:
         A = operator(problem_of(self.model().train()), kind)
-        with pytest.warns(RuntimeWarning, match=r"'1' \(BatchNorm1d\) normalises each of the 2 batches") as caught:
+        with pytest.warns(RuntimeWarning, match=r"'1' \(BatchNorm1d\) normalizes each of the 2 batches") as caught:
             product(A)
         assert len(caught) == 1
         product(A)  # no second warning
@@ -205,7 +205,7 @@ class TestAutocast:
         model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
         data = [(torch.randn(5, 4), torch.randn(5, 3)) for _ in range(2)]
         A = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
-        with pytest.warns(RuntimeWarning, match=r"^'1' \(BatchNorm1d\) normalises each of the 2 batches"):
+        with pytest.warns(RuntimeWarning, match=r"^'1' \(BatchNorm1d\) normalizes each of the 2 batches"):
             product(A)
         with torch.autocast("cpu", torch.bfloat16), pytest.warns(RuntimeWarning, match=r"^torch.autocast is enabled"):
             product(A)
@@ -280,7 +280,7 @@ class Centred(nn.Module):
         return ((prediction - y + self.centre) ** 2).mean()
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """An objective that is a module, in training mode."""
 
     def __init__(self) -> None:
@@ -358,11 +358,11 @@ class TestWhatUsersCodeWritesTo:
         A = operator(problem, kind, cache=0)
         np.testing.assert_allclose(product(A), first, rtol=1e-12)
 
-    @pytest.mark.filterwarnings("ignore:.*normalises each of the 2 batches:RuntimeWarning")
+    @pytest.mark.filterwarnings("ignore:.*normalizes each of the 2 batches:RuntimeWarning")
     @pytest.mark.parametrize("cache", ["auto", 0])
     def test_the_buffers_of_an_objective_that_is_a_module(self, cache: Any) -> None:
         torch.manual_seed(0)
-        objective = Normalised().train()
+        objective = Normalized().train()
         before = copy.deepcopy(objective.state_dict())
         data = cut(torch.randn(9, 4).double(), torch.randn(9, 3).double(), (6, 3))
         params = dict(objective.model.named_parameters())
@@ -505,15 +505,15 @@ class TestTensorsWithoutValuesOrDerivatives:
         with pytest.raises(ValueError, match=r"params\['w'\] has layout torch.sparse_.*to_dense"):
             HessianLinearOperator(lambda p, X: X, nn.MSELoss(), {"w": w}, [])
 
-    def test_quantised_parameters(self) -> None:
+    def test_quantized_parameters(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch has deprecated them
             w = torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
-        with pytest.raises(ValueError, match=r"params\['w'\] is quantised.*dequantize"):
+        with pytest.raises(ValueError, match=r"params\['w'\] is quantized.*dequantize"):
             HessianLinearOperator(lambda p, X: X, nn.MSELoss(), {"w": w}, [])
 
-    def test_nothing_but_quantised_layers(self) -> None:
-        with pytest.raises(ValueError, match=r"params is empty.*quantised"):
+    def test_nothing_but_quantized_layers(self) -> None:
+        with pytest.raises(ValueError, match=r"params is empty.*quantized"):
             HessianLinearOperator(nn.Identity(), nn.MSELoss(), {}, [])
 
 

@@ -657,7 +657,7 @@ def shuffled(**options: Any) -> tuple[nn.Module, DataLoader]:
 
 
 class Grouped(torch.utils.data.BatchSampler):
-    """A sampler that does not initialise its base class, like those of vision libraries."""
+    """A sampler that does not initialize its base class, like those of vision libraries."""
 
     def __init__(self) -> None:
         self.sampler = torch.utils.data.RandomSampler(range(12))
@@ -987,7 +987,7 @@ class TestAsFound:
 
 
 class Packed(nn.Parameter):
-    """Codes with attributes that decode them, as in libraries for quantised weights."""
+    """Codes with attributes that decode them, as in libraries for quantized weights."""
 
     def __new__(cls, weight: Tensor) -> Packed:
         scale = weight.abs().max() / 127

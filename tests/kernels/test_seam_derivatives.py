@@ -49,7 +49,7 @@ def hessian_by_hand(loss: Tensor, model: nn.Module) -> np.ndarray:
 
 
 class Norm(nn.Module):
-    """Layer, batch or instance normalisation by elementary operations, over given axes of its input."""
+    """Layer, batch or instance normalization by elementary operations, over given axes of its input."""
 
     def __init__(self, axes: tuple[int, ...], affine: nn.Module) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Norm(nn.Module):
         return x
 
 
-#: The module and the axes of its normalisation.
+#: The module and the axes of its normalization.
 NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "layer": (lambda: nn.LayerNorm(4), (-1,)),
     "layer without a bias": (lambda: nn.LayerNorm(4, bias=False), (-1,)),
@@ -268,7 +268,7 @@ class TestThirdOrder:
         words = "batch norm: a third derivative is not supported"
 
         class Refusing(torch.autograd.Function):
-            """Has a gradient with the node names of torch's own normalisations."""
+            """Has a gradient with the node names of torch's own normalizations."""
 
             @staticmethod
             def forward(ctx: Any, x: Tensor) -> Tensor:

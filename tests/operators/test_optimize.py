@@ -1,4 +1,4 @@
-"""SciPy's optimizers minimise a real objective with the Hessian as an operator."""
+"""SciPy's optimizers minimize a real objective with the Hessian as an operator."""
 
 import numpy as np
 import pytest

@@ -84,7 +84,7 @@ def test_warnings_of_the_operator_pass_through() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double().train()
     data = [(torch.randn(8, 3).double(), torch.randn(8, 1).double()) for _ in range(2)]
     tracker = track(HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data))
-    with pytest.warns(RuntimeWarning, match="normalises each of the 2 batches"):
+    with pytest.warns(RuntimeWarning, match="normalizes each of the 2 batches"):
         tracker.step()
 
 

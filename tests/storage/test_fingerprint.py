@@ -43,7 +43,7 @@ def changed(problem: Problem, other: Problem) -> list[str]:
     return differing(fingerprint(hessian(problem)), fingerprint(hessian(other)))
 
 
-def regularised(params: dict[str, Tensor], batch: Any) -> Tensor:
+def regularized(params: dict[str, Tensor], batch: Any) -> Tensor:
     return F.mse_loss(batch[0] @ params["w"], batch[1]) + decay * squares(params)
 
 
@@ -51,7 +51,7 @@ def squares(params: dict[str, Tensor]) -> Tensor:
     return sum(value.square().sum() for value in params.values())
 
 
-def objective_hessian(objective: Any = regularised, **options: Any) -> HessianLinearOperator:
+def objective_hessian(objective: Any = regularized, **options: Any) -> HessianLinearOperator:
     X = torch.arange(6.0).reshape(3, 2)
     w = torch.ones(2, 1, requires_grad=True)
     return HessianLinearOperator.from_objective(objective, {"w": w}, [(X, X.sum(1, keepdim=True))], **options)

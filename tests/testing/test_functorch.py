@@ -153,7 +153,7 @@ class TestAgreesWithDoubleBackward:
     # A one-element vmap inside a forward-mode derivative would treat the saved statistics as constants.
     @pytest.mark.parametrize("columns", [1, 3])
     @pytest.mark.parametrize("name", ["layer norm", "batch norm, training", "instance norm"])
-    def test_normalisation_is_differentiated_however_few_columns_at_a_time(self, name, columns, monkeypatch):
+    def test_normalization_is_differentiated_however_few_columns_at_a_time(self, name, columns, monkeypatch):
         monkeypatch.setattr(functorch_reference, "_columns_at_a_time", lambda f, theta: columns)
         model, X, y = make(name)
         assert_agrees_with_double_backward(model, MSE, X, y)
@@ -189,7 +189,7 @@ class TestAgreesWithDoubleBackward:
 
 
 def weight_norms(old=False):
-    """Weight-normalised layers with several dims: the matrix contains the second derivative of the norm."""
+    """Weight-normalized layers with several dims: the matrix contains the second derivative of the norm."""
     norm = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -256,8 +256,8 @@ class RankGroup:
     def _stop_workers(self, reason: str | None) -> None:
         """Send the stop request, and wait until all other ranks have replied.
 
-        If a rank has died, raise a `RankError` after all other ranks have stopped. If `reason` is not None, raise the
-        error immediately, and wait for replies for at most `_STOP_PATIENCE` seconds.
+        If a rank has died, wait for the replies of the other ranks, and then raise a `RankError`. If `reason` is not
+        None, wait for at most `_STOP_PATIENCE` seconds, and raise the `RankError` without waiting for other ranks.
         """
         deadline = float("inf") if reason is None else time.monotonic() + _STOP_PATIENCE
         rank_error, waiting = None, list(range(1, self.size))

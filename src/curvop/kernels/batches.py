@@ -144,8 +144,8 @@ def batch_size(*parts: Any) -> int | None:
     Return None if the parts imply different numbers of examples. Parts without tensors are ignored.
 
     A list or tuple may have one entry per input of the model, or one entry per example (such as images of different
-    sizes). The entries are taken to be inputs if there are other parts, and if all tensors in all parts have the same
-    size along their first dimension. Otherwise the entries are taken to be examples.
+    sizes). The entries are inputs if `parts` has more than one element, and all tensors have the same size along their
+    first dimension. Otherwise the entries are examples.
     """
     common = _common_sizes(parts)
     if len(common) > 1:

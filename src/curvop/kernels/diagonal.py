@@ -207,7 +207,7 @@ def _sum_powers(
             reason = str(error).strip().partition("\n")[0]
             raise _not_available(f"the model cannot be mapped over its examples: {reason}") from error
         _check_agreement(
-            outputs, z[rows], "the model couples its examples, as batch normalisation in training mode does"
+            outputs, z[rows], "the model couples its examples, as batch normalization in training mode does"
         )
         for total, value in zip(sums, totals, strict=True):
             total += value.sum(0)

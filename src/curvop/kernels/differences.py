@@ -395,7 +395,7 @@ class OwnProduct:
         as the operator, but calls the model and the loss the way the user does.
     unknown : str
         The reason why `exact` could not be computed, or an empty string.
-    centred : list of Tensor
+    centered : list of Tensor
         For an empirical Fisher matrix, one vector for each entry of `products`: the amount by which the product would
         decrease if the mean gradient were subtracted from the gradient of each example.
     holds : bool
@@ -421,7 +421,7 @@ class OwnProduct:
     gradient: Tensor | None = None
     exact: Tensor | None = None
     unknown: str = ""
-    centred: list[Tensor] = dataclasses.field(default_factory=list)
+    centered: list[Tensor] = dataclasses.field(default_factory=list)
     holds: bool = False
     linear: bool = False
     known: bool = False
@@ -454,8 +454,8 @@ def own_product(kernel: Any, vector: Tensor, needed: int, available: int) -> Own
         best_first = sorted((result for result in results if result.products), key=lambda result: result.error)
         if best_first:
             products = [product for result in best_first for product in result.products]
-            centred = [mean for result in best_first for mean in result.centred]
-            return dataclasses.replace(best_first[0], products=products, centred=centred)
+            centered = [mean for result in best_first for mean in result.centered]
+            return dataclasses.replace(best_first[0], products=products, centered=centered)
     return results[-1]
 
 
@@ -568,9 +568,9 @@ class _Sums:
         divisor = 1.0 if whole else objective.divisor(self._weights)
         by_batch = isinstance(kernel.rows, BatchLayout)
         products = [torch.cat(parts) if by_batch else _total(parts) / divisor for parts in self._products]
-        centred: list[Tensor] = []
+        centered: list[Tensor] = []
         if self._count:
-            centred = [
+            centered = [
                 _total(totals) * inner / (divisor * self._count)
                 for totals, inner in zip(self._totals, self._inner, strict=True)
             ]
@@ -586,7 +586,7 @@ class _Sums:
             gradient=torch.cat([part.reshape(-1) for part in layout.of(gradient)]),
             exact=_total(self._exact) / divisor if self._exact and not self._unknown else None,
             unknown=self._unknown,
-            centred=centred,
+            centered=centered,
             holds=self._holds,
             linear=self._linear,
             known=is_torch_loss(getattr(objective, "loss_function", None)),

@@ -124,7 +124,7 @@ class Evaluator:
             return result
         if self.elementary_norms:
             raise RuntimeError(
-                f"the model or the loss contains a derivative of a fused normalisation ({fused}), which torch "
+                f"the model or the loss contains a derivative of a fused normalization ({fused}), which torch "
                 "differentiates wrongly (pytorch#186256): write it with elementary operations (mean, var, rsqrt)"
             )
         self.elementary_norms = True

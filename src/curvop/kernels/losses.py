@@ -47,8 +47,8 @@ other recognized ``torch.nn`` losses           all entries along the last axis; 
 any other function                             all entries with the same index along the first axis
 =============================================  ===================================================================
 
-A prediction that is a scalar or contains a scalar, such as the energy of a molecule together with the forces on its
-atoms, is a single example.
+A prediction that is a scalar or contains a scalar counts as one example. For example, a model may predict the energy
+of a molecule and the forces on its atoms.
 
 References
 ----------

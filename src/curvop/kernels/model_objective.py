@@ -59,7 +59,7 @@ class ModelObjective(Objective):
         super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
         self._model = model
         own = {id(value) for value in model.parameters()} if isinstance(model, nn.Module) else set()
-        self._apart = self._renormalised or any(
+        self._apart = self._renormalized or any(
             id(value) not in own or not value.requires_grad for value in self.params.values()
         )
         self.loss_function = loss_function
@@ -267,7 +267,7 @@ class ModelObjective(Objective):
             return {}
         selected = {id(tensor) for tensors in self.originals().values() for tensor in tensors}
         values = {name: _detached(value) for name, value in self._model.named_parameters() if id(value) not in selected}
-        if self._renormalised:
+        if self._renormalized:
             values = {name: value.clone() for name, value in values.items()}
         return values | {name: buffer.clone() for name, buffer in self._model.named_buffers()}
 

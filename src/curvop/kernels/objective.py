@@ -164,7 +164,7 @@ class Objective(abc.ABC):
         self._changes = ChangeDetector(self.modules, params, data)
         parts = parts_of(modules)
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
-        self._renormalised = any(getattr(part, "max_norm", None) is not None for part in parts)
+        self._renormalized = any(getattr(part, "max_norm", None) is not None for part in parts)
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_kept_totals": None}  # ids of tensors are invalid in another process
@@ -354,7 +354,7 @@ class Objective(abc.ABC):
         """Return a dict that maps the ``id`` of each tensor to be replaced to the tensor that replaces it."""
         originals = self.originals()
         found = {id(original): leaf for name, leaf in leaves.items() for original in originals[name]}
-        if self._renormalised:  # an embedding with `max_norm` modifies its weight in the forward pass
+        if self._renormalized:  # an embedding with `max_norm` modifies its weight in the forward pass
             weights: list[Any] = [
                 part.weight for part in parts_of(self.modules) if getattr(part, "max_norm", None) is not None
             ]
@@ -422,7 +422,7 @@ class Objective(abc.ABC):
         names = set(names)
         # An embedding with `max_norm` modifies its weight in the forward pass, so the weight must be a copy.
         values = {name: value.detach() for name, value in self.params.items()}
-        if self._renormalised:
+        if self._renormalized:
             values = {name: value.clone() for name, value in values.items()}
         every = bool(self.checks.flags_matter)
         return {name: value.requires_grad_(every or name in names) for name, value in values.items()}

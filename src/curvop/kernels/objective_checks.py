@@ -461,8 +461,8 @@ def _mode_cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.d
             "over the data draws new ones; call model.eval()"
         )
     if batches > 1 and (batchwise := batchwise_modules(modules)):
-        found["batch normalisation"] = (
-            f"{listed(batchwise)} normalises each of the {batches} batches by its own statistics: the matrix depends "
+        found["batch normalization"] = (
+            f"{listed(batchwise)} normalizes each of the {batches} batches by its own statistics: the matrix depends "
             "on how the data is cut, and is not that of the whole data set as one batch; call model.eval(), or pass "
             "one batch"
         )
@@ -480,7 +480,7 @@ def suspects(modules: Sequence[nn.Module]) -> str:
     if random:
         return f"dropout is active in {listed(random)}: call model.eval()"
     return (
-        "check for dropout and batch normalisation in training mode (call model.eval()), random augmentation in the "
+        "check for dropout and batch normalization in training mode (call model.eval()), random augmentation in the "
         "data, and shuffling with drop_last=True; if a function reads something that has changed, make a new operator"
     )
 

@@ -52,7 +52,7 @@ def checked_params(model: Any, params: Mapping[str, Tensor] | Iterable[Tensor]) 
         _check_no_buffers(model, [name for name in named if name not in own])
     if not named:
         raise ValueError(
-            "params is empty: pass at least one parameter, such as dict(model.named_parameters()); quantised layers "
+            "params is empty: pass at least one parameter, such as dict(model.named_parameters()); quantized layers "
             "have none"
         )
     _check_own(model, named)
@@ -181,7 +181,7 @@ def _check_one(own: Mapping[str, Tensor] | None, name: str, value: Tensor) -> No
             f"{tuple(own[name].shape)}"
         )
     if value.is_quantized:
-        raise ValueError(f"params[{name!r}] is quantised, and has no derivatives: call dequantize(), or leave it out")
+        raise ValueError(f"params[{name!r}] is quantized, and has no derivatives: call dequantize(), or leave it out")
     if value.layout != torch.strided:
         raise ValueError(f"params[{name!r}] has layout {value.layout}: call to_dense(), or leave it out")
     if value.is_inference():

@@ -113,7 +113,7 @@ class UserCode:
         A copy is needed if the computation uses another dtype, or if the model may write to the tensor.
         """
         cast = self._dtype == torch.float64 and value.dtype != torch.float64
-        return value.is_floating_point() and (cast or self.objective._renormalised)
+        return value.is_floating_point() and (cast or self.objective._renormalized)
 
     def obstacle(self) -> str:
         """Return the reason why the user's tensors cannot be changed, or an empty string if they can."""

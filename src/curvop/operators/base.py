@@ -499,7 +499,7 @@ def unsupported_layout(x: Tensor) -> str | None:
     if x.is_meta:
         return "on the meta device"
     if x.is_quantized:
-        return "quantised"
+        return "quantized"
     return None if x.layout == torch.strided else str(x.layout)
 
 

@@ -367,7 +367,7 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         def centered(route: Route) -> Route:
             if route.name == GRADIENT:
                 return route
-            means = route.own.centred if route.own is not None else [mean_product]
+            means = route.own.centered if route.own is not None else [mean_product]
             products = zip(route.products, means, strict=False)
             return dataclasses.replace(route, products=tuple(product - mean for product, mean in products))
 

@@ -59,8 +59,8 @@ class Progress:
     def counting(self, count: int) -> Iterator[Callable[[float], None] | None]:
         """Yield a function that updates the bar while ``count`` products are computed, or None if there is no bar.
 
-        Pass the fraction of the products that are completed to the function. At the end of the ``with`` block, the bar
-        shows all products as completed.
+        The argument of the function is the fraction of the products that are completed. At the end of the ``with``
+        block, the bar shows all products as completed.
         """
         if self._setting is False:
             yield None

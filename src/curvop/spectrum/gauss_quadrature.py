@@ -98,10 +98,10 @@ def all_rules(nodes: Array, weights: Array, recurrences: list[Recurrence | None]
 def beyond_ends(
     recurrences: list[Recurrence | None], nodes: Array, ends: tuple[float, float], mass: float
 ) -> tuple[float, float]:
-    """Return how far outside of the `ends` the measure of a probe can have a point mass.
+    """Bound the distances from an interval to the eigenvalues outside of it.
 
-    The first distance is measured downwards from the lower end, and the second distance is measured upwards from the
-    upper end. Each distance is the largest distance at which the moments of at least one probe allow the point mass.
+    Return (below, above), the distances from the lower end downwards and from the upper end upwards. Each is the
+    largest distance at which the moments of at least one probe allow its spectral measure to have a point mass.
 
     Parameters
     ----------
@@ -351,7 +351,10 @@ class ShareBounds:
 
     @property
     def _means(self) -> Curves:
-        """Points and bounds for all eigenvalues: the mean over the probes plus the atoms, scaled to mass 1."""
+        """Points and bounds of the measure of all eigenvalues, whose mass is 1.
+
+        The measure is the mean of the measures of the probes, to which the known eigenvalues are added.
+        """
         probes = len(self._curves) - 1
         numbers = [*[probes] * probes, 1]  # the bounds of the probes are averaged, but those of the atoms are not
         points = np.concatenate([curves[0] for curves in self._curves])
