@@ -149,7 +149,7 @@ class TestSound:
     def test_batch_normalization_in_training_mode_over_one_batch(self) -> None:
         report = check(operator(normalized((9,))), rng=0)
         assert report.verdict.startswith("sound"), report
-        assert "the only one" in report["batch normalization"].text
+        assert "the only one" in report["batch normalisation"].text
 
     def test_wrapped(self, tmp_path) -> None:
         H = operator(loss_problem("ce"))
@@ -323,7 +323,7 @@ class TestFaults:
     def test_batches_normalized_one_by_one(self) -> None:
         report = check(operator(normalized((6, 3))), rng=0)
         assert report.ok
-        assert with_status(report, "warning") == ["batch normalization"]
+        assert with_status(report, "warning") == ["batch normalisation"]
         assert "'1' (BatchNorm1d)" in str(report)
 
     def test_shuffling(self) -> None:
@@ -691,9 +691,9 @@ class TestTheReport:
         text = str(check(operator(normalized((6, 3))), rng=0))
         lines = text.splitlines()
         assert lines[0].startswith("check of HessianLinearOperator, 53 by 53, float64: 7 products, ")
-        assert any(line.split()[:3] == ["warning", "batch", "normalization"] for line in lines)
+        assert any(line.split()[:3] == ["warning", "batch", "normalisation"] for line in lines)
         assert "to do: call model.eval(), or pass one batch" in text
-        assert lines[-1] == "nothing is wrong, with 1 warning: batch normalization"
+        assert lines[-1] == "nothing is wrong, with 1 warning: batch normalisation"
         assert max(map(len, lines)) <= 120
 
     def test_json(self) -> None:

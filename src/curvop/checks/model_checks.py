@@ -177,7 +177,7 @@ def _modes(inspection: Any, random: bool) -> Iterator[Finding]:
     if not inspection.looked_into:
         text = "the model is a function, whose layers are not accessible"
         yield Finding("dropout", NOT_APPLICABLE, text)
-        yield Finding("batch normalization", NOT_APPLICABLE, text)
+        yield Finding("batch normalisation", NOT_APPLICABLE, text)
         return
     status = OK if not inspection.random else WRONG if random else WARNING
     text = f"active in {listed(inspection.random)}" if inspection.random else "none is active"
@@ -191,7 +191,7 @@ def _modes(inspection: Any, random: bool) -> Iterator[Finding]:
         else:
             text += ", of the only one"
     status = WARNING if inspection.batchwise and several else OK
-    yield Finding("batch normalization", status, text, remedy="call model.eval(), or pass one batch")
+    yield Finding("batch normalisation", status, text, remedy="call model.eval(), or pass one batch")
 
 
 def distributed_findings(operators: Sequence[DistributedLinearOperator]) -> Iterator[Finding]:

@@ -461,7 +461,7 @@ def _mode_cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.d
             "over the data draws new ones; call model.eval()"
         )
     if batches > 1 and (batchwise := batchwise_modules(modules)):
-        found["batch normalization"] = (
+        found["batch normalisation"] = (
             f"{listed(batchwise)} normalizes each of the {batches} batches by its own statistics: the matrix depends "
             "on how the data is cut, and is not that of the whole data set as one batch; call model.eval(), or pass "
             "one batch"

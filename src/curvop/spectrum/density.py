@@ -270,8 +270,7 @@ class SpectralDensity:
     nodes, weights : ndarray, shape (K, m)
         Nodes and weights of the Gauss quadrature of each probe. The nodes have the units of the eigenvalues. The
         weights of a probe sum to 1, or to about ``1 - k / N`` if there are k atoms. If the Lanczos run of a probe stops
-        early, the remaining weights of this probe are 0. In a complete density, a run stops early only if it has found
-        an invariant subspace.
+        early, its other weights are 0. In a complete density, a run stops early only at an invariant subspace.
     atoms : ndarray, shape (k,)
         Eigenvalues that are known exactly. The quadratures describe the other eigenvalues. If all N eigenvalues are
         known, there are no probes.
@@ -309,9 +308,8 @@ class SpectralDensity:
     contain the integrals of f over a family of measures with the same moments. This criterion covers a step or a kink
     of f between the nodes. Second, let d be the difference between the results of the Gauss quadratures with m and with
     m / 2 steps. Each bound is at least 2 d away from the result with m steps. This criterion measures the error for a
-    smooth f (Golub, Strakos, 1994, for the inverse). The estimated bounds are too narrow if doubling the number of
-    steps hardly improves the quadrature. An example is the logarithm of eigenvalues that decay to zero over many orders
-    of magnitude.
+    smooth f (Golub, Strakos, 1994, for the inverse). The bounds are too narrow if more steps hardly improve the
+    quadrature, as for the logarithm of eigenvalues that decay to zero over many orders of magnitude.
 
     For polynomials up to degree m - 1, and for probes that found an invariant subspace, ``low`` equals ``high`` up to
     rounding. After a single step, all errors are NaN, except the error of the trace.
@@ -470,8 +468,7 @@ class SpectralDensity:
         Returns
         -------
         BoundedEstimate
-            Estimate of the trace. The quadrature is exact for the trace, so the error comes only from the spread
-            between the probes.
+            Estimate of the trace. The quadrature is exact, so the error comes only from the spread of the probes.
         """
         return self._times_size(self.moment(1))
 
@@ -590,9 +587,8 @@ class SpectralDensity:
         -----
         The bounds are proven for each probe: for any measure with the same moments, the fraction lies between ``low``
         and ``high``. An eigenvalue within ``resolution`` of a point counts in ``high`` but not in ``low``. At a
-        multiple eigenvalue, or at a cluster that the quadrature does not resolve, the bounds therefore differ by the
-        fraction of all eigenvalues that have this value or lie in this cluster. The value is the midpoint of the
-        bounds.
+        multiple eigenvalue or an unresolved cluster, the bounds therefore differ by its fraction of all eigenvalues.
+        The value is the midpoint of the bounds.
 
         If ``sigma`` is positive, the value is computed from the broadened Gauss quadrature. The bounds are then
         estimated from the difference between the quadratures of m and m / 2 steps, averaged over the probes.
@@ -626,11 +622,10 @@ class SpectralDensity:
         -------
         BoundedEstimate
             Estimate of the quantiles. Its fields are floats, or arrays with the shape of ``shares``, in the units of
-            the eigenvalues. The value is the point at which `cdf` reaches the fraction. ``low`` is the point at which
-            the upper bound of `cdf` reaches the fraction, and ``high`` is the point at which the lower bound of `cdf`
-            reaches the fraction. If one of these points does not exist, ``low`` or ``high`` is infinite. The error is
-            half of the distance between the quantiles for the fractions ``shares - e`` and ``shares + e``, where e is
-            the error of `cdf` next to the value (Woodruff, 1952).
+            the eigenvalues. ``value``, ``low`` and ``high`` are the points at which `cdf`, its upper bound and its
+            lower bound reach the fraction. If a point does not exist, it is infinite. The error is half of the distance
+            between the quantiles for the fractions ``shares - e`` and ``shares + e``, where e is the error of `cdf`
+            next to the value (Woodruff, 1952).
 
         Raises
         ------
@@ -886,8 +881,7 @@ def _quadrature(
     runs. The flag ``complete`` is True if no run was stopped by the time limit.
     """
     squares = (probes**2).sum(1).cpu().numpy()
-    # A probe in the deflated space is zero up to rounding. Such a probe gets weight 0 and an arbitrary nonzero starting
-    # vector.
+    # A probe in the deflated space is zero up to rounding. It gets weight 0 and an arbitrary nonzero starting vector.
     negligible = squares <= 1e-20 * probes.shape[1]
     squares[negligible] = 0
     if negligible.any():
