@@ -376,8 +376,7 @@ class SpectralDensity:
         In the measure of a probe, each eigenvalue t has a weight. This weight is at most the Christoffel number of t,
         which can be computed from the moments of the measure. At the same time, the weight is a random variable: a
         chi-squared variable with one degree of freedom, divided by N. With a probability of only 5%, the weights in all
-        probes are below a threshold that is computed from this distribution. Beyond the returned distances, the
-        Christoffel numbers of all probes are below this threshold.
+        probes are below a certain threshold. Beyond the returned distances, all Christoffel numbers are below it.
 
         For probes of random signs, the chi-squared distribution is an approximation that requires eigenvectors with
         many nonzero entries. For example, an eigenvector with two equal entries and zeros elsewhere is orthogonal to
