@@ -302,9 +302,11 @@ SIGNALS: dict[str, Operation] = {
 OPERATIONS: dict[str, Operation] = POINTWISE | REDUCTIONS | LINEAR_ALGEBRA | SHAPES | LAYERS | SIGNALS
 
 #: Those whose gradient torch cannot differentiate.
-ONCE_DIFFERENTIABLE = (
+ONCE_DIFFERENTIABLE = [
     "cdist", "cdist 1", "cdist 3", "ctc_loss", "embedding_bag", "hardsigmoid", "multi_margin_loss", "pdist"
-)  # fmt: skip
+]  # fmt: skip
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+    ONCE_DIFFERENTIABLE.append("grid_sample")
 
 
 class Operated(nn.Module):
