@@ -301,12 +301,14 @@ SIGNALS: dict[str, Operation] = {
 }
 OPERATIONS: dict[str, Operation] = POINTWISE | REDUCTIONS | LINEAR_ALGEBRA | SHAPES | LAYERS | SIGNALS
 
+_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 #: Those whose gradient torch cannot differentiate.
-ONCE_DIFFERENTIABLE = [
-    "cdist", "cdist 1", "cdist 3", "ctc_loss", "embedding_bag", "hardsigmoid", "multi_margin_loss", "pdist"
-]  # fmt: skip
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-    ONCE_DIFFERENTIABLE.append("grid_sample")
+ONCE_DIFFERENTIABLE = ["ctc_loss", "embedding_bag", "hardsigmoid", "multi_margin_loss"]
+if _TORCH < (2, 13):
+    ONCE_DIFFERENTIABLE += ["grid_sample"]
+if _TORCH < (2, 14):
+    ONCE_DIFFERENTIABLE += ["cdist", "cdist 1", "cdist 3", "pdist"]
 
 
 class Operated(nn.Module):

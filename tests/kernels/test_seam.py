@@ -1097,7 +1097,7 @@ class TestWrappedModules:
         close(of(A), of(kind(inner, nn.CrossEntropyLoss(), named(inner), halves(X, y))))
         close(of(A.block("module.2.bias")), of(A)[40:, 40:])
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
     @pytest.mark.parametrize("how", ["script", "trace"])
     def test_scripted_and_traced_modules(self, how: str) -> None:
         plain, X, y = classification()

@@ -261,7 +261,7 @@ class _Solver:
             if not (residual < smallest or (best is zero and self._solver == "cg")):
                 break
             helped, best, rest, smallest = residual < 0.5 * smallest, self._x, new, residual
-            if not helped:
+            if not helped and residual > 2 * self._rtol:  # close to rtol, a run need not halve the residual
                 break
         converged = smallest <= self._rtol
         return SolveResult(best, smallest, self._products, converged, self._negative_curvature, self._solver)
