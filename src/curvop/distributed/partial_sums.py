@@ -11,13 +11,13 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from curvop.operators.curvature_operator import CurvatureLinearOperator, GGNLikeLinearOperator
-from curvop.operators.engine_operator import UNTRUSTED, digest
+from curvop.operators.engine_operator import UNTRUSTED, EngineLinearOperator, digest
 from curvop.operators.fisher import GradientCovarianceLinearOperator
 from curvop.operators.transfer import aligned
 
@@ -96,7 +96,7 @@ class PartialSum:
 
         def compute() -> list[Tensor]:
             wide_vectors = aligned(vectors.to(self._objective.device, torch.float64))
-            products = self.A._apply_tensor(wide_vectors)
+            products = cast("Tensor", EngineLinearOperator._apply(self.A, wide_vectors))  # without the mean gradient
             if self._centered is None:
                 return [products]
             left, right, _, count = self._centered._gradient_sum()

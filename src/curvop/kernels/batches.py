@@ -10,13 +10,14 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "CannotJoinError",
+    "Feed",
     "at_batch",
     "batch_size",
     "example_of",
@@ -279,3 +280,27 @@ def _is_by_example(tree: Sequence[Any], size: int | None) -> bool:
     tensors = list(leaves(tree))
     by_input = bool(tensors) and all(leaf.ndim and len(leaf) == size for leaf in tensors)
     return len(tree) == size and not by_input and not hasattr(tree, "_fields")
+
+
+class Feed:
+    """Iterator over batches that are supplied one by one, for several objectives that share a pass over the data.
+
+    Attributes
+    ----------
+    batch : Any
+        The batch that ``next`` returns.
+    ended : bool
+        If True, ``next`` raises ``StopIteration``.
+    """
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+        self.ended = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        if self.ended:
+            raise StopIteration
+        return self.batch

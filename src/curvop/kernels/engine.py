@@ -8,17 +8,18 @@ processed at once.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from curvop.kernels.batches import at_batch, leaves, signature
+from curvop.kernels.batches import Feed, at_batch, leaves, signature
 from curvop.kernels.changes import Fingerprint, random_state
 from curvop.kernels.cuda_graphs import Recorder, capture_stream
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError, not_finite
@@ -35,7 +36,7 @@ from curvop.kernels.memory import (
 )
 from curvop.kernels.passes import REORDERED, DataReorderedError, Pass, precision, same
 
-__all__ = ["Columns", "Engine", "add_sums", "set_sums"]
+__all__ = ["Columns", "Engine", "add_sums", "apply_in_one_pass", "set_sums"]
 
 
 class Engine:
@@ -129,6 +130,11 @@ class Engine:
         self._warned_of_memory = True
         return message
 
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether every product reads the data, because no linearization may be kept."""
+        return self._budget.is_zero
+
     def kept(self) -> tuple[int, float]:
         """Return the size of the cache in bytes after the last product, and the fraction of batches that are cached."""
         if self._first is None:
@@ -151,6 +157,11 @@ class Engine:
             raise NonFiniteProductError(message)
 
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
+        for _ in self._sum_by_batch(vectors, out, tick):
+            pass
+
+    def _sum_by_batch(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> Generator[None]:
+        """Write the sum over the batches into `out`, and yield after each batch."""
         steps, done = len(self._objective) * len(vectors), 0
         chunks: dict[tuple[int, int, bool], tuple[list[Tensor], list[Tensor]]] = {}
         weights: list[float] = []
@@ -177,6 +188,7 @@ class Engine:
                 if tick is not None and steps:
                     tick(done / steps)
             del linearization  # frees the graph of this batch before the next graph is built
+            yield
         self.kernel.check_count(len(weights))
         if not unit:  # if the data set is divided into parts, all batches of a part may have weight 0
             out.zero_()
@@ -339,6 +351,58 @@ class Engine:
                     if not torch.isfinite(part).all():
                         return not_finite("product", index, float(linearization.loss), self.kernel.rows.label(number))
         return "the product is not finite: the product of each batch is finite, but their sum overflows"
+
+
+def apply_in_one_pass(
+    engines: Sequence[Engine],
+    vectors: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    ticks: Sequence[Callable[[float], None] | None],
+) -> bool:
+    """Compute products with several engines over the same data in one pass over the data.
+
+    Parameters
+    ----------
+    engines : sequence of Engine
+        Engines that keep nothing, whose objectives have the same data and device.
+    vectors, outs, ticks : sequences
+        For each engine, the arguments of `Engine.apply`.
+
+    Returns
+    -------
+    bool
+        False if memory ran out or a product is not finite. The caller must then call `Engine.apply` for each engine,
+        which tries again or raises an error that names the batch.
+    """
+    objectives = [engine._objective for engine in engines]
+    with contextlib.ExitStack() as stack:
+        for objective in dict.fromkeys(objectives):
+            stack.enter_context(objective.slow_backends())
+        stack.enter_context(capture_stream(objectives[0].device))
+        feeds = [Feed() for _ in engines]
+        sums = [
+            stack.enter_context(contextlib.closing(engine._sum_by_batch(vector, out, tick)))
+            for engine, vector, out, tick in zip(engines, vectors, outs, ticks, strict=True)
+        ]
+        try:
+            for batch in objectives[0].unchecked_batches():
+                for objective, feed, batch_sum in zip(objectives, feeds, sums, strict=True):
+                    feed.batch = batch
+                    with objective.fed_by(feed):
+                        next(batch_sum)
+                del batch
+            for objective, feed, batch_sum in zip(objectives, feeds, sums, strict=True):
+                feed.ended = True
+                with objective.fed_by(feed):
+                    for _ in batch_sum:
+                        pass
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        except DataReorderedError:
+            return False
+    return all(bool(torch.isfinite(out).all()) for out in outs)
 
 
 _SIZES = (1, 8, 64)

@@ -233,6 +233,11 @@ class Budget:
         return self._fixed > 0
 
     @property
+    def is_zero(self) -> bool:
+        """Whether nothing may be retained."""
+        return self._limit == 0
+
+    @property
     def left(self) -> float:
         """Number of bytes that may still be spent."""
         return (self._fixed or 0) - sum(self._spent.values())

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.backends import cuda, cudnn
 
-from curvop.kernels.batches import at_batch, batch_size, numbered_errors, on_device
+from curvop.kernels.batches import Feed, at_batch, batch_size, numbered_errors, on_device
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.changes import ChangeDetector, Fingerprint, Generators, settings_of
 from curvop.kernels.differentiable import Evaluator, slow_backends
@@ -156,6 +156,7 @@ class Objective(abc.ABC):
         self.data = data
         self._batch_weight = batch_weight
         self.generators = Generators()
+        self._feed: Feed | None = None
         self._order: list[list[float | None]] | None = None
         self.ordered = isinstance(data, list | tuple)
         self._part_weights: PartWeights | None = None
@@ -230,15 +231,40 @@ class Objective(abc.ABC):
         do not change. Every pass draws different random numbers. The loss of a random objective therefore changes
         between passes, and `conclude` detects the change.
         """
-        index, devices = -1, self.devices
-        for device in devices:
-            _start_autograd(device)
-        with self.generators.private(devices):
-            for index, batch in enumerate(on_device(self._checked_batches(numbered_errors(self.data)), self.device)):
+        index = -1
+        with contextlib.nullcontext() if self._feed is not None else self._reading():
+            if self._feed is not None:
+                batches = self._checked_batches(self._feed)
+            else:
+                batches = on_device(self._checked_batches(numbered_errors(self.data)), self.device)
+            for index, batch in enumerate(batches):
                 self._check_order(index, batch)
                 yield index, batch
         if index < 0 and self._part_weights is None:
             raise ValueError("data is empty: it yields no batch, pass at least one")
+
+    def unchecked_batches(self) -> Iterator[Any]:
+        """Yield every batch on the device of the parameters, for objectives with the same data; see `fed_by`."""
+        with self._reading():
+            yield from on_device(numbered_errors(self.data), self.device)
+
+    @contextlib.contextmanager
+    def fed_by(self, feed: Feed) -> Iterator[None]:
+        """Make passes that start or continue within this context take their batches from `feed`."""
+        self._feed = feed
+        try:
+            yield
+        finally:
+            self._feed = None
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Use private random number generators, and prepare autograd for all devices."""
+        devices = self.devices
+        for device in devices:
+            _start_autograd(device)
+        with self.generators.private(devices):
+            yield
 
     def _checked_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Check each batch with `_check_batch`, then yield it.

@@ -7,6 +7,7 @@ cached linearizations and tries again once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -14,7 +15,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvop.kernels.compiled import CompiledKernel
-from curvop.kernels.engine import Engine
+from curvop.kernels.engine import Engine, apply_in_one_pass
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.gradient import gradient_and_loss, plain_gradient_seconds
 from curvop.kernels.inspection import Inspection, inspect
@@ -45,6 +46,7 @@ __all__ = [
     "Settings",
     "digest",
     "medians",
+    "products_in_one_pass",
     "seconds",
 ]
 
@@ -288,45 +290,83 @@ class EngineLinearOperator(TensorLinearOperator):
         adjoint.shape = self.shape[::-1]
         return adjoint
 
+    def _identity(self) -> tuple[Any, ...]:
+        return type(self).__name__, id(self._engine)
+
     def _apply(self, rows: Rows) -> Rows:
         with torch.inference_mode(False):
-            return self._apply_tensor(rows) if isinstance(rows, Tensor) else self._apply_array(rows)
+            vectors, products = self._vectors_and_products(rows)
+            with self._settings.progress.counting(len(vectors)) as tick:
+                self._engine.apply(vectors, products, tick)
+            return self._delivered(products, rows)
 
-    def _apply_tensor(self, rows: Tensor) -> Tensor:
+    def _vectors_and_products(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return (vectors, products): `rows` on the device of the parameters, and a tensor for the products."""
+        move = self._moved_tensor if isinstance(rows, Tensor) else self._moved_array
+        return self._retry_on_out_of_memory(lambda: move(cast("Any", rows)), _FEWER_COLUMNS)
+
+    def _moved_tensor(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         device, dtype = self._objective.device, torch.promote_types(rows.dtype, self._objective.dtype)
+        vectors = aligned(rows.to(device, self._objective.dtype).contiguous())
+        return vectors, torch.empty(len(rows), self.shape[0], device=device, dtype=dtype)
 
-        def transfer() -> tuple[Tensor, Tensor]:
-            vectors = aligned(rows.to(device, self._objective.dtype).contiguous())
-            return vectors, torch.empty(len(rows), self.shape[0], device=device, dtype=dtype)
+    def _moved_array(self, rows: NDArray[Any]) -> tuple[Tensor, Tensor]:
+        device, dtype = self._objective.device, self._product_dtype(rows.dtype)
+        # torch.from_numpy requires one of these dtypes, and contiguous and writeable memory.
+        if not (rows.dtype in TORCH_DTYPES and rows.flags.c_contiguous and rows.flags.writeable):
+            rows = np.require(rows, _staging_dtype(self._objective.dtype), ["C", "W"])
+        if device.type == "cpu":  # unlike NumPy, torch converts the dtype on all cores
+            vectors = aligned(torch.from_numpy(rows).to(self._objective.dtype))
+            return vectors, torch.from_numpy(np.empty((len(rows), self.shape[0]), dtype=dtype))
+        vectors = self._staging.to_device(rows, device, self._objective.dtype)
+        return vectors, torch.empty(len(rows), self.shape[0], device=device, dtype=TORCH_DTYPES[dtype])
 
-        vectors, products = self._retry_on_out_of_memory(transfer, _FEWER_COLUMNS)
-        self._run(vectors, products)
-        return self._retry_on_out_of_memory(lambda: products.to(rows.device, rows.dtype), _FEWER_COLUMNS)
-
-    def _apply_array(self, rows: NDArray[Any]) -> NDArray[Any]:
-        dtype = self._product_dtype(rows.dtype)
-        device = self._objective.device
-
-        def transfer() -> tuple[Tensor, Tensor]:
-            array = rows
-            # torch.from_numpy requires one of these dtypes, and contiguous and writeable memory.
-            if not (rows.dtype in TORCH_DTYPES and rows.flags.c_contiguous and rows.flags.writeable):
-                array = np.require(rows, _staging_dtype(self._objective.dtype), ["C", "W"])
-            if device.type == "cpu":  # unlike NumPy, torch converts the dtype on all cores
-                vectors = aligned(torch.from_numpy(array).to(self._objective.dtype))
-                return vectors, torch.from_numpy(np.empty((len(rows), self.shape[0]), dtype=dtype))
-            vectors = self._staging.to_device(array, device, self._objective.dtype)
-            return vectors, torch.empty(len(rows), self.shape[0], device=device, dtype=TORCH_DTYPES[dtype])
-
-        vectors, products = self._retry_on_out_of_memory(transfer, _FEWER_COLUMNS)
-        self._run(vectors, products)
-        if device.type == "cpu":
+    def _delivered(self, products: Tensor, rows: Rows) -> Rows:
+        """Return products in the type of `rows`: a tensor on the same device, or an array."""
+        if isinstance(rows, Tensor):
+            return self._retry_on_out_of_memory(lambda: products.to(rows.device, rows.dtype), _FEWER_COLUMNS)
+        if products.device.type == "cpu":
             return products.numpy()
         return self._retry_on_out_of_memory(lambda: self._staging.to_array(products), _FEWER_COLUMNS)
 
-    def _run(self, vectors: Tensor, products: Tensor) -> None:
-        with self._settings.progress.counting(len(vectors)) as tick:
-            self._engine.apply(vectors, products, tick)
+
+def products_in_one_pass(operators: Sequence[EngineLinearOperator], rows: Rows) -> dict[int, Rows]:
+    """Compute products of operators that keep nothing and have the same data, in one pass over the data.
+
+    Parameters
+    ----------
+    operators : sequence of EngineLinearOperator
+        Different operators with the same number of columns. Operators that cannot share a pass are skipped.
+    rows : array or Tensor, shape (K, N)
+        Vectors to multiply.
+
+    Returns
+    -------
+    dict
+        Maps the id of each operator that took part to its products. The products are counted.
+    """
+    groups: dict[Any, list[EngineLinearOperator]] = {}
+    for A in operators:
+        if not A._engine.keeps_nothing or type(A)._apply is not EngineLinearOperator._apply or 0 in A.shape:
+            continue
+        group = groups.setdefault((id(A._objective.data), A.device), [])
+        if all(A._objective is not other._objective for other in group):  # an objective checks one pass at a time
+            group.append(A)
+    found: dict[int, Rows] = {}
+    for group in groups.values():
+        if len(group) == 1:
+            continue
+        for A in group:
+            A._check_entries(rows)
+        with torch.inference_mode(False), contextlib.ExitStack() as stack:
+            pairs = [A._vectors_and_products(rows) for A in group]
+            ticks = [stack.enter_context(A._settings.progress.counting(len(rows))) for A in group]
+            vectors, products = zip(*pairs, strict=True)
+            if apply_in_one_pass([A._engine for A in group], vectors, products, ticks):
+                for A, product in zip(group, products, strict=True):
+                    A._counter.total += len(rows)
+                    found[id(A)] = A._delivered(product, rows)
+    return found
 
 
 def _staging_dtype(dtype: torch.dtype) -> Any:
