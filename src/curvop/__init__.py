@@ -62,31 +62,37 @@ from curvop import distributed, preconditioner, spectrum
 from curvop.checks.check_report import CheckReport
 from curvop.checks.operator_checks import check
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
-from curvop.operators.base import SubmatrixLinearOperator
+from curvop.operators.algebra import DampedLinearOperator
+from curvop.operators.diagonal_operator import BlockDiagonalLinearOperator, DiagonalLinearOperator
 from curvop.operators.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
 from curvop.operators.ggn import GGNLinearOperator
 from curvop.operators.hessian import HessianLinearOperator
 from curvop.operators.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
-from curvop.operators.parameter_operator import DampedLinearOperator
 from curvop.operators.selection import select
+from curvop.operators.submatrix_operator import SubmatrixLinearOperator
 from curvop.operators.version import __version__ as __version__
+from curvop.solvers.inverse import InverseLinearOperator, NotConvergedError
 from curvop.solvers.linear_solve import SolveResult, solve
 from curvop.storage.journal import JournaledLinearOperator
 from curvop.testing.comparison import allclose_report
 from curvop.testing.functorch_reference import functorch_hessian
 
 __all__ = [
+    "BlockDiagonalLinearOperator",
     "CheckReport",
     "DampedLinearOperator",
+    "DiagonalLinearOperator",
     "EFLinearOperator",
     "FisherLinearOperator",
     "GGNLinearOperator",
     "GradientCovarianceLinearOperator",
     "HessianLinearOperator",
+    "InverseLinearOperator",
     "JacobianLinearOperator",
     "JournaledLinearOperator",
     "NonDeterministicObjectiveError",
     "NonFiniteProductError",
+    "NotConvergedError",
     "SolveResult",
     "SubmatrixLinearOperator",
     "TransposedJacobianLinearOperator",

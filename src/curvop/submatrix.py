@@ -1,5 +1,5 @@
 """Former module of `curvop.SubmatrixLinearOperator`, which is kept for compatibility."""
 
-from curvop.operators.base import SubmatrixLinearOperator
+from curvop.operators.submatrix_operator import SubmatrixLinearOperator
 
 __all__ = ["SubmatrixLinearOperator"]

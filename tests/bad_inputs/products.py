@@ -26,9 +26,13 @@ from bad_inputs.rows import (
     replaced,
 )
 from curvop import (
+    BlockDiagonalLinearOperator,
     DampedLinearOperator,
+    DiagonalLinearOperator,
     HessianLinearOperator,
+    InverseLinearOperator,
     JacobianLinearOperator,
+    NotConvergedError,
     SubmatrixLinearOperator,
 )
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
@@ -318,5 +322,47 @@ area(
         lambda: SubmatrixLinearOperator(np.eye(3), [0], [0]),
         TypeError,
         "A is a ndarray, not a LinearOperator",
+    ),
+)
+
+J = JacobianLinearOperator(MODEL, PARAMS, DATA)
+
+area(
+    "Combinations of operators",
+    ("a sum of different shapes", lambda: H + J, ValueError, "so they cannot be added"),
+    ("a product of shapes that do not fit", lambda: H @ J, ValueError, "so they cannot be multiplied"),
+    ("the sum with a number", lambda: H + 1.0, TypeError, "A.damped(lam)"),
+    ("a negative power", lambda: H**-1, ValueError, "the power is -1"),
+    ("a power of a rectangular matrix", lambda: J**2, ValueError, "must be square to have powers"),
+    ("a quotient of operators", lambda: H / H, ValueError, "the divisor must be a number"),
+    ("damping of a rectangular matrix", lambda: J.damped(1.0), ValueError, "must be square to be damped"),
+    ("an operator as an array", lambda: np.asarray(H), TypeError, "call A.to_dense()"),
+    ("a dense matrix that is too large", lambda: H.to_dense(memory=10), MemoryError, "a dense matrix of shape"),
+    ("a block of a kernel", lambda: (J @ J.T).block("weight"), TypeError, "use A.submatrix(rows, cols)"),
+    ("groups with an unknown name", lambda: H.block_diagonal({"a": "wieght"}), ValueError, "groups['a']"),
+    (
+        "groups that lack a parameter",
+        lambda: H.block_diagonal({"a": next(iter(PARAMS))}, complete=True),
+        ValueError,
+        "groups lacks",
+    ),
+    ("blocks off the diagonal", lambda: J.block_diagonal(), ValueError, "no diagonal blocks"),
+    ("no blocks", lambda: BlockDiagonalLinearOperator([]), ValueError, "blocks is empty"),
+    ("an array as a block", lambda: BlockDiagonalLinearOperator([np.eye(2)]), TypeError, "blocks[0] is a ndarray"),
+    ("a matrix as a diagonal", lambda: DiagonalLinearOperator(np.eye(2)), ValueError, "d has shape"),
+    ("a complex diagonal", lambda: DiagonalLinearOperator(np.ones(2) * 1j), TypeError, "d is complex"),
+    (
+        "a diagonal of another length",
+        lambda: DiagonalLinearOperator(np.ones(2), PARAMS),
+        ValueError,
+        "d has 2 entries, but must have",
+    ),
+    ("the inverse of a rectangular matrix", lambda: InverseLinearOperator(J, 1.0), ValueError, "must be square"),
+    ("on_failure", lambda: InverseLinearOperator(H, 1.0, on_failure="ignore"), ValueError, "on_failure is 'ignore'"),
+    (
+        "an inverse that does not converge",
+        lambda: InverseLinearOperator(H, 10.0, rtol=1e-12, maxiter=1) @ ONES,
+        NotConvergedError,
+        "not converged: relative residual",
     ),
 )

@@ -15,12 +15,12 @@ from curvop.kernels.ggn_kernel import GGNLikeKernel
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight, Objective
-from curvop.kernels.parameters import ParameterLayout, unknown_name
+from curvop.kernels.parameters import ParameterLayout
 from curvop.operators.engine_operator import EngineLinearOperator, Settings
-from curvop.operators.parameter_operator import ParameterLinearOperator
+from curvop.operators.parameter_operator import ParameterLinearOperator, validated_names
 from curvop.operators.validation import named_keywords
 
-__all__ = ["CurvatureLinearOperator", "GGNLikeLinearOperator", "validated_names"]
+__all__ = ["CurvatureLinearOperator", "GGNLikeLinearOperator"]
 
 
 class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
@@ -132,21 +132,6 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
         if adjoint is not self:
             adjoint._rows, adjoint._cols = self._cols, self._rows
         return adjoint
-
-
-def validated_names(what: str, names: str | Sequence[str], layout: ParameterLayout) -> tuple[str, ...]:
-    """Convert ``names`` to a tuple of parameter names. Raise an error if a name is repeated or not in ``layout``."""
-    if not isinstance(names, Iterable):
-        raise TypeError(f"{what} is a {type(names).__name__}: pass the name of a parameter, or a sequence of names")
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if not names:
-        raise ValueError(f"{what} names no parameter: pass one or more of {', '.join(map(repr, layout.names[:10]))}")
-    for name in names:
-        if name not in layout.slices:
-            raise ValueError(unknown_name(what, name, layout.names))
-        if names.count(name) > 1:
-            raise ValueError(f"{what} names {name!r} twice: pass it once")
-    return names
 
 
 # Matrices of the form J^T M J.

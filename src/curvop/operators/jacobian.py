@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from curvop.kernels.jacobian_kernel import JacobianKernel, prediction_sizes, prediction_sum
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.parameters import ParameterLayout
-from curvop.operators.curvature_operator import validated_names
 from curvop.operators.engine_operator import EngineLinearOperator, Settings
-from curvop.operators.parameter_operator import ParameterVectors, touched_parameters
+from curvop.operators.parameter_operator import ParameterVectors, touched_parameters, validated_names
 from curvop.operators.validation import named_keywords
 
 __all__ = ["JacobianLinearOperator", "TransposedJacobianLinearOperator"]
@@ -56,14 +55,10 @@ class _Jacobians(ParameterVectors, EngineLinearOperator):
         self._set_up_engines(kernel.adjoint() if self._is_transpose else kernel, settings)
 
     @property
-    def _layout(self) -> ParameterLayout:
-        return self._names
-
-    @property
     def _row_and_column_layouts(self) -> tuple[ParameterLayout | None, ParameterLayout | None]:
         return (self._names, None) if self._is_transpose else (None, self._names)
 
-    def block(self, params: str | Sequence[str]) -> Self:
+    def block(self, params: str | Sequence[str]) -> Self:  # type: ignore[override]  # one axis has parameters
         """Return the columns of the Jacobian, or the rows of its transpose, for the given parameters.
 
         Parameters
@@ -86,15 +81,9 @@ class _Jacobians(ParameterVectors, EngineLinearOperator):
         block._setup(self._objective, self._settings, names, self._sizes)
         return block
 
-    def blocks(self) -> Iterator[Self]:
-        """Iterate over the blocks of the matrix, one block for each parameter.
-
-        Yields
-        ------
-        JacobianLinearOperator or TransposedJacobianLinearOperator
-            One block for each parameter, in the order of the parameters.
-        """
-        return map(self.block, self._names.names)
+    def _restricted(self, rows: Sequence[str] | None, cols: Sequence[str] | None) -> Self:
+        names = rows if self._is_transpose else cols
+        return self if names is None else self.block(names)
 
     def _adjoint(self) -> Any:
         adjoint = super()._adjoint()

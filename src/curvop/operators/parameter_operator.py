@@ -1,11 +1,10 @@
-"""Operators whose rows or columns are parameters, and damped operators."""
+"""Operators whose rows or columns are parameters."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -13,26 +12,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvop.kernels.parameters import ParameterLayout, unknown_name
-from curvop.operators.base import ProductCounter, Rows, TensorLinearOperator
-from curvop.operators.validation import real_scalar
+from curvop.operators.base import Composites, ProductCounter, Rows, TensorLinearOperator
+from curvop.operators.selection import parameter_groups
 
-__all__ = ["DampedLinearOperator", "ParameterLinearOperator", "ParameterVectors", "touched_parameters"]
+__all__ = [
+    "Layouts",
+    "ParameterLinearOperator",
+    "ParameterVectors",
+    "as_tensor",
+    "touched_parameters",
+    "validated_names",
+]
+
+#: Layouts of the rows and of the columns. None stands for an axis that does not consist of parameters.
+Layouts = tuple[ParameterLayout | None, ParameterLayout | None]
 
 
 class ParameterVectors(TensorLinearOperator):
     """Base class of operators whose rows, columns, or both are parameters.
 
-    Subclasses define the properties ``_row_and_column_layouts`` and ``_layout``. `ravel` and `unravel` use ``_layout``.
+    Subclasses define the property ``_row_and_column_layouts`` and the method ``_restricted``.
     """
 
     _params: Mapping[str, Tensor]
 
     @property
     def _layout(self) -> ParameterLayout:
-        raise NotImplementedError
+        rows, cols = self._row_and_column_layouts
+        layout = cols or rows
+        if layout is None:
+            raise TypeError("neither the rows nor the columns of A are parameters: use A.submatrix(rows, cols)")
+        return layout
 
     @property
-    def _row_and_column_layouts(self) -> tuple[ParameterLayout | None, ParameterLayout | None]:
+    def _row_and_column_layouts(self) -> Layouts:
         """Tuple (rows, cols): the layout of the row parameters, and the layout of the column parameters.
 
         ``rows`` is None if the rows of the matrix are not parameters, and ``cols`` is None if the columns are not.
@@ -82,7 +95,7 @@ class ParameterVectors(TensorLinearOperator):
         for name, shape in zip(self._layout.names, self._layout.shapes, strict=True):
             if name not in params:
                 raise ValueError(f"params lacks {name!r}: pass all of {', '.join(map(repr, self._layout.names))}")
-            value = _as_tensor(f"params[{name!r}]", params[name])
+            value = as_tensor(f"params[{name!r}]", params[name])
             if value.shape != shape:
                 raise ValueError(f"params[{name!r}] has shape {tuple(value.shape)}, but must have {tuple(shape)}")
             vector[self._layout.slices[name]] = value.reshape(-1).double().cpu().numpy()
@@ -119,8 +132,158 @@ class ParameterVectors(TensorLinearOperator):
                 f"({self._layout.size},)"
             )
         like = self._params[self._layout.names[0]]
-        vector = _as_tensor("vector", vector).to(like.device, like.dtype, copy=True)
+        vector = as_tensor("vector", vector).to(like.device, like.dtype, copy=True)
         return self._split_by_parameter(self._layout, vector)
+
+    def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> TensorLinearOperator:
+        """Return the block of the matrix for the given parameters.
+
+        Parameters
+        ----------
+        rows : str or sequence of str
+            Names of the row parameters, in the order of the block. If only the rows or only the columns of the matrix
+            are parameters, these are the names of the parameters to keep.
+        cols : str or sequence of str, optional
+            Names of the column parameters. By default, the same as ``rows``.
+
+        Returns
+        -------
+        LinearOperator
+            Operator of this package, with its own caches. A block of a sum or product is composed of blocks.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
+        TypeError
+            If the matrix has no row and column parameters. Use ``A.submatrix(rows, cols)``.
+        """
+        row_layout, col_layout = self._row_and_column_layouts
+        if row_layout is not None and col_layout is not None:
+            row_names = validated_names("rows", rows, row_layout)
+            return self._restricted(row_names, validated_names("cols", rows if cols is None else cols, col_layout))
+        names = validated_names("rows", rows, self._layout)
+        if cols is not None:
+            raise TypeError("A has parameters along one axis only: pass their names, and no cols")
+        return self._restricted(names, None) if col_layout is None else self._restricted(None, names)
+
+    def blocks(self) -> Iterator[TensorLinearOperator]:
+        """Iterate over the blocks of the individual parameters, which are diagonal blocks if A is square.
+
+        Yields
+        ------
+        LinearOperator
+            ``A.block(name)`` for each parameter, in the order of the columns.
+
+        Raises
+        ------
+        ValueError
+            If the rows and columns are different parameters.
+        """
+        rows, cols = self._row_and_column_layouts
+        if rows is not None and cols is not None and set(rows.names) != set(cols.names):
+            raise ValueError("A has different row and column parameters, and so no diagonal blocks: use A.block")
+        return map(self.block, self._layout.names)
+
+    def block_diagonal(
+        self, groups: str | Mapping[str, str | Sequence[str]] | None = None, *, complete: bool = False
+    ) -> TensorLinearOperator:
+        """Return the matrix without its blocks off the diagonal, as an operator of the same shape.
+
+        Use it to compute the eigenvalues of all layers at once. ``spectrum.blocks`` studies each block by itself.
+
+        Parameters
+        ----------
+        groups : mapping of str to str or sequence of str, or "layers", optional
+            Maps the name of each diagonal block to the names of its parameters. By default, each parameter forms a
+            block. With "layers", the parameters of a layer, such as its weight and its bias, form a block. Rows and
+            columns of parameters in no group are zero.
+        complete : bool, default False
+            Raise an error if a parameter is in no group.
+
+        Returns
+        -------
+        BlockDiagonalLinearOperator
+            Symmetric if A is. A product counts once, and costs one product with each block.
+
+        Raises
+        ------
+        ValueError
+            If the rows and columns of A are different parameters, if a name is unknown or repeated, or if ``complete``
+            is True and a parameter is in no group.
+        TypeError
+            If ``groups`` is neither a mapping nor "layers".
+
+        See Also
+        --------
+        curvop.BlockDiagonalLinearOperator : Block-diagonal matrix of any operators.
+        curvop.spectrum.blocks : Spectra of all diagonal blocks.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from scipy.sparse.linalg import eigsh
+        >>> from curvop import HessianLinearOperator
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
+        >>> data = [(torch.randn(20, 3).double(), torch.randn(20, 1).double())]
+        >>> H = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
+        >>> B = H.block_diagonal("layers")
+        >>> B.shape, B.is_symmetric
+        ((21, 21), True)
+        >>> top = eigsh(B, k=1, which="LA", return_eigenvectors=False)
+        >>> layers = [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
+        >>> largest = max(eigsh(H.block(layer), k=1, which="LA", return_eigenvectors=False)[0] for layer in layers)
+        >>> abs(top[0] - largest) < 1e-10
+        True
+        """
+        if not self.has_diagonal_blocks:
+            raise ValueError(
+                "the rows and columns of A are not the same parameters, so A has no diagonal blocks: use A.block or "
+                "A.submatrix"
+            )
+        members = self.parameter_groups(groups, complete)
+        slices, idxs = self._layout.slices, np.arange(self._layout.size)
+        blocks = [self._restricted(names, names) for names in members.values()]
+        places = [np.concatenate([idxs[slices[name]] for name in names]) for names in members.values()]
+        return cast("TensorLinearOperator", Composites.block_diagonal(blocks, places, self))
+
+    @property
+    def has_diagonal_blocks(self) -> bool:
+        """Whether the rows and the columns of the matrix are the same parameters in the same order."""
+        rows, cols = self._row_and_column_layouts
+        return rows is not None and cols is not None and rows.names == cols.names
+
+    def parameter_groups(
+        self, groups: str | Mapping[str, str | Sequence[str]] | None = None, complete: bool = False
+    ) -> dict[str, list[str]]:
+        """Return a dict that maps the name of each group to the names of its parameters; see `block_diagonal`.
+
+        Parameters
+        ----------
+        groups : mapping of str to str or sequence of str, or "layers", optional
+            Groups of parameters. By default, each parameter forms a group.
+        complete : bool, default False
+            Raise an error if a parameter is in no group.
+
+        Returns
+        -------
+        dict of str to list of str
+            Names of the parameters of each group.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``groups`` is invalid, or if a name is unknown or repeated.
+        """
+        members = parameter_groups(self._layout.names, groups, complete)
+        for name, names in members.items():
+            validated_names(f"groups[{name!r}]", names, self._layout)
+        return members
+
+    def _restricted(self, rows: Sequence[str] | None, cols: Sequence[str] | None) -> TensorLinearOperator:
+        """Return the rows and the columns of the named parameters. None stands for all rows or all columns."""
+        raise NotImplementedError
 
     def _check_entries(self, x: Rows) -> None:
         kind = ("c" if x.is_complex() else "f") if isinstance(x, Tensor) else x.dtype.kind
@@ -215,10 +378,6 @@ class ParameterLinearOperator(ParameterVectors):
         self._cols = cols
 
     @property
-    def _layout(self) -> ParameterLayout:
-        return self._cols
-
-    @property
     def _row_and_column_layouts(self) -> tuple[ParameterLayout, ParameterLayout]:
         return self._rows, self._cols
 
@@ -256,52 +415,8 @@ class ParameterLinearOperator(ParameterVectors):
         """
         raise NotImplementedError
 
-    def blocks(self) -> Iterator[Self]:
-        """Iterate over the diagonal blocks of the matrix, one block for each parameter.
-
-        Yields
-        ------
-        ParameterLinearOperator
-            ``A.block(name)`` for each parameter, in the order of the columns.
-
-        Raises
-        ------
-        ValueError
-            If the rows and columns are different parameters.
-
-        See Also
-        --------
-        curvop.spectrum.blocks : Spectra of all diagonal blocks.
-        """
-        if set(self._rows.names) != set(self._cols.names):
-            raise ValueError("A has different row and column parameters, and so no diagonal blocks: use A.block")
-        return map(self.block, self._cols.names)
-
-    def damped(self, damping: float) -> DampedLinearOperator:
-        """Return ``A + damping * I`` as an operator with the same methods as A.
-
-        Parameters
-        ----------
-        damping : float
-            Finite number that is added to the diagonal, in the units of the eigenvalues.
-
-        Returns
-        -------
-        DampedLinearOperator
-            Operator of the same shape. It shares the cached linearizations and the counter of A.
-
-        Raises
-        ------
-        ValueError
-            If ``damping`` is infinite or NaN.
-        TypeError
-            If ``damping`` is not a real number.
-
-        See Also
-        --------
-        curvop.solve : Solve a damped system and compute the true residual.
-        """
-        return DampedLinearOperator(self, damping)
+    def _restricted(self, rows: Sequence[str] | None, cols: Sequence[str] | None) -> Self:
+        return self.block(self._rows.names if rows is None else rows, self._cols.names if cols is None else cols)
 
     def _smallest_block(
         self, rows: NDArray[np.intp], cols: NDArray[np.intp]
@@ -317,7 +432,7 @@ class ParameterLinearOperator(ParameterVectors):
         return self.block(row_names, col_names), rows, cols
 
 
-def _as_tensor(what: str, value: Any) -> Tensor:
+def as_tensor(what: str, value: Any) -> Tensor:
     """Convert real numbers to a tensor. Raise a ``TypeError`` for other values."""
     if isinstance(value, Tensor):
         tensor = value.detach()
@@ -354,155 +469,16 @@ def touched_parameters(layout: ParameterLayout, idxs: NDArray[np.intp]) -> tuple
     return tuple(np.array(layout.names)[selected]), idxs + (new_starts - starts)[owners]
 
 
-# Damping.
-
-
-class DampedLinearOperator(ParameterLinearOperator):
-    """Damped operator ``A + damping * I``, returned by ``A.damped(damping)``.
-
-    Use it to solve Newton and natural gradient systems with SciPy's ``cg`` or ``minres``. Use `curvop.solve` instead if
-    you need a check of the residual and a warning if the damped matrix is indefinite. For operators whose rows and
-    columns are not parameters, write ``A + damping * aslinearoperator(identity)``, as in SciPy.
-
-    Parameters
-    ----------
-    A : ParameterLinearOperator
-        Operator whose rows and columns are parameters, such as a Hessian, GGN or Fisher matrix, or a block of such a
-        matrix.
-    damping : float
-        Finite number that is added to the diagonal.
-
-    Raises
-    ------
-    TypeError
-        If the rows and columns of A are not parameters, or ``damping`` is not a real number.
-    ValueError
-        If ``damping`` is infinite or NaN.
-
-    See Also
-    --------
-    curvop.solve : Solve a damped system and compute the true residual.
-    curvop.preconditioner.nystrom : Preconditioner for damped systems.
-
-    Notes
-    -----
-    Blocks and submatrices are taken from the damped matrix. An off-diagonal block therefore equals the corresponding
-    block of A. If the rows and columns of a block have only some parameters in common, the damping is added only to the
-    diagonal entries of the common parameters. A product costs as much as a product with A.
-
-    Examples
-    --------
-    Compute a Newton step with Levenberg damping for a quadratic loss, by conjugate gradients:
-
-    >>> import numpy as np
-    >>> import torch
-    >>> from scipy.sparse.linalg import cg
-    >>> from curvop import HessianLinearOperator
-    >>> _ = torch.manual_seed(0)
-    >>> X, y = torch.randn(50, 3, dtype=torch.float64), torch.randn(50, 1, dtype=torch.float64)
-    >>> model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
-    >>> H = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), [(X, y)])
-    >>> gradient, loss = H.gradient_and_loss()
-    >>> step, info = cg(H.damped(0.1), -gradient, rtol=1e-8)
-    >>> info, np.allclose(H @ step + 0.1 * step, -gradient)
-    (0, True)
-    """
-
-    def __init__(self, A: ParameterLinearOperator, damping: float) -> None:
-        if not isinstance(A, ParameterLinearOperator):
-            raise TypeError(f"A is a {type(A).__name__}: add damping to it as SciPy does, A + damping * identity")
-        if not math.isfinite(real_scalar("damping", damping)):
-            raise ValueError(f"damping is {damping}, but must be finite")
-        super().__init__(A.dtype, A._params, A._rows, A._cols, A._counter)
-        self._A = A
-        self.args = (A, float(damping))  # SciPy's composite operators have this attribute
-
-    @property
-    def damping(self) -> float:
-        """Number that is added to the diagonal."""
-        return float(self.args[1])
-
-    @property
-    def device(self) -> torch.device:
-        """Device on which A computes products."""
-        return self._A.device
-
-    def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
-        """Return the block of the damped matrix for the given parameters.
-
-        Parameters
-        ----------
-        rows : str or sequence of str
-            Names of the row parameters, in the order of the block.
-        cols : str or sequence of str, optional
-            Names of the column parameters. By default, the same as ``rows``.
-
-        Returns
-        -------
-        DampedLinearOperator
-            Block of A. The damping is added to the diagonal entries of each parameter that is both a row and a column
-            parameter of the block.
-
-        Raises
-        ------
-        ValueError
-            If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
-        """
-        return type(self)(self._A.block(rows, cols), self.damping)
-
-    def damped(self, damping: float) -> DampedLinearOperator:
-        """Return the operator with additional damping, ``A + (self.damping + damping) * I``.
-
-        Parameters
-        ----------
-        damping : float
-            Finite number that is added to the current damping.
-
-        Returns
-        -------
-        DampedLinearOperator
-            Damped operator with the same A.
-        """
-        return type(self)(self._A, self.damping + damping)
-
-    def diagonal(self) -> NDArray[Any]:
-        """Return the exact diagonal, if A can compute its own diagonal.
-
-        Returns
-        -------
-        diagonal : ndarray, shape (N,)
-            Diagonal of A plus the damping.
-
-        Raises
-        ------
-        NotImplementedError
-            If A cannot compute its diagonal. Use `curvop.spectrum.diagonal` to estimate the diagonal.
-        ValueError
-            If the rows and columns are different parameters.
-        """
-        diagonal: NDArray[Any] = self._A.diagonal() + self.damping
-        return diagonal
-
-    def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
-        """Compute the gradient and the loss of the objective of A. The damping does not affect them.
-
-        Returns
-        -------
-        gradient : ndarray, shape (M,)
-            Gradient with respect to the row parameters.
-        loss : float
-            Loss of the whole data set.
-        """
-        return self._A.gradient_and_loss()
-
-    def _adjoint(self) -> Self:
-        adjoint = self._A.H
-        return self if adjoint is self._A else type(self)(adjoint, self.damping)
-
-    def _apply(self, rows: Rows) -> Rows:
-        products = self._A._apply(rows)
-        shifted: Any = products
-        for name in self._rows.names:
-            if name in self._cols.slices:
-                shifted[:, self._rows.slices[name]] += self.damping * rows[:, self._cols.slices[name]]
-        return products
+def validated_names(what: str, names: str | Sequence[str], layout: ParameterLayout) -> tuple[str, ...]:
+    """Convert ``names`` to a tuple of parameter names. Raise an error if a name is repeated or not in ``layout``."""
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{what} is a {type(names).__name__}: pass the name of a parameter, or a sequence of names")
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if not names:
+        raise ValueError(f"{what} names no parameter: pass one or more of {', '.join(map(repr, layout.names[:10]))}")
+    for name in names:
+        if name not in layout.slices:
+            raise ValueError(unknown_name(what, name, layout.names))
+        if names.count(name) > 1:
+            raise ValueError(f"{what} names {name!r} twice: pass it once")
+    return names

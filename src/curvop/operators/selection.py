@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-__all__ = ["select"]
+__all__ = ["parameter_groups", "select"]
 
 
 def select(
@@ -128,3 +128,42 @@ def _names_in_layers(model: nn.Module, types: type[nn.Module] | Iterable[type[nn
         present = sorted({type(part).__name__ for part in model.modules() if part._parameters})
         raise ValueError(f"types is {types}, but must be among those with parameters: {', '.join(present)}")
     return {f"{prefix}.{name}".lstrip(".") for prefix, part in owners.items() for name in part._parameters}
+
+
+def parameter_groups(
+    names: Sequence[str], groups: str | Mapping[str, str | Sequence[str]] | None, complete: bool = False
+) -> dict[str, list[str]]:
+    """Check groups of parameters, and return a dict that maps the name of each group to a list of parameter names.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Names of all parameters.
+    groups : mapping of str to str or sequence of str, or "layers", optional
+        By default, each parameter forms a group. With "layers", the parameters of a layer form a group.
+    complete : bool, default False
+        Raise a ``ValueError`` if a parameter is in no group.
+    """
+    if groups is None:
+        return {name: [name] for name in names}
+    if groups == "layers":
+        layers: dict[str, list[str]] = {}
+        for name in names:
+            layer, _, _ = name.rpartition(".")
+            layers.setdefault(layer or name, []).append(name)
+        return layers
+    if not isinstance(groups, Mapping):
+        raise TypeError(
+            f"groups is a {type(groups).__name__}: pass a dict of names to parameters, one name or several, or 'layers'"
+        )
+    if not groups:
+        raise ValueError("groups is empty: name parameters, or omit groups to make each parameter a block")
+    members = {
+        name: [parameters] if isinstance(parameters, str) else list(parameters) for name, parameters in groups.items()
+    }
+    flat = [name for parameters in members.values() for name in parameters]
+    if repeated := [name for name in flat if flat.count(name) > 1]:
+        raise ValueError(f"groups has {repeated[0]!r} twice: name it in one group only")
+    if complete and (missing := [name for name in names if name not in flat]):
+        raise ValueError(f"groups lacks {missing[0]!r}: add it to a group, or pass complete=False for rows of zeros")
+    return members

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import integer, real_operator
 
-__all__ = ["SolveResult", "solve"]
+__all__ = ["SolveResult", "check_arguments", "solve", "solve_column"]
 
 _MAX_RUNS = 5  # maximum number of runs of a solver; each run starts from the previous solution
 _CHECK_INTERVAL = 20  # MINRES steps between checks of the true residual; each check costs one product
@@ -127,21 +127,33 @@ def solve(
     >>> step = G.unravel(-result.solution)
     """
     A, b = real_operator(A), np.asarray(b)
-    _validate(A, b, damping, rtol, maxiter)
-    if preconditioner is not None and getattr(preconditioner, "shape", None) != A.shape:
-        shape = getattr(preconditioner, "shape", None)
-        raise ValueError(f"preconditioner has shape {shape}, but must be a LinearOperator of the shape of A, {A.shape}")
+    check_arguments(A, damping, rtol, preconditioner, maxiter)
     with step_bar("solve", progress) as bar:
-        most = 10 * len(b) if maxiter is None else maxiter
-        result = _Solver(A, b.astype(np.float64), damping, rtol, preconditioner, most, callback, bar).result()
-    if result.solver == "minres":
-        remedy = "use a larger damping to make it positive definite"
-        if result.negative_curvature is not None:
-            remedy += ", or a GGNLinearOperator instead of a Hessian"
-        warnings.warn(f"{result}; {remedy}", RuntimeWarning, stacklevel=2)
-    elif not result.converged:
-        warnings.warn(f"{result}, but rtol is {rtol:g}", RuntimeWarning, stacklevel=2)
+        result = solve_column(A, b, damping, rtol, preconditioner, maxiter, callback, bar)
+    if text := result.problem(rtol):
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     return result
+
+
+def solve_column(
+    A: LinearOperator,
+    b: NDArray[Any],
+    damping: float,
+    rtol: float,
+    preconditioner: LinearOperator | None,
+    maxiter: int | None,
+    callback: Callable[[NDArray[Any]], object] | None,
+    bar: tqdm[Any],
+) -> SolveResult:
+    """Solve one system without warnings. `check_arguments` has checked all arguments but `b`."""
+    if b.shape != (A.shape[0],):
+        raise ValueError(f"A has shape {A.shape} and b has shape {b.shape}: A must be square, and b ({A.shape[0]},)")
+    if not np.can_cast(b.dtype, np.float64, "same_kind"):
+        raise TypeError(f"b has dtype {b.dtype}, but must be real")
+    if not np.isfinite(b).all():
+        raise ValueError("b is not finite: pass finite numbers")
+    most = 10 * len(b) if maxiter is None else maxiter
+    return _Solver(A, b.astype(np.float64), damping, rtol, preconditioner, most, callback, bar).result()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,6 +194,21 @@ class SolveResult:
     negative_curvature: float | None
     solver: str
 
+    def problem(self, rtol: float) -> str:
+        """Return the text of a warning if the matrix is not positive definite or `rtol` is not reached, or ''.
+
+        Parameters
+        ----------
+        rtol : float
+            The requested relative residual.
+        """
+        if self.solver == "minres":
+            remedy = "use a larger damping to make it positive definite"
+            if self.negative_curvature is not None:
+                remedy += ", or a GGNLinearOperator instead of a Hessian"
+            return f"{self}; {remedy}"
+        return "" if self.converged else f"{self}, but rtol is {rtol:g}"
+
     def __str__(self) -> str:
         verdict = "converged" if self.converged else "not converged"
         text = f"{verdict}: relative residual {self.residual:.2e} after {self.products} products ({self.solver})"
@@ -192,13 +219,10 @@ class SolveResult:
         return text
 
 
-def _validate(A: LinearOperator, b: NDArray[Any], damping: Any, rtol: Any, maxiter: Any) -> None:
-    if A.shape[0] != A.shape[1] or b.shape != (A.shape[0],):
-        raise ValueError(f"A has shape {A.shape} and b has shape {b.shape}: A must be square, and b ({A.shape[0]},)")
-    if not np.can_cast(b.dtype, np.float64, "same_kind"):
-        raise TypeError(f"b has dtype {b.dtype}, but must be real")
-    if not np.isfinite(b).all():
-        raise ValueError("b is not finite: pass finite numbers")
+def check_arguments(A: LinearOperator, damping: Any, rtol: Any, preconditioner: Any, maxiter: Any) -> None:
+    """Raise an error that names the argument if the arguments of `solve` are invalid."""
+    if A.shape[0] != A.shape[1]:
+        raise ValueError(f"A has shape {A.shape}, but must be square")
     for name, value in (("damping", damping), ("rtol", rtol)):
         if not isinstance(value, int | float | np.number):
             raise TypeError(f"{name} is a {type(value).__name__}, but must be a number")
@@ -208,6 +232,9 @@ def _validate(A: LinearOperator, b: NDArray[Any], damping: Any, rtol: Any, maxit
         )
     if maxiter is not None:
         integer("maxiter", maxiter, 1)
+    if preconditioner is not None and getattr(preconditioner, "shape", None) != A.shape:
+        shape = getattr(preconditioner, "shape", None)
+        raise ValueError(f"preconditioner has shape {shape}, but must be a LinearOperator of the shape of A, {A.shape}")
 
 
 class _ResidualReachedError(Exception):

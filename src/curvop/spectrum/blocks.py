@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigvalsh
 
-from curvop.operators.parameter_operator import ParameterLinearOperator
+from curvop.operators.parameter_operator import ParameterVectors
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import available_bytes, integer, random_generator
 from curvop.spectrum.checkpoint import make_directory, open_record_file
@@ -43,9 +43,9 @@ _COLUMNS_AT_ONCE = 4  # columns per block product that estimates norms; small be
 
 
 def blocks(
-    A: ParameterLinearOperator,
+    A: ParameterVectors,
     *,
-    groups: Mapping[str, str | Sequence[str]] | None = None,
+    groups: str | Mapping[str, str | Sequence[str]] | None = None,
     num_probes: int = 4,
     num_steps: int = 40,
     norm_products: int = 16,
@@ -62,11 +62,13 @@ def blocks(
 
     Parameters
     ----------
-    A : ParameterLinearOperator
-        A symmetric curvature matrix of this package, for example a ``HessianLinearOperator``.
-    groups : mapping of str to str or sequence of str, optional
-        Maps the name of each block to the names of its parameters. By default, each parameter forms its own block.
-        Parameters that belong to no group are ignored.
+    A : LinearOperator
+        Symmetric operator of this package whose rows and columns are parameters, for example a
+        ``HessianLinearOperator`` or a sum of curvature matrices.
+    groups : mapping of str to str or sequence of str, or "layers", optional
+        Maps the name of each block to the names of its parameters. By default, each parameter forms a block. With
+        "layers", the parameters of a layer, such as its weight and its bias, form a block. Parameters in no group are
+        left out.
     num_probes : int
         Number of probes for the density of each diagonal block.
     num_steps : int
@@ -138,13 +140,13 @@ def blocks(
     """
     # `idle` is True until the first product of this call, which is allowed even if time is up.
     until, idle = deadline_after(seconds), seconds != 0
-    if not isinstance(A, ParameterLinearOperator) or A.shape[0] != A.shape[1]:
+    if not isinstance(A, ParameterVectors) or not A.has_diagonal_blocks:
         raise TypeError(f"A is a {type(A).__name__} of shape {A.shape}: pass a square curvature matrix of this package")
     for name, number, least in (("num_probes", num_probes, 1), ("num_steps", num_steps, 1)):
         integer(name, number, least)
     integer("norm_products", norm_products, 2)
-    members = {name: [name] for name in A.params_slices} if groups is None else _checked_groups(groups)
-    diagonal = {name: _diagonal_block(A, name, parameters) for name, parameters in members.items()}
+    members = A.parameter_groups(groups)
+    diagonal = {name: A.block(parameters) for name, parameters in members.items()}
     sizes = np.array([block.shape[0] for block in diagonal.values()])
     # Each block has its own seed, so that a later run that continues the block draws the same vectors.
     seeds = random_generator(rng).integers(2**63, size=len(members)).tolist()
@@ -423,37 +425,12 @@ class BlockStudy:
         return cls(names, file["sizes"], densities, norms, errors, num_products, unfinished)
 
 
-def _checked_groups(groups: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
-    """Check the groups, and return a dict that maps the name of each group to a list of parameter names."""
-    if not isinstance(groups, Mapping):
-        raise TypeError(f"groups is a {type(groups).__name__}: pass a dict of names to parameters, one name or several")
-    if not groups:
-        raise ValueError("groups is empty: name parameters, or omit groups to make each parameter a block")
-    members = {
-        name: [parameters] if isinstance(parameters, str) else list(parameters) for name, parameters in groups.items()
-    }
-    flat = [name for parameters in members.values() for name in parameters]
-    if repeated := [name for name in flat if flat.count(name) > 1]:
-        raise ValueError(f"groups has {repeated[0]!r} twice: name it in one group only")
-    return members
-
-
-def _diagonal_block(A: ParameterLinearOperator, name: str, parameters: list[str]) -> ParameterLinearOperator:
-    """Return the diagonal block of a group. Error messages contain the name of the group."""
-    try:
-        return A.block(parameters)
-    except (TypeError, ValueError) as error:  # the message of `A.block` calls its argument 'rows'
-        raise type(error)(f"groups[{name!r}]{str(error).removeprefix('rows')}") from None
-
-
 def _check_time(until: float) -> None:
     if time.monotonic() >= until:
         raise TimeUpError
 
 
-def _formed(
-    block: ParameterLinearOperator, at_once: int, directory: Path | None, until: float, idle: bool
-) -> SpectralDensity:
+def _formed(block: ParameterVectors, at_once: int, directory: Path | None, until: float, idle: bool) -> SpectralDensity:
     """Compute all eigenvalues of a block from its columns, and return them as an exact density.
 
     Each block product computes `at_once` columns. Finished columns are recorded in `directory`.

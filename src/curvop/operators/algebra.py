@@ -1,0 +1,468 @@
+r"""Operators that combine other operators: sums, multiples, products, damped, diagonal and block-diagonal matrices.
+
+``A + B``, ``A - B``, ``c * A``, ``-A``, ``A @ B``, ``A ** 2`` and ``A.damped(lam)`` return these operators if A is an
+operator of this package. They accept NumPy arrays and tensors as A does, know the names of their parameters, and pass
+``block`` and ``submatrix`` on to their operands. An example is the Hessian, preconditioned with the diagonal of the
+Gauss-Newton matrix::
+
+    >>> import torch
+    >>> from curvop import DiagonalLinearOperator, GGNLinearOperator, HessianLinearOperator
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+    >>> params, data = dict(model.named_parameters()), [(torch.randn(50, 4).double(), torch.randn(50, 2).double())]
+    >>> H = HessianLinearOperator(model, torch.nn.MSELoss(), params, data)
+    >>> G = GGNLinearOperator(model, torch.nn.MSELoss(), params, data)
+    >>> D = DiagonalLinearOperator(G.diagonal() + 0.01) ** -0.5
+    >>> A = D @ H @ D
+    >>> A.is_symmetric, A.block(["2.weight", "2.bias"]).shape
+    (True, (18, 18))
+
+The right operand of a sum or a product can be an operator of SciPy. Its products are computed with NumPy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvop.kernels.parameters import ParameterLayout
+from curvop.operators.base import Composites, Rows, TensorLinearOperator
+from curvop.operators.composites import (
+    CompositeLinearOperator,
+    NamedLinearOperator,
+    alike,
+    layouts_of,
+    name_of,
+    section,
+)
+from curvop.operators.diagonal_operator import DiagonalLinearOperator
+from curvop.operators.engine_operator import EngineLinearOperator, products_in_one_pass
+from curvop.operators.validation import real_scalar
+
+__all__ = ["DampedLinearOperator"]
+
+Names = Sequence[str]
+
+
+# Sums, multiples and products. The private names are those of SciPy's operators, so that fingerprints agree.
+
+
+class _SumLinearOperator(CompositeLinearOperator):
+    """Sum ``A + B``."""
+
+    def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
+        ours, theirs = layouts_of(A), layouts_of(B)
+        rows, cols = (mine or other for mine, other in zip(ours, theirs, strict=True))
+        super().__init__(A.shape, [A, B], (rows, cols))
+
+    def diagonal(self) -> NDArray[Any]:
+        """Return the sum of the exact diagonals of the operands."""
+        first, second = (part.diagonal() for part in self._parts)
+        return cast("NDArray[Any]", first + second)
+
+    def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
+        first, second = self._parts
+        block = section(first, self._row_and_column_layouts, rows, cols)
+        if self.is_symmetric and rows == cols and not first.is_symmetric:  # A + A.T: the blocks share a cache
+            return _SumLinearOperator(block, block.H)
+        return _SumLinearOperator(block, section(second, self._row_and_column_layouts, rows, cols))
+
+    def _mirror(self, conjugate: bool) -> TensorLinearOperator:
+        return _SumLinearOperator(*(part.H if conjugate else part.T for part in self._parts))
+
+    def _identity(self) -> tuple[Any, ...]:
+        return _canonical(self)
+
+    def _apply(self, rows: Rows) -> Rows:
+        return self._sum(rows, _one_pass(self, rows))
+
+    def _sum(self, rows: Rows, known: dict[int, Rows]) -> Rows:
+        """Return the sum. ``known`` contains products that were computed in a common pass, by the operand's id."""
+        first, second = (_known_product(part, rows, known) for part in self._parts)
+        if isinstance(first, Tensor) and isinstance(second, Tensor):
+            return first.add_(second.to(first.device)) if first.dtype == second.dtype else first + second
+        total: Any = first
+        if first.dtype == second.dtype:
+            total += second
+            return cast("Rows", total)
+        return cast("Rows", total + second)
+
+
+class _ScaledLinearOperator(CompositeLinearOperator):
+    """Multiple ``alpha * A``."""
+
+    def __init__(self, A: LinearOperator, alpha: Any) -> None:
+        if not isinstance(alpha, numbers.Number):
+            raise ValueError(f"A can be multiplied by numbers, vectors, matrices and operators, not by {alpha!r}")
+        super().__init__(A.shape, [A, alpha], layouts_of(A))
+
+    @property
+    def _alpha(self) -> Any:
+        return self._scalars[0]
+
+    def diagonal(self) -> NDArray[Any]:
+        """Return the exact diagonal of A, multiplied by ``alpha``."""
+        return cast("NDArray[Any]", self._alpha * self._parts[0].diagonal())
+
+    def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
+        return _ScaledLinearOperator(section(self._parts[0], self._row_and_column_layouts, rows, cols), self._alpha)
+
+    def _mirror(self, conjugate: bool) -> TensorLinearOperator:
+        A = self._parts[0]
+        return _ScaledLinearOperator(A.H if conjugate else A.T, self._alpha.conjugate() if conjugate else self._alpha)
+
+    def _identity(self) -> tuple[Any, ...]:
+        return _canonical(self)
+
+    def _apply(self, rows: Rows) -> Rows:
+        return self._sum(rows, _one_pass(self, rows))
+
+    def _sum(self, rows: Rows, known: dict[int, Rows]) -> Rows:
+        product: Any = _known_product(self._parts[0], rows, known)
+        if isinstance(self._alpha, numbers.Real) and (isinstance(product, Tensor) or product.dtype.kind in "fc"):
+            product *= self._alpha
+            return cast("Rows", product)
+        return cast("Rows", product * self._alpha)
+
+
+class _ProductLinearOperator(CompositeLinearOperator):
+    """Product ``A @ B``."""
+
+    def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
+        (rows, inner), (other, cols) = layouts_of(A), layouts_of(B)
+        left, right = (isinstance(X, TensorLinearOperator) and X._is_diagonal for X in (A, B))
+        rows = other if rows is None and left else rows
+        cols = inner if cols is None and right else cols
+        super().__init__((A.shape[0], B.shape[1]), [A, B], (rows, cols))
+
+    def diagonal(self) -> NDArray[Any]:
+        """Return the exact diagonal, if all operands but one are diagonal and this one can compute its diagonal."""
+        scale, factors = _factors(self)
+        diagonals = [factor for factor in factors if factor._is_diagonal]
+        if len(factors) - len(diagonals) > 1:
+            return super().diagonal()
+        return cast("NDArray[Any]", math.prod([factor.diagonal() for factor in factors], start=scale))
+
+    def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
+        scale, factors = _factors(self)
+        mirrored = self.is_symmetric and rows is not None and rows == cols
+        layouts = row_layout, col_layout = self._row_and_column_layouts
+        square = alike(row_layout, col_layout)
+        cut: dict[tuple[Any, ...], TensorLinearOperator] = {}  # one object for both sides of D @ A @ D
+
+        # D @ A restricted to rows is D' @ A', where D' is the block of a diagonal D. The same holds for columns.
+        def diagonal_block(factor: TensorLinearOperator, layout: ParameterLayout | None, names: Names) -> Any:
+            key = id(factor), tuple(names), square or layout is row_layout
+            if key not in cut:
+                cut[key] = section(factor, (layout, layout), names, names)
+            return cut[key]
+
+        left, right = 0, len(factors) - 1
+        while rows is not None and left < right and factors[left]._is_diagonal:
+            factors[left] = diagonal_block(factors[left], row_layout, rows)
+            left += 1
+        while cols is not None and left < right and factors[right]._is_diagonal:
+            factors[right] = diagonal_block(factors[right], col_layout, cols)
+            right -= 1
+        if left == right:
+            factors[left] = section(factors[left], layouts, rows, cols)
+        else:
+            adjoint = mirrored and factors[left]._identity() == factors[right].H._identity()
+            factors[right] = section(factors[right], layouts, None, cols)
+            factors[left] = factors[right].H if adjoint else section(factors[left], layouts, rows, None)
+        product = factors[0]
+        for factor in factors[1:]:
+            product = _ProductLinearOperator(product, factor)
+        return product if scale == 1 else _ScaledLinearOperator(product, scale)
+
+    def _mirror(self, conjugate: bool) -> TensorLinearOperator:
+        first, second = self._parts
+        return _ProductLinearOperator(*((second.H, first.H) if conjugate else (second.T, first.T)))
+
+    def _identity(self) -> tuple[Any, ...]:
+        return _canonical(self)
+
+    def _apply(self, rows: Rows) -> Rows:
+        first, second = self._parts
+        return first._multiply_last_axis(second._multiply_last_axis(rows))
+
+
+def _sum(A: TensorLinearOperator, B: LinearOperator) -> TensorLinearOperator:
+    if A.shape != B.shape:
+        raise ValueError(
+            f"A is a {name_of(A)} and B is a {name_of(B)}, so they cannot be added: the shapes must be equal"
+        )
+    for axis, mine, other in zip(("rows", "columns"), layouts_of(A), layouts_of(B), strict=True):
+        _warn_if_different(f"the {axis} of A, a {name_of(A)}, and B, a {name_of(B)},", mine, other)
+    return _SumLinearOperator(A, B)
+
+
+def _product(A: TensorLinearOperator, B: LinearOperator) -> TensorLinearOperator:
+    if len(B.shape) != 2 or A.shape[1] != B.shape[0]:
+        what = f"A is a {name_of(A)} and B is a {name_of(B)}, so they cannot be multiplied"
+        raise ValueError(f"{what}: A must have as many columns as B has rows")
+    what = f"the columns of A, a {name_of(A)}, and the rows of B, a {name_of(B)},"
+    _warn_if_different(what, layouts_of(A)[1], layouts_of(B)[0])
+    return _ProductLinearOperator(A, B)
+
+
+def _power(A: TensorLinearOperator, power: Any) -> TensorLinearOperator:
+    if isinstance(power, bool) or not isinstance(power, int | np.integer) or power < 0:
+        raise ValueError(f"the power is {power!r}, but must be an integer >= 0")
+    if A.shape[0] != A.shape[1]:
+        raise ValueError(f"A has shape {A.shape}, but must be square to have powers")
+    if power == 0:
+        return NamedLinearOperator(
+            DiagonalLinearOperator(np.ones(A.shape[0], dtype=A.dtype)), layouts_of(A), getattr(A, "_params", {})
+        )
+    product = A
+    for _ in range(int(power) - 1):
+        product = _ProductLinearOperator(product, A)
+    return product
+
+
+# Damping.
+
+
+class DampedLinearOperator(CompositeLinearOperator):
+    """Damped operator ``A + damping * I``, returned by ``A.damped(damping)``.
+
+    Use it to solve Newton and natural gradient systems with SciPy's ``cg`` or ``minres``. Use `curvop.solve` instead if
+    you need a check of the residual and a warning if the damped matrix is indefinite. For operators of SciPy, write
+    ``A + damping * aslinearoperator(identity)``.
+
+    Parameters
+    ----------
+    A : LinearOperator
+        Operator of this package: a square matrix, or a block of parameters such as ``H.block(rows, cols)``.
+    damping : float
+        Finite number that is added to the diagonal.
+
+    Raises
+    ------
+    TypeError
+        If the rows and columns of A are not parameters, or ``damping`` is not a real number.
+    ValueError
+        If ``damping`` is infinite or NaN.
+
+    See Also
+    --------
+    curvop.solve : Solve a damped system and compute the true residual.
+    curvop.preconditioner.nystrom : Preconditioner for damped systems.
+
+    Notes
+    -----
+    Blocks and submatrices are taken from the damped matrix. An off-diagonal block therefore equals the corresponding
+    block of A. If the rows and columns of a block have only some parameters in common, the damping is added only to the
+    diagonal entries of the common parameters. A product costs as much as a product with A.
+
+    Examples
+    --------
+    Compute a Newton step with Levenberg damping for a quadratic loss, by conjugate gradients:
+
+    >>> import numpy as np
+    >>> import torch
+    >>> from scipy.sparse.linalg import cg
+    >>> from curvop import HessianLinearOperator
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.randn(50, 3, dtype=torch.float64), torch.randn(50, 1, dtype=torch.float64)
+    >>> model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    >>> H = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), [(X, y)])
+    >>> gradient, loss = H.gradient_and_loss()
+    >>> step, info = cg(H.damped(0.1), -gradient, rtol=1e-8)
+    >>> info, np.allclose(H @ step + 0.1 * step, -gradient)
+    (0, True)
+    """
+
+    def __init__(self, A: TensorLinearOperator, damping: float) -> None:
+        if not isinstance(A, TensorLinearOperator):
+            raise TypeError(f"A is a {type(A).__name__}: add damping to it as SciPy does, A + damping * identity")
+        if not math.isfinite(real_scalar("damping", damping)):
+            raise ValueError(f"damping is {damping}, but must be finite")
+        if None in layouts_of(A) and A.shape[0] != A.shape[1]:
+            raise ValueError(f"A has shape {A.shape}, but must be square to be damped")
+        super().__init__(A.shape, [A, float(damping)], layouts_of(A))
+        self._A = A
+        self._counter = A._counter
+
+    @property
+    def damping(self) -> float:
+        """Number that is added to the diagonal."""
+        return float(self.args[1])
+
+    def damped(self, damping: float) -> DampedLinearOperator:
+        """Return the operator with additional damping, ``A + (self.damping + damping) * I``.
+
+        Parameters
+        ----------
+        damping : float
+            Finite number that is added to the current damping.
+
+        Returns
+        -------
+        DampedLinearOperator
+            Damped operator with the same A.
+        """
+        return type(self)(self._A, self.damping + damping)
+
+    def diagonal(self) -> NDArray[Any]:
+        """Return the exact diagonal, if A can compute its own diagonal.
+
+        Returns
+        -------
+        diagonal : ndarray, shape (N,)
+            Diagonal of A plus the damping.
+
+        Raises
+        ------
+        NotImplementedError
+            If A cannot compute its diagonal. Use `curvop.spectrum.diagonal` to estimate the diagonal.
+        ValueError
+            If the rows and columns are different parameters.
+        """
+        diagonal: NDArray[Any] = self._A.diagonal() + self.damping
+        return diagonal
+
+    def gradient_and_loss(self) -> tuple[NDArray[Any], float]:
+        """Compute the gradient and the loss of the objective of A. The damping does not affect them.
+
+        Returns
+        -------
+        gradient : ndarray, shape (M,)
+            Gradient with respect to the row parameters.
+        loss : float
+            Loss of the whole data set.
+        """
+        return cast("tuple[NDArray[Any], float]", cast("Any", self._A).gradient_and_loss())
+
+    def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
+        return type(self)(section(self._A, self._row_and_column_layouts, rows, cols), self.damping)
+
+    def _mirror(self, conjugate: bool) -> TensorLinearOperator:
+        return type(self)(cast("TensorLinearOperator", self._A.H if conjugate else self._A.T), self.damping)
+
+    def _identity(self) -> tuple[Any, ...]:
+        return "damped", self._A._identity(), self.damping
+
+    def _product_dtype(self, dtype: Any) -> Any:
+        return self._A._product_dtype(dtype)
+
+    def _check_entries(self, x: Rows) -> None:
+        self._A._check_entries(x)
+
+    def _apply(self, rows: Rows) -> Rows:
+        products = self._A._apply(rows)
+        shifted: Any = products
+        row_layout, col_layout = self._row_layout, self._col_layout
+        if row_layout is None or col_layout is None:
+            shifted += self.damping * rows
+            return products
+        for name in row_layout.names:
+            if name in col_layout.slices:
+                shifted[:, row_layout.slices[name]] += self.damping * rows[:, col_layout.slices[name]]
+        return products
+
+
+Composites.sum = _sum
+Composites.scaled = _ScaledLinearOperator
+Composites.product = _product
+Composites.power = _power
+Composites.damped = DampedLinearOperator
+
+
+# Identities of composite operators: two expressions with the same terms are the same matrix.
+
+
+def _terms(A: TensorLinearOperator) -> Iterator[tuple[list[Any], list[TensorLinearOperator]]]:
+    """Yield the terms of a sum of multiples of products. A term consists of its scalars and its factors."""
+    if isinstance(A, _SumLinearOperator):
+        for part in A._parts:
+            yield from _terms(part)
+    elif isinstance(A, _ScaledLinearOperator):
+        for scalars, factors in _terms(A._parts[0]):
+            yield [A._alpha, *scalars], factors
+    elif isinstance(A, _ProductLinearOperator):
+        pairs = [_scalars_and_factors(part) for part in A._parts]
+        yield [scalar for scalars, _ in pairs for scalar in scalars], [f for _, factors in pairs for f in factors]
+    else:
+        yield [], [A]
+
+
+def _scalars_and_factors(A: TensorLinearOperator) -> tuple[list[Any], list[TensorLinearOperator]]:
+    """Split a product into its scalars and its factors. A sum is one factor."""
+    if isinstance(A, _ScaledLinearOperator):
+        scalars, factors = _scalars_and_factors(A._parts[0])
+        return [A._alpha, *scalars], factors
+    if isinstance(A, _ProductLinearOperator):
+        pairs = [_scalars_and_factors(part) for part in A._parts]
+        return [s for scalars, _ in pairs for s in scalars], [f for _, factors in pairs for f in factors]
+    return [], [A]
+
+
+def _factors(A: TensorLinearOperator) -> tuple[Any, list[TensorLinearOperator]]:
+    scalars, factors = _scalars_and_factors(A)
+    return _product_of(scalars), factors
+
+
+def _product_of(scalars: Sequence[Any]) -> Any:
+    """Multiply scalars in a fixed order, so that a product does not depend on their order in an expression."""
+    return math.prod(sorted(scalars, key=lambda scalar: (complex(scalar).real, complex(scalar).imag)))
+
+
+def _canonical(A: TensorLinearOperator) -> tuple[Any, ...]:
+    terms = Counter(
+        (_product_of(scalars), *(factor._identity() for factor in factors)) for scalars, factors in _terms(A)
+    )
+    return "sum", frozenset(terms.items())
+
+
+# Common passes over the data.
+
+
+def _one_pass(A: CompositeLinearOperator, rows: Rows) -> dict[int, Rows]:
+    """Compute products of operands that would each read the data, in one pass. Return them by the operand's id."""
+    leaves = {id(leaf): leaf for leaf in _leaves(A) if isinstance(leaf, EngineLinearOperator)}
+    return products_in_one_pass(list(leaves.values()), rows) if len(leaves) > 1 else {}
+
+
+def _leaves(A: TensorLinearOperator) -> Iterator[TensorLinearOperator]:
+    """Yield the operators that a sum of multiples adds."""
+    if isinstance(A, _SumLinearOperator | _ScaledLinearOperator):
+        for part in A._parts:
+            yield from _leaves(part)
+    else:
+        yield A
+
+
+def _known_product(A: TensorLinearOperator, rows: Rows, known: dict[int, Rows]) -> Rows:
+    if isinstance(A, _SumLinearOperator | _ScaledLinearOperator):
+        A._counter.total += len(rows)
+        return A._sum(rows, known)
+    if id(A) in known:
+        return known.pop(id(A))  # a second product with the same operand is computed again
+    return A._multiply_last_axis(rows)
+
+
+def _warn_if_different(what: str, a: ParameterLayout | None, b: ParameterLayout | None) -> None:
+    if a is None or b is None or alike(a, b):
+        return
+    first, second = (list(zip(layout.names, map(tuple, layout.shapes), strict=True)) for layout in (a, b))
+    (name, shape), (other, other_shape) = next(
+        (x, y) for x, y in itertools.zip_longest(first, second, fillvalue=("nothing", ())) if x != y
+    )
+    warnings.warn(
+        f"{what} are different parameters: the first difference is {name!r} of shape {shape} and {other!r} of shape "
+        f"{other_shape}. Entries are combined in their order: select the same parameters in the same order",
+        RuntimeWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,243 @@
+"""Base class of operators that combine other operators, and blocks of their operands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvop.kernels.parameters import ParameterLayout
+from curvop.operators.base import Rows, TensorLinearOperator, WrappingLinearOperator
+from curvop.operators.parameter_operator import Layouts, ParameterVectors, touched_parameters
+from curvop.operators.submatrix_operator import SubmatrixLinearOperator, as_slice
+
+__all__ = [
+    "CompositeLinearOperator",
+    "NamedLinearOperator",
+    "alike",
+    "entries",
+    "layouts_of",
+    "name_of",
+    "restricted_layouts",
+    "section",
+]
+
+Names = Sequence[str]
+
+
+class CompositeLinearOperator(ParameterVectors):
+    """Base class of operators that combine other operators.
+
+    Subclasses implement ``_apply``, ``_mirror``, ``_restricted`` and ``_identity``.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        ``(M, N)``.
+    operands : sequence of LinearOperator or number
+        Operands in the order of the expression. They are stored in ``args``, as in SciPy's composite operators.
+    layouts : tuple of ParameterLayout or None
+        Layouts of the rows and of the columns. None stands for an axis that does not consist of parameters.
+    """
+
+    def __init__(self, shape: tuple[int, int], operands: Sequence[Any], layouts: Layouts) -> None:
+        self._parts = [_of_this_package(operand) for operand in operands if isinstance(operand, LinearOperator)]
+        self._scalars = [operand for operand in operands if not isinstance(operand, LinearOperator)]
+        dtypes = [part.dtype for part in self._parts]
+        super().__init__(
+            None if any(dtype is None for dtype in dtypes) else np.result_type(*dtypes, *self._scalars), shape
+        )
+        self.args = tuple(operands)
+        self._row_layout, self._col_layout = layouts
+        self._params: dict[str, Tensor] = {}
+        for part in reversed(self._parts):
+            self._params |= getattr(part, "_params", {})
+        self._symmetric: bool | None = None
+
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether all operands are operators of this package that can be applied to tensors."""
+        return all(part.takes_tensors for part in self._parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which products are computed. If operands differ, the first device that is not the CPU."""
+        devices = [part.device for part in self._parts]
+        return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+    @property
+    def _is_diagonal(self) -> bool:
+        return all(part._is_diagonal for part in self._parts)
+
+    @property
+    def _row_and_column_layouts(self) -> Layouts:
+        return self._row_layout, self._col_layout
+
+    def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
+        """Return the rows and columns of the given parameters. None stands for all rows or columns."""
+        return NamedLinearOperator(
+            SubmatrixLinearOperator.of_whole(self, entries(self._row_layout, rows), entries(self._col_layout, cols)),
+            restricted_layouts(self, rows, cols),
+            self._params,
+        )
+
+    def _smallest_block(
+        self, rows: NDArray[np.intp], cols: NDArray[np.intp]
+    ) -> tuple[TensorLinearOperator, NDArray[np.intp], NDArray[np.intp]]:
+        names: list[Names | None] = []
+        idxs = []
+        for layout, selected in ((self._row_layout, rows), (self._col_layout, cols)):
+            touched, positions = (None, selected) if layout is None else touched_parameters(layout, selected)
+            names.append(None if layout is None or touched == layout.names else touched)
+            idxs.append(positions)
+        block = self if names == [None, None] else self._restricted(*names)
+        return block, idxs[0], idxs[1]
+
+    def _adjoint(self) -> LinearOperator:
+        if self._symmetric is None:
+            self._symmetric = self.shape[0] == self.shape[1] and self._mirror(True)._identity() == self._identity()
+        return self if self._symmetric else self._with_counter(self._mirror(True))
+
+    def _transpose(self) -> LinearOperator:
+        is_complex = self.dtype is not None and self.dtype.kind == "c"
+        return self._with_counter(self._mirror(False)) if is_complex else self._adjoint()
+
+    def _mirror(self, conjugate: bool) -> TensorLinearOperator:
+        """Return the adjoint (if ``conjugate``) or the transpose as a new operator."""
+        raise NotImplementedError
+
+    def _with_counter(self, mirror: TensorLinearOperator) -> TensorLinearOperator:
+        mirror._counter = self._counter
+        return mirror
+
+    def _check_entries(self, x: Rows) -> None:
+        """Accept all dtypes, because the operands check the dtype."""
+
+    def _product_dtype(self, dtype: Any) -> Any:
+        return np.result_type(*(part._product_dtype(dtype) for part in self._parts), *self._scalars)
+
+
+class _ScipyLinearOperator(WrappingLinearOperator):
+    """An operator of SciPy as an operand. Tensors are converted to NumPy arrays and back."""
+
+    def __init__(self, A: LinearOperator) -> None:
+        if len(A.shape) != 2:
+            raise ValueError(f"B has shape {A.shape}, but must have two dimensions: take one operator of the stack")
+        self._A = A
+        super().__init__(A.dtype, A.shape)
+
+    def _apply(self, rows: Rows) -> Rows:
+        array = rows.numpy(force=True) if isinstance(rows, Tensor) else rows
+        product = np.asarray(self._A.matvec(array[0])[None] if len(array) == 1 else self._A.matmat(array.T).T)
+        product = np.array(product, order="C", copy=True if np.may_share_memory(product, array) else None)
+        if not isinstance(rows, Tensor):
+            return product
+        tensor = torch.from_numpy(product).to(rows.device)
+        return tensor if tensor.is_complex() else tensor.to(rows.dtype)
+
+    def _adjoint(self) -> LinearOperator:
+        adjoint = self._A.H
+        return self if adjoint is self._A else _ScipyLinearOperator(adjoint)
+
+    def _transpose(self) -> LinearOperator:
+        return _ScipyLinearOperator(self._A.T)
+
+    def _identity(self) -> tuple[Any, ...]:
+        return "scipy", id(self._A)
+
+
+class NamedLinearOperator(CompositeLinearOperator):
+    """An operator whose rows and columns are given names of parameters."""
+
+    def __init__(self, A: TensorLinearOperator, layouts: Layouts, params: Mapping[str, Tensor]) -> None:
+        super().__init__(A.shape, [A], layouts)
+        self._params = dict(params)
+
+    def diagonal(self) -> NDArray[Any]:
+        """Return the exact diagonal, if the operand can compute it without products."""
+        return self._parts[0].diagonal()
+
+    def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
+        row_idxs, col_idxs = entries(self._row_layout, rows), entries(self._col_layout, cols)
+        submatrix = SubmatrixLinearOperator(self._parts[0], row_idxs, col_idxs)
+        return NamedLinearOperator(submatrix, restricted_layouts(self, rows, cols), self._params)
+
+    def _smallest_block(
+        self, rows: NDArray[np.intp], cols: NDArray[np.intp]
+    ) -> tuple[TensorLinearOperator, NDArray[np.intp], NDArray[np.intp]]:
+        return self, rows, cols
+
+    def _mirror(self, conjugate: bool) -> TensorLinearOperator:
+        A = self._parts[0]
+        return NamedLinearOperator(A.H if conjugate else A.T, (self._col_layout, self._row_layout), self._params)
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self._parts[0]._identity()
+
+    def _apply(self, rows: Rows) -> Rows:
+        return self._parts[0]._multiply_last_axis(rows)
+
+
+# Helpers for operands and layouts.
+
+
+def _of_this_package(A: LinearOperator) -> TensorLinearOperator:
+    return A if isinstance(A, TensorLinearOperator) else _ScipyLinearOperator(A)
+
+
+def name_of(A: LinearOperator) -> str:
+    """Return the class and the shape of an operator, for error messages."""
+    return f"{type(A).__name__} of shape {tuple(A.shape)}"
+
+
+def layouts_of(A: LinearOperator) -> Layouts:
+    """Return the layouts of the rows and of the columns of an operator."""
+    return A._row_and_column_layouts if isinstance(A, ParameterVectors) else (None, None)
+
+
+def alike(a: ParameterLayout | None, b: ParameterLayout | None) -> bool:
+    """Return True if two layouts have the same parameters in the same order, or if both are None."""
+    return a is b or (a is not None and b is not None and a.names == b.names and a.shapes == b.shapes)
+
+
+def entries(layout: ParameterLayout | None, names: Names | None) -> Any:
+    """Return the positions of the named parameters: a slice if they are consecutive, else an array."""
+    if names is None or layout is None:
+        return slice(None)
+    idxs = np.concatenate([np.arange(layout.size)[layout.slices[name]] for name in names])
+    return as_slice(idxs) or idxs
+
+
+def restricted_layouts(A: ParameterVectors, rows: Names | None, cols: Names | None) -> Layouts:
+    """Return the layouts of the block of the named parameters."""
+    row_layout, col_layout = A._row_and_column_layouts
+
+    def cut(layout: ParameterLayout | None, names: Names | None) -> ParameterLayout | None:
+        if layout is None or names is None:
+            return layout
+        shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        return ParameterLayout({name: torch.empty(shapes[name], device="meta") for name in names}, names)
+
+    return cut(row_layout, rows), cut(col_layout, cols)
+
+
+def section(A: TensorLinearOperator, layouts: Layouts, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
+    """Return the rows and the columns of the named parameters of an operand. None stands for all rows or columns.
+
+    ``layouts`` are those of the whole operator. If the operand has others, or none, its entries are selected by their
+    positions.
+    """
+    if rows is None and cols is None:
+        return A
+    if isinstance(A, ParameterVectors) and all(
+        names is None or alike(own, layout)
+        for names, own, layout in zip((rows, cols), layouts_of(A), layouts, strict=True)
+    ):
+        return A._restricted(rows, cols)
+    row_idxs, col_idxs = (entries(layout, names) for layout, names in zip(layouts, (rows, cols), strict=True))
+    return A._entries_at(row_idxs) if rows == cols else SubmatrixLinearOperator(A, row_idxs, col_idxs)

@@ -1,0 +1,318 @@
+"""Diagonal and block-diagonal matrices."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvop.kernels.parameters import ParameterLayout
+from curvop.operators.base import Composites, Rows, TensorLinearOperator, unsupported_layout
+from curvop.operators.composites import (
+    CompositeLinearOperator,
+    NamedLinearOperator,
+    alike,
+    entries,
+    layouts_of,
+    restricted_layouts,
+    section,
+)
+from curvop.operators.parameter_operator import Layouts, ParameterVectors, as_tensor
+from curvop.operators.submatrix_operator import SubmatrixLinearOperator, as_slice
+from curvop.operators.validation import real_scalar
+
+__all__ = ["BlockDiagonalLinearOperator", "DiagonalLinearOperator"]
+
+Names = Sequence[str]
+
+
+class DiagonalLinearOperator(ParameterVectors):
+    """Diagonal matrix, as a symmetric ``LinearOperator`` of shape ``(N, N)``.
+
+    Use it to scale a curvature matrix on both sides, ``D @ H @ D``, or to add a prior, ``G + D``.
+
+    Parameters
+    ----------
+    d : array, Tensor, or dict of str to Tensor or array
+        Diagonal of shape ``(N,)``. A dict contains one tensor per parameter, with the shape of the parameter. The
+        values are copied.
+    params : dict of str to Tensor, optional
+        Parameters in the order of the rows and columns, so that the operator has blocks. By default, they are the keys
+        of ``d`` if it is a dict. In sums and products with operators over parameters, ``params`` is not needed.
+
+    Raises
+    ------
+    ValueError
+        If ``d`` is not one-dimensional, or does not match ``params``.
+    TypeError
+        If ``d`` does not contain real numbers.
+
+    See Also
+    --------
+    curvop.GGNLinearOperator.diagonal : Exact diagonal of a curvature matrix.
+    curvop.spectrum.diagonal : Estimate of a diagonal from products.
+    BlockDiagonalLinearOperator : Block-diagonal matrix of operators.
+
+    Notes
+    -----
+    ``D ** p`` is the diagonal matrix of the powers, for any real p.
+
+    Examples
+    --------
+    The Hessian in the metric of the diagonal of the Gauss-Newton matrix:
+
+    >>> import torch
+    >>> from curvop import DiagonalLinearOperator, GGNLinearOperator, HessianLinearOperator
+    >>> _ = torch.manual_seed(0)
+    >>> model, loss_function = torch.nn.Linear(3, 1).double(), torch.nn.MSELoss()
+    >>> data = [(torch.randn(20, 3).double(), torch.randn(20, 1).double())]
+    >>> params = dict(model.named_parameters())
+    >>> H = HessianLinearOperator(model, loss_function, params, data)
+    >>> D = DiagonalLinearOperator(GGNLinearOperator(model, loss_function, params, data).diagonal()) ** -0.5
+    >>> (D @ H @ D).to_dense().diagonal().round(6)
+    array([1., 1., 1., 1.])
+    """
+
+    def __init__(self, d: Any, params: Mapping[str, Tensor] | None = None) -> None:
+        self._layout_or_none: ParameterLayout | None = None
+        self._params = {}
+        if params is not None or isinstance(d, Mapping):
+            tensors = d if params is None else params
+            if not isinstance(tensors, Mapping):
+                raise TypeError(f"params is a {type(params).__name__}: pass a dict of names to tensors")
+            self._params = {name: _real_tensor(f"{name!r}", value) for name, value in tensors.items()}
+            self._layout_or_none = ParameterLayout(self._params, list(self._params))
+        if isinstance(d, Mapping):
+            d = self._joined(d)
+        values = _real_tensor("d", d).clone()
+        if values.ndim != 1:
+            raise ValueError(f"d has shape {tuple(values.shape)}, but must be one-dimensional")
+        if self._layout_or_none is not None and len(values) != self._layout_or_none.size:
+            raise ValueError(f"d has {len(values)} entries, but must have {self._layout_or_none.size}, as params do")
+        self._values = values
+        self._array: NDArray[Any] = values.numpy(force=True)
+        super().__init__(self._array.dtype, (len(values), len(values)))
+
+    @property
+    def _is_diagonal(self) -> bool:
+        return True
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the diagonal."""
+        return self._values.device
+
+    def diagonal(self) -> NDArray[Any]:
+        """Return the diagonal.
+
+        Returns
+        -------
+        diagonal : ndarray, shape (N,)
+            A copy of the diagonal.
+        """
+        return self._array.copy()
+
+    def __pow__(self, power: Any) -> DiagonalLinearOperator:
+        """Return the diagonal matrix of the powers of the entries, for a real exponent."""
+        diagonal = DiagonalLinearOperator(self._values ** real_scalar("the power", power))
+        diagonal._params, diagonal._layout_or_none = self._params, self._layout_or_none
+        return diagonal
+
+    @property
+    def _row_and_column_layouts(self) -> Layouts:
+        return self._layout_or_none, self._layout_or_none
+
+    def _joined(self, d: Mapping[str, Any]) -> Tensor:
+        layout = self._layout
+        if set(d) != set(layout.names):
+            raise ValueError(f"d has the keys {sorted(d)}, but params are {sorted(layout.names)}")
+        parts = {name: _real_tensor(f"d[{name!r}]", value) for name, value in d.items()}
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            if parts[name].shape != shape:
+                raise ValueError(f"d[{name!r}] has shape {tuple(parts[name].shape)}, but must have {tuple(shape)}")
+        return torch.cat([parts[name].reshape(-1) for name in layout.names])
+
+    def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
+        layout = self._layout
+        row_idxs, col_idxs = entries(layout, rows), entries(layout, cols)
+        layouts = restricted_layouts(self, rows, cols)
+        if rows == cols:
+            diagonal = self._entries_at(row_idxs)
+            diagonal._params, diagonal._layout_or_none = self._params, layouts[0]
+            return diagonal
+        return NamedLinearOperator(SubmatrixLinearOperator(self, row_idxs, col_idxs), layouts, self._params)
+
+    def _entries_at(self, idxs: Any) -> DiagonalLinearOperator:
+        return DiagonalLinearOperator(self._values[idxs])
+
+    def _check_entries(self, x: Rows) -> None:
+        """Accept all numbers."""
+
+    def _product_dtype(self, dtype: Any) -> Any:
+        return np.result_type(self.dtype, dtype)
+
+    def _apply(self, rows: Rows) -> Rows:
+        if isinstance(rows, Tensor):
+            return (rows * self._values.to(rows.device)).to(rows.dtype)
+        return cast("Rows", rows * self._array)
+
+
+class BlockDiagonalLinearOperator(CompositeLinearOperator):
+    """Block-diagonal matrix of operators, as a ``LinearOperator``.
+
+    ``A.block_diagonal(groups)`` returns the diagonal blocks of a curvature matrix in this form.
+
+    Parameters
+    ----------
+    blocks : sequence of LinearOperator
+        Blocks in order. They may be rectangular, and may be operators of SciPy.
+
+    Raises
+    ------
+    ValueError
+        If ``blocks`` is empty.
+    TypeError
+        If a block is not a ``LinearOperator``.
+
+    See Also
+    --------
+    curvop.HessianLinearOperator.block_diagonal : Diagonal blocks of a curvature matrix.
+    DiagonalLinearOperator : Diagonal matrix.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from curvop import BlockDiagonalLinearOperator, DiagonalLinearOperator
+    >>> A = DiagonalLinearOperator(np.array([1.0, 2.0]))
+    >>> BlockDiagonalLinearOperator([A, 3.0 * A]) @ np.ones(4)
+    array([1., 2., 3., 6.])
+    """
+
+    def __init__(self, blocks: Sequence[LinearOperator]) -> None:
+        blocks = list(blocks)
+        if not blocks:
+            raise ValueError("blocks is empty: pass at least one operator")
+        for index, block in enumerate(blocks):
+            if not isinstance(block, LinearOperator):
+                raise TypeError(
+                    f"blocks[{index}] is a {type(block).__name__}: wrap it with scipy.sparse.linalg.aslinearoperator"
+                )
+        row_ends, col_ends = (np.cumsum([0, *(block.shape[axis] for block in blocks)]) for axis in (0, 1))
+        self._row_places: Sequence[Any]
+        self._col_places: Sequence[Any]
+        self._row_places, self._col_places = (
+            [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)] for ends in (row_ends, col_ends)
+        )
+        pairs = [layouts_of(block) for block in blocks]
+        params: dict[str, Tensor] = {}
+        for block in blocks:
+            params |= getattr(block, "_params", {})
+        layouts = tuple(_joined_layout([pair[axis] for pair in pairs], params) for axis in (0, 1))
+        super().__init__((int(row_ends[-1]), int(col_ends[-1])), blocks, cast("Layouts", layouts))
+
+    @classmethod
+    def _placed(
+        cls,
+        blocks: Sequence[TensorLinearOperator],
+        places: tuple[Sequence[Any], Sequence[Any]],
+        shape: tuple[int, int],
+        layouts: Layouts,
+        params: Mapping[str, Tensor],
+    ) -> Self:
+        """Return an operator whose block number i has the rows ``places[0][i]`` and the columns ``places[1][i]``."""
+        self = cls.__new__(cls)
+        CompositeLinearOperator.__init__(self, shape, blocks, layouts)
+        self._row_places, self._col_places = places
+        self._params = dict(params)
+        return self
+
+    @property
+    def _is_diagonal(self) -> bool:
+        return False
+
+    def diagonal(self) -> NDArray[Any]:
+        """Return the exact diagonal, if all blocks are square and can compute their diagonals."""
+        diagonal = np.zeros(self.shape[0], dtype=self.dtype)
+        for part, rows, cols in zip(self._parts, self._row_places, self._col_places, strict=True):
+            if not np.array_equal(np.arange(self.shape[0])[rows], np.arange(self.shape[1])[cols]):
+                return super().diagonal()
+            diagonal[rows] = part.diagonal()
+        return diagonal
+
+    def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
+        layouts = [layouts_of(part) for part in self._parts]
+        if rows is None or rows != cols or any(row is None or not alike(row, col) for row, col in layouts):
+            return super()._restricted(rows, cols)
+        layout, _ = restricted_layouts(self, rows, cols)
+        blocks, places = [], []
+        for part, (own, _) in zip(self._parts, layouts, strict=True):
+            names = [name for name in rows if name in cast("ParameterLayout", own).slices]
+            if names:
+                blocks.append(section(part, layouts_of(part), names, names))
+                places.append(entries(layout, names))
+        shape = (cast("ParameterLayout", layout).size,) * 2
+        return self._placed(blocks, (places, places), shape, (layout, layout), self._params)
+
+    def _mirror(self, conjugate: bool) -> TensorLinearOperator:
+        return self._placed(
+            [cast("TensorLinearOperator", part.H if conjugate else part.T) for part in self._parts],
+            (self._col_places, self._row_places),
+            (self.shape[1], self.shape[0]),
+            (self._col_layout, self._row_layout),
+            self._params,
+        )
+
+    def _identity(self) -> tuple[Any, ...]:
+        places = [_place_key(place) for places in (self._row_places, self._col_places) for place in places]
+        return "block diagonal", *(part._identity() for part in self._parts), *places
+
+    def _apply(self, rows: Rows) -> Rows:
+        products: list[Any] = [
+            part._multiply_last_axis(rows[:, cols]) for part, cols in zip(self._parts, self._col_places, strict=True)
+        ]
+        if isinstance(rows, Tensor):
+            dtype = next((product.dtype for product in products if product.dtype.is_complex), rows.dtype)
+            out: Any = rows.new_zeros(len(rows), self.shape[0], dtype=dtype)
+        else:
+            out = np.zeros((len(rows), self.shape[0]), dtype=np.result_type(*products))
+        for product, place in zip(products, self._row_places, strict=True):
+            out[:, place] = product
+        return cast("Rows", out)
+
+
+def _diagonal_blocks(
+    blocks: Sequence[TensorLinearOperator], places: Sequence[NDArray[np.intp]], A: ParameterVectors
+) -> BlockDiagonalLinearOperator:
+    """Return the diagonal blocks of A, which are at the given places, as an operator of the shape of A."""
+    slices = [as_slice(place) or place for place in places]
+    layouts = A._row_and_column_layouts
+    return BlockDiagonalLinearOperator._placed(blocks, (slices, slices), A.shape, layouts, A._params)
+
+
+Composites.block_diagonal = _diagonal_blocks
+
+
+def _place_key(place: Any) -> Any:
+    return (place.start, place.stop) if isinstance(place, slice) else place.tobytes()
+
+
+def _joined_layout(layouts: Sequence[ParameterLayout | None], params: Mapping[str, Tensor]) -> ParameterLayout | None:
+    """Return the layout of vectors that are concatenations of vectors with the given layouts, or None."""
+    if any(layout is None for layout in layouts):
+        return None
+    names = [name for layout in layouts if layout is not None for name in layout.names]
+    return ParameterLayout(params, names) if len(set(names)) == len(names) else None
+
+
+def _real_tensor(what: str, value: Any) -> Tensor:
+    """Convert real numbers to a dense tensor of floating-point numbers."""
+    tensor = as_tensor(what, value)
+    if (kind := unsupported_layout(tensor)) is not None:
+        raise TypeError(f"{what} is a tensor that is {kind}: pass a dense one with values, such as x.to_dense()")
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.double()

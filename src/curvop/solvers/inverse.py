@@ -1,0 +1,183 @@
+"""The inverse of a damped symmetric operator, as an operator."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvop.operators.base import Rows, TensorLinearOperator
+from curvop.operators.composites import CompositeLinearOperator, layouts_of
+from curvop.operators.progress import step_bar
+from curvop.operators.validation import real_operator
+from curvop.solvers.linear_solve import SolveResult, check_arguments, solve_column
+
+__all__ = ["InverseLinearOperator", "NotConvergedError"]
+
+
+class NotConvergedError(RuntimeError):
+    """Raised if a solve with an `InverseLinearOperator` did not reach the requested residual.
+
+    Attributes
+    ----------
+    solution : ndarray, shape (N,) or (N, K)
+        The best solution that was found.
+    results : list of SolveResult
+        The result for each column, with its true residual.
+    """
+
+    def __init__(self, message: str, results: list[SolveResult]) -> None:
+        super().__init__(message, results)
+        self.results = results
+
+    @property
+    def solution(self) -> NDArray[Any]:
+        """The best solution that was found."""
+        columns = [result.solution for result in self.results]
+        return columns[0] if len(columns) == 1 else np.stack(columns, axis=1)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class InverseLinearOperator(CompositeLinearOperator):
+    r"""Inverse of a damped symmetric matrix, :math:`(A + \lambda I)^{-1}`, as a symmetric ``LinearOperator``.
+
+    Each product solves a linear system by `curvop.solve`, and checks the true residual of the solution. Use it in
+    expressions such as ``G @ Inv @ g``, or for the smallest eigenvalues of A by ``eigsh``. For a single system, call
+    `curvop.solve` directly.
+
+    Parameters
+    ----------
+    A : LinearOperator, shape (N, N)
+        Real symmetric operator of this package or of SciPy, without damping.
+    damping : float
+        Number :math:`\lambda` that is added to the diagonal of A, in the units of the eigenvalues of A.
+    rtol : float, default 1e-5
+        Relative residual at which the solver stops, between 0 and 1. Values below about 1e-6 cannot be reached for
+        float32 models.
+    preconditioner : LinearOperator, shape (N, N), optional
+        Positive definite approximation of the inverse, for example from `curvop.preconditioner.nystrom`.
+    maxiter : int, optional
+        Maximum number of products with A per column. The default is ``10 * N``.
+    on_failure : {'raise', 'warn'}, default 'raise'
+        Whether a solve that did not converge raises a `NotConvergedError`, or issues a warning and returns the best
+        solution.
+    progress : bool, default False
+        Whether to show a progress bar that counts the products with A.
+
+    Attributes
+    ----------
+    last : list of SolveResult
+        Result for each column of the last product, with the true residual.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is invalid. The message names the argument.
+    NotConvergedError
+        If a product did not converge and ``on_failure`` is 'raise'.
+
+    Warns
+    -----
+    RuntimeWarning
+        If the damped matrix is found to be indefinite or singular, or if ``on_failure`` is 'warn' and a product did not
+        converge.
+
+    See Also
+    --------
+    curvop.solve : Solve a single system.
+    curvop.preconditioner.nystrom : Preconditioner for matrices with few large eigenvalues.
+
+    Notes
+    -----
+    The columns of a matrix are solved one by one. `num_products` counts the columns; ``A.num_products`` counts the
+    products with A. Solutions are computed in float64. A block of this operator is a block of the inverse, and not the
+    inverse of a block: for the latter, pass ``A.block(names)``.
+
+    Examples
+    --------
+    Predictive variances of a Laplace approximation, in which the posterior covariance of the parameters is the inverse
+    of the damped Gauss-Newton matrix of the summed loss:
+
+    >>> import torch
+    >>> from curvop import GGNLinearOperator, InverseLinearOperator, JacobianLinearOperator
+    >>> _ = torch.manual_seed(0)
+    >>> X = torch.linspace(-1, 1, 40, dtype=torch.float64)[:, None]
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+    >>> params = dict(model.named_parameters())
+    >>> G = GGNLinearOperator(model, torch.nn.MSELoss(reduction="sum"), params, [(X, X.sin())])
+    >>> J = JacobianLinearOperator(model, params, [(torch.tensor([[0.0], [5.0]], dtype=torch.float64), None)])
+    >>> covariance = J @ InverseLinearOperator(G, damping=1.0, rtol=1e-8) @ J.T
+    >>> near, far = covariance.to_dense().diagonal()
+    >>> bool(near < far)
+    True
+    """
+
+    def __init__(
+        self,
+        A: LinearOperator,
+        damping: float,
+        *,
+        rtol: float = 1e-5,
+        preconditioner: LinearOperator | None = None,
+        maxiter: int | None = None,
+        on_failure: str = "raise",
+        progress: bool = False,
+    ) -> None:
+        A = real_operator(A)
+        check_arguments(A, damping, rtol, preconditioner, maxiter)
+        if on_failure not in ("raise", "warn"):
+            raise ValueError(f"on_failure is {on_failure!r}, but must be 'raise' or 'warn'")
+        rows, cols = layouts_of(A)
+        super().__init__(A.shape, [A], (cols, rows))
+        self.dtype = np.dtype(np.float64) if A.dtype is None else np.result_type(A.dtype, np.float32)
+        self.args = (A, float(damping), float(rtol))
+        self._A = A
+        self._options: tuple[Any, ...] = (float(damping), float(rtol), preconditioner, maxiter)
+        self._on_failure, self._progress = on_failure, progress
+        self.last: list[SolveResult] = []
+
+    @property
+    def _is_diagonal(self) -> bool:
+        return False
+
+    def _mirror(self, conjugate: bool) -> TensorLinearOperator:
+        return self
+
+    def _identity(self) -> tuple[Any, ...]:
+        return "operator", id(self)
+
+    def _product_dtype(self, dtype: Any) -> Any:
+        return np.result_type(self.dtype, dtype)
+
+    def _apply(self, rows: Rows) -> Rows:
+        damping, rtol, preconditioner, maxiter = self._options
+        array = rows.numpy(force=True) if isinstance(rows, Tensor) else rows
+        with step_bar("solve", self._progress) as bar:
+            self.last = [solve_column(self._A, row, damping, rtol, preconditioner, maxiter, None, bar) for row in array]
+        self._report(rtol)
+        solutions = np.stack([result.solution for result in self.last])
+        if isinstance(rows, Tensor):
+            return torch.from_numpy(solutions).to(rows.device, rows.dtype)
+        return cast("Rows", solutions.astype(self._product_dtype(rows.dtype), copy=False))
+
+    def _report(self, rtol: float) -> None:
+        """Raise an error or issue a warning for the column with the largest residual."""
+        failed = [result for result in self.last if not result.converged]
+        if failed and self._on_failure == "raise":
+            worst = max(failed, key=lambda result: result.residual)
+            raise NotConvergedError(
+                f"{len(failed)} of {len(self.last)} columns: {worst}, but rtol is {rtol:g}: use a larger damping, rtol "
+                "or maxiter, or a preconditioner, or on_failure='warn'. The error has the best solution",
+                self.last,
+            )
+        texts = [text for result in self.last if (text := result.problem(rtol))]
+        if texts:
+            more = f" (and {len(texts) - 1} other columns)" if len(texts) > 1 else ""
+            warnings.warn(texts[0] + more, RuntimeWarning, stacklevel=5)
