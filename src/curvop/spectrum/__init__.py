@@ -1,4 +1,4 @@
-"""Spectral analysis: certified eigenvalues, spectral densities, traces, norms, studies of blocks, tracking in training.
+"""Spectral analysis: eigenvalues, densities, traces, norms, functions of matrices, blocks, tracking in training.
 
 All functions except `blocks` take any real symmetric SciPy ``LinearOperator``, including the curvature matrices of this
 package. `frobenius_norm` also takes rectangular operators.
@@ -9,9 +9,11 @@ from curvop.spectrum.certificate import Certificate, certify
 from curvop.spectrum.density import SpectralDensity, density
 from curvop.spectrum.eigen import EigenResult, eigsh
 from curvop.spectrum.estimators import BoundedEstimate, Estimate, diagonal, frobenius_norm, trace
+from curvop.spectrum.matrix_functions import ApplyResult, apply
 from curvop.spectrum.track import Tracker, track
 
 __all__ = [
+    "ApplyResult",
     "BlockStudy",
     "BoundedEstimate",
     "Certificate",
@@ -19,6 +21,7 @@ __all__ = [
     "Estimate",
     "SpectralDensity",
     "Tracker",
+    "apply",
     "blocks",
     "certify",
     "density",

@@ -44,6 +44,7 @@ __all__ = [
     "bytes_of_run",
     "device_of",
     "multiply",
+    "product_dtype",
     "resolution",
     "rounding_left",
     "runs_at_once",
@@ -108,6 +109,15 @@ class Lanczos:
     def running(self) -> bool:
         """True if at least one run can take another step."""
         return bool(self._running.any())
+
+    @property
+    def active(self) -> NDArray[np.bool_]:
+        """Boolean array of shape (K,) that is True for runs that can take another step."""
+        return self._running.copy()
+
+    def stop(self, runs: Any) -> None:
+        """Exclude runs, given by their indices, from all further steps."""
+        self._running[runs] = False
 
     def step(self) -> NDArray[np.intp]:
         """Advance all active runs by one step, with one block product. Return the indices of these runs."""
@@ -388,13 +398,18 @@ def basis_dtype(A: Any) -> torch.dtype:
     return torch.float32 if A.dtype == np.float32 else torch.float64
 
 
+def product_dtype(A: Any) -> torch.dtype:
+    """Return float32 if products with `A` are accurate to single precision only, and float64 otherwise."""
+    single = A.dtype == np.float32 or getattr(A, "epsilon", 0.0) > torch.finfo(torch.float64).eps
+    return torch.float32 if single else torch.float64
+
+
 def resolution(A: Any) -> float:
     """Return the relative distance below which rounding may merge or split eigenvalues.
 
     The distance is relative to the norm of `A`.
     """
-    single = A.dtype == np.float32 or getattr(A, "epsilon", 0.0) > torch.finfo(torch.float64).eps
-    return rounding_left(torch.float32 if single else torch.float64, A.shape[0])
+    return rounding_left(product_dtype(A), A.shape[0])
 
 
 def bytes_of_run(A: Any, num_steps: int) -> int:
@@ -402,10 +417,10 @@ def bytes_of_run(A: Any, num_steps: int) -> int:
     return int(basis_dtype(A).itemsize * A.shape[0] * (num_steps + 6))
 
 
-def runs_at_once(A: Any, num_probes: int, num_steps: int, memory: int | None) -> int:
-    """Return the number of runs that fit into `memory` bytes, at most `num_probes`.
+def runs_at_once(A: Any, count: int, num_steps: int, memory: int | None, start: str = "probe") -> int:
+    """Return the number of runs that fit into `memory` bytes, at most `count`.
 
-    By default, `memory` is half of the free memory.
+    By default, `memory` is half of the free memory. The error message calls a starting vector a `start`.
 
     Raises
     ------
@@ -414,9 +429,9 @@ def runs_at_once(A: Any, num_probes: int, num_steps: int, memory: int | None) ->
     """
     available = available_bytes(device_of(A), memory)
     needed = bytes_of_run(A, num_steps)
-    what = f"the Lanczos basis of one probe, {num_steps} vectors of {A.shape[0]:,} numbers,"
+    what = f"the Lanczos basis of one {start}, {num_steps} vectors of {A.shape[0]:,} numbers,"
     check_fits(needed, available, what, "take fewer num_steps, or a block of the matrix")
-    return min(num_probes, available // needed)
+    return min(count, available // needed)
 
 
 def rounding_left(dtype: torch.dtype, size: int) -> float:
