@@ -34,6 +34,7 @@ Array = NDArray[Any]
 
 _SQRT_EPS = float(np.finfo(np.float64).eps) ** 0.5  # relative step of finite differences of f
 _ROUNDING = 10.0  # rounding errors of the products, in units of machine precision times the norm of A
+_MIN_STEPS = 5  # before the first check, as eigenvalues may be far from the Ritz values of the first steps
 _STEPS_PER_CHECK = 10  # the error is estimated each time the number of steps has grown by a tenth
 
 #: The functions that have a name, and the matrices that they require.
@@ -341,7 +342,7 @@ class _Run:
         scaled[torch.from_numpy(zero)] = 1.0  # the Lanczos process needs nonzero vectors, even if they take no step
         self._lanczos = Lanczos(A, scaled, num_steps)
         self._lanczos.stop(zero)
-        self._next_check = 1
+        self._next_check = _MIN_STEPS
         self._coefficients = [np.zeros(0)] * len(rows)
         self.errors = np.where(zero, 0.0, np.inf)
 
