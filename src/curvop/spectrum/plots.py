@@ -220,7 +220,7 @@ def _draw_norms(study: BlockStudy, ax: Any) -> None:
 
 
 def plot_track(tracker: Tracker, ax: Any = None, learning_rate: float | None = None) -> Any:
-    """Plot tracked eigenvalues against the training steps.
+    """Plot tracked eigenvalues against the training steps, with the stability threshold of the optimizer.
 
     Parameters
     ----------
@@ -230,7 +230,7 @@ def plot_track(tracker: Tracker, ax: Any = None, learning_rate: float | None = N
         The axes to draw on. The default is the axes of a new figure.
     learning_rate : float, optional
         The learning rate of gradient descent. If given, a dashed line shows ``2 / learning_rate``. Gradient descent
-        becomes unstable if the sharpness exceeds this value [1]_.
+        becomes unstable if the sharpness exceeds this value [1]_. Do not pass it if the tracker has an optimizer.
 
     Returns
     -------
@@ -241,17 +241,28 @@ def plot_track(tracker: Tracker, ax: Any = None, learning_rate: float | None = N
     ------
     ImportError
         If Matplotlib is not installed.
+    ValueError
+        If `learning_rate` is given and the tracker has an optimizer.
 
     References
     ----------
     .. [1] J. M. Cohen, S. Kaur, Y. Li, J. Z. Kolter, A. Talwalkar, "Gradient descent on neural networks typically
        occurs at the edge of stability", ICLR 2021. arXiv:2103.00065
     """
+    thresholds = tracker.thresholds
+    if thresholds is not None and learning_rate is not None:
+        raise ValueError(f"learning_rate is {learning_rate}, but the tracker has an optimizer: leave learning_rate out")
     ax = axes_or_new(ax)
     for index, values in enumerate(tracker.values.T):
         ax.plot(tracker.steps, values, linewidth=1.2, label=f"eigenvalue {index + 1}")
     if learning_rate is not None:
         ax.axhline(2 / learning_rate, color="black", linestyle="--", linewidth=1, label="2 / learning rate")
-    ax.set(xlabel="step", ylabel="eigenvalue")
+    if thresholds is not None and len(thresholds):
+        style = {"color": "black", "linestyle": "--", "linewidth": 1}
+        if (thresholds == thresholds[0]).all():
+            ax.axhline(thresholds[0], label=f"stability threshold {thresholds[0]:.4g}", **style)
+        else:
+            ax.plot(tracker.steps, thresholds, label="stability threshold", **style)
+    ax.set(xlabel="step", ylabel="eigenvalue" if thresholds is None else "preconditioned eigenvalue")
     ax.legend(frameon=False)
     return ax

@@ -1,4 +1,7 @@
-"""Track extreme eigenvalues during training, for example the sharpness of a loss, with warm-started ARPACK."""
+"""Track extreme eigenvalues during training, for example the sharpness of a loss, with warm-started ARPACK.
+
+With an optimizer, `track` computes eigenvalues of the preconditioned matrix (see `curvop.spectrum.optimizers`).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import warnings
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from curvop.operators.validation import integer, real_operator, real_scalar
 from curvop.spectrum.eigen import EigenResult, eigsh, without_verdicts
+from curvop.spectrum.optimizers import check_optimizer, preconditioned, stability_threshold
 
 __all__ = ["Tracker", "track"]
 
@@ -19,11 +24,20 @@ Array = NDArray[Any]
 _MIN_WARM_BASIS = 8  # a good starting vector needs a smaller basis than the default of `eigsh`
 
 
-def track(A: LinearOperator, k: int = 1, *, every: int = 10, which: str = "LA", tol: float = 1e-3) -> Tracker:
-    """Track extreme eigenvalues during training.
+def track(
+    A: LinearOperator,
+    k: int = 1,
+    *,
+    every: int = 10,
+    which: str = "LA",
+    tol: float = 1e-3,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Tracker:
+    r"""Track extreme eigenvalues during training.
 
-    Call ``tracker.step()`` once per step of your training loop. To compute eigenvalues with error bounds for fixed
-    parameters, use `eigsh` instead.
+    Call ``tracker.step()`` once per step of your training loop. With an optimizer, the tracker follows the eigenvalues
+    that determine whether the optimizer is stable, together with the threshold of stability. To compute eigenvalues
+    with error bounds for fixed parameters, use `eigsh` instead.
 
     Parameters
     ----------
@@ -40,6 +54,10 @@ def track(A: LinearOperator, k: int = 1, *, every: int = 10, which: str = "LA", 
         ('LM').
     tol : float, optional
         The relative accuracy of the eigenvalues.
+    optimizer : torch.optim.SGD, Adam, AdamW or RMSprop, optional
+        The optimizer that trains the parameters of `A`. If given, the tracker computes eigenvalues of the matrix that
+        is preconditioned by the optimizer (see Notes). `A` must then be a curvature operator of this package, or a
+        diagonal block of such an operator. The optimizer may also train other parameters.
 
     Returns
     -------
@@ -49,7 +67,8 @@ def track(A: LinearOperator, k: int = 1, *, every: int = 10, which: str = "LA", 
     Raises
     ------
     TypeError, ValueError
-        If an argument is invalid.
+        If an argument is invalid, if the optimizer is not one of the known classes, or if it does not have all
+        parameters of `A`.
 
     See Also
     --------
@@ -62,12 +81,35 @@ def track(A: LinearOperator, k: int = 1, *, every: int = 10, which: str = "LA", 
     random start. The eigenvalues are not certified.
 
     In full-batch gradient descent, the largest Hessian eigenvalue (the sharpness) typically grows to 2 / learning rate,
-    and then hovers near this value [1]_.
+    and then hovers near this value [1]_. Other optimizers do the same with the largest eigenvalue of the preconditioned
+    Hessian :math:`P^{-1/2} (H + W) P^{-1/2}` and another threshold [2]_. The diagonal matrix P contains the current
+    second moments and the settings of the optimizer, including the learning rate :math:`\eta`:
+
+    - SGD: :math:`P = 1 / \eta`. The threshold is 2 without momentum, ``(2 + 2 * momentum) / (1 - dampening)`` with
+      momentum, and ``(2 + 2 * momentum) / (1 + 2 * momentum)`` with Nesterov momentum.
+    - Adam and AdamW: :math:`P = (1 - \beta_1^t) (\sqrt{v / (1 - \beta_2^t)} + \epsilon) / \eta`. The threshold is
+      ``(2 + 2 * beta1) / (1 - beta1)``, which is 38 for the default value of ``beta1``.
+    - RMSprop: :math:`P = (\sqrt{v} + \epsilon) / \eta`. The threshold is ``2 + 2 * momentum``.
+
+    Here v is the running mean of the squared gradients after t steps. With ``amsgrad=True``, v is the maximum of this
+    mean, and with ``centered=True``, v is the running variance. A threshold is exact for a quadratic loss and fixed
+    second moments: the optimizer converges if the largest eigenvalue is below the threshold, and diverges otherwise.
+
+    The options of an optimizer have the following effects:
+
+    - Weight decay that is added to the gradient is part of the loss. W is the diagonal matrix of these decays.
+    - Decoupled weight decay (AdamW) multiplies P by ``1 - lr * weight_decay / 2``, because the decay of the parameters
+      moves the limit of stability.
+    - With ``maximize=True``, H is replaced by -H.
+    - If groups of parameters have different thresholds, P is multiplied by the ratio of each threshold to that of the
+      first parameter. The limit of stability is then exact for all groups together.
 
     References
     ----------
     .. [1] J. M. Cohen, S. Kaur, Y. Li, J. Z. Kolter, A. Talwalkar, "Gradient descent on neural networks typically
        occurs at the edge of stability", ICLR 2021. arXiv:2103.00065
+    .. [2] J. M. Cohen, B. Ghorbani, S. Krishnan, N. Agarwal, S. Medapati, M. Badura, D. Suo, D. Cardoze, Z. Nado, G. E.
+       Dahl, J. Gilmer, "Adaptive gradient methods at the edge of stability", 2022. arXiv:2207.14484
 
     Examples
     --------
@@ -91,12 +133,29 @@ def track(A: LinearOperator, k: int = 1, *, every: int = 10, which: str = "LA", 
     array([ 0, 10, 20])
     >>> tracker.values.shape
     (3, 1)
+
+    Compare the preconditioned sharpness of Adam with its threshold. In step 0, Adam has no second moments yet:
+
+    >>> adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+    >>> tracker = spectrum.track(H, every=10, optimizer=adam)
+    >>> for _ in range(21):
+    ...     sharpness = tracker.step()
+    ...     adam.zero_grad()
+    ...     nn.functional.mse_loss(model(X), y).backward()
+    ...     adam.step()
+    >>> tracker.thresholds.round(6)
+    array([38., 38., 38.])
+    >>> tracker.values[:, 0] < tracker.thresholds
+    array([False,  True,  True])
     """
     for name, value in (("k", k), ("every", every)):
         integer(name, value, 1)
     if which not in ("LA", "SA", "LM"):
         raise ValueError(f"which is {which!r}, but must be 'LA', 'SA' or 'LM'")
-    return Tracker(real_operator(A), k, which, every, real_scalar("tol", tol))
+    A = real_operator(A)
+    if optimizer is not None:
+        check_optimizer(A, optimizer)
+    return Tracker(A, k, which, every, real_scalar("tol", tol), optimizer)
 
 
 class Tracker:
@@ -108,9 +167,12 @@ class Tracker:
         The training steps at which eigenvalues were computed.
     values : ndarray, shape (n, k)
         The eigenvalues at each step in `steps`, sorted from the outermost eigenvalue inwards. A row is NaN if the
-        eigenvalues did not converge at that step.
+        eigenvalues did not converge at that step, or if the optimizer had no second moments yet.
+    thresholds : ndarray, shape (n,), or None
+        The stability threshold of the optimizer at each step in `steps`. None if the tracker has no optimizer.
     vectors : ndarray, shape (N, k), or None
-        The latest converged eigenvectors, or None if no computation has converged yet.
+        The latest converged eigenvectors, or None if no computation has converged yet. With an optimizer, these are
+        eigenvectors of the preconditioned matrix.
     products : int
         The number of products so far.
 
@@ -119,10 +181,20 @@ class Tracker:
     track : Create a tracker.
     """
 
-    def __init__(self, A: LinearOperator, k: int, which: str, every: int, tol: float) -> None:
+    def __init__(
+        self,
+        A: LinearOperator,
+        k: int,
+        which: str,
+        every: int,
+        tol: float,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         self._A, self._k, self._which, self._every, self._tol = A, k, which, every, tol
+        self._optimizer = optimizer
         self._next_step = 0
         self._history: list[tuple[int, Array]] = []
+        self._thresholds: list[float] = []
         self.vectors: Array | None = None
         self.products = 0
 
@@ -136,16 +208,29 @@ class Tracker:
         """The eigenvalues at each step in `steps`, as an array of shape ``(n, k)``."""
         return np.array([values for _, values in self._history]).reshape(-1, self._k)
 
+    @property
+    def thresholds(self) -> Array | None:
+        """The stability threshold at each step in `steps`, as an array of shape ``(n,)``. None without an optimizer."""
+        return None if self._optimizer is None else np.array(self._thresholds, dtype=np.float64)
+
     def step(self) -> Array | None:
         """Count one training step, and compute the eigenvalues if the step is a multiple of ``every``.
 
-        The first call counts as step 0.
+        The first call counts as step 0. With an optimizer, the eigenvalues belong to the current parameters and the
+        current second moments. Before the first step of the optimizer, there are no second moments, and the eigenvalues
+        are NaN (except for SGD).
 
         Returns
         -------
         ndarray, shape (k,), or None
             The eigenvalues, or an array of NaN if the eigenvalues do not converge. None if the step is not a multiple
             of ``every``.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer has second moments of some of the parameters only, no longer has all parameters, or has
+            settings for which the preconditioner is not positive.
 
         Warns
         -----
@@ -156,28 +241,32 @@ class Tracker:
         self._next_step += 1
         if step % self._every:
             return None
-        result = self._search(start=None) if self.vectors is None else self._search(self.vectors.sum(1))
-        if not result.converged:
-            result = self._search(start=None)
-        values = np.full(self._k, np.nan)
-        if result.converged:
-            values, self.vectors = np.asarray(result.values, dtype=np.float64), np.asarray(result.vectors)
-        else:
-            warnings.warn(f"step {step}: the eigenvalues did not converge", RuntimeWarning, stacklevel=2)
+        A, values = self._A, np.full(self._k, np.nan)
+        if self._optimizer is not None:
+            A = preconditioned(self._A, self._optimizer)
+            self._thresholds.append(stability_threshold(self._A, self._optimizer))
+        if A is not None:
+            result = self._search(A, None if self.vectors is None else self.vectors.sum(1))
+            if not result.converged:
+                result = self._search(A, None)
+            if result.converged:
+                values, self.vectors = np.asarray(result.values, dtype=np.float64), np.asarray(result.vectors)
+            else:
+                warnings.warn(f"step {step}: the eigenvalues did not converge", RuntimeWarning, stacklevel=2)
         self._history.append((step, values))
         return values
 
-    def _search(self, start: Array | None) -> EigenResult:
+    def _search(self, A: LinearOperator, start: Array | None) -> EigenResult:
         """Run `eigsh` without a certificate.
 
         Use a small basis if a starting vector is given. Use a random vector and the default basis if `start` is None.
         """
-        size = self._A.shape[0]
+        size = A.shape[0]
         warm = start is not None and self._k + 2 <= size
         basis = min(size, max(2 * self._k + 1, _MIN_WARM_BASIS)) if warm else None
         with without_verdicts():  # `step` retries or issues its own warning
             result = eigsh(
-                self._A, self._k, self._which, tol=self._tol, v0=start, ncv=basis, certificate=False, progress=False
+                A, self._k, self._which, tol=self._tol, v0=start, ncv=basis, certificate=False, progress=False
             )
         self.products += result.products
         return result
@@ -185,7 +274,7 @@ class Tracker:
     def plot(self, ax: Any = None, learning_rate: float | None = None) -> Any:
         """Plot the eigenvalues against the training steps.
 
-        This method requires Matplotlib.
+        With an optimizer, a dashed line shows the stability threshold. This method requires Matplotlib.
 
         Parameters
         ----------
@@ -193,12 +282,17 @@ class Tracker:
             The axes to draw on. The default is the axes of a new figure.
         learning_rate : float, optional
             The learning rate of gradient descent. If given, a dashed line shows ``2 / learning_rate``. Gradient descent
-            becomes unstable if the sharpness exceeds this value.
+            becomes unstable if the sharpness exceeds this value. Do not pass it if the tracker has an optimizer.
 
         Returns
         -------
         matplotlib.axes.Axes
             The axes.
+
+        Raises
+        ------
+        ValueError
+            If `learning_rate` is given and the tracker has an optimizer.
         """
         from curvop.spectrum.plots import plot_track
 
