@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.sparse.linalg import aslinearoperator
 from torch import nn
 
@@ -15,10 +16,12 @@ from bad_inputs.rows import (
     DENSITY,
     INDEFINITE,
     MODEL,
+    PARAMS,
     WIDE,
     H,
     area,
     file_with,
+    mlp,
 )
 from curvop import (
     check,
@@ -155,6 +158,41 @@ area(
     ),
 )
 area(
+    "Functions of matrices",
+    ("an unknown function", lambda: spectrum.apply(DENSE, "cos", np.ones(4)), ValueError, "f is 'cos'"),
+    ("a number as function", lambda: spectrum.apply(DENSE, 2, np.ones(4)), TypeError, "f is 2"),
+    ("a function of torch", lambda: spectrum.apply(DENSE, torch.exp, np.ones(4)), TypeError, "f cannot be applied"),
+    (
+        "a complex function",
+        lambda: spectrum.apply(INDEFINITE, np.emath.log, np.ones(4), progress=False),
+        TypeError,
+        "f returned values",
+    ),
+    (
+        "the logarithm of an indefinite matrix",
+        lambda: spectrum.apply(INDEFINITE, "log", np.ones(4), progress=False),
+        ValueError,
+        "A has an eigenvalue <= -1",
+    ),
+    (
+        "a vector of another length",
+        lambda: spectrum.apply(DENSE, "exp", np.ones(3)),
+        ValueError,
+        "b has shape (3,)",
+    ),
+    ("a complex vector", lambda: spectrum.apply(DENSE, "exp", 1j * np.ones(4)), TypeError, "b has dtype complex128"),
+    ("a vector with NaN", lambda: spectrum.apply(DENSE, "exp", np.full(4, np.nan)), ValueError, "b is not finite"),
+    ("no step", lambda: spectrum.apply(DENSE, "exp", np.ones(4), num_steps=0), ValueError, "num_steps is 0"),
+    ("a tolerance of 1", lambda: spectrum.apply(DENSE, "exp", np.ones(4), rtol=1), ValueError, "rtol is 1"),
+    ("a matrix that is not square", lambda: spectrum.apply(WIDE, "exp", np.ones(4)), ValueError, "A has shape (3, 4)"),
+    (
+        "too little memory",
+        lambda: spectrum.apply(DENSE, "exp", np.ones(4), memory=1),
+        MemoryError,
+        "the Lanczos basis of one column of b",
+    ),
+)
+area(
     "Spectra",
     ("no probe", lambda: spectrum.density(DENSE, num_probes=0), ValueError, "num_probes is 0"),
     ("half a step", lambda: spectrum.density(DENSE, num_steps=0.5), ValueError, "num_steps is 0.5"),
@@ -192,6 +230,24 @@ area(
     ),
     ("tracking every zeroth step", lambda: spectrum.track(DENSE, every=0), ValueError, "every is 0"),
     ("tracking an end that is inside", lambda: spectrum.track(DENSE, which="SM"), ValueError, "which is 'SM'"),
+    (
+        "tracking with an unknown optimizer",
+        lambda: spectrum.track(H, optimizer=torch.optim.NAdam(PARAMS.values())),
+        TypeError,
+        "optimizer is a NAdam",
+    ),
+    (
+        "tracking with the optimizer of another model",
+        lambda: spectrum.track(H, optimizer=torch.optim.SGD(mlp().parameters(), lr=0.1)),
+        ValueError,
+        "optimizer does not have the parameter '0.weight'",
+    ),
+    (
+        "tracking a matrix without parameters with an optimizer",
+        lambda: spectrum.track(DENSE, optimizer=torch.optim.SGD(PARAMS.values(), lr=0.1)),
+        TypeError,
+        "A is a MatrixLinearOperator",
+    ),
     ("tracking what is no matrix", lambda: spectrum.track(3), TypeError, "A is a int"),
     ("checking what is no operator", lambda: check(np.eye(3)), TypeError, "A is a ndarray"),
     ("checking without probes", lambda: check(DENSE, num_probes=0), ValueError, "num_probes is 0"),
