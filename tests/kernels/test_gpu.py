@@ -28,7 +28,7 @@ from curvop.kernels.batches import on_device
 from curvop.kernels.cuda_graphs import Recorder
 from curvop.operators import transfer
 from curvop.operators.transfer import Staging
-from curvop.spectrum import blocks, density, diagonal, eigsh, frobenius_norm, trace, track
+from curvop.spectrum import apply, blocks, density, diagonal, eigsh, frobenius_norm, trace, track
 from curvop.spectrum.lanczos import Lanczos
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -449,3 +449,25 @@ def problem():
     data = [(torch.randn(20, 6), torch.randint(0, 3, (20,))) for _ in range(2)]
     return dict(model=model, loss_function=nn.CrossEntropyLoss(), params=dict(model.named_parameters()), data=data)
 """
+
+
+def test_functions_of_matrices_keep_vectors_on_the_gpu() -> None:
+    there, here = pair("conv")
+    b = vectors(here, 2)
+    expected = apply(here, "exp", b, rtol=1e-11, progress=False)
+    result = apply(there, "exp", torch.from_numpy(b).cuda(), rtol=1e-11, progress=False)
+    assert result.value.is_cuda
+    close(result.value.cpu().numpy(), expected.value)
+    close(apply(there, "exp", b, rtol=1e-11, progress=False).value, expected.value)
+
+
+def test_preconditioned_eigenvalues_are_the_cpus() -> None:
+    values = []
+    for H in pair("conv"):
+        parameters = list(H._params.values())
+        optimizer = torch.optim.Adam(parameters, lr=0.01, capturable=parameters[0].is_cuda)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        values.append(track(H, 2, tol=1e-10, optimizer=optimizer).step())
+    close(*values)
