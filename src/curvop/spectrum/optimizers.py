@@ -26,13 +26,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from curvop.operators.base import Rows, TensorLinearOperator, WrappingLinearOperator
+from curvop.operators.diagonal_operator import DiagonalLinearOperator
 from curvop.operators.parameter_operator import ParameterVectors
 
 __all__ = ["check_optimizer", "preconditioned", "stability_threshold"]
@@ -49,8 +48,7 @@ def check_optimizer(A: Any, optimizer: Any) -> None:
             f"optimizer is a {type(optimizer).__name__}, but must be one of {known} of torch.optim (not a subclass), "
             "because the stability thresholds of others are not known"
         )
-    rows, cols = A._row_and_column_layouts if isinstance(A, ParameterVectors) else (None, None)
-    if rows is None or cols is None or rows.names != cols.names:
+    if not isinstance(A, ParameterVectors) or not A.has_diagonal_blocks:
         raise TypeError(
             f"A is a {type(A).__name__}, but with optimizer= its rows and columns must be the same parameters: pass a "
             "curvature operator, such as a HessianLinearOperator, or A.block(names)"
@@ -115,8 +113,8 @@ def preconditioned(A: ParameterVectors, optimizer: Optimizer) -> LinearOperator 
             raise ValueError(f"optimizer has eps=0 and a second moment of 0 for {name!r}: use a positive eps")
         scales.append(inverses.sqrt().expand(own.shape).reshape(-1))
         decays.append(torch.full_like(scales[-1], 0.0 if update.decoupled else decay))
-    sign = -1.0 if group["maximize"] else 1.0
-    return _PreconditionedOperator(A, torch.cat(scales), torch.cat(decays), sign)
+    S, W = DiagonalLinearOperator(torch.cat(scales)), DiagonalLinearOperator(torch.cat(decays))
+    return S @ ((-A if group["maximize"] else A) + W) @ S
 
 
 def _owners(A: ParameterVectors, optimizer: Optimizer) -> dict[str, tuple[Tensor, Group]]:
@@ -193,34 +191,3 @@ _RULES: dict[type[Optimizer], Callable[[Group, State], _Update]] = {
     AdamW: _adam,
     RMSprop: _rmsprop,
 }
-
-
-class _PreconditionedOperator(WrappingLinearOperator):
-    """The operator ``S (sign * A + W) S`` with diagonal matrices S and W.
-
-    Parameters
-    ----------
-    A : TensorLinearOperator, shape (N, N)
-        The symmetric operator.
-    scales, decays : Tensor, shape (N,)
-        The diagonals of S and W, in float64 on the device of `A`.
-    sign : float
-        1 or -1.
-    """
-
-    def __init__(self, A: TensorLinearOperator, scales: Tensor, decays: Tensor, sign: float) -> None:
-        super().__init__(A.dtype, A.shape)
-        self._A, self._scales, self._decays, self._sign = A, scales, decays, sign
-        self._on_host = scales.cpu().numpy(), decays.cpu().numpy()
-
-    def _apply(self, rows: Rows) -> Rows:
-        scales: Any
-        decays: Any
-        if isinstance(rows, Tensor):
-            scales, decays = (diagonal.to(rows.device, rows.dtype) for diagonal in (self._scales, self._decays))
-        else:
-            scales, decays = self._on_host
-        scaled: Any = scales * rows
-        products: Any = self._sign * self._A._multiply_last_axis(scaled) + decays * scaled
-        result: Any = scales * products
-        return result if isinstance(rows, Tensor) else np.asarray(result, dtype=self._product_dtype(rows.dtype))
