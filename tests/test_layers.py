@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 WINGS = ("kernels", "operators", "storage", "spectrum", "solvers", "distributed", "testing", "checks", "cli")
 
 #: What scripts import by path. These modules hold names of other modules only.
-REEXPORTS = {"submatrix", "utils", "problems", "preconditioner", "examples", "examples.functorch"}
+REEXPORTS = {"submatrix", "utils", "problems", "preconditioner", "huggingface", "examples", "examples.functorch"}
 
 
 def module_of(path: Path) -> str:

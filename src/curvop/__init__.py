@@ -58,10 +58,11 @@ the whole matrix::
     True
 """
 
-from curvop import distributed, preconditioner, spectrum
+from curvop import distributed, huggingface, preconditioner, spectrum
 from curvop.checks.check_report import CheckReport
 from curvop.checks.operator_checks import check
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
+from curvop.kernels.functions_objective import TargetLoss
 from curvop.operators.algebra import DampedLinearOperator
 from curvop.operators.diagonal_operator import BlockDiagonalLinearOperator, DiagonalLinearOperator
 from curvop.operators.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
@@ -95,11 +96,13 @@ __all__ = [
     "NotConvergedError",
     "SolveResult",
     "SubmatrixLinearOperator",
+    "TargetLoss",
     "TransposedJacobianLinearOperator",
     "allclose_report",
     "check",
     "distributed",
     "functorch_hessian",
+    "huggingface",
     "preconditioner",
     "select",
     "solve",

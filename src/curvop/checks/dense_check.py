@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from curvop.operators.error_text import describe_error
-from curvop.testing.functorch_reference import NoHessianError
+from curvop.testing.functorch_reference import NoHessianError, call_arguments
 
 __all__ = ["DENSE_LIMIT", "DenseCheck", "accuracy", "dense_check", "largest_difference", "rounding_tolerance"]
 
@@ -176,6 +176,6 @@ def _with_others_fixed(problem: dict[str, Any], params: dict[str, torch.Tensor])
         if not isinstance(model, nn.Module):
             return model({**others, **selected}, inputs)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch norm writes to its buffers
-        return functional_call(model, {**buffers, **others, **selected}, (inputs,))
+        return functional_call(model, {**buffers, **others, **selected}, *call_arguments(model, inputs))
 
     return call

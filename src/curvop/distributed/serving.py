@@ -25,7 +25,7 @@ __all__ = ["RemoteOperator", "ServedOperator", "Worker", "compare"]
 
 #: Names of the digests that depend on code or settings. If these digests differ between ranks, the matrix may still be
 #: the same, so the difference causes a warning instead of an error.
-_CODE_PARTS = ("model", "loss_function", "objective", "batch_weight")
+_CODE_PARTS = ("model", "loss_function", "predict", "loss", "objective", "batch_weight")
 
 
 class ServedOperator:

@@ -20,6 +20,7 @@ __all__ = [
     "Feed",
     "at_batch",
     "batch_size",
+    "batch_size_of",
     "example_of",
     "joined",
     "leading_size",
@@ -155,6 +156,11 @@ def batch_size(*parts: Any) -> int | None:
         lengths = {len(part) for part in parts if isinstance(part, list | tuple)}
         common &= shared if len(shared) == 1 and None not in shared else lengths
     return common.pop() if len(common) == 1 else None
+
+
+def batch_size_of(batch: Any) -> int | None:
+    """Return the number of examples in a batch of any type, or None if the number is unknown; see `batch_size`."""
+    return batch_size(*batch) if isinstance(batch, list | tuple) else batch_size(batch)
 
 
 def _common_sizes(parts: Iterable[Any]) -> set[int]:

@@ -64,7 +64,8 @@ def write_diagonal(kernel: GGNLikeKernel, names: Sequence[str], out: Tensor) -> 
             output_hessian = kernel.output_hessian([z], batch, extra, functools.partial(loss.gradient, [z]))
             eigenvalues, vectors = _decompose(output_hessian, z, describe)
             _check_gradient(kernel, names, batch, z, describe)
-            for part, value in zip(parts, _sum_powers(kernel, names, batch[0], z, eigenvalues, vectors), strict=True):
+            X, _ = objective.pair(batch)
+            for part, value in zip(parts, _sum_powers(kernel, names, X, z, eigenvalues, vectors), strict=True):
                 part.add_(value.to(part.device), alpha=loss.weight)
         objective.conclude(totals)
     out.div_(objective.divisor(totals.weights))
@@ -143,7 +144,7 @@ def _check_gradient(
         if part is not None:
             _check_finite(part, f"parameter {name!r}", describe)
     sums = _sum_powers(
-        *(kernel, names, batch[0], z, torch.ones(1, _count(z), dtype=z.dtype, device=z.device)),
+        *(kernel, names, objective.pair(batch)[0], z, torch.ones(1, _count(z), dtype=z.dtype, device=z.device)),
         probe.view(1, _count(z), *z.shape[1:]),
         power=1,
     )
@@ -183,9 +184,7 @@ def _sum_powers(
     def sum_of_example(inputs: list[Tensor], weights: Tensor, vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
         remaining = iter(inputs)
         example = map_leaves(lambda _: next(remaining) if single else next(remaining)[None], X)
-        output, pullback, *_ = vjp(
-            lambda own: objective.traced_prediction(leaves | own, buffers, (example, None)), params
-        )
+        output, pullback, *_ = vjp(lambda own: objective.traced_prediction(leaves | own, buffers, example), params)
         total = [torch.zeros_like(value) for value in params.values()]
         for weight, vector in zip(weights, vectors, strict=True):
             gradient = pullback(vector.view_as(output))[0].values()

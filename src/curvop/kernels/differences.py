@@ -286,14 +286,17 @@ class _EmpiricalFisher(Differences):
         examples = Examples(self.code.objective.loss_function)  # type: ignore[attr-defined]
         predictions = self.code.run(lambda own: [detached(self.code.predict(batch)) for batch in own], batches)
         pairs = zip(predictions, batches, strict=True)
-        return sum(examples.count(outputs_of(prediction), y) for prediction, (_, y) in pairs)
+        return sum(examples.count(outputs_of(prediction), self._targets(batch)) for prediction, batch in pairs)
 
     def _losses(self, batches: list[Any]) -> list[Tensor]:
         """For each batch, return a tensor with the losses of its examples.
 
         `curvop.kernels.losses` defines what an example is.
         """
-        return [self._unreduced(self.code.predict(batch), batch[1]) for batch in batches]
+        return [self._unreduced(self.code.predict(batch), self._targets(batch)) for batch in batches]
+
+    def _targets(self, batch: Any) -> Any:
+        return self.code.objective.pair(batch)[1]  # type: ignore[attr-defined]
 
     def _unreduced(self, prediction: Any, y: Any) -> Tensor:
         loss_function: Any = self.code.objective.loss_function  # type: ignore[attr-defined]

@@ -90,7 +90,7 @@ class SampledFisherKernel(GGNLikeKernel):
         self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> OutputHessian:
         """Return the block-diagonal map `M`. The block of an example is the mean of ``r r'`` over its draws."""
-        [z], (_, y) = outputs, batch
+        [z], (_, y) = outputs, self.objective.pair(batch)
         with torch.no_grad():
             draws = [self._likelihood.derivative(z, y, noise, extra) for noise in extra["noise"]]
             return _OuterProducts(self._examples, [[draw * self._samples**-0.5] for draw in draws])
@@ -141,7 +141,7 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
             used = [output for output, part in zip(outputs, derivative, strict=True) if part is not None]
             divisor = objective.divisor_of(prediction, index, batch)
             ratio = loss.weight / divisor if divisor else 1.0
-            count += ratio * examples.count(used or outputs, batch[1])
+            count += ratio * examples.count(used or outputs, objective.pair(batch)[1])
             for part, value in zip(parts, LinearMap(outputs, layout.of(leaves))(derivative), strict=True):
                 if value is not None:
                     part.add_(value.to(part.device), alpha=loss.weight)

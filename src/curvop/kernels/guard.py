@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from curvop.kernels.batches import leaves, map_leaves
 
-__all__ = ["Guard", "modules_of", "own_batch", "parts_of", "replaced"]
+__all__ = ["Guard", "modules_of", "own_batch", "parts_of", "referenced_modules", "replaced"]
 
 T = TypeVar("T")
 
@@ -139,6 +140,57 @@ def modules_of(function: Any) -> list[nn.Module]:
         return [module for part in parts for module in modules_of(part)]
     own = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
     return [own] if isinstance(own, nn.Module) else []
+
+
+def referenced_modules(function: Any) -> list[nn.Module]:
+    """Return a list of the modules that a callable can use, without duplicates.
+
+    In addition to the modules that `modules_of` returns, the list contains the modules in closure variables, default
+    arguments, attributes of objects that are callable or to which a method is bound, and global variables. Functions
+    among these objects are searched, too, but global functions only if they are from the same file.
+    """
+    found: dict[nn.Module, None] = {}
+    seen: set[int] = set()
+    stack = [function]
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found[value] = None
+        elif isinstance(value, functools.partial):
+            stack += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, types.MethodType):
+            stack += [value.__self__, value.__func__, *getattr(value.__self__, "__dict__", {}).values()]
+        elif isinstance(value, types.FunctionType):
+            stack += _used_by(value)
+        elif isinstance(value, list | tuple):
+            stack += value
+        elif isinstance(value, Mapping):
+            stack += value.values()
+        elif callable(value) and not isinstance(value, type):
+            stack += getattr(value, "__dict__", {}).values()
+    return list(found)
+
+
+def _used_by(function: types.FunctionType) -> list[Any]:
+    """Return the modules and functions that a function uses, and its closure variables and default arguments."""
+    if function.__module__.partition(".")[0] == "torch":
+        return []
+    values: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # the variable has no value yet
+            values.append(cell.cell_contents)
+    code = [function.__code__]
+    while code:  # names in nested functions, too
+        inner = code.pop()
+        code += [constant for constant in inner.co_consts if isinstance(constant, types.CodeType)]
+        for used in (function.__globals__.get(name) for name in inner.co_names):
+            own = isinstance(used, types.FunctionType) and used.__module__ == function.__module__
+            if own or isinstance(used, nn.Module | functools.partial):
+                values.append(used)
+    return values
 
 
 @contextlib.contextmanager

@@ -125,8 +125,10 @@ _FUNCTIONS: dict[Any, type[nn.Module]] = {
 _WEIGHTED_MEAN = (nn.HuberLoss, nn.L1Loss, nn.MSELoss, nn.SmoothL1Loss)
 
 
-def loss_reduction(loss_function: Callable[..., Any]) -> str:
+def loss_reduction(loss_function: Callable[..., Any], name: str = "loss_function") -> str:
     """Return the reduction of `loss_function` over a batch, ``'mean'`` or ``'sum'``.
+
+    `name` is the name of the user's argument in error messages.
 
     Raises
     ------
@@ -134,13 +136,13 @@ def loss_reduction(loss_function: Callable[..., Any]) -> str:
         If the reduction is neither a mean nor a sum, or is set by a deprecated argument.
     """
     if isinstance(loss_function, functools.partial) and {"size_average", "reduce"} & set(loss_function.keywords):
-        raise ValueError("loss_function has size_average= or reduce=, which torch has deprecated: use reduction=")
+        raise ValueError(f"{name} has size_average= or reduce=, which torch has deprecated: use reduction=")
     reduction = loss_setting(loss_function, "reduction", "mean")
     if reduction == "batchmean":
         return "mean"
     if reduction not in ("mean", "sum"):
         raise ValueError(
-            f"loss_function has reduction={reduction!r}, but curvature needs one number per batch: "
+            f"{name} has reduction={reduction!r}, but curvature needs one number per batch: "
             "use reduction='mean' or reduction='sum'"
         )
     return str(reduction)
@@ -387,6 +389,8 @@ class Likelihood:
     ----------
     loss_function : callable
         ``MSELoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss``, or their functional forms.
+    name : str
+        The name of the user's argument in error messages.
 
     Raises
     ------
@@ -394,18 +398,18 @@ class Likelihood:
         If `loss_function` is any other loss, or ``mse_loss`` with a `weight`.
     """
 
-    def __init__(self, loss_function: Callable[..., Any]) -> None:
+    def __init__(self, loss_function: Callable[..., Any], name: str = "loss_function") -> None:
         kind = loss_kind(loss_function)
         if kind not in _DRAWS:
             raise ValueError(
-                "loss_function is no known log-likelihood, so it has no Fisher matrix: pass MSELoss, "
+                f"{name} is no known log-likelihood, so it has no Fisher matrix: pass MSELoss, "
                 "CrossEntropyLoss or BCEWithLogitsLoss, or use GGNLinearOperator or EFLinearOperator"
             )
         self._kind = kind
         self._setting = functools.partial(loss_setting, loss_function)
         if kind is nn.MSELoss and self._setting("weight", None) is not None:
             raise ValueError(
-                "loss_function has an element weight=, which the Fisher matrix does not support: use GGNLinearOperator"
+                f"{name} has an element weight=, which the Fisher matrix does not support: use GGNLinearOperator"
             )
 
     def noise(self, shape: torch.Size, draws: int, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -45,6 +47,9 @@ class ModelObjective(Objective):
         over something other than the examples of a batch.
     """
 
+    #: The name of the loss function in error messages.
+    loss_name = "loss_function"
+
     def __init__(
         self,
         model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
@@ -55,10 +60,29 @@ class ModelObjective(Objective):
     ) -> None:
         check_callable("model", model, "an nn.Module, or a function (params, X) -> prediction")
         check_callable("loss_function", loss_function, "a loss of torch.nn, or a function (prediction, y) -> scalar")
-        modules = list(dict.fromkeys((*modules_of(model), *modules_of(loss_function))))
-        super().__init__(modules, checked_params(model, params), data, loss_reduction(loss_function), batch_weight)
+        self._set_up(model, modules_of(model), loss_function, modules_of(loss_function), params, data, batch_weight)
+
+    def _set_up(
+        self,
+        model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+        model_modules: Iterable[nn.Module],
+        loss_function: Callable[[Any, Any], Tensor],
+        loss_modules: Iterable[nn.Module],
+        params: Mapping[str, Tensor] | Iterable[Tensor],
+        data: Iterable[Any],
+        batch_weight: BatchWeight | None,
+    ) -> None:
+        """Initialize the objective.
+
+        `model_modules` and `loss_modules` are the modules to which `model` and `loss_function` refer.
+        """
+        model_modules = list(model_modules)
+        modules = list(dict.fromkeys((*model_modules, *loss_modules)))
+        reduction = loss_reduction(loss_function, self.loss_name)
+        Objective.__init__(self, modules, checked_params(model, params), data, reduction, batch_weight)
         self._model = model
-        own = {id(value) for value in model.parameters()} if isinstance(model, nn.Module) else set()
+        self._model_modules = model_modules
+        own = {id(value) for module in model_modules for value in module.parameters()}
         self._apart = self._renormalized or any(
             id(value) not in own or not value.requires_grad for value in self.params.values()
         )
@@ -82,6 +106,11 @@ class ModelObjective(Objective):
                     f"{what} is scripted or traced (a {type(part).__name__} of torch.jit), and its parameter "
                     f"{own[0]!r} cannot be replaced: pass the original module; for speed use engine='compiled'"
                 )
+
+    def pair(self, batch: Any) -> tuple[Any, Any]:
+        """Return ``(X, y)``: the inputs that the model receives, and the targets that the loss function receives."""
+        X, y = batch
+        return X, y
 
     def predict(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         """Return the model's prediction for a batch as a differentiable function of `leaves`.
@@ -114,22 +143,25 @@ class ModelObjective(Objective):
         """
 
         def evaluate(leaves: Mapping[str, Tensor], own: Any) -> _Split:
+            X, y = self.pair(own)
             with self._evaluating(self._apart):
-                prediction = self._predict(leaves, own[0])
+                prediction = self._predict(leaves, X)
                 copy, parts = cut(prediction)
-                return _Split(prediction, copy, parts, self._criterion(copy, own))
+                return _Split(prediction, copy, parts, self._criterion(copy, X, y))
 
         with at_batch(index):
             prediction, copy, parts, evaluated = self._run(evaluate, leaves, batch, "split")
         return prediction, copy, parts, self._batch_loss(evaluated, index, batch)
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
+        X, y = self.pair(batch)
         with self._evaluating(self._apart):
-            return self._criterion(self._predict(leaves, batch[0]), batch)
+            return self._criterion(self._predict(leaves, X), X, y)
 
     def _prediction(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
+        X, _ = self.pair(batch)
         with self._evaluating(self._apart):
-            return self._predict(leaves, batch[0])
+            return self._predict(leaves, X)
 
     @contextlib.contextmanager
     def _evaluating(self, apart: bool) -> Iterator[None]:
@@ -139,33 +171,36 @@ class ModelObjective(Objective):
         other tensors (`apart` is True), the recomputed layers would be wrong.
         """
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # the user's hooks, if any
-        disabled = apart and hooks is None and isinstance(self._model, nn.Module)
+        disabled = apart and hooks is None and self._recomputes()
         with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES) if disabled else contextlib.nullcontext():
             yield
+
+    def _recomputes(self) -> bool:
+        """Return True if checkpointed layers would be recomputed with parameters other than the leaves."""
+        return isinstance(self._model, nn.Module)
 
     def _check_batch(self, index: int, batch: Any) -> None:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
 
-    def _criterion(self, prediction: Any, batch: Any) -> EvaluatedLoss:
-        _, y = batch
+    def _criterion(self, prediction: Any, X: Any, y: Any) -> EvaluatedLoss:
         check_classes(self.loss_function, prediction)
         if self._derivative is not None:
             with torch.no_grad():
-                loss, divisor = self.loss_function(prediction, y), self._mean_divisor(prediction, batch)
+                loss, divisor = self.loss_function(prediction, y), self._divisor(prediction, X, y)
             derivative = self._derivative(prediction, y, divisor)
             if derivative is not None:
                 return loss, divisor, prediction, derivative
         loss = self.loss_function(prediction, y)
         with torch.no_grad():
-            return loss, self._mean_divisor(prediction, batch), loss, None
+            return loss, self._divisor(prediction, X, y), loss, None
 
     def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return the loss of a batch by calling the model and the loss function.
 
         If the objective belongs to a Jacobian and has no loss function, return the sum of the predictions.
         """
-        X, y = batch
+        X, y = self.pair(batch)
         prediction = self._predict(leaves, X)
         if getattr(self.loss_function, "stands_in", False):  # a plain sum is cheaper than `prediction_sum`
             return torch.stack([part.sum() for part in leaves_of(prediction) if part.is_floating_point()]).sum()
@@ -211,7 +246,7 @@ class ModelObjective(Objective):
                 )
 
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
-        return self._divisor(prediction, *batch)
+        return self._divisor(prediction, *self.pair(batch))
 
     def assumes_weights(self) -> bool:
         """Return True if the weights of the batches are only assumed, and should be verified.
@@ -255,21 +290,23 @@ class ModelObjective(Objective):
         if not isinstance(self._model, nn.Module):
             return self._model(dict(leaves), X)
         # DataParallel would copy the model's own parameters to several devices, and would not use the leaves.
-        model = self._model.module if isinstance(self._model, nn.DataParallel) else self._model
-        return model(X)
+        return _called(self._model.module if isinstance(self._model, nn.DataParallel) else self._model, X)
 
     def _constants(self) -> dict[str, Tensor]:
         """Return a dict of the model's tensors that are not differentiated, by name.
 
         The dict contains copies of the model's buffers, and the detached parameters that are not in `params`.
         """
-        if not isinstance(self._model, nn.Module):
-            return {}
         selected = {id(tensor) for tensors in self.originals().values() for tensor in tensors}
-        values = {name: _detached(value) for name, value in self._model.named_parameters() if id(value) not in selected}
+        values: dict[str, Tensor] = {}
+        buffers: dict[str, Tensor] = {}
+        for prefix, module in self._named_modules():
+            own = module.named_parameters(prefix)
+            values |= {name: _detached(value) for name, value in own if id(value) not in selected}
+            buffers |= {name: buffer.clone() for name, buffer in module.named_buffers(prefix)}
         if self._renormalized:
             values = {name: value.clone() for name, value in values.items()}
-        return values | {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        return values | buffers
 
     def buffers(self, leaves: Mapping[str, Tensor]) -> Buffers:
         """Return the constant tensors of the model (see `_constants`) and the tensors of the loss function."""
@@ -287,9 +324,20 @@ class ModelObjective(Objective):
 
     def _model_tensors(self) -> dict[str, Tensor]:
         """Return a dict of the model's parameters and buffers, by name."""
-        if not isinstance(self._model, nn.Module):
-            return {}
-        return dict(self._model.named_parameters(remove_duplicate=False)) | dict(self._model.named_buffers())
+        tensors: dict[str, Tensor] = {}
+        for prefix, module in self._named_modules():
+            tensors |= dict(module.named_parameters(prefix, remove_duplicate=False)) | dict(
+                module.named_buffers(prefix)
+            )
+        return tensors
+
+    def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules of the model, each with a prefix for the names of its tensors."""
+        if isinstance(self._model, nn.Module):
+            yield "", self._model
+            return
+        for number, module in enumerate(self._model_modules):
+            yield str(number), module
 
     @contextlib.contextmanager
     def _substituted(self, leaves: Mapping[str, Tensor], buffers: Buffers) -> Iterator[None]:
@@ -306,10 +354,10 @@ class ModelObjective(Objective):
 
     def traced(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Any]:
         """Return ``(loss, prediction)`` for a batch, as a pure function of the arguments."""
-        own = own_batch(batch, self.guard.writes)
+        X, y = self.pair(own_batch(batch, self.guard.writes))
         with self._substituted(leaves, buffers), self._evaluating(True):
-            prediction = self._predict(leaves, own[0])
-            return self._traced_criterion(prediction, buffers, own), prediction
+            prediction = self._predict(leaves, X)
+            return self._traced_criterion(prediction, buffers, y), prediction
 
     def traced_split(
         self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any, cut: Cut
@@ -318,27 +366,27 @@ class ModelObjective(Objective):
 
         As in `split`, ``parts`` are tensors in a detached copy of the prediction, and ``loss`` is a function of them.
         """
-        own = own_batch(batch, self.guard.writes)
+        X, y = self.pair(own_batch(batch, self.guard.writes))
         with self._substituted(leaves, buffers), self._evaluating(True):
-            prediction = self._predict(leaves, own[0])
+            prediction = self._predict(leaves, X)
             copy, parts = cut(prediction)
-            return prediction, parts, self._traced_criterion(copy, buffers, own)
+            return prediction, parts, self._traced_criterion(copy, buffers, y)
 
-    def traced_prediction(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> Any:
-        """Return the prediction of a batch as a pure function of the arguments."""
-        own = own_batch(batch, self.guard.writes)
+    def traced_prediction(self, leaves: Mapping[str, Tensor], buffers: Buffers, X: Any) -> Any:
+        """Return the prediction for the inputs `X` as a pure function of the arguments."""
+        own = own_batch(X, self.guard.writes)
         with self._substituted(leaves, buffers), self._evaluating(True):
-            return self._predict(leaves, own[0])
+            return self._predict(leaves, own)
 
-    def traced_loss(self, leaves: Mapping[str, Tensor], prediction: Any, buffers: Buffers, batch: Any) -> Tensor:
-        """Return the loss of a batch as a pure function of the arguments."""
-        own = own_batch(batch, self.guard.writes)
+    def traced_loss(self, leaves: Mapping[str, Tensor], prediction: Any, buffers: Buffers, y: Any) -> Tensor:
+        """Return the loss of a prediction with the targets `y` as a pure function of the arguments."""
+        own = own_batch(y, self.guard.writes)
         with self._substituted(leaves, buffers), self._evaluating(True):
             return self._traced_criterion(prediction, buffers, own)
 
-    def _traced_criterion(self, prediction: Any, buffers: Buffers, batch: Any) -> Tensor:
+    def _traced_criterion(self, prediction: Any, buffers: Buffers, y: Any) -> Tensor:
         keywords = buffers["loss"] if isinstance(self.loss_function, functools.partial) else {}
-        return self.loss_function(prediction, batch[1], **keywords)
+        return self.loss_function(prediction, y, **keywords)
 
 
 class _Split(NamedTuple):
@@ -360,3 +408,100 @@ def _detached(parameter: Tensor) -> Tensor:
     if parameter.is_inference():
         return parameter.detach().clone()  # autograd cannot save a tensor made under inference mode
     return parameter.detach()
+
+
+def _called(model: nn.Module, X: Any) -> Any:
+    """Return ``model(X)``, or ``model(**X)`` if `X` is a mapping that `passed_as_keywords`."""
+    if not isinstance(X, Mapping):
+        return model(X)
+    keywords = _passed_as_keywords(model, X)
+    try:
+        return model(**X) if keywords else model(X)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        note = _MAPPINGS[keywords].format(", ".join(map(repr, X)), ", ".join(_forward_parameters(model)))
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
+
+
+_MAPPINGS = {
+    True: (
+        "X is a mapping with the keys {}, which are parameters of the model's forward({}), so it was passed as "
+        "keywords, model(**X). To pass it as one argument, model(X), annotate this parameter of forward as a Mapping."
+    ),
+    False: (
+        "X is a mapping with the keys {}, and was passed as one argument, model(X). It is passed as keywords, "
+        "model(**X), if its keys are parameters of the model's forward({}). If forward has only one parameter, the "
+        "parameter must also be annotated as a Tensor."
+    ),
+}
+
+
+def _passed_as_keywords(model: nn.Module, X: Mapping[Any, Any]) -> bool:
+    """Return True if a mapping is passed to a module as ``model(**X)``, and False if it is passed as ``model(X)``.
+
+    A mapping is passed as keywords if all of the following holds:
+
+    - ``forward`` accepts its keys as keywords, and at least one of the keys is the name of a parameter.
+    - The first parameter of ``forward`` is not annotated as a mapping.
+    - ``forward`` has several parameters, or its only parameter is annotated, but not as ``Any`` or ``object``.
+
+    A mapping is also passed as keywords if ``forward`` accepts keywords only.
+
+    Raises
+    ------
+    TypeError
+        If ``forward`` accepts the mapping neither as one argument nor as keywords.
+    """
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # the signature of a scripted module is not available
+        return False
+    as_keywords = all(isinstance(key, str) for key in X) and _binds(signature, **X)
+    if not _binds(signature, X):
+        if as_keywords:
+            return True
+        raise TypeError(
+            f"X is a mapping with the keys {', '.join(map(repr, X))}, which fits the model's "
+            f"forward({', '.join(_forward_parameters(model))}) neither as one argument, model(X), nor as keywords, "
+            "model(**X): make data yield a mapping whose keys are parameters of forward"
+        )
+    if not as_keywords or not any(key in signature.parameters for key in X):
+        return False
+    first, *more = signature.parameters.values()
+    annotation = _annotation(model.forward, first)
+    if _is_mapping_type(annotation):
+        return False
+    return bool(more) or annotation not in (inspect.Parameter.empty, Any, object)
+
+
+def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
+    if not isinstance(parameter.annotation, str):
+        return parameter.annotation
+    try:
+        return inspect.signature(function, eval_str=True).parameters[parameter.name].annotation
+    except Exception:  # a name that is imported for type checkers only
+        return parameter.annotation
+
+
+def _is_mapping_type(annotation: Any) -> bool:
+    kinds = (annotation, *typing.get_args(annotation))
+    origins = [typing.get_origin(kind) or kind for kind in kinds]
+    if isinstance(annotation, str):
+        return any(word in annotation for word in ("dict", "Dict", "Mapping", "Encoding"))
+    return any(isinstance(origin, type) and issubclass(origin, Mapping) for origin in origins)
+
+
+def _forward_parameters(model: nn.Module) -> list[str]:
+    return [
+        str(parameter.replace(annotation=parameter.empty))
+        for parameter in inspect.signature(model.forward).parameters.values()
+    ]

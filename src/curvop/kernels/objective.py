@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.backends import cuda, cudnn
 
-from curvop.kernels.batches import Feed, at_batch, batch_size, numbered_errors, on_device
+from curvop.kernels.batches import Feed, at_batch, batch_size_of, numbered_errors, on_device
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.changes import ChangeDetector, Fingerprint, Generators, settings_of
 from curvop.kernels.differentiable import Evaluator, slow_backends
@@ -589,7 +589,7 @@ class CallableObjective(Objective):
         return self._objective(dict(leaves), batch)
 
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
-        return batch_size(*batch) if isinstance(batch, list | tuple) else batch_size(batch)
+        return batch_size_of(batch)
 
     def assumes_weights(self) -> bool:
         """Return True if no ``batch_weight`` was passed, so that the batches are weighted by their sizes."""

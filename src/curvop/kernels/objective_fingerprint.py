@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from curvop.kernels.batches import leaves
+from curvop.kernels.functions_objective import FunctionsObjective
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import CallableObjective, Objective
 
@@ -44,7 +45,10 @@ def objective_parts(objective: Objective, data: bool = True) -> dict[str, str]:
         Whether to include the batches. If True, the function reads all data once.
     """
     parts = {f"params[{name!r}]": _described(value) for name, value in objective.params.items()}
-    if isinstance(objective, ModelObjective):
+    if isinstance(objective, FunctionsObjective):
+        parts["predict"] = digest(objective._model)
+        parts["loss"] = digest((objective.loss_function, objective._targets))
+    elif isinstance(objective, ModelObjective):
         parts |= _model_parts(objective._model, objective.params)
         parts["loss_function"] = digest(objective.loss_function)
     elif isinstance(objective, CallableObjective):

@@ -257,7 +257,9 @@ class DoubleBatch(abc.ABC):
             return tuple(outputs_of(self._prediction(values)))
 
     def _prediction(self, values: Values) -> Any:
-        return self.objective.traced_prediction(self.point.values | values, self.point.buffers(), self.batch)
+        return self.objective.traced_prediction(
+            self.point.values | values, self.point.buffers(), self.objective.pair(self.batch)[0]
+        )
 
     def _along(self, vector: Tensor) -> Values:
         zeros = {name: torch.zeros_like(value) for name, value in self.values.items()}
@@ -310,7 +312,9 @@ class _GaussNewton(DoubleBatch):
         prediction = map_leaves(lambda part: next(parts) if part.is_floating_point() else part, self.prediction)
         with _ForwardDifferentiable([]):
             leaves = self.point.values
-            loss: Tensor = self.objective.traced_loss(leaves, prediction, self.point.buffers(), self.batch)
+            loss: Tensor = self.objective.traced_loss(
+                leaves, prediction, self.point.buffers(), self.objective.pair(self.batch)[1]
+            )
         return loss
 
 
@@ -323,13 +327,13 @@ class _EmpiricalFisher(DoubleBatch):
     def _losses(self, values: Values) -> Parts:
         """Return a tuple with one tensor: the losses of all examples. For examples, see `curvop.kernels.losses`."""
         with _ForwardDifferentiable(self._padding):
-            prediction, y = self._prediction(values), self.batch[1]
+            prediction, y = self._prediction(values), self.objective.pair(self.batch)[1]
             buffers, loss_function = self.point.buffers(), self.objective.loss_function
             if loss_kind(loss_function) is None:
                 loss_of_batch = self.objective.traced_loss
 
                 def loss_of_example(z: Any, y: Any) -> Any:
-                    return loss_of_batch(self.point.values, _as_batch(z), buffers, (None, _as_batch(y)))
+                    return loss_of_batch(self.point.values, _as_batch(z), buffers, _as_batch(y))
 
                 return (vmap(loss_of_example)(prediction, y),)
             unreduced = unreduced_loss(loss_function)

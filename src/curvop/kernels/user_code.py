@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -190,8 +191,10 @@ class UserCode:
 
     def predict(self, batch: Any) -> Any:
         """Return the model's prediction for a batch."""
-        X, _ = batch
-        return self._model(X) if isinstance(self._model, nn.Module) else self._model(dict(self.targets), X)
+        X, _ = self.objective.pair(batch)  # type: ignore[attr-defined]
+        if not isinstance(self._model, nn.Module):
+            return self._model(dict(self.targets), X)
+        return self._model(**X) if _takes_keywords(self._model, X) else self._model(X)
 
     def loss(self, batches: list[Any]) -> tuple[Tensor, Any]:
         """Join the batches into one batch, and return ``(loss, predictions)``.
@@ -224,7 +227,8 @@ class UserCode:
     def criterion(self, predictions: list[Any], batches: list[Any]) -> Tensor:
         """Join the predictions and the targets of all batches, and return the loss of the joined batch."""
         pairs = zip(predictions, batches, strict=True)
-        prediction, y = joined([(prediction, batch[1]) for prediction, batch in pairs])
+        targets = self.objective.pair  # type: ignore[attr-defined]
+        prediction, y = joined([(prediction, targets(batch)[1]) for prediction, batch in pairs])
         loss: Tensor = self.objective.loss_function(prediction, y)  # type: ignore[attr-defined]
         return loss
 
@@ -238,6 +242,35 @@ class UserCode:
         """
         names = self.names if names is None else tuple(names)
         return dict(zip(names, gradient_of(outputs, [self.targets[name] for name in names], seeds), strict=True))
+
+
+def _takes_keywords(model: nn.Module, X: Any) -> bool:
+    """Return True if the user would call the model as ``model(**X)``.
+
+    The kernels decide the same question by binding arguments to the signature of ``forward``. This function shares no
+    code with them: it compares the keys of `X` with the names of the parameters.
+    """
+    if not isinstance(X, Mapping):
+        return False
+    while isinstance(model, nn.DataParallel):
+        model = model.module
+    try:
+        spec = inspect.getfullargspec(inspect.unwrap(model.forward))
+    except TypeError:
+        return False
+    positional = spec.args[1:] if spec.args[:1] == ["self"] else spec.args
+    names, keys = {*positional, *spec.kwonlyargs}, set(X)
+    required = {*positional[: len(positional) - len(spec.defaults or ())], *spec.kwonlyargs} - {
+        *(spec.kwonlydefaults or {})
+    }
+    fits = required <= keys and (keys <= names or spec.varkw is not None)
+    if not positional and spec.varargs is None:
+        return fits
+    kind = str(spec.annotations.get(positional[0], "")) if positional else ""
+    if "Mapping" in kind or "dict" in kind.lower() or "Encoding" in kind:
+        return False
+    several = len(names) > 1 or spec.varkw is not None or spec.varargs is not None
+    return fits and bool(keys & names) and (several or kind not in ("", "Any", "typing.Any", "object", str(object)))
 
 
 def gradient_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor] | None) -> list[Tensor]:

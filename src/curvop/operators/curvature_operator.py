@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvop.kernels.diagonal import write_diagonal
+from curvop.kernels.functions_objective import FunctionsObjective
 from curvop.kernels.ggn_kernel import GGNLikeKernel
 from curvop.kernels.kernel import Kernel
 from curvop.kernels.model_objective import ModelObjective
@@ -48,6 +49,101 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
     ) -> None:
         objective = ModelObjective(model, loss_function, params, data, batch_weight)
         self._setup(objective, Settings(dtype, cache, engine, columns, progress))
+
+    @classmethod
+    @named_keywords
+    def from_functions(
+        cls,
+        predict: Callable[[dict[str, Tensor], Any], Any],
+        loss: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor],
+        data: Iterable[Any],
+        *,
+        dtype: Any = np.float64,
+        cache: float | str = "auto",
+        engine: str = "autograd",
+        columns: int | str = "auto",
+        batch_weight: BatchWeight | None = None,
+        progress: Any = False,
+    ) -> Self:
+        """Construct the matrix of an objective in two parts: a prediction, and the loss of this prediction.
+
+        Use it if the data are not pairs ``(X, y)``, or if the model needs more than one argument. The objective of a
+        batch is ``loss(predict(params, batch), batch)``. Batches may be of any type that both functions accept, such as
+        the dicts of a data collator. For models of Hugging Face, `curvop.huggingface` provides the two functions.
+
+        Parameters
+        ----------
+        predict : callable
+            Function ``(params_dict, batch) -> prediction``. The prediction is a tensor or a nested structure of
+            tensors, and must depend on the parameters through ``params_dict``. To evaluate a module, use
+            ``torch.func.functional_call(model, params_dict, ...)``.
+        loss : callable
+            Function ``(prediction, batch) -> scalar``, which must depend on the parameters only through the prediction
+            (a Hessian has no such restriction). If the attribute ``reduction`` of the function is 'sum', the loss is a
+            sum over the batch. Otherwise, it is a mean. A `curvop.TargetLoss` applies a loss function of ``torch.nn``
+            to targets in the batch.
+        params : dict of str to Tensor
+            Parameters in the order of the rows and columns, either all float32 or all float64. The parameters may have
+            ``requires_grad=False``.
+        data : iterable of batches
+            A list, a ``DataLoader`` or any other iterable that can be read repeatedly. The tensors of a batch are moved
+            to the device of the parameters.
+        dtype, cache, engine, columns, progress
+            As in the constructor.
+        batch_weight : callable, optional
+            Function ``batch -> w_b`` that returns the weight of a batch. By default, the weight of a batch is the
+            divisor of the loss function if ``loss`` is a `curvop.TargetLoss`. For any other loss, the default weight is
+            the size of the first dimension of the tensors in the batch, which must be the same for all of them.
+
+        Returns
+        -------
+        operator
+            Operator of shape ``(P, P)`` and of the class on which the method was called.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError, NonFiniteProductError, NonDeterministicObjectiveError
+            Under the same conditions as in the constructor.
+
+        See Also
+        --------
+        curvop.TargetLoss : Apply a loss function of PyTorch to targets in the batch.
+        curvop.huggingface.causal_lm : The two functions for a language model of Hugging Face.
+
+        Notes
+        -----
+        Empirical Fisher matrices and gradient covariances are sums over examples. If ``loss`` is a `curvop.TargetLoss`
+        with a loss function of ``torch.nn``, the examples are the same as in the constructor. For cross-entropy, for
+        example, each target that is not ignored is an example. For any other loss, each index of the first dimension of
+        the prediction is an example, and the loss of a batch must be the sum of the losses of its examples, divided by
+        the weight of the batch.
+
+        The modules that the two functions use (as closure or global variables, for example) are left as found: their
+        buffers and attributes are restored after each evaluation.
+
+        Examples
+        --------
+        The batches are dicts. The prediction of a linear regression depends on two of the three tensors:
+
+        >>> import torch
+        >>> from curvop import GGNLinearOperator
+        >>> def predict(params, batch):
+        ...     return batch["scale"] * (batch["inputs"] @ params["w"])
+        >>> def loss(prediction, batch):
+        ...     return (prediction - batch["targets"]).square().mean()
+        >>> params = {"w": torch.zeros(2, dtype=torch.float64)}
+        >>> X = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+        >>> data = [dict(inputs=X[:2], scale=torch.ones(2), targets=torch.ones(2))]
+        >>> data += [dict(inputs=X[2:], scale=torch.ones(1), targets=torch.ones(1))]
+        >>> G = GGNLinearOperator.from_functions(predict, loss, params, data)
+        >>> (G @ [3.0, 3.0]).round(6)  # 2 / 3 times X.T @ X @ [3, 3]
+        array([ 2., 10.])
+        """
+        self = cls.__new__(cls)
+        objective = FunctionsObjective(predict, loss, params, data, batch_weight)
+        self._setup(objective, Settings(dtype, cache, engine, columns, progress))
+        return self
 
     def _setup(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvop.kernels.fisher_kernel import EmpiricalFisherKernel, SampledFisherKernel, gradient_sum
+from curvop.kernels.functions_objective import FunctionsObjective
 from curvop.kernels.ggn_kernel import GGNKernel
 from curvop.kernels.losses import Likelihood
 from curvop.kernels.model_objective import ModelObjective
@@ -53,8 +54,9 @@ class EFLinearOperator(GGNLikeLinearOperator):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. In most cases, a module
-        should be in evaluation mode (see Warns).
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
+        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes of
+        `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns).
     loss_function : nn.Module or callable
         Function ``(prediction, y) -> scalar``. Its attribute ``reduction`` ('mean' or 'sum') specifies whether the loss
         is a mean or a sum over the batch. If the attribute is missing, 'mean' is assumed. The loss of one example must
@@ -196,8 +198,9 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. In most cases, a module
-        should be in evaluation mode (see Warns).
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
+        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes of
+        `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns).
     loss_function : nn.Module or callable
         Function ``(prediction, y) -> scalar``. Its attribute ``reduction`` ('mean' or 'sum') specifies whether the loss
         is a mean or a sum over the batch. If the attribute is missing, 'mean' is assumed. The loss of one example must
@@ -439,8 +442,9 @@ class FisherLinearOperator(GGNLikeLinearOperator):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. In most cases, a module
-        should be in evaluation mode (see Warns).
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
+        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes of
+        `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns).
     loss_function : nn.Module or callable
         ``MSELoss`` (a normal distribution of variance 1/2), ``CrossEntropyLoss`` (a categorical distribution),
         ``BCEWithLogitsLoss`` (independent Bernoulli distributions), or their functional forms.
@@ -574,12 +578,92 @@ class FisherLinearOperator(GGNLikeLinearOperator):
         batch_weight: BatchWeight | None = None,
         progress: Any = False,
     ) -> None:
+        objective = ModelObjective(model, loss_function, params, data, batch_weight)
+        self._set_kernel(objective, mc_samples, rng)
+        self._setup(objective, Settings(dtype, cache, engine, columns, progress))
+
+    @classmethod
+    @named_keywords
+    def from_functions(
+        cls,
+        predict: Callable[[dict[str, Tensor], Any], Any],
+        loss: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor],
+        data: Iterable[Any],
+        *,
+        mc_samples: int = 0,
+        rng: int | np.random.Generator | None = None,
+        dtype: Any = np.float64,
+        cache: float | str = "auto",
+        engine: str = "autograd",
+        columns: int | str = "auto",
+        batch_weight: BatchWeight | None = None,
+        progress: Any = False,
+    ) -> Self:
+        """Construct the Fisher matrix of an objective in two parts: a prediction, and the loss of this prediction.
+
+        The likelihood must be known, so ``loss`` must be a `curvop.TargetLoss` with one of the three loss functions
+        that the constructor accepts. For any other loss, use `curvop.GGNLinearOperator.from_functions`.
+
+        Parameters
+        ----------
+        predict : callable
+            Function ``(params_dict, batch) -> prediction``; see `curvop.GGNLinearOperator.from_functions`. The
+            prediction must be one tensor.
+        loss : TargetLoss
+            Loss function ``(prediction, batch) -> scalar``.
+        params : dict of str to Tensor
+            Parameters in the order of the rows and columns, either all float32 or all float64. The parameters may have
+            ``requires_grad=False``.
+        data : iterable of batches
+            A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Batches may be of any type that
+            both functions accept.
+        mc_samples, rng, dtype, cache, engine, columns, progress
+            As in the constructor.
+        batch_weight : callable, optional
+            Function ``batch -> w_b`` that returns the weight of a batch. By default, the weight is the divisor of the
+            loss function.
+
+        Returns
+        -------
+        FisherLinearOperator
+            Operator of shape ``(P, P)``.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError, NonFiniteProductError, NonDeterministicObjectiveError
+            Under the same conditions as in the constructor.
+
+        Examples
+        --------
+        For cross-entropy, the Fisher matrix equals the generalized Gauss-Newton matrix:
+
+        >>> import numpy as np
+        >>> import torch
+        >>> from torch import nn
+        >>> from curvop import FisherLinearOperator, GGNLinearOperator, TargetLoss
+        >>> problem = dict(
+        ...     predict=lambda params, batch: batch["inputs"] @ params["w"],
+        ...     loss=TargetLoss(nn.CrossEntropyLoss(), lambda batch: batch["labels"]),
+        ...     params={"w": torch.ones(2, 3, dtype=torch.float64)},
+        ...     data=[dict(inputs=torch.eye(2, dtype=torch.float64), labels=torch.tensor([2, -100]))],
+        ... )
+        >>> F = FisherLinearOperator.from_functions(**problem)
+        >>> np.allclose(F @ np.eye(6), GGNLinearOperator.from_functions(**problem) @ np.eye(6))
+        True
+        """
+        self = cls.__new__(cls)
+        objective = FunctionsObjective(predict, loss, params, data, batch_weight)
+        self._set_kernel(objective, mc_samples, rng)
+        self._setup(objective, Settings(dtype, cache, engine, columns, progress))
+        return self
+
+    def _set_kernel(self, objective: ModelObjective, mc_samples: int, rng: int | np.random.Generator | None) -> None:
+        """Choose the kernel of the exact or of the sampled matrix. Raise an error for an unsupported loss."""
         if not isinstance(mc_samples, int | np.integer) or mc_samples < 0:
             raise ValueError(f"mc_samples is {mc_samples!r}, but must be an integer >= 0 (0 for the exact matrix)")
-        objective = ModelObjective(model, loss_function, params, data, batch_weight)
-        Likelihood(objective.loss_function)  # raises for unsupported losses
+        Likelihood(objective.loss_function, objective.loss_name)
         self._kernel = GGNKernel
         if mc_samples:
             seed = int(random_generator(rng).integers(2**63))
             self._kernel = functools.partial(SampledFisherKernel, samples=int(mc_samples), seed=seed)
-        self._setup(objective, Settings(dtype, cache, engine, columns, progress))

@@ -32,8 +32,10 @@ class GGNLinearOperator(GGNLikeLinearOperator):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. In most cases, a module
-        should be in evaluation mode (see Warns). A prediction is a tensor or a nested structure of tensors.
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
+        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes of
+        `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns). A prediction
+        is a tensor or a nested structure of tensors.
     loss_function : nn.Module or callable
         Function ``(prediction, y) -> scalar``. Its attribute ``reduction`` ('mean' or 'sum') specifies whether the loss
         is a mean or a sum over the batch. If the attribute is missing, 'mean' is assumed. The loss must be twice

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from curvop.kernels.functions_objective import FunctionsObjective
 from curvop.kernels.jacobian_kernel import JacobianKernel, prediction_sizes, prediction_sum
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.parameters import ParameterLayout
@@ -41,8 +42,74 @@ class _Jacobians(ParameterVectors, EngineLinearOperator):
         progress: Any = False,
     ) -> None:
         objective = ModelObjective(model, prediction_sum, params, data)
+        self._set_up_rows(objective, Settings(dtype, cache, engine, columns, progress))
+
+    @classmethod
+    @named_keywords
+    def from_functions(
+        cls,
+        predict: Callable[[dict[str, Tensor], Any], Any],
+        params: Mapping[str, Tensor],
+        data: Iterable[Any],
+        *,
+        dtype: Any = np.float64,
+        cache: float | str = "auto",
+        engine: str = "autograd",
+        columns: int | str = "auto",
+        progress: Any = False,
+    ) -> Self:
+        """Construct the Jacobian of a function of parameters and batch, or its transpose.
+
+        Use it if the data are not pairs ``(X, y)``, or if the model needs more than one argument. Batches may be of any
+        type that the function accepts, such as the dicts of a data collator.
+
+        Parameters
+        ----------
+        predict : callable
+            Function ``(params_dict, batch) -> prediction``. The prediction is a tensor or a nested structure of
+            tensors, which are flattened and concatenated. To evaluate a module, use
+            ``torch.func.functional_call(model, params_dict, ...)``.
+        params : dict of str to Tensor
+            Parameters in the order of the columns of the Jacobian, either all float32 or all float64. The parameters
+            may have ``requires_grad=False``.
+        data : iterable of batches
+            A list, a ``DataLoader`` or any other iterable that can be read repeatedly and yields the batches in the
+            same order each time. The tensors of a batch are moved to the device of the parameters.
+        dtype, cache, engine, columns, progress
+            As in the constructor.
+
+        Returns
+        -------
+        operator
+            Operator of the class on which the method was called.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError, NonFiniteProductError, NonDeterministicObjectiveError
+            Under the same conditions as in the constructor.
+
+        See Also
+        --------
+        curvop.GGNLinearOperator.from_functions : GGN of a prediction and a loss.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from curvop import JacobianLinearOperator
+        >>> params = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+        >>> data = [{"inputs": torch.tensor([[3.0, 4.0]], dtype=torch.float64)}]
+        >>> J = JacobianLinearOperator.from_functions(lambda p, batch: batch["inputs"] @ p["w"] ** 2, params, data)
+        >>> J @ [1.0, 1.0]
+        array([22.])
+        """
+        self = cls.__new__(cls)
+        objective = FunctionsObjective(predict, prediction_sum, params, data)
+        self._set_up_rows(objective, Settings(dtype, cache, engine, columns, progress))
+        return self
+
+    def _set_up_rows(self, objective: ModelObjective, settings: Settings) -> None:
+        """Initialize the operator. Read the data once, to count the predictions of each batch."""
         objective.keep_order()
-        settings = Settings(dtype, cache, engine, columns, progress)
         self._setup(objective, settings, list(objective.params), prediction_sizes(objective))
 
     def _setup(self, objective: Any, settings: Settings, names: Sequence[str], sizes: Sequence[int]) -> None:
@@ -114,9 +181,10 @@ class JacobianLinearOperator(_Jacobians):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. In most cases, a module
-        should be in evaluation mode (see Warns). A prediction is a tensor or a nested structure of tensors, which are
-        flattened and concatenated.
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
+        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes of
+        `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns). A prediction
+        is a tensor or a nested structure of tensors, which are flattened and concatenated.
     params : dict of str to Tensor, or list of the model's own parameters
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
@@ -232,9 +300,10 @@ class TransposedJacobianLinearOperator(_Jacobians):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. In most cases, a module
-        should be in evaluation mode (see Warns). A prediction is a tensor or a nested structure of tensors, which are
-        flattened and concatenated.
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
+        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes of
+        `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns). A prediction
+        is a tensor or a nested structure of tensors, which are flattened and concatenated.
     params : dict of str to Tensor, or list of the model's own parameters
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without

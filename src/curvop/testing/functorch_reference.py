@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
@@ -428,7 +429,35 @@ class _FlatModel:
             return self._model(state, self._X)
         # Use copies of the buffers: batch norm writes to its buffers, and torch.func does not allow that.
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        return functional_call(self._model, buffers | state, (self._X,))
+        return functional_call(self._model, buffers | state, *call_arguments(self._model, self._X))
+
+
+def call_arguments(model: nn.Module, X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional arguments and the keyword arguments with which the user would call a module.
+
+    A mapping is passed as keywords if its keys are names of the parameters of ``forward``, and as one argument if the
+    first parameter is annotated as a mapping. If ``forward`` has a single parameter, a mapping is passed as keywords
+    only if this parameter is annotated as something else.
+    """
+    if not isinstance(X, Mapping):
+        return (X,), {}
+    own = model.module if isinstance(model, nn.DataParallel) else model
+    try:
+        parameters = inspect.signature(own.forward).parameters
+    except (TypeError, ValueError):
+        return (X,), {}
+    named = {name for name, one in parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    needed = {name for name in named if parameters[name].default is inspect.Parameter.empty}
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    keywords = needed <= set(X) and (takes_any or set(X) <= named)
+    first = next(iter(parameters.values()), None)
+    if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
+        return ((), dict(X)) if keywords else ((X,), {})
+    text = str(first.annotation)
+    if not (keywords and named & set(X)) or any(word in text for word in ("dict", "Dict", "Mapping", "Encoding")):
+        return (X,), {}
+    vague = first.annotation in (inspect.Parameter.empty, Any, object, "Any", "object")
+    return ((X,), {}) if len(parameters) == 1 and vague else ((), dict(X))
 
 
 def _named(model: object, params: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,359 @@
+"""Predictions and losses of Hugging Face models, for the class methods ``from_functions`` of the operators.
+
+The models of ``transformers`` compute their own loss if a batch contains labels. This loss is not suited to curvature
+matrices: it casts the logits to float32, hides the prediction, which most matrices need, and divides by the number of
+valid labels of a batch, which the operators need as the weight of the batch. The functions in this module therefore
+call the model without labels, and compute the same loss from the logits of the model in the precision of the model.
+They use the model object only, and do not import ``transformers``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from curvop.kernels.functions_objective import TargetLoss
+from curvop.kernels.parameters import unknown_name
+
+__all__ = ["causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification"]
+
+#: Keyword arguments of ``from_functions``: ``predict``, ``loss`` and ``batch_weight``.
+Functions = dict[str, Callable[..., Any]]
+#: The label of a token that does not count.
+_IGNORED = -100
+
+
+def causal_lm(model: nn.Module) -> Functions:
+    """Return the prediction and the loss of a language model that predicts the next token.
+
+    Pass the result to a class method ``from_functions``. The batches may come directly from a data collator of
+    ``transformers``. The matrix is that of the mean loss over all valid labels of the data set, regardless of how the
+    data set is padded and divided into batches.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model of ``transformers`` with a language modeling head (``AutoModelForCausalLM``), or such a model with the
+        adapters of ``peft``. In most cases, the model should be in evaluation mode.
+
+    Returns
+    -------
+    dict
+        Arguments of ``from_functions``:
+
+        - ``predict``: function ``(params, batch) -> logits`` of shape ``(B, V, T - 1)``, for B sequences, V tokens in
+          the vocabulary and T positions. The last position is left out, because it has no next token. The names of the
+          parameters are those of ``model.named_parameters()``.
+        - ``loss``: `curvop.TargetLoss` with the cross-entropy of the labels after the first position. Labels of -100
+          are ignored.
+        - ``batch_weight``: function that returns the number of labels that are not ignored.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is not a module.
+
+    See Also
+    --------
+    masked_lm, seq2seq_lm, sequence_classification
+    curvop.GGNLinearOperator.from_functions : Construct an operator from the two functions.
+
+    Notes
+    -----
+    A batch is a mapping with the arguments of the model (such as ``input_ids`` and ``attention_mask``) and with
+    ``labels`` of shape ``(B, T)``. The model is called without the labels and without a cache of keys and values. Its
+    configuration is not modified.
+
+    For empirical Fisher matrices, an example is a token with a valid label. To make each sequence an example, replace
+    ``loss`` by a function that computes the same loss, such as ``lambda z, batch: cross_entropy(z, batch["labels"][:,
+    1:])``.
+
+    Gradient checkpointing is supported without reentrant autograd, if ``params`` contains the model's own parameters.
+
+    Examples
+    --------
+    Compute the largest eigenvalue of the generalized Gauss-Newton matrix of a randomly initialized GPT-2. The second
+    sequence is padded:
+
+    >>> import torch
+    >>> import curvop
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> _ = torch.manual_seed(0)
+    >>> config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    >>> model = GPT2LMHeadModel(config).double().eval()
+    >>> tokens = torch.tensor([[3, 1, 4, 1], [5, 9, 0, 0]])
+    >>> mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    >>> batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+    >>> functions = curvop.huggingface.causal_lm(model)
+    >>> functions["batch_weight"](batch)
+    4.0
+    >>> params = curvop.select(model, "*attn*")
+    >>> G = curvop.GGNLinearOperator.from_functions(**functions, params=params, data=[batch])
+    >>> bool(curvop.spectrum.eigsh(G, 1, "LA", progress=False).values > 0)
+    True
+    """
+    _check_module(model)
+    return _of_tokens(functools.partial(_scores, model, _without_labels, _before_last), _next_tokens)
+
+
+def masked_lm(model: nn.Module) -> Functions:
+    """Return the prediction and the loss of a language model that predicts masked tokens.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model of ``transformers`` with a masked language modeling head (``AutoModelForMaskedLM``), or such a model
+        with the adapters of ``peft``. In most cases, the model should be in evaluation mode.
+
+    Returns
+    -------
+    dict
+        Arguments of ``from_functions``, as for `causal_lm`. The logits have shape ``(B, V, T)``, and all labels that
+        are not -100 count.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is not a module.
+
+    See Also
+    --------
+    causal_lm : The format of batches, and the examples of empirical Fisher matrices.
+
+    Notes
+    -----
+    ``DataCollatorForLanguageModeling`` draws new masks in each pass over the data, so the loss is random. Pass a list
+    of its batches as ``data``: ``data=list(loader)``.
+    """
+    _check_module(model)
+    return _of_tokens(functools.partial(_scores, model, _without_labels, _classes_first), _labels)
+
+
+def seq2seq_lm(model: nn.Module) -> Functions:
+    """Return the prediction and the loss of an encoder-decoder language model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model of ``transformers`` with an encoder and a decoder (``AutoModelForSeq2SeqLM``), or such a model with the
+        adapters of ``peft``. In most cases, the model should be in evaluation mode.
+
+    Returns
+    -------
+    dict
+        Arguments of ``from_functions``, as for `causal_lm`. The logits have shape ``(B, V, T)``, for labels of T
+        positions, and all labels that are not -100 count.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is not a module.
+
+    See Also
+    --------
+    causal_lm : The format of batches, and the examples of empirical Fisher matrices.
+
+    Notes
+    -----
+    If a batch has neither ``decoder_input_ids`` nor ``decoder_inputs_embeds``, the decoder receives the labels shifted
+    by one position, as computed by ``model.prepare_decoder_input_ids_from_labels``.
+    """
+    _check_module(model)
+    return _of_tokens(functools.partial(_scores, model, _with_decoder_inputs, _classes_first), _labels)
+
+
+def sequence_classification(model: nn.Module, problem_type: str | None = None) -> Functions:
+    """Return the prediction and the loss of a model that classifies sequences, or predicts numbers for them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model of ``transformers`` with a classification head (``AutoModelForSequenceClassification``), or such a model
+        with the adapters of ``peft``. In most cases, the model should be in evaluation mode.
+    problem_type : {'single_label_classification', 'multi_label_classification', 'regression'}, optional
+        The loss: cross-entropy, binary cross-entropy or mean squared error. By default, ``model.config.problem_type``
+        if it is set. Otherwise, the loss is selected by the rule of ``transformers``: mean squared error if
+        ``model.config.num_labels`` is 1, cross-entropy if the labels are integers, and binary cross-entropy if they are
+        not.
+
+    Returns
+    -------
+    dict
+        Arguments of ``from_functions``, as for `causal_lm`. The logits have shape ``(B, C)`` for C classes or numbers.
+        The weight of a batch is the number of labels that are not -100 for cross-entropy, and the number of labels for
+        the other losses.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is not a module.
+    ValueError
+        If the problem type is unknown.
+
+    See Also
+    --------
+    causal_lm : The format of batches.
+
+    Notes
+    -----
+    For empirical Fisher matrices, an example is a sequence. `curvop.FisherLinearOperator` needs a known likelihood.
+    Pass ``problem_type`` if the configuration does not determine the loss.
+
+    ``transformers`` stores the selected problem type in the configuration. This function does not.
+    """
+    _check_module(model)
+    config: Any = model.config
+    kind: str | None = problem_type or config.problem_type or ("regression" if config.num_labels == 1 else None)
+    if kind is not None and kind not in _PROBLEMS:
+        raise ValueError(
+            f"problem_type is {kind!r}, but must be one of {', '.join(map(repr, _PROBLEMS))}, or None, which selects "
+            "the loss by the number and the dtype of the labels"
+        )
+    loss: Callable[[Any, Any], Tensor] = _classification_loss
+    if kind is not None:
+        loss = TargetLoss(_PROBLEMS[kind](), functools.partial(_class_labels, kind))
+    return {
+        "predict": functools.partial(_scores, model, _without_labels, _unchanged),
+        "loss": loss,
+        "batch_weight": functools.partial(_classification_weight, kind),
+    }
+
+
+# The functions below are at the top level, because operators must be picklable.
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass a model of transformers, such as GPT2LMHeadModel")
+
+
+def _of_tokens(predict: Callable[..., Tensor], targets: Callable[[Any], Tensor]) -> Functions:
+    """Return the arguments of ``from_functions`` for a model that predicts a token for each target."""
+    loss = TargetLoss(nn.CrossEntropyLoss(ignore_index=_IGNORED), targets)
+    return {"predict": predict, "loss": loss, "batch_weight": functools.partial(_number_of_valid, targets)}
+
+
+def _scores(
+    model: nn.Module,
+    inputs_of: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]],
+    arranged: Callable[[Tensor], Tensor],
+    params: Mapping[str, Tensor],
+    batch: Any,
+) -> Tensor:
+    """Return the logits of a batch.
+
+    `inputs_of` returns the keyword arguments of the model, and `arranged` brings the logits into the shape that the
+    loss function expects.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a batch is a {type(batch).__name__}, but must be a mapping with the arguments of the model and labels, "
+            "such as a data collator returns"
+        )
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if unknown := [name for name in params if name not in known]:
+        raise ValueError(unknown_name("params", unknown[0], sorted(known)))
+    inputs = inputs_of(model, batch) | {"return_dict": True}
+    if _takes_cache(model):
+        inputs["use_cache"] = False
+    return arranged(functional_call(model, dict(params), (), inputs).logits)
+
+
+def _takes_cache(model: Any) -> bool:
+    """Return True if the model has an argument ``use_cache``; models without a decoder have none."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # the forward of peft is generic
+    return "use_cache" in inspect.signature(base.forward).parameters
+
+
+def _without_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _with_decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = _without_labels(model, batch)
+    if inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
+        shifted: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if shifted is None:
+            raise TypeError(
+                f"a batch has no 'decoder_input_ids', and a {type(model).__name__} cannot compute them: add them to "
+                "the batches, or pass a model with prepare_decoder_input_ids_from_labels"
+            )
+        inputs["decoder_input_ids"] = shifted(labels=_labels(batch))
+    return inputs
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _classes_first(logits: Tensor) -> Tensor:
+    return logits.transpose(1, 2)
+
+
+def _before_last(logits: Tensor) -> Tensor:
+    return _classes_first(logits[:, :-1])
+
+
+def _labels(batch: Any) -> Any:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor):
+        keys = ", ".join(map(repr, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"a batch has no tensor 'labels' (it has {keys}): use a data collator that adds labels, such as "
+            "DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+        )
+    return labels
+
+
+def _next_tokens(batch: Any) -> Tensor:
+    labels: Tensor = _labels(batch)[:, 1:]
+    return labels
+
+
+def _number_of_valid(targets: Callable[[Any], Tensor], batch: Any) -> float:
+    return float((targets(batch) != _IGNORED).sum())
+
+
+# Sequence classification.
+
+_PROBLEMS: dict[str, Callable[[], nn.Module]] = {
+    "single_label_classification": functools.partial(nn.CrossEntropyLoss, ignore_index=_IGNORED),
+    "multi_label_classification": nn.BCEWithLogitsLoss,
+    "regression": nn.MSELoss,
+}
+
+
+def _problem_of(kind: str | None, labels: Tensor) -> str:
+    """Return the problem type; if it is not known, select it by the rule of ``transformers``."""
+    if kind is not None:
+        return kind
+    integers = labels.dtype in (torch.long, torch.int)
+    return "single_label_classification" if integers else "multi_label_classification"
+
+
+def _class_labels(kind: str, batch: Any) -> Tensor:
+    """Return the labels in the shape that the loss function expects."""
+    labels: Tensor = _labels(batch)
+    if kind == "single_label_classification":
+        return labels.reshape(-1)
+    return labels.reshape(len(labels), -1)
+
+
+def _classification_loss(logits: Tensor, batch: Any) -> Tensor:
+    """Return the loss if the dtype of the labels determines the problem type."""
+    kind = _problem_of(None, _labels(batch))
+    loss: Tensor = _PROBLEMS[kind]()(logits, _class_labels(kind, batch))
+    return loss
+
+
+def _classification_weight(kind: str | None, batch: Any) -> float:
+    kind = _problem_of(kind, _labels(batch))
+    labels = _class_labels(kind, batch)
+    valid = labels != _IGNORED if kind == "single_label_classification" else torch.ones_like(labels)
+    return float(valid.sum())
