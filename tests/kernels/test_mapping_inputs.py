@@ -149,12 +149,11 @@ def test_the_compiled_engine_traces_the_same_call(model: Any) -> None:
 class TestOneParameter:
     """Whether ``forward(self, a)`` takes ``{"a": tensor}`` as one argument cannot be seen: its annotation decides."""
 
-    data = [({"a": torch.ones(2, 3, dtype=torch.float64)}, None)]
-
     def products(self, forward: Any) -> np.ndarray:
         model = type("Model", (nn.Module,), {"forward": forward})()
         model.layer = nn.Linear(3, 1, bias=False).double()
-        return JacobianLinearOperator(model, dict(model.named_parameters()), self.data) @ np.ones(3)
+        data = [({"a": torch.ones(2, 3, dtype=torch.float64)}, None)]
+        return JacobianLinearOperator(model, dict(model.named_parameters()), data) @ np.ones(3)
 
     def test_without_an_annotation_it_remains_one_argument(self) -> None:
         def forward(self, a):

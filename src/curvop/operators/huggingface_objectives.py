@@ -9,9 +9,10 @@ They use the model object only, and do not import ``transformers``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,7 +75,9 @@ def causal_lm(model: nn.Module) -> Functions:
     ``loss`` by a function that computes the same loss, such as ``lambda z, batch: cross_entropy(z, batch["labels"][:,
     1:])``.
 
-    Gradient checkpointing is supported without reentrant autograd, if ``params`` contains the model's own parameters.
+    The model is evaluated without gradient checkpointing, which is turned on again afterwards. Between products, the
+    operators keep the intermediate results of all batches that fit into the memory budget ``cache``. To save memory,
+    use small batches and a small budget.
 
     Examples
     --------
@@ -251,18 +254,31 @@ def _scores(
     `inputs_of` returns the keyword arguments of the model, and `arranged` brings the logits into the shape that the
     loss function expects.
     """
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"a batch is a {type(batch).__name__}, but must be a mapping with the arguments of the model and labels, "
-            "such as a data collator returns"
-        )
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if unknown := [name for name in params if name not in known]:
         raise ValueError(unknown_name("params", unknown[0], sorted(known)))
-    inputs = inputs_of(model, batch) | {"return_dict": True}
+    inputs = inputs_of(model, _checked(batch)) | {"return_dict": True}
     if _takes_cache(model):
         inputs["use_cache"] = False
-    return arranged(functional_call(model, dict(params), (), inputs).logits)
+    with _without_checkpointing(model):
+        return arranged(functional_call(model, dict(params), (), inputs).logits)
+
+
+@contextlib.contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Turn gradient checkpointing off while the context is active.
+
+    Checkpointed layers would be recomputed in each backward pass with the parameters and ``requires_grad`` flags of the
+    model, and not with those of the evaluation.
+    """
+    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False) is True]
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def _takes_cache(model: Any) -> bool:
@@ -301,14 +317,22 @@ def _before_last(logits: Tensor) -> Tensor:
 
 
 def _labels(batch: Any) -> Any:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    labels = _checked(batch).get("labels")
     if not isinstance(labels, Tensor):
-        keys = ", ".join(map(repr, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
-            f"a batch has no tensor 'labels' (it has {keys}): use a data collator that adds labels, such as "
-            "DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+            f"a batch has no tensor 'labels' (it has {', '.join(map(repr, batch))}): use a data collator that adds "
+            "labels, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)"
         )
     return labels
+
+
+def _checked(batch: Any) -> Mapping[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a batch is a {type(batch).__name__}, but must be a mapping with the arguments of the model and labels, "
+            "such as a data collator returns"
+        )
+    return batch
 
 
 def _next_tokens(batch: Any) -> Tensor:
