@@ -66,6 +66,7 @@ def test_blocks_are_of_kinds_that_run(path: Path) -> None:
         before = block.language
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.slow_cases("density", "solves", "eigenvalues", "layers", "start")
 @pages(lambda path: of(path, "python"))
 def test_python_runs_and_prints_what_the_page_says(path: Path, monkeypatch) -> None:

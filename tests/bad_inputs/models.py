@@ -31,6 +31,9 @@ from curvop import (
     FisherLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
+    JacobianLinearOperator,
+    TargetLoss,
+    huggingface,
 )
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 
@@ -38,6 +41,25 @@ from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProdu
 def two_lengths(params: dict[str, Tensor], X: Tensor) -> tuple[Tensor, Tensor]:
     prediction = called(params, X)
     return prediction, prediction[:1]
+
+
+def mapped(**X: Tensor) -> Any:
+    """Return a product of a model with one input over a mapping of several."""
+
+    class TwoInputs(nn.Linear):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return super().forward(a * b)
+
+    model = TwoInputs(4, 3).double()
+    return hessian(model=model, params=dict(model.named_parameters()), data=[(X, Y)]) @ np.ones(15)
+
+
+def of_functions(predict: Any = called, loss: Any = F.mse_loss, data: Any = DATA, **options: Any) -> Any:
+    return GGNLinearOperator.from_functions(predict, loss, PARAMS, data, **options) @ ONES
+
+
+def by_input(params: dict[str, Tensor], batch: Any) -> Tensor:
+    return called(params, batch["X"])
 
 
 def tied() -> nn.Module:
@@ -295,6 +317,12 @@ area(
         "the product is not finite at batch 0 in parameter '0.weight'",
     ),
     (
+        "a mapping whose keys do not fit the model",
+        lambda: mapped(a=X, c=X),
+        TypeError,
+        "fits the model's forward(a, b) neither as one argument, model(X), nor as keywords, model(**X)",
+    ),
+    (
         "an objective that is a number",
         lambda: HessianLinearOperator.from_objective(3, PARAMS, DATA),
         TypeError,
@@ -330,4 +358,54 @@ area(
         ValueError,
         "per-example gradients need predictions with the examples along dimension 0",
     ),
+)
+area(
+    "A prediction and a loss",
+    ("a prediction that is a number", lambda: of_functions(predict=3), TypeError, "predict is a int"),
+    (
+        "a module in place of a function",
+        lambda: of_functions(predict=MODEL),
+        TypeError,
+        "predict is a module, Sequential",
+    ),
+    ("a loss that is a word", lambda: of_functions(loss="mse"), TypeError, "loss is a str"),
+    (
+        "a loss of ``torch.nn`` that receives a dict",
+        lambda: of_functions(by_input, nn.MSELoss(), [{"X": X, "y": Y}]),
+        TypeError,
+        "loss is a loss function of torch.nn, but batch 0 is a dict",
+    ),
+    (
+        "``reduction='none'``",
+        lambda: of_functions(loss=TargetLoss(nn.MSELoss(reduction="none"), lambda batch: batch[1])),
+        ValueError,
+        "loss has reduction='none'",
+    ),
+    ("targets that are a name", lambda: TargetLoss(nn.MSELoss(), "y"), TypeError, "targets is a str"),
+    ("a loss that is a class", lambda: TargetLoss(nn.MSELoss, len), TypeError, "loss_function is the class MSELoss"),
+    (
+        "a weight for a sum",
+        lambda: of_functions(loss=TargetLoss(nn.MSELoss(reduction="sum"), len), batch_weight=len),
+        ValueError,
+        "batch_weight has no meaning with reduction='sum'",
+    ),
+    (
+        "parameters in a list",
+        lambda: GGNLinearOperator.from_functions(called, F.mse_loss, list(PARAMS.values()), DATA),
+        TypeError,
+        "params must be a dict of names to tensors",
+    ),
+    (
+        "a loss for a Jacobian",
+        lambda: JacobianLinearOperator.from_functions(called, loss=F.mse_loss, params=PARAMS, data=DATA),
+        TypeError,
+        "JacobianLinearOperator.from_functions got an unexpected keyword argument 'loss'",
+    ),
+    (
+        "a Fisher matrix of a function",
+        lambda: FisherLinearOperator.from_functions(called, lambda z, batch: z.sum(), PARAMS, DATA),
+        ValueError,
+        "loss is no known log-likelihood",
+    ),
+    ("a name in place of a model", lambda: huggingface.causal_lm("gpt2"), TypeError, "model is a str"),
 )
