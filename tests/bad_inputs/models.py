@@ -50,7 +50,7 @@ def mapped(**X: Tensor) -> Any:
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
             return super().forward(a * b)
 
-    model = TwoInputs(4, 3).double()
+    model = made(lambda: TwoInputs(4, 3))[0]
     return hessian(model=model, params=dict(model.named_parameters()), data=[(X, Y)]) @ np.ones(15)
 
 

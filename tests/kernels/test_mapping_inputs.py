@@ -118,6 +118,7 @@ def test_the_model_is_called_as_its_signature_says(model: Any, kind: Any) -> Non
     made = model()
     G = GGNLinearOperator(made, nn.MSELoss(), dict(made.named_parameters()), data_of(kind))
     close(G @ np.eye(38), expected(made))
+    close(G.diagonal(), np.diag(expected(made)))
 
 
 @pytest.mark.slow_cases("Optional", "KeywordsOnly", "AnyKeywords", "Wrapped", "OneArgument", "AnyArguments")

@@ -411,7 +411,10 @@ def _detached(parameter: Tensor) -> Tensor:
 
 
 def _called(model: nn.Module, X: Any) -> Any:
-    """Return ``model(X)``, or ``model(**X)`` if `X` is a mapping that `passed_as_keywords`."""
+    """Return ``model(X)``, or ``model(**X)`` for a mapping that `_passed_as_keywords` selects.
+
+    If the model raises an error for a mapping, a note says how the mapping was passed, and when the other way is used.
+    """
     if not isinstance(X, Mapping):
         return model(X)
     keywords = _passed_as_keywords(model, X)
