@@ -212,12 +212,9 @@ class TestQuadrature:
 
     def test_no_error_is_below_rounding(self) -> None:
         """Each probe gives the trace of a multiple of the identity, up to rounding."""
-        differences = []
-        for number in (0.1, 0.3, 0.7, 1 / 3, 1 / 7, 0.9, 1.7, 2.3):  # single numbers may be exact by chance
+        for number in (0.1, 0.3, 0.7):
             value, error = quietly(matrix(np.full(N, number)), num_probes=4, num_steps=3).trace()
-            differences.append(abs(value - number * N))
-            assert differences[-1] < 10 * error < 1e-10 * number
-        assert max(differences) > 0
+            assert abs(value - number * N) < 10 * error < 1e-10 * number  # the difference may be 0, but not the error
 
     def test_a_single_step_only_gives_the_trace(self) -> None:
         found = quietly(matrix(SPECTRA["uniform"]), num_probes=4, num_steps=1)
