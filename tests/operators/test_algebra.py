@@ -29,6 +29,7 @@ from curvop import (
     JournaledLinearOperator,
     SubmatrixLinearOperator,
 )
+from curvop.spectrum.lanczos import product_dtype
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -542,6 +543,21 @@ class TestOnePassOverTheData:
         fail[0] = False
         close(A @ np.ones(P), (HESSIAN + GGN) @ np.ones(P))
         close(K @ np.ones(P), HESSIAN @ np.ones(P))
+
+
+class TestPrecision:
+    def test_a_combination_has_the_lowest_precision_of_its_operands(self) -> None:
+        model = copy.deepcopy(MODEL).float()
+        data = [(x.float(), y) for x, y in DATA]
+        K = GGNLinearOperator(model, LOSS, dict(model.named_parameters()), data)
+        single, double = np.finfo(np.float32).eps, np.finfo(np.float64).eps
+        ones = DiagonalLinearOperator(np.ones(P))
+        bias = K.block("2.bias")
+        for A in (K.damped(1.0), 2 * K, K + H, K.block_diagonal(), K[:5, :][:, :5], ones @ K @ ones, bias @ bias):
+            assert A.epsilon == single
+            assert product_dtype(A) == torch.float32
+        for A in (H + G, ones, J.T @ J, H[:5, :]):
+            assert A.epsilon == double
 
 
 class TestBadInput:

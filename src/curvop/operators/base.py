@@ -37,6 +37,7 @@ Rows = NDArray[Any] | Tensor
 
 _BOOLEANS = {np.dtype(bool), torch.bool}
 
+_EPSILON = float(np.finfo(np.float64).eps)
 _DENSE_COLUMNS = 64  # number of columns that `to_dense` computes at once
 
 
@@ -96,6 +97,11 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
     def device(self) -> torch.device:
         """Device on which products are computed. Tensors on this device are not copied."""
         return torch.device("cpu")
+
+    @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the lowest precision used in a product."""
+        return float(np.finfo(self.dtype).eps) if self.dtype is not None and self.dtype.kind in "fc" else _EPSILON
 
     @property
     def is_symmetric(self) -> bool:
@@ -665,6 +671,11 @@ class WrappingLinearOperator(TensorLinearOperator):
     def takes_tensors(self) -> bool:
         """Whether ``_A`` can be applied to tensors. This is False for operators of SciPy."""
         return isinstance(self._A, TensorLinearOperator) and self._A.takes_tensors
+
+    @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the lowest precision used in a product with ``_A``."""
+        return self._A.epsilon if isinstance(self._A, TensorLinearOperator) else super().epsilon
 
     @property
     def device(self) -> torch.device:

@@ -71,6 +71,11 @@ class CompositeLinearOperator(ParameterVectors):
         return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
     @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the lowest precision used in a product: the largest one of the operands."""
+        return max(part.epsilon for part in self._parts)
+
+    @property
     def _is_diagonal(self) -> bool:
         return all(part._is_diagonal for part in self._parts)
 

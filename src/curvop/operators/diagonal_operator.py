@@ -104,6 +104,11 @@ class DiagonalLinearOperator(ParameterVectors):
         return True
 
     @property
+    def epsilon(self) -> float:
+        """Machine epsilon of float64, in which products with float64 vectors are computed."""
+        return float(np.finfo(np.float64).eps)
+
+    @property
     def device(self) -> torch.device:
         """Device of the diagonal."""
         return self._values.device
