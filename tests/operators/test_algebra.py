@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -473,9 +474,12 @@ class TestOnePassOverTheData:
         counts = [B.num_products for B in (K, L, M)]
         close(A @ np.ones((P, 3)), dense @ np.ones((P, 3)))
         assert before >= 1
-        # The second occurrence of L is multiplied by itself.
-        assert data.passes == 2
-        assert [B.num_products - count for B, count in zip((K, L, M), counts, strict=True)] == [3, 6, 3]
+        assert data.passes == 1
+        assert [B.num_products - count for B, count in zip((K, L, M), counts, strict=True)] == [3, 3, 3]
+        data.passes = 0
+        product = (K.damped(0.5) + L) @ np.ones(P)
+        assert data.passes == 1
+        close(product, K @ np.ones(P) + 0.5 + L @ np.ones(P))
         data.passes = 0
         (K + L) @ torch.ones(P, dtype=torch.float64)
         assert data.passes == 1
@@ -543,6 +547,130 @@ class TestOnePassOverTheData:
         fail[0] = False
         close(A @ np.ones(P), (HESSIAN + GGN) @ np.ones(P))
         close(K @ np.ones(P), HESSIAN @ np.ones(P))
+
+
+class TestOperandsOfAllKinds:
+    def test_a_symmetric_sum_of_three_terms(self) -> None:
+        A = D @ H + G + H @ D
+        check_parts(A, D_VALUES[:, None] * HESSIAN + GGN + HESSIAN * D_VALUES)
+
+    def test_rows_and_columns_in_another_order(self) -> None:
+        B = H.block(NAMES, NAMES[::-1])
+        dense = HESSIAN[:, positions(NAMES[::-1])]
+        for A, matrix in ((B + aslinearoperator(SQUARE), dense + SQUARE), (B + D, dense + np.diag(D_VALUES))):
+            close(A.to_dense(), matrix)
+            close(A.block("2.bias").to_dense(), matrix[24:, :2])
+            close(A[[0, 25], :][:, [3, 4]] @ np.eye(2), matrix[[0, 25]][:, [3, 4]])
+
+    def test_an_array_that_an_operator_of_scipy_keeps_is_not_changed(self) -> None:
+        cache: dict[bytes, np.ndarray] = {}
+        S = LinearOperator((P, P), matvec=lambda v: cache.setdefault(v.tobytes(), SQUARE @ v), dtype=np.float64)
+        A = H - S
+        for _ in range(2):
+            close(A @ np.ones(P), (HESSIAN - SQUARE) @ np.ones(P))
+
+    def test_blocks_of_two_models(self) -> None:
+        other = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+        K = HessianLinearOperator(other, LOSS, dict(other.named_parameters()), DATA)
+        A = BlockDiagonalLinearOperator([H.block("0.weight"), K.block("2.weight")])
+        assert A.params_slices == {"0.weight": slice(0, 12), "2.weight": slice(12, 22)}
+        shapes = {name: part.shape for name, part in A.unravel(np.ones(22)).items()}
+        assert shapes == {"0.weight": (4, 3), "2.weight": (2, 5)}
+
+    def test_damping_needs_a_common_diagonal(self) -> None:
+        model = copy.deepcopy(MODEL)
+        renamed = {f"a.{name}": value for name, value in model.named_parameters()}
+
+        def predict(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(model, {name[2:]: value for name, value in params.items()}, (x,))
+
+        K = J.T @ JacobianLinearOperator(predict, renamed, DATA)
+        with pytest.raises(ValueError, match="are different parameters, so that A"):
+            K.damped(1.0)
+
+    def test_damped_products_with_operators_of_scipy(self) -> None:
+        A = (H @ aslinearoperator(SQUARE)).damped(0.5)
+        dense = HESSIAN @ SQUARE + 0.5 * np.eye(P)
+        check_products(A, dense)
+        close(A[[0, 3], :] @ np.eye(P), dense[[0, 3]])
+        close(A.block("0.bias") @ np.eye(P), dense[positions("0.bias")])
+
+    def test_parts_of_a_block_diagonal_that_lacks_parameters(self) -> None:
+        B = H.block_diagonal({"a": ["0.weight"]})
+        dense = np.zeros((P, P))
+        dense[:12, :12] = HESSIAN[:12, :12]
+        check_products(B, dense)
+        check_parts(B, dense)
+        close(B.block("2.bias").to_dense(), np.zeros((2, 2)))
+        close(B.block("0.weight", "2.weight").to_dense(), np.zeros((12, 8)))
+        assert B.block("0.weight", "2.weight")._parts == []
+
+    def test_composites_of_diagonal_matrices_stay_diagonal(self) -> None:
+        W = DiagonalLinearOperator(D_VALUES**2).damped(1e-3)
+        w = D_VALUES**2 + 1e-3
+        B = (W @ G @ W).block(["2.weight", "2.bias"])
+        where = positions(["2.weight", "2.bias"])
+        close(B.diagonal(), (w**2 * GGN.diagonal())[where])
+        assert list(B.params_slices) == ["2.weight", "2.bias"]
+        close(B.block("2.bias").to_dense(), (w[:, None] * GGN * w)[24:, 24:])
+        close((W**-0.5).diagonal(), w**-0.5)
+        close(((2 * D @ D) ** 0.5).diagonal(), (2 * D_VALUES**2) ** 0.5)
+        named = DiagonalLinearOperator(D_VALUES, PARAMS)
+        assert (named @ named).block("2.bias").is_symmetric
+
+    def test_complex_composites_have_adjoints(self) -> None:
+        for A, dense in (
+            ((1j * G) @ H, 1j * GGN @ HESSIAN),
+            (H @ (1j * G), 1j * HESSIAN @ GGN),
+            (H + 1j * G, HESSIAN + 1j * GGN),
+        ):
+            z = np.arange(P) + 1j
+            close(A @ z, dense @ z, 1e2)
+            close(A.H @ z, dense.conj().T @ z, 1e2)
+            close((A @ torch.from_numpy(z)).numpy(), dense @ z, 1e2)
+            close(A.to_dense(), dense)
+        close(((1j * G) ** 0) @ np.ones(P), np.ones(P))
+        with pytest.raises(TypeError, match="A is real"):
+            (H + G) @ (1j * np.ones(P))
+
+    def test_bfloat16_tensors(self) -> None:
+        product = (H + aslinearoperator(SQUARE)) @ torch.ones(P, dtype=torch.bfloat16)
+        assert product.dtype == torch.bfloat16
+        np.testing.assert_allclose(product.double().numpy(), (HESSIAN + SQUARE) @ np.ones(P), rtol=0.02, atol=0.02)
+
+    def test_integers(self) -> None:
+        A = SubmatrixLinearOperator(aslinearoperator(np.arange(16).reshape(4, 4)), [0, 1], [0, 1]).damped(0.5)
+        close(A @ np.array([1, 2]), np.array([[0.5, 1], [4, 5.5]]) @ [1, 2])
+
+    def test_wide_operators_without_an_adjoint_can_be_formed(self) -> None:
+        S = LinearOperator((3, 100), matvec=lambda v: v[:3], dtype=np.float64)
+        close(SubmatrixLinearOperator(S, [0, 1], slice(None)).to_dense(), np.eye(100)[:2])
+
+    def test_the_parameters_of_curvature_matrices_have_precedence(self) -> None:
+        model = copy.deepcopy(MODEL).float()
+        K = GGNLinearOperator(model, LOSS, dict(model.named_parameters()), [(x.float(), y) for x, y in DATA])
+        ones = DiagonalLinearOperator({name: np.ones(value.shape) for name, value in PARAMS.items()})
+        assert (ones @ K).unravel(np.ones(P))["0.weight"].dtype == torch.float32
+
+    def test_fractions_are_numbers(self) -> None:
+        close((Fraction(1, 4) * H) @ np.ones(P), HESSIAN @ np.ones(P) / 4)
+
+    def test_layers_of_parametrized_weights(self) -> None:
+        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))).double()
+        K = HessianLinearOperator(model, LOSS, dict(model.named_parameters()), DATA)
+        assert [len(names) for names in K.parameter_groups("layers").values()] == [3]
+
+    def test_a_model_without_gradient_is_reported_as_by_a_single_operator(self) -> None:
+        class Detached(nn.Linear):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return super().forward(x).detach()
+
+        model = Detached(3, 2, dtype=torch.float64)
+        params = dict(model.named_parameters())
+        K = HessianLinearOperator(model, LOSS, params, DATA, cache=0)
+        for A in (K, K + GGNLinearOperator(model, LOSS, params, DATA, cache=0)):
+            with pytest.raises(RuntimeError, match="depends on none of"):
+                A @ np.ones(8)
 
 
 class TestPrecision:
@@ -681,7 +809,8 @@ def expressions(draw: Any, depth: int = 4) -> tuple[LinearOperator, np.ndarray]:
     if depth == 0:
         return draw(st.sampled_from(LEAVES))
     A, a = draw(expressions(depth=depth - 1))
-    kind = draw(st.sampled_from(["leaf", "scale", "adjoint", "damp", "sum", "difference", "product", "both sides"]))
+    kinds = ["leaf", "scale", "adjoint", "damp", "sum", "symmetric sum", "difference", "product", "both sides"]
+    kind = draw(st.sampled_from(kinds))
     if kind == "leaf":
         return A, a
     if kind == "scale":
@@ -692,6 +821,9 @@ def expressions(draw: Any, depth: int = 4) -> tuple[LinearOperator, np.ndarray]:
     if kind == "damp":
         return (A.damped(0.5), a + 0.5 * np.eye(len(a))) if a.shape[0] == a.shape[1] else (A, a)
     B, b = draw(expressions(depth=draw(st.integers(0, depth - 1))))
+    if kind == "symmetric sum":
+        square = a.shape[0] == a.shape[1]
+        return (A + B + A.T, a + b + a.T) if square and a.shape == b.shape else (A, a)
     if kind in ("sum", "difference"):
         if a.shape != b.shape:
             return A, a

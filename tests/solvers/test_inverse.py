@@ -13,6 +13,7 @@ from scipy.sparse.linalg import aslinearoperator, eigsh
 from torch import nn
 
 from curvop import (
+    DiagonalLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
     InverseLinearOperator,
@@ -145,6 +146,20 @@ class TestFailures:
             inverse(**options)
         with pytest.raises(ValueError, match=r"A has shape \(18, 26\), but must be square"):
             InverseLinearOperator(J, 0.1)
+
+    def test_a_matrix_that_is_not_symmetric_is_refused(self) -> None:
+        D = DiagonalLinearOperator(np.linspace(1, 2, P))
+        A = InverseLinearOperator(D @ G, 1.0)
+        with pytest.raises(ValueError, match="A is not symmetric"):
+            A @ np.ones(P)
+        S = InverseLinearOperator(aslinearoperator(DENSE), torch.tensor(1.0), rtol=1e-10)
+        np.testing.assert_allclose(S @ np.ones(P), np.linalg.solve(DENSE + np.eye(P), np.ones(P)), atol=1e-8)
+
+    def test_the_results_are_those_of_the_last_product(self) -> None:
+        A = inverse()
+        A @ np.ones((P, 2))
+        A @ np.ones((P, 0))
+        assert A.last == []
 
     def test_it_agrees_with_solve(self) -> None:
         b = np.arange(P) / P

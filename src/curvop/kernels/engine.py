@@ -391,11 +391,10 @@ def apply_in_one_pass(
                     with objective.fed_by(feed):
                         next(batch_sum)
                 del batch
-            for objective, feed, batch_sum in zip(objectives, feeds, sums, strict=True):
+            for feed, batch_sum in zip(feeds, sums, strict=True):
                 feed.ended = True
-                with objective.fed_by(feed):
-                    for _ in batch_sum:
-                        pass
+                for _ in batch_sum:  # not fed: the checks at the end of a first pass may read the data themselves
+                    pass
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise

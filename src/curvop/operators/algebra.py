@@ -22,6 +22,7 @@ The right operand of a sum or a product can be an operator of SciPy. Its product
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import numbers
@@ -42,10 +43,11 @@ from curvop.operators.composites import (
     NamedLinearOperator,
     alike,
     layouts_of,
+    multiply,
     name_of,
     section,
 )
-from curvop.operators.diagonal_operator import DiagonalLinearOperator
+from curvop.operators.diagonal_operator import DiagonalLinearOperator, as_diagonal
 from curvop.operators.engine_operator import EngineLinearOperator, products_in_one_pass
 from curvop.operators.validation import real_scalar
 
@@ -71,11 +73,16 @@ class _SumLinearOperator(CompositeLinearOperator):
         return cast("NDArray[Any]", first + second)
 
     def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
-        first, second = self._parts
-        block = section(first, self._row_and_column_layouts, rows, cols)
-        if self.is_symmetric and rows == cols and not first.is_symmetric:  # A + A.T: the blocks share a cache
-            return _SumLinearOperator(block, block.H)
-        return _SumLinearOperator(block, section(second, self._row_and_column_layouts, rows, cols))
+        principal = rows == cols and alike(*self._row_and_column_layouts)
+        blocks: list[tuple[TensorLinearOperator, TensorLinearOperator]] = []
+        for addend in _addends(self):
+            # In a principal block of A + A.T, the blocks of A and A.T share a cache.
+            adjoints = (block.H for A, block in blocks if principal and A.H._identity() == addend._identity())
+            block = next(adjoints, None)
+            if block is None:
+                block = section(addend, self._row_and_column_layouts, rows, cols)
+            blocks.append((addend, block))
+        return functools.reduce(_SumLinearOperator, (block for _, block in blocks))
 
     def _mirror(self, conjugate: bool) -> TensorLinearOperator:
         return _SumLinearOperator(*(part.H if conjugate else part.T for part in self._parts))
@@ -84,18 +91,15 @@ class _SumLinearOperator(CompositeLinearOperator):
         return _canonical(self)
 
     def _apply(self, rows: Rows) -> Rows:
-        return self._sum(rows, _one_pass(self, rows))
+        return _combination(self, rows)
 
-    def _sum(self, rows: Rows, known: dict[int, Rows]) -> Rows:
-        """Return the sum. ``known`` contains products that were computed in a common pass, by the operand's id."""
-        first, second = (_known_product(part, rows, known) for part in self._parts)
-        if isinstance(first, Tensor) and isinstance(second, Tensor):
-            return first.add_(second.to(first.device)) if first.dtype == second.dtype else first + second
-        total: Any = first
-        if first.dtype == second.dtype:
-            total += second
-            return cast("Rows", total)
-        return cast("Rows", total + second)
+
+def _addends(A: TensorLinearOperator) -> Iterator[TensorLinearOperator]:
+    if isinstance(A, _SumLinearOperator):
+        for part in A._parts:
+            yield from _addends(part)
+    else:
+        yield A
 
 
 class _ScaledLinearOperator(CompositeLinearOperator):
@@ -103,7 +107,9 @@ class _ScaledLinearOperator(CompositeLinearOperator):
 
     def __init__(self, A: LinearOperator, alpha: Any) -> None:
         if not isinstance(alpha, numbers.Number):
-            raise ValueError(f"A can be multiplied by numbers, vectors, matrices and operators, not by {alpha!r}")
+            raise ValueError(f"A is multiplied by {alpha!r}, but must be multiplied by a number")
+        if not isinstance(alpha, int | float | complex):  # such as a fraction, or a number of NumPy
+            alpha = float(alpha) if isinstance(alpha, numbers.Real) else complex(cast("complex", alpha))
         super().__init__(A.shape, [A, alpha], layouts_of(A))
 
     @property
@@ -125,14 +131,7 @@ class _ScaledLinearOperator(CompositeLinearOperator):
         return _canonical(self)
 
     def _apply(self, rows: Rows) -> Rows:
-        return self._sum(rows, _one_pass(self, rows))
-
-    def _sum(self, rows: Rows, known: dict[int, Rows]) -> Rows:
-        product: Any = _known_product(self._parts[0], rows, known)
-        if isinstance(self._alpha, numbers.Real) and (isinstance(product, Tensor) or product.dtype.kind in "fc"):
-            product *= self._alpha
-            return cast("Rows", product)
-        return cast("Rows", product * self._alpha)
+        return _combination(self, rows)
 
 
 class _ProductLinearOperator(CompositeLinearOperator):
@@ -155,7 +154,7 @@ class _ProductLinearOperator(CompositeLinearOperator):
 
     def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
         scale, factors = _factors(self)
-        mirrored = self.is_symmetric and rows is not None and rows == cols
+        mirrored = self.is_symmetric and rows is not None and rows == cols and alike(*self._row_and_column_layouts)
         layouts = row_layout, col_layout = self._row_and_column_layouts
         square = alike(row_layout, col_layout)
         cut: dict[tuple[Any, ...], TensorLinearOperator] = {}  # one object for both sides of D @ A @ D
@@ -174,7 +173,9 @@ class _ProductLinearOperator(CompositeLinearOperator):
         while cols is not None and left < right and factors[right]._is_diagonal:
             factors[right] = diagonal_block(factors[right], col_layout, cols)
             right -= 1
-        if left == right:
+        if left == right and rows == cols and square and factors[left]._is_diagonal:
+            factors[left] = diagonal_block(factors[left], row_layout, cast("Names", rows))
+        elif left == right:
             factors[left] = section(factors[left], layouts, rows, cols)
         else:
             adjoint = mirrored and factors[left]._identity() == factors[right].H._identity()
@@ -194,7 +195,7 @@ class _ProductLinearOperator(CompositeLinearOperator):
 
     def _apply(self, rows: Rows) -> Rows:
         first, second = self._parts
-        return first._multiply_last_axis(second._multiply_last_axis(rows))
+        return multiply(first, multiply(second, rows))
 
 
 def _sum(A: TensorLinearOperator, B: LinearOperator) -> TensorLinearOperator:
@@ -217,18 +218,31 @@ def _product(A: TensorLinearOperator, B: LinearOperator) -> TensorLinearOperator
 
 
 def _power(A: TensorLinearOperator, power: Any) -> TensorLinearOperator:
+    if A._is_diagonal:
+        return cast("TensorLinearOperator", as_diagonal(A) ** power)
     if isinstance(power, bool) or not isinstance(power, int | np.integer) or power < 0:
         raise ValueError(f"the power is {power!r}, but must be an integer >= 0")
     if A.shape[0] != A.shape[1]:
         raise ValueError(f"A has shape {A.shape}, but must be square to have powers")
     if power == 0:
-        return NamedLinearOperator(
-            DiagonalLinearOperator(np.ones(A.shape[0], dtype=A.dtype)), layouts_of(A), getattr(A, "_params", {})
-        )
+        ones = DiagonalLinearOperator(np.ones(A.shape[0], dtype=np.zeros(0, dtype=A.dtype).real.dtype))
+        return NamedLinearOperator(ones, layouts_of(A), getattr(A, "_params", {}))
     product = A
     for _ in range(int(power) - 1):
-        product = _ProductLinearOperator(product, A)
+        product = _product(product, A)
     return product
+
+
+def _damped(A: TensorLinearOperator, damping: float) -> TensorLinearOperator:
+    rows, cols = layouts_of(A)
+    if isinstance(A, CompositeLinearOperator) and rows is not None and cols is not None:
+        shared = set(rows.names) & set(cols.names)
+        if not shared or any(rows.shapes[rows.names.index(n)] != cols.shapes[cols.names.index(n)] for n in shared):
+            raise ValueError(
+                "the rows and columns of A are different parameters, so that A + damping * I has no meaning: add "
+                "damping * DiagonalLinearOperator(ones) to the diagonal entries"
+            )
+    return DampedLinearOperator(A, damping)
 
 
 # Damping.
@@ -343,9 +357,15 @@ class DampedLinearOperator(CompositeLinearOperator):
         loss : float
             Loss of the whole data set.
         """
-        return cast("tuple[NDArray[Any], float]", cast("Any", self._A).gradient_and_loss())
+        if not hasattr(self._A, "gradient_and_loss"):
+            raise AttributeError(
+                f"A, a {type(self._A).__name__}, has no gradient: call gradient_and_loss() of one of its operands"
+            )
+        return cast("tuple[NDArray[Any], float]", self._A.gradient_and_loss())
 
     def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
+        if None in self._row_and_column_layouts:
+            return super()._restricted(rows, cols)
         return type(self)(section(self._A, self._row_and_column_layouts, rows, cols), self.damping)
 
     def _mirror(self, conjugate: bool) -> TensorLinearOperator:
@@ -354,30 +374,30 @@ class DampedLinearOperator(CompositeLinearOperator):
     def _identity(self) -> tuple[Any, ...]:
         return "damped", self._A._identity(), self.damping
 
-    def _product_dtype(self, dtype: Any) -> Any:
-        return self._A._product_dtype(dtype)
+    @property
+    def _shifts_the_diagonal(self) -> bool:
+        """Whether the damping is added to the diagonal of the matrix, and not to entries of a rectangular block."""
+        return None in self._row_and_column_layouts or alike(*self._row_and_column_layouts)
 
     def _check_entries(self, x: Rows) -> None:
         self._A._check_entries(x)
 
     def _apply(self, rows: Rows) -> Rows:
-        products = self._A._apply(rows)
-        shifted: Any = products
-        row_layout, col_layout = self._row_layout, self._col_layout
-        if row_layout is None or col_layout is None:
-            shifted += self.damping * rows
-            return products
+        products: Any = self._A._apply(rows)
+        if self._shifts_the_diagonal:
+            return cast("Rows", _plus(products, self.damping * rows))
+        row_layout, col_layout = cast("tuple[ParameterLayout, ParameterLayout]", self._row_and_column_layouts)
         for name in row_layout.names:
             if name in col_layout.slices:
-                shifted[:, row_layout.slices[name]] += self.damping * rows[:, col_layout.slices[name]]
-        return products
+                products[:, row_layout.slices[name]] += self.damping * rows[:, col_layout.slices[name]]
+        return cast("Rows", products)
 
 
 Composites.sum = _sum
 Composites.scaled = _ScaledLinearOperator
 Composites.product = _product
 Composites.power = _power
-Composites.damped = DampedLinearOperator
+Composites.damped = _damped
 
 
 # Identities of composite operators: two expressions with the same terms are the same matrix.
@@ -426,31 +446,73 @@ def _canonical(A: TensorLinearOperator) -> tuple[Any, ...]:
     return "sum", frozenset(terms.items())
 
 
-# Common passes over the data.
+# Products with sums of multiples.
 
 
-def _one_pass(A: CompositeLinearOperator, rows: Rows) -> dict[int, Rows]:
-    """Compute products of operands that would each read the data, in one pass. Return them by the operand's id."""
-    leaves = {id(leaf): leaf for leaf in _leaves(A) if isinstance(leaf, EngineLinearOperator)}
-    return products_in_one_pass(list(leaves.values()), rows) if len(leaves) > 1 else {}
+def _combination(A: CompositeLinearOperator, rows: Rows) -> Rows:
+    """Return the product with a sum of multiples. Each operand multiplies once, although it may occur several times.
+
+    Operands that read the same data in every product share one pass over the data.
+    """
+    leaves: dict[int, TensorLinearOperator] = {}
+    weights: dict[int, Any] = {}
+    for scalars, leaf in _summands(A, [], len(rows)):
+        key = id(leaf)
+        leaves[key] = leaf
+        weights[key] = weights.get(key, 0) + _product_of(scalars)
+    shift = weights.pop(id(_IDENTITY), None)
+    leaves.pop(id(_IDENTITY), None)
+    engines = [leaf for leaf in leaves.values() if isinstance(leaf, EngineLinearOperator)]
+    real = not (rows.is_complex() if isinstance(rows, Tensor) else rows.dtype.kind == "c")
+    known = products_in_one_pass(engines, rows) if real and len(engines) > 1 else {}
+    total: Any = None
+    for key, leaf in leaves.items():
+        product = known.pop(key) if key in known else multiply(leaf, rows)
+        total = _plus(total, _times(product, weights[key]))
+    return cast("Rows", total if shift is None else _plus(total, shift * rows))
 
 
-def _leaves(A: TensorLinearOperator) -> Iterator[TensorLinearOperator]:
-    """Yield the operators that a sum of multiples adds."""
-    if isinstance(A, _SumLinearOperator | _ScaledLinearOperator):
-        for part in A._parts:
-            yield from _leaves(part)
+#: Stands for the identity matrix among the summands of a damped operator.
+_IDENTITY = DiagonalLinearOperator(np.ones(1))
+
+
+def _summands(A: TensorLinearOperator, scalars: list[Any], count: int) -> Iterator[tuple[list[Any], Any]]:
+    """Yield (scalars, operand) for each term of a sum of multiples. The operands of ``A`` count ``count`` products."""
+    if isinstance(A, DampedLinearOperator) and A._shifts_the_diagonal:
+        yield [*scalars, A.damping], _IDENTITY
+        parts = [A._A]
+    elif isinstance(A, _SumLinearOperator | _ScaledLinearOperator):
+        scalars = [*scalars, A._alpha] if isinstance(A, _ScaledLinearOperator) else scalars
+        parts = A._parts
     else:
-        yield A
+        yield scalars, A
+        return
+    for part in parts:
+        if isinstance(part, _SumLinearOperator | _ScaledLinearOperator):
+            part._counter.total += count
+        yield from _summands(part, scalars, count)
 
 
-def _known_product(A: TensorLinearOperator, rows: Rows, known: dict[int, Rows]) -> Rows:
-    if isinstance(A, _SumLinearOperator | _ScaledLinearOperator):
-        A._counter.total += len(rows)
-        return A._sum(rows, known)
-    if id(A) in known:
-        return known.pop(id(A))  # a second product with the same operand is computed again
-    return A._multiply_last_axis(rows)
+def _times(product: Any, scalar: Any) -> Any:
+    """Multiply a product, whose memory may be overwritten, by a number."""
+    if scalar == 1:
+        return product
+    if isinstance(scalar, numbers.Real) and (isinstance(product, Tensor) or product.dtype.kind in "fc"):
+        product *= scalar
+        return product
+    return product * scalar
+
+
+def _plus(total: Any, product: Any) -> Any:
+    """Add a product to a total, whose memory may be overwritten. None stands for zero."""
+    if total is None:
+        return product
+    if isinstance(total, Tensor) and total.device != product.device:
+        product = product.to(total.device)
+    if total.dtype == product.dtype:
+        total += product
+        return total
+    return total + product
 
 
 def _warn_if_different(what: str, a: ParameterLayout | None, b: ParameterLayout | None) -> None:

@@ -50,6 +50,7 @@ class Composites:
     product: ClassVar[Callable[..., Any]]
     power: ClassVar[Callable[..., Any]]
     damped: ClassVar[Callable[..., Any]]
+    diagonal: ClassVar[Callable[..., Any]]
     block_diagonal: ClassVar[Callable[..., Any]]
 
 
@@ -90,7 +91,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
 
     @property
     def takes_tensors(self) -> bool:
-        """Whether the operator can be applied to tensors. If False, it accepts NumPy arrays only."""
+        """Whether torch computes products with tensors. If False, tensors are converted to arrays, or rejected."""
         return True
 
     @property
@@ -210,7 +211,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         needed = itemsize * (rows * cols + 2 * _DENSE_COLUMNS * (rows + cols))
         what = f"a dense matrix of shape {self.shape}"
         check_fits(needed, available_bytes(memory=memory), what, "take a block or a submatrix")
-        if rows < cols:
+        if rows < cols and self.takes_tensors:  # an operator of SciPy may have no adjoint
             return cast("TensorLinearOperator", self.H)._dense_columns().conj().T
         return self._dense_columns()
 
@@ -226,7 +227,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         """Raise a ``TypeError``, because NumPy would otherwise create an array with the operator as its only entry."""
         raise TypeError(
             f"A, a {type(self).__name__} of shape {self.shape}, is not an array: call A.to_dense() to form the "
-            "matrix, with one product for each column"
+            "matrix, or wrap the other operand by scipy.sparse.linalg.aslinearoperator"
         )
 
     def _dense_columns(self) -> NDArray[Any]:

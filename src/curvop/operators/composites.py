@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvop.kernels.parameters import ParameterLayout
-from curvop.operators.base import Rows, TensorLinearOperator, WrappingLinearOperator
+from curvop.operators.base import Composites, Rows, TensorLinearOperator, WrappingLinearOperator
 from curvop.operators.parameter_operator import Layouts, ParameterVectors, touched_parameters
 from curvop.operators.submatrix_operator import SubmatrixLinearOperator, as_slice
 
@@ -20,8 +20,10 @@ __all__ = [
     "CompositeLinearOperator",
     "NamedLinearOperator",
     "alike",
+    "as_array",
     "entries",
     "layouts_of",
+    "multiply",
     "name_of",
     "restricted_layouts",
     "section",
@@ -49,14 +51,14 @@ class CompositeLinearOperator(ParameterVectors):
         self._parts = [_of_this_package(operand) for operand in operands if isinstance(operand, LinearOperator)]
         self._scalars = [operand for operand in operands if not isinstance(operand, LinearOperator)]
         dtypes = [part.dtype for part in self._parts]
-        super().__init__(
-            None if any(dtype is None for dtype in dtypes) else np.result_type(*dtypes, *self._scalars), shape
-        )
+        unknown = not dtypes or any(dtype is None for dtype in dtypes)
+        super().__init__(None if unknown else np.result_type(*dtypes, *self._scalars), shape)
         self.args = tuple(operands)
         self._row_layout, self._col_layout = layouts
         self._params: dict[str, Tensor] = {}
-        for part in reversed(self._parts):
-            self._params |= getattr(part, "_params", {})
+        diagonals = [part for part in self._parts if part._is_diagonal]
+        for part in (*diagonals, *(part for part in reversed(self._parts) if not part._is_diagonal)):
+            self._params |= getattr(part, "_params", {})  # the first operand that is not diagonal has precedence
         self._symmetric: bool | None = None
 
     @property
@@ -73,7 +75,7 @@ class CompositeLinearOperator(ParameterVectors):
     @property
     def epsilon(self) -> float:
         """Machine epsilon of the lowest precision used in a product: the largest one of the operands."""
-        return max(part.epsilon for part in self._parts)
+        return max((part.epsilon for part in self._parts), default=super().epsilon)
 
     @property
     def _is_diagonal(self) -> bool:
@@ -121,9 +123,16 @@ class CompositeLinearOperator(ParameterVectors):
         return mirror
 
     def _check_entries(self, x: Rows) -> None:
-        """Accept all dtypes, because the operands check the dtype."""
+        if self.dtype is not None and self.dtype.kind != "c":
+            for part in self._parts:
+                part._check_entries(x)
+
+    def _entries_at(self, idxs: Any) -> LinearOperator:
+        return Composites.diagonal(self)._entries_at(idxs) if self._is_diagonal else super()._entries_at(idxs)
 
     def _product_dtype(self, dtype: Any) -> Any:
+        if not self._parts:
+            return super()._product_dtype(dtype)
         return np.result_type(*(part._product_dtype(dtype) for part in self._parts), *self._scalars)
 
 
@@ -137,9 +146,9 @@ class _ScipyLinearOperator(WrappingLinearOperator):
         super().__init__(A.dtype, A.shape)
 
     def _apply(self, rows: Rows) -> Rows:
-        array = rows.numpy(force=True) if isinstance(rows, Tensor) else rows
-        product = np.asarray(self._A.matvec(array[0])[None] if len(array) == 1 else self._A.matmat(array.T).T)
-        product = np.array(product, order="C", copy=True if np.may_share_memory(product, array) else None)
+        array = as_array(rows)
+        # Copy the product, because the operator may return its argument or an array that it keeps.
+        product = np.array(self._A.matvec(array[0])[None] if len(array) == 1 else self._A.matmat(array.T).T, order="C")
         if not isinstance(rows, Tensor):
             return product
         tensor = torch.from_numpy(product).to(rows.device)
@@ -195,6 +204,26 @@ def _of_this_package(A: LinearOperator) -> TensorLinearOperator:
     return A if isinstance(A, TensorLinearOperator) else _ScipyLinearOperator(A)
 
 
+def as_array(rows: Rows) -> NDArray[Any]:
+    """Convert a tensor to an array. NumPy lacks bfloat16, which is converted to float32."""
+    if not isinstance(rows, Tensor):
+        return rows
+    return (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy(force=True)
+
+
+def multiply(A: TensorLinearOperator, rows: Rows) -> Rows:
+    """Return the products with an operand. A real operand multiplies the real and imaginary parts of complex rows."""
+    complex_rows = rows.is_complex() if isinstance(rows, Tensor) else rows.dtype.kind == "c"
+    if not complex_rows or A.dtype is None or A.dtype.kind == "c":
+        return A._multiply_last_axis(rows)
+    parts: Any = (rows.real, rows.imag)
+    both: Any = A._multiply_last_axis(torch.cat(parts) if isinstance(rows, Tensor) else np.concatenate(parts))
+    count = len(rows)
+    if isinstance(both, Tensor):
+        return torch.complex(both[:count], both[count:])
+    return cast("Rows", both[:count] + 1j * both[count:])
+
+
 def name_of(A: LinearOperator) -> str:
     """Return the class and the shape of an operator, for error messages."""
     return f"{type(A).__name__} of shape {tuple(A.shape)}"
@@ -245,4 +274,6 @@ def section(A: TensorLinearOperator, layouts: Layouts, rows: Names | None, cols:
     ):
         return A._restricted(rows, cols)
     row_idxs, col_idxs = (entries(layout, names) for layout, names in zip(layouts, (rows, cols), strict=True))
-    return A._entries_at(row_idxs) if rows == cols else SubmatrixLinearOperator(A, row_idxs, col_idxs)
+    if rows == cols and alike(*layouts):
+        return cast("TensorLinearOperator", A._entries_at(row_idxs))
+    return SubmatrixLinearOperator(A, row_idxs, col_idxs)

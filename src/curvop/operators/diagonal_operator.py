@@ -17,9 +17,9 @@ from curvop.operators.base import Composites, Rows, TensorLinearOperator, unsupp
 from curvop.operators.composites import (
     CompositeLinearOperator,
     NamedLinearOperator,
-    alike,
     entries,
     layouts_of,
+    multiply,
     restricted_layouts,
     section,
 )
@@ -27,7 +27,7 @@ from curvop.operators.parameter_operator import Layouts, ParameterVectors, as_te
 from curvop.operators.submatrix_operator import SubmatrixLinearOperator, as_slice
 from curvop.operators.validation import real_scalar
 
-__all__ = ["BlockDiagonalLinearOperator", "DiagonalLinearOperator"]
+__all__ = ["BlockDiagonalLinearOperator", "DiagonalLinearOperator", "as_diagonal"]
 
 Names = Sequence[str]
 
@@ -89,6 +89,8 @@ class DiagonalLinearOperator(ParameterVectors):
             self._params = {name: _real_tensor(f"{name!r}", value) for name, value in tensors.items()}
             self._layout_or_none = ParameterLayout(self._params, list(self._params))
         if isinstance(d, Mapping):
+            if not d:
+                raise ValueError("d is empty: pass at least one entry")
             d = self._joined(d)
         values = _real_tensor("d", d).clone()
         if values.ndim != 1:
@@ -125,7 +127,12 @@ class DiagonalLinearOperator(ParameterVectors):
 
     def __pow__(self, power: Any) -> DiagonalLinearOperator:
         """Return the diagonal matrix of the powers of the entries, for a real exponent."""
-        diagonal = DiagonalLinearOperator(self._values ** real_scalar("the power", power))
+        values = self._values ** real_scalar("the power", power)
+        if bool(self._values.isfinite().all()) and not bool(values.isfinite().all()):
+            raise ValueError(
+                f"the power {power} of d is not finite, because d has entries <= 0: add a positive number to d"
+            )
+        diagonal = DiagonalLinearOperator(values)
         diagonal._params, diagonal._layout_or_none = self._params, self._layout_or_none
         return diagonal
 
@@ -215,11 +222,14 @@ class BlockDiagonalLinearOperator(CompositeLinearOperator):
             [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)] for ends in (row_ends, col_ends)
         )
         pairs = [layouts_of(block) for block in blocks]
-        params: dict[str, Tensor] = {}
-        for block in blocks:
-            params |= getattr(block, "_params", {})
-        layouts = tuple(_joined_layout([pair[axis] for pair in pairs], params) for axis in (0, 1))
+        layouts = tuple(_joined_layout([pair[axis] for pair in pairs]) for axis in (0, 1))
         super().__init__((int(row_ends[-1]), int(col_ends[-1])), blocks, cast("Layouts", layouts))
+        self._params = {
+            name: block._params[name]
+            for block, pair in zip(blocks, pairs, strict=True)
+            for layout in pair
+            for name in (() if layout is None else layout.names)
+        }
 
     @classmethod
     def _placed(
@@ -251,18 +261,25 @@ class BlockDiagonalLinearOperator(CompositeLinearOperator):
         return diagonal
 
     def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
-        layouts = [layouts_of(part) for part in self._parts]
-        if rows is None or rows != cols or any(row is None or not alike(row, col) for row, col in layouts):
+        pairs = [layouts_of(part) for part in self._parts]
+        if any(None in pair for pair in pairs):
             return super()._restricted(rows, cols)
-        layout, _ = restricted_layouts(self, rows, cols)
-        blocks, places = [], []
-        for part, (own, _) in zip(self._parts, layouts, strict=True):
-            names = [name for name in rows if name in cast("ParameterLayout", own).slices]
-            if names:
-                blocks.append(section(part, layouts_of(part), names, names))
-                places.append(entries(layout, names))
-        shape = (cast("ParameterLayout", layout).size,) * 2
-        return self._placed(blocks, (places, places), shape, (layout, layout), self._params)
+        row_layout, col_layout = restricted_layouts(self, rows, cols)
+        if row_layout is None or col_layout is None:
+            return super()._restricted(rows, cols)
+        blocks, row_places, col_places = [], [], []
+        for part, (own_rows, own_cols) in zip(self._parts, pairs, strict=True):
+            kept_rows = [name for name in row_layout.names if own_rows is not None and name in own_rows.slices]
+            kept_cols = [name for name in col_layout.names if own_cols is not None and name in own_cols.slices]
+            if kept_rows and kept_cols:
+                blocks.append(section(part, layouts_of(part), kept_rows, kept_cols))
+                row_places.append(entries(row_layout, kept_rows))
+                col_places.append(entries(col_layout, kept_cols))
+        block = self._placed(
+            blocks, (row_places, col_places), (row_layout.size, col_layout.size), (row_layout, col_layout), self._params
+        )
+        block.dtype = self.dtype
+        return block
 
     def _mirror(self, conjugate: bool) -> TensorLinearOperator:
         return self._placed(
@@ -279,13 +296,14 @@ class BlockDiagonalLinearOperator(CompositeLinearOperator):
 
     def _apply(self, rows: Rows) -> Rows:
         products: list[Any] = [
-            part._multiply_last_axis(rows[:, cols]) for part, cols in zip(self._parts, self._col_places, strict=True)
+            multiply(part, rows[:, cols]) for part, cols in zip(self._parts, self._col_places, strict=True)
         ]
         if isinstance(rows, Tensor):
             dtype = next((product.dtype for product in products if product.dtype.is_complex), rows.dtype)
             out: Any = rows.new_zeros(len(rows), self.shape[0], dtype=dtype)
         else:
-            out = np.zeros((len(rows), self.shape[0]), dtype=np.result_type(*products))
+            dtype = np.result_type(*products) if products else self._product_dtype(rows.dtype)
+            out = np.zeros((len(rows), self.shape[0]), dtype=dtype)
         for product, place in zip(products, self._row_places, strict=True):
             out[:, place] = product
         return cast("Rows", out)
@@ -300,6 +318,18 @@ def _diagonal_blocks(
     return BlockDiagonalLinearOperator._placed(blocks, (slices, slices), A.shape, layouts, A._params)
 
 
+def as_diagonal(A: TensorLinearOperator) -> DiagonalLinearOperator:
+    """Convert an operator that is known to be diagonal, such as a product of diagonal matrices."""
+    if isinstance(A, DiagonalLinearOperator):
+        return A
+    diagonal = DiagonalLinearOperator(A.diagonal())
+    rows, _ = layouts_of(A)
+    if rows is not None:
+        diagonal._params, diagonal._layout_or_none = getattr(A, "_params", {}), rows
+    return diagonal
+
+
+Composites.diagonal = as_diagonal
 Composites.block_diagonal = _diagonal_blocks
 
 
@@ -307,12 +337,20 @@ def _place_key(place: Any) -> Any:
     return (place.start, place.stop) if isinstance(place, slice) else place.tobytes()
 
 
-def _joined_layout(layouts: Sequence[ParameterLayout | None], params: Mapping[str, Tensor]) -> ParameterLayout | None:
-    """Return the layout of vectors that are concatenations of vectors with the given layouts, or None."""
-    if any(layout is None for layout in layouts):
+def _joined_layout(layouts: Sequence[ParameterLayout | None]) -> ParameterLayout | None:
+    """Return the layout of vectors that are concatenations of vectors with the given layouts.
+
+    Return None if a layout is None, or if two layouts have a name in common.
+    """
+    pairs = [
+        (name, torch.empty(shape, device="meta"))
+        for layout in layouts
+        if layout is not None
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
+    ]
+    if any(layout is None for layout in layouts) or len(dict(pairs)) < len(pairs):
         return None
-    names = [name for layout in layouts if layout is not None for name in layout.names]
-    return ParameterLayout(params, names) if len(set(names)) == len(names) else None
+    return ParameterLayout(dict(pairs), [name for name, _ in pairs])
 
 
 def _real_tensor(what: str, value: Any) -> Tensor:

@@ -149,7 +149,9 @@ def parameter_groups(
     if groups == "layers":
         layers: dict[str, list[str]] = {}
         for name in names:
-            layer, _, _ = name.rpartition(".")
+            layer, parametrized, _ = name.partition(".parametrizations.")
+            if not parametrized:
+                layer, _, _ = name.rpartition(".")
             layers.setdefault(layer or name, []).append(name)
         return layers
     if not isinstance(groups, Mapping):
@@ -158,6 +160,9 @@ def parameter_groups(
         )
     if not groups:
         raise ValueError("groups is empty: name parameters, or omit groups to make each parameter a block")
+    for name, parameters in groups.items():
+        if not isinstance(parameters, Iterable):
+            raise TypeError(f"groups[{name!r}] is a {type(parameters).__name__}: pass one name or several")
     members = {
         name: [parameters] if isinstance(parameters, str) else list(parameters) for name, parameters in groups.items()
     }

@@ -12,9 +12,9 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvop.operators.base import Rows, TensorLinearOperator
-from curvop.operators.composites import CompositeLinearOperator, layouts_of
+from curvop.operators.composites import CompositeLinearOperator, as_array, layouts_of
 from curvop.operators.progress import step_bar
-from curvop.operators.validation import real_operator
+from curvop.operators.validation import real_operator, real_scalar
 from curvop.solvers.linear_solve import SolveResult, check_arguments, solve_column
 
 __all__ = ["InverseLinearOperator", "NotConvergedError"]
@@ -97,7 +97,9 @@ class InverseLinearOperator(CompositeLinearOperator):
     Notes
     -----
     The columns of a matrix are solved one by one. `num_products` counts the columns; ``A.num_products`` counts the
-    products with A. Solutions are computed in float64. A block of this operator is a block of the inverse, and not the
+    products with A. Solutions are computed in float64, and the residuals are those of the float64 solutions. A product
+    with a float32 tensor rounds the solution afterwards. If A is not known to be symmetric, the first product checks
+    this by two products with A. A block of this operator is a block of the inverse, and not the
     inverse of a block: for the latter, pass ``A.block(names)``.
 
     Examples
@@ -131,6 +133,7 @@ class InverseLinearOperator(CompositeLinearOperator):
         progress: bool = False,
     ) -> None:
         A = real_operator(A)
+        damping = real_scalar("damping", damping)
         check_arguments(A, damping, rtol, preconditioner, maxiter)
         if on_failure not in ("raise", "warn"):
             raise ValueError(f"on_failure is {on_failure!r}, but must be 'raise' or 'warn'")
@@ -142,6 +145,7 @@ class InverseLinearOperator(CompositeLinearOperator):
         self._options: tuple[Any, ...] = (float(damping), float(rtol), preconditioner, maxiter)
         self._on_failure, self._progress = on_failure, progress
         self.last: list[SolveResult] = []
+        self._is_checked = False
 
     @property
     def _is_diagonal(self) -> bool:
@@ -156,9 +160,26 @@ class InverseLinearOperator(CompositeLinearOperator):
     def _product_dtype(self, dtype: Any) -> Any:
         return np.result_type(self.dtype, dtype)
 
+    def _multiply_last_axis(self, x: Rows) -> Rows:
+        self.last = []
+        return super()._multiply_last_axis(x)
+
+    def _check_symmetry(self) -> None:
+        """Raise an error if A is not symmetric. The check takes two products if A is not known to be symmetric."""
+        if self._is_checked or (isinstance(self._A, TensorLinearOperator) and self._A.is_symmetric):
+            return
+        u, v = np.random.default_rng(0).standard_normal((2, self.shape[0]))
+        right, left = self._A @ v, self._A @ u
+        epsilon = self._parts[0].epsilon
+        scale = np.linalg.norm(u) * np.linalg.norm(right) + np.linalg.norm(v) * np.linalg.norm(left)
+        if abs(u @ right - v @ left) > epsilon**0.5 * scale:
+            raise ValueError("A is not symmetric: pass a symmetric operator")
+        self._is_checked = True
+
     def _apply(self, rows: Rows) -> Rows:
+        self._check_symmetry()
         damping, rtol, preconditioner, maxiter = self._options
-        array = rows.numpy(force=True) if isinstance(rows, Tensor) else rows
+        array = as_array(rows)
         with step_bar("solve", self._progress) as bar:
             self.last = [solve_column(self._A, row, damping, rtol, preconditioner, maxiter, None, bar) for row in array]
         self._report(rtol)
