@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 
@@ -223,6 +224,43 @@ class TestBlocks:
         handle.remove()
         assert len(runs) == count
         assert A.num_products == A.H.num_products == 1 + 1 + 1 + 3
+
+
+class TestUnknownAttributes:
+    @pytest.mark.parametrize(
+        ("name", "function"),
+        [
+            ("trace", "curvop.spectrum.trace(A)"),
+            ("norm", "curvop.spectrum.frobenius_norm(A)"),
+            ("eigs", "curvop.spectrum.eigsh(A, k)"),
+            ("solve", "curvop.solve(A, b, damping=...)"),
+        ],
+    )
+    def test_the_error_names_the_function(self, H, name, function) -> None:
+        for A in (H, H.damped(1.0), 2 * H):
+            assert not hasattr(A, name)
+            assert name not in dir(A)
+            with pytest.raises(AttributeError) as error:
+                getattr(A, name)
+            assert str(error.value) == f"a {type(A).__name__} has no attribute {name!r}: call {function}"
+
+    def test_other_errors_are_those_of_python(self, H) -> None:
+        with pytest.raises(AttributeError, match="'HessianLinearOperator' object has no attribute 'tracee'"):
+            H.tracee  # noqa: B018
+
+    def test_an_error_in_a_property_is_not_hidden(self, problem) -> None:
+        class Broken(HessianLinearOperator):
+            @property
+            def device(self):
+                return None.type  # type: ignore[attr-defined]
+
+        A = Broken(problem.model, problem.loss_function, problem.params, problem.data)
+        with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'type'"):
+            A.device  # noqa: B018
+
+    @pytest.mark.parametrize("again", [lambda A: pickle.loads(pickle.dumps(A)), copy.copy, copy.deepcopy])
+    def test_copies(self, H, again) -> None:
+        np.testing.assert_array_equal(again(H) @ np.ones(P), H @ np.ones(P))
 
 
 class TestDamped:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import scipy.sparse
@@ -39,6 +39,17 @@ _BOOLEANS = {np.dtype(bool), torch.bool}
 
 _EPSILON = float(np.finfo(np.float64).eps)
 _DENSE_COLUMNS = 64  # number of columns that `to_dense` computes at once
+
+#: Methods that operators of other packages have, and the function that replaces each of them.
+_FUNCTIONS = {
+    "trace": "curvop.spectrum.trace(A)",
+    "norm": "curvop.spectrum.frobenius_norm(A)",
+    "eigs": "curvop.spectrum.eigsh(A, k)",
+    "eigsh": "curvop.spectrum.eigsh(A, k)",
+    "cond": "curvop.spectrum.eigsh(A, 1, which) for each end of the spectrum",
+    "logdet": "curvop.spectrum.density(A).logdet(damping)",
+    "solve": "curvop.solve(A, b, damping=...)",
+}
 
 
 class Composites:
@@ -80,6 +91,15 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
     def __init__(self, dtype: Any, shape: tuple[int, int], counter: ProductCounter | None = None) -> None:
         super().__init__(dtype, shape)
         self._counter = ProductCounter() if counter is None else counter
+
+    if not TYPE_CHECKING:  # otherwise, type checkers would accept any attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Raise an ``AttributeError``. Python calls this method only if there is no attribute of this name."""
+            if name in _FUNCTIONS:
+                raise AttributeError(f"a {type(self).__name__} has no attribute {name!r}: call {_FUNCTIONS[name]}")
+            # Repeat the lookup, so that the error in a property that raises an AttributeError is not hidden.
+            return object.__getattribute__(self, name)
 
     @property
     def num_products(self) -> int:
