@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from matrices import matrix
 from scipy.sparse import diags_array
-from scipy.sparse.linalg import aslinearoperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from scipy.stats import t as student
 
-from curvop.spectrum import Estimate, diagonal, frobenius_norm, trace
+from curvop.operators.base import TensorLinearOperator
+from curvop.spectrum import BoundedEstimate, Estimate, density, diagonal, frobenius_norm, trace
 
 EXACT = {trace: np.trace, diagonal: np.diag, frobenius_norm: np.linalg.norm}
 SPECTRA = {
@@ -16,6 +26,13 @@ SPECTRA = {
     "decaying": 2.0 ** -np.arange(60),
     "outliers": np.r_[np.linspace(0, 1, 52), np.linspace(5, 50, 8)],
 }
+
+
+#: ``Estimate(1.5, 0.5)``, when it was a named tuple without further attributes.
+OLD_PICKLE = (
+    b"\x80\x04\x95A\x00\x00\x00\x00\x00\x00\x00\x8c\x1acurvop.spectrum.estimators\x94\x8c\x08Estimate\x94\x93\x94"
+    b"G?\xf8\x00\x00\x00\x00\x00\x00G?\xe0\x00\x00\x00\x00\x00\x00\x86\x94\x81\x94."
+)
 
 
 @pytest.fixture(params=EXACT, ids=lambda function: function.__name__)
@@ -79,6 +96,160 @@ def test_the_error_includes_eigenvalues_lost_in_rounding(estimator, top: float, 
             assert error <= 1e-13 * abs(top) + 2 * np.abs(others).sum()
 
 
+# Each method, written as in its paper: one orthonormal basis for each test vector, without it.
+
+
+def probes_of(estimator, size: int, count: int, seed: int) -> np.ndarray:
+    """Return the columns that the estimators document: random signs for a diagonal, otherwise points of a sphere."""
+    rng = np.random.default_rng(seed)
+    if estimator is diagonal:
+        return rng.choice([-1.0, 1.0], (size, count))
+    tests = rng.standard_normal((size, count))
+    return tests * size**0.5 / np.linalg.norm(tests, axis=0)
+
+
+def samples(estimator, A: np.ndarray, num_products: int, seed: int) -> np.ndarray:
+    """Return the estimates from single test vectors; their mean is the estimate, for a norm that of its square."""
+    few = num_products < 6
+    X = probes_of(estimator, A.shape[1], num_products if few else num_products // 2, seed)
+    found = []
+    for i, x in enumerate(X.T):
+        Q = np.linalg.qr(np.delete(A @ X, i, 1))[0] if not few else np.zeros((len(A), 0))
+        rest = A @ x - Q @ (Q.T @ (A @ x))
+        if estimator is frobenius_norm:
+            found.append(np.linalg.norm(Q.T @ A) ** 2 + rest @ rest)
+        elif estimator is diagonal:
+            found.append(np.diag(Q @ Q.T @ A) + x * rest)
+        else:
+            y = x - Q @ (Q.T @ x)
+            found.append(np.trace(Q.T @ A @ Q) + (len(A) - Q.shape[1]) * (y @ A @ y) / (y @ y))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("num_products", [2, 3, 5, 6, 7, 20])
+def test_the_estimates_are_those_of_the_papers(estimator, num_products: int) -> None:
+    A = matrix(np.r_[np.linspace(-1, 1, 40), 5, 9])
+    if estimator is frobenius_norm:
+        A = A[:30]
+    found = estimator(aslinearoperator(A), num_products, rng=3)
+    each = samples(estimator, A, num_products, 3)
+    value, spread, few = each.mean(0), each.std(0, ddof=1), num_products < 6
+    error = spread / len(each) ** 0.5 * (1.0 if few else 1.5)
+    if estimator is frobenius_norm:
+        value = value**0.5
+        error = spread / (2 * value) / (len(each) ** 0.5 if few else 1.0)
+    np.testing.assert_allclose(found.value, value, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found.error, error, rtol=1e-10, atol=1e-12)
+
+
+def test_the_method_depends_on_the_number_of_products(estimator) -> None:
+    A = aslinearoperator(matrix(np.linspace(0, 1, 20)))
+    found = {count: estimator(A, count, rng=0).method for count in (2, 5, 6, 19, 40)}
+    many = "xdiag" if estimator is diagonal else "xtrace"
+    assert found == {2: "hutchinson", 5: "hutchinson", 6: many, 19: many, 40: "dense"}
+    assert estimator(A).method == "dense"  # 60 products
+    assert estimator(A, rng=0, num_products=4).method == "hutchinson"
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_no_product_is_wasted_if_there_are_few(count: int) -> None:
+    """The variance of a quadratic form on a sphere is known (Watson, 1995)."""
+    values = np.linspace(0, 1, 60)
+    found = [trace(aslinearoperator(np.diag(values)), count, rng=seed).value for seed in range(500)]
+    variance = 2 * 60 / 62 * (np.sum(values**2) - values.sum() ** 2 / 60) / count
+    assert np.std(found) == pytest.approx(variance**0.5, rel=5 / (2 * 500) ** 0.5)
+
+
+@pytest.mark.default_cases("trace-outliers-12", "trace-decaying-*")
+@pytest.mark.parametrize("count", [3, 6, 12, 24])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_the_error_bars_cover(estimator, spectrum: str, count: int) -> None:
+    """Student's interval for 95% of normally distributed samples contains the result in at least 168 of 200 runs."""
+    A = matrix(SPECTRA[spectrum])
+    found = [estimator(aslinearoperator(A), count, rng=seed) for seed in range(200)]
+    values, errors = (np.array(part) for part in zip(*found, strict=True))
+    factor = student.ppf(0.975, (count if count < 6 else count // 2) - 1)
+    covered = np.abs(values - EXACT[estimator](A)) <= factor * errors
+    assert covered.mean() >= 0.84
+    assert np.mean(errors**2) < (4 if estimator is frobenius_norm else 2) ** 2 * np.mean(
+        (values - EXACT[estimator](A)) ** 2
+    )
+
+
+class OnlyTensors(TensorLinearOperator):
+    """A matrix on a device. It refuses NumPy arrays, and tensors in another dtype or on another device."""
+
+    def __init__(self, A: np.ndarray, device: str = "cpu") -> None:
+        super().__init__(np.float64, A.shape)
+        self._rows = torch.from_numpy(A).to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._rows.device
+
+    def _apply(self, rows):
+        assert isinstance(rows, torch.Tensor)
+        assert (rows.dtype, rows.device) == (torch.float64, self.device)
+        return rows @ self._rows.T
+
+    def _adjoint(self) -> LinearOperator:
+        adjoint = copy.copy(self)
+        adjoint._rows, adjoint.shape = self._rows.T, self.shape[::-1]
+        return adjoint
+
+
+@pytest.mark.parametrize("num_products", [4, 20, 200])
+def test_products_take_tensors_if_the_operator_does(estimator, num_products: int) -> None:
+    A = matrix(SPECTRA["outliers"])
+    A = A[:, :40] if estimator is frobenius_norm else A
+    found, expected = (estimator(B, num_products, rng=0) for B in (OnlyTensors(A), aslinearoperator(A)))
+    np.testing.assert_allclose(found.value, expected.value, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(found.error, expected.error, rtol=1e-10, atol=1e-13)
+    assert isinstance(found.value, np.ndarray if estimator is diagonal else float)
+
+
+def test_everything_is_computed_on_the_device_of_the_operator() -> None:
+    """A second device is registered for a whole process."""
+    code = """
+import numpy as np
+from second_device import SECOND
+from matrices import matrix
+from test_estimators import EXACT, OnlyTensors
+A = matrix(2.0 ** -np.arange(30))
+for estimator in EXACT:
+    for count in (4, 12, 60):
+        there, here = (estimator(OnlyTensors(A, device), count, rng=0) for device in (SECOND, "cpu"))
+        np.testing.assert_allclose(there.value, here.value, rtol=1e-12)
+        np.testing.assert_allclose(there.error, here.error, rtol=1e-6, atol=1e-14)
+"""
+    folder = Path(__file__).parent
+    path = [str(folder), str(folder.parent), *sys.path]
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{code}"], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+class OnlyArrays(TensorLinearOperator):
+    """A matrix that refuses tensors, such as the sum of an operator on a GPU and an operator of SciPy."""
+
+    takes_tensors, device = False, torch.device("meta")
+
+    def __init__(self, A: np.ndarray) -> None:
+        super().__init__(np.float64, A.shape)
+        self._matrix = A
+
+    def _apply(self, rows):
+        assert isinstance(rows, np.ndarray)
+        return rows @ self._matrix.T
+
+
+def test_products_take_arrays_if_the_operator_does(estimator) -> None:
+    A = matrix(SPECTRA["outliers"])
+    found, expected = (estimator(B, 20, rng=0) for B in (OnlyArrays(A), aslinearoperator(A)))
+    np.testing.assert_allclose(found.value, expected.value, rtol=1e-12, atol=1e-13)
+    with_density = density(OnlyArrays(A), 2, 5, progress=False)
+    np.testing.assert_allclose(with_density.nodes, density(A, 2, 5, progress=False).nodes, rtol=1e-9, atol=1e-12)
+
+
 def test_a_few_rows_among_many() -> None:
     """With few nonzero rows, many test vectors of signs have equal products."""
     values = np.zeros(2000)
@@ -103,8 +274,37 @@ def test_seeds(estimator) -> None:
     np.testing.assert_array_equal(one.value, two.value)
 
 
-def test_an_estimate_prints_as_a_number() -> None:
-    assert str(Estimate(1234.5678, 0.0123)) == "1234.57 +- 0.012"
+class TestEstimate:
+    def test_it_prints_as_a_number(self) -> None:
+        assert str(Estimate(1234.5678, 0.0123)) == "1234.57 +- 0.012"
+
+    def test_it_is_a_pair(self) -> None:
+        estimate = trace(aslinearoperator(matrix(np.linspace(0, 1, 20))), 4, rng=0)
+        value, error = estimate
+        assert (value, error) == (estimate.value, estimate.error) == estimate
+        assert estimate._fields == ("value", "error")
+        assert repr(Estimate(1.5, 0.5, "xtrace")) == "Estimate(value=1.5, error=0.5)"
+
+    def test_it_converts_to_a_number(self) -> None:
+        found = density(np.diag(np.linspace(0, 1, 50)), 2, 10, progress=False).trace()
+        assert float(Estimate(1.5, 0.5)) == 1.5
+        assert float(found) == found.value
+        assert math.sqrt(Estimate(np.array([4.0]), np.array([0.5]))) == 2.0
+        with pytest.raises(TypeError, match=r"shape \(2,\): use its attribute value"):
+            float(Estimate(np.ones(2), np.ones(2)))
+
+    @pytest.mark.parametrize("again", [lambda x: pickle.loads(pickle.dumps(x)), copy.copy, copy.deepcopy])
+    def test_copies(self, again) -> None:
+        for estimate in (Estimate(1.5, 0.5), Estimate(1.5, 0.5, "xtrace"), BoundedEstimate(1.5, 0.5, 1.0, 2.0)):
+            other = again(estimate)
+            assert type(other) is type(estimate)
+            assert other == estimate
+            assert other.method == estimate.method
+        assert (other.low, other.high) == (1.0, 2.0)
+
+    def test_pickles_of_the_version_before(self) -> None:
+        other = pickle.loads(OLD_PICKLE)
+        assert (type(other), tuple(other), other.method) == (Estimate, (1.5, 0.5), None)
 
 
 def test_products_that_are_not_finite_are_refused(estimator) -> None:

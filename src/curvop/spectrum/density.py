@@ -65,9 +65,9 @@ _MISS_PROBABILITY = 0.05  # probability that an eigenvalue lies beyond `Spectral
 
 def density(
     A: LinearOperator,
-    *,
     num_probes: int = 8,
     num_steps: int = 64,
+    *,
     rng: int | np.random.Generator | None = 0,
     deflate: int = 0,
     memory: int | None = None,

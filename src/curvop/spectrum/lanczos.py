@@ -380,8 +380,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def device_of(A: Any) -> torch.device:
-    """Return the device of an operator. SciPy operators compute on the CPU."""
-    return A.device if isinstance(A, TensorLinearOperator) else torch.device("cpu")
+    """Return the device of the vectors that `multiply` accepts.
+
+    This is the CPU if the operator accepts NumPy arrays only, as SciPy's operators and sums that contain one of them.
+    """
+    takes_tensors = isinstance(A, TensorLinearOperator) and A.takes_tensors
+    return A.device if takes_tensors else torch.device("cpu")
 
 
 def multiply(A: Any, rows: Tensor) -> Tensor:
