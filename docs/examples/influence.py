@@ -8,8 +8,8 @@ How would the test loss change if one training image were left out? To first ord
 .. math:: \frac{1}{N} \, \nabla L_\text{test}^\top \, (G + \lambda I)^{-1} \, \nabla \ell_n,
 
 where `G` is the Gauss-Newton matrix of the training loss. The original formula uses the Hessian, which may be
-indefinite. One linear system is enough for all training images: solve the system with the gradient of the test loss as
-the right-hand side, and multiply the solution by the gradient of each image.
+indefinite. One linear system and one product are enough for all training images: solve the system with the gradient of
+the test loss as the right-hand side, and multiply the matrix of all training gradients by the solution.
 
 To have harmful images to find, we give wrong labels to 50 of the 1,000 training images, which are scikit-learn's
 handwritten digits.
@@ -23,7 +23,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from curvop import GGNLinearOperator, JacobianLinearOperator, preconditioner, solve
+from curvop import GGNLinearOperator, PerExampleGradientLinearOperator, preconditioner, solve
 
 torch.manual_seed(0)
 pixels, labels = load_digits(return_X_y=True)
@@ -73,7 +73,8 @@ print(f"accuracy on {len(test)} test images: {accuracy:.1%}")
 # products take more time than they save. However, the preconditioner can be reused, for example to solve one system for
 # each test image.
 
-G = GGNLinearOperator(model, loss_function, params, list(zip(X[train].split(500), y[train].split(500), strict=True)))
+data = list(zip(X[train].split(500), y[train].split(500), strict=True))
+G = GGNLinearOperator(model, loss_function, params, data)
 test_gradient, test_loss = GGNLinearOperator(model, loss_function, params, [(X[test], y[test])]).gradient_and_loss()
 
 M = preconditioner.nystrom(G, 200, decay, rng=0)
@@ -83,15 +84,11 @@ print(f"without preconditioner: {plain}")
 print(f"preconditioner of rank 200: {result}, and 200 products to construct it")
 
 # %%
-# Compute the inner product of the solution with the gradient of each image: multiply the Jacobian of the predictions by
-# the solution, and multiply the result by the derivative of the loss with respect to each prediction. The gradient of a
-# single image is never formed.
+# One product gives the influence of all training images: ``PerExampleGradientLinearOperator`` is the matrix of the
+# gradients of all images. The gradient of a single image is never formed.
 
-J = JacobianLinearOperator(model, params, [(X[train], y[train])])
-scores = model(X[train]).detach()
-residuals = scores.softmax(1) - nn.functional.one_hot(y[train], 10)
-changes = (J @ result.solution).reshape(len(train), 10)
-influence = (changes * residuals.numpy()).sum(1) / len(train)
+gradients = PerExampleGradientLinearOperator(model, loss_function, params, data)
+influence = gradients @ result.solution / len(train)
 
 # %%
 # Compare the predicted changes with actual changes: leave one image out, continue the training, and evaluate the test

@@ -69,6 +69,7 @@ from curvop.operators.fisher import EFLinearOperator, FisherLinearOperator, Grad
 from curvop.operators.ggn import GGNLinearOperator
 from curvop.operators.hessian import HessianLinearOperator
 from curvop.operators.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
+from curvop.operators.per_example import PerExampleGradientLinearOperator
 from curvop.operators.selection import select
 from curvop.operators.submatrix_operator import SubmatrixLinearOperator
 from curvop.operators.version import __version__ as __version__
@@ -94,6 +95,7 @@ __all__ = [
     "NonDeterministicObjectiveError",
     "NonFiniteProductError",
     "NotConvergedError",
+    "PerExampleGradientLinearOperator",
     "SolveResult",
     "SubmatrixLinearOperator",
     "TargetLoss",

@@ -33,6 +33,7 @@ from curvop import (
     InverseLinearOperator,
     JacobianLinearOperator,
     NotConvergedError,
+    PerExampleGradientLinearOperator,
     SubmatrixLinearOperator,
 )
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
@@ -146,6 +147,20 @@ area(
         lambda: JacobianLinearOperator(MODEL, PARAMS),
         TypeError,
         "JacobianLinearOperator: missing a required argument: 'data'",
+    ),
+    (
+        "an unknown kind of examples",
+        lambda: PerExampleGradientLinearOperator(MODEL, nn.MSELoss(), PARAMS, DATA, examples="rows"),
+        ValueError,
+        "examples is 'rows', but must be 'terms' or 'items'",
+    ),
+    (
+        "items that the terms of the loss do not belong to",
+        lambda: PerExampleGradientLinearOperator(
+            lambda params, tensor: called(params, tensor)[:3], nn.MSELoss(), PARAMS, [(X, Y[:3])], examples="items"
+        ),
+        ValueError,
+        "the data items of a batch are not known",
     ),
     ("a cost measured never", lambda: H.cost(repeats=0), ValueError, "repeats is 0"),
 )

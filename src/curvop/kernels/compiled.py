@@ -68,6 +68,14 @@ class CompiledKernel(Kernel):
         """Return a compiled kernel for the adjoint matrix."""
         return CompiledKernel(self._kernel.adjoint())
 
+    def scale(self, weight: float) -> float:
+        """Call ``scale`` of the wrapped kernel."""
+        return self._kernel.scale(weight)
+
+    def divisor(self, weights: Sequence[float]) -> float:
+        """Call ``divisor`` of the wrapped kernel."""
+        return self._kernel.divisor(weights)
+
     def check_count(self, count: int) -> None:
         """Raise a ValueError if the wrapped kernel requires a number of batches other than `count`."""
         self._kernel.check_count(count)

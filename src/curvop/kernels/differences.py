@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from curvop.kernels.batches import CannotJoinError, example_of, map_leaves
 from curvop.kernels.differentiable import TwiceDifferentiable
 from curvop.kernels.errors import first_line
+from curvop.kernels.factor_kernel import PerExampleKernel, item_count
 from curvop.kernels.fisher_kernel import EmpiricalFisherKernel
 from curvop.kernels.ggn_kernel import GGNKernel, outputs_of
 from curvop.kernels.hessian_kernel import HessianKernel
@@ -103,9 +104,9 @@ class Differences(abc.ABC):
     def part(self, batches: list[Any], index: int, step: float) -> Part:
         """Compute the contribution of the batches to the product; `step` is relative to the norm of the parameters."""
 
-    def divisor(self, weight: float, prediction: Any, index: int, batch: Any) -> float:
-        """Return the number by which the product of a batch is divided before the product is weighted."""
-        return 1.0
+    def share(self, weight: float, prediction: Any, index: int, batch: Any) -> float:
+        """Return the factor by which the product of a batch is multiplied; `weight` is the weight of the batch."""
+        return weight
 
     def whole_divisor(self, loss: Tensor, predictions: Any, batches: list[Any]) -> float:
         """Return the number by which the product of all batches is divided if they are evaluated as one batch."""
@@ -269,8 +270,8 @@ class _EmpiricalFisher(Differences):
         holds = self.holds([torch.ones_like(part) for part in jvp], jvp, total)
         return Part(self.rows(vjp), holds, inner=inner, total=self.rows(total))
 
-    def divisor(self, weight: float, prediction: Any, index: int, batch: Any) -> float:
-        return float(self.code.objective.divisor_of(prediction, index, batch))  # type: ignore[attr-defined]
+    def share(self, weight: float, prediction: Any, index: int, batch: Any) -> float:
+        return weight / float(self.code.objective.divisor_of(prediction, index, batch))  # type: ignore[attr-defined]
 
     def whole_divisor(self, loss: Tensor, predictions: Any, batches: list[Any]) -> float:
         """Return the number by which the loss function divides the sum of the examples' losses."""
@@ -330,6 +331,39 @@ def losses_of_examples(terms: Tensor, prediction: Tensor) -> Tensor:
     return (terms.sum(-1) if by_output else terms).reshape(-1)
 
 
+class _PerExample(_EmpiricalFisher):
+    def part(self, batches: list[Any], index: int, step: float) -> Part:
+        jvp = self.jvp(self._losses, batches, self.size(step))
+        ones = [torch.ones_like(part) for part in jvp]
+        holds = self.holds(ones, jvp, self.vjp(self._losses, batches, ones))
+        terms = torch.cat(jvp)
+        return Part(terms.view(self._items(batches, len(terms)), -1).sum(1), holds)
+
+    def share(self, weight: float, prediction: Any, index: int, batch: Any) -> float:
+        return math.sqrt(super().share(weight, prediction, index, batch)) if weight else 0.0
+
+    def count(self, batches: list[Any]) -> float:
+        return 0.0
+
+    def _items(self, batches: list[Any], terms: int) -> int:
+        [batch] = batches
+        outputs = outputs_of(self.code.run(lambda own: detached(self.code.predict(own[0])), batches))
+        return terms if not self.kernel.by_item else item_count(outputs, batch, terms) or 1
+
+
+class _TransposedPerExample(_PerExample):
+    steps = False
+
+    def part(self, batches: list[Any], index: int, step: float) -> Part:
+        rows = self.kernel.cols.at(self.vector, index)
+
+        def pull(own: list[Any]) -> Values:
+            losses = torch.cat(self._losses(own))
+            return self.code.gradient([losses], [rows.repeat_interleave(len(losses) // max(len(rows), 1))])
+
+        return Part(self.rows(self.code.run(pull, batches)))
+
+
 class _Jacobian(Differences):
     def part(self, batches: list[Any], index: int, step: float) -> Part:
         jvp = self.jvp(self.predicted, batches, self.size(step))
@@ -351,16 +385,21 @@ class _TransposedJacobian(Differences):
         return Part(self.rows(self.code.run(pull, batches)))
 
 
-def _of_jacobian(code: UserCode, kernel: JacobianKernel, vector: Tensor) -> Differences:
-    kind = _Jacobian if isinstance(kernel.rows, BatchLayout) else _TransposedJacobian
-    return kind(code, kernel, vector)
+def _by_batch(
+    kind: type[Differences], transposed: type[Differences]
+) -> Callable[[UserCode, JacobianKernel, Tensor], Differences]:
+    def create(code: UserCode, kernel: JacobianKernel, vector: Tensor) -> Differences:
+        return (kind if isinstance(kernel.rows, BatchLayout) else transposed)(code, kernel, vector)
+
+    return create
 
 
 DIFFERENCES: Mapping[type, Callable[[UserCode, Any, Tensor], Differences]] = {
     HessianKernel: _Hessian,
     GGNKernel: _GaussNewton,
     EmpiricalFisherKernel: _EmpiricalFisher,
-    JacobianKernel: _of_jacobian,
+    JacobianKernel: _by_batch(_Jacobian, _TransposedJacobian),
+    PerExampleKernel: _by_batch(_PerExample, _TransposedPerExample),
 }
 
 
@@ -540,14 +579,14 @@ class _Sums:
         prediction = predictions[0] if predictions else None
         weight = 1.0 if whole else objective.weight(prediction, index, batches[0])
         self._weights.append(weight)
-        if not weight:
+        if weight:
+            self._gradients.append({name: weight * part.double() for name, part in gradient.items()})
+        elif not kind.kernel.by_batch:
             return
-        self._gradients.append({name: weight * part.double() for name, part in gradient.items()})
         if whole:
-            divisor = kind.whole_divisor(loss, predictions, batches)
+            share = 1.0 / kind.whole_divisor(loss, predictions, batches)
         else:
-            divisor = kind.divisor(weight, prediction, index, batches[0])
-        share = weight / divisor
+            share = kind.share(weight, prediction, index, batches[0])
         for number, step in enumerate(self._steps):
             part = kind.part(batches, index, step)
             self._products[number].append(share * part.product.double())
@@ -570,7 +609,8 @@ class _Sums:
         kernel, objective = self._kind.kernel, self._kind.code.objective
         divisor = 1.0 if whole else objective.divisor(self._weights)
         by_batch = isinstance(kernel.rows, BatchLayout)
-        products = [torch.cat(parts) if by_batch else _total(parts) / divisor for parts in self._products]
+        whole_or_sum = 1.0 if whole else kernel.divisor(self._weights)
+        products = [torch.cat(parts) if by_batch else _total(parts) / whole_or_sum for parts in self._products]
         centered: list[Tensor] = []
         if self._count:
             centered = [

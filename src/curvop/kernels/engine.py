@@ -171,8 +171,9 @@ class Engine:
             weights.append(linearization.weight)
             separate_rows = self.kernel.by_batch and not self.kernel.rows.names  # each batch has its own rows
             add = set_sums if separate_rows or not unit else add_sums
-            unit = unit or linearization.weight  # equal weights need no scaling
-            share = linearization.weight / unit if unit else 0.0
+            scale = self.kernel.scale(linearization.weight)
+            unit = unit or scale  # equal scales need no multiplication
+            share = scale / unit if unit else 0.0
             if self.kernel.by_batch:
                 chunks.clear()
             for start, stop in self._columns.chunks(len(vectors), self._columns_that_fit, self._clock):
@@ -184,6 +185,8 @@ class Engine:
                 if share:
                     # One expression, because a variable would keep the products in memory during the next iteration.
                     add(totals, self._colocate(totals, self._multiply(linearization, tangents, stop - start)), share)
+                elif separate_rows:
+                    set_sums(totals, [None] * len(totals), share)
                 done += stop - start
                 if tick is not None and steps:
                     tick(done / steps)
@@ -192,7 +195,7 @@ class Engine:
         self.kernel.check_count(len(weights))
         if not unit:  # if the data set is divided into parts, all batches of a part may have weight 0
             out.zero_()
-        rest = self._objective.divisor(weights) / (unit or 1.0)
+        rest = self.kernel.divisor(weights) / (unit or 1.0)
         if rest != 1:
             out.div_(rest)
 
@@ -496,16 +499,18 @@ class Columns:
 
 
 def set_sums(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: float) -> None:
-    """Overwrite `totals` with the cotangents of one batch.
+    """Overwrite `totals` with the cotangents of one batch, multiplied by `share`.
 
-    The argument `share` must be 1 and is not used. If the dtypes of `totals` and `cotangents` differ, overwriting
-    `totals` is cheaper than setting it to zero and adding `cotangents`.
+    If the dtypes of `totals` and `cotangents` differ, overwriting `totals` is cheaper than setting it to zero and
+    adding `cotangents`.
     """
     for total, cotangent in zip(totals, cotangents, strict=True):
         if cotangent is None:
             total.zero_()
         else:
             total.copy_(cotangent)
+            if share != 1:
+                total.mul_(share)
 
 
 def add_sums(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: float) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, Parts, cut_off, outputs_of
 from curvop.kernels.graph import LinearMap
+from curvop.kernels.jacobian_kernel import RowMap
 from curvop.kernels.losses import Examples, Likelihood
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.parameters import ParameterLayout
 
-__all__ = ["EmpiricalFisherKernel", "SampledFisherKernel", "gradient_sum"]
+__all__ = ["EmpiricalFisherKernel", "OuterProducts", "SampledFisherKernel", "gradient_sum", "used_terms"]
 
 
 class EmpiricalFisherKernel(GGNLikeKernel):
@@ -52,9 +53,8 @@ class EmpiricalFisherKernel(GGNLikeKernel):
         The block of each example is ``r r' / d``, where the loss is ``1 / d`` times a sum over the examples.
         """
         parts = [None if part is None else part.detach() for part in derivative(False)]
-        return _OuterProducts(
-            self._examples, [[None if part is None else part * extra["scale"].to(part.dtype) for part in parts]]
-        )
+        scaled = [None if part is None else part * extra["scale"].to(part.dtype) for part in parts]
+        return OuterProducts(self._examples, outputs, [scaled])
 
 
 class SampledFisherKernel(GGNLikeKernel):
@@ -93,7 +93,7 @@ class SampledFisherKernel(GGNLikeKernel):
         [z], (_, y) = outputs, self.objective.pair(batch)
         with torch.no_grad():
             draws = [self._likelihood.derivative(z, y, noise, extra) for noise in extra["noise"]]
-            return _OuterProducts(self._examples, [[draw * self._samples**-0.5] for draw in draws])
+            return OuterProducts(self._examples, outputs, [[draw * self._samples**-0.5] for draw in draws])
 
     def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
         """Return the random numbers for the draws of batch number `index`.
@@ -149,30 +149,77 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
     return objective.divisor(totals.weights), count
 
 
-class _OuterProducts(OutputHessian):
-    """A block-diagonal map. The block of each example is the sum of ``r r'`` over all elements `r` of `factors`."""
+class OuterProducts(OutputHessian, RowMap):
+    """A block-diagonal map `M`. The block of each example is the sum of ``r r'`` over s vectors `r`.
 
-    def __init__(self, examples: Examples, factors: Sequence[Parts]) -> None:
+    Equivalently, ``M = R R'``, where the columns of `R` are the vectors of all examples. The methods `rows` and
+    `cotangents` multiply by ``R'`` and by `R`.
+
+    Parameters
+    ----------
+    examples : Examples
+    outputs : sequence of Tensor
+        The floating-point tensors of the prediction.
+    factors : sequence of lists of Tensor or None
+        For each of the s vectors, the entries of `r` for all examples, as one tensor for each output. None stands for
+        a tensor of zeros.
+
+    Attributes
+    ----------
+    count : int
+        The number of columns of `R`, which is ``n * s`` for n examples.
+    """
+
+    def __init__(self, examples: Examples, outputs: Sequence[Tensor], factors: Sequence[Parts]) -> None:
         self._examples = examples
-        self._factors = factors
-        self.tensors = [part for parts in factors for part in parts if part is not None]
+        self._outputs = len(outputs)
+        self._used = [index for index, part in enumerate(factors[0]) if part is not None]
+        self._shapes = [outputs[index].shape for index in self._used]
+        self._dtypes = [outputs[index].dtype for index in self._used]
+        self.count = len(factors) * used_terms(examples, outputs, factors[0])
+        flat = [examples.flatten([parts[index] for index in self._used], self._shapes) for parts in factors]
+        self.tensors = [part for part in flat if part is not None]
 
     def __call__(self, vectors: Parts, batched: bool = False) -> Parts:
-        inputs = [index for index, vector in enumerate(vectors) if vector is not None]
-        outputs = [index for index, factor in enumerate(self._factors[0]) if factor is not None]
-        if not set(inputs) & set(outputs):
-            return [None] * len(vectors)
+        """Return ``M w``."""
+        flat = self._flat(vectors)
+        if flat is None:
+            return [None] * self._outputs
+        return self._restored([factor * (factor * flat).sum(-1, keepdim=True) for factor in self.tensors])
 
-        def multiply(*nonzero: Tensor) -> list[Tensor]:  # vmap does not accept None
-            parts: list[Tensor | None] = [None] * len(vectors)
-            for index, vector in zip(inputs, nonzero, strict=True):
-                parts[index] = vector
-            products = [self._examples.outer(factors, parts) for factors in self._factors]
-            return [torch.stack([product[index] for product in products]).sum(0) for index in outputs]
+    def rows(self, tangents: Parts) -> Tensor | None:
+        """Return ``R' w``, with shape (..., n * s), or None for zeros. The s entries of an example are consecutive."""
+        flat = self._flat(tangents)
+        if flat is None:
+            return None
+        products = torch.stack([(factor * flat).sum(-1) for factor in self.tensors], -1)
+        return products.reshape(*products.shape[:-2], -1)
 
-        nonzero = [vector for vector in vectors if vector is not None]
-        results: list[Tensor] = torch.func.vmap(multiply)(*nonzero) if batched else multiply(*nonzero)
-        products: list[Tensor | None] = [None] * len(vectors)
-        for index, product in zip(outputs, results, strict=True):
-            products[index] = product
-        return products
+    def cotangents(self, rows: Tensor) -> Parts:
+        """Return ``R u``, one tensor or None for each output, for a tensor `u` of shape (..., n * s)."""
+        if not self.tensors:
+            return [None] * self._outputs
+        weights = rows.reshape(*rows.shape[:-1], -1, len(self.tensors), 1).unbind(-2)
+        return self._restored([factor * weight for factor, weight in zip(self.tensors, weights, strict=True)])
+
+    def _flat(self, vectors: Parts) -> Tensor | None:
+        return self._examples.flatten([vectors[index] for index in self._used], self._shapes)
+
+    def _restored(self, products: list[Tensor]) -> Parts:
+        """Return the sum of tensors of shape (..., n, m), with one tensor for each output, or None for zeros."""
+        total = products[0] if len(products) == 1 else torch.stack(products).sum(0)
+        restored: list[Tensor | None] = [None] * self._outputs
+        parts = self._examples.restore(total, self._shapes)
+        for index, part, dtype in zip(self._used, parts, self._dtypes, strict=True):
+            restored[index] = part.to(dtype)
+        return restored
+
+
+def used_terms(examples: Examples, outputs: Sequence[Tensor], derivative: Parts) -> int:
+    """Return the number of examples in the outputs on which the loss depends.
+
+    The loss does not depend on an output if its entry of `derivative` is None. If the loss depends on no output, for
+    example because all targets are ignored, all outputs count.
+    """
+    used = [output.shape for output, part in zip(outputs, derivative, strict=True) if part is not None]
+    return examples.terms(used or [output.shape for output in outputs])[0]

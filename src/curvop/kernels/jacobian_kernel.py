@@ -1,25 +1,30 @@
-"""Products with the Jacobian of the predictions for all batches, and with the transpose of this Jacobian.
+r"""Products with a matrix :math:`R^\top J` and with its transpose, where :math:`J` is the Jacobian of the predictions.
 
-The rows of the Jacobian are ordered by batch.
+The rows of the matrix are ordered by batch. A `RowMap` multiplies by :math:`R^\top` and by :math:`R`, batch by batch.
+`JacobianKernel` computes the Jacobian itself, for which :math:`R` is the identity. `curvop.kernels.factor_kernel` has
+subclasses whose rows are per-example gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import abc
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from curvop.kernels.ggn_kernel import JVP, cut_off, outputs_of
+from curvop.kernels.ggn_kernel import JVP, Parts, cut_off, outputs_of
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import Buffers
 from curvop.kernels.parameters import BatchLayout, ParameterLayout
 
-__all__ = ["JacobianKernel", "prediction_sizes", "prediction_sum"]
+__all__ = ["JacobianKernel", "RowMap", "over_predictions", "prediction_size", "prediction_sum"]
 
+T = TypeVar("T")
 
 _CHANGED = "this has changed since the operator was made; make a new one"
 
@@ -38,15 +43,70 @@ prediction_sum.reduction = "sum"  # type: ignore[attr-defined]  # PyTorch's loss
 prediction_sum.stands_in = True  # type: ignore[attr-defined]  # not a loss: skip the check of the batch weights
 
 
-def prediction_sizes(objective: ModelObjective) -> list[int]:
-    """Return a list with the number of entries in the prediction of each batch.
+def over_predictions(objective: ModelObjective, function: Callable[[int, Any, Any], T]) -> list[T]:
+    """Return a list with ``function(index, prediction, batch)`` for each batch.
 
-    To obtain the predictions, the model is called once for each batch.
+    The model is called once for each batch, without autograd.
     """
     leaves = objective.leaves(())
     with torch.no_grad():
-        predictions = (objective.predict(leaves, batch) for _, batch in objective.batches())
-        return [sum(output.numel() for output in outputs_of(prediction)) for prediction in predictions]
+        return [function(index, objective.predict(leaves, batch), batch) for index, batch in objective.batches()]
+
+
+def prediction_size(index: int, prediction: Any, batch: Any) -> int:
+    """Return the number of entries in a prediction. Pass this function to `over_predictions`."""
+    return sum(output.numel() for output in outputs_of(prediction))
+
+
+class RowMap(abc.ABC):
+    """The linear map ``w -> R' w`` from the tangent of a prediction to the rows of one batch, and its transpose.
+
+    Attributes
+    ----------
+    count : int
+        The number of rows.
+    tensors : sequence of Tensor
+        Tensors that the map retains.
+    """
+
+    count: int
+    tensors: Sequence[Tensor] = ()
+
+    @abc.abstractmethod
+    def rows(self, tangents: Parts) -> Tensor | None:
+        """Return ``R' w``, a tensor of shape (..., count), or None for zeros.
+
+        `tangents` contains one tensor for each floating-point tensor in the prediction, or None for zeros.
+        """
+
+    @abc.abstractmethod
+    def cotangents(self, rows: Tensor) -> Parts:
+        """Return ``R u``, one tensor or None for each output, for a tensor `u` of shape (..., count)."""
+
+
+class _FlatOutputs(RowMap):
+    """The identity: the rows are the entries of the prediction."""
+
+    def __init__(self, outputs: Sequence[Tensor]) -> None:
+        self._shapes = [output.shape for output in outputs]
+        self.count = sum(shape.numel() for shape in self._shapes)
+
+    def rows(self, tangents: Parts) -> Tensor | None:
+        given = next((index for index, part in enumerate(tangents) if part is not None), None)
+        if given is None:
+            return None
+        some = cast("Tensor", tangents[given])
+        leading = some.shape[: some.ndim - len(self._shapes[given])]
+        pairs = zip(tangents, self._shapes, strict=True)
+        flat = [
+            some.new_zeros(*leading, shape.numel()) if part is None else part.reshape(*leading, -1)
+            for part, shape in pairs
+        ]
+        return torch.cat(flat, -1)
+
+    def cotangents(self, rows: Tensor) -> Parts:
+        parts = rows.split([shape.numel() for shape in self._shapes], -1)
+        return [part.reshape(rows.shape[:-1] + shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
 
 class JacobianKernel(Kernel):
@@ -60,11 +120,13 @@ class JacobianKernel(Kernel):
     cols : sequence of str
         Names of the parameters that the columns belong to.
     sizes : sequence of int
-        Number of entries in the prediction of each batch.
+        Number of rows of each batch. For the Jacobian, this is the number of entries in the prediction.
     """
 
     symmetric = False
     by_batch = True
+    #: What a row stands for, in error messages.
+    row_name = "prediction"
     objective: ModelObjective
 
     def __init__(self, objective: ModelObjective, cols: Sequence[str], sizes: Sequence[int]) -> None:
@@ -88,11 +150,34 @@ class JacobianKernel(Kernel):
         if count != len(self._sizes):
             raise ValueError(f"data yields {count} batches: {_CHANGED}")
 
+    def restricted(self, cols: Sequence[str]) -> Self:
+        """Return the kernel for the columns of the parameters `cols`."""
+        restricted = copy.copy(self)
+        restricted.cols = ParameterLayout(self.objective.params, cols)
+        return restricted
+
+    def row_map(
+        self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+    ) -> RowMap:
+        """Return the map from the tangent of the prediction to the rows of one batch.
+
+        For the parameters, see `curvop.kernels.ggn_kernel.GGNLikeKernel.output_hessian`.
+        """
+        return _FlatOutputs(outputs)
+
+    def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
+        """Return a dict of additional tensors that are needed to compute the rows of batch number `index`."""
+        return {}
+
     def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
         """Return the buffers of the objective. Raise a ValueError if the number of batches has grown."""
+        self.check_index(index)
+        return super().buffers(leaves, index, batch)
+
+    def check_index(self, index: int) -> None:
+        """Raise a ValueError if the data yield more batches than when the operator was created."""
         if index >= len(self._sizes):
             raise ValueError(f"data yields more than {index} batches: {_CHANGED}")
-        return super().buffers(leaves, index, batch)
 
     def product(
         self,
@@ -101,60 +186,53 @@ class JacobianKernel(Kernel):
         batch: Any,
         tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
-        """Return ``(checksum, prediction, product)`` for a batch.
+        """Return ``(loss, prediction, product)`` for a batch.
 
-        ``checksum`` is the `prediction_sum` of the prediction. ``product`` is the Jacobian of the batch, or its
-        transpose, multiplied by `tangents`.
+        ``product`` is the matrix of the batch, or its transpose, multiplied by `tangents`.
         """
-        loss, prediction = self.objective.traced(leaves, buffers, batch)
-        return loss, prediction, self._map(outputs_of(prediction), leaves).apply(tangents)
+        prediction, parts, loss = self.objective.traced_split(leaves, buffers, batch, cut_off)
+
+        def derivative(create_graph: bool) -> Parts:
+            return torch.autograd.grad(loss, parts, create_graph=create_graph, allow_unused=True)
+
+        row_map = self.row_map(parts, batch, buffers["loss"] | buffers.get("extra", {}), derivative)
+        return loss, prediction, self._linearization(row_map, outputs_of(prediction), leaves, loss, 1.0).apply(tangents)
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of batch number `index`."""
-        prediction, _, _, loss = self.objective.split(leaves, index, batch, cut_off)
-        outputs = outputs_of(prediction)
-        count = sum(output.numel() for output in outputs)
-        if index >= len(self._sizes) or self._sizes[index] != count:
-            raise ValueError(f"batch {index} has {count} predictions: {_CHANGED}")
-        return self._map(outputs, leaves, loss.value)
+        prediction, cut, parts, loss = self.objective.split(leaves, index, batch, cut_off)
+        extra = self.extra(index, cut, batch)
+        row_map = self.row_map(parts, batch, extra, lambda create_graph: loss.gradient(parts, create_graph))
+        if index >= len(self._sizes) or self._sizes[index] != row_map.count:
+            raise ValueError(f"batch {index} has {row_map.count} {self.row_name}s: {_CHANGED}")
+        return self._linearization(row_map, outputs_of(prediction), leaves, loss.value, loss.weight)
 
-    def _map(
-        self, outputs: list[Tensor], leaves: Mapping[str, Tensor], loss: Tensor | None = None
+    def _linearization(
+        self, row_map: RowMap, outputs: list[Tensor], leaves: Mapping[str, Tensor], loss: Tensor, weight: float
     ) -> GraphLinearization:
-        loss = torch.zeros(()) if loss is None else loss
         if isinstance(self.rows, BatchLayout):
-            return _JacobianLinearization(loss, JVP(outputs, self.cols.of(leaves), self._at_zero), outputs)
-        return _TransposedLinearization(loss, outputs, self.rows.of(leaves))
+            jvp = JVP(outputs, self.cols.of(leaves), self._at_zero)
+            return _JacobianLinearization(loss, weight, jvp, row_map)
+        return _TransposedLinearization(loss, weight, row_map, LinearMap(outputs, self.rows.of(leaves)))
 
 
 class _JacobianLinearization(GraphLinearization):
-    def __init__(self, loss: Tensor, jvp: JVP, outputs: list[Tensor]) -> None:
-        self._jvp = jvp
-        self._shapes = [output.shape for output in outputs]
-        super().__init__(loss, 1.0, jvp.roots)
+    def __init__(self, loss: Tensor, weight: float, jvp: JVP, row_map: RowMap) -> None:
+        super().__init__(loss, weight, jvp.roots, row_map.tensors)
+        self._jvp, self._row_map = jvp, row_map
 
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
-        columns = tangents[0].shape[: int(batched)]
-        products = [
-            tangents[0].new_zeros(*columns, *shape) if part is None else part
-            for part, shape in zip(self._jvp(tangents, batched), self._shapes, strict=True)
-        ]
-        return [torch.cat([product.reshape(*columns, -1) for product in products], -1)]
+        return [self._row_map.rows(self._jvp(tangents, batched))]
 
 
 class _TransposedLinearization(GraphLinearization):
-    def __init__(self, loss: Tensor, outputs: list[Tensor], params: list[Tensor]) -> None:
-        self._vjp = LinearMap(outputs, params)
-        self._shapes = [output.shape for output in outputs]
-        super().__init__(loss, 1.0, self._vjp.roots)
+    def __init__(self, loss: Tensor, weight: float, row_map: RowMap, vjp: LinearMap) -> None:
+        super().__init__(loss, weight, vjp.roots, row_map.tensors)
+        self._row_map, self._vjp = row_map, vjp
 
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
-        [vector] = tangents
-        columns = vector.shape[: int(batched)]
-        parts = vector.split([shape.numel() for shape in self._shapes], -1)
-        return self._vjp(
-            [part.reshape(columns + shape) for part, shape in zip(parts, self._shapes, strict=True)], batched
-        )
+        [rows] = tangents
+        return self._vjp(self._row_map.cotangents(rows), batched)
 
 
 def _flat(outputs: list[Tensor]) -> Tensor:

@@ -25,7 +25,7 @@ class Linearization(abc.ABC):
     loss : Tensor
         The loss of the batch, detached.
     weight : float
-        The weight ``w_b`` of the batch. The engine multiplies products by this weight; `apply` does not.
+        The weight ``w_b`` of the batch. The engine multiplies products by ``Kernel.scale(weight)``; `apply` does not.
     roots : sequence of Node
         Root nodes of the retained autograd graphs. The memory of the graphs is measured by following them from these
         nodes.
@@ -120,6 +120,14 @@ class Kernel(abc.ABC):
         mirrored = copy.copy(self)
         mirrored.rows, mirrored.cols = self.cols, self.rows
         return mirrored
+
+    def scale(self, weight: float) -> float:
+        """Return the factor by which the engine multiplies the product of a batch. By default, it is the weight."""
+        return weight
+
+    def divisor(self, weights: Sequence[float]) -> float:
+        """Return the number by which the sum over all batches is divided, given the weight of each batch."""
+        return self.objective.divisor(weights)
 
     def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
         """Return the tensors other than `leaves` and `batch` on which a product for batch number `index` depends."""

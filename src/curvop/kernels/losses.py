@@ -64,7 +64,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -501,35 +501,69 @@ class Examples:
         self._kind = loss_kind(loss_function)
         self.by_class = self._kind is not None and issubclass(self._kind, nn.CrossEntropyLoss | nn.NLLLoss)
 
-    def outer(self, factors: Parts, vectors: Parts) -> list[Any]:
-        r"""Return a list with the entries of :math:`r_n \langle r_n, w_n \rangle` for all examples n.
-
-        The list has one tensor for each tensor in the prediction. None stands for a tensor of zeros, both in the
-        arguments and in the returned list.
+    def flatten(self, parts: Parts, shapes: Sequence[torch.Size]) -> Tensor | None:
+        """Return a tensor of shape (..., n, m) with the m entries of each of n examples. Return None if all are zero.
 
         Parameters
         ----------
-        factors : sequence of Tensor or None
-            The factors :math:`r`, one for each tensor in the prediction.
-        vectors : sequence of Tensor or None
-            The vectors :math:`w`, with the shapes of the factors.
+        parts : sequence of Tensor or None
+            One tensor for each tensor in the prediction, with the shape of this tensor after any leading dimensions.
+            None stands for a tensor of zeros.
+        shapes : sequence of torch.Size
+            The shapes of the tensors in the prediction.
 
         Raises
         ------
         ValueError
             If the tensors in the prediction have different first dimensions, so that examples cannot be identified.
         """
-        pairs = [(r, w) for r, w in zip(factors, vectors, strict=True) if r is not None and w is not None]
-        if not pairs:
-            return [None] * len(factors)
+        given = next((index for index, part in enumerate(parts) if part is not None), None)
+        if given is None:
+            return None
+        some = cast("Tensor", parts[given])
+        leading = some.shape[: some.ndim - len(shapes[given])]
         if self._kind is not None:
-            [(factor, vector)] = pairs
-            axis = self.axis(factor.ndim)
-            inner = factor * vector
-            return [factor * (inner if axis is None else inner.sum(axis, keepdim=True))]
-        count = _shared_count([factor for factor, _ in pairs])
-        inner = torch.stack([(r * w).reshape(count, -1).sum(1) for r, w in pairs]).sum(0)
-        return [None if r is None else (r.reshape(count, -1) * inner[:, None]).view_as(r) for r in factors]
+            return self._entries_last(some, len(shapes[0])).reshape(*leading, *self._size(shapes))
+        count = _shared_count(shapes)
+        sizes = [(*leading, count, shape.numel() // max(count, 1)) for shape in shapes]
+        pairs = zip(parts, sizes, strict=True)
+        flat = [some.new_zeros(size) if part is None else part.reshape(size) for part, size in pairs]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
+
+    def restore(self, flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """Return the tensors from which `flatten` computes `flat`, a tensor of shape (..., n, m)."""
+        leading = flat.shape[:-2]
+        if self._kind is not None:
+            [shape] = shapes
+            axis = self.axis(len(shape))
+            if axis is None:
+                return [flat.reshape((*leading, *shape))]
+            moved = (*shape[:axis], *shape[axis + 1 :], shape[axis])
+            return [flat.reshape(*leading, *moved).movedim(-1, len(leading) + axis)]
+        count = _shared_count(shapes)
+        parts = flat.split([shape.numel() // max(count, 1) for shape in shapes], -1)
+        return [part.reshape((*leading, *shape)) for part, shape in zip(parts, shapes, strict=True)]
+
+    def terms(self, shapes: Sequence[torch.Size]) -> tuple[int, int]:
+        """Return ``(n, m)``: the number of examples in a prediction, and the number of entries of each example.
+
+        Examples whose targets are ignored are counted.
+        """
+        if self._kind is not None:
+            return self._size(shapes)
+        count = _shared_count(shapes)
+        return count, sum(shape.numel() // max(count, 1) for shape in shapes)
+
+    def _size(self, shapes: Sequence[torch.Size]) -> tuple[int, int]:
+        [shape] = shapes
+        axis = self.axis(len(shape))
+        entries = 1 if axis is None else shape[axis]
+        return shape.numel() // max(entries, 1), entries
+
+    def _entries_last(self, part: Tensor, ndim: int) -> Tensor:
+        """Move the axis with the entries of an example to the end; `ndim` is the dimension of the prediction."""
+        axis = self.axis(ndim)
+        return part if axis is None else part.movedim(axis - ndim, -1)
 
     def axis(self, ndim: int) -> int | None:
         """Return the axis along which the entries of a prediction form one example.
@@ -544,12 +578,9 @@ class Examples:
 
     def count(self, outputs: Sequence[Tensor], y: Any) -> int:
         """Return the number of examples whose targets are not ignored."""
-        if self._kind is None:
-            return _shared_count(outputs)
-        axis = self.axis(outputs[0].ndim)
         if self.by_class and not y.is_floating_point():
             return int((y != loss_setting(self._loss_function, "ignore_index", -100)).sum())
-        return outputs[0].numel() // (1 if axis is None else outputs[0].shape[axis])
+        return self.terms([output.shape for output in outputs])[0]
 
 
 def check_classes(loss_function: Callable[..., Any], prediction: Any) -> None:
@@ -564,13 +595,13 @@ def check_classes(loss_function: Callable[..., Any], prediction: Any) -> None:
         )
 
 
-def _shared_count(outputs: Sequence[Tensor]) -> int:
+def _shared_count(shapes: Sequence[torch.Size]) -> int:
     """Return the number of examples in a prediction. Raise a ValueError if its tensors differ in first dimension."""
-    if any(not output.ndim for output in outputs):
+    if any(not shape for shape in shapes):
         return 1
-    if len({len(output) for output in outputs}) > 1:
+    if len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
             "per-example gradients need predictions with the examples along dimension 0, but these have shapes "
-            f"{[tuple(output.shape) for output in outputs]}: make the model return one row per example"
+            f"{[tuple(shape) for shape in shapes]}: make the model return one row per example"
         )
-    return len(outputs[0])
+    return shapes[0][0]

@@ -14,6 +14,7 @@ import abc
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from curvop.kernels.batches import map_leaves
 from curvop.kernels.differences import OwnProduct, losses_of_examples, own_product, unreduced_loss
 from curvop.kernels.differentiable import NORMS, STAND_INS
 from curvop.kernels.errors import first_line
+from curvop.kernels.factor_kernel import PerExampleKernel, item_count
 from curvop.kernels.fisher_kernel import EmpiricalFisherKernel, SampledFisherKernel
 from curvop.kernels.ggn_kernel import GGNKernel, outputs_of
 from curvop.kernels.guard import replaced
@@ -150,8 +152,7 @@ def _forward(kernel: Any, vector: Tensor) -> Route:
                 return Route(FORWARD, reason=f"torch cannot: {first_line(error)}")
             separate = double_batch.by_batch or not products
             products = [*products, product] if separate else [products[0] + product]
-    divisor = 1.0 if isinstance(kernel, JacobianKernel) else objective.divisor(weights)
-    return Route(FORWARD, (torch.cat(products) / divisor,) if products else ())
+    return Route(FORWARD, (torch.cat(products) / kernel.divisor(weights),) if products else ())
 
 
 def _needed(objective: Objective) -> int:
@@ -346,6 +347,20 @@ class _EmpiricalFisher(DoubleBatch):
         return (losses_of_examples(terms, prediction),)
 
 
+class _PerExample(_EmpiricalFisher):
+    by_batch = True
+
+    def product(self, vector: Tensor) -> Tensor:
+        [terms] = _derivative(self._losses, self.values, self._along(vector))
+        rows = terms
+        if self.kernel.by_item:
+            count = item_count(outputs_of(self.prediction), self.batch, len(terms))
+            rows = terms.view(count or 1, -1).sum(1)
+        weight = self.objective.weight(self.prediction, self.index, self.batch)
+        divisor = self.objective.divisor_of(self.prediction, self.index, self.batch)
+        return rows * math.sqrt(weight / divisor) if divisor else rows * 0.0
+
+
 def _as_batch(example: Any) -> Any:
     return map_leaves(lambda leaf: leaf[None], example)
 
@@ -363,4 +378,5 @@ KINDS: Mapping[type[Kernel], Callable[[Any, Any, int, Any], DoubleBatch]] = {
     GGNKernel: _GaussNewton,
     EmpiricalFisherKernel: _EmpiricalFisher,
     JacobianKernel: _Jacobian,
+    PerExampleKernel: _PerExample,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -10,23 +11,79 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvop.kernels.functions_objective import FunctionsObjective
-from curvop.kernels.jacobian_kernel import JacobianKernel, prediction_sizes, prediction_sum
+from curvop.kernels.jacobian_kernel import JacobianKernel, over_predictions, prediction_size, prediction_sum
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.parameters import ParameterLayout
 from curvop.operators.engine_operator import EngineLinearOperator, Settings
 from curvop.operators.parameter_operator import ParameterVectors, touched_parameters, validated_names
 from curvop.operators.validation import named_keywords
 
-__all__ = ["JacobianLinearOperator", "TransposedJacobianLinearOperator"]
+__all__ = ["JacobianLikeLinearOperator", "JacobianLinearOperator", "TransposedJacobianLinearOperator"]
 
 
-class _Jacobians(ParameterVectors, EngineLinearOperator):
-    """Common base class of the Jacobian and its transpose.
+class JacobianLikeLinearOperator(ParameterVectors, EngineLinearOperator):
+    """Base class of operators with one row per prediction or per example, and one column per entry of a parameter.
 
-    Subclasses set ``_is_transpose``, which is True if the operator is the transposed Jacobian.
+    The transpose of such an operator, whose attribute ``_is_transpose`` is True, belongs to the same base class.
     """
 
-    _is_transpose: bool
+    _is_transpose = False
+
+    def _setup(self, kernel: JacobianKernel, settings: Settings) -> None:
+        """Initialize the operator, or its transpose, from the kernel of the matrix with one row per example."""
+        shape = (kernel.rows.size, kernel.cols.size)
+        super().__init__(settings.dtype, shape[::-1] if self._is_transpose else shape)
+        self._untransposed = kernel
+        self._params = kernel.objective.params
+        self._names = ParameterLayout(self._params, kernel.cols.names)
+        self._set_up_engines(kernel.adjoint() if self._is_transpose else kernel, settings)
+
+    @property
+    def _row_and_column_layouts(self) -> tuple[ParameterLayout | None, ParameterLayout | None]:
+        return (self._names, None) if self._is_transpose else (None, self._names)
+
+    def block(self, params: str | Sequence[str]) -> Self:  # type: ignore[override]  # one axis has parameters
+        """Return the columns of the matrix, or the rows of its transpose, for the given parameters.
+
+        Parameters
+        ----------
+        params : str or sequence of str
+            Names of parameters, in the order of the block.
+
+        Returns
+        -------
+        operator
+            Operator of the same class. It uses the same model and data, but has its own cache.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
+        """
+        block = copy.copy(self)
+        names = validated_names("params", params, self._names)
+        block._setup(self._untransposed.restricted(names), self._settings)
+        return block
+
+    def _restricted(self, rows: Sequence[str] | None, cols: Sequence[str] | None) -> Self:
+        names = rows if self._is_transpose else cols
+        return self if names is None else self.block(names)
+
+    def _adjoint(self) -> Any:
+        adjoint = super()._adjoint()
+        adjoint._is_transpose = not self._is_transpose
+        return adjoint
+
+    def _smallest_block(
+        self, rows: NDArray[np.intp], cols: NDArray[np.intp]
+    ) -> tuple[Self, NDArray[np.intp], NDArray[np.intp]]:
+        names, idxs = touched_parameters(self._names, rows if self._is_transpose else cols)
+        rows, cols = (idxs, cols) if self._is_transpose else (rows, idxs)
+        return (self if names == self._names.names else self.block(names)), rows, cols
+
+
+class _Jacobians(JacobianLikeLinearOperator):
+    """Common base class of the Jacobian and its transpose, which is an operator of another class."""
 
     @named_keywords
     def __init__(
@@ -110,59 +167,13 @@ class _Jacobians(ParameterVectors, EngineLinearOperator):
     def _set_up_rows(self, objective: ModelObjective, settings: Settings) -> None:
         """Initialize the operator. Read the data once, to count the predictions of each batch."""
         objective.keep_order()
-        self._setup(objective, settings, list(objective.params), prediction_sizes(objective))
-
-    def _setup(self, objective: Any, settings: Settings, names: Sequence[str], sizes: Sequence[int]) -> None:
-        kernel = JacobianKernel(objective, names, sizes)
-        shape = (kernel.rows.size, kernel.cols.size)
-        super().__init__(settings.dtype, shape[::-1] if self._is_transpose else shape)
-        self._sizes = sizes
-        self._params = objective.params
-        self._names = ParameterLayout(objective.params, names)
-        self._set_up_engines(kernel.adjoint() if self._is_transpose else kernel, settings)
-
-    @property
-    def _row_and_column_layouts(self) -> tuple[ParameterLayout | None, ParameterLayout | None]:
-        return (self._names, None) if self._is_transpose else (None, self._names)
-
-    def block(self, params: str | Sequence[str]) -> Self:  # type: ignore[override]  # one axis has parameters
-        """Return the columns of the Jacobian, or the rows of its transpose, for the given parameters.
-
-        Parameters
-        ----------
-        params : str or sequence of str
-            Names of parameters, in the order of the block.
-
-        Returns
-        -------
-        JacobianLinearOperator or TransposedJacobianLinearOperator
-            Operator of the same class. It uses the same model and data, but has its own cache.
-
-        Raises
-        ------
-        ValueError
-            If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
-        """
-        block = type(self).__new__(type(self))
-        names = validated_names("params", params, self._names)
-        block._setup(self._objective, self._settings, names, self._sizes)
-        return block
-
-    def _restricted(self, rows: Sequence[str] | None, cols: Sequence[str] | None) -> Self:
-        names = rows if self._is_transpose else cols
-        return self if names is None else self.block(names)
+        sizes = over_predictions(objective, prediction_size)
+        self._setup(JacobianKernel(objective, list(objective.params), sizes), settings)
 
     def _adjoint(self) -> Any:
         adjoint = super()._adjoint()
         adjoint.__class__ = JacobianLinearOperator if self._is_transpose else TransposedJacobianLinearOperator
         return adjoint
-
-    def _smallest_block(
-        self, rows: NDArray[np.intp], cols: NDArray[np.intp]
-    ) -> tuple[_Jacobians, NDArray[np.intp], NDArray[np.intp]]:
-        names, idxs = touched_parameters(self._names, rows if self._is_transpose else cols)
-        rows, cols = (idxs, cols) if self._is_transpose else (rows, idxs)
-        return (self if names == self._names.names else self.block(names)), rows, cols
 
 
 class JacobianLinearOperator(_Jacobians):
@@ -283,8 +294,6 @@ class JacobianLinearOperator(_Jacobians):
     >>> svds(J, k=3, rng=0, return_singular_vectors=False)[::-1].round(2)
     array([3.44, 2.02, 0.18])
     """
-
-    _is_transpose = False
 
 
 class TransposedJacobianLinearOperator(_Jacobians):

@@ -1,0 +1,232 @@
+"""Gradients of single examples, as the rows of a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from curvop.kernels.factor_kernel import UNKNOWN_ITEMS, PerExampleKernel, example_counts
+from curvop.kernels.model_objective import ModelObjective
+from curvop.kernels.objective import BatchWeight
+from curvop.operators.engine_operator import Settings
+from curvop.operators.jacobian import JacobianLikeLinearOperator
+from curvop.operators.validation import named_keywords
+
+__all__ = ["PerExampleGradientLinearOperator"]
+
+
+class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
+    r"""Gradients of the losses of single examples, as the rows of a ``LinearOperator`` of shape ``(n_examples, P)``.
+
+    Use it for influence functions, gradient similarity and example selection. ``G @ v`` contains the directional
+    derivative of the loss of every example along ``v``. ``G.T @ u`` is a weighted sum of the gradients of all examples.
+    The gradients are not formed. Use `curvop.EFLinearOperator` for the second moment of the gradients, and
+    `curvop.JacobianLinearOperator` for the derivatives of predictions.
+
+    .. math:: G = \begin{pmatrix} g_1 & g_2 & \cdots \end{pmatrix}^\top, \qquad
+        g_n = \nabla_\theta \ell_n, \qquad L = \frac{1}{W} \sum_n \ell_n,
+
+    where :math:`\ell_n` is the loss of example n, which is the sum of its terms in the unreduced loss
+    (``reduction='none'``), and W is the divisor of the loss of the whole data set (1 if the loss is a sum). The rows
+    are in the order of the data. They are not divided by W: ``G.T @ G / W`` is the empirical Fisher matrix, and the sum
+    of all rows, divided by W, is the gradient of L. If the target of an example is ignored, its row is zero.
+
+    Parameters
+    ----------
+    model : nn.Module or callable
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. In most cases, a module
+        should be in evaluation mode (see Warns).
+    loss_function : nn.Module or callable
+        Function ``(prediction, y) -> scalar``. Its attribute ``reduction`` ('mean' or 'sum') specifies whether the loss
+        is a mean or a sum over the batch. If the attribute is missing, 'mean' is assumed. The loss of one example must
+        not depend on the other examples.
+    params : dict of str to Tensor, or list of the model's own parameters
+        Any subset of the model's parameters, either all float32 or all float64. Examples are
+        ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
+        buffers. The columns of the matrix follow the order of the parameters. The parameters may have
+        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
+        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
+        device of the first parameter, and the model must move its intermediate results itself.
+    data : iterable of (X, y)
+        A list, a ``DataLoader`` or any other iterable that can be read repeatedly and yields the data in the same order
+        each time. Iterators that can be read only once are rejected. X and y are tensors, or nested mappings, lists and
+        tuples of tensors. All tensors are moved to the device of the parameters. A model that modifies its input
+        receives copies.
+    examples : {'terms', 'items'}, default 'terms'
+        What a row stands for. With 'terms', a row is an example of `curvop.EFLinearOperator`: one position for which a
+        class is predicted (such as an image, a token or a pixel) for ``CrossEntropyLoss`` and ``NLLLoss``, a row of the
+        prediction for the other loss functions of ``torch.nn``, and an index of the first dimension for any other loss
+        function. With 'items', a row is an index of the first axis of the batch: the sum of all terms that belong to
+        it, such as the tokens of a sequence.
+    dtype : numpy.float64 or numpy.float32, default numpy.float64
+        Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
+    cache : float or 'auto', default 'auto'
+        Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
+        allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
+        linearized again in every product. Each block has its own budget.
+    engine : {'autograd', 'compiled'}, default 'autograd'
+        'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
+        once for each batch shape, separates the operations that depend on the vector from those that do not, and
+        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
+        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
+        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
+        'autograd' is used.
+    columns : int or 'auto', default 'auto'
+        Number of columns of ``X`` that a block product ``G @ X`` processes at once. 'auto' tries several numbers on the
+        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
+        columns, block products are bitwise reproducible between runs.
+    batch_weight : callable, optional
+        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. Pass it if the loss function is not
+        from ``torch.nn`` and averages over something other than the first dimension. It must then return the number by
+        which the loss function divides. If the loss function is from ``torch.nn`` and divides by another number, the
+        rows of the batch are multiplied by the square root of the quotient of both numbers, so that ``G.T @ G / W`` is
+        the empirical Fisher matrix with the same ``batch_weight``.
+    progress : bool or tqdm, default False
+        Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is invalid, or if the data are invalid. The message names the argument. The constructor also
+        raises an error if ``examples='items'`` and the terms of the loss cannot be assigned to items.
+    RuntimeError
+        If the loss does not depend on any of ``params``. Raised by the first product.
+    NonFiniteProductError
+        If a product contains NaN or infinity. The message names the batch.
+    NonDeterministicObjectiveError
+        If dropout is active, if ``data`` yields the batches in a different order than in the constructor, or if the
+        loss has changed since an earlier pass over the data. Raised by products.
+
+    Warns
+    -----
+    RuntimeWarning
+        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+
+        - ``torch.autocast`` is enabled and lowers the precision of products.
+        - Batch normalization is in training mode and there are several batches. Each batch is then normalized
+          separately.
+        - The loss of two batches evaluated as one batch is inconsistent with the weights of these batches. Loss
+          functions from ``torch.nn`` are not checked.
+
+    See Also
+    --------
+    curvop.EFLinearOperator : Second moment of the gradients.
+    curvop.JacobianLinearOperator : Derivatives of the predictions.
+    curvop.solve : Solve the linear system of an influence function.
+
+    Notes
+    -----
+    The constructor counts the examples in one forward pass over the data. A product with G or with its transpose costs
+    about two thirds of a gradient of L, counted in floating-point operations, regardless of the number of examples:
+    row n is :math:`r_n^\top J_n`, where :math:`J_n` is the Jacobian of the prediction and :math:`r_n` is the derivative
+    of the loss with respect to it. ``G @ v`` computes all :math:`J_n v` in one Jacobian-vector product, and ``G.T @ u``
+    multiplies the vectors :math:`u_n r_n` by :math:`J^\top` in one backward pass. The first product linearizes the
+    batches and caches them up to the limit ``cache``. The operator detects in-place changes of the parameters, and
+    changes of layers, buffers, training flags and lists of batches (see `curvop.HessianLinearOperator`).
+
+    With ``examples='items'``, the terms of an item must be consecutive in the prediction. This is the case if the first
+    axis of the prediction is that of the batch, and also if a model flattens a prediction of shape ``(B, T, C)`` to
+    ``(B * T, C)``.
+
+    References
+    ----------
+    .. [1] P. W. Koh, P. Liang, "Understanding black-box predictions via influence functions", ICML 2017,
+       arXiv:1703.04730.
+
+    Examples
+    --------
+    Compute the influence of each training point on the loss of a test point [1]_. Leaving out training point n changes
+    the loss of the test point by approximately ``influence[n]``:
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from curvop import GGNLinearOperator, PerExampleGradientLinearOperator, solve
+    >>> _ = torch.manual_seed(0)
+    >>> X = torch.linspace(-1, 1, 6, dtype=torch.float64)[:, None]
+    >>> y = 2 * X
+    >>> y[4] += 3  # an outlier
+    >>> model = nn.Linear(1, 1, dtype=torch.float64)
+    >>> with torch.no_grad():  # the least-squares fit
+    ...     _ = model.weight.fill_((X * y).sum() / X.square().sum()), model.bias.fill_(y.mean())
+    >>> params, loss_function, data = dict(model.named_parameters()), nn.MSELoss(), [(X, y)]
+    >>> point = [(torch.ones(1, 1).double(), 2 * torch.ones(1, 1).double())]
+    >>> H = GGNLinearOperator(model, loss_function, params, data)
+    >>> gradient, _ = GGNLinearOperator(model, loss_function, params, point).gradient_and_loss()
+    >>> G = PerExampleGradientLinearOperator(model, loss_function, params, data)
+    >>> influence = G @ solve(H, gradient, damping=0.0).solution / len(X)
+    >>> int(influence.argmin())
+    4
+    """
+
+    @named_keywords
+    def __init__(
+        self,
+        model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
+        loss_function: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor] | Iterable[Tensor],
+        data: Iterable[Any],
+        *,
+        examples: str = "terms",
+        dtype: Any = np.float64,
+        cache: float | str = "auto",
+        engine: str = "autograd",
+        columns: int | str = "auto",
+        batch_weight: BatchWeight | None = None,
+        progress: Any = False,
+    ) -> None:
+        objective = ModelObjective(model, loss_function, params, data, batch_weight)
+        self._set_up_examples(objective, examples, Settings(dtype, cache, engine, columns, progress))
+
+    def _set_up_examples(self, objective: ModelObjective, examples: str, settings: Settings) -> None:
+        """Initialize the operator from an objective. Constructors with other arguments call this method, too."""
+        if examples not in ("terms", "items"):
+            raise ValueError(f"examples is {examples!r}, but must be 'terms' or 'items'")
+        objective.keep_order()
+        self._counts = example_counts(objective)
+        self._by_item = by_item = examples == "items"
+        if by_item and any(items is None for _, items in self._counts):
+            raise ValueError(UNKNOWN_ITEMS)
+        sizes = [count[by_item] or 0 for count in self._counts]
+        self._setup(PerExampleKernel(objective, list(objective.params), sizes, by_item), settings)
+
+    @property
+    def items(self) -> NDArray[np.intp]:
+        """Index of the data item of each row, as an integer array of shape (n_examples,).
+
+        A data item is an index of the first axis of a batch. The items of all batches are numbered in the order of the
+        data, from 0. If the loss has one term per item, or if ``examples='items'``, the result is
+        ``numpy.arange(n_examples)``.
+
+        Raises
+        ------
+        ValueError
+            If the number of terms of a batch is not a multiple of the size of its first axis.
+        """
+        start, parts = 0, []
+        for terms, items in self._counts:
+            if items is None:
+                raise ValueError(UNKNOWN_ITEMS)
+            numbers = np.arange(start, start + items)
+            parts.append(numbers if self._by_item or not items else numbers.repeat(terms // items))
+            start += items
+        return np.concatenate(parts)
+
+    def fingerprint(self, data: bool = True) -> dict[str, str]:
+        """Return a dict of digests of all inputs that determine the matrix, including ``examples``.
+
+        Parameters
+        ----------
+        data : bool, default True
+            Whether to include digests of the data. This takes one pass over the data.
+
+        Returns
+        -------
+        parts : dict of str to str
+            See `curvop.HessianLinearOperator.fingerprint`.
+        """
+        examples = "items" if self._by_item else "terms"
+        return super().fingerprint(data) | {"examples": examples}
