@@ -9,7 +9,7 @@ number of backward passes does not depend on the number of parameters.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.errors import NonFiniteProductError, not_finite
 from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, cut_off, outputs_of
 from curvop.kernels.memory import out_of_memory
+from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.parameters import ParameterLayout
 
-__all__ = ["write_diagonal"]
+__all__ = ["over_examples", "write_diagonal"]
 
 #: Largest supported number of outputs per example. With c outputs, the block of `M` for an example has c * c entries.
 _MAX_OUTPUTS = 256
@@ -171,7 +172,67 @@ def _sum_powers(
 
     Return one tensor for each parameter in `names`.
     """
-    objective = kernel.objective
+
+    def sum_of_example(pullback: Pullback, weights: Tensor, vectors: Tensor) -> list[Tensor]:
+        total: list[Tensor] = []
+        for weight, vector in zip(weights, vectors, strict=True):
+            terms = [weight * value**power for value in pullback(vector)]
+            total = [part + term for part, term in zip(total, terms, strict=True)] if total else terms
+        return total
+
+    sums = [torch.zeros_like(kernel.objective.params[name]) for name in names]
+    if not len(weights):
+        return sums
+    for _, totals in over_examples(kernel.objective, names, X, z, sum_of_example, (weights, vectors)):
+        for total, value in zip(sums, totals, strict=True):
+            total += value.sum(0)
+    return sums
+
+
+#: A function that multiplies the transposed Jacobian of the prediction for one example by a vector with the shape of
+#: this prediction. The result is a sequence with one tensor for each parameter.
+Pullback = Callable[[Tensor], Sequence[Tensor]]
+
+
+def over_examples(
+    objective: ModelObjective,
+    names: Sequence[str],
+    X: Any,
+    z: Tensor,
+    function: Callable[..., list[Tensor]],
+    operands: tuple[Tensor, ...],
+    entries: int = 1,
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Map a function over the examples of a batch with ``torch.func.vmap``, chunk by chunk.
+
+    Parameters
+    ----------
+    objective : ModelObjective
+    names : sequence of str
+        Names of parameters.
+    X : tree of Tensor
+        The input of the batch.
+    z : Tensor
+        The prediction for the batch, with the examples along dimension 0.
+    function : callable
+        ``function(pullback, *operands) -> list of Tensor``, for a single example. See `Pullback`.
+    operands : tuple of Tensor
+        Tensors with the examples along dimension 1.
+    entries : int
+        Number of per-example gradients that the results for one example hold. It determines the size of a chunk.
+
+    Yields
+    ------
+    rows : slice
+        The indices of the examples of a chunk.
+    results : list of Tensor
+        The results of the function, with the examples of the chunk along dimension 0.
+
+    Raises
+    ------
+    NotImplementedError
+        If the function cannot be mapped over the examples, or if the model couples its examples.
+    """
     single = not z.ndim  # the batch is one example
     if single:
         z = z[None]
@@ -181,24 +242,21 @@ def _sum_powers(
     leaves = objective.leaves(())
     buffers = objective.buffers(leaves)
 
-    def sum_of_example(inputs: list[Tensor], weights: Tensor, vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def of_example(inputs: list[Tensor], *own_operands: Tensor) -> tuple[Tensor, list[Tensor]]:
         remaining = iter(inputs)
         example = map_leaves(lambda _: next(remaining) if single else next(remaining)[None], X)
-        output, pullback, *_ = vjp(lambda own: objective.traced_prediction(leaves | own, buffers, example), params)
-        total = [torch.zeros_like(value) for value in params.values()]
-        for weight, vector in zip(weights, vectors, strict=True):
-            gradient = pullback(vector.view_as(output))[0].values()
-            total = [part + weight * value**power for part, value in zip(total, gradient, strict=True)]
-        return output.reshape(z.shape[1:]), total
+        output, transposed, *_ = vjp(lambda own: objective.traced_prediction(leaves | own, buffers, example), params)
+        pullback = lambda vector: list(transposed(vector.view_as(output))[0].values())  # noqa: E731
+        return output.reshape(z.shape[1:]), function(pullback, *own_operands)
 
-    size = max(1, _MAX_ENTRIES // sum(value.numel() for value in params.values()))
-    sums = [torch.zeros_like(value) for value in params.values()]
+    size = max(1, _MAX_ENTRIES // (entries * sum(value.numel() for value in params.values())))
     for start in range(0, len(z), size):
         rows = slice(start, start + size)
         try:
             with torch.no_grad():  # torch would otherwise retain graphs for other parameters
-                outputs, totals = vmap(sum_of_example, in_dims=(0, 1, 1))(
-                    [leaf[None] if single else leaf[rows] for leaf in leaves_of(X)], weights[:, rows], vectors[:, rows]
+                outputs, results = vmap(of_example, in_dims=(0, *[1] * len(operands)))(
+                    [leaf[None] if single else leaf[rows] for leaf in leaves_of(X)],
+                    *(operand[:, rows] for operand in operands),
                 )
         except Exception as error:  # the model accepts the whole batch, so vmap caused the error
             if out_of_memory(error):
@@ -208,9 +266,7 @@ def _sum_powers(
         _check_agreement(
             outputs, z[rows], "the model couples its examples, as batch normalization in training mode does"
         )
-        for total, value in zip(sums, totals, strict=True):
-            total += value.sum(0)
-    return sums
+        yield rows, results
 
 
 def _check_agreement(found: Tensor, expected: Tensor, reason: str, size: Tensor | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 __all__ = [
     "NonDeterministicObjectiveError",
     "NonFiniteProductError",
+    "NotFactorableError",
     "arrays_explained",
     "first_line",
     "not_finite",
@@ -38,6 +39,13 @@ class NonDeterministicObjectiveError(RuntimeError):
     --------
     curvop.check : Check a model, a loss and data before a long computation.
     NonFiniteProductError
+    """
+
+
+class NotFactorableError(ValueError):
+    """Raised by ``A.gram()`` and by products with its factor if A is not of the form ``S.T @ S``.
+
+    Examples are Hessians, and Gauss-Newton matrices of losses that are not convex in the prediction.
     """
 
 

@@ -12,25 +12,30 @@ one backward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvop.kernels.batches import batch_size
+from curvop.kernels.errors import NotFactorableError
 from curvop.kernels.fisher_kernel import EmpiricalFisherKernel, OuterProducts, used_terms
-from curvop.kernels.ggn_kernel import GGNLikeKernel, Parts, cut_off
+from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, Parts, cut_off
 from curvop.kernels.jacobian_kernel import JacobianKernel, RowMap
 from curvop.kernels.losses import Examples
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import Buffers
 
-__all__ = ["UNKNOWN_ITEMS", "FactorKernel", "PerExampleKernel", "example_counts", "item_count"]
+__all__ = ["UNKNOWN_ITEMS", "FactorKernel", "PerExampleKernel", "example_counts", "item_count", "row_counts"]
 
 UNKNOWN_ITEMS = (
     "the data items of a batch are not known, because the number of terms of its loss is not a multiple of the size of "
     "its first axis: pass examples='terms', or make the model return the terms of an item one after the other"
 )
+
+#: Largest number of outputs of an example. With c outputs, the Hessian of the loss of an example has c * c entries.
+_MAX_ENTRIES = 256
 
 
 class FactorKernel(JacobianKernel):
@@ -71,9 +76,16 @@ class FactorKernel(JacobianKernel):
         self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> RowMap:
         """Return the map ``w -> R' w`` for one batch."""
-        output_hessian = self._matrix.output_hessian(outputs, batch, extra, derivative)
-        assert isinstance(output_hessian, OuterProducts)
-        return output_hessian
+        derivatives: list[Parts] = []
+
+        def recorded(create_graph: bool) -> Parts:
+            derivatives.append(derivative(create_graph))
+            return derivatives[-1]
+
+        output_hessian = self._matrix.output_hessian(outputs, batch, extra, recorded)
+        if isinstance(output_hessian, OuterProducts):
+            return output_hessian
+        return _square_root(output_hessian, Examples(self.objective.loss_function), outputs, derivatives[-1])
 
 
 class PerExampleKernel(FactorKernel):
@@ -112,6 +124,59 @@ class PerExampleKernel(FactorKernel):
         return row_map if count == row_map.count else _RowSums(row_map, count)
 
 
+def _square_root(
+    output_hessian: OutputHessian, examples: Examples, outputs: list[Tensor], derivative: Parts
+) -> OuterProducts:
+    """Write the block of `M` for each example as ``R R'``, where `R` is the symmetric square root of the block.
+
+    Unlike other square roots, the symmetric square root depends continuously on `M`. Both engines of an operator
+    therefore use the same `R`, although each of them evaluates the model.
+    """
+    used = [index for index, part in enumerate(derivative) if part is not None]
+    shapes = [outputs[index].shape for index in used]
+    if not used:
+        return OuterProducts(examples, outputs, [derivative] * used_terms(examples, outputs, derivative)[1])
+    count, entries = examples.terms(shapes)
+    if entries > _MAX_ENTRIES:
+        raise NotFactorableError(
+            f"an example has {entries:,} outputs, more than {_MAX_ENTRIES}, so that the square root of the loss's "
+            "Hessian is too large: use EFLinearOperator, or FisherLinearOperator(..., mc_samples=1)"
+        )
+    some = outputs[used[0]]
+
+    def multiply(flat: Tensor) -> Tensor:
+        parts: list[Tensor | None] = [None] * len(outputs)
+        for index, part in zip(used, examples.restore(flat, shapes), strict=True):
+            parts[index] = part.to(outputs[index].dtype)
+        product = examples.flatten([output_hessian(parts)[index] for index in used], shapes)
+        return torch.zeros_like(flat) if product is None else product.detach().to(flat.dtype)
+
+    units = torch.eye(entries, dtype=some.dtype, device=some.device)
+    blocks = torch.stack([multiply(unit.expand(count, entries).contiguous()) for unit in units], -1)
+    eps = torch.finfo(some.dtype).eps
+    probe = torch.linspace(1, 2, count * entries, dtype=some.dtype, device=some.device).cos().view(count, entries)
+    expected = torch.einsum("nij,nj->ni", blocks, probe)
+    if float((multiply(probe) - expected).norm()) > eps**0.5 * float(blocks.norm() * probe.norm()):
+        raise NotFactorableError("the loss couples its examples, so its Hessian has no square root per example")
+    values, vectors = torch.linalg.eigh(blocks.double())
+    rounding = 10 * entries * eps * float(values.abs().amax() if values.numel() else 0.0)
+    if values.numel() and float(values.min()) < -rounding:
+        raise NotFactorableError(
+            f"the Hessian of the loss with respect to the prediction is indefinite (it has the eigenvalue "
+            f"{float(values.min()):.3g}), so the matrix is not of the form S.T @ S: use the matrix itself, or "
+            "EFLinearOperator"
+        )
+    roots = torch.where(values > rounding, values, 0.0).sqrt()
+    root = torch.einsum("nij,nj,nkj->nik", vectors, roots, vectors).to(some.dtype)
+    factors = []
+    for column in root.unbind(-1):
+        parts: list[Tensor | None] = [None] * len(outputs)
+        for index, part in zip(used, examples.restore(column, shapes), strict=True):
+            parts[index] = part.to(outputs[index].dtype)
+        factors.append(parts)
+    return OuterProducts(examples, outputs, factors)
+
+
 class _RowSums(RowMap):
     """The sums of groups of consecutive rows of another map."""
 
@@ -127,18 +192,25 @@ class _RowSums(RowMap):
 
 
 def example_counts(objective: ModelObjective) -> list[tuple[int, int | None]]:
-    """Return the number of terms and the number of data items (see `item_count`) of each batch, in one pass.
+    """Return the number of terms and the number of data items (see `item_count`) of each batch, in one pass."""
+    return [(terms, item_count(outputs, batch, terms)) for outputs, batch, (terms, _) in _terms(objective)]
+
+
+def row_counts(matrix: GGNLikeKernel) -> list[int]:
+    """Return the number of rows of the factor of a matrix for each batch, in one pass over the data."""
+    return [terms * matrix.num_factors(entries) for _, _, (terms, entries) in _terms(matrix.objective)]
+
+
+def _terms(objective: ModelObjective) -> Iterator[tuple[list[Tensor], Any, tuple[int, int]]]:
+    """Yield the outputs, the batch, and the result of `used_terms` for each batch.
 
     The model is evaluated without autograd.
     """
     examples, leaves = Examples(objective.loss_function), objective.leaves(())
-    counts = []
     with objective.slow_backends():
         for index, batch in objective.batches():
             _, _, outputs, loss = objective.split(leaves, index, batch, cut_off)
-            terms = used_terms(examples, outputs, loss.gradient(outputs))
-            counts.append((terms, item_count(outputs, batch, terms)))
-    return counts
+            yield outputs, batch, used_terms(examples, outputs, loss.gradient(outputs))
 
 
 def item_count(outputs: Sequence[Tensor], batch: Any, terms: int) -> int | None:

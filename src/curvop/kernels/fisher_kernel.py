@@ -45,6 +45,10 @@ class EmpiricalFisherKernel(GGNLikeKernel):
         divisor = self.objective.divisor_of(prediction, index, batch)
         return {"scale": torch.tensor(divisor**0.5, dtype=self.objective.dtype, device=self.objective.device)}
 
+    def num_factors(self, entries: int) -> int:
+        """Return 1, because the block of `M` for an example is a single outer product."""
+        return 1
+
     def output_hessian(
         self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> OutputHessian:
@@ -85,6 +89,10 @@ class SampledFisherKernel(GGNLikeKernel):
         self._samples = samples
         self._seed = seed
         objective.keep_order()  # the draws for a batch depend on its index
+
+    def num_factors(self, entries: int) -> int:
+        """Return the number of targets drawn for each example."""
+        return self._samples
 
     def output_hessian(
         self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
@@ -176,7 +184,7 @@ class OuterProducts(OutputHessian, RowMap):
         self._used = [index for index, part in enumerate(factors[0]) if part is not None]
         self._shapes = [outputs[index].shape for index in self._used]
         self._dtypes = [outputs[index].dtype for index in self._used]
-        self.count = len(factors) * used_terms(examples, outputs, factors[0])
+        self.count = len(factors) * used_terms(examples, outputs, factors[0])[0]
         flat = [examples.flatten([parts[index] for index in self._used], self._shapes) for parts in factors]
         self.tensors = [part for part in flat if part is not None]
 
@@ -215,11 +223,11 @@ class OuterProducts(OutputHessian, RowMap):
         return restored
 
 
-def used_terms(examples: Examples, outputs: Sequence[Tensor], derivative: Parts) -> int:
-    """Return the number of examples in the outputs on which the loss depends.
+def used_terms(examples: Examples, outputs: Sequence[Tensor], derivative: Parts) -> tuple[int, int]:
+    """Return ``(n, m)``: the number of examples, and the number of entries of each in the outputs that the loss uses.
 
     The loss does not depend on an output if its entry of `derivative` is None. If the loss depends on no output, for
     example because all targets are ignored, all outputs count.
     """
     used = [output.shape for output, part in zip(outputs, derivative, strict=True) if part is not None]
-    return examples.terms(used or [output.shape for output in outputs])[0]
+    return examples.terms(used or [output.shape for output in outputs])

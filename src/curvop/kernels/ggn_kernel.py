@@ -138,6 +138,13 @@ class GGNLikeKernel(Kernel):
             ``derivative(create_graph)`` returns the derivative of the loss with respect to `outputs`.
         """
 
+    def num_factors(self, entries: int) -> int:
+        """Return the number s of vectors `r` if the block of `M` for an example is a sum ``r_1 r_1' + ... + r_s r_s'``.
+
+        By default, s is `entries`, the number of rows of the block.
+        """
+        return entries
+
     def check_curvature(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:  # optional
         """Record properties of `M` for one batch that a later warning depends on. By default, do nothing."""
 

@@ -19,7 +19,7 @@ from curvop.kernels.ggn_kernel import JVP, Parts, cut_off, outputs_of
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
 from curvop.kernels.model_objective import ModelObjective
-from curvop.kernels.objective import Buffers
+from curvop.kernels.objective import BatchLoss, Buffers
 from curvop.kernels.parameters import BatchLayout, ParameterLayout
 
 __all__ = ["JacobianKernel", "RowMap", "over_predictions", "prediction_size", "prediction_sum"]
@@ -200,12 +200,17 @@ class JacobianKernel(Kernel):
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of batch number `index`."""
+        prediction, row_map, loss = self.evaluate(leaves, index, batch)
+        return self._linearization(row_map, outputs_of(prediction), leaves, loss.value, loss.weight)
+
+    def evaluate(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> tuple[Any, RowMap, BatchLoss]:
+        """Return the prediction, the map to the rows, and the loss of batch number `index`."""
         prediction, cut, parts, loss = self.objective.split(leaves, index, batch, cut_off)
         extra = self.extra(index, cut, batch)
         row_map = self.row_map(parts, batch, extra, lambda create_graph: loss.gradient(parts, create_graph))
         if index >= len(self._sizes) or self._sizes[index] != row_map.count:
             raise ValueError(f"batch {index} has {row_map.count} {self.row_name}s: {_CHANGED}")
-        return self._linearization(row_map, outputs_of(prediction), leaves, loss.value, loss.weight)
+        return prediction, row_map, loss
 
     def _linearization(
         self, row_map: RowMap, outputs: list[Tensor], leaves: Mapping[str, Tensor], loss: Tensor, weight: float

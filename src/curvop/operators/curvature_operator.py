@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvop.kernels.diagonal import write_diagonal
+from curvop.kernels.errors import NotFactorableError
 from curvop.kernels.functions_objective import FunctionsObjective
 from curvop.kernels.ggn_kernel import GGNLikeKernel
 from curvop.kernels.kernel import Kernel
@@ -18,8 +19,9 @@ from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight, Objective
 from curvop.kernels.parameters import ParameterLayout
 from curvop.operators.engine_operator import EngineLinearOperator, Settings
-from curvop.operators.parameter_operator import ParameterLinearOperator, validated_names
-from curvop.operators.validation import named_keywords
+from curvop.operators.gram import FactorLinearOperator, GramLinearOperator
+from curvop.operators.parameter_operator import ParameterLinearOperator
+from curvop.operators.validation import named_keywords, validated_names
 
 __all__ = ["CurvatureLinearOperator", "GGNLikeLinearOperator"]
 
@@ -237,6 +239,43 @@ class GGNLikeLinearOperator(CurvatureLinearOperator):
     r"""Base class of matrices :math:`\sum_n J_n^\top M_n J_n`, where :math:`J_n` is the Jacobian of prediction n."""
 
     _kernel: Callable[[Any, Sequence[str], Sequence[str]], GGNLikeKernel]
+
+    def gram(self) -> GramLinearOperator:
+        r"""Return the Gram matrix :math:`S S^\top`, where this matrix is :math:`A = S^\top S`.
+
+        Both matrices have the same non-zero eigenvalues. Use the Gram matrix if it is smaller than A: it has one row
+        for each example of `curvop.EFLinearOperator`, s rows for each example of a Fisher matrix with ``mc_samples=s``,
+        and C rows for each example with C outputs for `curvop.GGNLinearOperator` and the exact Fisher matrix.
+
+        Returns
+        -------
+        GramLinearOperator
+            Operator of shape ``(n, n)``. Its attribute ``factor`` is the operator S of shape ``(n, P)``, and its method
+            ``lift`` maps eigenvectors to those of A.
+
+        Raises
+        ------
+        NotFactorableError
+            If the rows and columns of A are different parameters, or if an example has more than 256 outputs. The first
+            product raises this error if the Hessian of the loss with respect to the prediction is indefinite, or if the
+            loss couples its examples.
+
+        See Also
+        --------
+        curvop.spectrum.eigsh : Eigenpairs from the smaller side.
+        curvop.operators.gram.GramLinearOperator
+
+        Notes
+        -----
+        The method counts the rows in one forward pass over the data. The operator requires that ``data`` yields the
+        batches in the same order in every pass.
+        """
+        if self._rows.names != self._cols.names:
+            raise NotFactorableError(
+                "this is a block off the diagonal, which is not of the form S.T @ S: take a diagonal block, "
+                "A.block(names)"
+            )
+        return GramLinearOperator(FactorLinearOperator(self._kernel, self._objective, self._rows.names, self._settings))
 
     def diagonal(self) -> NDArray[Any]:
         """Compute the exact diagonal in one pass over the data.

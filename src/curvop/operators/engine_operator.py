@@ -82,7 +82,8 @@ class Settings:
         if self.engine not in ("autograd", "compiled"):
             raise ValueError(f"engine is {self.engine!r}, but must be 'autograd' or 'compiled'")
         object.__setattr__(self, "dtype", dtype)
-        object.__setattr__(self, "progress", Progress(self.progress))
+        if not isinstance(self.progress, Progress):  # `dataclasses.replace` passes the converted value
+            object.__setattr__(self, "progress", Progress(self.progress))
 
 
 _FEWER_COLUMNS = "multiply with fewer columns at a time"

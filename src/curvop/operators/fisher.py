@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from curvop.kernels.errors import NotFactorableError
 from curvop.kernels.fisher_kernel import EmpiricalFisherKernel, SampledFisherKernel, gradient_sum
 from curvop.kernels.functions_objective import FunctionsObjective
 from curvop.kernels.ggn_kernel import GGNKernel
@@ -23,6 +24,7 @@ from curvop.kernels.reference import GRADIENT, Route
 from curvop.operators.base import Rows
 from curvop.operators.curvature_operator import GGNLikeLinearOperator
 from curvop.operators.engine_operator import Settings
+from curvop.operators.gram import GramLinearOperator
 from curvop.operators.transfer import aligned
 from curvop.operators.validation import named_keywords, random_generator
 
@@ -344,6 +346,19 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         self._mean = None
         diagonal -= row_sum * col_sum / (divisor * count)
         return diagonal.cpu().numpy().astype(self.dtype, copy=False)
+
+    def gram(self) -> GramLinearOperator:
+        """Raise a ``NotFactorableError``, because the mean gradient couples all examples.
+
+        Raises
+        ------
+        NotFactorableError
+            Always. Use ``EFLinearOperator(...).gram()`` for the uncentered second moment.
+        """
+        raise NotFactorableError(
+            "a GradientCovarianceLinearOperator has no factor with one row per example, because the mean gradient is "
+            "subtracted from every row: use EFLinearOperator for the second moment that is not centered"
+        )
 
     def other_routes(self, vector: NDArray[Any]) -> list[Route]:
         """Compute a product by independent methods.

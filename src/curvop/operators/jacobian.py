@@ -15,8 +15,8 @@ from curvop.kernels.jacobian_kernel import JacobianKernel, over_predictions, pre
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.parameters import ParameterLayout
 from curvop.operators.engine_operator import EngineLinearOperator, Settings
-from curvop.operators.parameter_operator import ParameterVectors, touched_parameters, validated_names
-from curvop.operators.validation import named_keywords
+from curvop.operators.parameter_operator import ParameterVectors, touched_parameters
+from curvop.operators.validation import named_keywords, validated_names
 
 __all__ = ["JacobianLikeLinearOperator", "JacobianLinearOperator", "TransposedJacobianLinearOperator"]
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvop.kernels.errors import NotFactorableError
 from curvop.kernels.parameters import ParameterLayout, unknown_name
 from curvop.operators.base import Composites, ProductCounter, Rows, TensorLinearOperator
 from curvop.operators.selection import parameter_groups
+from curvop.operators.validation import validated_names
+
+if TYPE_CHECKING:
+    from curvop.operators.gram import GramLinearOperator
 
 __all__ = [
     "Layouts",
@@ -21,7 +26,6 @@ __all__ = [
     "ParameterVectors",
     "as_tensor",
     "touched_parameters",
-    "validated_names",
 ]
 
 #: Layouts of the rows and of the columns. None stands for an axis that does not consist of parameters.
@@ -418,6 +422,24 @@ class ParameterLinearOperator(ParameterVectors):
     def _restricted(self, rows: Sequence[str] | None, cols: Sequence[str] | None) -> Self:
         return self.block(self._rows.names if rows is None else rows, self._cols.names if cols is None else cols)
 
+    def gram(self) -> GramLinearOperator:
+        """Return the Gram matrix of A, if A is of the form ``S.T @ S``.
+
+        Returns
+        -------
+        GramLinearOperator
+            The operator ``S @ S.T``, which has the same non-zero eigenvalues.
+
+        Raises
+        ------
+        NotFactorableError
+            If A is not of this form (for example, a Hessian).
+        """
+        raise NotFactorableError(
+            f"a {type(self).__name__} is not of the form S.T @ S: use GGNLinearOperator, EFLinearOperator or "
+            "FisherLinearOperator"
+        )
+
     def _smallest_block(
         self, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> tuple[Self, NDArray[np.intp], NDArray[np.intp]]:
@@ -469,16 +491,3 @@ def touched_parameters(layout: ParameterLayout, idxs: NDArray[np.intp]) -> tuple
     return tuple(np.array(layout.names)[selected]), idxs + (new_starts - starts)[owners]
 
 
-def validated_names(what: str, names: str | Sequence[str], layout: ParameterLayout) -> tuple[str, ...]:
-    """Convert ``names`` to a tuple of parameter names. Raise an error if a name is repeated or not in ``layout``."""
-    if not isinstance(names, Iterable):
-        raise TypeError(f"{what} is a {type(names).__name__}: pass the name of a parameter, or a sequence of names")
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if not names:
-        raise ValueError(f"{what} names no parameter: pass one or more of {', '.join(map(repr, layout.names[:10]))}")
-    for name in names:
-        if name not in layout.slices:
-            raise ValueError(unknown_name(what, name, layout.names))
-        if names.count(name) > 1:
-            raise ValueError(f"{what} names {name!r} twice: pass it once")
-    return names

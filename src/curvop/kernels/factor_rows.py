@@ -1,0 +1,118 @@
+"""Form the factor `S` of a matrix ``S' S``: the scaled gradients of all examples, as the rows of a tensor.
+
+If the model treats its examples independently, ``torch.func.vmap`` maps a backward pass over the examples of a batch,
+so that all rows take about as many operations as one gradient per row of an example. A product with the transpose of
+`S` verifies the rows of each batch. If the verification fails, or if the model cannot be mapped over its examples, each
+row takes one backward pass over its batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvop.kernels.diagonal import Pullback, over_examples
+from curvop.kernels.errors import NonFiniteProductError
+from curvop.kernels.factor_kernel import FactorKernel
+from curvop.kernels.ggn_kernel import outputs_of
+from curvop.kernels.graph import LinearMap
+from curvop.kernels.jacobian_kernel import RowMap
+from curvop.kernels.parameters import ParameterLayout
+
+__all__ = ["write_rows"]
+
+
+def write_rows(kernel: FactorKernel, names: Sequence[str], out: Tensor) -> None:
+    """Write the columns of the factor that belong to the parameters `names` into `out`, a tensor of shape (n, P).
+
+    The computation takes one pass over the data.
+
+    Raises
+    ------
+    NonFiniteProductError
+        If a row contains NaN or infinity.
+    """
+    objective, totals, start = kernel.objective, kernel.objective.totals(), 0
+    leaves = objective.leaves(names)
+    layout = ParameterLayout(objective.params, names)
+    params = layout.of(leaves)
+    with objective.slow_backends():
+        for index, batch in objective.batches():
+            prediction, row_map, loss = kernel.evaluate(leaves, index, batch)
+            totals.add(loss.value, loss.weight, *leaves.values())
+            rows = out[start : start + row_map.count]
+            start += row_map.count
+            if not loss.weight:
+                rows.zero_()
+                continue
+            outputs = outputs_of(prediction)
+            backward = LinearMap(outputs, params)
+            if not _write_by_example(kernel, layout, batch, outputs, row_map, backward, rows):
+                _write_by_row(objective.dtype, layout, row_map, backward, rows)
+            rows.mul_(kernel.scale(loss.weight))
+            if not math.isfinite(float(rows.sum())) and not rows.isfinite().all():
+                raise NonFiniteProductError(
+                    f"a per-example gradient of batch {index} is not finite: look there for NaN"
+                )
+        kernel.check_count(len(totals.weights))
+        objective.conclude(totals)
+    out.div_(kernel.divisor(totals.weights))
+
+
+def _write_by_example(
+    kernel: FactorKernel,
+    layout: ParameterLayout,
+    batch: Any,
+    outputs: list[Tensor],
+    row_map: RowMap,
+    backward: LinearMap,
+    rows: Tensor,
+) -> bool:
+    """Compute the rows of one batch by mapping over its examples. Return False if this is not possible."""
+    z = outputs[0].detach()
+    count = len(z) if z.ndim else 1
+    if len(outputs) > 1 or not count or row_map.count % count:
+        return False
+    seeds = []  # entry j has the cotangents of row j of every example
+    for unit in torch.eye(row_map.count // count, dtype=z.dtype, device=z.device):
+        [seed] = row_map.cotangents(unit.repeat(count))
+        seeds.append(torch.zeros_like(z) if seed is None else seed.detach().reshape(z.shape))
+
+    def rows_of_example(pullback: Pullback, own: Tensor) -> list[Tensor]:
+        return [torch.cat([part.reshape(-1).to(rows.device) for part in pullback(seed)]) for seed in own]
+
+    stacked = torch.stack(seeds).reshape(len(seeds), count, *z.shape[1:])
+    shaped = rows.view(count, len(seeds), -1)
+    try:
+        chunks = over_examples(kernel.objective, layout.names, batch[0], z, rows_of_example, (stacked,), len(seeds))
+        for chunk, results in chunks:
+            for number, result in enumerate(results):
+                shaped[chunk, number] = result.to(rows.dtype)
+    except NotImplementedError:
+        return False
+    weights = torch.linspace(1, 2, row_map.count, dtype=z.dtype, device=z.device).mul(1e4).cos()
+    expected = _product(layout, row_map, backward, weights).to(rows.dtype)
+    size = float(rows.norm(dim=1) @ weights.abs().to(rows.dtype))
+    return bool((weights.to(rows.dtype) @ rows - expected).norm() <= torch.finfo(z.dtype).eps ** 0.5 * size)
+
+
+def _write_by_row(
+    dtype: torch.dtype, layout: ParameterLayout, row_map: RowMap, backward: LinearMap, rows: Tensor
+) -> None:
+    """Compute each row of one batch by a backward pass over the batch."""
+    for number, row in enumerate(rows):
+        unit = torch.zeros(row_map.count, dtype=dtype, device=rows.device)
+        unit[number] = 1.0
+        row.copy_(_product(layout, row_map, backward, unit))
+
+
+def _product(layout: ParameterLayout, row_map: RowMap, backward: LinearMap, weights: Tensor) -> Tensor:
+    """Return the sum of the rows of one batch, multiplied by `weights`."""
+    parts = backward(row_map.cotangents(weights))
+    return layout.join(
+        [None if part is None else part.to(weights.device) for part in parts], weights.new_empty(layout.size)
+    )

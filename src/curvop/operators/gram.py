@@ -1,0 +1,247 @@
+r"""Gram matrices: the smaller side of matrices of the form :math:`S^\top S`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvop.kernels.factor_kernel import FactorKernel, row_counts
+from curvop.kernels.factor_rows import write_rows
+from curvop.kernels.ggn_kernel import GGNLikeKernel
+from curvop.kernels.objective import Objective
+from curvop.operators.base import Rows, TensorLinearOperator
+from curvop.operators.engine_operator import TORCH_DTYPES, Settings
+from curvop.operators.jacobian import JacobianLikeLinearOperator
+from curvop.operators.validation import available_bytes, check_fits, real_scalar
+
+__all__ = ["FactorLinearOperator", "GramLinearOperator"]
+
+
+class FactorLinearOperator(JacobianLikeLinearOperator):
+    r"""Factor S of a matrix :math:`S^\top S`, as a ``LinearOperator`` of shape ``(n, P)``.
+
+    ``A.gram().factor`` returns it. A row is the derivative of a linear function of the prediction for an example,
+    scaled such that ``S.T @ S`` equals A:
+
+    - for `curvop.EFLinearOperator`, the gradient of the loss of each example, in the order of the data;
+    - for `curvop.FisherLinearOperator` with ``mc_samples=s``, s rows for each example, one for each drawn target;
+    - for `curvop.GGNLinearOperator` and the exact Fisher matrix, C rows for each example with C outputs: the rows of
+      :math:`H_n^{1/2} J_n`, where :math:`H_n` is the Hessian of the loss of the example with respect to the prediction,
+      and :math:`J_n` is the Jacobian of the prediction.
+
+    The rows contain the weights of the batches, and are divided by the square root of the divisor W of the matrix.
+    Blocks, submatrices and the transpose have the same methods as those of `curvop.JacobianLinearOperator`.
+
+    See Also
+    --------
+    GramLinearOperator : The matrix ``S @ S.T``.
+    curvop.PerExampleGradientLinearOperator : Per-example gradients that are not divided by W.
+
+    Notes
+    -----
+    Products are computed with ``engine='autograd'``. A product with S, or with its transpose, costs about two thirds of
+    a gradient, counted in floating-point operations.
+    """
+
+    def __init__(
+        self,
+        kernel: Callable[[Any, Sequence[str], Sequence[str]], GGNLikeKernel],
+        objective: Objective,
+        names: Sequence[str],
+        settings: Settings,
+    ) -> None:
+        ordered = copy.copy(objective)  # the matrix itself does not require the same order of the data in every pass
+        ordered.keep_order()
+        matrix = kernel(ordered, names, names)
+        self._kernel = kernel  # `fingerprint` reads its settings
+        self._setup(FactorKernel(matrix, row_counts(matrix)), dataclasses.replace(settings, engine="autograd"))
+
+    def formed(self, memory: int | None = None) -> Tensor:
+        """Form the matrix.
+
+        Parameters
+        ----------
+        memory : int, optional
+            The number of bytes that may be used. The default is half of the free memory of the device.
+
+        Returns
+        -------
+        rows : Tensor, shape (n, P)
+            The matrix in the dtype of the operator, on the device of the parameters.
+
+        Raises
+        ------
+        MemoryError
+            If the matrix does not fit into ``memory``.
+        NonFiniteProductError
+            If the matrix contains NaN or infinity. The message names the batch.
+
+        Notes
+        -----
+        The computation takes one pass over the data. If the model treats its examples independently and
+        ``torch.func.vmap`` supports it, the pass costs a few gradients for each row of an example. Otherwise, each row
+        takes a backward pass over its batch.
+        """
+        rows, cols = self.shape[::-1] if self._is_transpose else self.shape
+        dtype = TORCH_DTYPES[self.dtype]
+        check_fits(
+            rows * cols * dtype.itemsize,
+            available_bytes(self.device, memory),
+            f"the factor, a matrix of shape {(rows, cols)},",
+            "use products with the factor instead",
+        )
+        out = torch.empty(rows, cols, dtype=dtype, device=self.device)
+        with torch.inference_mode(False):
+            kernel = cast("FactorKernel", self._untransposed)
+            self._retry_on_out_of_memory(lambda: write_rows(kernel, self._names.names, out))
+        return out.T if self._is_transpose else out
+
+    def fingerprint(self, data: bool = True) -> dict[str, str]:
+        """Return a dict of digests of all inputs that determine the matrix.
+
+        Parameters
+        ----------
+        data : bool, default True
+            Whether to include digests of the data. This takes one pass over the data.
+
+        Returns
+        -------
+        parts : dict of str to str
+            See `curvop.HessianLinearOperator.fingerprint`.
+        """
+        return super().fingerprint(data) | {"matrix": getattr(self._kernel, "func", self._kernel).__name__}
+
+
+class GramLinearOperator(TensorLinearOperator):
+    r"""Gram matrix :math:`S S^\top` of a matrix :math:`A = S^\top S`, as a ``LinearOperator`` of shape ``(n, n)``.
+
+    ``A.gram()`` returns it. A has P rows, one for each entry of the parameters. The Gram matrix has one row for each
+    row of S, that is, for each example, or for each example and output. Both matrices have the same non-zero
+    eigenvalues. If n is smaller than P, vectors for the Gram matrix are shorter, and an eigensolver or a Lanczos study
+    needs less memory and less time between products. `curvop.spectrum.eigsh` uses the Gram matrix by default if it is
+    the smaller one.
+
+    Parameters
+    ----------
+    factor : LinearOperator, shape (n, P)
+        The factor S, an operator of this package.
+    shift : float, default 0.0
+        Number that is added to the diagonal. The non-zero eigenvalues are then those of ``A + shift * I`` whose
+        eigenvectors are combinations of the rows of S.
+
+    Attributes
+    ----------
+    factor : FactorLinearOperator
+        The factor S, so that A is ``S.T @ S``.
+    shift : float
+        Number that is added to the diagonal.
+
+    See Also
+    --------
+    curvop.spectrum.eigsh : Eigenpairs from the smaller side.
+    curvop.EFLinearOperator.gram, curvop.GGNLinearOperator.gram, curvop.FisherLinearOperator.gram
+
+    Notes
+    -----
+    A product takes one product with the transpose of S and one with S, which together cost as much as a product with A.
+    If v is an eigenvector of the Gram matrix with the eigenvalue :math:`\lambda > 0`, then
+    :math:`S^\top v / \sqrt\lambda` is an eigenvector of A with the same eigenvalue, of norm 1: these are the left and
+    right singular vectors of S [1]_. For a model that is linear in its parameters, the Gram matrix of a Gauss-Newton
+    matrix is a weighted kernel matrix.
+
+    References
+    ----------
+    .. [1] G. H. Golub, C. F. Van Loan, "Matrix Computations", 4th edition, Johns Hopkins University Press, 2013,
+       section 8.6.1.
+
+    Examples
+    --------
+    A network with 1,149 parameters and 20 images. The empirical Fisher matrix has at most 20 non-zero eigenvalues:
+
+    >>> import numpy as np
+    >>> import torch
+    >>> from scipy.sparse.linalg import eigsh
+    >>> from torch import nn
+    >>> from curvop import EFLinearOperator
+    >>> _ = torch.manual_seed(0)
+    >>> X, y = torch.rand(20, 16).double(), torch.randint(0, 5, (20,))
+    >>> model = nn.Sequential(nn.Linear(16, 52), nn.Tanh(), nn.Linear(52, 5)).double()
+    >>> F = EFLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), [(X, y)])
+    >>> K = F.gram()
+    >>> F.shape, K.shape
+    ((1149, 1149), (20, 20))
+    >>> values, vectors = eigsh(K, k=3, rng=0)
+    >>> lifted = K.lift(vectors)
+    >>> bool(np.abs(F @ lifted - lifted * values).max() < 1e-12)
+    True
+    """
+
+    def __init__(self, factor: FactorLinearOperator, shift: float = 0.0) -> None:
+        super().__init__(factor.dtype, (factor.shape[0], factor.shape[0]))
+        self.factor = factor
+        self.shift = real_scalar("shift", shift)
+        self.args = (factor, self.shift)  # SciPy's composite operators have this attribute
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters, on which products are computed. Tensors on this device are not copied."""
+        return self.factor.device
+
+    @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the lowest precision used in a product."""
+        return self.factor.epsilon
+
+    def shifted(self, shift: float) -> GramLinearOperator:
+        """Return the Gram matrix plus ``shift * I``.
+
+        Parameters
+        ----------
+        shift : float
+            Number that is added to the diagonal, in addition to ``A.shift``.
+
+        Returns
+        -------
+        GramLinearOperator
+            Operator with the same factor.
+        """
+        return type(self)(self.factor, self.shift + real_scalar("shift", shift))
+
+    def lift(self, u: Any) -> Any:
+        """Map vectors for the Gram matrix to vectors for A. Eigenvectors are mapped to eigenvectors.
+
+        Parameters
+        ----------
+        u : array or Tensor, shape (n,) or (n, K)
+            One or several vectors, for example eigenvectors of the Gram matrix.
+
+        Returns
+        -------
+        ndarray or Tensor, shape (P,) or (P, K)
+            The columns of ``S.T @ u``, normalized to norm 1. A column of zeros stays zero. The eigenvector of a zero
+            eigenvalue gives a column of zeros or of rounding errors.
+        """
+        lifted = self.factor.T @ u
+        if isinstance(lifted, Tensor):
+            norms = lifted.norm(dim=0)
+            return lifted / torch.where(norms > 0, norms, 1.0)
+        norms = np.linalg.norm(lifted, axis=0)
+        return lifted / np.where(norms > 0, norms, 1.0)
+
+    def _check_entries(self, x: Rows) -> None:
+        self.factor._check_entries(x)
+
+    def _product_dtype(self, dtype: Any) -> Any:
+        return self.factor._product_dtype(dtype)
+
+    def _apply(self, rows: Rows) -> Rows:
+        products: Any = self.factor._multiply_last_axis(self.factor.T._multiply_last_axis(rows))
+        if self.shift:
+            products += self.shift * rows
+        return cast("Rows", products)
