@@ -67,6 +67,7 @@ from curvop.operators.algebra import DampedLinearOperator
 from curvop.operators.diagonal_operator import BlockDiagonalLinearOperator, DiagonalLinearOperator
 from curvop.operators.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
 from curvop.operators.ggn import GGNLinearOperator
+from curvop.operators.gram import GramLinearOperator
 from curvop.operators.hessian import HessianLinearOperator
 from curvop.operators.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
 from curvop.operators.per_example import PerExampleGradientLinearOperator
@@ -88,6 +89,7 @@ __all__ = [
     "FisherLinearOperator",
     "GGNLinearOperator",
     "GradientCovarianceLinearOperator",
+    "GramLinearOperator",
     "HessianLinearOperator",
     "InverseLinearOperator",
     "JacobianLinearOperator",

@@ -31,6 +31,7 @@ from curvop import (
     spectrum,
 )
 from curvop.distributed import serve
+from curvop.operators.gram import NotFactorableError
 from curvop.storage.fingerprint import OtherProblemError
 
 
@@ -117,6 +118,25 @@ area(
         lambda: spectrum.eigsh(DENSE, 1, "LM", method="lobpcg"),
         ValueError,
         "which is 'LM'",
+    ),
+    ("another side", lambda: spectrum.eigsh(DENSE, 1, side="rows"), ValueError, "side is 'rows'"),
+    (
+        "the smaller side of a matrix that has none",
+        lambda: spectrum.eigsh(DENSE, 1, side="examples"),
+        NotFactorableError,
+        "A is a MatrixLinearOperator, which has no Gram matrix: pass side='parameters'",
+    ),
+    (
+        "the smaller side of a Hessian",
+        lambda: H.gram(),
+        NotFactorableError,
+        "a HessianLinearOperator is not of the form S.T @ S: use GGNLinearOperator",
+    ),
+    (
+        "the smallest eigenvalues of the smaller side",
+        lambda: spectrum.eigsh(DENSE, 1, "SA", side="examples"),
+        ValueError,
+        "which is 'SA', but side='examples' finds only 'LA' and 'LM'",
     ),
     ("a negative tolerance", lambda: spectrum.eigsh(DENSE, 1, tol=-1), ValueError, "tol is -1"),
     ("a tolerance in words", lambda: spectrum.eigsh(DENSE, 1, tol="low"), TypeError, "tol is a str"),

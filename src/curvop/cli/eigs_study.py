@@ -256,7 +256,7 @@ def _spectrum(operator: Any, ends: Sequence[tuple[str, int]], tol: float, roundi
     for which, wanted in ends:
         bar.set_description_str(f"eigsh {which}")
         with _timed(operator) as cost, without_verdicts():
-            result = eigsh(operator, wanted, which, tol=tol, certificate=False, progress=False)
+            result = eigsh(operator, wanted, which, tol=tol, certificate=False, side="parameters", progress=False)
         results.append((result, cost))
     bar.set_description_str("residuals")
     with _timed(operator) as residual_cost:

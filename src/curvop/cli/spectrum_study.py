@@ -233,7 +233,9 @@ def _eigenvalues(results: StudyResults, A: LinearOperator, which: str, k: int, s
     """
     try:
         with without_verdicts():
-            result = _recalled(A, lambda B, limit: eigsh(B, k, which, method="lanczos", seconds=limit), seconds)
+            result = _recalled(
+                A, lambda B, limit: eigsh(B, k, which, method="lanczos", seconds=limit, side="parameters"), seconds
+            )
     except TimeoutError:  # for a small matrix, eigsh forms the dense matrix, and has no partial result
         result = None
     if result is None or not len(result.values):

@@ -21,6 +21,7 @@ from curvop.kernels.factor_kernel import FactorKernel
 from curvop.kernels.ggn_kernel import outputs_of
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.jacobian_kernel import RowMap
+from curvop.kernels.memory import keep_freed_memory
 from curvop.kernels.parameters import ParameterLayout
 
 __all__ = ["write_rows"]
@@ -36,6 +37,7 @@ def write_rows(kernel: FactorKernel, names: Sequence[str], out: Tensor) -> None:
     NonFiniteProductError
         If a row contains NaN or infinity.
     """
+    keep_freed_memory()
     objective, totals, start = kernel.objective, kernel.objective.totals(), 0
     leaves = objective.leaves(names)
     layout = ParameterLayout(objective.params, names)
@@ -55,9 +57,7 @@ def write_rows(kernel: FactorKernel, names: Sequence[str], out: Tensor) -> None:
                 _write_by_row(objective.dtype, layout, row_map, backward, rows)
             rows.mul_(kernel.scale(loss.weight))
             if not math.isfinite(float(rows.sum())) and not rows.isfinite().all():
-                raise NonFiniteProductError(
-                    f"a per-example gradient of batch {index} is not finite: look there for NaN"
-                )
+                raise NonFiniteProductError(not_finite("factor", index, float(loss.value), "a per-example gradient"))
         kernel.check_count(len(totals.weights))
         objective.conclude(totals)
     out.div_(kernel.divisor(totals.weights))

@@ -263,7 +263,7 @@ class GGNLikeLinearOperator(CurvatureLinearOperator):
         See Also
         --------
         curvop.spectrum.eigsh : Eigenpairs from the smaller side.
-        curvop.operators.gram.GramLinearOperator
+        curvop.GramLinearOperator : The operator that is returned.
 
         Notes
         -----

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvop.kernels.errors import NotFactorableError
 from curvop.kernels.factor_kernel import FactorKernel, row_counts
 from curvop.kernels.factor_rows import write_rows
 from curvop.kernels.ggn_kernel import GGNLikeKernel
@@ -20,7 +21,7 @@ from curvop.operators.engine_operator import TORCH_DTYPES, Settings
 from curvop.operators.jacobian import JacobianLikeLinearOperator
 from curvop.operators.validation import available_bytes, check_fits, real_scalar
 
-__all__ = ["FactorLinearOperator", "GramLinearOperator"]
+__all__ = ["FactorLinearOperator", "GramLinearOperator", "NotFactorableError"]
 
 
 class FactorLinearOperator(JacobianLikeLinearOperator):
@@ -40,7 +41,7 @@ class FactorLinearOperator(JacobianLikeLinearOperator):
 
     See Also
     --------
-    GramLinearOperator : The matrix ``S @ S.T``.
+    curvop.GramLinearOperator : The matrix ``S @ S.T``.
     curvop.PerExampleGradientLinearOperator : Per-example gradients that are not divided by W.
 
     Notes

@@ -34,6 +34,7 @@ __all__ = [
     "Certificate",
     "Noise",
     "SearchResult",
+    "certificate_from",
     "certify",
     "is_asymmetric",
     "matched_bounds",
@@ -353,13 +354,55 @@ def _certificate(
     noise = measure_noise(A, V, AV, rng)
     # Divide by a power of two, which is exact, so that squares neither underflow nor overflow.
     exponent = binary_exponent(np.append(w, noise.norm))
-    w, AV, norm = np.ldexp(w, -exponent), np.ldexp(AV, -exponent, out=AV), np.ldexp(noise.norm, -exponent)
-    error = np.ldexp(noise.error + noise.skew / 2, -exponent)  # the bounds are for the symmetric part of A
+    w, AV = np.ldexp(w, -exponent), np.ldexp(AV, -exponent, out=AV)
     quotients = np.einsum("ij,ij->j", V, AV)
-
     R = AV  # the residuals overwrite the products
     R -= V * w
-    residual_gram = R.T @ R
+
+    def search(ends: tuple[float, float], tolerance: float) -> SearchResult:
+        return search_missed(lambda x: np.ldexp(A.dot(x), -exponent), V, ends, tolerance, steps, rng)
+
+    orthogonality = float(np.abs(gram * np.outer(lengths, lengths) - np.eye(len(w))).max())
+    certificate = certificate_from(
+        w, gram, R.T @ R, quotients, noise, search, exponent=exponent, size=len(V), which=which, tol=tol
+    )
+    return dataclasses.replace(certificate, orthogonality=orthogonality, products=A.products)
+
+
+def certificate_from(
+    w: Array,
+    gram: Array,
+    residual_gram: Array,
+    quotients: Array,
+    noise: Noise,
+    search: Callable[[tuple[float, float], float], SearchResult],
+    *,
+    exponent: int,
+    size: int,
+    which: str | None,
+    tol: float,
+) -> Certificate:
+    """Compute a certificate from measurements. Values, residuals and quotients are divided by ``2 ** exponent``.
+
+    Parameters
+    ----------
+    w, gram, residual_gram : ndarray
+        See `matched_bounds`. ``gram`` also determines the attribute ``orthogonality``.
+    quotients : ndarray, shape (k,)
+        The Rayleigh quotients of the vectors.
+    noise : Noise
+        The errors of the products, not divided by ``2 ** exponent``.
+    search : callable
+        ``search(limits, tolerance)`` returns the range of all eigenvalues other than the given ones; see
+        `search_missed`. It is called only if `which` makes a claim about them.
+    exponent : int
+    size : int
+        The number of rows of A.
+    which, tol
+        See `certify`.
+    """
+    norm = float(np.ldexp(noise.norm, -exponent))
+    error = float(np.ldexp(noise.error + noise.skew / 2, -exponent))  # the bounds are for the symmetric part of A
     residuals = np.sqrt(np.diag(residual_gram))
     bounds, groups = matched_bounds(w, gram, residual_gram, error)
 
@@ -367,14 +410,14 @@ def _certificate(
     # Ritz values that exceed the limits by at most this tolerance.
     tolerance = 2 * float(bounds.max()) + _SEARCH_ROUNDING * norm
     ends = remaining_range(w, which)
-    search, resolution = None, None
+    missed, resolution = None, None
     others = (-np.inf, np.inf)  # the range of the eigenvalues that were not computed
-    if len(w) == len(V):
+    if len(w) == size:
         others, resolution = (np.inf, -np.inf), 0.0
     elif ends is not None and np.isfinite(tolerance) and not is_asymmetric(noise.symmetry, noise.relative):
-        search = search_missed(lambda x: np.ldexp(A.dot(x), -exponent), V, ends, tolerance, steps, rng)
-        norm, others = max(norm, abs(search.low), abs(search.high)), (search.low, search.high)
-        beyond = max(search.high - ends[1], ends[0] - search.low) + search.slack
+        found = search(ends, tolerance)
+        norm, others, missed = max(norm, abs(found.low), abs(found.high)), (found.low, found.high), found.beyond
+        beyond = max(found.high - ends[1], ends[0] - found.low) + found.slack
         resolution = max(tolerance, beyond)
     estimates = quadratic_estimates(w, quotients, residuals, bounds, groups, others, error)
 
@@ -385,15 +428,15 @@ def _certificate(
         residuals=np.ldexp(residuals, exponent),
         bounds=np.ldexp(bounds, exponent),
         estimates=np.ldexp(estimates, exponent),
-        orthogonality=float(np.abs(gram * np.outer(lengths, lengths) - np.eye(len(w))).max()),
+        orthogonality=float(np.abs(gram - np.eye(len(w))).max()),
         noise=noise.relative,
         symmetry=noise.symmetry,
         norm=unscale(norm),
         error=unscale(error),
         zeros=int((np.abs(w) <= bounds).sum()),
-        missed=None if search is None else unscale(search.beyond),
+        missed=unscale(missed),
         resolution=unscale(resolution),
-        products=A.products,
+        products=0,
         which=which,
         tol=tol,
     )

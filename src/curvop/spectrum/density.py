@@ -857,7 +857,7 @@ def _deflated_eigenpairs(A: LinearOperator, count: int, memory: int | None, prog
     if not count:
         return np.zeros(0), np.zeros((0, A.shape[0])), 0
     method = "arpack" if device_of(A).type == "cpu" else "lanczos"
-    found = eigsh(A, count, "LM", method=method, memory=memory, progress=progress)
+    found = eigsh(A, count, "LM", method=method, memory=memory, side="parameters", progress=progress)
     if not found.converged:
         raise RuntimeError(f"deflate is {count}, but only {len(found.values)} eigenvalues converged: reduce deflate")
     return found.values.astype(np.float64), np.ascontiguousarray(found.vectors.T, dtype=np.float64), found.products

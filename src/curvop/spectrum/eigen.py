@@ -33,6 +33,7 @@ from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 from scipy.sparse.linalg import eigsh as scipy_eigsh
 from torch import Tensor
 
+from curvop.operators.gram import GramLinearOperator
 from curvop.operators.progress import step_bar
 from curvop.operators.transfer import aligned
 from curvop.operators.validation import available_bytes, check_fits, integer, random_generator, real_scalar
@@ -40,7 +41,8 @@ from curvop.spectrum.certificate import NUM_PRODUCTS, WHICH, Certificate, certif
 from curvop.spectrum.counting import CountedOperator, TimedOperator, TimeUpError, deadline_after, symmetric_operator
 from curvop.spectrum.lanczos import device_of, rounding_left
 from curvop.spectrum.norms import binary_exponent, tensor_norm
-from curvop.storage.result_files import load_arrays, save_arrays
+from curvop.spectrum.smaller_side import UNSUITABLE, fits, lifted, smaller_side, solve_formed
+from curvop.storage.result_files import arrays_of_record, fields_of_record, load_arrays, save_arrays
 
 __all__ = ["EigenResult", "eigsh", "without_verdicts"]
 
@@ -83,6 +85,7 @@ def eigsh(
     memory: int | None = None,
     certificate: bool = True,
     seconds: float | None = None,
+    side: str = "auto",
     progress: bool = True,
 ) -> EigenResult:
     """Find and certify k eigenvalues and their eigenvectors at an end of the spectrum of a symmetric operator.
@@ -148,6 +151,16 @@ def eigsh(
         iterations). 'arpack' and 'dense' have no partial results and raise a ``TimeoutError``. 'lanczos' and 'lobpcg'
         reserve time for error bounds. If the reserve would exceed half of `seconds`, no time is reserved. If no time is
         left for error bounds, the result has no certificate.
+    side : {'auto', 'parameters', 'examples'}, optional
+        Which of the two matrices ``A = S.T @ S`` and ``S @ S.T`` is solved. They have the same non-zero eigenvalues,
+        and the result always contains eigenvectors of A.
+
+        - 'parameters' solves A.
+        - 'examples' solves ``A.gram()``, which has one row for each example, or for each example and output. `which`
+          must be 'LA' or 'LM', and `k` must be at most the number of rows. If S fits into `memory` and is small
+          compared with the cost of an iterative method, the rows of S are formed and all eigenvalues are computed.
+        - 'auto' solves ``A.gram()`` if A has this method, if the Gram matrix is smaller than A and has the requested
+          eigenvalues, and if `v0` is not given. Otherwise, 'auto' solves A.
     progress : bool, optional
         Whether to show a progress bar that counts the products.
 
@@ -159,7 +172,8 @@ def eigsh(
     Raises
     ------
     TypeError, ValueError
-        If an argument is invalid or a product is not finite.
+        If an argument is invalid, if a product is not finite, or if `side` is 'examples' and A is not of the form
+        ``S.T @ S``.
     MemoryError
         If the solver does not fit into `memory`.
     TimeoutError
@@ -183,7 +197,8 @@ def eigsh(
     ARPACK, and half as many with thick-restart Lanczos. The orthogonalization takes ``O(N * ncv)`` operations per
     product. LOBPCG [3]_ improves a block of vectors by Rayleigh-Ritz steps in a subspace that is three times as large
     as the block. All these solvers can miss members of a cluster of eigenvalues and still report convergence (SciPy
-    issue 26112), so the certificate includes a search for missed eigenvalues.
+    issue 26112), so the certificate includes a search for missed eigenvalues. If the rows of S are formed, all
+    eigenvalues of the Gram matrix are computed, and a certificate takes two products with A.
 
     References
     ----------
@@ -220,44 +235,19 @@ def eigsh(
     A = symmetric_operator(A)
     k, start = _validate(A, k, which, method, tol, maxiter, ncv, v0)
     generator = random_generator(rng)
-    available = available_bytes(device_of(A) if method == "lanczos" else None, memory)
-    timed = None if seconds is None else TimedOperator(A, until)
-    if timed is not None:
-        A = timed
-        has_partial_result = method in ("lanczos", "lobpcg")
-        # Reserve time for twice the certificate's products, because the time per product is only an estimate.
-        timed.reserved = 2 * (k + NUM_PRODUCTS) if certificate and has_partial_result else 0
-    with step_bar("eigsh", progress) as bar:
-        counted = CountedOperator(A, bar, None if method == "arpack" else np.float64)
-        start = None if start is None else start.astype(counted.dtype)
-        problem = _Problem(counted, k, which, float(tol), maxiter, ncv, start, generator, available)
-        try:
-            pairs = _METHODS[method](problem)
-        except TimeUpError:
-            raise TimeoutError(
-                f"time was up after {seconds} s and {counted.products} products, and the methods 'arpack' and 'dense' "
-                f"have no partial results: allow more seconds, or pass method='lanczos' and ncv < {A.shape[0]}"
-            ) from None
-    order = _outermost_first(pairs.values, which)
-    values, vectors = pairs.values[order].astype(np.float64), pairs.vectors[:, order]
-    products, proof, note = counted.products, None, pairs.note
-    if certificate:
-        # Do not claim that incomplete results are the outermost eigenvalues. For 'BE', an incomplete result of ARPACK
-        # does not even show how many eigenvalues come from each end.
-        incomplete = (pairs.timed_out and pairs.num_converged < k) or (which == "BE" and len(values) < k)
-        claim = None if incomplete else which
-        search = max(60, products // 4)
-        # Continue with the same generator, so that the search and the solver start from different vectors.
-        proof = _certify_in_time(A, values, vectors, claim, max(1e-4, 2 * tol), search, generator, progress)
-        if proof is None:
-            note = f"{note}, {_NO_TIME}" if note else _NO_TIME
-        else:
-            products += proof.products
-    converged = pairs.num_converged == k
-    timed_out = pairs.timed_out and not converged
-    result = EigenResult(
-        values, vectors, proof, converged, products, pairs.method, which, k, note, pairs.num_converged, timed_out
+    request = _Request(
+        k, which, method, tol, maxiter, ncv, start, generator, memory, certificate, seconds, until, progress
     )
+    gram = smaller_side(A, side, k, which, start is not None)
+    if gram is None:
+        result = _solve(A, None, request)
+    else:
+        try:
+            result = _solve(A, gram, request)
+        except UNSUITABLE:
+            if side != "auto":
+                raise
+            result = _solve(A, None, request)
     if not result.ok and (certificate or not result.converged):
         warnings.warn(result.verdict, RuntimeWarning, stacklevel=2)
     return result
@@ -372,9 +362,9 @@ class EigenResult:
         --------
         load : Read a result from a file.
         """
-        arrays = _arrays_of_record(self, "")
+        arrays = arrays_of_record(self, "")
         if self.certificate is not None:
-            arrays |= _arrays_of_record(self.certificate, _CERTIFICATE_PREFIX)
+            arrays |= arrays_of_record(self.certificate, _CERTIFICATE_PREFIX)
         save_arrays(Path(path), **arrays)
 
     @classmethod
@@ -404,28 +394,8 @@ class EigenResult:
         prefix = _CERTIFICATE_PREFIX
         own = {name: file[name] for name in file if not name.startswith(prefix)}
         certified = {name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)}
-        certificate = Certificate(**_fields_of_record(Certificate, certified)) if certified else None
-        return cls(**{**_fields_of_record(cls, own), "certificate": certificate})
-
-
-def _arrays_of_record(record: Any, prefix: str) -> dict[str, Array]:
-    """Convert a dataclass to a dictionary of arrays. Skip fields that are None or hold a `Certificate`."""
-    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return {
-        prefix + name: np.asarray(value)
-        for name, value in values.items()
-        if value is not None and not isinstance(value, Certificate)
-    }
-
-
-def _fields_of_record(record: Any, arrays: dict[str, Array]) -> dict[str, Any]:
-    """Convert saved arrays to a dictionary of the fields of a dataclass.
-
-    Arrays of dimension 0 become Python scalars. Fields without a saved array are None.
-    """
-    names = [field.name for field in dataclasses.fields(record)]
-    saved = {name: arrays[name] for name in names if name in arrays}
-    return dict.fromkeys(names) | {name: array if array.ndim else array.item() for name, array in saved.items()}
+        certificate = Certificate(**fields_of_record(Certificate, certified)) if certified else None
+        return cls(**{**fields_of_record(cls, own), "certificate": certificate})
 
 
 @contextlib.contextmanager
@@ -477,6 +447,106 @@ def _validate(
     return k, start
 
 
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """The validated arguments of `eigsh`, except the operator. `v0` is an array or None."""
+
+    k: int
+    which: str
+    method: str
+    tol: float
+    maxiter: int | None
+    ncv: int | None
+    v0: Array | None
+    rng: np.random.Generator
+    memory: int | None
+    certificate: bool
+    seconds: float | None
+    until: float
+    progress: bool
+
+
+def _solve(A: LinearOperator, gram: GramLinearOperator | None, request: _Request) -> EigenResult:
+    """Compute eigenpairs of A and certify them, with products with A, or with its Gram matrix if it is given."""
+    k, which, rng = request.k, request.which, request.rng
+    if gram is not None and request.seconds is None:
+        available = available_bytes(gram.device, request.memory)
+        if fits(gram, k, available):
+            return _solve_formed(A, gram, request, available)
+    solved = A if gram is None else gram
+    available = available_bytes(device_of(A) if request.method == "lanczos" else None, request.memory)
+    start, ncv = request.v0, request.ncv
+    if gram is not None:
+        start = None if start is None else gram.factor @ start
+        ncv = None if ncv is None else min(ncv, gram.shape[0])
+    if request.seconds is not None:
+        A = TimedOperator(A, request.until)
+        solved = A if gram is None else TimedOperator(gram, request.until)
+        has_partial_result = request.method in ("lanczos", "lobpcg")
+        # Reserve time for twice the certificate's products, because the time per product is only an estimate.
+        solved.reserved = 2 * (k + NUM_PRODUCTS) if request.certificate and has_partial_result else 0
+    with step_bar("eigsh", request.progress) as bar:
+        counted = CountedOperator(solved, bar, None if request.method == "arpack" else np.float64)
+        start = None if start is None else start.astype(counted.dtype)
+        changed = {"A": counted, "available": available, "v0": start, "ncv": ncv}
+        problem = _Problem(**{**vars(request), **changed})
+        try:
+            pairs = _METHODS[request.method](problem)
+        except TimeUpError:
+            raise TimeoutError(
+                f"time was up after {request.seconds} s and {counted.products} products, and the methods 'arpack' and "
+                f"'dense' have no partial results: allow more seconds, or pass method='lanczos' and ncv < "
+                f"{A.shape[0]}"
+            ) from None
+    products, note = counted.products, pairs.note
+    values, vectors = pairs.values, pairs.vectors
+    if gram is not None:
+        values, vectors, lifts = lifted(gram, values.astype(np.float64), vectors.astype(np.float64), rng)
+        products, note = products + lifts, _joined(f"from the Gram matrix of {gram.shape[0]:,} rows", note)
+    order = _outermost_first(values, which)
+    values, vectors, proof = values[order].astype(np.float64), vectors[:, order], None
+    if request.certificate:
+        # Do not claim that incomplete results are the outermost eigenvalues. For 'BE', an incomplete result of ARPACK
+        # does not even show how many eigenvalues come from each end.
+        incomplete = (pairs.timed_out and pairs.num_converged < k) or (which == "BE" and len(values) < k)
+        claim = None if incomplete else which
+        search = max(60, products // 4)
+        # Continue with the same generator, so that the search and the solver start from different vectors.
+        tol = _certificate_tol(request)
+        proof = _certify_in_time(A, values, vectors, claim, tol, search, rng, request.progress)
+        if proof is None:
+            note = _joined(note, _NO_TIME)
+        else:
+            products += proof.products
+    converged = pairs.num_converged == k
+    timed_out = pairs.timed_out and not converged
+    return EigenResult(
+        values, vectors, proof, converged, products, pairs.method, which, k, note, pairs.num_converged, timed_out
+    )
+
+
+def _solve_formed(A: LinearOperator, gram: GramLinearOperator, request: _Request, available: int) -> EigenResult:
+    """Compute and certify eigenpairs of A from the rows of its factor."""
+    k, which = request.k, request.which
+    with step_bar("eigsh", request.progress) as bar:
+        counted = CountedOperator(A, bar, np.float64)
+        claim = which if request.certificate else None
+        found = solve_formed(counted, gram, k, claim, _certificate_tol(request), request.rng, available)
+    note = f"from the {gram.shape[0]:,} rows of its factor, rank {found.rank:,}"
+    proof = found.certificate
+    if proof is not None:
+        proof = dataclasses.replace(proof, products=counted.products)
+    return EigenResult(found.values, found.vectors, proof, True, counted.products, "dense", which, k, note, k)
+
+
+def _certificate_tol(request: _Request) -> float:
+    return max(1e-4, 2 * request.tol)
+
+
+def _joined(*notes: str) -> str:
+    return ", ".join(filter(None, notes))
+
+
 def _certify_in_time(
     A: LinearOperator,
     values: Array,
@@ -507,17 +577,10 @@ def _certify_in_time(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Problem:
-    """The validated arguments of `eigsh`, passed to the eigensolvers. `available` is the available memory in bytes."""
+class _Problem(_Request):
+    """The arguments of the eigensolvers: `A` is the operator, and `available` is the available memory in bytes."""
 
     A: CountedOperator
-    k: int
-    which: str
-    tol: float
-    maxiter: int | None
-    ncv: int | None
-    v0: Array | None
-    rng: np.random.Generator
     available: int
 
     @property

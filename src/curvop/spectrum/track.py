@@ -266,7 +266,13 @@ class Tracker:
         basis = min(size, max(2 * self._k + 1, _MIN_WARM_BASIS)) if warm else None
         with without_verdicts():  # `step` retries or issues its own warning
             result = eigsh(
-                A, self._k, self._which, tol=self._tol, v0=start, ncv=basis, certificate=False, progress=False
+                *(A, self._k, self._which),
+                tol=self._tol,
+                v0=start,
+                ncv=basis,
+                certificate=False,
+                side="parameters",
+                progress=False,
             )
         self.products += result.products
         return result

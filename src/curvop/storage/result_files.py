@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import zipfile
 import zlib
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["appearing", "load_arrays", "save_arrays"]
+__all__ = ["appearing", "arrays_of_record", "fields_of_record", "load_arrays", "save_arrays"]
 
 Array = NDArray[Any]
 
@@ -73,3 +74,23 @@ def appearing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def arrays_of_record(record: Any, prefix: str) -> dict[str, NDArray[Any]]:
+    """Convert a dataclass to a dictionary of arrays. Skip fields that are None or hold another dataclass."""
+    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return {
+        prefix + name: np.asarray(value)
+        for name, value in values.items()
+        if value is not None and not dataclasses.is_dataclass(value)
+    }
+
+
+def fields_of_record(record: Any, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    """Convert saved arrays to a dictionary of the fields of a dataclass.
+
+    Arrays of dimension 0 become Python scalars. Fields without a saved array are None.
+    """
+    names = [field.name for field in dataclasses.fields(record)]
+    saved = {name: arrays[name] for name in names if name in arrays}
+    return dict.fromkeys(names) | {name: array if array.ndim else array.item() for name, array in saved.items()}

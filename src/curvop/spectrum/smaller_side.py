@@ -1,0 +1,350 @@
+r"""Eigenpairs of :math:`A = S^\top S` from the smaller matrix :math:`S S^\top`.
+
+The Gram matrix :math:`K = S S^\top` has the non-zero eigenvalues of A. If :math:`K u = \theta u` and
+:math:`\theta > 0`, then :math:`v = S^\top u / \sqrt\theta` is an eigenvector of A. There are two ways to use K:
+
+- `solve_formed` forms S, computes all eigenvalues of K, and certifies the eigenpairs of A. The residuals of the
+  vectors are :math:`A v - \theta v = S^\top (K u - \theta u) / \sqrt\theta`, so that their inner products are those of
+  n-vectors with the matrix K. Two products with A itself verify S, the residuals and the rounding errors of the
+  vectors. The trace of K verifies that no eigenvalue is missing.
+- `lifted` maps the eigenpairs that an iterative method has found for K.
+
+Eigenvalues of K up to ``n * eps`` times the largest one are rounding errors, and count as zero. The null space of A is
+the orthogonal complement of all other eigenvectors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curvop.operators.engine_operator import UNTRUSTED
+from curvop.operators.gram import GramLinearOperator, NotFactorableError
+from curvop.spectrum.certificate import Certificate, Noise, SearchResult, certificate_from
+from curvop.spectrum.counting import CountedOperator
+from curvop.spectrum.norms import norm
+
+__all__ = ["SIDES", "UNSUITABLE", "Formed", "fits", "lifted", "smaller_side", "solve_formed"]
+
+Array = NDArray[Any]
+
+SIDES = ("auto", "parameters", "examples")
+"""The values of the argument `side` of `curvop.spectrum.eigsh`."""
+
+UNSUITABLE = (NotFactorableError, *UNTRUSTED)
+"""Exceptions after which ``side='auto'`` uses A itself: it may be indefinite, or its data may be shuffled."""
+
+_EPS = float(np.finfo(np.float64).eps)
+_ENDS = ("LA", "LM")  # the ends of the spectrum that belong to the non-zero eigenvalues of S.T @ S
+_MIN_PRODUCTS = 30  # of a search for one eigenvalue
+# A product with A takes at least 8 n P operations, and the Gram matrix takes 2 n^2 P: forming it costs n / 4 products.
+_ROWS_PER_PRODUCT = 8
+_ORTHOGONAL = 1e-10  # lifted vectors that deviate more are computed again, by orthogonalization
+_SAFE_EXPONENT = 100  # entries of S between 2**-100 and 2**100 are not scaled
+
+
+def smaller_side(A: Any, side: Any, k: int, which: str, has_start: bool) -> GramLinearOperator | None:
+    """Return the Gram matrix that replaces A in `curvop.spectrum.eigsh`, or None if A itself is used.
+
+    Parameters
+    ----------
+    A : LinearOperator
+    side : {'auto', 'parameters', 'examples'}
+    k, which
+        See `curvop.spectrum.eigsh`.
+    has_start : bool
+        Whether the user passed a starting vector, which is a vector of parameters.
+
+    Raises
+    ------
+    ValueError
+        If `side` is invalid, or if it is 'examples' and the Gram matrix does not have the requested eigenvalues.
+    NotFactorableError
+        If `side` is 'examples' and A has no Gram matrix.
+    """
+    if side not in SIDES:
+        raise ValueError(f"side is {side!r}, but must be one of {', '.join(SIDES)}")
+    automatic = side == "auto"
+    if side == "parameters" or (automatic and (which not in _ENDS or has_start or not hasattr(A, "gram"))):
+        return None
+    if which not in _ENDS:
+        raise ValueError(f"which is {which!r}, but side='examples' finds only 'LA' and 'LM': pass side='parameters'")
+    if not hasattr(A, "gram"):
+        raise NotFactorableError(
+            f"A is a {type(A).__name__}, which has no Gram matrix: pass side='parameters', or a GGN, an empirical "
+            "Fisher or a Fisher matrix"
+        )
+    try:
+        gram: GramLinearOperator = A.gram()
+    except UNSUITABLE:
+        if automatic:
+            return None
+        raise
+    outside = which == "LM" and gram.shift < 0  # the null space may then have the largest eigenvalues in magnitude
+    if automatic:
+        return None if outside or k > gram.shape[0] or gram.shape[0] >= A.shape[0] else gram
+    if outside:
+        raise ValueError("which is 'LM', but the damping is negative: pass which='LA', or side='parameters'")
+    if k > gram.shape[0]:
+        raise ValueError(
+            f"k is {k}, but must be at most {gram.shape[0]}, the number of rows of the Gram matrix: pass "
+            "side='parameters', or a smaller k"
+        )
+    return gram
+
+
+def fits(gram: GramLinearOperator, k: int, available: int) -> bool:
+    """Return True if forming the factor fits into `available` bytes, and takes less time than an iterative method."""
+    rows, cols = gram.factor.shape
+    needed = 8 * (rows * cols + 3 * k * cols + 4 * rows**2)
+    return bool(needed <= available and rows <= _ROWS_PER_PRODUCT * max(2 * k + 1, _MIN_PRODUCTS))
+
+
+def lifted(
+    gram: GramLinearOperator, values: Array, vectors: Array, rng: np.random.Generator
+) -> tuple[Array, Array, int]:
+    """Map eigenpairs of the Gram matrix to eigenpairs of A.
+
+    Parameters
+    ----------
+    gram : GramLinearOperator
+    values, vectors : ndarray, shape (k,) and (n, k)
+        Eigenpairs of the Gram matrix, including the shift.
+    rng : numpy.random.Generator
+        The generator for vectors of the null space of A.
+
+    Returns
+    -------
+    values, vectors : ndarray, shape (k,) and (P, k)
+    products : int
+        The number of products with the factor.
+    """
+    own = values - gram.shift
+    nonzero = own > gram.shape[0] * _EPS * max(own.max(initial=0.0), 0.0)
+    V: Array = gram.lift(vectors[:, nonzero])
+    null = torch.from_numpy(V)
+    null = _null_vectors(null, int((~nonzero).sum()), rng)
+    values = np.append(values[nonzero], np.full(null.shape[1], gram.shift))
+    return values, np.hstack([V, null.numpy()]), int(nonzero.sum())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Formed:
+    """The result of `solve_formed`.
+
+    Attributes
+    ----------
+    values, vectors : ndarray, shape (k,) and (P, k)
+        The largest eigenvalues in descending order, and their eigenvectors.
+    certificate : Certificate or None
+        None if it was not requested.
+    rank : int
+        The number of non-zero eigenvalues of ``S.T @ S``.
+    """
+
+    values: Array
+    vectors: Array
+    certificate: Certificate | None
+    rank: int
+
+
+def solve_formed(
+    A: CountedOperator,
+    gram: GramLinearOperator,
+    k: int,
+    which: str | None,
+    tol: float,
+    rng: np.random.Generator,
+    memory: int,
+) -> Formed:
+    """Form the factor S, and compute the k largest eigenvalues of ``A = S.T @ S + shift * I``.
+
+    Parameters
+    ----------
+    A : CountedOperator, shape (P, P)
+        The operator itself, which verifies the result with two products.
+    gram : GramLinearOperator, shape (n, n)
+        The Gram matrix of A.
+    k : int
+        The number of eigenvalues, at most n.
+    which : str or None
+        The claim of the certificate, or None for no certificate.
+    tol : float
+        The tolerance of the certificate.
+    rng : numpy.random.Generator
+    memory : int
+        The number of bytes that may be used.
+    """
+    S = gram.factor.formed(memory).double()
+    halved = _exponent(S)
+    for part in (halved // 2, halved - halved // 2):
+        if part:
+            S.mul_(2.0**-part)
+    spectrum = _Spectrum(S, k, rng)
+    exponent = 2 * halved
+    shift = math.ldexp(gram.shift, -exponent)
+    values = np.append(spectrum.values, np.zeros(k - spectrum.kept)) + shift
+    certificate = None
+    if which is not None:
+        noise = _noise(A, spectrum, values, exponent, shift, rng)
+
+        def remaining(ends: tuple[float, float], tolerance: float) -> SearchResult:
+            return SearchResult(spectrum.low + shift, spectrum.high + shift, spectrum.deficit, None)
+
+        quotients = values  # their residuals are rounding errors
+        certificate = certificate_from(
+            values,
+            spectrum.vector_gram,
+            spectrum.residual_gram,
+            quotients,
+            noise,
+            remaining,
+            exponent=exponent,
+            size=A.shape[0],
+            which=which,
+            tol=tol,
+        )
+    return Formed(np.ldexp(values, exponent), spectrum.vectors.cpu().numpy(), certificate, spectrum.rank)
+
+
+class _Spectrum:
+    """The k largest eigenvalues of ``S.T @ S``, for a matrix S of shape ``(n, P)`` in double precision.
+
+    Attributes
+    ----------
+    values : ndarray, shape (kept,)
+        The non-zero eigenvalues among the k largest, in descending order.
+    vectors : Tensor, shape (P, k)
+        The eigenvectors, followed by vectors of the null space if there are fewer than k non-zero eigenvalues.
+    vector_gram, residual_gram : ndarray, shape (k, k)
+        ``V.T @ V`` and ``R.T @ R`` for the vectors V and their residuals ``R = S.T @ S @ V - V * values``.
+    low, high : float
+        The range of all other eigenvalues.
+    deficit : float
+        The difference between the trace and the sum of all eigenvalues, plus the limit up to which eigenvalues count as
+        zero.
+    rank : int
+        The number of non-zero eigenvalues.
+    """
+
+    def __init__(self, S: Tensor, k: int, rng: np.random.Generator) -> None:
+        self.S, self._rng = S, rng
+        K = S @ S.T
+        theta, U = torch.linalg.eigh(K)
+        theta, U = theta.flip(0), U.flip(1)
+        own = theta.cpu().numpy()
+        limit = len(own) * _EPS * max(float(own.max(initial=0.0)), 0.0)
+        self.rank = int((own > limit).sum())
+        self.kept = min(k, self.rank)
+        self.low = 0.0 if self.rank < S.shape[1] else float(own[self.rank - 1])
+        self.high = float(own[k]) if k < self.rank else 0.0
+        self.deficit = abs(float(torch.linalg.vector_norm(S)) ** 2 - float(own.sum())) + limit
+        self.values = own[: self.kept]
+        self._residual_factors: tuple[Tensor, ...] = ()  # their product is the transpose of the residuals
+        self._lift(K, theta[: self.kept], U[:, : self.kept])
+        if self.kept < k:
+            self._append_null_vectors(k - self.kept)
+
+    def _lift(self, K: Tensor, theta: Tensor, U: Tensor) -> None:
+        scaled = U / theta.sqrt()
+        self.vectors = self.S.T @ scaled
+        self.vector_gram = _array(scaled.T @ (K @ scaled))
+        coefficients = K @ scaled - scaled * theta  # the residuals are S.T @ coefficients
+        self.residual_gram = _array(coefficients.T @ (K @ coefficients))
+        self._residual_factors = coefficients.T, self.S
+        if self.kept and np.abs(self.vector_gram - np.eye(self.kept)).max() > _ORTHOGONAL:
+            self._orthogonalize()
+
+    def _orthogonalize(self) -> None:
+        """Compute the eigenpairs again in the span of the vectors.
+
+        Rounding errors of the lifted vectors are relative to the largest singular value of S, and large compared with
+        the smallest singular values. A QR and a singular value decomposition are backward stable.
+        """
+        Q = torch.linalg.qr(self.vectors).Q
+        _, sigma, W = torch.linalg.svd(self.S @ Q, full_matrices=False)
+        self.vectors, self.values = Q @ W.T, _array(sigma) ** 2
+        residuals = self.S.T @ (self.S @ self.vectors) - self.vectors * sigma**2
+        self.vector_gram = _array(self.vectors.T @ self.vectors)
+        self.residual_gram = _array(residuals.T @ residuals)
+        self._residual_factors = (residuals.T,)
+
+    def _append_null_vectors(self, count: int) -> None:
+        null = _null_vectors(self.vectors, count, self._rng)
+        residuals = crossed = self.S.T @ (self.S @ null)
+        for factor in reversed(self._residual_factors):
+            crossed = factor @ crossed
+        self.vector_gram = _bordered(self.vector_gram, _array(self.vectors.T @ null), _array(null.T @ null))
+        self.residual_gram = _bordered(self.residual_gram, _array(crossed), _array(residuals.T @ residuals))
+        self.vectors = torch.cat([self.vectors, null], 1)
+
+
+def _noise(
+    A: CountedOperator, spectrum: _Spectrum, values: Array, exponent: int, shift: float, rng: np.random.Generator
+) -> Noise:
+    """Compare two products with A with the same products computed from the eigenpairs and from the factor.
+
+    The first vector is a random combination c of the eigenvectors. The norm of ``A V c - V diag(values) c`` is that of
+    the residuals of all vectors, divided by the square root of their number, so it is multiplied by this root. The
+    second vector is random, and verifies that ``S.T @ S`` is A.
+    """
+    V, S, size, k = spectrum.vectors, spectrum.S, A.shape[0], len(values)
+    weights = torch.from_numpy(rng.standard_normal(k)).to(V.device)
+    weights /= weights.norm()
+    random = torch.from_numpy(rng.standard_normal(size)).to(V.device)
+    random /= random.norm()
+    combination = V @ weights
+    expected = torch.stack(
+        [V @ (torch.from_numpy(values).to(V.device) * weights), S.T @ (S @ random) + shift * random], 1
+    )
+    X = np.ascontiguousarray(np.stack([_array(combination), _array(random)], 1))
+    AX = np.ldexp(A.matmat(X), -exponent)
+    errors = [norm(difference) for difference in (AX - _array(expected)).T]
+    sizes = [norm(product) for product in AX.T]
+    # The computed vectors differ from those of `vector_gram` by rounding errors, which the same combination measures.
+    drift = V.T @ combination - torch.from_numpy(spectrum.vector_gram).to(V.device) @ weights
+    eigenvector_error = math.sqrt(k) * (errors[0] + float(drift.norm()) * max(values, default=0.0))
+    largest = max(*sizes, float(np.abs(values).max(initial=0.0)))
+    skew = math.sqrt(size) * abs(float(X[:, 0] @ AX[:, 1] - X[:, 1] @ AX[:, 0]))
+    relative = max(error / product if product else 0.0 for error, product in zip(errors, sizes, strict=True))
+
+    def unscaled(number: float) -> float:
+        return float(np.ldexp(number, exponent))
+
+    return Noise(
+        relative=relative,
+        error=unscaled(2 * max(eigenvector_error, errors[1]) + _EPS * largest),
+        symmetry=skew / largest if largest else 0.0,
+        skew=unscaled(skew),
+        norm=unscaled(largest),
+    )
+
+
+def _null_vectors(V: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    """Return `count` orthonormal vectors that are orthogonal to the columns of V."""
+    null = torch.from_numpy(rng.standard_normal((len(V), count))).to(V.device)
+    for _ in range(2):
+        null -= V @ (V.T @ null)
+        null = torch.linalg.qr(null).Q
+    return null
+
+
+def _exponent(S: Tensor) -> int:
+    """Return the power of two by which S is divided, so that the Gram matrix neither underflows nor overflows."""
+    exponent = math.frexp(float(S.abs().max()) if S.numel() else 0.0)[1]
+    return exponent if abs(exponent) > _SAFE_EXPONENT else 0
+
+
+def _bordered(corner: Array, border: Array, rest: Array) -> Array:
+    return np.block([[corner, border], [border.T, rest]])
+
+
+def _array(tensor: Tensor) -> Array:
+    array: Array = tensor.cpu().numpy()
+    return array
