@@ -212,6 +212,27 @@ class TestOperator:
             A.gram() @ np.ones(9)
         close(A @ np.ones(43), A @ np.ones(43))
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_within_other_grad_modes(self, mode: Any) -> None:
+        A = operator(GGNLinearOperator, loss_problem("ce"))
+        expected = A.gram() @ np.eye(27)
+        with mode():
+            K = A.gram()
+            close(K @ np.eye(27), expected)
+            S = K.factor.formed()
+        close((S @ S.T).numpy(), expected)
+
+    def test_confident_predictions_in_single_precision(self) -> None:
+        problem = loss_problem("ce")
+        problem.model.float()
+        problem.data = [(X.float(), y) for X, y in problem.data]
+        with torch.no_grad():
+            problem.params["2.weight"] *= 30
+        A = operator(GGNLinearOperator, problem)
+        S = A.gram().factor @ np.eye(43)
+        dense = A @ np.eye(43)
+        np.testing.assert_allclose(S.T @ S, dense, rtol=0, atol=20 * np.finfo(np.float32).eps * abs(dense).max())
+
     def test_it_passes_the_checks_of_its_algebra(self) -> None:
         K = operator(EFLinearOperator, loss_problem("ce")).gram()
         report = check(K, rng=0, progress=False)

@@ -256,6 +256,13 @@ class TestOperator:
             close(again @ np.ones(A.shape[1]), A @ np.ones(A.shape[1]))
         assert pickle.loads(pickle.dumps(G)).items.tolist() == G.items.tolist()
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_within_other_grad_modes(self, mode: Any) -> None:
+        problem = two_heads()
+        expected = gradients(problem) @ np.eye(gradients(problem).shape[1])
+        with mode():
+            close(gradients(problem) @ np.eye(expected.shape[1]), expected)
+
     def test_shapes_of_vectors(self) -> None:
         G = gradients(loss_problem("ce"))
         dense = G @ np.eye(43)

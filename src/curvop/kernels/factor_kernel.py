@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from curvop.kernels.batches import batch_size
-from curvop.kernels.errors import NotFactorableError
+from curvop.kernels.errors import NonFiniteProductError, NotFactorableError
 from curvop.kernels.fisher_kernel import EmpiricalFisherKernel, OuterProducts, used_terms
 from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, Parts, cut_off
 from curvop.kernels.jacobian_kernel import JacobianKernel, RowMap
@@ -134,7 +134,7 @@ def _square_root(
     """
     used = [index for index, part in enumerate(derivative) if part is not None]
     shapes = [outputs[index].shape for index in used]
-    if not used:
+    if not used or not outputs[used[0]].numel():
         return OuterProducts(examples, outputs, [derivative] * used_terms(examples, outputs, derivative)[1])
     count, entries = examples.terms(shapes)
     if entries > _MAX_ENTRIES:
@@ -153,20 +153,28 @@ def _square_root(
 
     units = torch.eye(entries, dtype=some.dtype, device=some.device)
     blocks = torch.stack([multiply(unit.expand(count, entries).contiguous()) for unit in units], -1)
+    if not blocks.isfinite().all():
+        raise NonFiniteProductError(
+            "the Hessian of the loss with respect to the prediction is not finite: look for NaN"
+        )
     eps = torch.finfo(some.dtype).eps
     probe = torch.linspace(1, 2, count * entries, dtype=some.dtype, device=some.device).cos().view(count, entries)
-    expected = torch.einsum("nij,nj->ni", blocks, probe)
-    if float((multiply(probe) - expected).norm()) > eps**0.5 * float(blocks.norm() * probe.norm()):
-        raise NotFactorableError("the loss couples its examples, so its Hessian has no square root per example")
+    difference = multiply(probe) - torch.einsum("nij,nj->ni", blocks, probe)
+    if float(difference.norm()) > eps**0.5 * float(blocks.norm() * probe.norm()):
+        raise NotFactorableError(
+            "the loss couples its examples, so its Hessian has no square root per example: use the matrix itself "
+            "(for eigsh, side='parameters')"
+        )
     values, vectors = torch.linalg.eigh(blocks.double())
-    rounding = 10 * entries * eps * float(values.abs().amax() if values.numel() else 0.0)
-    if values.numel() and float(values.min()) < -rounding:
+    rounding = 10 * eps + entries * torch.finfo(torch.float64).eps
+    sizes = values.abs().amax(-1, keepdim=True)
+    if bool((values < -rounding * sizes.amax()).any()):
         raise NotFactorableError(
             f"the Hessian of the loss with respect to the prediction is indefinite (it has the eigenvalue "
-            f"{float(values.min()):.3g}), so the matrix is not of the form S.T @ S: use the matrix itself, or "
-            "EFLinearOperator"
+            f"{float(values.min()):.3g}), so the matrix is not of the form S.T @ S: use the matrix itself (for eigsh, "
+            "side='parameters'), or EFLinearOperator"
         )
-    roots = torch.where(values > rounding, values, 0.0).sqrt()
+    roots = torch.where(values > rounding * sizes, values, 0.0).sqrt()
     root = torch.einsum("nij,nj,nkj->nik", vectors, roots, vectors).to(some.dtype)
     factors = []
     for column in root.unbind(-1):

@@ -61,7 +61,9 @@ class FactorLinearOperator(JacobianLikeLinearOperator):
         ordered.keep_order()
         matrix = kernel(ordered, names, names)
         self._kernel = kernel  # `fingerprint` reads its settings
-        self._setup(FactorKernel(matrix, row_counts(matrix)), dataclasses.replace(settings, engine="autograd"))
+        with torch.inference_mode(False):
+            sizes = row_counts(matrix)
+        self._setup(FactorKernel(matrix, sizes), dataclasses.replace(settings, engine="autograd"))
 
     def formed(self, memory: int | None = None) -> Tensor:
         """Form the matrix.
@@ -97,8 +99,8 @@ class FactorLinearOperator(JacobianLikeLinearOperator):
             f"the factor, a matrix of shape {(rows, cols)},",
             "use products with the factor instead",
         )
-        out = torch.empty(rows, cols, dtype=dtype, device=self.device)
         with torch.inference_mode(False):
+            out = torch.empty(rows, cols, dtype=dtype, device=self.device)
             kernel = cast("FactorKernel", self._untransposed)
             self._retry_on_out_of_memory(lambda: write_rows(kernel, self._names.names, out))
         return out.T if self._is_transpose else out

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -186,7 +187,8 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
         if examples not in ("terms", "items"):
             raise ValueError(f"examples is {examples!r}, but must be 'terms' or 'items'")
         objective.keep_order()
-        self._counts = example_counts(objective)
+        with torch.inference_mode(False):
+            self._counts = example_counts(objective)
         self._by_item = by_item = examples == "items"
         if by_item and any(items is None for _, items in self._counts):
             raise ValueError(UNKNOWN_ITEMS)

@@ -9,8 +9,9 @@ The Gram matrix :math:`K = S S^\top` has the non-zero eigenvalues of A. If :math
   vectors. The trace of K verifies that no eigenvalue is missing.
 - `lifted` maps the eigenpairs that an iterative method has found for K.
 
-Eigenvalues of K up to ``n * eps`` times the largest one are rounding errors, and count as zero. The null space of A is
-the orthogonal complement of all other eigenvectors.
+Eigenvalues of K up to ``n * eps`` times the largest one are rounding errors, and count as zero. If K is applied to
+vectors in single precision, the limit is 10 times the machine epsilon of the products. The null space of A is the
+orthogonal complement of all other eigenvectors.
 """
 
 from __future__ import annotations
@@ -126,10 +127,9 @@ def lifted(
         The number of products with the factor.
     """
     own = values - gram.shift
-    nonzero = own > gram.shape[0] * _EPS * max(own.max(initial=0.0), 0.0)
+    nonzero = own > max(gram.shape[0] * _EPS, 10 * gram.epsilon) * max(own.max(initial=0.0), 0.0)
     V: Array = gram.lift(vectors[:, nonzero])
-    null = torch.from_numpy(V)
-    null = _null_vectors(null, int((~nonzero).sum()), rng)
+    null = _null_vectors(torch.from_numpy(V), int((~nonzero).sum()), rng)
     values = np.append(values[nonzero], np.full(null.shape[1], gram.shift))
     return values, np.hstack([V, null.numpy()]), int(nonzero.sum())
 
