@@ -1,10 +1,10 @@
 """Time the complete spectrum of an empirical Fisher matrix from its smaller side, and count the memory of Lanczos.
 
-Run ``python benchmarks/smaller_side.py``; it writes ``benchmarks/results/smaller_side.json`` and takes about five
+Run ``python benchmarks/smaller_side.py``; it writes ``benchmarks/results/smaller_side.json`` and takes about ten
 minutes. SciPy's ``eigsh`` computes the 100 largest eigenvalues of the empirical Fisher matrix of the small CNN on 500
-images. ``curvop.spectrum.eigsh`` computes all non-zero eigenvalues from the 500 rows of the factor, certified. The
-memory is that of a Lanczos run of 64 steps for the GGN of ResNet-18 on 512 images of 10 classes, and for its Gram
-matrix. On a GPU: ``--device cuda --out benchmarks/results/smaller_side-gpu.json``.
+images, in double and in single precision. ``curvop.spectrum.eigsh`` computes all non-zero eigenvalues from the 500 rows
+of the factor, certified. The memory is that of a Lanczos run of 64 steps for the GGN of ResNet-18 on 512 images of 10
+classes, and for its Gram matrix. On a GPU: ``--device cuda --out benchmarks/results/smaller_side-gpu.json``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from curvop import EFLinearOperator, GGNLinearOperator
 from curvop.spectrum import eigsh
 from curvop.spectrum.lanczos import bytes_of_run
 
+DTYPES = (torch.float64, torch.float32)
 RESULTS = Path(__file__).resolve().parent / "results" / "smaller_side.json"
 
 
@@ -47,10 +48,11 @@ def batches(count: int, size: int) -> tuple[int, int]:
     return count // number, number
 
 
-def spectrum(options: argparse.Namespace) -> dict[str, Any]:
+def spectrum(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     torch.manual_seed(0)
     own = on_device(problem(cnn(), (3, 32, 32), *batches(options.images, 100)), options.device)
-    arguments = own["model"], own["loss_function"], own["params"], own["data"]
+    model = own["model"].to(dtype)  # its parameters stay the same objects
+    arguments = model, own["loss_function"], own["params"], [(X.to(dtype), y) for X, y in own["data"]]
     times, results = [], []
     for _ in range(options.repeats):
         F = EFLinearOperator(*arguments)  # nothing is cached
@@ -105,7 +107,11 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.backends.cudnn.allow_tf32 = False  # as wrong as 1e-3
-    results = {"environment": environment(options.device), "spectrum": spectrum(options), "memory": memory(options)}
+    results = {
+        "environment": environment(options.device),
+        "spectrum": {str(dtype).removeprefix("torch."): spectrum(options, dtype) for dtype in DTYPES},
+        "memory": memory(options),
+    }
     print(json.dumps(results, indent=2), flush=True)
     options.out.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -235,7 +235,7 @@ class _Spectrum:
 
     def __init__(self, S: Tensor, k: int, rng: np.random.Generator) -> None:
         self.S, self._rng = S, rng
-        K = S @ S.T
+        K = _gram(S)
         theta, U = torch.linalg.eigh(K)
         theta, U = theta.flip(0), U.flip(1)
         own = theta.cpu().numpy()
@@ -244,7 +244,7 @@ class _Spectrum:
         self.kept = min(k, self.rank)
         self.low = 0.0 if self.rank < S.shape[1] else float(own[self.rank - 1])
         self.high = float(own[k]) if k < self.rank else 0.0
-        self.deficit = abs(float(torch.linalg.vector_norm(S)) ** 2 - float(own.sum())) + limit
+        self.deficit = abs(float(K.diagonal().sum()) - float(own.sum())) + limit
         self.values = own[: self.kept]
         self._residual_factors: tuple[Tensor, ...] = ()  # their product is the transpose of the residuals
         self._lift(K, theta[: self.kept], U[:, : self.kept])
@@ -253,7 +253,7 @@ class _Spectrum:
 
     def _lift(self, K: Tensor, theta: Tensor, U: Tensor) -> None:
         scaled = U / theta.sqrt()
-        self.vectors = self.S.T @ scaled
+        self.vectors = (scaled.T @ self.S).T  # faster than S.T @ scaled, which writes short rows
         self.vector_gram = _array(scaled.T @ (K @ scaled))
         coefficients = K @ scaled - scaled * theta  # the residuals are S.T @ coefficients
         self.residual_gram = _array(coefficients.T @ (K @ coefficients))
@@ -326,6 +326,14 @@ def _noise(
     )
 
 
+def _gram(S: Tensor) -> Tensor:
+    """Return ``S @ S.T``. On the CPU, NumPy is used, because it computes only half of the symmetric product."""
+    if S.device.type != "cpu":
+        return S @ S.T
+    rows = S.numpy()
+    return torch.from_numpy(rows @ rows.T)
+
+
 def _null_vectors(V: Tensor, count: int, rng: np.random.Generator) -> Tensor:
     """Return `count` orthonormal vectors that are orthogonal to the columns of V."""
     null = torch.from_numpy(rng.standard_normal((len(V), count))).to(V.device)
@@ -337,7 +345,7 @@ def _null_vectors(V: Tensor, count: int, rng: np.random.Generator) -> Tensor:
 
 def _exponent(S: Tensor) -> int:
     """Return the power of two by which S is divided, so that the Gram matrix neither underflows nor overflows."""
-    exponent = math.frexp(float(S.abs().max()) if S.numel() else 0.0)[1]
+    exponent = math.frexp(float(torch.linalg.vector_norm(S, math.inf)) if S.numel() else 0.0)[1]
     return exponent if abs(exponent) > _SAFE_EXPONENT else 0
 
 
