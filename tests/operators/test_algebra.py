@@ -673,6 +673,22 @@ class TestOperandsOfAllKinds:
                 A @ np.ones(8)
 
 
+class TestGram:
+    def test_a_jacobian_and_its_transpose(self) -> None:
+        A = (J.T @ J).damped(0.5)
+        K = A.gram()
+        close(K.to_dense(), JACOBIAN @ JACOBIAN.T + 0.5 * np.eye(OUTPUTS))
+        found = curvop.spectrum.eigsh(A, 5, "LA", progress=False)
+        close(found.values, np.linalg.eigvalsh(JACOBIAN.T @ JACOBIAN)[::-1][:5] + 0.5, 1e2)
+        assert found.ok
+        close(A @ found.vectors, found.vectors * found.values, 1e3)
+
+    def test_other_products_have_none(self) -> None:
+        for A in (H @ G, H + G, D @ H @ D):
+            with pytest.raises(ValueError, match=r"not of the form S\.T @ S"):
+                A.gram()
+
+
 class TestPrecision:
     def test_a_combination_has_the_lowest_precision_of_its_operands(self) -> None:
         model = copy.deepcopy(MODEL).float()

@@ -118,7 +118,7 @@ class PerExampleKernel(FactorKernel):
     ) -> RowMap:
         """Return the map from the tangent of the prediction to the directional derivatives of the examples."""
         row_map = super().row_map(outputs, batch, extra, derivative)
-        count = item_count(outputs, batch, row_map.count) if self.by_item else row_map.count
+        count = item_count(outputs, self.objective.pair(batch), row_map.count) if self.by_item else row_map.count
         if count is None:
             raise ValueError(UNKNOWN_ITEMS)
         return row_map if count == row_map.count else _RowSums(row_map, count)
@@ -210,7 +210,7 @@ def row_counts(matrix: GGNLikeKernel) -> list[int]:
 
 
 def _terms(objective: ModelObjective) -> Iterator[tuple[list[Tensor], Any, tuple[int, int]]]:
-    """Yield the outputs, the batch, and the result of `used_terms` for each batch.
+    """Yield the outputs, the pair of input and target, and the result of `used_terms` for each batch.
 
     The model is evaluated without autograd.
     """
@@ -218,7 +218,7 @@ def _terms(objective: ModelObjective) -> Iterator[tuple[list[Tensor], Any, tuple
     with objective.slow_backends():
         for index, batch in objective.batches():
             _, _, outputs, loss = objective.split(leaves, index, batch, cut_off)
-            yield outputs, batch, used_terms(examples, outputs, loss.gradient(outputs))
+            yield outputs, objective.pair(batch), used_terms(examples, outputs, loss.gradient(outputs))
 
 
 def item_count(outputs: Sequence[Tensor], batch: Any, terms: int) -> int | None:

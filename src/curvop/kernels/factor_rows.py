@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from curvop.kernels.diagonal import Pullback, over_examples
-from curvop.kernels.errors import NonFiniteProductError
+from curvop.kernels.errors import NonFiniteProductError, not_finite
 from curvop.kernels.factor_kernel import FactorKernel
 from curvop.kernels.ggn_kernel import outputs_of
 from curvop.kernels.graph import LinearMap
@@ -88,7 +88,8 @@ def _write_by_example(
     stacked = torch.stack(seeds).reshape(len(seeds), count, *z.shape[1:])
     shaped = rows.view(count, len(seeds), -1)
     try:
-        chunks = over_examples(kernel.objective, layout.names, batch[0], z, rows_of_example, (stacked,), len(seeds))
+        X, _ = kernel.objective.pair(batch)
+        chunks = over_examples(kernel.objective, layout.names, X, z, rows_of_example, (stacked,), len(seeds))
         for chunk, results in chunks:
             for number, result in enumerate(results):
                 shaped[chunk, number] = result.to(rows.dtype)

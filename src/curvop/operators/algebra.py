@@ -49,6 +49,7 @@ from curvop.operators.composites import (
 )
 from curvop.operators.diagonal_operator import DiagonalLinearOperator, as_diagonal
 from curvop.operators.engine_operator import EngineLinearOperator, products_in_one_pass
+from curvop.operators.gram import GramLinearOperator
 from curvop.operators.validation import real_scalar
 
 __all__ = ["DampedLinearOperator"]
@@ -151,6 +152,24 @@ class _ProductLinearOperator(CompositeLinearOperator):
         if len(factors) - len(diagonals) > 1:
             return super().diagonal()
         return cast("NDArray[Any]", math.prod([factor.diagonal() for factor in factors], start=scale))
+
+    def gram(self) -> GramLinearOperator:
+        """Return the Gram matrix ``S @ S.T`` of a product ``S.T @ S``, such as ``J.T @ J`` with a Jacobian J.
+
+        Returns
+        -------
+        GramLinearOperator
+            Operator that has the same non-zero eigenvalues.
+
+        Raises
+        ------
+        NotFactorableError
+            If the product is not of this form.
+        """
+        left, right = self._parts
+        if left._identity() != right.H._identity():
+            return super().gram()
+        return GramLinearOperator(right)
 
     def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
         scale, factors = _factors(self)
@@ -362,6 +381,21 @@ class DampedLinearOperator(CompositeLinearOperator):
                 f"A, a {type(self._A).__name__}, has no gradient: call gradient_and_loss() of one of its operands"
             )
         return cast("tuple[NDArray[Any], float]", self._A.gradient_and_loss())
+
+    def gram(self) -> GramLinearOperator:
+        """Return the Gram matrix of A plus ``damping * I``.
+
+        Returns
+        -------
+        GramLinearOperator
+            Operator that has the eigenvalues of ``A + damping * I`` whose eigenvectors are not in the null space of A.
+
+        Raises
+        ------
+        NotFactorableError
+            If A is not of the form ``S.T @ S``.
+        """
+        return cast("GramLinearOperator", cast("Any", self._A).gram()).shifted(self.damping)
 
     def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
         if None in self._row_and_column_layouts:

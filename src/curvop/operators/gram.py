@@ -140,7 +140,7 @@ class GramLinearOperator(TensorLinearOperator):
 
     Attributes
     ----------
-    factor : FactorLinearOperator
+    factor : LinearOperator, shape (n, P)
         The factor S, so that A is ``S.T @ S``.
     shift : float
         Number that is added to the diagonal.
@@ -185,7 +185,7 @@ class GramLinearOperator(TensorLinearOperator):
     True
     """
 
-    def __init__(self, factor: FactorLinearOperator, shift: float = 0.0) -> None:
+    def __init__(self, factor: TensorLinearOperator, shift: float = 0.0) -> None:
         super().__init__(factor.dtype, (factor.shape[0], factor.shape[0]))
         self.factor = factor
         self.shift = real_scalar("shift", shift)
@@ -236,6 +236,28 @@ class GramLinearOperator(TensorLinearOperator):
             return lifted / torch.where(norms > 0, norms, 1.0)
         norms = np.linalg.norm(lifted, axis=0)
         return lifted / np.where(norms > 0, norms, 1.0)
+
+    def formed_factor(self, memory: int | None = None) -> Tensor:
+        """Form the factor S as a tensor.
+
+        Parameters
+        ----------
+        memory : int, optional
+            Number of bytes that may be used. By default, half of the free memory.
+
+        Returns
+        -------
+        factor : Tensor, shape (n, P)
+            The factor, on the device of the parameters.
+
+        Raises
+        ------
+        MemoryError
+            If the factor does not fit into memory.
+        """
+        if isinstance(self.factor, FactorLinearOperator):
+            return self.factor.formed(memory)
+        return torch.from_numpy(self.factor.to_dense(memory=memory)).to(self.device)
 
     def _check_entries(self, x: Rows) -> None:
         self.factor._check_entries(x)

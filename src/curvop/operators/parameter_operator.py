@@ -252,6 +252,24 @@ class ParameterVectors(TensorLinearOperator):
         places = [np.concatenate([idxs[slices[name]] for name in names]) for names in members.values()]
         return cast("TensorLinearOperator", Composites.block_diagonal(blocks, places, self))
 
+    def gram(self) -> GramLinearOperator:
+        """Return the Gram matrix of A, if A is of the form ``S.T @ S``.
+
+        Returns
+        -------
+        GramLinearOperator
+            The operator ``S @ S.T``, which has the same non-zero eigenvalues.
+
+        Raises
+        ------
+        NotFactorableError
+            If A is not of this form (for example, a Hessian).
+        """
+        raise NotFactorableError(
+            f"a {type(self).__name__} is not of the form S.T @ S: use GGNLinearOperator, EFLinearOperator or "
+            "FisherLinearOperator"
+        )
+
     @property
     def has_diagonal_blocks(self) -> bool:
         """Whether the rows and the columns of the matrix are the same parameters in the same order."""
@@ -422,24 +440,6 @@ class ParameterLinearOperator(ParameterVectors):
     def _restricted(self, rows: Sequence[str] | None, cols: Sequence[str] | None) -> Self:
         return self.block(self._rows.names if rows is None else rows, self._cols.names if cols is None else cols)
 
-    def gram(self) -> GramLinearOperator:
-        """Return the Gram matrix of A, if A is of the form ``S.T @ S``.
-
-        Returns
-        -------
-        GramLinearOperator
-            The operator ``S @ S.T``, which has the same non-zero eigenvalues.
-
-        Raises
-        ------
-        NotFactorableError
-            If A is not of this form (for example, a Hessian).
-        """
-        raise NotFactorableError(
-            f"a {type(self).__name__} is not of the form S.T @ S: use GGNLinearOperator, EFLinearOperator or "
-            "FisherLinearOperator"
-        )
-
     def _smallest_block(
         self, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> tuple[Self, NDArray[np.intp], NDArray[np.intp]]:
@@ -489,5 +489,3 @@ def touched_parameters(layout: ParameterLayout, idxs: NDArray[np.intp]) -> tuple
         return layout.names, idxs
     new_starts = np.cumsum(np.where(selected, sizes, 0)) - sizes
     return tuple(np.array(layout.names)[selected]), idxs + (new_starts - starts)[owners]
-
-

@@ -181,7 +181,7 @@ def solve_formed(
     memory : int
         The number of bytes that may be used.
     """
-    S = gram.factor.formed(memory).double()
+    S = gram.formed_factor(memory).double()
     halved = _exponent(S)
     for part in (halved // 2, halved - halved // 2):
         if part:
