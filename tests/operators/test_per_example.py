@@ -16,12 +16,16 @@ from cases import BATCHINGS, LOSSES, Problem, input_problem, log_problem, loss_p
 from test_ggn import two_heads
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import curvop
 from curvop import (
     EFLinearOperator,
     NonDeterministicObjectiveError,
     PerExampleGradientLinearOperator,
+    TargetLoss,
     check,
+    select,
 )
 
 
@@ -305,3 +309,40 @@ class TestOperator:
         assert len(calls) == before  # all batches are cached
         assert G.num_products == 4
         assert G.cost(repeats=1).seconds > 0
+
+
+class TestFromFunctions:
+    def test_rows_are_those_of_the_constructor(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        X, y = torch.randn(7, 3).double(), torch.tensor([0, 1, -100, 1, 0, 0, 1])
+        params, loss = dict(model.named_parameters()), nn.CrossEntropyLoss()
+        G = PerExampleGradientLinearOperator(model, loss, params, [(X[:4], y[:4]), (X[4:], y[4:])])
+        parts = PerExampleGradientLinearOperator.from_functions(
+            lambda params, batch: torch.func.functional_call(model, params, (batch["inputs"],)),
+            TargetLoss(loss, lambda batch: batch["labels"]),
+            params,
+            [{"inputs": X[:4], "labels": y[:4]}, {"inputs": X[4:], "labels": y[4:]}],
+        )
+        close(parts @ np.eye(G.shape[1]), G @ np.eye(G.shape[1]))
+        assert not (parts.to_dense()[2]).any()
+
+    def test_tokens_of_a_language_model(self) -> None:
+        config = GPT2Config(
+            vocab_size=7, n_positions=6, n_embd=4, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
+        config._attn_implementation = "eager"
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).double().eval()
+        ids = torch.randint(7, (2, 5))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        batch["labels"][1, 3:] = -100
+        params = select(model, "*.c_fc.*")
+        G = PerExampleGradientLinearOperator.from_functions(
+            **curvop.huggingface.causal_lm(model), params=params, data=[batch]
+        )
+        logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1].reshape(-1, 7)
+        terms = nn.functional.cross_entropy(logits, batch["labels"][:, 1:].reshape(-1), reduction="none")
+        rows = [torch.autograd.grad(term, list(params.values()), retain_graph=True) for term in terms]
+        close(G @ np.eye(G.shape[1]), torch.stack([torch.cat([p.reshape(-1) for p in row]) for row in rows]).numpy())
+        assert list(G.items) == [0, 0, 0, 0, 1, 1, 1, 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvop.kernels.factor_kernel import UNKNOWN_ITEMS, PerExampleKernel, example_counts
+from curvop.kernels.functions_objective import FunctionsObjective
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight
 from curvop.operators.engine_operator import Settings
@@ -181,6 +182,61 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
     ) -> None:
         objective = ModelObjective(model, loss_function, params, data, batch_weight)
         self._set_up_examples(objective, examples, Settings(dtype, cache, engine, columns, progress))
+
+    @classmethod
+    @named_keywords
+    def from_functions(
+        cls,
+        predict: Callable[[dict[str, Tensor], Any], Any],
+        loss: Callable[[Any, Any], Tensor],
+        params: Mapping[str, Tensor],
+        data: Iterable[Any],
+        *,
+        examples: str = "terms",
+        dtype: Any = np.float64,
+        cache: float | str = "auto",
+        engine: str = "autograd",
+        columns: int | str = "auto",
+        batch_weight: BatchWeight | None = None,
+        progress: Any = False,
+    ) -> Self:
+        """Construct the matrix of an objective in two parts: a prediction, and the loss of this prediction.
+
+        Use it if the data are not pairs ``(X, y)``, or if the model needs more than one argument, such as a language
+        model with the functions of `curvop.huggingface`.
+
+        Parameters
+        ----------
+        predict : callable
+            Function ``(params_dict, batch) -> prediction``.
+        loss : callable
+            Function ``(prediction, batch) -> scalar``, for example a `curvop.TargetLoss`.
+        params : dict of str to Tensor
+            Parameters in the order of the columns, either all float32 or all float64.
+        data : iterable of batches
+            A list, a ``DataLoader`` or any other iterable that can be read repeatedly and yields the batches in the
+            same order each time.
+        examples, dtype, cache, engine, columns, batch_weight, progress
+            As in the constructor.
+
+        Returns
+        -------
+        PerExampleGradientLinearOperator
+            Operator of shape ``(n_examples, P)``.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError, NonFiniteProductError, NonDeterministicObjectiveError
+            Under the same conditions as in the constructor.
+
+        See Also
+        --------
+        curvop.EFLinearOperator.from_functions : Second moment of the gradients.
+        """
+        self = cls.__new__(cls)
+        objective = FunctionsObjective(predict, loss, params, data, batch_weight)
+        self._set_up_examples(objective, examples, Settings(dtype, cache, engine, columns, progress))
+        return self
 
     def _set_up_examples(self, objective: ModelObjective, examples: str, settings: Settings) -> None:
         """Initialize the operator from an objective. Constructors with other arguments call this method, too."""
