@@ -45,6 +45,7 @@ __all__ = [
     "device_of",
     "multiply",
     "product_dtype",
+    "product_precision",
     "resolution",
     "rounding_left",
     "runs_at_once",
@@ -406,6 +407,12 @@ def product_dtype(A: Any) -> torch.dtype:
     """Return float32 if products with `A` are accurate to single precision only, and float64 otherwise."""
     single = A.dtype == np.float32 or getattr(A, "epsilon", 0.0) > torch.finfo(torch.float64).eps
     return torch.float32 if single else torch.float64
+
+
+def product_precision(A: Any) -> float:
+    """Return the machine epsilon of the lowest precision used in a product with `A`, or of its dtype if unknown."""
+    dtypes = [np.dtype(np.float64)] + [A.dtype] * (A.dtype is not None and A.dtype.kind == "f")
+    return max(float(getattr(A, "epsilon", 0.0)), *(float(np.finfo(dtype).eps) for dtype in dtypes))
 
 
 def resolution(A: Any) -> float:

@@ -34,14 +34,21 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from curvop.operators.diagonal_operator import DiagonalLinearOperator
 from curvop.operators.parameter_operator import ParameterVectors
 
-__all__ = ["check_optimizer", "preconditioned", "stability_threshold"]
+__all__ = ["Positions", "check_optimizer", "preconditioned"]
 
 Group = Mapping[str, Any]
 State = Mapping[str, Any]
 
+#: The index of the group and the index in the group, for each parameter of an operator.
+Positions = Mapping[str, tuple[int, int]]
 
-def check_optimizer(A: Any, optimizer: Any) -> None:
-    """Raise an error if `track` does not support this optimizer, or this combination of operator and optimizer."""
+
+def check_optimizer(A: Any, optimizer: Any) -> Positions:
+    """Return the positions of the parameters of `A` in the groups of the optimizer.
+
+    A parameter of `A` may also be an alias of the optimizer's tensor, such as ``parameter.detach()``. Raise an error if
+    `track` does not support this optimizer, or this combination of operator and optimizer.
+    """
     if type(optimizer) not in _RULES:
         known = ", ".join(kind.__name__ for kind in _RULES)
         raise TypeError(
@@ -53,21 +60,26 @@ def check_optimizer(A: Any, optimizer: Any) -> None:
             f"A is a {type(A).__name__}, but with optimizer= its rows and columns must be the same parameters: pass a "
             "curvature operator, such as a HessianLinearOperator, or A.block(names)"
         )
-    groups = [group for _, group in _owners(A, optimizer).values()]
-    if len({bool(group["maximize"]) for group in groups}) > 1:
-        raise ValueError("optimizer has groups with maximize=True and False: track A.block(names) for one of them")
-    if any(group.get("dampening", 0) >= 1 for group in groups):
-        raise ValueError("optimizer has dampening >= 1, but must have a dampening less than 1, or no momentum")
+    known_positions = {
+        _address(tensor): (index, place)
+        for index, group in enumerate(optimizer.param_groups)
+        for place, tensor in enumerate(group["params"])
+    }
+    for name in A.params_slices:
+        if _address(A._params[name]) not in known_positions:
+            raise ValueError(
+                f"optimizer does not have the parameter {name!r} of A: pass the optimizer that trains it, or track "
+                "A.block(names)"
+            )
+    positions = {name: known_positions[_address(A._params[name])] for name in A.params_slices}
+    _check_groups([group for _, group in _owners(A, optimizer, positions).values()])
+    return positions
 
 
-def stability_threshold(A: ParameterVectors, optimizer: Optimizer) -> float:
-    """Return the stability threshold of the first parameter of `A`."""
-    _, group = next(iter(_owners(A, optimizer).values()))
-    return _RULES[type(optimizer)](group, {}).threshold
-
-
-def preconditioned(A: ParameterVectors, optimizer: Optimizer) -> LinearOperator | None:
-    r"""Return the operator :math:`P^{-1/2} (A + W) P^{-1/2}` for the current state of the optimizer.
+def preconditioned(
+    A: ParameterVectors, optimizer: Optimizer, positions: Positions
+) -> tuple[LinearOperator | None, float]:
+    r"""Return the operator :math:`P^{-1/2} (A + W) P^{-1/2}` for the current state of the optimizer, and its threshold.
 
     If the optimizer maximizes, A is replaced by -A. If groups have different thresholds, P is multiplied by the ratio
     of the thresholds, so that the threshold of the first parameter holds for all.
@@ -77,29 +89,36 @@ def preconditioned(A: ParameterVectors, optimizer: Optimizer) -> LinearOperator 
     A : ParameterVectors, shape (N, N)
         The symmetric operator.
     optimizer : torch.optim.Optimizer
-        The optimizer. `check_optimizer` must have accepted `A` and `optimizer`.
+        The optimizer.
+    positions : dict
+        The result of `check_optimizer` for `A` and `optimizer`.
 
     Returns
     -------
-    LinearOperator, shape (N, N), or None
+    operator : LinearOperator, shape (N, N), or None
         The operator. None if the optimizer uses second moments but has not taken a step yet.
+    threshold : float
+        The stability threshold of the first parameter of `A`.
 
     Raises
     ------
     ValueError
-        If the optimizer has second moments of some of the parameters only, or if an entry of P is zero.
+        If the optimizer no longer has the parameters, has second moments of some of the parameters only, or has
+        settings for which no preconditioner exists.
     """
-    owners, threshold = _owners(A, optimizer), stability_threshold(A, optimizer)
-    rule, scales, decays = _RULES[type(optimizer)], [], []
-    updates = {name: rule(group, optimizer.state.get(own, {})) for name, (own, group) in owners.items()}
+    owners, rule = _owners(A, optimizer, positions), _RULES[type(optimizer)]
+    maximize = _check_groups([group for _, group in owners.values()])
+    updates = {name: rule(group, _State(name, optimizer.state.get(own, {}))) for name, (own, group) in owners.items()}
+    threshold = next(iter(updates.values())).threshold
     unknown = [name for name, update in updates.items() if update.denominator is None]
     if len(unknown) == len(updates):
-        return None
+        return None, threshold
     if unknown:
         raise ValueError(
             f"optimizer has no second moments of {unknown[0]!r}, because this parameter had no gradient: track "
             "A.block(names) for the other parameters"
         )
+    scales, decays = [], []
     for name, (own, group) in owners.items():
         update, lr, decay = updates[name], float(group["lr"]), float(group["weight_decay"])
         if update.decoupled and lr * decay >= 2:
@@ -114,26 +133,93 @@ def preconditioned(A: ParameterVectors, optimizer: Optimizer) -> LinearOperator 
         scales.append(inverses.sqrt().expand(own.shape).reshape(-1))
         decays.append(torch.full_like(scales[-1], 0.0 if update.decoupled else decay))
     S, W = DiagonalLinearOperator(torch.cat(scales)), DiagonalLinearOperator(torch.cat(decays))
-    return S @ ((-A if group["maximize"] else A) + W) @ S
+    return S @ ((-A if maximize else A) + W) @ S, threshold
 
 
-def _owners(A: ParameterVectors, optimizer: Optimizer) -> dict[str, tuple[Tensor, Group]]:
+def _check_groups(groups: list[Group]) -> bool:
+    """Check the settings of the groups, and return whether the optimizer maximizes.
+
+    The constructors of torch validate only the default settings, and settings may change during training.
+    """
+    for group in groups:
+        for name in ("lr", "weight_decay"):
+            if not float(group[name]) >= 0:
+                raise ValueError(f"optimizer has {name} {float(group[name]):g}, but must have {name} >= 0")
+        momentum = float(group.get("momentum", 0.0))
+        rates = {"momentum": momentum}
+        rates |= {f"beta{index}": float(beta) for index, beta in enumerate(group.get("betas", ()), 1)}
+        for name, rate in rates.items():
+            if not 0 <= rate < 1:
+                raise ValueError(
+                    f"optimizer has {name} {rate:g}, for which it has no stability threshold: use a {name} >= 0 and "
+                    "less than 1"
+                )
+        if momentum and not float(group.get("dampening", 0.0)) < 1:
+            raise ValueError("optimizer has dampening >= 1, but must have a dampening less than 1, or no momentum")
+    maximize = {bool(group["maximize"]) for group in groups}
+    if len(maximize) > 1:
+        raise ValueError("optimizer has groups with maximize=True and False: track A.block(names) for one of them")
+    return maximize.pop()
+
+
+def _owners(A: ParameterVectors, optimizer: Optimizer, positions: Positions) -> dict[str, tuple[Tensor, Group]]:
     """Return the optimizer's own tensor and its group for each parameter of `A`, by name.
 
-    The parameter of `A` may also be an alias of the optimizer's tensor, such as ``parameter.detach()``.
+    If `A` and the optimizer were pickled, aliases have become copies. A copy is accepted as long as it has the values
+    of the optimizer's tensor.
     """
-    owners = {_address(tensor): (tensor, group) for group in optimizer.param_groups for tensor in group["params"]}
-    for name in A.params_slices:
-        if _address(A._params[name]) not in owners:
+    groups = optimizer.param_groups
+    owners: dict[str, tuple[Tensor, Group]] = {}
+    for name, (index, place) in positions.items():
+        group = groups[index] if index < len(groups) else {"params": []}
+        own = group["params"][place] if place < len(group["params"]) else None
+        if own is None or not _same(own, A._params[name]):
             raise ValueError(
-                f"optimizer does not have the parameter {name!r} of A: pass the optimizer that trains it, or track "
-                "A.block(names)"
+                f"optimizer no longer trains the parameter {name!r} of A: create A from the parameters that the "
+                "optimizer trains, and call track again"
             )
-    return {name: owners[_address(A._params[name])] for name in A.params_slices}
+        owners[name] = own, group
+    return owners
+
+
+def _same(own: Tensor, tensor: Tensor) -> bool:
+    """Return True if two tensors share their memory, or are equal."""
+    if _address(own) == _address(tensor):
+        return True
+    return own.device == tensor.device and own.dtype == tensor.dtype and torch.equal(own, tensor)
 
 
 def _address(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+class _State:
+    """The state of one parameter, with an error message for missing entries.
+
+    Parameters
+    ----------
+    name : str
+        The name of the parameter.
+    entries : dict
+        The state of the optimizer for this parameter.
+    """
+
+    def __init__(self, name: str, entries: State) -> None:
+        self._name, self._entries = name, entries
+
+    @property
+    def steps(self) -> float:
+        """The number of steps so far. If a gradient scaler skips the first step of a fused optimizer, it is 0."""
+        return float(self._entries.get("step", 0.0))
+
+    def tensor(self, key: str, option: str = "") -> Tensor:
+        """Return an entry in float64. The entry exists only if the given option was set in all steps."""
+        if key not in self._entries:
+            cause = f", because {option}=True was set after the first step" if option else ""
+            remedy = f"create a new optimizer with {option}=True" if option else "load a complete state"
+            raise ValueError(f"optimizer has no state {key!r} of {self._name!r}{cause}: {remedy}")
+        entry: Tensor = self._entries[key].double()
+        return entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +230,7 @@ class _Update:
     ----------
     denominator : Tensor, float or None
         The number by which each entry of the momentum is divided, without the learning rate. None if the optimizer has
-        no state yet.
+        taken no step yet.
     threshold : float
         The stability threshold.
     decoupled : bool
@@ -157,35 +243,35 @@ class _Update:
     decoupled: bool = False
 
 
-def _sgd(group: Group, state: State) -> _Update:
+def _sgd(group: Group, state: _State) -> _Update:
     momentum = float(group["momentum"])
-    if group["nesterov"]:
-        return _Update(1.0, (2 + 2 * momentum) / (1 + 2 * momentum))
-    return _Update(1.0, (2 + 2 * momentum) / (1 - float(group["dampening"])) if momentum else 2.0)
+    if not momentum:
+        return _Update(1.0, 2.0)
+    weight = 1 - float(group["dampening"])
+    return _Update(1.0, (2 + 2 * momentum) / (1 + momentum + momentum * weight if group["nesterov"] else weight))
 
 
-def _adam(group: Group, state: State) -> _Update:
+def _adam(group: Group, state: _State) -> _Update:
     beta1, beta2 = map(float, group["betas"])
     denominator = None
-    if state:
-        step = float(state["step"])
-        squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].double()
+    if step := state.steps:
+        squares = state.tensor("max_exp_avg_sq", "amsgrad") if group["amsgrad"] else state.tensor("exp_avg_sq")
         denominator = (1 - beta1**step) * ((squares / (1 - beta2**step)).sqrt() + float(group["eps"]))
     return _Update(denominator, (2 + 2 * beta1) / (1 - beta1), bool(group["decoupled_weight_decay"]))
 
 
-def _rmsprop(group: Group, state: State) -> _Update:
+def _rmsprop(group: Group, state: _State) -> _Update:
     denominator = None
-    if state:
-        squares = state["square_avg"].double()
+    if state.steps:
+        squares = state.tensor("square_avg")
         if group["centered"]:
-            squares = (squares - state["grad_avg"].double() ** 2).clamp(min=0)
+            squares = (squares - state.tensor("grad_avg", "centered") ** 2).clamp(min=0)
         denominator = squares.sqrt() + float(group["eps"])
     return _Update(denominator, 2 + 2 * float(group["momentum"]))
 
 
 #: The update of each optimizer. Subclasses are excluded, because they may change the update.
-_RULES: dict[type[Optimizer], Callable[[Group, State], _Update]] = {
+_RULES: dict[type[Optimizer], Callable[[Group, _State], _Update]] = {
     SGD: _sgd,
     Adam: _adam,
     AdamW: _adam,

@@ -222,6 +222,8 @@ def _draw_norms(study: BlockStudy, ax: Any) -> None:
 def plot_track(tracker: Tracker, ax: Any = None, learning_rate: float | None = None) -> Any:
     """Plot tracked eigenvalues against the training steps, with the stability threshold of the optimizer.
 
+    If the tracker follows the smallest eigenvalues, the threshold is not drawn.
+
     Parameters
     ----------
     tracker : Tracker
@@ -257,7 +259,7 @@ def plot_track(tracker: Tracker, ax: Any = None, learning_rate: float | None = N
         ax.plot(tracker.steps, values, linewidth=1.2, label=f"eigenvalue {index + 1}")
     if learning_rate is not None:
         ax.axhline(2 / learning_rate, color="black", linestyle="--", linewidth=1, label="2 / learning rate")
-    if thresholds is not None and len(thresholds):
+    if thresholds is not None and len(thresholds) and tracker._which != "SA":  # it limits the largest eigenvalue
         style = {"color": "black", "linestyle": "--", "linewidth": 1}
         if (thresholds == thresholds[0]).all():
             ax.axhline(thresholds[0], label=f"stability threshold {thresholds[0]:.4g}", **style)

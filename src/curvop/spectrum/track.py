@@ -5,6 +5,7 @@ With an optimizer, `track` computes eigenvalues of the preconditioned matrix (se
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from curvop.operators.validation import integer, real_operator, real_scalar
+from curvop.operators.validation import integer, real_scalar
+from curvop.spectrum.counting import symmetric_operator
 from curvop.spectrum.eigen import EigenResult, eigsh, without_verdicts
-from curvop.spectrum.optimizers import check_optimizer, preconditioned, stability_threshold
+from curvop.spectrum.optimizers import Positions, check_optimizer, preconditioned
+from curvop.spectrum.symmetry import check_symmetry
 
 __all__ = ["Tracker", "track"]
 
@@ -44,7 +47,7 @@ def track(
     A : LinearOperator, shape (N, N)
         A symmetric operator that always uses the current parameters. The operators of this package satisfy this
         condition: they read the parameters in every product, and recompute cached tensors if the parameters have
-        changed.
+        changed. If `A` is not known to be symmetric, the first computation takes three more products to check this.
     k : int, optional
         The number of eigenvalues.
     every : int, optional
@@ -86,14 +89,16 @@ def track(
     second moments and the settings of the optimizer, including the learning rate :math:`\eta`:
 
     - SGD: :math:`P = 1 / \eta`. The threshold is 2 without momentum, ``(2 + 2 * momentum) / (1 - dampening)`` with
-      momentum, and ``(2 + 2 * momentum) / (1 + 2 * momentum)`` with Nesterov momentum.
+      momentum, and ``(2 + 2 * momentum) / (1 + 2 * momentum - momentum * dampening)`` with Nesterov momentum.
     - Adam and AdamW: :math:`P = (1 - \beta_1^t) (\sqrt{v / (1 - \beta_2^t)} + \epsilon) / \eta`. The threshold is
       ``(2 + 2 * beta1) / (1 - beta1)``, which is 38 for the default value of ``beta1``.
     - RMSprop: :math:`P = (\sqrt{v} + \epsilon) / \eta`. The threshold is ``2 + 2 * momentum``.
 
     Here v is the running mean of the squared gradients after t steps. With ``amsgrad=True``, v is the maximum of this
     mean, and with ``centered=True``, v is the running variance. A threshold is exact for a quadratic loss and fixed
-    second moments: the optimizer converges if the largest eigenvalue is below the threshold, and diverges otherwise.
+    second moments. If all eigenvalues of H + W are positive, the optimizer converges if the largest preconditioned
+    eigenvalue is below the threshold, and diverges if it is above. If H + W has a negative eigenvalue, the loss has no
+    minimum, and the optimizer diverges for every learning rate.
 
     The options of an optimizer have the following effects:
 
@@ -152,10 +157,9 @@ def track(
         integer(name, value, 1)
     if which not in ("LA", "SA", "LM"):
         raise ValueError(f"which is {which!r}, but must be 'LA', 'SA' or 'LM'")
-    A = real_operator(A)
-    if optimizer is not None:
-        check_optimizer(A, optimizer)
-    return Tracker(A, k, which, every, real_scalar("tol", tol), optimizer)
+    A = symmetric_operator(A)
+    positions = None if optimizer is None else check_optimizer(A, optimizer)
+    return Tracker(A, k, which, every, real_scalar("tol", tol), optimizer, positions)
 
 
 class Tracker:
@@ -189,29 +193,38 @@ class Tracker:
         every: int,
         tol: float,
         optimizer: torch.optim.Optimizer | None = None,
+        positions: Positions | None = None,
     ) -> None:
         self._A, self._k, self._which, self._every, self._tol = A, k, which, every, tol
-        self._optimizer = optimizer
+        self._optimizer, self._positions = optimizer, positions
+        self._checked = False  # whether the symmetry of A has been checked
         self._next_step = 0
-        self._history: list[tuple[int, Array]] = []
-        self._thresholds: list[float] = []
+        self._history: list[tuple[int, Array, float]] = []  # step, eigenvalues, and threshold (NaN without optimizer)
         self.vectors: Array | None = None
         self.products = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Version 0.1.0 had no optimizers, and pickled pairs of steps and eigenvalues.
+        history = [(*entry, math.nan)[:3] for entry in state["_history"]]
+        missing = {"_optimizer": None, "_positions": None, "_checked": True}
+        self.__dict__.update(missing | state | {"_history": history})
 
     @property
     def steps(self) -> NDArray[np.int64]:
         """The training steps at which eigenvalues were computed, as an array of shape ``(n,)``."""
-        return np.array([step for step, _ in self._history], dtype=np.int64)
+        return np.array([step for step, _, _ in self._history], dtype=np.int64)
 
     @property
     def values(self) -> Array:
         """The eigenvalues at each step in `steps`, as an array of shape ``(n, k)``."""
-        return np.array([values for _, values in self._history]).reshape(-1, self._k)
+        return np.array([values for _, values, _ in self._history]).reshape(-1, self._k)
 
     @property
     def thresholds(self) -> Array | None:
         """The stability threshold at each step in `steps`, as an array of shape ``(n,)``. None without an optimizer."""
-        return None if self._optimizer is None else np.array(self._thresholds, dtype=np.float64)
+        if self._optimizer is None:
+            return None
+        return np.array([threshold for _, _, threshold in self._history], dtype=np.float64)
 
     def step(self) -> Array | None:
         """Count one training step, and compute the eigenvalues if the step is a multiple of ``every``.
@@ -229,8 +242,8 @@ class Tracker:
         Raises
         ------
         ValueError
-            If the optimizer has second moments of some of the parameters only, no longer has all parameters, or has
-            settings for which the preconditioner is not positive.
+            If the operator is not symmetric. If the optimizer has second moments of some of the parameters only, no
+            longer has all parameters, or has settings for which there is no threshold or positive preconditioner.
 
         Warns
         -----
@@ -241,10 +254,12 @@ class Tracker:
         self._next_step += 1
         if step % self._every:
             return None
-        A, values = self._A, np.full(self._k, np.nan)
-        if self._optimizer is not None:
-            A = preconditioned(self._A, self._optimizer)
-            self._thresholds.append(stability_threshold(self._A, self._optimizer))
+        if not self._checked:
+            self.products += check_symmetry(self._A)
+            self._checked = True
+        A, values, threshold = self._A, np.full(self._k, np.nan), math.nan
+        if self._optimizer is not None and self._positions is not None:
+            A, threshold = preconditioned(self._A, self._optimizer, self._positions)
         if A is not None:
             result = self._search(A, None if self.vectors is None else self.vectors.sum(1))
             if not result.converged:
@@ -253,7 +268,7 @@ class Tracker:
                 values, self.vectors = np.asarray(result.values, dtype=np.float64), np.asarray(result.vectors)
             else:
                 warnings.warn(f"step {step}: the eigenvalues did not converge", RuntimeWarning, stacklevel=2)
-        self._history.append((step, values))
+        self._history.append((step, values, threshold))
         return values
 
     def _search(self, A: LinearOperator, start: Array | None) -> EigenResult:
@@ -280,7 +295,8 @@ class Tracker:
     def plot(self, ax: Any = None, learning_rate: float | None = None) -> Any:
         """Plot the eigenvalues against the training steps.
 
-        With an optimizer, a dashed line shows the stability threshold. This method requires Matplotlib.
+        With an optimizer, a dashed line shows the stability threshold, unless the tracker follows the smallest
+        eigenvalues (``which="SA"``). This method requires Matplotlib.
 
         Parameters
         ----------
