@@ -25,17 +25,28 @@ from curvop.operators.base import unsupported_layout
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import integer, real_scalar
 from curvop.spectrum.counting import deadline_after, symmetric_operator
-from curvop.spectrum.lanczos import Lanczos, device_of, product_dtype, runs_at_once
-from curvop.spectrum.norms import row_norms
+from curvop.spectrum.lanczos import (
+    Lanczos,
+    basis_dtype,
+    device_of,
+    product_precision,
+    rounding_left,
+    runs_at_once,
+)
+from curvop.spectrum.norms import column_norms, norm, row_norms
+from curvop.spectrum.symmetry import check_symmetry
 
 __all__ = ["ApplyResult", "apply"]
 
 Array = NDArray[Any]
 
-_SQRT_EPS = float(np.finfo(np.float64).eps) ** 0.5  # relative step of finite differences of f
+_EPS = float(np.finfo(np.float64).eps)
+_SQRT_EPS = _EPS**0.5  # relative step of finite differences of f
 _ROUNDING = 10.0  # rounding errors of the products, in units of machine precision times the norm of A
 _MIN_STEPS = 5  # before the first check, as eigenvalues may be far from the Ritz values of the first steps
 _STEPS_PER_CHECK = 10  # the error is estimated each time the number of steps has grown by a tenth
+_SAMPLES = 256  # smallest number of points between the Ritz values at which the error is estimated
+_SECTION = 1024  # points at which the error is estimated at a time
 
 #: The functions that have a name, and the matrices that they require.
 _NAMED: dict[str, tuple[Callable[[Array], Any], str]] = {
@@ -68,13 +79,15 @@ def apply(
     Parameters
     ----------
     A : LinearOperator or matrix, shape (N, N)
-        The real symmetric operator.
+        The real symmetric operator. If an operator is not known to be symmetric (see ``A.is_symmetric``), three more
+        products are taken to check this.
     f : callable or {'exp', 'inv', 'inv_sqrt', 'log', 'sqrt'}
         The function. A callable receives a one-dimensional array of eigenvalues, and must return an array of real
         numbers with the same shape, as ``numpy.exp`` does. It must be defined between the smallest and the largest
-        eigenvalue of `A`. The names stand for the exponential, ``1 / x``, ``1 / sqrt(x)``, the natural logarithm and
-        the square root. The functions 'inv_sqrt' and 'log' require a positive definite matrix, and 'sqrt' requires a
-        positive semidefinite matrix.
+        eigenvalue of `A`, and smooth on the scale of the distances between neighboring Ritz values (see Notes). The
+        names stand for the exponential, ``1 / x``, ``1 / sqrt(x)``, the natural logarithm and the square root. The
+        functions 'inv_sqrt' and 'log' require a positive definite matrix, and 'sqrt' requires a positive semidefinite
+        matrix.
     b : array_like or Tensor, shape (N,), (N, 1) or (N, K)
         The vector, or K vectors as columns. Each column has its own Krylov space. The columns advance together with
         block products.
@@ -101,7 +114,9 @@ def apply(
     Raises
     ------
     TypeError, ValueError
-        If an argument is invalid, or a product is not finite.
+        If an argument is invalid, `A` is not symmetric, or a product is not finite.
+    ValueError
+        If the result overflows the dtype of `b`.
     ValueError
         If f is not finite at a Ritz value of `A`, for example because the matrix is not positive definite.
     MemoryError
@@ -135,13 +150,19 @@ def apply(
 
     The relative error is therefore at most :math:`\|b\| \, |g(\lambda)| / \|f(A) b\|` at the eigenvalue at which this
     is largest. The eigenvalues are not known, but there is an eigenvalue within :math:`\beta_m |s_{mi}|` of each Ritz
-    value. The estimate is the largest :math:`|g|` at the ends of these intervals. A second term estimates the effect of
-    rounding errors in the products. It multiplies the rounding errors by the difference quotients of f, and is large
-    if f is ill-conditioned, for example the inverse of an almost singular matrix.
+    value. The estimate is the largest :math:`|g|` at the ends of these intervals, and at points between the Ritz values
+    (at least 256). A second term estimates the effect of rounding errors in the products. It multiplies the rounding
+    errors by the difference quotients of f, and is large if f is ill-conditioned, for example the inverse of an almost
+    singular matrix. The derivative of the square root is infinite at zero. Ritz values that are zero up to rounding
+    errors therefore contribute the change of f from zero to the rounding error. For a singular matrix, this change is
+    about the square root of machine precision (3e-4 for float32), and the estimate may be much larger than the error.
+    A third term is the error of rounding the result to the dtype of `b`.
 
     For exponentials, logarithms, inverses and square roots of matrices with various spectra, the estimate is typically
     2 to 20 times the error. The estimate is too small if `A` has an eigenvalue far from all Ritz values. This can
-    happen in the first steps, or if b is almost orthogonal to an eigenvector.
+    happen in the first steps, or if b is almost orthogonal to an eigenvector. The estimate is also too small if f has a
+    peak or a step that is narrower than the distances between these points. If f is zero at all Ritz values, the
+    relative error is not known, and the estimate is infinite unless the Krylov space is invariant.
 
     References
     ----------
@@ -173,33 +194,46 @@ def apply(
     A = symmetric_operator(A)
     function = _Function(f)
     num_steps = min(integer("num_steps", num_steps, 1), A.shape[0])
-    if not 0 < real_scalar("rtol", rtol) < 1:
+    rtol = real_scalar("rtol", rtol)
+    if not 0 < rtol < 1:
         raise ValueError(f"rtol is {rtol}, but must be between 0 and 1 (exclusive)")
     rows = _rows_of(A, b)
-    count = len(rows)
-    if not count:
-        return _result(A, b, rows, np.zeros(0), np.zeros(0, dtype=np.int64), rtol)
-    at_once = runs_at_once(A, count, num_steps, memory, "column of b")
-    errors, lengths, timed_out = np.zeros(count), np.zeros(count, dtype=np.int64), False
-    with step_bar("apply", progress, count * num_steps) as bar:
-        for first in range(0, count, at_once):
-            group = slice(first, first + at_once)
-            run = _Run(A, function, rows[group], num_steps, rtol)
-            while run.running:
-                bar.update(run.step())
-                if time.monotonic() >= until and run.running:
-                    timed_out = True
-                    break
-            rows[group], errors[group], lengths[group] = run.values(), run.errors, run.lengths
-    result = _result(A, b, rows, errors, lengths, rtol)
+    count, dtype = len(rows), _dtype_of_result(b)
+    errors, lengths = np.zeros(count), np.zeros(count, dtype=np.int64)
+    products, stagnates, timed_out = 0, np.zeros(count, dtype=bool), False
+    if count:
+        products = check_symmetry(A)
+        at_once = runs_at_once(A, count, num_steps, memory, "column of b")
+        target = max(rtol - torch.finfo(dtype).eps, rtol / 2)  # leaves room for the rounding of the result
+        with step_bar("apply", progress, count * num_steps) as bar:
+            for first in range(0, count, at_once):
+                group = slice(first, first + at_once)
+                run = _Run(A, function, rows[group], num_steps, target)
+                while run.running:
+                    bar.update(run.step())
+                    if time.monotonic() >= until and run.running:
+                        timed_out = True
+                        break
+                rows[group], errors[group], lengths[group] = run.values(), run.errors, run.lengths
+                stagnates[group] = run.stagnates
+    rows, rounding = _rounded(rows, dtype)
+    precise, errors = errors <= rtol, errors + rounding
+    value, products = _like(b, rows), products + int(lengths.sum())
+    error, steps = (float(errors[0]), int(lengths[0])) if np.ndim(b) == 1 else (errors, lengths)
+    result = ApplyResult(value, error, steps, products, bool((errors <= rtol).all()))
     if not result.converged:
-        out_of_steps = (errors > rtol) & (lengths == num_steps) & (num_steps < A.shape[0])
+        wrong = errors > rtol
+        out_of_steps = wrong & ~precise & ~stagnates & (lengths == num_steps) & (num_steps < A.shape[0])
         if timed_out:
             remedy = "increase seconds"
         elif out_of_steps.any():
             remedy = "increase num_steps"
+        elif (wrong & ~precise).any():
+            remedy = "increase rtol, because rounding errors in the products may cause an error of this size"
+            if product_precision(A) > _EPS:
+                remedy += ", or use a float64 model"
         else:
-            remedy = "increase rtol, because rounding errors in the products prevent a smaller error"
+            remedy = "pass b in float64, because the result is rounded to the dtype of b, or increase rtol"
         warnings.warn(f"{result}, but rtol is {rtol:g}: {remedy}", RuntimeWarning, stacklevel=2)
     return result
 
@@ -220,7 +254,7 @@ class ApplyResult:
     num_steps : int or ndarray, shape (K,)
         The number of Lanczos steps for each column. An int if b has shape (N,).
     num_products : int
-        The number of products with `A`.
+        The number of products with `A`, including those that check its symmetry.
     converged : bool
         Whether the estimated errors of all columns are at most the requested `rtol`.
 
@@ -268,7 +302,7 @@ class _Function:
         """Return the values of f at the points `x`. The values may be infinite or NaN."""
         try:
             with np.errstate(all="ignore"):
-                values = np.asarray(self._f(x))
+                values = np.asarray(self._f(x.copy()))  # f may work in place
         except TypeError as error:  # functions of Python's math module, or of torch
             raise TypeError(
                 f"f cannot be applied to an array of eigenvalues ({error}): use NumPy functions, such as numpy.exp"
@@ -282,24 +316,32 @@ class _Function:
             raise TypeError(f"f returned values of dtype {values.dtype}, but must return real numbers")
         return values.astype(np.float64)
 
-    def at_ritz_values(self, ritz: Array, rounding: float) -> Array:
+    def at_ritz_values(self, ritz: Array, eps: float) -> Array:
         """Return the values at the Ritz values, which must be finite.
 
-        A Ritz value within `rounding` of zero counts as zero if f is not finite there. Such Ritz values occur if the
-        matrix is singular.
+        A Ritz value counts as zero if it is zero within the rounding errors of products of precision `eps`, and f is
+        not finite there. Such Ritz values occur if the matrix is singular.
         """
+        rounding = eps * float(np.abs(ritz).max())
         if self._required == "positive definite" and ritz[0] <= rounding:
-            raise ValueError(self._domain_error(ritz[0]))
+            raise ValueError(self._domain_error(ritz[0], rounding, eps))
         values = self(ritz)
-        tiny = np.abs(ritz) <= rounding
+        tiny = np.abs(ritz) <= _ROUNDING * rounding
         if not np.isfinite(values[tiny]).all():
             values = self(np.where(tiny, 0.0, ritz))
         wrong = np.flatnonzero(~np.isfinite(values))
         if wrong.size:
-            raise ValueError(self._domain_error(ritz[wrong[0]], values[wrong[0]]))
+            raise ValueError(self._domain_error(ritz[wrong[0]], rounding, eps, values[wrong[0]]))
         return values
 
-    def _domain_error(self, ritz: float, value: float = math.nan) -> str:
+    def _domain_error(self, ritz: float, rounding: float, eps: float, value: float = math.nan) -> str:
+        if self._required and abs(ritz) <= _ROUNDING * rounding:
+            other = ", or use a float64 model" if eps > _EPS else ""
+            return (
+                f"A has an eigenvalue <= {ritz:.3g}, which is not distinguishable from 0 at the precision of the "
+                f"products, but {self._name} needs a {self._required} matrix: pass A.damped(lam) with lam > "
+                f"{_ROUNDING * rounding:.1g}{other}"
+            )
         if self._required:
             return (
                 f"A has an eigenvalue <= {ritz:.3g}, but {self._name} needs a {self._required} matrix: pass "
@@ -331,11 +373,13 @@ class _Run:
     ----------
     errors : ndarray, shape (K,)
         The estimated relative errors at the latest check.
+    stagnates : ndarray of bool, shape (K,)
+        Whether further steps are useless, because rounding errors are greater than the rest of the error.
     """
 
     def __init__(self, A: LinearOperator, function: _Function, rows: Tensor, num_steps: int, rtol: float) -> None:
         self._function, self._num_steps, self._rtol, self._size = function, num_steps, rtol, A.shape[0]
-        self._eps = float(torch.finfo(product_dtype(A)).eps)
+        self._eps, self._basis = product_precision(A), basis_dtype(A)
         self._norms = row_norms(rows)
         zero = self._norms == 0
         scaled = rows / torch.from_numpy(np.where(zero, 1.0, self._norms)).to(rows.device)[:, None]
@@ -344,7 +388,7 @@ class _Run:
         self._lanczos.stop(zero)
         self._next_check = _MIN_STEPS
         self._coefficients = [np.zeros(0)] * len(rows)
-        self.errors = np.where(zero, 0.0, np.inf)
+        self.errors, self.stagnates = np.where(zero, 0.0, np.inf), np.zeros(len(rows), dtype=bool)
 
     @property
     def running(self) -> bool:
@@ -372,11 +416,13 @@ class _Run:
     def _approximate(self, run: int) -> _Approximation:
         """Compute and store the approximation of a run and its estimated error."""
         lanczos, length = self._lanczos, int(self.lengths[run])
-        invariant = length == self._size or (length < self._num_steps and not lanczos.active[run])
-        beta = 0.0 if invariant else lanczos.betas[run, length - 1]
         alphas, betas = lanczos.alphas[run, :length], lanczos.betas[run, : length - 1]
-        approximation = _Approximation(self._function, alphas, betas, beta, self._eps)
+        beta = 0.0 if length == self._size else lanczos.betas[run, length - 1]
+        negligible = rounding_left(self._basis, self._size)
+        basis_eps = float(torch.finfo(self._basis).eps)
+        approximation = _Approximation(self._function, alphas, betas, beta, negligible, self._eps, basis_eps)
         self._coefficients[run], self.errors[run] = approximation.coefficients, approximation.error
+        self.stagnates[run] = approximation.stagnates
         return approximation
 
     def values(self) -> Tensor:
@@ -402,9 +448,11 @@ class _Approximation:
     alphas, betas : ndarray, shapes (m,) and (m - 1,)
         Diagonal and off-diagonal of the tridiagonal matrix.
     beta : float
-        Norm of the residual of the last step. It is 0 if the Krylov space is invariant.
-    eps : float
-        Machine precision of the products.
+        Norm of the residual of the last step. It is 0 after N steps.
+    negligible : float
+        Value of `beta`, relative to the norm of T, up to which the Krylov space counts as invariant.
+    eps, basis_eps : float
+        Machine precisions of the products and of the Lanczos basis.
 
     Attributes
     ----------
@@ -417,27 +465,64 @@ class _Approximation:
         useless.
     """
 
-    def __init__(self, function: _Function, alphas: Array, betas: Array, beta: float, eps: float) -> None:
+    def __init__(
+        self,
+        function: _Function,
+        alphas: Array,
+        betas: Array,
+        beta: float,
+        negligible: float,
+        eps: float,
+        basis_eps: float,
+    ) -> None:
         ritz, vectors = eigh_tridiagonal(alphas, betas)
         first, last = vectors[0], vectors[-1]
         scale = float(np.abs(ritz).max())
-        values = function.at_ritz_values(ritz, eps * scale)
+        values = function.at_ritz_values(ritz, eps)
         self.coefficients = vectors @ (values * first)
         steps = np.maximum(_SQRT_EPS * np.abs(ritz), max(eps * scale, float(np.finfo(np.float64).tiny)))
         truncation = 0.0
         if beta > 0:
-            points = _points(function, ritz, np.maximum(beta * np.abs(last), steps))
-            truncation = beta * float(np.abs((last * first) @ _quotients(function, ritz, values, points)).max())
-        # To first order, a perturbation E of T changes f(T) by V (F * (V' E V)) V' with the eigenvectors V of T and the
-        # difference quotients F of f (Daleckii, Krein, 1965). The entries of E are assumed to be |E| / sqrt(m).
-        changes = _quotients(function, ritz, values, ritz + steps) ** 2
-        rounding = _ROUNDING * eps * scale * float(first**2 @ changes.mean(1)) ** 0.5
-        norm = float(np.linalg.norm(self.coefficients))
-        self.error = (truncation + rounding) / norm if norm else (0.0 if truncation + rounding == 0 else math.inf)
-        self.stagnates = bool(truncation <= rounding)
+            ends = _ends(function, ritz, np.maximum(beta * np.abs(last), steps))
+            remainders = [
+                (last * first) @ _quotients(function, ritz, values, section, limit)
+                for points, limit in ((ends, math.inf), (_between(ritz), float(np.abs(values).max())))
+                for section in np.array_split(points, len(points) // _SECTION + 1)
+            ]
+            truncation = beta * float(np.abs(np.concatenate(remainders)).max())
+        rounding = _effect_of_rounding(function, ritz, values, first, steps, eps * scale) if scale else 0.0
+        size, error = norm(self.coefficients), truncation + rounding
+        if size:
+            self.error = error / size + basis_eps
+        else:  # the relative error of zero is known only if no further step can change it
+            self.error = 0.0 if error == 0 and beta <= negligible * scale else math.inf
+        self.stagnates = bool(truncation <= rounding + basis_eps * size) and (size > 0 or self.error == 0)
 
 
-def _points(function: _Function, ritz: Array, radii: Array) -> Array:
+def _effect_of_rounding(
+    function: _Function, ritz: Array, values: Array, first: Array, steps: Array, error: float
+) -> float:
+    r"""Return an estimate of the effect that rounding errors of the given size have on f(T) applied to a unit vector.
+
+    To first order, a perturbation E of T changes f(T) by V (F * (V' E V)) V' with the eigenvectors V of T and the
+    difference quotients F of f (Daleckii, Krein, 1965). The entries of E are assumed to be |E| / sqrt(m).
+
+    The derivative of f may be infinite at zero. For Ritz values that are zero within rounding, the changes of f from 0
+    to the ends of the interval of the error replace the difference quotients.
+    """
+    quotients = _quotients(function, ritz, values, ritz + steps)
+    zeros = np.flatnonzero(np.abs(ritz) <= _ROUNDING * error)
+    center, *ends = function(np.array([0.0, -error, error])) if zeros.size else (math.nan,)
+    jump = 0.0
+    if math.isfinite(center):
+        changes = np.abs(np.array(ends) - center)
+        jump = float(changes[np.isfinite(changes)].max(initial=0.0)) * norm(first[zeros])
+        quotients[np.ix_(zeros, zeros)] = 0.0
+    slopes = column_norms(quotients.T) / math.sqrt(len(ritz))
+    return _ROUNDING * error * norm(first * slopes) + jump
+
+
+def _ends(function: _Function, ritz: Array, radii: Array) -> Array:
     """Return the ends of the intervals around the Ritz values that contain eigenvalues.
 
     If f is not finite at the lowest or the highest of these points, the point is moved towards the Ritz values.
@@ -452,12 +537,21 @@ def _points(function: _Function, ritz: Array, radii: Array) -> Array:
     return points
 
 
-def _quotients(function: _Function, ritz: Array, values: Array, points: Array) -> Array:
+def _between(ritz: Array) -> Array:
+    """Return points between the Ritz values, at which f may have a step or a peak."""
+    per_gap = -(-_SAMPLES // len(ritz))
+    fractions = (np.arange(per_gap) + 0.5) / per_gap
+    points: Array = (ritz[:-1] + fractions[:, None] * np.diff(ritz)).ravel()
+    return points
+
+
+def _quotients(function: _Function, ritz: Array, values: Array, points: Array, limit: float = math.inf) -> Array:
     """Return the difference quotients of f between the Ritz values and the points, as an array ``(m, p)``.
 
-    Points at which f is not finite have quotients of zero.
+    Points at which f is not finite have quotients of zero. Values of f at the points that are greater than `limit` in
+    magnitude are replaced by the limit. Otherwise, a pole of f in a gap of the spectrum would dominate the estimate.
     """
-    at_points = function(points)
+    at_points = function(points).clip(-limit, limit)
     points, at_points = points[None], at_points[None]
     with np.errstate(all="ignore"):
         quotients = (values[:, None] - at_points) / (ritz[:, None] - points)
@@ -470,15 +564,16 @@ def _rows_of(A: LinearOperator, b: Any) -> Tensor:
     if isinstance(b, Tensor):
         if (layout := unsupported_layout(b)) is not None:
             raise TypeError(f"b is a tensor that is {layout}: pass a dense one with values, such as b.to_dense()")
+        dtype: Any = b.dtype
         complex_b, vectors = b.is_complex(), b.detach()
     else:
         array = np.asarray(b)
         if array.dtype.kind not in "biufc":
             raise TypeError(f"b has dtype {array.dtype}, but must hold real numbers")
-        complex_b = array.dtype.kind == "c"
+        dtype, complex_b = array.dtype, array.dtype.kind == "c"
         vectors = torch.from_numpy(np.array(array.real, dtype=np.float64))
     if complex_b:
-        raise TypeError(f"b has dtype {b.dtype}, but must be real: apply f(A) to its real and imaginary parts")
+        raise TypeError(f"b has dtype {dtype}, but must be real: apply f(A) to its real and imaginary parts")
     if vectors.ndim not in (1, 2) or vectors.shape[0] != A.shape[0]:
         shape, size = tuple(vectors.shape), A.shape[0]
         raise ValueError(f"b has shape {shape}, but A has shape {A.shape}: pass ({size},) or ({size}, K)")
@@ -489,18 +584,35 @@ def _rows_of(A: LinearOperator, b: Any) -> Tensor:
     return rows
 
 
-def _result(
-    A: LinearOperator, b: Any, rows: Tensor, errors: Array, lengths: NDArray[np.int64], rtol: float
-) -> ApplyResult:
-    """Convert the rows to the type and shape of `b`, and the errors and lengths to numbers if `b` is a vector."""
-    num_products, converged = int(lengths.sum()), bool((errors <= rtol).all())
-    is_vector = np.ndim(b) == 1
-    columns = rows[0] if is_vector else rows.T
+def _dtype_of_result(b: Any) -> torch.dtype:
+    """Return the dtype of `b`, or float64 for dtypes that torch does not have, such as integers."""
     if isinstance(b, Tensor):
-        value: Any = columns.to(b.device, b.dtype if b.is_floating_point() else torch.float64)
-    else:
-        dtype = np.asarray(b).dtype
-        value = columns.cpu().numpy().astype(dtype if dtype.kind == "f" else np.float64)
-    if is_vector:
-        return ApplyResult(value, float(errors[0]), int(lengths[0]), num_products, converged)
-    return ApplyResult(value, errors, lengths, num_products, converged)
+        return b.dtype if b.is_floating_point() else torch.float64
+    return {2: torch.float16, 4: torch.float32}.get(_array_dtype(b).itemsize, torch.float64)
+
+
+def _rounded(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Array]:
+    """Round the rows to a dtype, and return the errors relative to the norms of the rows.
+
+    Raises
+    ------
+    ValueError
+        If an entry overflows.
+    """
+    rounded = rows.to(dtype)
+    if not bool(rounded.isfinite().all()):
+        raise ValueError(f"f(A) b overflows {str(dtype).removeprefix('torch.')}, the dtype of b: pass b in float64")
+    norms = row_norms(rows)
+    return rounded, row_norms(rounded.double() - rows) / np.where(norms > 0, norms, 1.0)
+
+
+def _like(b: Any, rows: Tensor) -> Any:
+    """Convert the rows to the type and shape of `b`."""
+    columns = rows[0] if np.ndim(b) == 1 else rows.T
+    return columns.to(b.device) if isinstance(b, Tensor) else columns.cpu().numpy().astype(_array_dtype(b))
+
+
+def _array_dtype(b: Any) -> np.dtype[Any]:
+    """Return the dtype of an array of real numbers, or float64 for integers."""
+    dtype = np.asarray(b).dtype
+    return dtype if dtype.kind == "f" else np.dtype(np.float64)
