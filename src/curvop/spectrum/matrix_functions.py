@@ -153,16 +153,17 @@ def apply(
     value. The estimate is the largest :math:`|g|` at the ends of these intervals, and at points between the Ritz values
     (at least 256). A second term estimates the effect of rounding errors in the products. It multiplies the rounding
     errors by the difference quotients of f, and is large if f is ill-conditioned, for example the inverse of an almost
-    singular matrix. The derivative of the square root is infinite at zero. Ritz values that are zero up to rounding
-    errors therefore contribute the change of f from zero to the rounding error. For a singular matrix, this change is
-    about the square root of machine precision (3e-4 for float32), and the estimate may be much larger than the error.
-    A third term is the error of rounding the result to the dtype of `b`.
+    singular matrix. The derivative of the square root is infinite at zero. A Ritz value that is zero up to rounding
+    errors therefore contributes the change of f from zero to ten times this Ritz value instead. A third term is the
+    error of rounding the result to the dtype of `b`.
 
     For exponentials, logarithms, inverses and square roots of matrices with various spectra, the estimate is typically
-    2 to 20 times the error. The estimate is too small if `A` has an eigenvalue far from all Ritz values. This can
-    happen in the first steps, or if b is almost orthogonal to an eigenvector. The estimate is also too small if f has a
-    peak or a step that is narrower than the distances between these points. If f is zero at all Ritz values, the
-    relative error is not known, and the estimate is infinite unless the Krylov space is invariant.
+    2 to 20 times the error. For the square root of a singular matrix, it may be 1,000 times the error. The estimate is
+    too small if `A` has an eigenvalue far from all Ritz values. This can happen in the first steps, or if b is almost
+    orthogonal to an eigenvector. A component of b that is smaller than the rounding errors of the products is ignored.
+    The estimate is also too small if f has a peak or a step that is narrower than the distances between the points at
+    which :math:`g` is evaluated. If f is zero at all Ritz values, the relative error is not known, and the estimate is
+    infinite unless the Krylov space is invariant.
 
     References
     ----------
@@ -507,19 +508,19 @@ def _effect_of_rounding(
     To first order, a perturbation E of T changes f(T) by V (F * (V' E V)) V' with the eigenvectors V of T and the
     difference quotients F of f (Daleckii, Krein, 1965). The entries of E are assumed to be |E| / sqrt(m).
 
-    The derivative of f may be infinite at zero. For Ritz values that are zero within rounding, the changes of f from 0
-    to the ends of the interval of the error replace the difference quotients.
+    The derivative of f may be infinite at zero. If the matrix is singular, a Ritz value that is zero within rounding is
+    itself a rounding error, and the change of f from zero to this error replaces the difference quotient.
     """
     quotients = _quotients(function, ritz, values, ritz + steps)
-    zeros = np.flatnonzero(np.abs(ritz) <= _ROUNDING * error)
-    center, *ends = function(np.array([0.0, -error, error])) if zeros.size else (math.nan,)
-    jump = 0.0
+    zeros, jumps = np.flatnonzero(np.abs(ritz) <= _ROUNDING * error), np.zeros(0)
+    center = function(np.zeros(1))[0]
     if math.isfinite(center):
-        changes = np.abs(np.array(ends) - center)
-        jump = float(changes[np.isfinite(changes)].max(initial=0.0)) * norm(first[zeros])
+        radii = _ROUNDING * np.minimum(np.abs(ritz[zeros]), error)
+        changes = np.abs(np.array([function(radii), function(-radii)]) - center)
+        jumps = np.where(np.isfinite(changes), changes, 0.0).max(0, initial=0.0)
         quotients[np.ix_(zeros, zeros)] = 0.0
     slopes = column_norms(quotients.T) / math.sqrt(len(ritz))
-    return _ROUNDING * error * norm(first * slopes) + jump
+    return _ROUNDING * error * norm(first * slopes) + norm(first[zeros[: len(jumps)]] * jumps)
 
 
 def _ends(function: _Function, ritz: Array, radii: Array) -> Array:
