@@ -206,6 +206,18 @@ area(
     ("a tolerance of 1", lambda: spectrum.apply(DENSE, "exp", np.ones(4), rtol=1), ValueError, "rtol is 1"),
     ("a matrix that is not square", lambda: spectrum.apply(WIDE, "exp", np.ones(4)), ValueError, "A has shape (3, 4)"),
     (
+        "a matrix that is not symmetric",
+        lambda: spectrum.apply(np.triu(np.ones((4, 4))), "exp", np.ones(4)),
+        ValueError,
+        "A is not symmetric",
+    ),
+    (
+        "a result that overflows",
+        lambda: spectrum.apply(20 * np.eye(4), "exp", np.ones(4, np.float16), progress=False),
+        ValueError,
+        "f(A) b overflows float16",
+    ),
+    (
         "too little memory",
         lambda: spectrum.apply(DENSE, "exp", np.ones(4), memory=1),
         MemoryError,
@@ -271,6 +283,19 @@ area(
         lambda: spectrum.track(DENSE, optimizer=torch.optim.SGD(PARAMS.values(), lr=0.1)),
         TypeError,
         "A is a MatrixLinearOperator",
+    ),
+    (
+        "tracking with a momentum of 1",
+        lambda: spectrum.track(H, optimizer=torch.optim.SGD(PARAMS.values(), lr=0.1, momentum=1)),
+        ValueError,
+        "optimizer has momentum 1",
+    ),
+    ("tracking what is not square", lambda: spectrum.track(WIDE), ValueError, "A has shape (3, 4)"),
+    (
+        "tracking what is not symmetric",
+        lambda: spectrum.track(np.triu(np.ones((4, 4)))).step(),
+        ValueError,
+        "A is not symmetric",
     ),
     ("tracking what is no matrix", lambda: spectrum.track(3), TypeError, "A is a int"),
     ("checking what is no operator", lambda: check(np.eye(3)), TypeError, "A is a ndarray"),

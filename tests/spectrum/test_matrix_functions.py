@@ -12,6 +12,7 @@ import pytest
 import scipy.linalg
 import torch
 from matrices import matrix
+from scipy.sparse import csr_array, diags_array
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import nn
 
@@ -39,6 +40,7 @@ SPECTRA = {
 }
 DEFINED = [(f, spectrum) for f in FUNCTIONS for spectrum in SPECTRA if spectrum != "indefinite" or f in ("exp", "inv")]
 OPTIONS = {"progress": False}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 def vectors(count: int = 2, seed: int = 0) -> np.ndarray:
@@ -127,6 +129,142 @@ class TestTheEstimatedError:
         assert result.num_steps == 5
         assert relative(result.value, A @ (A @ (A @ b)) - 2 * A @ b) < 1e-13
 
+    def test_includes_products_of_lower_precision_than_float32(self) -> None:
+        """The products of this operator are rounded to bfloat16, as with autocast."""
+        A, b = matrix(np.linspace(0.5, 2, N)), vectors(1)[:, 0]
+
+        class Rounding(LinearOperator):
+            epsilon = torch.finfo(torch.bfloat16).eps
+
+            def _matvec(self, x):
+                return torch.from_numpy(A @ x.reshape(-1)).bfloat16().double().numpy()
+
+        for f in (lambda x: x, np.exp, lambda x: 1 / x):
+            with pytest.warns(RuntimeWarning, match="increase rtol, because rounding errors.*float64 model"):
+                result = apply(Rounding(np.float64, A.shape), f, b, rtol=1e-3, **OPTIONS)
+            assert relative(result.value, exact(A, f, b)) <= result.error < 1
+
+    def test_includes_the_residual_of_a_space_that_counts_as_invariant(self) -> None:
+        values, b = np.ones(10_000), np.zeros(10_000)
+        values[-1], b[:10], b[-1] = 1.5, 1, 4e-13
+        result = apply(diags_array(values), "exp", b, **OPTIONS)
+        assert result.num_steps == 1
+        assert 1e-15 < relative(result.value, np.exp(values) * b) < 2 * result.error
+
+    @pytest.mark.parametrize(
+        ("kind", "rtol"), [(np.float32, 1e-12), (np.float16, 1e-5), (torch.float32, 1e-12), (torch.bfloat16, 1e-5)]
+    )
+    def test_includes_the_rounding_of_the_result(self, kind, rtol) -> None:
+        A, b = matrix(np.linspace(0.5, 1, N)), vectors(1)[:, 0]
+        given = torch.from_numpy(b).to(kind) if isinstance(kind, torch.dtype) else b.astype(kind)
+        with pytest.warns(RuntimeWarning, match="pass b in float64, because the result is rounded"):
+            result = apply(A, "exp", given, rtol=rtol, **OPTIONS)
+        double = torch.as_tensor(given).double().numpy()
+        error = relative(torch.as_tensor(result.value).double().numpy(), scipy.linalg.expm(A) @ double)
+        assert error <= 1.001 * result.error < 2 * error + 2 * rtol
+        assert apply(A, "exp", double, rtol=rtol, **OPTIONS).converged
+
+    def test_is_small_only_if_f_was_seen_between_the_ritz_values(self) -> None:
+        """Boxes and hats vanish at most Ritz values. With few steps, no Ritz value may lie inside of them."""
+        even, b = np.linspace(0, 1, 400), np.random.default_rng(0).normal(size=400)
+        for values in (even, np.logspace(-4, 0, 400)):
+            for center in (0.1, 0.34, 0.5, 0.9):
+                for f in (
+                    lambda x, c=center: (np.abs(x - c) < 0.03) * 1.0,
+                    lambda x, c=center: np.maximum(0.05 - np.abs(x - c), 0),
+                    lambda x, c=center: 1 - np.maximum(0.05 - np.abs(x - c), 0),
+                    lambda x, c=center: (x > c) * 1.0,
+                ):
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        result = apply(diags_array(values), f, b, rtol=1e-3, **OPTIONS)
+                    error = np.linalg.norm(result.value - f(values) * b) / np.linalg.norm(f(values) * b)
+                    assert error <= 2 * result.error
+
+    def test_is_infinite_for_zeros_unless_no_step_can_change_them(self) -> None:
+        A, b = matrix(np.linspace(0.5, 1, N)), vectors(1)[:, 0]
+        with pytest.warns(RuntimeWarning, match=r"error inf after 7 steps.*increase num_steps"):
+            result = apply(A, np.zeros_like, b, num_steps=7, **OPTIONS)
+        assert result.error == math.inf
+        assert apply(A, np.zeros_like, b, num_steps=N, **OPTIONS).error == 0
+        eigenvector = np.linalg.eigh(A)[1][:, 3]
+        assert apply(A, np.zeros_like, eigenvector, **OPTIONS).error == 0
+        for f in (np.sqrt, lambda x: np.abs(x) ** 0.25):
+            result = apply(np.zeros((4, 4)), f, np.ones(4), **OPTIONS)
+            assert (result.value == 0).all()
+            assert result.error == 0
+
+    def test_ignores_a_pole_in_the_middle_of_a_gap(self) -> None:
+        half = np.linspace(0.2, 3, N // 2)
+        A, b = matrix(np.r_[-half, half]), vectors(1)[:, 0]
+        correct = np.linalg.solve(A, b)
+        for steps in (40, 60, 81, 100, 120, 140):
+            with pytest.warns(RuntimeWarning, match="increase num_steps"):
+                result = apply(A, "inv", b, num_steps=steps, rtol=1e-8, **OPTIONS)
+            error = relative(result.value, correct)
+            assert error < result.error < 60 * error
+
+    def test_holds_for_square_roots_of_singular_matrices(self) -> None:
+        factor, b = np.random.default_rng(0).normal(size=(N, 20)), vectors(1)[:, 0]
+        U, singular_values, _ = np.linalg.svd(factor, full_matrices=False)
+        correct = (U * singular_values) @ (U.T @ b)
+        for kind, rtol in ((np.float64, 1e-5), (np.float32, 5e-3)):
+            result = apply((factor @ factor.T).astype(kind), "sqrt", b, rtol=rtol, **OPTIONS)
+            assert result.converged
+            assert relative(result.value, correct) <= result.error
+
+    def test_leads_to_the_right_remedy_if_rounding_dominates_at_the_last_step(self) -> None:
+        single, b = matrix(np.logspace(-3, 0, N)).astype(np.float32), vectors(1)[:, 0]
+        with pytest.warns(RuntimeWarning, match="increase rtol"):
+            steps = apply(single, "inv", b, num_steps=N, rtol=1e-7, **OPTIONS).num_steps
+        assert steps < N
+        with pytest.warns(RuntimeWarning, match="increase rtol"):
+            apply(single, "inv", b, num_steps=steps, rtol=1e-7, **OPTIONS)
+
+
+def test_functions_that_work_in_place() -> None:
+    def exponential(x):
+        x *= -1
+        return np.exp(x, out=x)
+
+    A, b = matrix_of("even"), vectors(1)[:, 0]
+    expected = apply(A, lambda x: np.exp(-x), b, **OPTIONS)
+    result = apply(A, exponential, b, **OPTIONS)
+    np.testing.assert_array_equal(result.value, expected.value)
+    assert result.error == expected.error
+
+
+class TestSymmetry:
+    @pytest.mark.parametrize("convert", [np.asarray, csr_array, aslinearoperator], ids=["dense", "sparse", "operator"])
+    def test_matrices_that_are_not_symmetric(self, convert) -> None:
+        A = matrix(np.linspace(0.5, 1, N))
+        A[3, 100] += 1e-6
+        with pytest.raises(ValueError, match=r"A is not symmetric \(\|\|A - A'\|\| / .* pass a symmetric operator"):
+            apply(convert(A), "exp", vectors(), **OPTIONS)
+
+    def test_operators_that_are_not_symmetric(self) -> None:
+        A = np.triu(matrix(np.linspace(0.5, 1, N)))
+        for dtype in (np.float32, np.float64):
+            operator = LinearOperator(A.shape, matvec=lambda x: A @ x, dtype=dtype)
+            with pytest.raises(ValueError, match="A is not symmetric"):
+                apply(operator, "exp", vectors(), **OPTIONS)
+
+    def test_the_check_of_an_operator_takes_three_products(self) -> None:
+        A, b = matrix(np.linspace(0.5, 1, N)), vectors()
+        operator = LinearOperator(A.shape, matvec=lambda x: A @ x, dtype=np.float64)
+        result, dense = apply(operator, "exp", b, **OPTIONS), apply(A, "exp", b, **OPTIONS)
+        assert result.num_products - 3 == dense.num_products == sum(dense.num_steps)
+
+    def test_rounding_errors_are_not_asymmetry(self) -> None:
+        A, b = matrix(np.linspace(0.5, 1, N)), vectors()
+        noise = np.random.default_rng(1).normal(size=A.shape)
+        assert apply(A + 1e-14 * noise, "exp", b, **OPTIONS).converged
+        single = (A + 1e-9 * noise).astype(np.float32)
+        assert apply(single, "exp", b, **OPTIONS).converged
+        rounded = LinearOperator(A.shape, matvec=lambda x: (single @ x.astype(np.float32)).astype(float), dtype=float)
+        assert apply(rounded, "exp", b, **OPTIONS).num_products > 0
+        assert apply(np.array([[2.0]]), "exp", [1.0], **OPTIONS).converged
+
 
 def test_kinked_functions() -> None:
     A, b = matrix_of("indefinite"), vectors(1)[:, 0]
@@ -179,20 +317,22 @@ class TestTheVector:
             apply(A, "exp", b, memory=1000, **OPTIONS)
 
 
-def test_curvature_operators_with_tensors() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_curvature_operators_with_tensors(device) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
-    data = [(torch.randn(7, 4).double(), torch.randn(7, 2).double()) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double().to(device)
+    data = [(torch.randn(7, 4).double().to(device), torch.randn(7, 2).double().to(device)) for _ in range(2)]
     G = GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
     size = G.shape[0]
-    b = torch.randn(size, 2, dtype=torch.float64)
+    b = torch.randn(size, 2, dtype=torch.float64).to(device)
     before = G.num_products
     result = apply(G.damped(0.05), "inv_sqrt", b, rtol=1e-11, **OPTIONS)
     assert G.num_products - before == result.num_products
-    dense = G @ np.eye(size) + 0.05 * np.eye(size)
-    np.testing.assert_allclose(result.value.numpy(), exact(dense, FUNCTIONS["inv_sqrt"], b.numpy()), atol=1e-10)
+    assert result.value.device == b.device
+    dense, vector = G @ np.eye(size) + 0.05 * np.eye(size), b.cpu().numpy()
+    np.testing.assert_allclose(result.value.cpu().numpy(), exact(dense, FUNCTIONS["inv_sqrt"], vector), atol=1e-10)
     half = apply(G.damped(0.05), "inv_sqrt", result.value, rtol=1e-11, **OPTIONS)
-    np.testing.assert_allclose(half.value.numpy(), np.linalg.solve(dense, b.numpy()), atol=1e-9)
+    np.testing.assert_allclose(half.value.cpu().numpy(), np.linalg.solve(dense, vector), atol=1e-9)
 
 
 def test_a_singular_matrix_has_a_square_root() -> None:
@@ -207,6 +347,18 @@ def test_a_singular_matrix_has_a_square_root() -> None:
 
 
 class TestDomains:
+    def test_an_eigenvalue_that_is_positive_but_not_distinguishable_from_zero(self) -> None:
+        single, b = np.diag(np.linspace(0, 1, N) + 1e-8).astype(np.float32), vectors(1)[:, 0]
+        for name in ("log", "inv_sqrt"):
+            with pytest.raises(
+                ValueError, match=r"not distinguishable from 0.*with lam > 1e-06, or use a float64 model"
+            ):
+                apply(single, name, b, num_steps=N, **OPTIONS)
+        damped = single + np.diag(np.full(N, 2e-6, np.float32))
+        with pytest.warns(RuntimeWarning, match="not converged"):
+            result = apply(damped, "inv_sqrt", b, num_steps=N, **OPTIONS)
+        assert relative(result.value, exact(damped.astype(float), FUNCTIONS["inv_sqrt"], b)) <= result.error
+
     @pytest.mark.parametrize("name", ["log", "sqrt", "inv_sqrt"])
     def test_a_negative_eigenvalue(self, name) -> None:
         with pytest.raises(ValueError, match=rf"eigenvalue <= -\d.*'{name}' needs a positive .*definite matrix"):
@@ -219,6 +371,12 @@ class TestDomains:
     def test_overflow(self) -> None:
         with pytest.raises(ValueError, match=r"'exp' is inf at .*scale or shift A"):
             apply(matrix(np.linspace(0, 5000, N)), "exp", vectors(), **OPTIONS)
+
+    def test_a_result_that_overflows_the_dtype_of_b(self) -> None:
+        A = np.diag(np.linspace(0, 20, N))
+        for b in (np.ones(N, np.float16), torch.ones(N, dtype=torch.float16)):
+            with pytest.raises(ValueError, match=r"f\(A\) b overflows float16, the dtype of b: pass b in float64"):
+                apply(A, "exp", b, **OPTIONS)
 
     def test_a_nonfinite_product(self) -> None:
         A = LinearOperator((N, N), matvec=lambda x: np.full(N, np.nan), dtype=np.float64)
@@ -265,11 +423,19 @@ class TestBadInput:
             (np.full(N, np.nan), ValueError, "b is not finite"),
             (torch.ones(N).to_sparse(), TypeError, "to_dense"),
             (["x"] * N, TypeError, "b has dtype"),
+            ([1j] * N, TypeError, "b has dtype complex128"),
         ],
     )
     def test_vectors(self, b, error, match) -> None:
         with pytest.raises(error, match=match):
             apply(np.eye(N), "exp", b, **OPTIONS)
+
+
+def test_the_tolerance_may_be_a_tensor() -> None:
+    A, b = matrix_of("even"), vectors(1)[:, 0]
+    assert apply(A, "exp", b, rtol=torch.tensor(1e-5), **OPTIONS).converged is True
+    with pytest.warns(RuntimeWarning, match="but rtol is 1e-05: increase num_steps"):
+        apply(A, "exp", b, rtol=torch.tensor(1e-5), num_steps=2, **OPTIONS)
 
 
 def test_the_hessian_of_a_float32_model() -> None:

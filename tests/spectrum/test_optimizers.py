@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -35,6 +37,9 @@ def quadratic(prediction, y):
 
 
 quadratic.reduction = "sum"
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 def problem() -> tuple[Point, HessianLinearOperator]:
@@ -69,7 +74,7 @@ STILL = 1 - 1e-14
 
 THRESHOLDS = {
     "sgd": (SGD, {}, 2.0),
-    "sgd-dampening-without-momentum": (SGD, {"dampening": 0.5}, 2.0),
+    "sgd-dampening-without-momentum": (SGD, {"dampening": 1.5}, 2.0),
     "heavy-ball": (SGD, {"momentum": 0.9}, 3.8),
     "dampening": (SGD, {"momentum": 0.9, "dampening": 0.9}, 38.0),
     "nesterov": (SGD, {"momentum": 0.9, "nesterov": True}, 3.8 / 2.8),
@@ -168,13 +173,14 @@ GROUPS = {
     "learning-rates": (SGD, {"lr": 1.0}, {"lr": 0.3}),
     "momenta": (SGD, {"momentum": 0.9}, {"momentum": 0.5, "weight_decay": 1.0}),
     "nesterov-and-plain": (SGD, {"momentum": 0.9, "nesterov": True}, {}),
+    "nesterov-dampening": (SGD, {"momentum": 0.9, "nesterov": True, "dampening": 0.5}, {"lr": 0.1}),
     "betas": (AdamW, {"betas": (0.9, STILL), "weight_decay": 0.05}, {"betas": (0.3, STILL)}),
     "rmsprop": (RMSprop, {"alpha": STILL, "momentum": 0.9}, {"alpha": STILL}),
 }
 
 
 @pytest.mark.parametrize("name", GROUPS)
-@pytest.mark.default_cases("betas")
+@pytest.mark.default_cases("betas", "nesterov-dampening")
 def test_groups_with_different_settings_share_one_threshold(name) -> None:
     kind, first, second = GROUPS[name]
 
@@ -206,11 +212,15 @@ UPDATES = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", UPDATES)
-def test_the_preconditioner_is_the_one_of_the_update(name) -> None:
+def test_the_preconditioner_is_the_one_of_the_update(name, device, monkeypatch) -> None:
     """P is the ratio of the momentum (for RMSprop, of the gradient) to the update."""
     kind, settings = UPDATES[name]
-    model, H = problem()
+    monkeypatch.setattr(sys.modules[__name__], "C", C.to(device))
+    model = Point().to(device)
+    data = [(torch.zeros(1, device=device), torch.zeros(1, device=device))]
+    H = HessianLinearOperator(model, quadratic, dict(model.named_parameters()), data)
     optimizer = kind(model.parameters(), **settings)
     for _ in range(7):
         before = flat(model)
@@ -280,8 +290,71 @@ def test_the_plot_shows_the_threshold() -> None:
     assert axis.lines[-1].get_label() == "stability threshold 3.8"
     with pytest.raises(ValueError, match=r"learning_rate is 0.1, but the tracker has an optimizer"):
         tracker.plot(learning_rate=0.1)
+    smallest = track(H, which="SA", optimizer=SGD(model.parameters(), lr=0.1))
+    smallest.step()
+    assert len(smallest.plot().lines) == 1  # the threshold limits the largest eigenvalue
     plt.close("all")
     assert track(H).thresholds is None
+
+
+def test_a_failed_step_leaves_the_record_consistent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args, **options):
+        raise RuntimeError("a product failed")
+
+    model, H = problem()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    tracker = track(H, every=1, tol=1e-12, optimizer=optimizer)
+    tracker.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["curvop.spectrum.track"], "eigsh", fail)
+        with pytest.raises(RuntimeError, match="a product failed"):
+            tracker.step()
+    optimizer.param_groups[0]["momentum"] = 0.5
+    tracker.step()
+    assert tracker.steps.tolist() == [0, 2]
+    assert tracker.values.shape == (2, 1)
+    np.testing.assert_allclose(tracker.thresholds, [3.8, 3.0])
+
+
+def test_a_pickled_tracker_keeps_aliases() -> None:
+    model, _ = problem()
+    aliases = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    H = HessianLinearOperator(model, quadratic, aliases, [(None, None)])
+    optimizer = SGD(model.parameters(), lr=0.5)
+    tracker = track(H, every=1, tol=1e-12, optimizer=optimizer)
+    expected = tracker.step()
+    again = pickle.loads(pickle.dumps(tracker))
+    np.testing.assert_allclose(again.step(), expected, rtol=1e-10)
+    with torch.no_grad():
+        again._optimizer.param_groups[0]["params"][0].add_(1.0)  # the operator does not notice this
+    with pytest.raises(ValueError, match=r"no longer trains the parameter 'left' of A: create A from"):
+        again.step()
+    step(model, optimizer)
+    np.testing.assert_allclose(tracker.step(), expected, rtol=1e-10)
+
+
+def test_a_fused_optimizer_whose_first_step_was_skipped_has_no_second_moments() -> None:
+    model, H = problem()
+    optimizer = Adam(model.parameters(), lr=0.1, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)  # as set by a gradient scaler
+    tracker = track(H, every=1, optimizer=optimizer)
+    step(model, optimizer)
+    assert np.isnan(tracker.step()).all()
+    optimizer.found_inf = torch.tensor(0.0)
+    step(model, optimizer)
+    assert tracker.step() > 0
+
+
+def test_the_direction_of_the_optimizer_is_read_in_every_step() -> None:
+    model, H = problem()
+    optimizer = SGD([{"params": [model.left]}, {"params": [model.right]}], lr=0.5)
+    tracker = track(H, every=1, tol=1e-12, optimizer=optimizer)
+    tracker.step()
+    optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(ValueError, match="maximize=True and False"):
+        tracker.step()
+    optimizer.param_groups[1]["maximize"] = True
+    assert tracker.step() == pytest.approx(-np.linalg.eigvalsh(C.numpy())[0] / 2, rel=1e-10)
 
 
 class TestBadInput:
@@ -320,6 +393,11 @@ class TestBadInput:
             track(H, optimizer=SGD(groups, lr=0.1))
         with pytest.raises(ValueError, match="dampening >= 1"):
             track(H, optimizer=SGD(model.parameters(), lr=0.1, momentum=0.5, dampening=1))
+        for settings in ({"momentum": 1.0}, {"momentum": 1.2, "dampening": 0.5}, {"momentum": math.nan}):
+            for kind in (SGD, RMSprop):
+                optimizer = kind([{"params": list(model.parameters()), **settings}], lr=0.1)
+                with pytest.raises(ValueError, match=r"optimizer has momentum .*: use a momentum >= 0 and less than 1"):
+                    track(H, optimizer=optimizer)
         model.right.grad = torch.zeros(2, 1, dtype=torch.float64)
         optimizer = AdamW(model.parameters(), lr=0.1, weight_decay=30)
         optimizer.step()
@@ -329,6 +407,28 @@ class TestBadInput:
         optimizer.step()
         with pytest.raises(ValueError, match=r"second moment of 0 for 'right'.*positive eps"):
             track(H, optimizer=optimizer).step()
+
+    def test_settings_that_change_during_training(self) -> None:
+        model, H = problem()
+        for kind, name, value, match in (
+            (SGD, "momentum", 1.0, "momentum 1,"),
+            (SGD, "lr", -0.1, "lr -0.1, but must have lr >= 0"),
+            (Adam, "betas", (1.0, 0.9), "beta1 1,"),
+            (Adam, "betas", (0.9, 1.0), "beta2 1,"),
+            (AdamW, "weight_decay", -1.0, "weight_decay -1, but"),
+            (Adam, "amsgrad", True, r"no state 'max_exp_avg_sq' of 'left', because amsgrad=True was set after"),
+            (RMSprop, "centered", True, r"no state 'grad_avg' of 'left', because centered=True was set after"),
+        ):
+            optimizer = kind(model.parameters(), lr=0.01)
+            tracker = track(H, every=1, optimizer=optimizer)
+            step(model, optimizer)
+            tracker.step()
+            optimizer.param_groups[0][name] = value
+            with pytest.raises(ValueError, match=match):
+                tracker.step()
+        optimizer.param_groups.clear()
+        with pytest.raises(ValueError, match="no longer trains the parameter 'left'"):
+            tracker.step()
 
 
 def test_gradient_descent_on_a_network_is_tracked_as_without_an_optimizer() -> None:

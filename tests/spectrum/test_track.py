@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import nn
 
 from curvop import HessianLinearOperator
 from curvop.problems import digits
-from curvop.spectrum import eigsh, track
+from curvop.spectrum import Tracker, eigsh, track
 
 
 def train(learning_rate: float, steps: int, **options):
@@ -97,6 +98,36 @@ def test_the_plot() -> None:
     tracker, _, _ = train(0.2, 3, every=1)
     assert len(tracker.plot(learning_rate=0.2).lines) == 2
     plt.close("all")
+
+
+def test_operators_that_are_not_symmetric_are_rejected_in_the_first_step() -> None:
+    A = np.triu(np.ones((20, 20)))
+    for operator in (A, aslinearoperator(A), LinearOperator(A.shape, matvec=lambda x: A @ x, dtype=float)):
+        tracker = track(operator)
+        with pytest.raises(ValueError, match="A is not symmetric"):
+            tracker.step()
+    symmetric = LinearOperator(A.shape, matvec=lambda x: (A + A.T) @ x, dtype=float)
+    tracker = track(symmetric, every=1)
+    assert tracker.step() == pytest.approx(21.0, rel=1e-3)
+    before = tracker.products
+    tracker.step()
+    assert tracker.products < 2 * before - 3  # the symmetry is checked once
+    with pytest.raises(ValueError, match=r"A has shape \(3, 4\), but must be square"):
+        track(np.ones((3, 4)))
+
+
+def test_trackers_of_version_0_1_0_can_be_unpickled() -> None:
+    tracker = track(np.diag(np.arange(5.0)), every=1)
+    tracker.step()
+    state = tracker.__dict__ | {"_history": [(step, values) for step, values, _ in tracker._history]}
+    for name in ("_optimizer", "_positions", "_checked"):
+        del state[name]
+    old = Tracker.__new__(Tracker)
+    old.__setstate__(state)
+    old.step()
+    assert old.steps.tolist() == [0, 1]
+    assert old.thresholds is None
+    np.testing.assert_allclose(old.values, [[4.0], [4.0]])
 
 
 @pytest.mark.parametrize(
