@@ -7,8 +7,8 @@ steps that multiplies the parameters by z each time exists if, for some vector x
 
 where W is the weight decay that is added to the gradient, and D(z) is diagonal. For heavy-ball momentum, for example,
 :math:`D(z) = -(z - 1) (z - \beta) / (\eta z)`. The steps are unstable if such a z lies outside the unit circle. This
-module uses :math:`D(-1) = \tau P`, with a threshold :math:`\tau` that depends only on the momentum. The steps become
-unstable when the largest eigenvalue of :math:`P^{-1/2} (H + W) P^{-1/2}` exceeds :math:`\tau`.
+module uses :math:`D(-1) = \tau P`, with a threshold :math:`\tau` that depends only on the momentum and dampening. The
+steps become unstable when the largest eigenvalue of :math:`P^{-1/2} (H + W) P^{-1/2}` exceeds :math:`\tau`.
 
 If H + W is positive definite, no other z on the unit circle is possible: the imaginary parts of all entries of D(z)
 have the same sign if z is not real, and D(1) is zero or negative. This also holds if the groups of parameters have
