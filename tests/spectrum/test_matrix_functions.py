@@ -222,6 +222,17 @@ class TestTheEstimatedError:
             apply(single, "inv", b, num_steps=steps, rtol=1e-7, **OPTIONS)
 
 
+def test_functions_that_are_defined_only_near_the_spectrum() -> None:
+    def logarithm(x):
+        assert x.min() > 0.01  # fails for empty arrays, too
+        return np.log(x)
+
+    A, b = matrix(np.linspace(0.5, 1, N)), vectors(1)[:, 0]
+    assert relative(apply(A, logarithm, b, **OPTIONS).value, exact(A, np.log, b)) < 1e-5
+    eigenvector = np.linalg.eigh(A)[1][:, 3]
+    assert apply(A, logarithm, eigenvector, **OPTIONS).num_steps == 1
+
+
 def test_functions_that_work_in_place() -> None:
     def exponential(x):
         x *= -1
@@ -377,6 +388,16 @@ class TestDomains:
         for b in (np.ones(N, np.float16), torch.ones(N, dtype=torch.float16)):
             with pytest.raises(ValueError, match=r"f\(A\) b overflows float16, the dtype of b: pass b in float64"):
                 apply(A, "exp", b, **OPTIONS)
+
+        with pytest.raises(ValueError, match="overflows float64, the dtype of b: scale b"):
+            apply(A, "exp", np.full(N, 1e305), **OPTIONS)
+
+    def test_numbers_that_overflow_the_dtype_of_the_basis(self) -> None:
+        A, b = matrix(np.linspace(0.5, 1, N)).astype(np.float32), vectors(1)[:, 0]
+        expected = apply(A, "exp", b, rtol=1e-4, **OPTIONS).value
+        np.testing.assert_allclose(apply(A, "exp", 1e60 * b, rtol=1e-4, **OPTIONS).value, 1e60 * expected, rtol=1e-3)
+        large = apply(A, lambda x: 1e60 * np.exp(x), b, rtol=1e-4, **OPTIONS)
+        np.testing.assert_allclose(large.value, 1e60 * expected, rtol=1e-3)
 
     def test_a_nonfinite_product(self) -> None:
         A = LinearOperator((N, N), matvec=lambda x: np.full(N, np.nan), dtype=np.float64)

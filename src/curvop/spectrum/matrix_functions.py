@@ -434,8 +434,9 @@ class _Run:
             length = int(self.lengths[run])
             if len(self._coefficients[run]) < length:
                 self._approximate(run)
-            coefficients = torch.from_numpy(self._norms[run] * self._coefficients[run]).to(basis.device, basis.dtype)
-            values[run] = coefficients @ basis[run, :length]
+            size = norm(self._coefficients[run]) or 1.0  # may be too large for the dtype of the basis
+            coefficients = torch.from_numpy(self._coefficients[run] / size).to(basis.device, basis.dtype)
+            values[run] = (coefficients @ basis[run, :length]).double() * size * self._norms[run]
         return values
 
 
@@ -489,6 +490,7 @@ class _Approximation:
                 (last * first) @ _quotients(function, ritz, values, section, limit)
                 for points, limit in ((ends, math.inf), (_between(ritz), float(np.abs(values).max())))
                 for section in np.array_split(points, len(points) // _SECTION + 1)
+                if section.size
             ]
             truncation = beta * float(np.abs(np.concatenate(remainders)).max())
         rounding = _effect_of_rounding(function, ritz, values, first, steps, eps * scale) if scale else 0.0
@@ -513,11 +515,11 @@ def _effect_of_rounding(
     """
     quotients = _quotients(function, ritz, values, ritz + steps)
     zeros, jumps = np.flatnonzero(np.abs(ritz) <= _ROUNDING * error), np.zeros(0)
-    center = function(np.zeros(1))[0]
+    center = function(np.zeros(1))[0] if zeros.size else math.nan  # f need not be defined at 0
     if math.isfinite(center):
         radii = _ROUNDING * np.minimum(np.abs(ritz[zeros]), error)
         changes = np.abs(np.array([function(radii), function(-radii)]) - center)
-        jumps = np.where(np.isfinite(changes), changes, 0.0).max(0, initial=0.0)
+        jumps = np.where(np.isfinite(changes), changes, 0.0).max(0)
         quotients[np.ix_(zeros, zeros)] = 0.0
     slopes = column_norms(quotients.T) / math.sqrt(len(ritz))
     return _ROUNDING * error * norm(first * slopes) + norm(first[zeros[: len(jumps)]] * jumps)
@@ -602,7 +604,8 @@ def _rounded(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Array]:
     """
     rounded = rows.to(dtype)
     if not bool(rounded.isfinite().all()):
-        raise ValueError(f"f(A) b overflows {str(dtype).removeprefix('torch.')}, the dtype of b: pass b in float64")
+        remedy = "scale b" if dtype == torch.float64 else "pass b in float64"
+        raise ValueError(f"f(A) b overflows {str(dtype).removeprefix('torch.')}, the dtype of b: {remedy}")
     norms = row_norms(rows)
     return rounded, row_norms(rounded.double() - rows) / np.where(norms > 0, norms, 1.0)
 
