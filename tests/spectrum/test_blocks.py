@@ -16,10 +16,12 @@ from processes import started
 from scipy.sparse.linalg import aslinearoperator
 from torch import nn
 
-from curvop import HessianLinearOperator
+from curvop import DiagonalLinearOperator, HessianLinearOperator
 from curvop.examples.functorch import functorch_hessian
 from curvop.problems import digits
 from curvop.spectrum import BlockStudy, blocks, plots
+
+OPTIONS = {"num_probes": 3, "num_steps": 10, "norm_products": 6, "rng": 5, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,18 @@ def test_groups(H, dense) -> None:
     assert study.norm_errors[0, 1] == 0
 
 
+def test_combinations_of_matrices(H, dense) -> None:
+    found = blocks(2 * H + H.damped(0.5), groups="layers", **OPTIONS)
+    layers = H.parameter_groups("layers")
+    assert found.names == list(layers)
+    for name, block in zip(found.names, found.densities, strict=True):
+        where = np.concatenate([np.arange(len(dense))[H.params_slices[parameter]] for parameter in layers[name]])
+        part = 3 * dense[np.ix_(where, where)] + 0.5 * np.eye(len(where))
+        assert block.range[1] <= np.linalg.eigvalsh(part)[-1] * (1 + 1e-8)
+    with pytest.raises(ValueError, match="not symmetric"):
+        blocks(DiagonalLinearOperator(np.arange(1.0, len(dense) + 1)) @ H, **OPTIONS)
+
+
 def test_round_trip(study, tmp_path) -> None:
     study.save(tmp_path / "blocks.npz")
     loaded = BlockStudy.load(tmp_path / "blocks.npz")
@@ -100,9 +114,6 @@ def assert_same(found: BlockStudy, expected: BlockStudy, count: int | None = Non
     for actual, desired in zip(found.densities, expected.densities, strict=False):
         np.testing.assert_array_equal(actual.nodes, desired.nodes)
         np.testing.assert_array_equal(actual.weights, desired.weights)
-
-
-OPTIONS = {"num_probes": 3, "num_steps": 10, "norm_products": 6, "rng": 5, "progress": False}
 
 
 @pytest.fixture(scope="module")

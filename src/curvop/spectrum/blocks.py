@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigvalsh
 
-from curvop.operators.parameter_operator import ParameterVectors
+from curvop.operators.parameter_operator import ParameterLinearOperator, ParameterVectors
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import available_bytes, integer, random_generator
 from curvop.spectrum.checkpoint import make_directory, open_record_file
@@ -29,6 +29,7 @@ from curvop.spectrum.counting import TimeUpError, deadline_after
 from curvop.spectrum.density import SpectralDensity, density
 from curvop.spectrum.estimators import Estimate
 from curvop.spectrum.lanczos import resolution
+from curvop.spectrum.symmetry import check_symmetry
 from curvop.storage.fingerprint import fingerprint, listed
 from curvop.storage.records import RecordFile
 from curvop.storage.result_files import load_arrays, save_arrays
@@ -145,6 +146,8 @@ def blocks(
     for name, number, least in (("num_probes", num_probes, 1), ("num_steps", num_steps, 1)):
         integer(name, number, least)
     integer("norm_products", norm_products, 2)
+    if not isinstance(A, ParameterLinearOperator):  # a composition may not be symmetric
+        check_symmetry(A)
     members = A.parameter_groups(groups)
     diagonal = {name: A.block(parameters) for name, parameters in members.items()}
     sizes = np.array([block.shape[0] for block in diagonal.values()])
