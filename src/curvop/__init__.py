@@ -62,7 +62,7 @@ from curvop import distributed, huggingface, preconditioner, spectrum
 from curvop.checks.check_report import CheckReport
 from curvop.checks.operator_checks import check
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
-from curvop.kernels.functions_objective import TargetLoss
+from curvop.kernels.target_loss import TargetLoss
 from curvop.operators.algebra import DampedLinearOperator
 from curvop.operators.diagonal_operator import BlockDiagonalLinearOperator, DiagonalLinearOperator
 from curvop.operators.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator

@@ -61,11 +61,11 @@ def write_diagonal(kernel: GGNLikeKernel, names: Sequence[str], out: Tensor) -> 
             describe = functools.partial(not_finite, "diagonal", index, float(loss.value))
             if z.isnan().any():  # infinity may come from a mask
                 raise NonFiniteProductError(describe("the prediction"))
-            extra = kernel.extra(index, prediction, batch)
-            output_hessian = kernel.output_hessian([z], batch, extra, functools.partial(loss.gradient, [z]))
+            extra = kernel.extra(index, prediction, batch, loss.y)
+            output_hessian = kernel.output_hessian([z], loss.y, extra, functools.partial(loss.gradient, [z]))
             eigenvalues, vectors = _decompose(output_hessian, z, describe)
             _check_gradient(kernel, names, batch, z, describe)
-            X, _ = objective.pair(batch)
+            X = objective.inputs(batch)
             for part, value in zip(parts, _sum_powers(kernel, names, X, z, eigenvalues, vectors), strict=True):
                 part.add_(value.to(part.device), alpha=loss.weight)
         objective.conclude(totals)
@@ -145,7 +145,7 @@ def _check_gradient(
         if part is not None:
             _check_finite(part, f"parameter {name!r}", describe)
     sums = _sum_powers(
-        *(kernel, names, objective.pair(batch)[0], z, torch.ones(1, _count(z), dtype=z.dtype, device=z.device)),
+        *(kernel, names, objective.inputs(batch), z, torch.ones(1, _count(z), dtype=z.dtype, device=z.device)),
         probe.view(1, _count(z), *z.shape[1:]),
         power=1,
     )

@@ -271,7 +271,8 @@ class _EmpiricalFisher(Differences):
         return Part(self.rows(vjp), holds, inner=inner, total=self.rows(total))
 
     def share(self, weight: float, prediction: Any, index: int, batch: Any) -> float:
-        return weight / float(self.code.objective.divisor_of(prediction, index, batch))  # type: ignore[attr-defined]
+        objective: Any = self.code.objective
+        return weight / float(objective.divisor_of(prediction, index, batch, objective.targets(batch)))
 
     def whole_divisor(self, loss: Tensor, predictions: Any, batches: list[Any]) -> float:
         """Return the number by which the loss function divides the sum of the examples' losses."""
@@ -286,18 +287,17 @@ class _EmpiricalFisher(Differences):
         """Return the number of examples that contribute to the loss."""
         examples = Examples(self.code.objective.loss_function)  # type: ignore[attr-defined]
         predictions = self.code.run(lambda own: [detached(self.code.predict(batch)) for batch in own], batches)
-        pairs = zip(predictions, batches, strict=True)
-        return sum(examples.count(outputs_of(prediction), self._targets(batch)) for prediction, batch in pairs)
+        targets = self.code.run(lambda own: [detached(self.code.targets_of(batch)) for batch in own], batches)
+        pairs = zip(predictions, targets, strict=True)
+        return sum(examples.count(outputs_of(prediction), y) for prediction, y in pairs)
 
     def _losses(self, batches: list[Any]) -> list[Tensor]:
         """For each batch, return a tensor with the losses of its examples.
 
         `curvop.kernels.losses` defines what an example is.
         """
-        return [self._unreduced(self.code.predict(batch), self._targets(batch)) for batch in batches]
-
-    def _targets(self, batch: Any) -> Any:
-        return self.code.objective.pair(batch)[1]  # type: ignore[attr-defined]
+        targets = [self.code.targets_of(batch) for batch in batches]
+        return [self._unreduced(self.code.predict(batch), y) for batch, y in zip(batches, targets, strict=True)]
 
     def _unreduced(self, prediction: Any, y: Any) -> Tensor:
         loss_function: Any = self.code.objective.loss_function  # type: ignore[attr-defined]

@@ -63,9 +63,9 @@ class FactorKernel(JacobianKernel):
         """Return the square root of the divisor of the matrix."""
         return math.sqrt(super().divisor(weights))
 
-    def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
+    def extra(self, index: int, prediction: Any, batch: Any, y: Any) -> dict[str, Tensor]:
         """Return the additional tensors of the kernel of the matrix."""
-        return self._matrix.extra(index, prediction, batch)
+        return self._matrix.extra(index, prediction, batch, y)
 
     def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
         """Return the buffers of the kernel of the matrix. Raise a ValueError if the number of batches has grown."""
@@ -73,7 +73,11 @@ class FactorKernel(JacobianKernel):
         return self._matrix.buffers(leaves, index, batch)
 
     def row_map(
-        self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self,
+        outputs: list[Tensor],
+        pair: tuple[Any, Any],
+        extra: Mapping[str, Tensor],
+        derivative: Callable[[bool], Parts],
     ) -> RowMap:
         """Return the map ``w -> R' w`` for one batch."""
         derivatives: list[Parts] = []
@@ -82,7 +86,7 @@ class FactorKernel(JacobianKernel):
             derivatives.append(derivative(create_graph))
             return derivatives[-1]
 
-        output_hessian = self._matrix.output_hessian(outputs, batch, extra, recorded)
+        output_hessian = self._matrix.output_hessian(outputs, pair[1], extra, recorded)
         if isinstance(output_hessian, OuterProducts):
             return output_hessian
         return _square_root(output_hessian, Examples(self.objective.loss_function), outputs, derivatives[-1])
@@ -114,11 +118,15 @@ class PerExampleKernel(FactorKernel):
         return 1.0
 
     def row_map(
-        self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self,
+        outputs: list[Tensor],
+        pair: tuple[Any, Any],
+        extra: Mapping[str, Tensor],
+        derivative: Callable[[bool], Parts],
     ) -> RowMap:
         """Return the map from the tangent of the prediction to the directional derivatives of the examples."""
-        row_map = super().row_map(outputs, batch, extra, derivative)
-        count = item_count(outputs, self.objective.pair(batch), row_map.count) if self.by_item else row_map.count
+        row_map = super().row_map(outputs, pair, extra, derivative)
+        count = item_count(outputs, pair, row_map.count) if self.by_item else row_map.count
         if count is None:
             raise ValueError(UNKNOWN_ITEMS)
         return row_map if count == row_map.count else _RowSums(row_map, count)
@@ -218,7 +226,7 @@ def _terms(objective: ModelObjective) -> Iterator[tuple[list[Tensor], Any, tuple
     with objective.slow_backends():
         for index, batch in objective.batches():
             _, _, outputs, loss = objective.split(leaves, index, batch, cut_off)
-            yield outputs, objective.pair(batch), used_terms(examples, outputs, loss.gradient(outputs))
+            yield outputs, (objective.inputs(batch), loss.y), used_terms(examples, outputs, loss.gradient(outputs))
 
 
 def item_count(outputs: Sequence[Tensor], batch: Any, terms: int) -> int | None:

@@ -88,7 +88,7 @@ def _write_by_example(
     stacked = torch.stack(seeds).reshape(len(seeds), count, *z.shape[1:])
     shaped = rows.view(count, len(seeds), -1)
     try:
-        X, _ = kernel.objective.pair(batch)
+        X = kernel.objective.inputs(batch)
         chunks = over_examples(kernel.objective, layout.names, X, z, rows_of_example, (stacked,), len(seeds))
         for chunk, results in chunks:
             for number, result in enumerate(results):

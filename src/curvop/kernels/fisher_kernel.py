@@ -36,13 +36,13 @@ class EmpiricalFisherKernel(GGNLikeKernel):
         super().__init__(objective, rows, cols)
         self._examples = Examples(objective.loss_function)
 
-    def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
+    def extra(self, index: int, prediction: Any, batch: Any, y: Any) -> dict[str, Tensor]:
         """Return a dict with the square root of `d`, the number by which the loss divides the sum over the examples.
 
         The derivative of the loss has the factor ``1 / d``, and `M` is quadratic in the derivative. Multiplying the
         derivative by the square root of `d` gives `M` the factor ``1 / d`` instead of ``1 / d ** 2``.
         """
-        divisor = self.objective.divisor_of(prediction, index, batch)
+        divisor = self.objective.divisor_of(prediction, index, batch, y)
         return {"scale": torch.tensor(divisor**0.5, dtype=self.objective.dtype, device=self.objective.device)}
 
     def num_factors(self, entries: int) -> int:
@@ -50,7 +50,7 @@ class EmpiricalFisherKernel(GGNLikeKernel):
         return 1
 
     def output_hessian(
-        self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self, outputs: list[Tensor], y: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> OutputHessian:
         """Return the block-diagonal map `M`.
 
@@ -95,15 +95,15 @@ class SampledFisherKernel(GGNLikeKernel):
         return self._samples
 
     def output_hessian(
-        self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self, outputs: list[Tensor], y: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> OutputHessian:
         """Return the block-diagonal map `M`. The block of an example is the mean of ``r r'`` over its draws."""
-        [z], (_, y) = outputs, self.objective.pair(batch)
+        [z] = outputs
         with torch.no_grad():
             draws = [self._likelihood.derivative(z, y, noise, extra) for noise in extra["noise"]]
             return OuterProducts(self._examples, outputs, [[draw * self._samples**-0.5] for draw in draws])
 
-    def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
+    def extra(self, index: int, prediction: Any, batch: Any, y: Any) -> dict[str, Tensor]:
         """Return the random numbers for the draws of batch number `index`.
 
         The numbers are generated on the host, so that they are the same on every device.
@@ -147,9 +147,9 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
             totals.add(loss.value, loss.weight, *leaves.values())
             derivative = loss.gradient(cuts)
             used = [output for output, part in zip(outputs, derivative, strict=True) if part is not None]
-            divisor = objective.divisor_of(prediction, index, batch)
+            divisor = objective.divisor_of(prediction, index, batch, loss.y)
             ratio = loss.weight / divisor if divisor else 1.0
-            count += ratio * examples.count(used or outputs, objective.pair(batch)[1])
+            count += ratio * examples.count(used or outputs, loss.y)
             for part, value in zip(parts, LinearMap(outputs, layout.of(leaves))(derivative), strict=True):
                 if value is not None:
                     part.add_(value.to(part.device), alpha=loss.weight)

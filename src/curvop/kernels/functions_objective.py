@@ -3,80 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from curvop.kernels.batches import batch_size_of
-from curvop.kernels.guard import referenced_modules
-from curvop.kernels.losses import is_torch_loss, loss_kind, loss_reduction
+from curvop.kernels.batches import batch_size, batch_size_of
+from curvop.kernels.guard import ModuleFinder, ModuleFoundError, referenced_modules
+from curvop.kernels.losses import is_torch_loss, loss_kind
 from curvop.kernels.model_objective import ModelObjective
-from curvop.kernels.objective import BatchWeight
+from curvop.kernels.objective import BatchWeight, Evaluation
 from curvop.kernels.parameters import check_callable
+from curvop.kernels.target_loss import TargetLoss
 
-__all__ = ["FunctionsObjective", "TargetLoss"]
+__all__ = ["FunctionsObjective"]
 
+T = TypeVar("T")
 
-class TargetLoss:
-    """Loss function ``(prediction, batch) -> scalar`` that applies a PyTorch loss function to targets in the batch.
-
-    Pass it as ``loss`` to the class methods ``from_functions`` of the operators. A function that computes the same loss
-    gives the same Hessian and the same GGN, if its batches are weighted by ``batch_weight=``. With a `TargetLoss`, the
-    operators also know the loss function. Batches are then weighted by the divisor of the loss function (for example,
-    the number of targets that are not ignored), `curvop.FisherLinearOperator` knows the likelihood, and the examples of
-    `curvop.EFLinearOperator` are the targets.
-
-    Parameters
-    ----------
-    loss_function : nn.Module or callable
-        Loss function ``(prediction, y) -> scalar``, such as ``nn.CrossEntropyLoss()``. Its attribute ``reduction``
-        ('mean' or 'sum') specifies whether the loss is a mean or a sum over the batch.
-    targets : callable
-        Function ``batch -> y`` that returns the targets.
-
-    Attributes
-    ----------
-    loss_function, targets : callable
-        The arguments.
-    reduction : str
-        The reduction of the loss function.
-
-    Raises
-    ------
-    TypeError
-        If an argument cannot be called.
-
-    See Also
-    --------
-    curvop.GGNLinearOperator.from_functions : GGN of two functions.
-    curvop.FisherLinearOperator.from_functions : Fisher matrix of two functions.
-
-    Examples
-    --------
-    The second of three targets is ignored, so the loss is a mean over two targets:
-
-    >>> import torch
-    >>> from torch import nn
-    >>> from curvop import TargetLoss
-    >>> loss = TargetLoss(nn.CrossEntropyLoss(), lambda batch: batch["labels"])
-    >>> batch = {"inputs": torch.ones(3, 2), "labels": torch.tensor([0, -100, 1])}
-    >>> round(float(loss(torch.zeros(3, 4), batch)), 4)
-    1.3863
-    """
-
-    def __init__(self, loss_function: Callable[[Any, Any], Tensor], targets: Callable[[Any], Any]) -> None:
-        check_callable("loss_function", loss_function, "a loss of torch.nn, or a function (prediction, y) -> scalar")
-        check_callable("targets", targets, "a function of the batch that returns the targets")
-        self.loss_function = loss_function
-        self.targets = targets
-
-    @property
-    def reduction(self) -> str:  # noqa: D102  # see Attributes
-        return loss_reduction(self.loss_function)
-
-    def __call__(self, prediction: Any, batch: Any) -> Tensor:
-        """Return the loss of a batch."""
-        return self.loss_function(prediction, self.targets(batch))
+#: The search for modules in an evaluation ends after this number of interruptions.
+_MAX_INTERRUPTIONS = 100
 
 
 class FunctionsObjective(ModelObjective):
@@ -115,19 +60,91 @@ class FunctionsObjective(ModelObjective):
         check_callable("loss", loss, "a function (prediction, batch) -> scalar")
         self._targets: Callable[[Any], Any] | None = None
         loss_function = loss
-        if isinstance(loss, TargetLoss):
+        if isinstance(loss, TargetLoss) and type(loss).__call__ is TargetLoss.__call__:
             loss_function, self._targets = loss.loss_function, loss.targets
-        modules = referenced_modules(predict), referenced_modules(loss)
-        self._set_up(predict, modules[0], loss_function, modules[1], params, data, batch_weight)
+        modules = [*referenced_modules(predict), *referenced_modules(loss)]
+        self._temporary: set[tuple[int, type]] = set()
+        self._set_up(predict, loss_function, modules, params, data, batch_weight)
         if self._targets is None and loss_kind(loss_function) is None and self.reduction == "mean":
             self._divisor = _batch_divisor
+        elif self._targets is not None and loss_kind(loss_function) is None and self.reduction == "mean":
+            self._divisor = _batch_or_target_divisor
 
     def pair(self, batch: Any) -> tuple[Any, Any]:
-        """Return the batch and its targets. For a loss that is no `TargetLoss`, the targets are the batch itself."""
-        return batch, batch if self._targets is None else self._targets(batch)
+        """Return the batch and its targets. For a loss that is no `TargetLoss`, the targets are the batch itself.
+
+        The targets are computed by the user's code; see `ModelObjective.pair`.
+        """
+        return batch, batch if self._targets is None else self._checked_targets(self._targets, batch)
+
+    def inputs(self, batch: Any) -> Any:
+        """Return the batch itself."""
+        return batch
+
+    def targets(self, batch: Any) -> Any:
+        """Return the targets of a batch, without side effects on modules or on the batch."""
+        if self._targets is None:
+            return batch
+
+        def targets(own: Any) -> Any:
+            with torch.no_grad():
+                return self.pair(own)[1]
+
+        return self.guard.run(targets, batch, self.replacements(self.leaves(())))
+
+    def _checked_targets(self, targets: Callable[[Any], Any], batch: Any) -> Any:
+        """Return ``targets(batch)``. Raise a TypeError if a loss of PyTorch cannot be applied to the result."""
+        keys = f", and the batch is a mapping with the keys {_listed(batch)}" if isinstance(batch, Mapping) else ""
+        try:
+            y = targets(batch)
+        except Exception as error:
+            note = f"This error was raised by targets(batch), where targets is an argument of TargetLoss{keys}."
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+            raise
+        if loss_kind(self.loss_function) is not None and not isinstance(y, Tensor):
+            raise TypeError(
+                f"targets returned a {type(y).__name__}, but the loss function of TargetLoss needs a tensor: make "
+                "targets, the second argument of TargetLoss, return a tensor of the batch"
+            )
+        return y
 
     def _recomputes(self) -> bool:
-        return bool(self._model_modules)
+        return bool(self.modules)
+
+    def _run(self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str) -> T:
+        """Evaluate a function as `Objective._run` does.
+
+        In the first pass over the data, also find the modules that `referenced_modules` cannot find, such as attributes
+        of objects that are not callable. A hook interrupts the evaluation before the forward pass of such a module, so
+        that the guard can save the state of the module before the module changes it. The evaluation is then repeated.
+        """
+        if self.checks.is_searched(what):
+            return super()._run(function, leaves, batch, what)
+        latest: nn.Module | None = None
+        for _ in range(_MAX_INTERRUPTIONS):
+            finder = ModuleFinder(self.modules, self._temporary, latest)
+            try:
+                with finder:
+                    result = super()._run(function, leaves, batch, what)
+            except ModuleFoundError as found:
+                if finder.interrupted is not found:
+                    raise
+                latest = found.module
+                self._replace_modules(finder.temporary, latest)
+            else:
+                self._replace_modules(finder.temporary, None)
+                return result
+        return super()._run(function, leaves, batch, what)
+
+    def _replace_modules(self, old: nn.Module | None, new: nn.Module | None) -> None:
+        """Remove the module `old` from the known modules, and add the module `new`."""
+        if old is None and new is None:
+            return
+        writes = self.guard.writes
+        modules = [module for module in self.modules if module is not old]
+        self._set_modules(modules if new is None else [*modules, new])
+        self.guard.writes = writes
 
     def _check_batch(self, index: int, batch: Any) -> None:
         if self._targets is None and is_torch_loss(self.loss_function) and not isinstance(batch, Tensor):
@@ -139,3 +156,13 @@ class FunctionsObjective(ModelObjective):
 
 def _batch_divisor(prediction: Any, batch: Any, y: Any) -> float | None:
     return batch_size_of(batch)
+
+
+def _batch_or_target_divisor(prediction: Any, batch: Any, y: Any) -> float | None:
+    """Return the size of a batch. If tensors in the batch have different sizes, return the size of the targets."""
+    size = batch_size(batch, y)
+    return batch_size_of(y) if size is None else size
+
+
+def _listed(batch: Mapping[Any, Any]) -> str:
+    return ", ".join(map(repr, batch))

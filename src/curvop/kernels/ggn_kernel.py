@@ -121,7 +121,7 @@ class GGNLikeKernel(Kernel):
 
     @abc.abstractmethod
     def output_hessian(
-        self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self, outputs: list[Tensor], y: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> OutputHessian:
         """Return `M` for one batch.
 
@@ -129,8 +129,8 @@ class GGNLikeKernel(Kernel):
         ----------
         outputs : list of Tensor
             The floating-point tensors of the prediction, which are leaves that require grad.
-        batch : pair
-            Input and target.
+        y : Any
+            The targets of the batch.
         extra : dict of str to Tensor
             The tensors that the method `extra` returns for this batch. If `product` calls `output_hessian`, the
             dict also contains the tensors of the loss function.
@@ -148,8 +148,8 @@ class GGNLikeKernel(Kernel):
     def check_curvature(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:  # optional
         """Record properties of `M` for one batch that a later warning depends on. By default, do nothing."""
 
-    def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
-        """Return a dict of additional tensors that are needed to compute `M` for batch number `index`.
+    def extra(self, index: int, prediction: Any, batch: Any, y: Any) -> dict[str, Tensor]:
+        """Return a dict of additional tensors that are needed to compute `M` for batch number `index` with targets `y`.
 
         The method uses only the shapes of the tensors in `prediction`, not their values.
         """
@@ -164,14 +164,14 @@ class GGNLikeKernel(Kernel):
         if key not in self._predictions:
             prediction = self.objective.predict(leaves, batch)
             self._predictions[key] = map_leaves(lambda part: part.detach().to("meta"), prediction)
-        return buffers | {"extra": self.extra(index, self._predictions[key], batch)}
+        return buffers | {"extra": self.extra(index, self._predictions[key], batch, self.objective.targets(batch))}
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return the linearization of batch number `index`."""
         prediction, cut, parts, loss = self.objective.split(leaves, index, batch, cut_off)
-        outputs, extra = outputs_of(prediction), self.extra(index, cut, batch)
+        outputs, extra = outputs_of(prediction), self.extra(index, cut, batch, loss.y)
         output_hessian = self.output_hessian(
-            parts, batch, extra, lambda create_graph: loss.gradient(parts, create_graph)
+            parts, loss.y, extra, lambda create_graph: loss.gradient(parts, create_graph)
         )
         if loss.weight:
             self.check_curvature(output_hessian, parts)
@@ -187,13 +187,13 @@ class GGNLikeKernel(Kernel):
         tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Parts]:
         """Return the loss of a batch, the prediction, and the product of the batch's matrix with `tangents`."""
-        prediction, parts, loss = self.objective.traced_split(leaves, buffers, batch, cut_off)
+        prediction, parts, loss, y = self.objective.traced_split(leaves, buffers, batch, cut_off)
         outputs = outputs_of(prediction)
 
         def derivative(create_graph: bool) -> Parts:
             return torch.autograd.grad(loss, parts, create_graph=create_graph, allow_unused=True)
 
-        output_hessian = self.output_hessian(parts, batch, buffers["loss"] | buffers.get("extra", {}), derivative)
+        output_hessian = self.output_hessian(parts, y, buffers["loss"] | buffers.get("extra", {}), derivative)
         jvp = JVP(outputs, self.cols.of(leaves), self._at_zero)
         vjp = LinearMap(outputs, self.rows.of(leaves))
         return loss, prediction, vjp(output_hessian(jvp(tangents)))
@@ -263,7 +263,7 @@ class GGNKernel(GGNLikeKernel):
     """Linearize batches for products with a block of the generalized Gauss-Newton matrix."""
 
     def output_hessian(
-        self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self, outputs: list[Tensor], y: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
     ) -> OutputHessian:
         """Return the Hessian of the loss with respect to the prediction."""
         return _LossHessian(derivative(True), outputs)

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
+import threading
 import types
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 
 from curvop.kernels.batches import leaves, map_leaves
 
-__all__ = ["Guard", "modules_of", "own_batch", "parts_of", "referenced_modules", "replaced"]
+__all__ = [
+    "Guard",
+    "ModuleFinder",
+    "ModuleFoundError",
+    "modules_of",
+    "own_batch",
+    "parts_of",
+    "referenced_modules",
+    "replaced",
+]
 
 T = TypeVar("T")
 
@@ -147,7 +159,8 @@ def referenced_modules(function: Any) -> list[nn.Module]:
 
     In addition to the modules that `modules_of` returns, the list contains the modules in closure variables, default
     arguments, attributes of objects that are callable or to which a method is bound, and global variables. Functions
-    among these objects are searched, too, but global functions only if they are from the same file.
+    among these objects are searched, too, but global functions only if they are from the same file. `ModuleFinder`
+    finds the other modules while the callable runs.
     """
     found: dict[nn.Module, None] = {}
     seen: set[int] = set()
@@ -176,7 +189,7 @@ def referenced_modules(function: Any) -> list[nn.Module]:
 
 def _used_by(function: types.FunctionType) -> list[Any]:
     """Return the modules and functions that a function uses, and its closure variables and default arguments."""
-    if function.__module__.partition(".")[0] == "torch":
+    if (function.__module__ or "").partition(".")[0] == "torch":
         return []
     values: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for cell in function.__closure__ or ():
@@ -186,11 +199,80 @@ def _used_by(function: types.FunctionType) -> list[Any]:
     while code:  # names in nested functions, too
         inner = code.pop()
         code += [constant for constant in inner.co_consts if isinstance(constant, types.CodeType)]
-        for used in (function.__globals__.get(name) for name in inner.co_names):
+        # `co_names` also contains the names of attributes, which may equal the names of unrelated global variables.
+        names = {step.argval for step in dis.get_instructions(inner) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        for used in (function.__globals__.get(name) for name in sorted(names)):
             own = isinstance(used, types.FunctionType) and used.__module__ == function.__module__
             if own or isinstance(used, nn.Module | functools.partial):
                 values.append(used)
     return values
+
+
+class ModuleFoundError(BaseException):
+    """Raised by a `ModuleFinder`. The base class is not ``Exception``, so that the user's code does not catch it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(f"a {type(module).__name__} is called for the first time")
+        self.module = module
+
+
+class ModuleFinder:
+    """Interrupt the user's code before the forward pass of a module that is not known.
+
+    While the context is active, the first call of an unknown module raises a `ModuleFoundError`. The code is then
+    repeated with this module as `latest`. If the repeated code calls another unknown module first, `latest` was created
+    by the code itself, as in ``nn.Softmax(1)(z)``. Calls at this position in the sequence of calls no longer interrupt.
+
+    Parameters
+    ----------
+    modules : sequence of nn.Module
+        The known modules. Their submodules are known, too.
+    positions : set of (int, type)
+        Positions and types of modules that the code creates itself. The finder adds new ones.
+    latest : nn.Module or None
+        The module that was found last.
+
+    Attributes
+    ----------
+    interrupted : ModuleFoundError or None
+        The error that was raised.
+    temporary : nn.Module or None
+        The module `latest`, if it was created by the code itself.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Module], positions: set[tuple[int, type]], latest: nn.Module | None = None
+    ) -> None:
+        self._known = set(parts_of(modules))
+        self._positions = positions
+        self._latest = latest
+        self._thread = threading.get_ident()  # the replicas of a DataParallel module run in other threads
+        self._calls = 0
+        self.interrupted: ModuleFoundError | None = None
+        self.temporary: nn.Module | None = None
+
+    def __enter__(self) -> Self:
+        self._handle = register_module_forward_pre_hook(self._see)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+
+    def _see(self, module: nn.Module, args: object) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        self._calls += 1
+        if module is self._latest:
+            self._latest = None
+        position = (self._calls, type(module))
+        if module in self._known or position in self._positions:
+            return
+        if self._latest is not None and type(self._latest) is type(module):
+            self.temporary = self._latest
+            self._positions.add(position)
+            return
+        self.interrupted = ModuleFoundError(module)
+        raise self.interrupted
 
 
 @contextlib.contextmanager

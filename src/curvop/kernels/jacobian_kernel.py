@@ -157,15 +157,20 @@ class JacobianKernel(Kernel):
         return restricted
 
     def row_map(
-        self, outputs: list[Tensor], batch: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self,
+        outputs: list[Tensor],
+        pair: tuple[Any, Any],
+        extra: Mapping[str, Tensor],
+        derivative: Callable[[bool], Parts],
     ) -> RowMap:
         """Return the map from the tangent of the prediction to the rows of one batch.
 
-        For the parameters, see `curvop.kernels.ggn_kernel.GGNLikeKernel.output_hessian`.
+        `pair` contains the inputs and the targets. For the other parameters, see
+        `curvop.kernels.ggn_kernel.GGNLikeKernel.output_hessian`.
         """
         return _FlatOutputs(outputs)
 
-    def extra(self, index: int, prediction: Any, batch: Any) -> dict[str, Tensor]:
+    def extra(self, index: int, prediction: Any, batch: Any, y: Any) -> dict[str, Tensor]:
         """Return a dict of additional tensors that are needed to compute the rows of batch number `index`."""
         return {}
 
@@ -190,12 +195,13 @@ class JacobianKernel(Kernel):
 
         ``product`` is the matrix of the batch, or its transpose, multiplied by `tangents`.
         """
-        prediction, parts, loss = self.objective.traced_split(leaves, buffers, batch, cut_off)
+        prediction, parts, loss, y = self.objective.traced_split(leaves, buffers, batch, cut_off)
 
         def derivative(create_graph: bool) -> Parts:
             return torch.autograd.grad(loss, parts, create_graph=create_graph, allow_unused=True)
 
-        row_map = self.row_map(parts, batch, buffers["loss"] | buffers.get("extra", {}), derivative)
+        pair = self.objective.inputs(batch), y
+        row_map = self.row_map(parts, pair, buffers["loss"] | buffers.get("extra", {}), derivative)
         return loss, prediction, self._linearization(row_map, outputs_of(prediction), leaves, loss, 1.0).apply(tangents)
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
@@ -206,8 +212,8 @@ class JacobianKernel(Kernel):
     def evaluate(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> tuple[Any, RowMap, BatchLoss]:
         """Return the prediction, the map to the rows, and the loss of batch number `index`."""
         prediction, cut, parts, loss = self.objective.split(leaves, index, batch, cut_off)
-        extra = self.extra(index, cut, batch)
-        row_map = self.row_map(parts, batch, extra, lambda create_graph: loss.gradient(parts, create_graph))
+        extra, pair = self.extra(index, cut, batch, loss.y), (self.objective.inputs(batch), loss.y)
+        row_map = self.row_map(parts, pair, extra, lambda create_graph: loss.gradient(parts, create_graph))
         if index >= len(self._sizes) or self._sizes[index] != row_map.count:
             raise ValueError(f"batch {index} has {row_map.count} {self.row_name}s: {_CHANGED}")
         return prediction, row_map, loss

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from curvop.kernels.losses import check_classes, loss_derivative, loss_divisor, 
 from curvop.kernels.objective import BatchLoss, BatchWeight, Buffers, EvaluatedLoss, Objective
 from curvop.kernels.objective_checks import reached
 from curvop.kernels.parameters import check_callable, checked_params
+from curvop.kernels.target_loss import TargetLoss
 
 __all__ = ["ModelObjective"]
 
@@ -60,36 +61,39 @@ class ModelObjective(Objective):
     ) -> None:
         check_callable("model", model, "an nn.Module, or a function (params, X) -> prediction")
         check_callable("loss_function", loss_function, "a loss of torch.nn, or a function (prediction, y) -> scalar")
-        self._set_up(model, modules_of(model), loss_function, modules_of(loss_function), params, data, batch_weight)
+        if isinstance(loss_function, TargetLoss):
+            raise TypeError(
+                "loss_function is a TargetLoss, which takes a whole batch, as in from_functions, but "
+                "data yields pairs (X, y) here: pass its loss_function, and data with the targets y"
+            )
+        modules = [*modules_of(model), *modules_of(loss_function)]
+        self._set_up(model, loss_function, modules, params, data, batch_weight)
 
     def _set_up(
         self,
         model: nn.Module | Callable[[dict[str, Tensor], Any], Any],
-        model_modules: Iterable[nn.Module],
         loss_function: Callable[[Any, Any], Tensor],
-        loss_modules: Iterable[nn.Module],
+        modules: Iterable[nn.Module],
         params: Mapping[str, Tensor] | Iterable[Tensor],
         data: Iterable[Any],
         batch_weight: BatchWeight | None,
     ) -> None:
-        """Initialize the objective.
-
-        `model_modules` and `loss_modules` are the modules to which `model` and `loss_function` refer.
-        """
-        model_modules = list(model_modules)
-        modules = list(dict.fromkeys((*model_modules, *loss_modules)))
+        """Initialize the objective. `modules` are the modules to which `model` and `loss_function` refer."""
         reduction = loss_reduction(loss_function, self.loss_name)
-        Objective.__init__(self, modules, checked_params(model, params), data, reduction, batch_weight)
         self._model = model
-        self._model_modules = model_modules
-        own = {id(value) for module in model_modules for value in module.parameters()}
-        self._apart = self._renormalized or any(
-            id(value) not in own or not value.requires_grad for value in self.params.values()
-        )
         self.loss_function = loss_function
+        modules = list(dict.fromkeys(modules))
+        Objective.__init__(self, modules, checked_params(model, params), data, reduction, batch_weight)
         self._has_state = isinstance(loss_function, nn.Module)
         self._divisor = loss_divisor(loss_function)
         self._derivative = loss_derivative(loss_function)
+
+    def _set_modules(self, modules: Sequence[nn.Module]) -> None:
+        super()._set_modules(modules)
+        own = {id(value) for module in self.modules for value in module.parameters()}
+        self._apart = self._renormalized or any(
+            id(value) not in own or not value.requires_grad for value in self.params.values()
+        )
         self._check_replaceable()
 
     def _check_replaceable(self) -> None:
@@ -108,9 +112,21 @@ class ModelObjective(Objective):
                 )
 
     def pair(self, batch: Any) -> tuple[Any, Any]:
-        """Return ``(X, y)``: the inputs that the model receives, and the targets that the loss function receives."""
+        """Return ``(X, y)``: the inputs that the model receives, and the targets that the loss function receives.
+
+        The targets may be computed by the user's code. Call this method only where the guard undoes side effects. Other
+        code calls `inputs` and `targets`, or reads the attribute ``y`` of a `BatchLoss`.
+        """
         X, y = batch
         return X, y
+
+    def inputs(self, batch: Any) -> Any:
+        """Return the inputs that the model receives, without running any of the user's code."""
+        return batch[0]
+
+    def targets(self, batch: Any) -> Any:
+        """Return the targets that the loss function receives, without side effects on modules or on the batch."""
+        return batch[1]
 
     def predict(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         """Return the model's prediction for a batch as a differentiable function of `leaves`.
@@ -133,7 +149,7 @@ class ModelObjective(Objective):
         parts : list of Tensor
             The tensors in `copy` with respect to which the loss is differentiated.
         loss : BatchLoss
-            The loss as a differentiable function of `parts`.
+            The loss as a differentiable function of `parts`, with the targets of the batch.
 
         Raises
         ------
@@ -147,11 +163,13 @@ class ModelObjective(Objective):
             with self._evaluating(self._apart):
                 prediction = self._predict(leaves, X)
                 copy, parts = cut(prediction)
-                return _Split(prediction, copy, parts, self._criterion(copy, X, y))
+                return _Split(prediction, copy, parts, self._criterion(copy, X, y), y)
 
         with at_batch(index):
-            prediction, copy, parts, evaluated = self._run(evaluate, leaves, batch, "split")
-        return prediction, copy, parts, self._batch_loss(evaluated, index, batch)
+            prediction, copy, parts, evaluated, y = self._run(evaluate, leaves, batch, "split")
+        loss = self._batch_loss(evaluated, index, batch)
+        loss.y = y
+        return prediction, copy, parts, loss
 
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
         X, y = self.pair(batch)
@@ -159,9 +177,8 @@ class ModelObjective(Objective):
             return self._criterion(self._predict(leaves, X), X, y)
 
     def _prediction(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
-        X, _ = self.pair(batch)
         with self._evaluating(self._apart):
-            return self._predict(leaves, X)
+            return self._predict(leaves, self.inputs(batch))
 
     @contextlib.contextmanager
     def _evaluating(self, apart: bool) -> Iterator[None]:
@@ -206,15 +223,17 @@ class ModelObjective(Objective):
             return torch.stack([part.sum() for part in leaves_of(prediction) if part.is_floating_point()]).sum()
         return self.loss_function(prediction, y)
 
-    def divisor_of(self, prediction: Any, index: int, batch: Any) -> float:
+    def divisor_of(self, prediction: Any, index: int, batch: Any, y: Any) -> float:
         """Return the number by which the loss function divides the sum over the examples of batch number `index`.
+
+        Only the shape of `prediction` is used. `y` are the targets of the batch.
 
         Raises
         ------
         ValueError
             If the number is unknown and no ``batch_weight`` was passed.
         """
-        divisor = self._mean_divisor(prediction, batch)
+        divisor = self._divisor(prediction, self.inputs(batch), y)
         overridden = self._batch_weight is not None and loss_kind(self.loss_function) is None
         if divisor is not None and not overridden:
             return divisor
@@ -246,7 +265,7 @@ class ModelObjective(Objective):
                 )
 
     def _mean_divisor(self, prediction: Any, batch: Any) -> float | None:
-        return self._divisor(prediction, *self.pair(batch))
+        return self._divisor(prediction, self.inputs(batch), self.targets(batch))
 
     def assumes_weights(self) -> bool:
         """Return True if the weights of the batches are only assumed, and should be verified.
@@ -293,9 +312,10 @@ class ModelObjective(Objective):
         return _called(self._model.module if isinstance(self._model, nn.DataParallel) else self._model, X)
 
     def _constants(self) -> dict[str, Tensor]:
-        """Return a dict of the model's tensors that are not differentiated, by name.
+        """Return a dict of the tensors of the modules that are not differentiated, by name.
 
-        The dict contains copies of the model's buffers, and the detached parameters that are not in `params`.
+        The dict contains copies of the buffers, and the detached parameters that are not in `params`. Tensors of a loss
+        function that is a module are not included.
         """
         selected = {id(tensor) for tensors in self.originals().values() for tensor in tensors}
         values: dict[str, Tensor] = {}
@@ -309,11 +329,11 @@ class ModelObjective(Objective):
         return values | buffers
 
     def buffers(self, leaves: Mapping[str, Tensor]) -> Buffers:
-        """Return the constant tensors of the model (see `_constants`) and the tensors of the loss function."""
+        """Return the constant tensors of the modules (see `_constants`) and the tensors of the loss function."""
         loss: dict[str, Tensor] = {}
         if isinstance(self.loss_function, nn.Module):
             shared = {id(tensor) for tensor in self._model_tensors().values()}  # already among the model's constants
-            loss = dict(self.loss_function.named_buffers())
+            loss = {name: buffer.clone() for name, buffer in self.loss_function.named_buffers()}
             loss |= {name: value.detach() for name, value in self.loss_function.named_parameters()}
             named = (*self.loss_function.named_buffers(), *self.loss_function.named_parameters())
             loss = {name: loss[name] for name, own in named if id(own) not in shared}
@@ -323,7 +343,7 @@ class ModelObjective(Objective):
         return {"model": self._constants(), "loss": loss}
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        """Return a dict of the model's parameters and buffers, by name."""
+        """Return a dict of the parameters and buffers of all modules except the loss function, by name."""
         tensors: dict[str, Tensor] = {}
         for prefix, module in self._named_modules():
             tensors |= dict(module.named_parameters(prefix, remove_duplicate=False)) | dict(
@@ -332,12 +352,16 @@ class ModelObjective(Objective):
         return tensors
 
     def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the modules of the model, each with a prefix for the names of its tensors."""
-        if isinstance(self._model, nn.Module):
-            yield "", self._model
-            return
-        for number, module in enumerate(self._model_modules):
-            yield str(number), module
+        """Yield all modules except the loss function, each with a prefix for the names of its tensors.
+
+        The prefix is empty for a model that is a module. A module cannot have a submodule with the name ``modules``, so
+        names with the other prefixes differ from its names.
+        """
+        for number, module in enumerate(self.modules):
+            if module is self._model:
+                yield "", module
+            elif module is not self.loss_function:
+                yield f"modules.{number}", module
 
     @contextlib.contextmanager
     def _substituted(self, leaves: Mapping[str, Tensor], buffers: Buffers) -> Iterator[None]:
@@ -354,23 +378,32 @@ class ModelObjective(Objective):
 
     def traced(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> tuple[Tensor, Any]:
         """Return ``(loss, prediction)`` for a batch, as a pure function of the arguments."""
-        X, y = self.pair(own_batch(batch, self.guard.writes))
+        own = own_batch(batch, self.guard.writes)
         with self._substituted(leaves, buffers), self._evaluating(True):
+            X, y = self.pair(own)
             prediction = self._predict(leaves, X)
             return self._traced_criterion(prediction, buffers, y), prediction
 
     def traced_split(
         self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any, cut: Cut
-    ) -> tuple[Any, list[Tensor], Tensor]:
-        """Return ``(prediction, parts, loss)`` for a batch, as a pure function of the arguments.
+    ) -> tuple[Any, list[Tensor], Tensor, Any]:
+        """Return ``(prediction, parts, loss, y)`` for a batch, as a pure function of the arguments.
 
         As in `split`, ``parts`` are tensors in a detached copy of the prediction, and ``loss`` is a function of them.
+        ``y`` are the targets of the batch.
         """
-        X, y = self.pair(own_batch(batch, self.guard.writes))
+        own = own_batch(batch, self.guard.writes)
         with self._substituted(leaves, buffers), self._evaluating(True):
+            X, y = self.pair(own)
             prediction = self._predict(leaves, X)
             copy, parts = cut(prediction)
-            return prediction, parts, self._traced_criterion(copy, buffers, y)
+            return prediction, parts, self._traced_criterion(copy, buffers, y), y
+
+    def traced_targets(self, leaves: Mapping[str, Tensor], buffers: Buffers, batch: Any) -> Any:
+        """Return the targets of a batch as a pure function of the arguments."""
+        own = own_batch(batch, self.guard.writes)
+        with self._substituted(leaves, buffers):
+            return self.pair(own)[1]
 
     def traced_prediction(self, leaves: Mapping[str, Tensor], buffers: Buffers, X: Any) -> Any:
         """Return the prediction for the inputs `X` as a pure function of the arguments."""
@@ -396,6 +429,7 @@ class _Split(NamedTuple):
     copy: Any
     parts: list[Tensor]
     loss: EvaluatedLoss
+    y: Any
 
 
 def _detached(parameter: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ __all__ = [
     "BatchWeight",
     "Buffers",
     "CallableObjective",
+    "Evaluation",
     "Objective",
     "PartWeights",
 ]
@@ -79,12 +80,15 @@ class BatchLoss:
         The tensor at which backpropagation starts: the loss, or the prediction if `derivative` is given.
     derivative : Tensor or None
         The derivative of the loss with respect to `output`, or None if `output` is the loss itself.
+    y : Any
+        The targets of the batch, if the objective has targets.
     """
 
     value: Tensor
     weight: float
     output: Tensor
     derivative: Tensor | None
+    y: Any = None
 
     def gradient(self, params: Sequence[Tensor], create_graph: bool = False) -> Sequence[Tensor | None]:
         """Return the gradients of the loss with respect to `params`, in the same order.
@@ -149,11 +153,10 @@ class Objective(abc.ABC):
         if batch_weight is not None and reduction == "sum":
             raise ValueError("batch_weight has no meaning with reduction='sum': leave it out")
         self.params = params
-        self.reduction = reduction
-        self.modules = tuple(modules)
-        self.guard = Guard(self.modules, list(params.values()))
-        self.evaluator = Evaluator()
         self.data = data
+        self.reduction = reduction
+        self._set_modules(modules)
+        self.evaluator = Evaluator()
         self._batch_weight = batch_weight
         self.generators = Generators()
         self._feed: Feed | None = None
@@ -162,7 +165,12 @@ class Objective(abc.ABC):
         self._part_weights: PartWeights | None = None
         self._kept_totals: Totals | None = None
         self.checks = FirstPassChecks()
-        self._changes = ChangeDetector(self.modules, params, data)
+
+    def _set_modules(self, modules: Sequence[nn.Module]) -> None:
+        """Set the modules whose state is restored after each evaluation, and whose changes are detected."""
+        self.modules = tuple(modules)
+        self.guard = Guard(self.modules, list(self.params.values()))
+        self._changes = ChangeDetector(self.modules, self.params, self.data)
         parts = parts_of(modules)
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
         self._renormalized = any(getattr(part, "max_norm", None) is not None for part in parts)

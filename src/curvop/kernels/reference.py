@@ -240,7 +240,8 @@ class DoubleBatch(abc.ABC):
         self.values = {name: point.values[name] for name in (*kernel.rows.names, *kernel.cols.names)}
         with torch.enable_grad():  # the model may compute derivatives
             self.prediction = self._traced({})[1]
-        self.weight = 1.0 if self.by_batch else self.objective.weight(self.prediction, index, self.batch)
+        self._original = batch  # in the precision of the user's modules, which may compute the targets
+        self.weight = 1.0 if self.by_batch else self.objective.weight(self.prediction, index, batch)
 
     @abc.abstractmethod
     def product(self, vector: Tensor) -> Tensor:
@@ -259,8 +260,11 @@ class DoubleBatch(abc.ABC):
 
     def _prediction(self, values: Values) -> Any:
         return self.objective.traced_prediction(
-            self.point.values | values, self.point.buffers(), self.objective.pair(self.batch)[0]
+            self.point.values | values, self.point.buffers(), self.objective.inputs(self.batch)
         )
+
+    def _targets(self) -> Any:
+        return self.objective.traced_targets(self.point.values, self.point.buffers(), self.batch)
 
     def _along(self, vector: Tensor) -> Values:
         zeros = {name: torch.zeros_like(value) for name, value in self.values.items()}
@@ -313,22 +317,22 @@ class _GaussNewton(DoubleBatch):
         prediction = map_leaves(lambda part: next(parts) if part.is_floating_point() else part, self.prediction)
         with _ForwardDifferentiable([]):
             leaves = self.point.values
-            loss: Tensor = self.objective.traced_loss(
-                leaves, prediction, self.point.buffers(), self.objective.pair(self.batch)[1]
-            )
+            loss: Tensor = self.objective.traced_loss(leaves, prediction, self.point.buffers(), self._targets())
         return loss
 
 
 class _EmpiricalFisher(DoubleBatch):
     def product(self, vector: Tensor) -> Tensor:
         tangents = _derivative(self._losses, self.values, self._along(vector))
-        divisor: float = self.objective.divisor_of(self.prediction, self.index, self.batch)
+        divisor: float = self.objective.divisor_of(
+            self.prediction, self.index, self._original, self.objective.targets(self._original)
+        )
         return self._vjp(self._losses, tangents) / divisor
 
     def _losses(self, values: Values) -> Parts:
         """Return a tuple with one tensor: the losses of all examples. For examples, see `curvop.kernels.losses`."""
         with _ForwardDifferentiable(self._padding):
-            prediction, y = self._prediction(values), self.objective.pair(self.batch)[1]
+            prediction, y = self._prediction(values), self._targets()
             buffers, loss_function = self.point.buffers(), self.objective.loss_function
             if loss_kind(loss_function) is None:
                 loss_of_batch = self.objective.traced_loss
@@ -354,10 +358,13 @@ class _PerExample(_EmpiricalFisher):
         [terms] = _derivative(self._losses, self.values, self._along(vector))
         rows = terms
         if self.kernel.by_item:
-            count = item_count(outputs_of(self.prediction), self.batch, len(terms))
+            pair = self.objective.inputs(self._original), self.objective.targets(self._original)
+            count = item_count(outputs_of(self.prediction), pair, len(terms))
             rows = terms.view(count or 1, -1).sum(1)
         weight = self.objective.weight(self.prediction, self.index, self.batch)
-        divisor = self.objective.divisor_of(self.prediction, self.index, self.batch)
+        divisor = self.objective.divisor_of(
+            self.prediction, self.index, self._original, self.objective.targets(self._original)
+        )
         return rows * math.sqrt(weight / divisor) if divisor else rows * 0.0
 
 

@@ -191,10 +191,14 @@ class UserCode:
 
     def predict(self, batch: Any) -> Any:
         """Return the model's prediction for a batch."""
-        X, _ = self.objective.pair(batch)  # type: ignore[attr-defined]
+        X = self.objective.inputs(batch)  # type: ignore[attr-defined]
         if not isinstance(self._model, nn.Module):
             return self._model(dict(self.targets), X)
         return self._model(**X) if _takes_keywords(self._model, X) else self._model(X)
+
+    def targets_of(self, batch: Any) -> Any:
+        """Return the targets of a batch."""
+        return self.objective.pair(batch)[1]  # type: ignore[attr-defined]
 
     def loss(self, batches: list[Any]) -> tuple[Tensor, Any]:
         """Join the batches into one batch, and return ``(loss, predictions)``.
@@ -206,8 +210,9 @@ class UserCode:
             for batch in batches:
                 self.objective.weight(None, 0, batch)  # raises if the size of the batch is unknown
             return self.objective._objective(dict(self.targets), joined(batches)), None
+        targets = [self.targets_of(batch) for batch in batches]
         predictions = [self.predict(batch) for batch in batches]
-        return self.criterion(predictions, batches), predictions
+        return self._joined_loss(predictions, targets), predictions
 
     def predicts_apart(self, batches: list[Any]) -> bool:
         """Return True if the joint loss of the batches does not depend on the order in which the model is called.
@@ -218,17 +223,19 @@ class UserCode:
             return True
 
         def backwards(own: list[Any]) -> Tensor:
+            targets = [self.targets_of(batch) for batch in own]
             predictions = [self.predict(batch) for batch in reversed(own)]
-            return self.criterion(predictions[::-1], own).detach()
+            return self._joined_loss(predictions[::-1], targets).detach()
 
         forwards = self.run(lambda own: self.loss(own)[0].detach(), batches)
         return bool(torch.allclose(forwards, self.run(backwards, batches), 1e-6, 0.0, equal_nan=True))
 
     def criterion(self, predictions: list[Any], batches: list[Any]) -> Tensor:
         """Join the predictions and the targets of all batches, and return the loss of the joined batch."""
-        pairs = zip(predictions, batches, strict=True)
-        targets = self.objective.pair  # type: ignore[attr-defined]
-        prediction, y = joined([(prediction, targets(batch)[1]) for prediction, batch in pairs])
+        return self._joined_loss(predictions, [self.targets_of(batch) for batch in batches])
+
+    def _joined_loss(self, predictions: list[Any], targets: list[Any]) -> Tensor:
+        prediction, y = joined(list(zip(predictions, targets, strict=True)))
         loss: Tensor = self.objective.loss_function(prediction, y)  # type: ignore[attr-defined]
         return loss
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from curvop.kernels.functions_objective import TargetLoss
 from curvop.kernels.parameters import unknown_name
+from curvop.kernels.target_loss import TargetLoss
 
 __all__ = ["causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification"]
 
