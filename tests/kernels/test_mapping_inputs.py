@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import UserDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from agreement import close
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from curvop import GGNLinearOperator, HessianLinearOperator, JacobianLinearOperator, check
+from curvop import GGNLinearOperator, HessianLinearOperator, JacobianLinearOperator, NonFiniteProductError, check
 from curvop.examples.functorch import functorch_ggn
 from curvop.testing.functorch_reference import call_arguments
 
@@ -84,6 +84,60 @@ class Annotated(Layers):
         return self.of(a["a"], a["b"])
 
 
+class HandlesBoth(Layers):
+    """Its first parameters are named as the keys, but it takes the mapping apart itself."""
+
+    def forward(self, a, b=None):
+        assert b is None
+        return self.of(a["a"], a["b"])
+
+
+class Passed(Layers):
+    """A wrapper whose signature shows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = [Keywords()]  # not a submodule, so the parameters have the same names
+        for name, part in self.named_children():
+            setattr(self.inner[0], name, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.inner[0](*args, **kwargs)
+
+
+class Unbound(Layers):
+    """The instance is not named self."""
+
+    def forward(this, a, b):  # noqa: N805
+        return this.of(a, b)
+
+
+class PositionOnly(Layers):
+    def forward(self, a, /, b=None):
+        assert b is None
+        return self.of(a["a"], a["b"])
+
+
+class Predictor(Tensor):
+    """A type whose name contains the word dict."""
+
+
+class OfPredictor(Layers):
+    def forward(self, a: Predictor, b: Tensor) -> Tensor:
+        return self.of(a, b)
+
+
+class Parts(TypedDict):
+    a: Tensor
+    b: Tensor
+
+
+class OfTypedDict(Layers):
+    def forward(self, a: Parts, b: Tensor | None = None) -> Tensor:
+        assert b is None
+        return self.of(a["a"], a["b"])
+
+
 class AnyArguments(Layers):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         (X,) = args
@@ -91,8 +145,8 @@ class AnyArguments(Layers):
         return self.of(X["a"], X["b"])
 
 
-AS_KEYWORDS = [Keywords, Optional, KeywordsOnly, AnyKeywords, SomeKeywords, Wrapped]
-AS_ONE = [OneArgument, OneOfSeveral, Annotated, AnyArguments]
+AS_KEYWORDS = [Keywords, Optional, KeywordsOnly, AnyKeywords, SomeKeywords, Wrapped, Passed, Unbound, OfPredictor]
+AS_ONE = [OneArgument, OneOfSeveral, Annotated, AnyArguments, HandlesBoth, PositionOnly, OfTypedDict]
 
 
 def data_of(kind: Callable[[dict[str, Tensor]], Any] = dict) -> list[Any]:
@@ -121,7 +175,9 @@ def test_the_model_is_called_as_its_signature_says(model: Any, kind: Any) -> Non
     close(G.diagonal(), np.diag(expected(made)))
 
 
-@pytest.mark.slow_cases("Optional", "KeywordsOnly", "AnyKeywords", "Wrapped", "OneArgument", "AnyArguments")
+@pytest.mark.slow_cases(
+    *("Optional", "KeywordsOnly", "AnyKeywords", "Wrapped", "OneArgument", "AnyArguments", "Unbound", "PositionOnly")
+)
 @pytest.mark.parametrize("model", AS_KEYWORDS + AS_ONE)
 class TestOtherRoutes:
     def test_check_calls_it_the_same_way_by_code_of_its_own(self, model: Any) -> None:
@@ -147,8 +203,62 @@ def test_the_compiled_engine_traces_the_same_call(model: Any) -> None:
     close(G @ np.eye(38), expected(made))
 
 
+class TestBothWaysFit:
+    """The mapping remains one argument, as the first batch shows, unless the model raises an error then."""
+
+    def test_a_model_that_takes_both(self) -> None:
+        """As keywords, the scale would be lost."""
+
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(3, 1, bias=False).double()
+
+            def forward(self, x, scale=None):
+                return self.layer(x["x"] * x["scale"] if isinstance(x, dict) else x)
+
+        model = Scaled()
+        data = [({"x": torch.ones(2, 3, dtype=torch.float64), "scale": 2.0}, None)]
+        J = JacobianLinearOperator(model, dict(model.named_parameters()), data)
+        close(J @ np.eye(3), np.full((2, 3), 2.0))
+
+    def test_the_attempt_leaves_no_trace(self) -> None:
+        class Counting(Keywords):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+            def forward(self, a, b=None):
+                self.calls += 1
+                if isinstance(a, dict):
+                    a.clear()
+                return self.calls * self.of(a, b)
+
+        made = Counting()
+        G = GGNLinearOperator(made, nn.MSELoss(), dict(made.named_parameters()), data_of())
+        close(G @ np.eye(38), expected(made))
+        assert float(made.calls) == 0
+
+    def test_data_parallel(self) -> None:
+        made = Keywords()
+        wrapper = nn.DataParallel(made)
+        G = GGNLinearOperator(wrapper, nn.MSELoss(), dict(wrapper.named_parameters()), data_of())
+        close(G @ np.eye(38), expected(made))
+
+    def test_keys_that_are_no_strings(self) -> None:
+        class Numbered(Layers):
+            def forward(self, X, **more):
+                return self.of(X[0], X[1])
+
+        made = Numbered()
+        data = [({0: X["a"], 1: X["b"]}, y) for X, y in data_of()]
+        H = GGNLinearOperator(made, nn.MSELoss(), dict(made.named_parameters()), data)
+        close(H @ np.eye(38), expected(made))
+        assert check(H, rng=0, progress=False).verdict.startswith("sound")
+
+
 class TestOneParameter:
-    """Whether ``forward(self, a)`` takes ``{"a": tensor}`` as one argument cannot be seen: its annotation decides."""
+    """Whether ``forward(self, a)`` takes ``{"a": tensor}`` as one argument cannot be seen in its signature."""
 
     def products(self, forward: Any) -> np.ndarray:
         model = type("Model", (nn.Module,), {"forward": forward})()
@@ -192,6 +302,32 @@ class TestWhatDoesNotFit:
         [found] = [line for line in raised.value.__notes__ if "X is a mapping" in line]
         assert "model(X)" in found
         assert "model(**X)" in found
+        assert "functional_call(model, params, (), X)" in found or model is Optional
+
+    def test_errors_of_any_type_have_the_note(self) -> None:
+        class Failing(Keywords):
+            def forward(self, a, b=None):
+                raise self.error
+
+        for error in (IndexError("a"), RuntimeError("b"), AssertionError("c")):
+            made = Failing()
+            made.error = error
+            G = GGNLinearOperator(made, nn.MSELoss(), dict(made.named_parameters()), data_of())
+            with pytest.raises(type(error)) as raised:
+                G @ np.ones(38)
+            [found] = [line for line in raised.value.__notes__ if "X is a mapping" in line]
+            assert f"As one argument, model(X), it raised {type(error).__name__}: {error}." in found
+
+    def test_errors_of_this_package_have_no_note(self) -> None:
+        class Own(Keywords):
+            def forward(self, a, b=None):
+                raise NonFiniteProductError("not finite")
+
+        made = Own()
+        G = GGNLinearOperator(made, nn.MSELoss(), dict(made.named_parameters()), data_of())
+        with pytest.raises(NonFiniteProductError) as raised:
+            G @ np.ones(38)
+        assert not any("X is a mapping" in note for note in raised.value.__notes__)
 
 
 def test_a_function_receives_the_mapping() -> None:

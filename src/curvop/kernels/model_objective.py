@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,15 @@ from curvop.kernels.batches import at_batch
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.guard import modules_of, own_batch, replaced
 from curvop.kernels.losses import check_classes, loss_derivative, loss_divisor, loss_kind, loss_reduction
-from curvop.kernels.objective import BatchLoss, BatchWeight, Buffers, EvaluatedLoss, Objective
+from curvop.kernels.memory import out_of_memory
+from curvop.kernels.objective import BatchLoss, BatchWeight, Buffers, EvaluatedLoss, Evaluation, Objective
 from curvop.kernels.objective_checks import reached
 from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.target_loss import TargetLoss
 
 __all__ = ["ModelObjective"]
+
+T = TypeVar("T")
 
 #: A function ``prediction -> (copy, parts)``. Here ``copy`` is a detached copy of the prediction, and ``parts`` is a
 #: list of tensors in the copy. The loss is differentiated with respect to these tensors.
@@ -81,6 +86,8 @@ class ModelObjective(Objective):
         """Initialize the objective. `modules` are the modules to which `model` and `loss_function` refer."""
         reduction = loss_reduction(loss_function, self.loss_name)
         self._model = model
+        #: For the keys of a mapping X: whether the model is called as ``model(**X)``, and why not as ``model(X)``.
+        self._calls: dict[tuple[Any, ...], tuple[bool, str]] = {}
         self.loss_function = loss_function
         modules = list(dict.fromkeys(modules))
         Objective.__init__(self, modules, checked_params(model, params), data, reduction, batch_weight)
@@ -308,8 +315,59 @@ class ModelObjective(Objective):
     def _predict(self, leaves: Mapping[str, Tensor], X: Any) -> Any:
         if not isinstance(self._model, nn.Module):
             return self._model(dict(leaves), X)
-        # DataParallel would copy the model's own parameters to several devices, and would not use the leaves.
-        return _called(self._model.module if isinstance(self._model, nn.DataParallel) else self._model, X)
+        return self._called(X, self._takes_keywords(X)) if isinstance(X, Mapping) else self._own_model()(X)
+
+    def _own_model(self) -> nn.Module:
+        """Return the module to call.
+
+        DataParallel would copy the model's own parameters to several devices, and would not use the leaves.
+        """
+        model: nn.Module = self._model  # type: ignore[assignment]  # called for modules only
+        return model.module if isinstance(model, nn.DataParallel) else model
+
+    def _run(self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str) -> T:
+        X = self.inputs(batch) if isinstance(self._model, nn.Module) else None
+        if isinstance(X, Mapping) and tuple(X) not in self._calls:
+            own_leaves = self.replacements(leaves)
+            self.guard.run(lambda own: self._takes_keywords(self.inputs(own)), batch, own_leaves, hold=False)
+        return super()._run(function, leaves, batch, what)
+
+    def _takes_keywords(self, X: Mapping[Any, Any]) -> bool:
+        """Return True if the model is called as ``model(**X)``, and False if it is called as ``model(X)``.
+
+        If both ways fit the signature, the first batch decides: the model is called as ``model(X)``, and as
+        ``model(**X)`` only if this raises an error. The decision is kept for all mappings with the same keys.
+        """
+        keys = tuple(X)
+        if keys not in self._calls:
+            fits, reason = _as_keywords(self._own_model(), X), ""
+            if fits is None:
+                try:
+                    self._own_model()(X)
+                except Exception as error:
+                    if _adds_no_note(error):
+                        raise
+                    fits, reason = True, f" As one argument, model(X), it raised {_described(error)}."
+            self._calls[keys] = bool(fits), reason
+        return self._calls[keys][0]
+
+    def _called(self, X: Mapping[Any, Any], keywords: bool) -> Any:
+        """Call the model. If it raises an error, a note says how the mapping was passed, and names the other way."""
+        model = self._own_model()
+        before = self._calls[tuple(X)][1]
+        names = {"keys": ", ".join(map(repr, X))}
+        try:
+            return model(**X) if keywords else model(X)
+        except Exception as error:
+            if _adds_no_note(error):
+                raise
+            names["parameters"] = ", ".join(_forward_parameters(model))
+            note = _CALLS[keywords].format(before=before, **names)
+            if before:  # both ways failed: decide again after the user has changed the model
+                self._calls.pop(tuple(X), None)
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+            raise
 
     def _constants(self) -> dict[str, Tensor]:
         """Return a dict of the tensors of the modules that are not differentiated, by name.
@@ -444,72 +502,33 @@ def _detached(parameter: Tensor) -> Tensor:
     return parameter.detach()
 
 
-def _called(model: nn.Module, X: Any) -> Any:
-    """Return ``model(X)``, or ``model(**X)`` for a mapping that `_passed_as_keywords` selects.
+def _as_keywords(model: nn.Module, X: Mapping[Any, Any]) -> bool | None:
+    """Return True if a module must be called as ``model(**X)``, False for ``model(X)``, and None if both ways fit.
 
-    If the model raises an error for a mapping, a note says how the mapping was passed, and when the other way is used.
-    """
-    if not isinstance(X, Mapping):
-        return model(X)
-    keywords = _passed_as_keywords(model, X)
-    try:
-        return model(**X) if keywords else model(X)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        note = _MAPPINGS[keywords].format(", ".join(map(repr, X)), ", ".join(_forward_parameters(model)))
-        if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
-        raise
-
-
-_MAPPINGS = {
-    True: (
-        "X is a mapping with the keys {}, which are parameters of the model's forward({}), so it was passed as "
-        "keywords, model(**X). To pass it as one argument, model(X), annotate this parameter of forward as a Mapping."
-    ),
-    False: (
-        "X is a mapping with the keys {}, and was passed as one argument, model(X). It is passed as keywords, "
-        "model(**X), if its keys are parameters of the model's forward({}). If forward has only one parameter, the "
-        "parameter must also be annotated as a Tensor."
-    ),
-}
-
-
-def _passed_as_keywords(model: nn.Module, X: Mapping[Any, Any]) -> bool:
-    """Return True if a mapping is passed to a module as ``model(**X)``, and False if it is passed as ``model(X)``.
-
-    A mapping is passed as keywords if all of the following holds:
-
-    - ``forward`` accepts its keys as keywords, and at least one of the keys is the name of a parameter.
-    - The first parameter of ``forward`` is not annotated as a mapping.
-    - ``forward`` has several parameters, or its only parameter is annotated, but not as ``Any`` or ``object``.
-
-    A mapping is also passed as keywords if ``forward`` accepts keywords only.
+    A way fits if the arguments can be bound to the signature of ``forward``. If the first parameter of ``forward`` is
+    annotated as a mapping, keywords do not fit.
 
     Raises
     ------
     TypeError
-        If ``forward`` accepts the mapping neither as one argument nor as keywords.
+        If no way fits.
     """
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):  # the signature of a scripted module is not available
         return False
     as_keywords = all(isinstance(key, str) for key in X) and _binds(signature, **X)
-    if not _binds(signature, X):
-        if as_keywords:
-            return True
+    as_one = _binds(signature, X)
+    if not as_one and not as_keywords:
         raise TypeError(
             f"X is a mapping with the keys {', '.join(map(repr, X))}, which fits the model's "
             f"forward({', '.join(_forward_parameters(model))}) neither as one argument, model(X), nor as keywords, "
             "model(**X): make data yield a mapping whose keys are parameters of forward"
         )
-    if not as_keywords or not any(key in signature.parameters for key in X):
-        return False
-    first, *more = signature.parameters.values()
-    annotation = _annotation(model.forward, first)
-    if _is_mapping_type(annotation):
-        return False
-    return bool(more) or annotation not in (inspect.Parameter.empty, Any, object)
+    if as_one and as_keywords:
+        first = next(iter(signature.parameters.values()))
+        return False if _is_mapping_type(_annotation(model.forward, first)) else None
+    return as_keywords
 
 
 def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
@@ -530,15 +549,44 @@ def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> A
 
 
 def _is_mapping_type(annotation: Any) -> bool:
-    kinds = (annotation, *typing.get_args(annotation))
-    origins = [typing.get_origin(kind) or kind for kind in kinds]
+    """Return True for a type of mappings, and for optional, annotated and united types that include one."""
     if isinstance(annotation, str):
-        return any(word in annotation for word in ("dict", "Dict", "Mapping", "Encoding"))
-    return any(isinstance(origin, type) and issubclass(origin, Mapping) for origin in origins)
+        return re.search(r"\b(dict|Dict|\w*Mapping|\w*Encoding)\b", annotation) is not None
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return any(map(_is_mapping_type, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _is_mapping_type(typing.get_args(annotation)[0])
+    kind = typing.get_origin(annotation) or annotation
+    return isinstance(kind, type) and issubclass(kind, Mapping)
 
 
 def _forward_parameters(model: nn.Module) -> list[str]:
-    return [
-        str(parameter.replace(annotation=parameter.empty))
-        for parameter in inspect.signature(model.forward).parameters.values()
-    ]
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # a scripted module
+        return ["..."]
+    return [str(parameter.replace(annotation=parameter.empty)) for parameter in parameters]
+
+
+def _adds_no_note(error: Exception) -> bool:
+    """Return True for errors that are raised by this package, or whose cause is not how the model was called."""
+    of_package = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return of_package or out_of_memory(error) or _RECOMPUTES in str(error)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+_CALLS = {
+    True: (
+        "X is a mapping with the keys {keys}, which the model's forward({parameters}) accepts as keywords, so it was "
+        "passed as model(**X).{before} To pass it as one argument, model(X), annotate the first parameter of forward "
+        "as a Mapping."
+    ),
+    False: (
+        "X is a mapping with the keys {keys}, and was passed to the model's forward({parameters}) as one argument, "
+        "model(X). To pass it as keywords, model(**X), use the function lambda params, X: "
+        "torch.func.functional_call(model, params, (), X) in place of the model."
+    ),
+}

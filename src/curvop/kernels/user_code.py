@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import types
+import typing
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -107,6 +109,7 @@ class UserCode:
         parts = parts_of(objective.modules)
         self._pads = not is_module or any(getattr(part, "padding_idx", None) is not None for part in parts)
         self.padding_rows: list[Tensor] = []
+        self._spreads: dict[tuple[Any, ...], bool] = {}  # whether a mapping with these keys is passed as keywords
 
     def _moves(self, value: Tensor) -> bool:
         """Return True if a tensor that is not in `targets` must be replaced by a copy.
@@ -177,9 +180,28 @@ class UserCode:
         If the objective contains derivatives of normalizations, compute the normalizations with elementary operations.
         Derivatives of torch's fused normalizations would be wrong (see `curvop.kernels.differentiable`).
         """
+        for batch in batches if isinstance(self._model, nn.Module) else ():
+            self._choose_call(batch)
         norms = ElementaryNorms() if self.objective.evaluator.elementary_norms else contextlib.nullcontext()
         with torch.enable_grad(), norms:
             return self.objective.guard.run(functools.partial(self._padded, function), batches)
+
+    def _choose_call(self, batch: Any) -> None:
+        """Record whether the user would call the model as ``model(**X)`` for a mapping with the keys of this batch.
+
+        If ``forward`` accepts both ways, the user calls ``model(X)``, unless this raises an error.
+        """
+        keys = _keys_of(self.objective.inputs(batch))  # type: ignore[attr-defined]
+        if not keys or keys in self._spreads:
+            return
+        one, spread = _accepted_calls(self._model, keys)
+        if one and spread:
+            try:
+                self.objective.guard.run(lambda own: self._model(self.objective.inputs(own)), batch)  # type: ignore[attr-defined]
+                spread = False
+            except Exception:
+                one = False
+        self._spreads[keys] = spread and not one
 
     def _padded(self, function: Callable[[list[Any]], Any], batches: list[Any]) -> Any:
         with HeldPadding(self.padding_rows) if self._pads else contextlib.nullcontext():
@@ -194,7 +216,7 @@ class UserCode:
         X = self.objective.inputs(batch)  # type: ignore[attr-defined]
         if not isinstance(self._model, nn.Module):
             return self._model(dict(self.targets), X)
-        return self._model(**X) if _takes_keywords(self._model, X) else self._model(X)
+        return self._model(**X) if self._spreads.get(_keys_of(X)) else self._model(X)
 
     def targets_of(self, batch: Any) -> Any:
         """Return the targets of a batch."""
@@ -251,33 +273,53 @@ class UserCode:
         return dict(zip(names, gradient_of(outputs, [self.targets[name] for name in names], seeds), strict=True))
 
 
-def _takes_keywords(model: nn.Module, X: Any) -> bool:
-    """Return True if the user would call the model as ``model(**X)``.
+def _keys_of(X: Any) -> tuple[Any, ...]:
+    return tuple(X) if isinstance(X, Mapping) else ()
+
+
+def _accepted_calls(model: nn.Module, keys: Sequence[Any]) -> tuple[bool, bool]:
+    """Return ``(one, spread)``: whether ``forward`` accepts ``model(X)``, and whether it accepts ``model(**X)``.
 
     The kernels decide the same question by binding arguments to the signature of ``forward``. This function shares no
-    code with them: it compares the keys of `X` with the names of the parameters.
+    code with them: it counts the parameters of ``forward`` and compares their names with the keys of `X`. A mapping is
+    not spread if the first parameter is annotated as a mapping.
     """
-    if not isinstance(X, Mapping):
-        return False
     while isinstance(model, nn.DataParallel):
         model = model.module
+    function = inspect.unwrap(model.forward)
     try:
-        spec = inspect.getfullargspec(inspect.unwrap(model.forward))
+        spec = inspect.getfullargspec(function)
     except TypeError:
-        return False
-    positional = spec.args[1:] if spec.args[:1] == ["self"] else spec.args
-    names, keys = {*positional, *spec.kwonlyargs}, set(X)
-    required = {*positional[: len(positional) - len(spec.defaults or ())], *spec.kwonlyargs} - {
-        *(spec.kwonlydefaults or {})
-    }
-    fits = required <= keys and (keys <= names or spec.varkw is not None)
-    if not positional and spec.varargs is None:
-        return fits
-    kind = str(spec.annotations.get(positional[0], "")) if positional else ""
-    if "Mapping" in kind or "dict" in kind.lower() or "Encoding" in kind:
-        return False
-    several = len(names) > 1 or spec.varkw is not None or spec.varargs is not None
-    return fits and bool(keys & names) and (several or kind not in ("", "Any", "typing.Any", "object", str(object)))
+        return True, False
+    bound = inspect.ismethod(model.forward)
+    positional = spec.args[int(bound) :]
+    by_position_only = getattr(getattr(function, "__code__", None), "co_posonlyargcount", int(bound)) - int(bound)
+    required = positional[: len(positional) - len(spec.defaults or ())]
+    required_keywords = set(spec.kwonlyargs) - set(spec.kwonlydefaults or ())
+    one = len(required) <= 1 and bool(positional or spec.varargs) and not required_keywords
+    named = {*positional[max(by_position_only, 0) :], *spec.kwonlyargs}
+    needed = {*required, *required_keywords}
+    spread = all(isinstance(key, str) for key in keys) and needed <= named & set(keys)
+    spread = spread and (set(keys) <= named or spec.varkw is not None)
+    if one and spread and positional:
+        try:
+            kind = typing.get_type_hints(function).get(positional[0])
+        except Exception:  # an annotation of a name that does not exist at runtime
+            kind = spec.annotations.get(positional[0])
+        spread = not _names_a_mapping(kind)
+    return one, spread
+
+
+def _names_a_mapping(kind: Any) -> bool:
+    if isinstance(kind, str):
+        words = "".join(letter if letter.isidentifier() else " " for letter in kind).split()
+        return any(word in ("dict", "Dict") or word.endswith(("Mapping", "Encoding")) for word in words)
+    if typing.is_typeddict(kind) or (isinstance(kind, type) and issubclass(kind, Mapping)):
+        return True
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_names_a_mapping(part) for part in typing.get_args(kind))
+    return origin is not None and origin is not kind and _names_a_mapping(origin)
 
 
 def gradient_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor] | None) -> list[Tensor]:

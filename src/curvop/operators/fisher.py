@@ -56,8 +56,8 @@ class EFLinearOperator(GGNLikeLinearOperator):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
-        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes of
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping that
+        the module does not accept as one argument, the module is called as ``model(**X)`` (see Notes of
         `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns).
     loss_function : nn.Module or callable
         Function ``(prediction, y) -> scalar``. Its attribute ``reduction`` ('mean' or 'sum') specifies whether the loss
@@ -200,8 +200,8 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
-        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes of
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping that
+        the module does not accept as one argument, the module is called as ``model(**X)`` (see Notes of
         `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns).
     loss_function : nn.Module or callable
         Function ``(prediction, y) -> scalar``. Its attribute ``reduction`` ('mean' or 'sum') specifies whether the loss
@@ -457,8 +457,8 @@ class FisherLinearOperator(GGNLikeLinearOperator):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
-        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes of
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping that
+        the module does not accept as one argument, the module is called as ``model(**X)`` (see Notes of
         `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns).
     loss_function : nn.Module or callable
         ``MSELoss`` (a normal distribution of variance 1/2), ``CrossEntropyLoss`` (a categorical distribution),

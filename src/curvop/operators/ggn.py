@@ -32,8 +32,8 @@ class GGNLinearOperator(GGNLikeLinearOperator):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
-        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes of
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping that
+        the module does not accept as one argument, the module is called as ``model(**X)`` (see Notes of
         `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns). A prediction
         is a tensor or a nested structure of tensors.
     loss_function : nn.Module or callable

@@ -40,8 +40,8 @@ class HessianLinearOperator(CurvatureLinearOperator):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
-        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes). In most cases, a
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping that
+        the module does not accept as one argument, the module is called as ``model(**X)`` (see Notes). In most cases, a
         module should be in evaluation mode (see Warns).
     loss_function : nn.Module or callable
         Function ``(prediction, y) -> scalar``. Its attribute ``reduction`` ('mean' or 'sum') specifies whether the loss
@@ -130,10 +130,11 @@ class HessianLinearOperator(CurvatureLinearOperator):
     that reads ``model.parameters()``, such as weight decay, is therefore differentiated correctly. All changes that the
     evaluation makes to parameters, buffers, module attributes, flags and batches are undone afterwards.
 
-    A mapping X is passed to a module as keywords, ``model(**X)``, if ``forward`` accepts the keys of X as keywords and
-    at least one key is the name of a parameter. X remains one argument, ``model(X)``, if the first parameter of
-    ``forward`` is annotated as a mapping. If ``forward`` has only one parameter, X is passed as a keyword only if this
-    parameter is annotated, for example as ``Tensor``.
+    A mapping X is passed to a module as keywords, ``model(**X)``, if the signature of ``forward`` accepts only this
+    (for example, because ``forward`` has keyword-only parameters, or several parameters without defaults). If the
+    signature accepts only one argument, or if its first parameter is annotated as a mapping, the call is ``model(X)``.
+    If both ways fit, the first batch decides: the call is ``model(X)``, and ``model(**X)`` only if ``model(X)`` raises
+    an error.
 
     The operator always uses the current values of the parameters. It linearizes the batches again if it detects one of
     the following changes: parameters modified in place (for example, by an optimizer step or ``load_state_dict``),

@@ -17,6 +17,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
+import types
+import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
@@ -435,9 +438,9 @@ class _FlatModel:
 def call_arguments(model: nn.Module, X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional arguments and the keyword arguments with which the user would call a module.
 
-    A mapping is passed as keywords if its keys are names of the parameters of ``forward``, and as one argument if the
-    first parameter is annotated as a mapping. If ``forward`` has a single parameter, a mapping is passed as keywords
-    only if this parameter is annotated as something else.
+    A mapping is passed as keywords if ``forward`` accepts its keys as keywords, and if ``forward`` does not accept the
+    mapping as one argument. If ``forward`` accepts both, the mapping is passed as one argument, unless this call raises
+    an error and the first parameter is not annotated as a mapping.
     """
     if not isinstance(X, Mapping):
         return (X,), {}
@@ -447,17 +450,40 @@ def call_arguments(model: nn.Module, X: Any) -> tuple[tuple[Any, ...], dict[str,
     except (TypeError, ValueError):
         return (X,), {}
     named = {name for name, one in parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
-    needed = {name for name in named if parameters[name].default is inspect.Parameter.empty}
+    needed = {
+        name
+        for name, one in parameters.items()
+        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    }
     takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    keywords = needed <= set(X) and (takes_any or set(X) <= named)
+    keywords = needed <= set(X) & named and (takes_any or set(X) <= named) and all(isinstance(key, str) for key in X)
     first = next(iter(parameters.values()), None)
     if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
         return ((), dict(X)) if keywords else ((X,), {})
-    text = str(first.annotation)
-    if not (keywords and named & set(X)) or any(word in text for word in ("dict", "Dict", "Mapping", "Encoding")):
+    if not keywords or _is_mapping(own.forward, first):
         return (X,), {}
-    vague = first.annotation in (inspect.Parameter.empty, Any, object, "Any", "object")
-    return ((X,), {}) if len(parameters) == 1 and vague else ((), dict(X))
+    if needed - {first.name}:  # X alone is too few arguments
+        return (), dict(X)
+    state = {name: value.detach().clone() for name, value in (*own.named_parameters(), *own.named_buffers())}
+    try:
+        functional_call(own, state, (copy.deepcopy(X),))
+    except Exception:
+        return (), dict(X)
+    return (X,), {}
+
+
+def _is_mapping(function: Callable[..., Any], parameter: inspect.Parameter) -> bool:
+    """Return True if a parameter is annotated as a mapping, or as a union that includes a mapping."""
+    kind = parameter.annotation
+    with suppress(Exception):  # a name may exist for type checkers only
+        kind = typing.get_type_hints(inspect.unwrap(function)).get(parameter.name, kind)
+    parts = [kind]
+    if isinstance(kind, str):
+        return bool({"dict", "Dict", "Mapping", "MutableMapping", "BatchEncoding"} & set(re.findall(r"\w+", kind)))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        parts = list(typing.get_args(kind))
+    origins = [typing.get_origin(part) or part for part in parts]
+    return any(isinstance(origin, type) and issubclass(origin, Mapping | dict) for origin in origins)
 
 
 def _named(model: object, params: Mapping[str, Tensor] | Iterable[Tensor]) -> dict[str, Tensor]:
