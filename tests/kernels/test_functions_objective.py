@@ -329,6 +329,21 @@ def test_modules_of_the_loss_may_change(engine: str, where: str) -> None:
         close(A @ np.eye(6), pure * (value**2 if by_loss else 1))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (9, 9), (2, 3)])
+@pytest.mark.parametrize("matrix", ["ggn", "ef", "fisher"])
+def test_the_diagonal_with_other_tensors_in_the_batch(matrix: str, shape: tuple[int, ...]) -> None:
+    """Tensors that do not have one row per example belong to every example."""
+    batches = [{**batch, "factor": torch.full(shape, 2.0, dtype=torch.float64)} for batch in data()]
+    A = OPERATORS[matrix].from_functions(
+        lambda params, batch: batch["factor"].mean() * predict(params, batch),
+        TargetLoss(nn.MSELoss(), lambda batch: 2 * batch["y"]),
+        PARAMS,
+        batches,
+    )
+    exact = dense(matrix, lambda batch: batch["y"], F.mse_loss) * (16 if matrix == "ef" else 4)
+    close(A.diagonal(), np.diag(exact))
+
+
 def test_a_target_loss_is_no_loss_of_pairs() -> None:
     model, loss = nn.Linear(3, 2).double(), TargetLoss(nn.MSELoss(), lambda batch: batch["y"])
     with pytest.raises(TypeError, match=r"loss_function is a TargetLoss.*from_functions.*pass its loss_function"):

@@ -11,6 +11,7 @@ from scipy.sparse.linalg import aslinearoperator
 from sklearn.datasets import load_digits
 from submatrix_cases import numpys
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from curvop import (
     EFLinearOperator,
@@ -255,9 +256,16 @@ class TestRefuses:
             build(GGNLinearOperator, make()).diagonal()
 
     def test_inputs_without_examples(self) -> None:
-        data = [((torch.ones(5, 4), torch.ones(4, 3)), torch.zeros(5, 3))]
-        with pytest.raises(NotImplementedError, match="first dimensions"):
-            build(GGNLinearOperator, Problem(Shared(), nn.MSELoss(), data)).diagonal()
+        data = [((torch.ones(4, 5), torch.ones(4, 3)), torch.zeros(5, 3))]
+        shared = Shared()
+        G = GGNLinearOperator(
+            lambda params, X: functional_call(shared, params, ((X[0].T, X[1]),)),
+            nn.MSELoss(),
+            dict(shared.named_parameters()),
+            data,
+        )
+        with pytest.raises(NotImplementedError, match="no tensor of the inputs has the examples"):
+            G.diagonal()
 
     def test_a_block_off_the_diagonal(self) -> None:
         with pytest.raises(ValueError, match="off the diagonal"):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from curvop.kernels.batches import leading_size, map_leaves
 from curvop.kernels.batches import leaves as leaves_of
+from curvop.kernels.batches import map_leaves
 from curvop.kernels.errors import NonFiniteProductError, not_finite
 from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, cut_off, outputs_of
 from curvop.kernels.memory import out_of_memory
@@ -236,15 +236,21 @@ def over_examples(
     single = not z.ndim  # the batch is one example
     if single:
         z = z[None]
-    elif leading_size(X) != len(z):
-        raise _not_available("the inputs' first dimensions are not the examples of the prediction")
+
+    def is_mapped(leaf: Tensor) -> bool:
+        """Return True for tensors with one row per example. All other tensors are passed on for each example."""
+        return not single and leaf.ndim > 0 and len(leaf) == len(z)
+
+    mapped = [leaf for leaf in leaves_of(X) if is_mapped(leaf)]
+    if not mapped and not single:
+        raise _not_available("no tensor of the inputs has the examples of the prediction along its first dimension")
     params = {name: objective.params[name].detach() for name in names}
     leaves = objective.leaves(())
     buffers = objective.buffers(leaves)
 
     def of_example(inputs: list[Tensor], *own_operands: Tensor) -> tuple[Tensor, list[Tensor]]:
         remaining = iter(inputs)
-        example = map_leaves(lambda _: next(remaining) if single else next(remaining)[None], X)
+        example = map_leaves(lambda leaf: next(remaining)[None] if is_mapped(leaf) else leaf, X)
         output, transposed, *_ = vjp(lambda own: objective.traced_prediction(leaves | own, buffers, example), params)
         pullback = lambda vector: list(transposed(vector.view_as(output))[0].values())  # noqa: E731
         return output.reshape(z.shape[1:]), function(pullback, *own_operands)
@@ -255,7 +261,7 @@ def over_examples(
         try:
             with torch.no_grad():  # torch would otherwise retain graphs for other parameters
                 outputs, results = vmap(of_example, in_dims=(0, *[1] * len(operands)))(
-                    [leaf[None] if single else leaf[rows] for leaf in leaves_of(X)],
+                    [leaf[rows] for leaf in mapped],
                     *(operand[:, rows] for operand in operands),
                 )
         except Exception as error:  # the model accepts the whole batch, so vmap caused the error

@@ -347,8 +347,11 @@ class _PerExample(_EmpiricalFisher):
 
     def _items(self, batches: list[Any], terms: int) -> int:
         [batch] = batches
+        if not self.kernel.by_item:
+            return terms
         outputs = outputs_of(self.code.run(lambda own: detached(self.code.predict(own[0])), batches))
-        return terms if not self.kernel.by_item else item_count(outputs, batch, terms) or 1
+        objective: Any = self.code.objective
+        return item_count(outputs, (objective.inputs(batch), objective.targets(batch)), terms) or 1
 
 
 class _TransposedPerExample(_PerExample):

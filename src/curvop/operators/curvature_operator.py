@@ -95,8 +95,10 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
             As in the constructor.
         batch_weight : callable, optional
             Function ``batch -> w_b`` that returns the weight of a batch. By default, the weight of a batch is the
-            divisor of the loss function if ``loss`` is a `curvop.TargetLoss`. For any other loss, the default weight is
-            the size of the first dimension of the tensors in the batch, which must be the same for all of them.
+            divisor of the loss function if ``loss`` is a `curvop.TargetLoss` of a loss function of ``torch.nn``. For
+            any other loss, the default weight is the size of the first dimension of the tensors in the batch, which
+            must be the same for all of them. If it is not, the size of the targets of a `curvop.TargetLoss` is used;
+            for a loss that is a function, pass ``batch_weight``.
 
         Returns
         -------
@@ -119,10 +121,14 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
         with a loss function of ``torch.nn``, the examples are the same as in the constructor. For cross-entropy, for
         example, each target that is not ignored is an example. For any other loss, each index of the first dimension of
         the prediction is an example, and the loss of a batch must be the sum of the losses of its examples, divided by
-        the weight of the batch.
+        the weight of the batch. The number of examples, by which a gradient covariance divides, then includes examples
+        with a zero gradient, such as ignored targets. A `curvop.TargetLoss` does not count ignored targets.
 
-        The modules that the two functions use (as closure or global variables, for example) are left as found: their
-        buffers and attributes are restored after each evaluation.
+        The modules that the functions call are left as found: their buffers and attributes are restored after each
+        evaluation. The functions are searched for modules in closure variables, default arguments, global variables and
+        attributes. Other modules with a ``forward`` that is called are found in the first pass over the data, in which
+        some evaluations are therefore interrupted and repeated. Attributes of objects that are not modules are not
+        restored.
 
         Examples
         --------
@@ -290,8 +296,8 @@ class GGNLikeLinearOperator(CurvatureLinearOperator):
         NotImplementedError
             If the model or the loss couples the examples (for example, batch normalization in training mode), if torch
             cannot vectorize the model over the examples (for example, recurrent layers), if a prediction consists of
-            several tensors, or if an example has more than 256 outputs. Use `curvop.spectrum.diagonal` to estimate the
-            diagonal.
+            several tensors, if no tensor of the inputs has one row per example, or if an example has more than 256
+            outputs. Use `curvop.spectrum.diagonal` to estimate the diagonal.
         NonFiniteProductError
             If the diagonal contains NaN or infinity. The message names the batch.
         ValueError
