@@ -31,7 +31,6 @@ from curvop import (
     FisherLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
-    JacobianLinearOperator,
     TargetLoss,
     huggingface,
 )
@@ -396,10 +395,16 @@ area(
         "params must be a dict of names to tensors",
     ),
     (
-        "a loss for a Jacobian",
-        lambda: JacobianLinearOperator.from_functions(called, loss=F.mse_loss, params=PARAMS, data=DATA),
+        "targets that are no tensor",
+        lambda: of_functions(loss=TargetLoss(nn.MSELoss(), lambda batch: None)) @ ONES,
         TypeError,
-        "JacobianLinearOperator.from_functions got an unexpected keyword argument 'loss'",
+        "targets returned a NoneType, but the loss function of TargetLoss needs a tensor",
+    ),
+    (
+        "a ``TargetLoss`` for pairs (X, y)",
+        lambda: GGNLinearOperator(MODEL, TargetLoss(nn.MSELoss(), len), PARAMS, DATA),
+        TypeError,
+        "loss_function is a TargetLoss, which takes a whole batch",
     ),
     (
         "a Fisher matrix of a function",
@@ -408,4 +413,10 @@ area(
         "loss is no known log-likelihood",
     ),
     ("a name in place of a model", lambda: huggingface.causal_lm("gpt2"), TypeError, "model is a str"),
+    (
+        "a model without a configuration",
+        lambda: huggingface.sequence_classification(MODEL),
+        TypeError,
+        "model is a Sequential without config: pass a model of transformers",
+    ),
 )

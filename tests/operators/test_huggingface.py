@@ -297,7 +297,7 @@ def test_tied_embeddings_are_one_parameter(both_names: bool) -> None:
 def test_the_jacobian_of_the_logits() -> None:
     model = gpt2()
     params, data = curvop.select(model, "*h.0.ln_1.*"), ragged(sentences())
-    J = JacobianLinearOperator.from_functions(causal_lm(model)["predict"], params, data)
+    J = JacobianLinearOperator.from_functions(**causal_lm(model), params=params, data=data)
     with sdpa_kernel(SDPBackend.MATH):
         logits = [model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits for batch in data]
         expected = torch.cat([rows(part[:, :-1].transpose(1, 2), params) for part in logits])
@@ -438,6 +438,92 @@ class TestSequenceClassification:
         FisherLinearOperator.from_functions(**functions, **arguments)
         with pytest.raises(ValueError, match="problem_type is 'single', but must be one of 'single_label"):
             sequence_classification(model, "single")
+
+
+@seeded
+def bart() -> nn.Module:
+    sizes = dict(d_model=8, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8, max_position_embeddings=16)
+    return transformers.BartForCausalLM(transformers.BartConfig(vocab_size=VOCABULARY, dropout=0.0, **sizes)).eval()
+
+
+class TestTheOwnLossOfTheModel:
+    """The loss is compared with the loss that the model computes, once."""
+
+    def gradient_and_loss(self, functions: Any, data: Any, params: Any) -> Any:
+        return HessianLinearOperator.from_functions(**functions, params=params, data=data).gradient_and_loss()
+
+    def test_labels_that_the_model_does_not_shift(self) -> None:
+        model, batch = bart(), sentences()
+        params = curvop.select(model, "*final_layer_norm.*")
+        own = model(**batch).loss
+        expected = torch.cat([part.reshape(-1) for part in torch.autograd.grad(own, list(params.values()))])
+        with pytest.raises(ValueError, match=rf"BartForCausalLM itself computes {str(own.item())[:5]}.*use .*masked_lm"):
+            self.gradient_and_loss(causal_lm(model), [batch], params)
+        gradient, loss = self.gradient_and_loss(masked_lm(model), [batch], params)
+        assert abs(loss - own.item()) < 1e-5 * loss
+        np.testing.assert_allclose(gradient, expected, atol=1e-5)
+
+    def test_losses_of_experts(self) -> None:
+        model = gpt2()
+        model.config.output_router_logits = True
+        with pytest.raises(ValueError, match=r"load-balancing loss.*output_router_logits = False"):
+            self.gradient_and_loss(causal_lm(model), ragged(sentences()), curvop.select(model, "*h.0.ln_1.*"))
+
+    def test_classes_as_probabilities(self) -> None:
+        """DeBERTa computes a cross-entropy with probabilities where other models compute a binary cross-entropy."""
+        config = transformers.DebertaV2Config(
+            **SMALL | dict(num_hidden_layers=1), intermediate_size=8, max_position_embeddings=8, num_labels=3
+        )
+        model = seeded(lambda: transformers.DebertaV2ForSequenceClassification(config).eval())()
+        settings = model.config.to_dict()
+        labels = (torch.arange(15).view(5, 3) % 2).double()
+        whole = transformers.BatchEncoding({**sentences(), "labels": labels})
+        params = curvop.select(model, "classifier.*")
+        with pytest.raises(ValueError, match=r"DebertaV2ForSequenceClassification itself computes.*problem_type="):
+            self.gradient_and_loss(sequence_classification(model), [whole], params)
+        functions = sequence_classification(model, "multi_label_classification")
+        logits = model(**{key: value for key, value in whole.items() if key != "labels"}).logits
+        expected = F.binary_cross_entropy_with_logits(logits, labels)
+        assert abs(self.gradient_and_loss(functions, [whole], params)[1] - expected.item()) < 1e-12
+        assert model.config.to_dict() == settings
+        whole["labels"] = torch.tensor([0, 1, -1, 2, 0])
+        with pytest.raises(ValueError, match=r"Target -1 .*labels must be numbers of classes, or -100"):
+            self.gradient_and_loss(sequence_classification(model), [whole], params)
+
+    def test_is_computed_once(self) -> None:
+        model, with_labels = gpt2(), []
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: with_labels.append("labels" in kwargs), with_kwargs=True
+        )
+        params = curvop.select(model, "*h.0.ln_1.*")
+        G = GGNLinearOperator.from_functions(**causal_lm(model), params=params, data=ragged(sentences()), cache=0)
+        G @ np.ones(16)
+        first = len(with_labels)
+        assert sum(with_labels) == 1
+        G @ np.ones(16)
+        assert sum(with_labels[first:]) == 0
+
+    def test_dropout_is_named(self) -> None:
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=8, bos_token_id=0, **SMALL)).double()
+        G = GGNLinearOperator.from_functions(
+            **causal_lm(model), params=curvop.select(model, "*h.0.ln_1.*"), data=ragged(sentences()), cache=0
+        )
+        with pytest.raises(curvop.NonDeterministicObjectiveError, match="dropout is active"):
+            G @ np.ones((16, 2))
+
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+    def test_positions_of_prompts(self) -> None:
+        peft = pytest.importorskip("peft")
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        model = peft.get_peft_model(gpt2(), config).double().eval()
+        params = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        with pytest.raises(ValueError, match=r"logits have shape \(5, 8, 11\), but .* \(5, 6\): prompts of peft"):
+            self.gradient_and_loss(causal_lm(model), [sentences()], params)
+
+    def test_models_without_a_head(self) -> None:
+        model = gpt2().transformer
+        with pytest.raises(TypeError, match="a GPT2Model returns no logits: pass a model with a head"):
+            self.gradient_and_loss(causal_lm(model), ragged(sentences()), curvop.select(model, "h.0.ln_1.*"))
 
 
 class TestErrors:

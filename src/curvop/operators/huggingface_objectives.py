@@ -4,7 +4,8 @@ The models of ``transformers`` compute their own loss if a batch contains labels
 matrices: it casts the logits to float32, hides the prediction, which most matrices need, and divides by the number of
 valid labels of a batch, which the operators need as the weight of the batch. The functions in this module therefore
 call the model without labels, and compute the same loss from the logits of the model in the precision of the model.
-They use the model object only, and do not import ``transformers``.
+For the first batch, the loss is compared with the model's own. The functions use the model object only, and do not
+import ``transformers``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -58,7 +61,7 @@ def causal_lm(model: nn.Module) -> Functions:
     Raises
     ------
     TypeError
-        If ``model`` is not a module.
+        If ``model`` is not a module with a configuration.
 
     See Also
     --------
@@ -71,13 +74,18 @@ def causal_lm(model: nn.Module) -> Functions:
     ``labels`` of shape ``(B, T)``. The model is called without the labels and without a cache of keys and values. Its
     configuration is not modified.
 
-    For empirical Fisher matrices, an example is a token with a valid label. To make each sequence an example, replace
-    ``loss`` by a function that computes the same loss, such as ``lambda z, batch: cross_entropy(z, batch["labels"][:,
-    1:])``.
+    Some models define another loss: ``BartForCausalLM`` does not shift the labels, and mixtures of experts with
+    ``output_router_logits=True`` add a load-balancing loss. The first evaluation therefore also computes the model's
+    own loss, ``model(**batch).loss``, in one more forward pass. If the relative difference of the two losses exceeds
+    1e-4, ``predict`` raises a ValueError that contains both values.
 
-    The model is evaluated without gradient checkpointing, which is turned on again afterwards. Between products, the
-    operators keep the intermediate results of all batches that fit into the memory budget ``cache``. To save memory,
-    use small batches and a small budget.
+    For empirical Fisher matrices, an example is a token with a valid label (not -100). To make each sequence an
+    example, replace ``loss`` by a function that computes the same loss, such as ``lambda z, batch: cross_entropy(z,
+    batch["labels"][:, 1:])``. The matrix is still divided by the number of valid labels.
+
+    ``predict`` turns gradient checkpointing off while the model is evaluated, so checkpointing saves no memory here.
+    Between products, the operators keep the intermediate results of all batches that fit into the memory budget
+    ``cache``. To save memory, use small batches and a small budget.
 
     Examples
     --------
@@ -102,7 +110,7 @@ def causal_lm(model: nn.Module) -> Functions:
     True
     """
     _check_module(model)
-    return _of_tokens(functools.partial(_scores, model, _without_labels, _before_last), _next_tokens)
+    return _of_tokens("causal_lm", model, _without_labels, _before_last, _next_tokens)
 
 
 def masked_lm(model: nn.Module) -> Functions:
@@ -123,7 +131,7 @@ def masked_lm(model: nn.Module) -> Functions:
     Raises
     ------
     TypeError
-        If ``model`` is not a module.
+        If ``model`` is not a module with a configuration.
 
     See Also
     --------
@@ -135,7 +143,7 @@ def masked_lm(model: nn.Module) -> Functions:
     of its batches as ``data``: ``data=list(loader)``.
     """
     _check_module(model)
-    return _of_tokens(functools.partial(_scores, model, _without_labels, _classes_first), _labels)
+    return _of_tokens("masked_lm", model, _without_labels, _classes_first, _labels)
 
 
 def seq2seq_lm(model: nn.Module) -> Functions:
@@ -156,7 +164,7 @@ def seq2seq_lm(model: nn.Module) -> Functions:
     Raises
     ------
     TypeError
-        If ``model`` is not a module.
+        If ``model`` is not a module with a configuration.
 
     See Also
     --------
@@ -168,7 +176,7 @@ def seq2seq_lm(model: nn.Module) -> Functions:
     by one position, as computed by ``model.prepare_decoder_input_ids_from_labels``.
     """
     _check_module(model)
-    return _of_tokens(functools.partial(_scores, model, _with_decoder_inputs, _classes_first), _labels)
+    return _of_tokens("seq2seq_lm", model, _with_decoder_inputs, _classes_first, _labels)
 
 
 def sequence_classification(model: nn.Module, problem_type: str | None = None) -> Functions:
@@ -195,7 +203,7 @@ def sequence_classification(model: nn.Module, problem_type: str | None = None) -
     Raises
     ------
     TypeError
-        If ``model`` is not a module.
+        If ``model`` is not a module with a configuration.
     ValueError
         If the problem type is unknown.
 
@@ -207,6 +215,9 @@ def sequence_classification(model: nn.Module, problem_type: str | None = None) -
     -----
     For empirical Fisher matrices, an example is a sequence. `curvop.FisherLinearOperator` needs a known likelihood.
     Pass ``problem_type`` if the configuration does not determine the loss.
+
+    As for `causal_lm`, the first evaluation compares the loss with the model's own loss, unless ``problem_type`` is
+    passed. The losses differ for DeBERTa, for example, if the labels are not integers.
 
     ``transformers`` stores the selected problem type in the configuration. This function does not.
     """
@@ -221,8 +232,10 @@ def sequence_classification(model: nn.Module, problem_type: str | None = None) -
     loss: Callable[[Any, Any], Tensor] = _classification_loss
     if kind is not None:
         loss = TargetLoss(_PROBLEMS[kind](), functools.partial(_class_labels, kind))
+    comparison = _Comparison("sequence_classification", loss)
+    comparison.done = problem_type is not None  # the loss that the user asks for need not be the model's own
     return {
-        "predict": functools.partial(_scores, model, _without_labels, _unchanged),
+        "predict": functools.partial(_scores, model, _without_labels, _unchanged, comparison),
         "loss": loss,
         "batch_weight": functools.partial(_classification_weight, kind),
     }
@@ -232,13 +245,23 @@ def sequence_classification(model: nn.Module, problem_type: str | None = None) -
 
 
 def _check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: pass a model of transformers, such as GPT2LMHeadModel")
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        missing = " without config" if isinstance(model, nn.Module) else ""
+        raise TypeError(
+            f"model is a {type(model).__name__}{missing}: pass a model of transformers, such as GPT2LMHeadModel"
+        )
 
 
-def _of_tokens(predict: Callable[..., Tensor], targets: Callable[[Any], Tensor]) -> Functions:
+def _of_tokens(
+    name: str,
+    model: nn.Module,
+    inputs_of: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]],
+    arranged: Callable[[Tensor], Tensor],
+    targets: Callable[[Any], Tensor],
+) -> Functions:
     """Return the arguments of ``from_functions`` for a model that predicts a token for each target."""
     loss = TargetLoss(nn.CrossEntropyLoss(ignore_index=_IGNORED), targets)
+    predict = functools.partial(_scores, model, inputs_of, arranged, _Comparison(name, loss))
     return {"predict": predict, "loss": loss, "batch_weight": functools.partial(_number_of_valid, targets)}
 
 
@@ -246,6 +269,7 @@ def _scores(
     model: nn.Module,
     inputs_of: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]],
     arranged: Callable[[Tensor], Tensor],
+    comparison: _Comparison,
     params: Mapping[str, Tensor],
     batch: Any,
 ) -> Tensor:
@@ -254,6 +278,12 @@ def _scores(
     `inputs_of` returns the keyword arguments of the model, and `arranged` brings the logits into the shape that the
     loss function expects.
     """
+    if getattr(model.config, "output_router_logits", False):
+        raise ValueError(
+            f"the {type(model).__name__} adds a load-balancing loss of its experts to its own loss, which depends on "
+            "more than the logits: set model.config.output_router_logits = False to leave it out, or use "
+            "HessianLinearOperator.from_objective"
+        )
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if unknown := [name for name in params if name not in known]:
         raise ValueError(unknown_name("params", unknown[0], sorted(known)))
@@ -261,7 +291,95 @@ def _scores(
     if _takes_cache(model):
         inputs["use_cache"] = False
     with _without_checkpointing(model):
-        return arranged(functional_call(model, dict(params), (), inputs).logits)
+        # The own loss comes first. Dropout then draws the same numbers in both evaluations.
+        own = None if comparison.done else _own_loss(model, params, batch)
+        output = functional_call(model, dict(params), (), inputs)
+    if not hasattr(output, "logits"):
+        raise TypeError(
+            f"a {type(model).__name__} returns no logits: pass a model with a head, such as GPT2LMHeadModel in place "
+            "of GPT2Model"
+        )
+    logits: Tensor = output.logits
+    labels = batch.get("labels")
+    if arranged is not _unchanged and isinstance(labels, Tensor) and labels.shape[1:2] != logits.shape[1:2]:
+        raise ValueError(
+            f"the logits have shape {tuple(logits.shape)}, but the labels have shape {tuple(labels.shape)}: prompts of "
+            "peft, which add positions, are not supported; write predict and loss yourself, as the page 'Models that "
+            "compute their own loss' of the documentation shows"
+        )
+    scores = arranged(logits)
+    if own is not None:
+        comparison.compare(model, own, scores, batch)
+    return scores
+
+
+class _Comparison:
+    """Compares a loss with the loss that the model itself computes, for the first batch for which both are finite.
+
+    The class is not callable, so that fingerprints of the function `_scores` do not depend on `done`.
+
+    Attributes
+    ----------
+    done : bool
+        Whether the comparison has been made.
+    """
+
+    def __init__(self, name: str, loss: Callable[[Any, Any], Tensor]) -> None:
+        self._name, self._loss = name, loss
+        self.done = False
+
+    def compare(self, model: nn.Module, own: float, scores: Tensor, batch: Any) -> None:
+        """Raise a ValueError if the loss differs from `own`, the loss that the model computes."""
+        try:
+            with torch.no_grad():
+                loss = float(self._loss(scores, batch))
+        except IndexError as error:
+            raise ValueError(
+                f"{str(error).strip().rstrip('.')}: labels must be numbers of classes, or {_IGNORED} if they are to be "
+                "ignored"
+            ) from error
+        if not math.isfinite(own) or not math.isfinite(loss):  # no label is valid
+            return
+        if abs(own - loss) > _ALIKE * abs(own) + _ROUNDING * float(scores.detach().abs().max()):
+            raise ValueError(
+                f"the loss of the first batch is {loss:.6g}, but the {type(model).__name__} itself computes {own:.6g}: "
+                f"{_REMEDIES.get(self._name, '')}write predict and loss yourself, as the page 'Models that compute "
+                "their own loss' of the documentation shows, or use HessianLinearOperator.from_objective"
+            )
+        self.done = True
+
+
+#: Largest relative difference between a loss and the loss that a model computes in float32.
+_ALIKE = 1e-4
+#: A bound on the rounding error of a loss in float32, relative to the largest logit.
+_ROUNDING = 1e-6
+_REMEDIES = {
+    "causal_lm": "if the model does not shift the labels, use curvop.huggingface.masked_lm; otherwise, ",
+    "sequence_classification": "pass problem_type=, which selects the loss; or ",
+}
+
+
+def _own_loss(model: nn.Module, params: Mapping[str, Tensor], batch: Mapping[str, Any]) -> float | None:
+    """Return the loss that the model computes for a batch, or None if it computes no loss.
+
+    The configuration is restored afterwards, because ``transformers`` stores the problem type in it.
+    """
+    labels = batch.get("labels")
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if not isinstance(labels, Tensor) or any(map(wrapped, params.values())) or bool((labels == _IGNORED).all()):
+        return None
+    settings: dict[str, Any] = vars(model.config)
+    before = dict(settings)
+    devices = {value.device for value in params.values() if value.is_cuda}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings(action="ignore"):
+            loss = functional_call(model, dict(params), (), dict(batch) | {"return_dict": True}).loss
+        return None if loss is None else float(loss)
+    except Exception:  # the model has no loss for such batches
+        return None
+    finally:
+        settings.clear()
+        settings.update(before)
 
 
 @contextlib.contextmanager

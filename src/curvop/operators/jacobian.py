@@ -109,6 +109,8 @@ class _Jacobians(JacobianLikeLinearOperator):
         params: Mapping[str, Tensor],
         data: Iterable[Any],
         *,
+        loss: object = None,
+        batch_weight: object = None,
         dtype: Any = np.float64,
         cache: float | str = "auto",
         engine: str = "autograd",
@@ -132,6 +134,9 @@ class _Jacobians(JacobianLikeLinearOperator):
         data : iterable of batches
             A list, a ``DataLoader`` or any other iterable that can be read repeatedly and yields the batches in the
             same order each time. The tensors of a batch are moved to the device of the parameters.
+        loss, batch_weight : object, optional
+            Ignored, because a Jacobian has no loss. They are accepted so that all operators can be constructed from the
+            same dict of arguments, such as the result of `curvop.huggingface.causal_lm`.
         dtype, cache, engine, columns, progress
             As in the constructor.
 
@@ -192,8 +197,8 @@ class JacobianLinearOperator(_Jacobians):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
-        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes of
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping that
+        the module does not accept as one argument, the module is called as ``model(**X)`` (see Notes of
         `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns). A prediction
         is a tensor or a nested structure of tensors, which are flattened and concatenated.
     params : dict of str to Tensor, or list of the model's own parameters
@@ -309,8 +314,8 @@ class TransposedJacobianLinearOperator(_Jacobians):
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping whose keys
-        are names of parameters of ``forward``, the module is called as ``model(**X)`` (see Notes of
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping that
+        the module does not accept as one argument, the module is called as ``model(**X)`` (see Notes of
         `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns). A prediction
         is a tensor or a nested structure of tensors, which are flattened and concatenated.
     params : dict of str to Tensor, or list of the model's own parameters
