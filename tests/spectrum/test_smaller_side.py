@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvop import EFLinearOperator, FisherLinearOperator, GGNLinearOperator, HessianLinearOperator
+from curvop import (
+    EFLinearOperator,
+    FisherLinearOperator,
+    GGNLinearOperator,
+    GramLinearOperator,
+    HessianLinearOperator,
+    PerExampleGradientLinearOperator,
+)
 from curvop.operators.gram import FactorLinearOperator, NotFactorableError
 from curvop.spectrum import EigenResult, eigen, eigsh
 
@@ -235,3 +242,55 @@ def test_the_certificate_is_that_of_certify_within_its_bounds() -> None:
     assert again.ok
     assert (again.residuals <= result.certificate.bounds).all()
     assert dataclasses.replace(result, certificate=again).ok
+
+
+class TestIterative:
+    """With a time limit, the Gram matrix is solved by products."""
+
+    def test_damping_changes_no_vectors(self) -> None:
+        model, loss, params, data = problem()
+        F = EFLinearOperator(model, loss, params, data * 2)  # rank N, 2 N rows
+        result = eigsh(F.damped(1e4), 25, "LA", seconds=600, progress=False)
+        assert "Gram matrix" in result.note
+        assert result.ok
+        np.testing.assert_allclose(result.vectors.T @ result.vectors, np.eye(25), atol=1e-10)
+        np.testing.assert_allclose(result.values, exact(F, 25) + 1e4, rtol=1e-12)
+
+    def test_small_singular_values(self) -> None:
+        torch.manual_seed(0)
+        scales = torch.logspace(0, -6.5, 30, dtype=torch.float64)
+        X = (
+            torch.linalg.qr(torch.randn(30, 30).double())[0]
+            * scales
+            @ torch.linalg.qr(torch.randn(60, 30).double())[0].T
+        )
+        model = nn.Linear(60, 1, bias=False).double()
+        G = GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), [(X, torch.zeros(30, 1).double())])
+        result = eigsh(G, 25, "LA", seconds=600, progress=False)
+        assert result.ok
+        np.testing.assert_allclose(result.vectors.T @ result.vectors, np.eye(25), atol=1e-10)
+        np.testing.assert_allclose(result.values, 2 / 30 * scales[:25] ** 2, rtol=1e-6, atol=1e-15)
+
+
+class TestMultiples:
+    def test_a_multiple_of_a_product(self) -> None:
+        model, loss, params, data = problem()
+        G = PerExampleGradientLinearOperator(model, loss, params, data)
+        F = EFLinearOperator(model, loss, params, data)
+        A = G.T @ G / N
+        np.testing.assert_allclose(A.gram().to_dense(), F.gram().to_dense(), atol=1e-14)
+        result = eigsh(A, 5, side="examples", progress=False)
+        assert_eigenpairs(F, result, exact(F, 5))
+        with pytest.raises(NotFactorableError, match="a multiple by -1"):
+            (-A).gram()
+
+    def test_many_outputs_are_refused_at_once(self) -> None:
+        model = nn.Linear(3, 300).double()
+        data = [(torch.randn(4, 3).double(), torch.randint(300, (4,)))]
+        G = GGNLinearOperator(model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+        with pytest.raises(NotFactorableError, match="an example has 300 outputs"):
+            G.gram()
+
+    def test_an_array_is_no_factor(self) -> None:
+        with pytest.raises(TypeError, match="factor is a ndarray"):
+            GramLinearOperator(np.eye(3))

@@ -132,6 +132,15 @@ class PerExampleKernel(FactorKernel):
         return row_map if count == row_map.count else _RowSums(row_map, count)
 
 
+def _check_entries(entries: int) -> None:
+    """Raise a `NotFactorableError` if the Hessian of the loss of one example is too large for a square root."""
+    if entries > _MAX_ENTRIES:
+        raise NotFactorableError(
+            f"an example has {entries:,} outputs, more than {_MAX_ENTRIES}, so that the square root of the loss's "
+            "Hessian is too large: use EFLinearOperator, or FisherLinearOperator(..., mc_samples=1)"
+        )
+
+
 def _square_root(
     output_hessian: OutputHessian, examples: Examples, outputs: list[Tensor], derivative: Parts
 ) -> OuterProducts:
@@ -145,11 +154,7 @@ def _square_root(
     if not used or not outputs[used[0]].numel():
         return OuterProducts(examples, outputs, [derivative] * used_terms(examples, outputs, derivative)[1])
     count, entries = examples.terms(shapes)
-    if entries > _MAX_ENTRIES:
-        raise NotFactorableError(
-            f"an example has {entries:,} outputs, more than {_MAX_ENTRIES}, so that the square root of the loss's "
-            "Hessian is too large: use EFLinearOperator, or FisherLinearOperator(..., mc_samples=1)"
-        )
+    _check_entries(entries)
     some = outputs[used[0]]
 
     def multiply(flat: Tensor) -> Tensor:
@@ -214,7 +219,13 @@ def example_counts(objective: ModelObjective) -> list[tuple[int, int | None]]:
 
 def row_counts(matrix: GGNLikeKernel) -> list[int]:
     """Return the number of rows of the factor of a matrix for each batch, in one pass over the data."""
-    return [terms * matrix.num_factors(entries) for _, _, (terms, entries) in _terms(matrix.objective)]
+    counts = []
+    for _, _, (terms, entries) in _terms(matrix.objective):
+        count = matrix.num_factors(entries)
+        if count != matrix.num_factors(entries + 1):  # one row for each output
+            _check_entries(entries)
+        counts.append(terms * count)
+    return counts
 
 
 def _terms(objective: ModelObjective) -> Iterator[tuple[list[Tensor], Any, tuple[int, int]]]:

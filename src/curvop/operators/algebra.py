@@ -49,7 +49,7 @@ from curvop.operators.composites import (
 )
 from curvop.operators.diagonal_operator import DiagonalLinearOperator, as_diagonal
 from curvop.operators.engine_operator import EngineLinearOperator, products_in_one_pass
-from curvop.operators.gram import GramLinearOperator
+from curvop.operators.gram import GramLinearOperator, NotFactorableError
 from curvop.operators.validation import real_scalar
 
 __all__ = ["DampedLinearOperator"]
@@ -123,6 +123,26 @@ class _ScaledLinearOperator(CompositeLinearOperator):
 
     def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
         return _ScaledLinearOperator(section(self._parts[0], self._row_and_column_layouts, rows, cols), self._alpha)
+
+    def gram(self) -> GramLinearOperator:
+        """Return the Gram matrix of a non-negative multiple of a matrix of the form ``S.T @ S``.
+
+        Returns
+        -------
+        GramLinearOperator
+            Operator that has the same non-zero eigenvalues.
+
+        Raises
+        ------
+        NotFactorableError
+            If the matrix is not of this form, or if the number is negative.
+        """
+        if not (isinstance(self._alpha, int | float) and self._alpha >= 0):
+            raise NotFactorableError(
+                f"a multiple by {self._alpha} of S.T @ S is not of the form S.T @ S: use a number >= 0"
+            )
+        alpha, gram = float(self._alpha), cast("GramLinearOperator", cast("Any", self._parts[0]).gram())
+        return GramLinearOperator(cast("TensorLinearOperator", alpha**0.5 * gram.factor), alpha * gram.shift)
 
     def _mirror(self, conjugate: bool) -> TensorLinearOperator:
         A = self._parts[0]

@@ -186,6 +186,10 @@ class GramLinearOperator(TensorLinearOperator):
     """
 
     def __init__(self, factor: TensorLinearOperator, shift: float = 0.0) -> None:
+        if not isinstance(factor, TensorLinearOperator):
+            raise TypeError(
+                f"factor is a {type(factor).__name__}: pass an operator of this package, such as a Jacobian"
+            )
         super().__init__(factor.dtype, (factor.shape[0], factor.shape[0]))
         self.factor = factor
         self.shift = real_scalar("shift", shift)

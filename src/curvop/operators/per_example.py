@@ -63,7 +63,8 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
         class is predicted (such as an image, a token or a pixel) for ``CrossEntropyLoss`` and ``NLLLoss``, a row of the
         prediction for the other loss functions of ``torch.nn``, and an index of the first dimension for any other loss
         function. With 'items', a row is an index of the first axis of the batch: the sum of all terms that belong to
-        it, such as the tokens of a sequence.
+        it, such as the tokens of a sequence. The terms of an item must be consecutive: predictions must be flattened
+        with the items along their first axis.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'

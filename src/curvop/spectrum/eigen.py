@@ -157,8 +157,9 @@ def eigsh(
 
         - 'parameters' solves A.
         - 'examples' solves ``A.gram()``, which has one row for each example, or for each example and output. `which`
-          must be 'LA' or 'LM', and `k` must be at most the number of rows. If S fits into `memory` and is small
-          compared with the cost of an iterative method, the rows of S are formed and all eigenvalues are computed.
+          must be 'LA' or 'LM', and `k` must be at most the number of rows. If S fits into `memory`, if it is small
+          compared with the cost of an iterative method, and if `seconds` is not given, the rows of S are formed and
+          all eigenvalues are computed.
         - 'auto' solves ``A.gram()`` if A has this method, if the Gram matrix is smaller than A and has the requested
           eigenvalues, and if `v0` is not given. Otherwise, 'auto' solves A.
     progress : bool, optional
@@ -473,6 +474,9 @@ def _solve(A: LinearOperator, gram: GramLinearOperator | None, request: _Request
         available = available_bytes(gram.device, request.memory)
         if fits(gram, k, available):
             return _solve_formed(A, gram, request, available)
+    shift = 0.0
+    if gram is not None:
+        shift, gram = gram.shift, gram.shifted(-gram.shift)
     solved = A if gram is None else gram
     available = available_bytes(device_of(A) if request.method == "lanczos" else None, request.memory)
     start, ncv = request.v0, request.ncv
@@ -496,12 +500,13 @@ def _solve(A: LinearOperator, gram: GramLinearOperator | None, request: _Request
             raise TimeoutError(
                 f"time was up after {request.seconds} s and {counted.products} products, and the methods 'arpack' and "
                 f"'dense' have no partial results: allow more seconds, or pass method='lanczos' and ncv < "
-                f"{A.shape[0]}"
+                f"{solved.shape[0]}"
             ) from None
     products, note = counted.products, pairs.note
     values, vectors = pairs.values, pairs.vectors
     if gram is not None:
         values, vectors, lifts = lifted(gram, values.astype(np.float64), vectors.astype(np.float64), rng)
+        values = values + shift
         products, note = products + lifts, _joined(f"from the Gram matrix of {gram.shape[0]:,} rows", note)
     order = _outermost_first(values, which)
     values, vectors, proof = values[order].astype(np.float64), vectors[:, order], None

@@ -103,7 +103,8 @@ def smaller_side(A: Any, side: Any, k: int, which: str, has_start: bool) -> Gram
 def fits(gram: GramLinearOperator, k: int, available: int) -> bool:
     """Return True if forming the factor fits into `available` bytes, and takes less time than an iterative method."""
     rows, cols = gram.factor.shape
-    needed = 8 * (rows * cols + 3 * k * cols + 4 * rows**2)
+    copies = 8 if gram.epsilon <= _EPS else 12  # single precision is converted to double precision
+    needed = copies * rows * cols + 8 * (3 * k * cols + 4 * rows**2)
     return bool(needed <= available and rows <= _ROWS_PER_PRODUCT * max(2 * k + 1, _MIN_PRODUCTS))
 
 
@@ -115,8 +116,9 @@ def lifted(
     Parameters
     ----------
     gram : GramLinearOperator
+        The Gram matrix without a shift. With a shift, zero eigenvalues could not be told from small ones.
     values, vectors : ndarray, shape (k,) and (n, k)
-        Eigenpairs of the Gram matrix, including the shift.
+        Eigenpairs of the Gram matrix.
     rng : numpy.random.Generator
         The generator for vectors of the null space of A.
 
@@ -126,12 +128,16 @@ def lifted(
     products : int
         The number of products with the factor.
     """
-    own = values - gram.shift
-    nonzero = own > max(gram.shape[0] * _EPS, 10 * gram.epsilon) * max(own.max(initial=0.0), 0.0)
+    nonzero = values > max(gram.shape[0] * _EPS, 10 * gram.epsilon) * max(values.max(initial=0.0), 0.0)
     V: Array = gram.lift(vectors[:, nonzero])
+    values, products = values[nonzero], int(nonzero.sum())
+    if products and np.abs(V.T @ V - np.eye(products)).max() > _ORTHOGONAL:
+        # Rounding errors are relative to the largest eigenvalue. Compute the eigenpairs again in the span of V.
+        Q = np.linalg.qr(V)[0]
+        _, sigma, W = np.linalg.svd(gram.factor @ Q, full_matrices=False)
+        V, values, products = Q @ W.T, sigma**2, 2 * products
     null = _null_vectors(torch.from_numpy(V), int((~nonzero).sum()), rng)
-    values = np.append(values[nonzero], np.full(null.shape[1], gram.shift))
-    return values, np.hstack([V, null.numpy()]), int(nonzero.sum())
+    return np.append(values, np.zeros(null.shape[1])), np.hstack([V, null.numpy()]), products
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
