@@ -25,8 +25,6 @@ class NotConvergedError(RuntimeError):
 
     Attributes
     ----------
-    solution : ndarray, shape (N,) or (N, K)
-        The best solution that was found.
     results : list of SolveResult
         The result for each column, with its true residual.
     """
@@ -37,7 +35,7 @@ class NotConvergedError(RuntimeError):
 
     @property
     def solution(self) -> NDArray[Any]:
-        """The best solution that was found."""
+        """The best solution that was found, as an array of shape (N,) or (N, K)."""
         columns = [result.solution for result in self.results]
         return columns[0] if len(columns) == 1 else np.stack(columns, axis=1)
 

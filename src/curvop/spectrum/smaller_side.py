@@ -116,7 +116,7 @@ def lifted(
     Parameters
     ----------
     gram : GramLinearOperator
-        The Gram matrix without a shift. With a shift, zero eigenvalues could not be told from small ones.
+        The Gram matrix without a shift. A large shift would hide the difference between zero and small eigenvalues.
     values, vectors : ndarray, shape (k,) and (n, k)
         Eigenpairs of the Gram matrix.
     rng : numpy.random.Generator
