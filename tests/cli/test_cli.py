@@ -765,6 +765,20 @@ class TestSolve:
         assert code == 0
         assert (result["block"], result["N"]) == (["2.weight"], 8)
 
+    @pytest.mark.parametrize(
+        ("limit", "status", "advice"),
+        [
+            (["--maxiter", "1"], "maxiter", "increase --maxiter"),
+            (["--seconds", "0.000001"], "seconds", "increase --seconds"),
+        ],
+    )
+    def test_limits(self, run, spec, limit, status, advice):
+        arguments = ("solve", spec("small"), "--damping", "5", "--rtol", "1e-12", *limit)
+        code, out, _ = run(*arguments, "--json")
+        assert code == 1
+        assert json.loads(out)["status"] == status
+        assert advice in run(*arguments)[1]
+
     def test_an_indefinite_matrix_is_reported(self, run, spec):
         code, out, _ = run("solve", spec("indefinite"), "--damping", "1e-6", "--rtol", "1e-8")
         assert code == 1
@@ -779,6 +793,8 @@ class TestSolve:
             (["--rtol", "5"], "argument --rtol: must be between 0 and 1"),
             (["--matrix", "jacobian"], "argument --matrix: invalid choice"),
             (["--rank", "0"], "argument --rank: must be >= 1"),
+            (["--maxiter", "0"], "argument --maxiter: must be >= 1"),
+            (["--seconds", "soon"], "argument --seconds: 'soon' is not a duration > 0"),
             (["--out", "step.txt"], "does not end in .npz"),
             (["--block", "2.weigth"], "--block"),
         ],

@@ -199,7 +199,8 @@ class TestBadInput:
         ("change", "match"),
         [
             ({"b": np.ones(3)}, r"b has shape \(3,\).*b \(2,\)"),
-            ({"b": np.ones((2, 1))}, r"b has shape \(2, 1\)"),
+            ({"b": np.ones((3, 1))}, r"b has shape \(3, 1\).*\(2,\) or \(2, K\)"),
+            ({"b": np.ones((2, 1, 1))}, r"b has shape \(2, 1, 1\)"),
             ({"b": np.array([1.0, np.nan])}, "b is not finite"),
             ({"A": np.ones((2, 3))}, r"A has shape \(2, 3\)"),
             ({"damping": np.inf}, "damping is inf"),

@@ -37,7 +37,7 @@ indefinite, the solver is MINRES. PROBLEM is the same as for 'curvop eigs'."""
 
 _SOLVE_EPILOG = """\
 exit codes: 0 success; 1 the true residual is too large, or the damped matrix is indefinite; 2 invalid argument or
-problem; 130 interrupted"""
+problem; 130 interrupted. If --maxiter or --seconds ends the solver, the solution so far is reported and saved."""
 
 
 _SPECTRUM_DESCRIPTION = """\
@@ -150,6 +150,10 @@ def _parser() -> _Parser:
     solver.add_argument("--rtol", type=_fraction, default=1e-5, help="relative residual to reach (default: 1e-5)")
     solver.add_argument(
         "--rank", type=_count, help="rank of a Nystrom preconditioner, for ggn, ef and fisher (default: none)"
+    )
+    solver.add_argument("--maxiter", type=_count, help="maximum number of steps (default: 10 N, and at most 1000)")
+    solver.add_argument(
+        "--seconds", type=_duration, metavar="TIME", help="time limit of the solver, for example 90s, 30m or 2h"
     )
     solver.add_argument("--out", metavar="FILE.npz", type=Path, help="save the solution and the gradient to this file")
     spectrum = commands.add_parser(

@@ -125,7 +125,14 @@ def _solve(options: argparse.Namespace) -> int:
         bar.set_description_str("solve")
         with without_verdicts():
             result = solve(
-                operator, gradient, damping=options.damping, rtol=options.rtol, preconditioner=M, progress=False
+                operator,
+                gradient,
+                options.damping,
+                rtol=options.rtol,
+                preconditioner=M,
+                maxiter=options.maxiter,
+                seconds=options.seconds,
+                progress=False,
             )
     if options.out:
         save_arrays(options.out, solution=result.solution, gradient=gradient, **param_arrays(operator.params_slices))

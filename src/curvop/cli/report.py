@@ -215,8 +215,16 @@ class Solve:
     @property
     def ok(self) -> bool:
         """True if the true residual is small enough."""
-        return self.result.converged
+        return bool(self.result.converged)
 
+
+#: What stopped a solver that did not converge, by `SolveResult.status`.
+_NOT_CONVERGED = {
+    "maxiter": "the number of steps is too small: increase --maxiter, or use --rank",
+    "seconds": "out of time: increase --seconds, or use --rank",
+    "precision": "this is the limit of the precision of the products",
+    "stagnation": "rounding errors prevent a smaller residual",
+}
 
 Result = Setup | Spectrum | Singular | DenseCheck | Solve
 
@@ -371,7 +379,8 @@ def _solve_lines(result: SolveResult, rtol: float, damping: float) -> Iterator[s
         yield "                          a larger --damping, or --matrix ggn, makes it positive definite"
     elif result.solver == "minres":
         yield "  SINGULAR                up to rounding; a larger --damping makes it positive definite"
-    yield "  converged" if result.converged else "  NOT CONVERGED"
+    reason = _NOT_CONVERGED.get(result.status, "")
+    yield "  converged" if result.converged else f"  NOT CONVERGED           {reason}".rstrip()
 
 
 def _solve_json(solve: Solve) -> dict[str, Any]:

@@ -333,29 +333,40 @@ class ParameterVectors(TensorLinearOperator):
         rows, cols = self._row_and_column_layouts
         if cols is None:
             return super()._tree_product(x)
-        product = self.dot(torch.cat([part.reshape(-1) for part in self._tree_parts(x, cols)]))
-        if rows is None:
-            return product
-        parts = self._split_by_parameter(rows, product)
+        product = self.dot(self._join_tree(x, cols))
+        return product if rows is None else self._split_like(x, rows, product)
+
+    def _join_tree(self, x: Any, cols: ParameterLayout, argument: str = "x") -> Tensor:
+        """Concatenate a container of one tensor per column parameter, on the device of the operator.
+
+        ``argument`` is the name of the container in error messages.
+        """
+        return torch.cat([part.reshape(-1) for part in self._tree_parts(x, cols, argument)])
+
+    def _split_like(self, x: Any, rows: ParameterLayout, vector: Tensor) -> Any:
+        """Split a vector into a container of the same type as ``x``, with one tensor per row parameter."""
+        parts = self._split_by_parameter(rows, vector)
         if isinstance(x, Mapping):
             return parts
         return tuple(parts.values()) if isinstance(x, tuple) else list(parts.values())
 
-    def _tree_parts(self, x: Any, cols: ParameterLayout) -> Iterator[Tensor]:
+    def _tree_parts(self, x: Any, cols: ParameterLayout, argument: str) -> Iterator[Tensor]:
         """Validate the tensors in ``x``. Yield one tensor per column parameter, on the device of the operator."""
         if isinstance(x, Mapping):
             for name in x:
                 if name not in cols.slices:
-                    raise ValueError(unknown_name("x", name, cols.names))
+                    raise ValueError(unknown_name(argument, name, cols.names))
             if missing := [name for name in cols.names if name not in x]:
-                raise ValueError(f"x lacks {missing[0]!r}: pass all of {', '.join(map(repr, cols.names))}")
+                raise ValueError(f"{argument} lacks {missing[0]!r}: pass all of {', '.join(map(repr, cols.names))}")
         elif len(x) != len(cols.names):
             raise ValueError(
-                f"x holds {len(x)} tensors, but A has {len(cols.names)} column parameters: pass one of each shape, "
-                f"{_shapes_text(map(tuple, cols.shapes))}"
+                f"{argument} holds {len(x)} tensors, but A has {len(cols.names)} column parameters: pass one of each "
+                f"shape, {_shapes_text(map(tuple, cols.shapes))}"
             )
         for index, (name, shape) in enumerate(zip(cols.names, cols.shapes, strict=True)):
-            what, part = (f"x[{name!r}]", x[name]) if isinstance(x, Mapping) else (f"x[{index}]", x[index])
+            what, part = (
+                (f"{argument}[{name!r}]", x[name]) if isinstance(x, Mapping) else (f"{argument}[{index}]", x[index])
+            )
             if not isinstance(part, Tensor):
                 raise TypeError(f"{what} is a {type(part).__name__}: pass a tensor of shape {tuple(shape)}")
             if part.shape != shape:

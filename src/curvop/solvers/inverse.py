@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, cast
 
@@ -12,10 +13,13 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvop.operators.base import Rows, TensorLinearOperator
-from curvop.operators.composites import CompositeLinearOperator, as_array, layouts_of
+from curvop.operators.composites import CompositeLinearOperator, layouts_of
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import real_operator, real_scalar
-from curvop.solvers.linear_solve import SolveResult, check_arguments, solve_column
+from curvop.solvers.damped_system import row_multiplier
+from curvop.solvers.linear_solve import SolveResult, check_arguments, solve_rows
+from curvop.spectrum.lanczos import device_of
+from curvop.spectrum.symmetry import check_symmetry
 
 __all__ = ["InverseLinearOperator", "NotConvergedError"]
 
@@ -34,10 +38,12 @@ class NotConvergedError(RuntimeError):
         self.results = results
 
     @property
-    def solution(self) -> NDArray[Any]:
-        """The best solution that was found, as an array of shape (N,) or (N, K)."""
+    def solution(self) -> NDArray[Any] | Tensor:
+        """The best solution that was found, of shape (N,) or (N, K)."""
         columns = [result.solution for result in self.results]
-        return columns[0] if len(columns) == 1 else np.stack(columns, axis=1)
+        if len(columns) == 1:
+            return cast("NDArray[Any] | Tensor", columns[0])
+        return torch.stack(columns, 1) if isinstance(columns[0], Tensor) else np.stack(columns, axis=1)
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -46,9 +52,9 @@ class NotConvergedError(RuntimeError):
 class InverseLinearOperator(CompositeLinearOperator):
     r"""Inverse of a damped symmetric matrix, :math:`(A + \lambda I)^{-1}`, as a symmetric ``LinearOperator``.
 
-    Each product solves a linear system by `curvop.solve`, and checks the true residual of the solution. Use it in
-    expressions such as ``G @ Inv @ g``, or for the smallest eigenvalues of A by ``eigsh``. For a single system, call
-    `curvop.solve` directly.
+    Each product solves linear systems by `curvop.solve`, and checks the true residuals of the solutions. The columns of
+    a block share their products with A, and tensors stay on their device. Use it in expressions such as ``G @ Inv @
+    g``, or for the smallest eigenvalues of A by ``eigsh``. For a single system, call `curvop.solve` directly.
 
     Parameters
     ----------
@@ -59,10 +65,11 @@ class InverseLinearOperator(CompositeLinearOperator):
     rtol : float, default 1e-5
         Relative residual at which the solver stops, between 0 and 1. Values below about 1e-6 cannot be reached for
         float32 models.
-    preconditioner : LinearOperator, shape (N, N), optional
+    preconditioner : LinearOperator, matrix, Tensor or callable, shape (N, N), optional
         Positive definite approximation of the inverse, for example from `curvop.preconditioner.nystrom`.
     maxiter : int, optional
-        Maximum number of products with A per column. The default is ``10 * N``.
+        Maximum number of steps. A step takes at most one product with A for each column. The default is the smaller of
+        ``10 * N`` and 1000.
     on_failure : {'raise', 'warn'}, default 'raise'
         Whether a solve that did not converge raises a `NotConvergedError`, or issues a warning and returns the best
         solution.
@@ -97,7 +104,7 @@ class InverseLinearOperator(CompositeLinearOperator):
     The columns of a matrix are solved one by one. `num_products` counts the columns; ``A.num_products`` counts the
     products with A. Solutions are computed in float64, and the residuals are those of the float64 solutions. A product
     with a float32 tensor rounds the solution afterwards. If A is not known to be symmetric, the first product checks
-    this by two products with A. A block of this operator is a block of the inverse, and not the
+    this by three products with A. A block of this operator is a block of the inverse, and not the
     inverse of a block: for the latter, pass ``A.block(names)``.
 
     Examples
@@ -132,7 +139,8 @@ class InverseLinearOperator(CompositeLinearOperator):
     ) -> None:
         A = real_operator(A)
         damping = real_scalar("damping", damping)
-        check_arguments(A, damping, rtol, preconditioner, maxiter)
+        check_arguments(A, damping, rtol, maxiter)
+        row_multiplier(preconditioner, A.shape, as_arrays=True)  # checks the shape
         if on_failure not in ("raise", "warn"):
             raise ValueError(f"on_failure is {on_failure!r}, but must be 'raise' or 'warn'")
         rows, cols = layouts_of(A)
@@ -162,29 +170,21 @@ class InverseLinearOperator(CompositeLinearOperator):
         self.last = []
         return super()._multiply_last_axis(x)
 
-    def _check_symmetry(self) -> None:
-        """Raise an error if A is not symmetric. The check takes two products if A is not known to be symmetric."""
-        if self._is_checked or (isinstance(self._A, TensorLinearOperator) and self._A.is_symmetric):
-            return
-        u, v = np.random.default_rng(0).standard_normal((2, self.shape[0]))
-        right, left = self._A @ v, self._A @ u
-        epsilon = self._parts[0].epsilon
-        scale = np.linalg.norm(u) * np.linalg.norm(right) + np.linalg.norm(v) * np.linalg.norm(left)
-        if abs(u @ right - v @ left) > epsilon**0.5 * scale:
-            raise ValueError("A is not symmetric: pass a symmetric operator")
-        self._is_checked = True
-
     def _apply(self, rows: Rows) -> Rows:
-        self._check_symmetry()
+        if not self._is_checked:
+            check_symmetry(self._A)
+            self._is_checked = True
         damping, rtol, preconditioner, maxiter = self._options
-        array = as_array(rows)
+        as_arrays = not isinstance(rows, Tensor)
+        vectors = torch.as_tensor(rows).to(device_of(self._A), torch.float64)
+        multiplier = row_multiplier(preconditioner, self.shape, as_arrays)
         with step_bar("solve", self._progress) as bar:
-            self.last = [solve_column(self._A, row, damping, rtol, preconditioner, maxiter, None, bar) for row in array]
+            found = solve_rows(self._A, vectors, damping, rtol, multiplier, maxiter, None, math.inf, None, bar)
+        self.last = found.results(as_arrays)
         self._report(rtol)
-        solutions = np.stack([result.solution for result in self.last])
         if isinstance(rows, Tensor):
-            return torch.from_numpy(solutions).to(rows.device, rows.dtype)
-        return cast("Rows", solutions.astype(self._product_dtype(rows.dtype), copy=False))
+            return found.rows.to(rows.device, rows.dtype)
+        return cast("Rows", found.rows.numpy(force=True).astype(self._product_dtype(rows.dtype), copy=False))
 
     def _report(self, rtol: float) -> None:
         """Raise an error or issue a warning for the column with the largest residual."""

@@ -1,112 +1,162 @@
 """Damped linear solves with a true residual and a check for indefiniteness.
 
-`solve` runs SciPy's conjugate gradients (Hestenes, Stiefel, "Methods of conjugate gradients for solving linear
-systems", J. Res. Natl. Bur. Stand. 49(6), 1952, doi:10.6028/jres.049.044). The function differs from
-``scipy.sparse.linalg.cg`` as follows:
+`solve` runs block conjugate gradients (`curvop.solvers.block_cg`), for one or for many right-hand sides. The function
+differs from ``scipy.sparse.linalg.cg`` as follows:
 
-1. It checks the curvature along every search direction. If the curvature is not positive, MINRES (Paige, Saunders,
-   "Solution of sparse indefinite systems of linear equations", SIAM J. Numer. Anal. 12(4), 1975, doi:10.1137/0712047)
-   continues from the current solution.
-2. It computes the true residual of the solution, because rounding errors accumulate in the residual that the solver
-   updates recursively. If the true residual is too large, the solver is restarted from the current solution, as long as
+1. All right-hand sides share one Krylov space, and all recurrences are torch code on the device of the operator.
+2. It checks the curvature along the search directions. If the curvature is not positive, MINRES
+   (`curvop.solvers.minres`) continues from the current solutions.
+3. It computes the true residuals of the solutions, because rounding errors accumulate in the residuals that the solver
+   updates recursively. If a true residual is too large, the solver is restarted from the current solution, as long as
    restarts reduce the residual.
-3. It computes in float64, so that norms do not underflow. It also scales the system for MINRES, because some tolerances
-   of MINRES are absolute.
+4. It computes in float64, so that norms do not underflow, and scales each right-hand side to a norm near 1. It also
+   scales the matrix for MINRES, because some tolerances of MINRES are absolute.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator, cg, minres
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
 from tqdm import tqdm
 
 from curvop.operators.progress import step_bar
-from curvop.operators.validation import integer, real_operator
+from curvop.operators.validation import available_bytes, integer, real_operator
+from curvop.solvers.block_cg import BlockRun, block_cg
+from curvop.solvers.damped_system import DampedSystem, RowFunction, row_multiplier
+from curvop.solvers.minres import minres
+from curvop.solvers.right_sides import RightSides
+from curvop.spectrum.counting import deadline_after
+from curvop.spectrum.lanczos import device_of
+from curvop.spectrum.norms import row_norms
 
-__all__ = ["SolveResult", "check_arguments", "solve", "solve_column"]
+__all__ = ["Solutions", "SolveResult", "check_arguments", "solve", "solve_rows"]
 
-_MAX_RUNS = 5  # maximum number of runs of a solver; each run starts from the previous solution
-_CHECK_INTERVAL = 20  # MINRES steps between checks of the true residual; each check costs one product
+Array = NDArray[Any]
+
+_MAX_RUNS = 5  # maximum number of runs of a solver; each run starts from the previous solutions
+_MAX_STEPS = 1000  # default limit for the number of steps
+_MAX_BLOCK = 128  # maximum number of columns of a block; the recurrences of wider blocks take longer than the products
+_BUFFERS = 10  # number of tensors of the size of a block that the solver stores, including temporary ones
 # Negative curvature up to this multiple of the norm of the matrix may be a rounding error of a float32 model.
 _ROUNDING = 10 * float(np.finfo(np.float32).eps)
+
+#: What stopped the solver, and what to do.
+_VERDICTS = {
+    "maxiter": "it ended at maxiter: increase maxiter, or use a preconditioner or a larger damping",
+    "seconds": "it ran out of time: increase seconds, or use a preconditioner or a larger damping",
+    "precision": "this is the limit of the precision of the products: use float64 parameters, or a larger rtol or "
+    "damping",
+    "stagnation": "rounding errors prevent a smaller residual: use a larger damping or rtol, or a preconditioner",
+}
 
 
 def solve(
     A: LinearOperator,
     b: Any,
-    *,
     damping: float,
+    *,
     rtol: float = 1e-5,
-    preconditioner: LinearOperator | None = None,
+    preconditioner: Any = None,
     maxiter: int | None = None,
-    callback: Callable[[NDArray[Any]], object] | None = None,
+    x0: Any = None,
+    seconds: float | None = None,
+    callback: Callable[[Any], object] | None = None,
     progress: bool = True,
 ) -> SolveResult:
     """Solve ``(A + damping * I) x = b`` for a symmetric operator `A`, and check the result.
 
-    Use this function instead of ``scipy.sparse.linalg.cg`` if the matrix may be indefinite (for example, a Hessian), or
-    if you need a reliable residual. For least-squares problems with a Jacobian, use ``scipy.sparse.linalg.lsmr``.
+    The right-hand sides may be one vector or many columns. Many columns share their products: ten columns typically
+    cost a third of ten single solves. Use this function instead of ``scipy.sparse.linalg.cg`` if you have many
+    right-hand sides, if the matrix may be indefinite (for example, a Hessian), or if you need a reliable residual. For
+    least-squares problems with a Jacobian, use ``scipy.sparse.linalg.lsmr``.
 
     Parameters
     ----------
-    A : LinearOperator, shape (N, N)
+    A : LinearOperator or matrix, shape (N, N)
         The real symmetric operator, without damping.
-    b : array_like, shape (N,)
-        The real right-hand side.
+    b : array_like or Tensor, shape (N,) or (N, K), or dict, list or tuple of Tensor
+        The real right-hand sides. If the columns of `A` are parameters, `b` may also contain one tensor for each
+        parameter, such as a dict of gradients.
     damping : float
         The number that is added to the diagonal of `A`, in the units of the eigenvalues of `A`.
     rtol : float, optional
-        The relative residual at which the solver stops. It must be between 0 and 1. Values below about 1e-6 cannot be
-        reached for float32 models, because their products are too inaccurate.
-    preconditioner : LinearOperator, shape (N, N), optional
+        The relative residual at which the solver stops. It must be between 0 and 1. For float32 models, the accuracy of
+        the products limits the residual to about 1e-5 if the damping is a thousandth of the largest eigenvalue, and
+        the limit is inversely proportional to the damping.
+    preconditioner : LinearOperator, matrix, Tensor or callable, shape (N, N), optional
         A positive definite approximation of the inverse of the damped matrix, for example from
-        `curvop.preconditioner.nystrom`.
+        `curvop.preconditioner.nystrom`. A callable receives columns ``(N, K)``, as a tensor if `b` consists of tensors
+        and as an array otherwise, and returns the products in the same shape.
     maxiter : int, optional
-        The maximum number of products. A few additional products may be needed to compute the residual. The default is
-        ``10 * N``.
+        The maximum number of steps. A step takes at most one product for each column. A few additional products are
+        needed to compute the residuals. The default is the smaller of ``10 * N`` and 1000.
+    x0 : same type and shape as `b`, optional
+        The initial guess. It costs one product for each column. The default is zero.
+    seconds : float, optional
+        The time limit in seconds. There is no limit by default. The solver reserves the time for the true residuals.
+        If time runs out, the current solutions are returned. If the first product alone takes longer than the limit,
+        the solver exceeds it by the time for the residuals.
     callback : callable, optional
-        Called as ``callback(x)`` with a copy of the current solution after each step.
+        Called as ``callback(x)`` with a copy of the current solution after each step. The type of ``x`` is that of the
+        result.
     progress : bool, optional
-        Whether to show a progress bar that counts products.
+        Whether to show a progress bar that counts products. The bar reports negative curvature as soon as it is found.
 
     Returns
     -------
     SolveResult
-        The solution and its residual.
+        The solutions and their residuals.
 
     Raises
     ------
     TypeError, ValueError
         If an argument is invalid, a product is not finite, or the preconditioner is not positive definite.
+    MemoryError
+        If a single column does not fit into half of the free memory.
 
     Warns
     -----
     RuntimeWarning
-        If the damped matrix is found to be indefinite or singular, or `rtol` is not reached.
+        If the damped matrix is found to be indefinite or singular, or `rtol` is not reached. The warning says whether
+        `maxiter`, `seconds` or the precision of the products stopped the solver.
 
     See Also
     --------
+    InverseLinearOperator : The inverse of the damped matrix as an operator.
     curvop.preconditioner.nystrom : A preconditioner for matrices with few large eigenvalues.
     curvop.preconditioner.jacobi : A diagonal preconditioner.
 
     Notes
     -----
-    The system is solved by the method of conjugate gradients [1]_, which requires a positive definite matrix and
-    computes one product per step. If the curvature along a search direction is not positive, MINRES [2]_ continues from
-    the current solution, and a warning is issued. The reported residual is always recomputed from the solution.
+    The systems are solved by the method of block conjugate gradients [1]_ [2]_. It minimizes the error of every column
+    over one Krylov space that contains the residuals of all columns. For a single column, it is the method of conjugate
+    gradients [3]_. A step takes one block product. The block has at most K columns, and becomes narrower as soon as
+    linear combinations of the residuals have converged, or if columns are zero or linearly dependent. If the curvature
+    along a search direction is not positive, MINRES [4]_ continues from the current solutions, without sharing, and a
+    warning is issued. The reported residuals are always recomputed from the solutions.
+
+    All recurrences are computed in float64 on the device of `A`, also for float32 models: their products then limit
+    the accuracy, and not the recurrences. A block needs memory for about ten float64 tensors of its size. At most 128
+    columns, or as many as fit into half of the free memory, form a block. More columns are solved in several blocks.
+    A step takes O(N K^2) operations in addition to the products.
 
     References
     ----------
-    .. [1] M. R. Hestenes, E. Stiefel, "Methods of conjugate gradients for solving linear systems", J. Res. Natl. Bur.
+    .. [1] D. P. O'Leary, "The block conjugate gradient algorithm and related methods", Linear Algebra Appl. 29, 1980.
+       doi:10.1016/0024-3795(80)90247-5
+    .. [2] A. A. Dubrulle, "Retooling the method of block conjugate gradients", Electron. Trans. Numer. Anal. 12, 2001.
+    .. [3] M. R. Hestenes, E. Stiefel, "Methods of conjugate gradients for solving linear systems", J. Res. Natl. Bur.
        Stand. 49(6), 1952. doi:10.6028/jres.049.044
-    .. [2] C. C. Paige, M. A. Saunders, "Solution of sparse indefinite systems of linear equations", SIAM J. Numer.
+    .. [4] C. C. Paige, M. A. Saunders, "Solution of sparse indefinite systems of linear equations", SIAM J. Numer.
        Anal. 12(4), 1975. doi:10.1137/0712047
 
     Examples
@@ -119,59 +169,64 @@ def solve(
     >>> _ = torch.manual_seed(0)
     >>> X, y = torch.randn(40, 4).double(), torch.randn(40, 1).double()
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
-    >>> G = GGNLinearOperator(model, nn.MSELoss(), model.parameters(), [(X, y)])
+    >>> params = dict(model.named_parameters())
+    >>> G = GGNLinearOperator(model, nn.MSELoss(), params, [(X, y)])
     >>> gradient, loss = G.gradient_and_loss()
-    >>> result = solve(G, gradient, damping=0.1, progress=False)
+    >>> result = solve(G, gradient, 0.1, progress=False)
     >>> result.converged, result.residual <= 1e-5, result.solver
     (True, True, 'cg')
     >>> step = G.unravel(-result.solution)
+
+    Influence functions: the gradients of all training examples, as the columns of a tensor. The solution is a tensor,
+    too:
+
+    >>> def loss(params, x, y):
+    ...     return nn.functional.mse_loss(torch.func.functional_call(model, params, (x,)), y)
+    >>> gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, X, y)
+    >>> b = torch.cat([gradients[name].reshape(40, -1) for name in params], 1).T
+    >>> result = solve(G, b, 0.1, progress=False)
+    >>> result.solution.shape == b.shape, result.residual.shape, bool(result.converged.all())
+    (True, (40,), True)
     """
-    A, b = real_operator(A), np.asarray(b)
-    check_arguments(A, damping, rtol, preconditioner, maxiter)
+    until = deadline_after(seconds)
+    A = real_operator(A)
+    check_arguments(A, damping, rtol, maxiter)
+    sides = RightSides(A, b)
+    start = None
+    if x0 is not None:
+        guess = RightSides(A, x0, "x0")
+        if guess.shape != sides.shape:
+            raise ValueError(f"x0 has shape {guess.shape} and b has shape {sides.shape}: pass an x0 of the shape of b")
+        start = guess.rows
+    multiplier = row_multiplier(preconditioner, A.shape, sides.as_arrays)
+    restored = None if callback is None else lambda rows: callback(sides.restore(rows))
     with step_bar("solve", progress) as bar:
-        result = solve_column(A, b, damping, rtol, preconditioner, maxiter, callback, bar)
+        found = solve_rows(A, sides.rows, damping, rtol, multiplier, maxiter, start, until, restored, bar)
+    result = found.result(sides)
     if text := result.problem(rtol):
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     return result
-
-
-def solve_column(
-    A: LinearOperator,
-    b: NDArray[Any],
-    damping: float,
-    rtol: float,
-    preconditioner: LinearOperator | None,
-    maxiter: int | None,
-    callback: Callable[[NDArray[Any]], object] | None,
-    bar: tqdm[Any],
-) -> SolveResult:
-    """Solve one system without warnings. `check_arguments` has checked all arguments but `b`."""
-    if b.shape != (A.shape[0],):
-        raise ValueError(f"A has shape {A.shape} and b has shape {b.shape}: A must be square, and b ({A.shape[0]},)")
-    if not np.can_cast(b.dtype, np.float64, "same_kind"):
-        raise TypeError(f"b has dtype {b.dtype}, but must be real")
-    if not np.isfinite(b).all():
-        raise ValueError("b is not finite: pass finite numbers")
-    most = 10 * len(b) if maxiter is None else maxiter
-    return _Solver(A, b.astype(np.float64), damping, rtol, preconditioner, most, callback, bar).result()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SolveResult:
     """The solution of ``(A + damping * I) x = b`` and its residual, returned by `solve`.
 
-    ``print(result)`` shows a summary in one line.
+    ``print(result)`` shows a summary in one line. If b has shape ``(N, K)``, the residual, the number of products and
+    the verdict are arrays with one entry for each column.
 
     Attributes
     ----------
-    solution : ndarray, shape (N,)
-        The solution x, in float64.
-    residual : float
+    solution : ndarray, Tensor, or dict, list or tuple of Tensor
+        The solution x, in the type and shape of b, and on its device. An array is float64. The dtype of tensors is the
+        wider of the dtype of b and the dtype in which products are computed.
+    residual : float or ndarray, shape (K,)
         ``||b - (A + damping * I) x|| / ||b||``, computed from the solution and not updated recursively by the solver.
-    products : int
+    products : int or ndarray, shape (K,)
         The number of products with `A`. Products for the residual are included. Products that constructed the
-        preconditioner are not included.
-    converged : bool
+        preconditioner are not included. If columns share products, the products are divided equally among them, so that
+        the sum is the number of columns that were multiplied.
+    converged : bool or ndarray, shape (K,)
         Whether the residual is at most the requested `rtol`.
     negative_curvature : float or None
         The curvature ``p' (A + damping * I) p / p' p`` along a direction p of negative curvature, or None if no such
@@ -181,18 +236,23 @@ class SolveResult:
         positive definite.
     solver : str
         'minres' if a direction with negative or numerically zero curvature was found, and 'cg' otherwise.
+    status : str
+        What stopped the solver: 'rtol' if all columns have converged. Otherwise the reason for the column with the
+        largest residual: 'maxiter', 'seconds', 'precision' (the residual is the limit of the precision of the
+        products) or 'stagnation' (restarts no longer reduce the residual).
 
     See Also
     --------
     solve : Solve a damped system.
     """
 
-    solution: NDArray[Any]
-    residual: float
-    products: int
-    converged: bool
+    solution: Any
+    residual: Any
+    products: Any
+    converged: Any
     negative_curvature: float | None
     solver: str
+    status: str = ""
 
     def problem(self, rtol: float) -> str:
         """Return the text of a warning if the matrix is not positive definite or `rtol` is not reached, or ''.
@@ -207,11 +267,20 @@ class SolveResult:
             if self.negative_curvature is not None:
                 remedy += ", or a GGNLinearOperator instead of a Hessian"
             return f"{self}; {remedy}"
-        return "" if self.converged else f"{self}, but rtol is {rtol:g}"
+        if np.all(self.converged):
+            return ""
+        verdict = f"; {_VERDICTS[self.status]}" if self.status in _VERDICTS else ""
+        return f"{self}, but rtol is {rtol:g}{verdict}"
 
     def __str__(self) -> str:
-        verdict = "converged" if self.converged else "not converged"
-        text = f"{verdict}: relative residual {self.residual:.2e} after {self.products} products ({self.solver})"
+        count, done = np.size(self.converged), int(np.sum(self.converged))
+        if np.ndim(self.residual):
+            some = f"{count - done} of {count} columns " if 0 < count - done < count else ""
+            residual = f"relative residuals of {count} columns <= {np.max(self.residual, initial=0.0):.2e}"
+        else:
+            some, residual = "", f"relative residual {self.residual:.2e}"
+        verdict = "converged" if done == count else f"{some}not converged"
+        text = f"{verdict}: {residual} after {np.sum(self.products)} products ({self.solver})"
         if self.negative_curvature is not None:
             text += f"; the damped matrix is indefinite (smallest eigenvalue <= {self.negative_curvature:.3g})"
         elif self.solver == "minres":
@@ -219,7 +288,7 @@ class SolveResult:
         return text
 
 
-def check_arguments(A: LinearOperator, damping: Any, rtol: Any, preconditioner: Any, maxiter: Any) -> None:
+def check_arguments(A: LinearOperator, damping: Any, rtol: Any, maxiter: Any) -> None:
     """Raise an error that names the argument if the arguments of `solve` are invalid."""
     if A.shape[0] != A.shape[1]:
         raise ValueError(f"A has shape {A.shape}, but must be square")
@@ -232,168 +301,245 @@ def check_arguments(A: LinearOperator, damping: Any, rtol: Any, preconditioner: 
         )
     if maxiter is not None:
         integer("maxiter", maxiter, 1)
-    if preconditioner is not None and getattr(preconditioner, "shape", None) != A.shape:
-        shape = getattr(preconditioner, "shape", None)
-        raise ValueError(f"preconditioner has shape {shape}, but must be a LinearOperator of the shape of A, {A.shape}")
 
 
-class _ResidualReachedError(Exception):
-    """Raised to stop MINRES when the true residual is small enough."""
+@dataclasses.dataclass
+class Solutions:
+    """The solutions of K systems, with the attributes of `SolveResult` for each of them.
+
+    Attributes
+    ----------
+    rows : Tensor, shape (K, N)
+        The solutions in float64.
+    residual, products, converged, status : ndarray, shape (K,)
+        One entry for each system.
+    negative_curvature : float or None
+        The smallest curvature that was found.
+    solver : str
+        'cg' or 'minres'.
+    """
+
+    rows: Tensor
+    residual: Array
+    products: Array
+    converged: NDArray[np.bool_]
+    status: list[str]
+    negative_curvature: float | None
+    solver: str
+
+    def result(self, sides: RightSides) -> SolveResult:
+        """Return the result for all columns of the right-hand sides."""
+        status = "rtol"
+        if not self.converged.all():
+            status = self.status[int(np.argmax(np.where(self.converged, -1.0, self.residual)))]
+        solution, rest = sides.restore(self.rows), (self.negative_curvature, self.solver, status)
+        if sides.is_vector:
+            return SolveResult(solution, float(self.residual[0]), int(self.products[0]), bool(self.converged[0]), *rest)
+        return SolveResult(solution, self.residual, self.products, self.converged, *rest)
+
+    def results(self, as_arrays: bool) -> list[SolveResult]:
+        """Return one result for each column, with solutions that are arrays or tensors."""
+        rows = self.rows.numpy(force=True) if as_arrays else self.rows
+        return [
+            SolveResult(
+                rows[i],
+                float(self.residual[i]),
+                int(self.products[i]),
+                bool(self.converged[i]),
+                self.negative_curvature,
+                self.solver,
+                self.status[i],
+            )
+            for i in range(len(self.rows))
+        ]
 
 
-class _CurvatureError(Exception):
-    """Raised to stop conjugate gradients when the curvature along a search direction is not positive."""
+def solve_rows(
+    A: LinearOperator,
+    rows: Tensor,
+    damping: float,
+    rtol: float,
+    preconditioner: RowFunction | None,
+    maxiter: int | None,
+    x0: Tensor | None,
+    until: float,
+    callback: Callable[[Tensor], object] | None,
+    bar: tqdm[Any],
+) -> Solutions:
+    """Solve one system for each row of a float64 tensor ``(K, N)``, without warnings.
 
-    def __init__(self, value: float) -> None:
-        self.value = value
+    All other arguments are those of `solve`, after validation. `until` is the deadline, and `callback` receives rows.
+    """
+    count, size = rows.shape
+    norms = row_norms(rows)
+    # Scale each right-hand side by a power of two, which is exact, so that its norm is between 0.5 and 1.
+    exponents = np.where(norms > 0, np.frexp(norms)[1], 0)
+    scales = torch.from_numpy(np.ldexp(1.0, exponents)).to(rows)[:, None]
+    system = DampedSystem(A, damping, preconditioner, until, bar, count)
+    X = torch.zeros_like(rows) if x0 is None else x0 / scales
+    X[torch.from_numpy(norms == 0).to(X.device)] = 0
+    group_size = _columns_at_once(device_of(A), count, size)
+    on_step = None if callback is None else _shown(callback, X, scales)
+    groups = []
+    for first in range(0, count, group_size):
+        columns = np.arange(first, min(first + group_size, count))
+        part = slice(first, first + group_size)
+        group = _Group(system, rows[part] / scales[part], X[part], columns, rtol, x0 is not None, on_step)
+        group.run(min(10 * size, _MAX_STEPS) if maxiter is None else maxiter)
+        groups.append(group)
+    residual = np.concatenate([group.residual for group in groups]) if groups else np.zeros(0)
+    curvatures = [group.negative_curvature for group in groups if group.negative_curvature is not None]
+    return Solutions(
+        X * scales,
+        residual,
+        system.products_per_column(),
+        residual <= rtol,
+        [status for group in groups for status in group.status],
+        min(curvatures, default=None),
+        "minres" if any(group.solver == "minres" for group in groups) else "cg",
+    )
 
 
-class _Solver:
-    """Solve one system in float64 by one or more runs of CG or MINRES."""
+def _shown(callback: Callable[[Tensor], object], X: Tensor, scales: Tensor) -> Callable[[Array, Tensor], None]:
+    """Return a function that passes a copy of all solutions to the callback, with the current rows of some of them."""
+
+    def on_step(columns: Array, current: Tensor) -> None:
+        shown = X.clone()
+        shown[columns] = current
+        callback(shown * scales)
+
+    return on_step
+
+
+def _columns_at_once(device: torch.device, count: int, size: int) -> int:
+    """Return the number of columns of a block: as many as fit into half of the free memory."""
+    if count * size * _BUFFERS * 8 < 2**26:  # do not ask for the free memory
+        return min(count, _MAX_BLOCK) or 1
+    return max(1, min(count, _MAX_BLOCK, available_bytes(device) // (size * _BUFFERS * 8)))
+
+
+class _Group:
+    """Right-hand sides that are solved together, by one or more runs of block CG or MINRES.
+
+    Parameters
+    ----------
+    system : DampedSystem
+        The matrix and the preconditioner.
+    B, X : Tensor, shape (K, N)
+        Right-hand sides with norms between 0.5 and 1, or zero, and initial solutions, which are updated in place.
+    columns : ndarray, shape (K,)
+        Numbers of the right-hand sides.
+    rtol : float
+        Relative residual at which the solver stops.
+    has_start : bool
+        Whether the initial solutions may be nonzero.
+    on_step : callable or None
+        Called as ``on_step(columns, X)`` after each step.
+
+    Attributes
+    ----------
+    residual : ndarray, shape (K,)
+        Relative residuals of the solutions.
+    status : list of str
+        What stopped the solver, for each right-hand side.
+    """
 
     def __init__(
         self,
-        A: LinearOperator,
-        b: NDArray[Any],
-        damping: float,
+        system: DampedSystem,
+        B: Tensor,
+        X: Tensor,
+        columns: Array,
         rtol: float,
-        preconditioner: LinearOperator | None,
-        maxiter: int,
-        callback: Callable[[NDArray[Any]], object] | None,
-        bar: tqdm[Any],
+        has_start: bool,
+        on_step: Callable[[Array, Tensor], None] | None,
     ) -> None:
-        self._A, self._b, self._damping, self._bar = A, b, damping, bar
-        self._rtol, self._maxiter = rtol, maxiter
-        self._preconditioner, self._callback = preconditioner, callback
-        self._norm = float(np.linalg.norm(b))
-        self._products = 0
-        self._x = np.zeros(len(b))
-        self._solver = "cg"
-        self._negative_curvature: float | None = None
-        self._best = np.inf, self._x  # smallest checked residual of MINRES, and its solution
-        self._scale = 0.0  # the largest ||A p|| / ||p|| found, a lower bound of the norm of the damped matrix
+        self._system, self._B, self._X, self._columns = system, B, X, columns
+        self._rtol, self._on_step = rtol, on_step
+        self._norms = np.where((norms := row_norms(B)) > 0, norms, 1.0)
+        self._R = B
+        if has_start:
+            self._R = B - system.checked_multiply(X, columns)
+        self.residual = row_norms(self._R) / self._norms
+        self.residual[norms == 0] = 0.0
+        self.status = ["rtol"] * len(columns)
+        self.solver = "cg"
+        self.negative_curvature: float | None = None
+        self._trust_rounding = True
 
-    def result(self) -> SolveResult:
-        """Run solvers until the true residual is small enough or no longer decreases, and return the result."""
-        best = zero = self._x
-        rest, smallest = self._b, 1.0 if self._norm else 0.0
-        for _ in range(_MAX_RUNS):
-            if smallest <= self._rtol or self._products >= self._maxiter:
+    def run(self, max_steps: int) -> None:
+        """Run solvers until the true residuals are small enough or no longer decrease."""
+        active = np.flatnonzero(self.residual > self._rtol)
+        for number in range(_MAX_RUNS):
+            if not len(active):
                 break
-            self._advance(best, rest)
-            new = self._b - self._multiply(self._x)
-            residual = float(np.linalg.norm(new)) / self._norm
-            # CG decreases the error, but not always the residual. The first solution of CG is therefore accepted even
-            # if x = 0 has a smaller residual.
-            if not (residual < smallest or (best is zero and self._solver == "cg")):
-                break
-            helped, best, rest, smallest = residual < 0.5 * smallest, self._x, new, residual
-            if not helped and residual > 2 * self._rtol:  # close to rtol, a run need not halve the residual
-                break
-        converged = smallest <= self._rtol
-        return SolveResult(best, smallest, self._products, converged, self._negative_curvature, self._solver)
+            X, end = self._advance(active, max_steps)
+            max_steps -= end.steps
+            residuals = self._residuals(X, active) if end.steps else self._R[active]
+            active = self._accept(active, X, residuals, end, number)
+        for i in active:
+            self.status[i] = "stagnation"
 
-    def _advance(self, x0: NDArray[Any], rest: NDArray[Any]) -> None:
-        """Run a solver once from `x0`, and store the solution. `rest` is the residual vector of `x0`."""
-        self._x = x0
-        if self._preconditioner is not None and not rest @ (self._preconditioner @ rest) > 0:
-            raise ValueError("preconditioner is not positive definite: pass one that is, or none")
-        size = float(np.linalg.norm(rest))
-        if self._solver == "cg":
-            try:
-                rtol = 0.9 * self._rtol * self._norm / size
-                operator = LinearOperator(self._A.shape, matvec=self._multiply_direction, dtype=np.float64)
-                options = {"maxiter": self._maxiter - self._products, "M": self._preconditioner}
-                cg(operator, rest, rtol=rtol, atol=0.0, callback=self._step_callback(x0), **options)
-                return
-            except _CurvatureError as error:
-                self._solver = "minres"
-                self._scale = max(self._scale, self._norm_of_random_product())
-                self._negative_curvature = error.value if error.value < -_ROUNDING * self._scale else None
-            new = self._b - self._multiply(self._x)
-            if np.linalg.norm(new) < size:
-                x0, rest, size = self._x, new, float(np.linalg.norm(new))
-            self._x = x0
-        with contextlib.suppress(_ResidualReachedError):
-            self._minres(x0, rest, size)
+    def _accept(self, active: Array, X: Tensor, R: Tensor, end: BlockRun, number: int) -> Array:
+        """Keep the solutions that are better than the previous ones. Return the columns to restart."""
+        before, found = self.residual[active], row_norms(R) / self._norms[active]
+        # CG decreases the error, but not always the residual. The first solution of CG is therefore accepted even if
+        # the initial solution has a smaller residual.
+        better = (found < before) | ((number == 0) & (self.solver == "cg") & (end.steps > 0))
+        chosen = active[better]
+        self._X[chosen], self.residual[chosen] = X[better], found[better]
+        if self._R is self._B:
+            self._R = self._B.clone()
+        self._R[chosen] = R[better]
+        unfinished = self.residual[active] > self._rtol
+        helped = better & (found < 0.5 * before)
+        # Close to rtol, a run need not halve the residual.
+        restart = unfinished & better & (helped | (found <= 2 * self._rtol))
+        reason = np.full(len(active), "stagnation", dtype=object)
+        if self._system.low_precision:
+            reason[:] = "precision"
+            if self.solver == "cg":
+                # Rounding errors of the products dominate if the true residual is larger than the recursive one.
+                noisy = found > 2 * end.sizes * 0.9 * self._rtol
+                hopeless = (end.reason == "precision") | (found > 3 * self._rtol) | ((number > 0) & ~helped)
+                restart &= ~(noisy & hopeless)
+                self._trust_rounding &= end.reason != "precision"
+        if end.reason in ("maxiter", "seconds"):
+            restart[:], reason[:] = False, end.reason
+        for i, text in zip(active[unfinished & ~restart], reason[unfinished & ~restart], strict=True):
+            self.status[i] = text
+        return active[restart]
 
-    def _minres(self, x0: NDArray[Any], rest: NDArray[Any], size: float) -> None:
-        """Run MINRES on a system that is scaled so that the matrix and the right-hand side have norms near 1.
+    def _residuals(self, X: Tensor, active: Array) -> Tensor:
+        """Return the true residuals of solutions."""
+        return self._B[active] - self._system.checked_multiply(X, self._columns[active])
 
-        The scaling is necessary, because some tolerances of SciPy's MINRES are absolute.
-        """
-        scale = self._scale or 1.0
+    def _advance(self, active: Array, max_steps: int) -> tuple[Tensor, BlockRun]:
+        """Run a solver once from the current solutions. Return the new solutions and the end of the run."""
+        X, R, columns = self._X[active].clone(), self._R[active], self._columns[active]
+        tolerances = 0.9 * self._rtol * self._norms[active]
+        hook = None if self._on_step is None else functools.partial(self._on_step, columns, X)
+        if self.solver == "cg":
+            end = block_cg(self._system, X, R, tolerances, columns, max_steps, hook, self._trust_rounding)
+            if end.reason != "curvature" and (end.reason != "breakdown" or end.steps):
+                return X, end
+            self._report_curvature(end.curvature, columns)
+            max_steps -= end.steps
+            if end.steps:
+                R_new = self._residuals(X, active)
+                worse = torch.from_numpy(row_norms(R_new) >= row_norms(R)).to(X.device)
+                X[worse] = self._X[active][worse]
+                R = torch.where(worse[:, None], R, R_new)
+            steps = end.steps
+        else:
+            steps = 0
+        reason, more = minres(self._system, X, R, tolerances / 0.9, columns, max_steps, hook)
+        return X, BlockRun(reason, steps + more, np.zeros(len(active)))
 
-        def multiply(x: NDArray[Any]) -> NDArray[Any]:
-            return self._multiply(x) / scale
-
-        def precondition(x: NDArray[Any]) -> NDArray[Any]:
-            product: NDArray[Any] = self._preconditioner @ x * scale
-            return product
-
-        M = None
-        if self._preconditioner is not None:
-            M = LinearOperator(self._A.shape, matvec=precondition, dtype=np.float64)
-        operator = LinearOperator(self._A.shape, matvec=multiply, dtype=np.float64)
-        callback = self._step_callback(x0, size / scale, check_residual=True)
-        self._best = np.inf, x0
-        # With a smaller tolerance, MINRES would drift along the null space of the matrix.
-        minres(operator, rest / size, rtol=1e-14, maxiter=self._maxiter - self._products, M=M, callback=callback)
-        # MINRES may have drifted nevertheless. If an earlier solution is about as good, use it, because its norm is
-        # smaller.
-        residual, x = self._best
-        if residual <= 1.01 * np.linalg.norm(self._b - self._multiply(self._x)):
-            self._x = x
-
-    def _step_callback(
-        self, x0: NDArray[Any], scale: float = 1.0, check_residual: bool = False
-    ) -> Callable[[NDArray[Any]], None]:
-        """Return a callback that stores the current solution of a solver.
-
-        If `check_residual` is True, the callback also checks the true residual every ``_CHECK_INTERVAL`` steps.
-        """
-        steps = 0
-
-        def step(x: NDArray[Any]) -> None:
-            nonlocal steps
-            steps += 1
-            self._x = x0 + scale * x
-            if self._callback is not None:
-                self._callback(self._x.copy())
-            if check_residual and steps % _CHECK_INTERVAL == 0:
-                residual = float(np.linalg.norm(self._b - self._multiply(self._x)))
-                if residual <= self._rtol * self._norm:
-                    raise _ResidualReachedError
-                if residual < 0.99 * self._best[0]:
-                    self._best = residual, self._x
-
-        return step
-
-    def _multiply(self, x: NDArray[Any]) -> NDArray[Any]:
-        """Return the product of the damped matrix with `x`."""
-        self._products += 1
-        self._bar.update()
-        product: NDArray[Any] = np.asarray(self._A @ x, dtype=np.float64) + self._damping * x
-        if not np.isfinite(product).all():
-            raise ValueError("a product with A is not finite")
-        return product
-
-    def _norm_of_random_product(self) -> float:
-        x = np.random.default_rng(0).standard_normal(len(self._b))
-        return float(np.linalg.norm(self._multiply(x)) / np.linalg.norm(x))
-
-    def _multiply_direction(self, p: NDArray[Any]) -> NDArray[Any]:
-        """Return the product of the damped matrix with a search direction `p` of CG.
-
-        Raise ``_CurvatureError`` if the curvature along `p` is not positive.
-        """
-        size = float(np.linalg.norm(p))
-        if not np.isfinite(size):
-            raise ValueError("a search direction is not finite: preconditioner must be finite and positive definite")
-        product = self._multiply(p)
-        if size > 0:
-            self._scale = max(self._scale, float(np.linalg.norm(product)) / size)
-            curvature = float(p @ product)
-            if curvature <= 0:
-                raise _CurvatureError(curvature / size / size)
-        return product
+    def _report_curvature(self, curvature: float, columns: Array) -> None:
+        """Switch to MINRES. Report the curvature on the progress bar if rounding errors do not explain it."""
+        self.solver = "minres"
+        self._system.measure_scale(columns)
+        if curvature < -_ROUNDING * self._system.scale:
+            self.negative_curvature = curvature
+            self._system.bar.set_postfix_str(f"indefinite: smallest eigenvalue <= {curvature:.3g}")

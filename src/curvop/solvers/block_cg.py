@@ -1,0 +1,232 @@
+r"""Block conjugate gradients: one Krylov space for all right-hand sides.
+
+The method of O'Leary (1980) minimizes the error of every right-hand side over the sum of the Krylov spaces of all
+right-hand sides. With one right-hand side, it is the method of conjugate gradients of Hestenes and Stiefel (1952). The
+implementation differs from O'Leary's as follows:
+
+1. The residuals are stored as an orthonormal basis Q and coefficients C, as in the algorithm BCGrQ of Dubrulle (2001).
+   The block of search directions is :math:`S = M Q + S \rho^\top` with the coefficients :math:`\rho` of the latest
+   orthonormalization. Without the basis, the recurrence breaks down if the residuals become linearly dependent, which
+   always happens when they converge.
+2. Directions in which all residuals are below their tolerances are removed, so that the block becomes narrower. These
+   directions are singular vectors of C. Zero, dependent and converged right-hand sides thus cost no products.
+3. Every step has one point of synchronization with the device, at which the small matrices are copied to the host.
+
+References
+----------
+O'Leary (1980), "The block conjugate gradient algorithm and related methods", Linear Algebra Appl. 29,
+doi:10.1016/0024-3795(80)90247-5. Dubrulle (2001), "Retooling the method of block conjugate gradients", Electron. Trans.
+Numer. Anal. 12. Fukaya, Nakatsukasa, Yanagisawa, Yamamoto (2014), "CholeskyQR2: a simple and communication-avoiding
+algorithm for computing a tall-skinny QR factorization on a large-scale parallel system", ScalA '14, for the
+orthonormalization. Van der Vorst, Ye (2000), "Residual replacement strategies for Krylov subspace iterative methods for
+the convergence of true residuals", SIAM J. Sci. Comput. 22(3), for the effect of rounding errors on the residuals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curvop.solvers.damped_system import DampedSystem, NotFiniteError
+
+__all__ = ["BlockRun", "block_cg"]
+
+Array = NDArray[Any]
+
+_EPS = float(np.finfo(np.float64).eps)
+#: Directions are removed if all residuals have norms below this fraction of the tolerance along them.
+_NEGLIGIBLE = 0.1
+#: A factor of Cholesky's method with a smaller diagonal entry (for rows of norm 1) is too ill-conditioned.
+_DEPENDENT = 1e-5
+#: The run stops at residuals of this fraction of ``epsilon * ||A|| * ||x||``, a bound on the rounding errors of a
+#: product. The residuals that the solver attained for a float32 model of the digits were a tenth of the bound.
+_ROUNDING_FRACTION = 0.03
+
+
+@dataclasses.dataclass
+class BlockRun:
+    """The end of a run of `block_cg`.
+
+    Attributes
+    ----------
+    reason : str
+        'rtol', 'maxiter' or 'seconds'; 'precision' if rounding errors of the products dominate the residuals;
+        'curvature' if the curvature along a direction is not positive; 'breakdown' if the curvature matrix is too
+        ill-conditioned.
+    steps : int
+        The number of steps.
+    sizes : ndarray, shape (K,)
+        The norms of the recursive residuals relative to their tolerances.
+    curvature : float
+        Curvature along the direction that is not positive.
+    """
+
+    reason: str
+    steps: int
+    sizes: Array
+    curvature: float = 0.0
+
+
+def block_cg(
+    system: DampedSystem,
+    X: Tensor,
+    residuals: Tensor,
+    tolerances: Array,
+    columns: NDArray[np.intp],
+    max_steps: int,
+    on_step: Callable[[], None] | None,
+    trust_rounding: bool = True,
+) -> BlockRun:
+    """Advance the solutions until all residuals are below their tolerances.
+
+    Parameters
+    ----------
+    system : DampedSystem
+        The matrix and the preconditioner.
+    X, residuals : Tensor, shape (K, N)
+        The solutions, which are updated in place, and their residuals.
+    tolerances : ndarray, shape (K,)
+        The norms of the residuals at which the run stops.
+    columns : ndarray, shape (K,)
+        The numbers of the right-hand sides, which share the products.
+    max_steps : int
+        The maximum number of steps.
+    on_step : callable or None
+        Called after each step.
+    trust_rounding : bool
+        Whether the run may stop because of rounding errors.
+    """
+    tolerance = torch.from_numpy(tolerances).to(X)[:, None]
+    scaled = residuals / tolerance
+    Q, C, accurate = _orthonormal_rows(scaled)
+    if not bool(accurate):
+        Q, C = _householder(scaled)
+    coefficients = C.cpu().numpy()
+    kept = _significant(coefficients)
+    Q, C = kept.to(X) @ Q, kept.to(X) @ C
+    sizes = np.linalg.norm(coefficients, axis=0)
+    limits, estimates_rounding = np.ones(len(X)), trust_rounding and system.low_precision
+    if not len(Q):
+        return BlockRun("rtol", 0, sizes)
+    Q, S, factor = _precondition(system, Q)
+    C = factor @ C
+    step = 0
+    while True:
+        if step >= max_steps:
+            return BlockRun("maxiter", step, sizes)
+        if not system.time_for(len(S) + len(X)):  # the true residuals take a product for each right-hand side
+            return BlockRun("seconds", step, sizes)
+        P = system.multiply(S, columns)
+        curvatures = S @ P.T
+        curvatures = (curvatures + curvatures.T) / 2
+        L, info = torch.linalg.cholesky_ex(curvatures)
+        rest = torch.addmm(Q, torch.cholesky_inverse(L), P, alpha=-1)
+        Q, rho, accurate = _orthonormal_rows(rest)
+        new = rho @ C
+        squares, pivots = (S * S).sum(1), L.diagonal() ** 2
+        facts = [info, P.isfinite().all(), accurate, (P * P).sum(1).div(squares).max(), pivots.div(squares).min()]
+        flags = torch.stack([fact.to(torch.float64) for fact in facts])
+        norms = torch.linalg.vector_norm(X, dim=1) if estimates_rounding else X.new_zeros(len(X))
+        # The point of synchronization of the step.
+        host = torch.cat([flags, norms, new.reshape(-1)]).cpu().numpy()
+        failed, finite, is_accurate, ratio, pivot = host[:5]
+        if not finite:
+            raise NotFiniteError
+        system.scale = max(system.scale, float(ratio) ** 0.5)
+        if failed or not pivot > _EPS * system.scale:
+            curvature = _smallest_curvature(curvatures, S @ S.T)
+            positive = curvature > _EPS * system.scale
+            return BlockRun("breakdown" if positive else "curvature", step, sizes, curvature)
+        X.addmm_((tolerance * torch.cholesky_solve(C, L).T), S)
+        step += 1
+        if on_step is not None:
+            on_step()
+        coefficients = host[5 + len(X) :].reshape(tuple(new.shape))
+        if not is_accurate:
+            Q, rho = _householder(rest)
+            new = rho @ C
+            coefficients = new.cpu().numpy()
+        sizes = np.linalg.norm(coefficients, axis=0)
+        if estimates_rounding:
+            rounding = system.epsilon * system.scale * host[5 : 5 + len(X)]
+            limits = np.maximum(1.0, _ROUNDING_FRACTION * rounding / tolerances)
+        if (sizes <= limits).all():
+            return BlockRun("rtol" if (sizes <= 1).all() else "precision", step, sizes)
+        kept = _significant(coefficients).to(X)
+        if len(kept) < len(Q):
+            Q, rho, new = kept @ Q, kept @ rho, kept @ new
+        Q, Z, factor = _precondition(system, Q)
+        C = factor @ new
+        S = torch.addmm(Z, factor @ rho, S)
+
+
+def _orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (Q, r, accurate) with ``rows = r.T @ Q`` and orthonormal rows of Q, by Cholesky's method applied twice.
+
+    If ``accurate``, a tensor with one boolean, is False, the rows are too close to linear dependence for this method.
+    The function does not synchronize with the device.
+    """
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    safe = torch.where(norms > 0, norms, 1.0)
+    Q, r = rows / safe[:, None], torch.diag(safe)
+    accurate = torch.ones((), dtype=torch.bool, device=rows.device)
+    for _ in range(2):
+        L, info = torch.linalg.cholesky_ex(Q @ Q.T)
+        accurate = accurate & (info == 0) & (L.diagonal().min() > _DEPENDENT)
+        Q, r = torch.linalg.solve_triangular(L, Q, upper=False), L.T @ r
+    return Q, r, accurate
+
+
+def _householder(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (Q, r) with ``rows = r.T @ Q`` and orthonormal rows of Q, also if the rows are linearly dependent."""
+    Q, r = torch.linalg.qr(rows.T)
+    return Q.T.contiguous(), r
+
+
+def _significant(coefficients: Array) -> Tensor:
+    """Return orthonormal rows that span the directions in which the scaled residuals are not negligible."""
+    left, sizes, _ = np.linalg.svd(coefficients, full_matrices=False)
+    keep = sizes > _NEGLIGIBLE
+    if keep.all() and len(keep) == len(coefficients):
+        return torch.eye(len(coefficients), dtype=torch.float64)
+    return torch.from_numpy(np.ascontiguousarray(left[:, keep].T))
+
+
+def _precondition(system: DampedSystem, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return (Q', M Q', F) with ``Q = F.T @ Q'`` and :math:`Q' M Q'^\top = I`, for the preconditioner M.
+
+    Directions in which M is zero up to rounding are removed.
+    """
+    if system.precondition is None:
+        return Q, Q, torch.eye(len(Q), dtype=Q.dtype, device=Q.device)
+    Z = system.precondition(Q)
+    inner = (Q @ Z.T).cpu().numpy()
+    values, vectors = np.array([np.nan]), inner
+    if np.isfinite(inner).all():
+        values, vectors = np.linalg.eigh((inner + inner.T) / 2)
+    if not (values[-1] > 0 and values[0] > -1e-8 * values[-1]):
+        raise ValueError("preconditioner is not positive definite: pass one that is, or none")
+    keep = values > _EPS * values[-1]
+    roots, vectors = np.sqrt(values[keep]), vectors[:, keep]
+    inverse, factor = (torch.from_numpy(part).to(Q) for part in ((vectors / roots).T, (vectors * roots).T))
+    return inverse @ Q, inverse @ Z, factor
+
+
+def _smallest_curvature(curvatures: Tensor, inner: Tensor) -> float:
+    """Return the smallest ratio of the curvature along a direction and its squared norm.
+
+    `curvatures` and `inner` are the matrices ``S A S.T`` and ``S S.T`` of the directions S.
+    """
+    K, G = curvatures.cpu().numpy(), inner.cpu().numpy()
+    norms = np.sqrt(np.diagonal(G))
+    values, vectors = np.linalg.eigh(G / norms[:, None] / norms)
+    keep = values > _EPS * len(G) * values[-1]
+    basis = vectors[:, keep] / np.sqrt(values[keep])
+    projected = basis.T @ (K / norms[:, None] / norms) @ basis
+    return float(np.linalg.eigvalsh((projected + projected.T) / 2)[0])
