@@ -100,6 +100,7 @@ area(
         "preconditioner is not positive definite",
     ),
     ("a rank of 0", lambda: preconditioner.nystrom(DENSE, 0, 1.0), ValueError, "rank is 0"),
+    ("a rank in other words", lambda: preconditioner.nystrom(DENSE, "all", 1.0), ValueError, "rank is 'all'"),
     ("a rank that is no number", lambda: preconditioner.nystrom(DENSE, 1.5, 1.0), ValueError, "rank is 1.5"),
     ("no damping for a preconditioner", lambda: preconditioner.nystrom(DENSE, 2, 0.0), ValueError, "damping is 0.0"),
     (

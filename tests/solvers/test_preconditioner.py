@@ -6,10 +6,16 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
+from cases import loss_problem
 from matrices import matrix, right_side
+from scipy.sparse import diags_array
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg
 
+from curvop import DiagonalLinearOperator, GGNLinearOperator
+from curvop.operators.base import TensorLinearOperator
 from curvop.preconditioner import jacobi, nystrom
+from curvop.solvers import preconditioners
 
 DECAYING = 2.0 ** -np.arange(0, 60)
 
@@ -102,8 +108,79 @@ class TestNystrom:
         with pytest.raises(ValueError, match="A is indefinite"):
             nystrom(matrix([-1.0, *np.linspace(0, 1, 20)]), 15, 1e-2, rng=0)
 
+    def test_arrays_and_tensors(self) -> None:
+        M = nystrom(matrix(DECAYING), 10, 1e-3, rng=0)
+        dense, X = M @ np.eye(60), np.random.default_rng(0).standard_normal((60, 3))
+        assert isinstance(M, TensorLinearOperator)
+        assert M.is_symmetric
+        for side in (X, X[:, 0], X[:, :1], X[:, :0]):
+            np.testing.assert_allclose(M @ side, dense @ side, atol=1e-12)
+            product = M @ torch.from_numpy(side)
+            assert isinstance(product, torch.Tensor)
+            np.testing.assert_allclose(product, dense @ side, atol=1e-12)
+        assert (M @ torch.ones(60)).dtype == torch.float32
+        np.testing.assert_allclose(M @ (X + 1j), dense @ (X + 1j), atol=1e-12)
+        np.testing.assert_allclose(pickle.loads(pickle.dumps(M)) @ X, M @ X, atol=1e-14)
+
+    def test_tensors_and_arrays_give_the_same_preconditioner(self) -> None:
+        problem = loss_problem("ce")
+        G = GGNLinearOperator(problem.model, problem.loss_function, problem.params, problem.data)
+        here, there = nystrom(G, 12, 1e-3, rng=0), nystrom(G @ np.eye(43), 12, 1e-3, rng=0)
+        np.testing.assert_allclose(here @ np.eye(43), there @ np.eye(43), atol=1e-9)
+
+
+class TestAutomaticRank:
+    @pytest.mark.parametrize("damping", [1e-1, 1e-4, 1e-7])
+    def test_the_error_is_below_the_damping(self, damping: float) -> None:
+        A = matrix(DECAYING)
+        M = nystrom(A, "auto", damping, rng=0)
+        approximation = M.vectors * M.values @ M.vectors.T
+        assert np.linalg.norm(A - approximation, 2) <= 1.5 * damping
+        # Proposition 5.3 of Frangella, Tropp, Udell (2023)
+        bound = (M.values[-1] + damping + np.linalg.norm(A - approximation, 2)) / damping
+        assert condition(A, M, damping) <= bound * (1 + 1e-6) < 4
+
+    def test_products(self) -> None:
+        calls = []
+        A = matrix(np.r_[np.logspace(0, 4, 30), np.full(270, 1e-4)])
+
+        class Counting(LinearOperator):
+            def _matmat(self, X):
+                calls.append(X.shape[1])
+                return A @ X
+
+            def _matvec(self, x):
+                calls.append(1)
+                return A @ x
+
+        M = nystrom(Counting(np.float64, A.shape), "auto", 1e-2, rng=0)
+        assert len(M.values) == 64
+        assert [count for count in calls if count > 1] == [16, 16, 32]  # the first products are kept
+        assert M.construction_products == sum(calls) <= 64 + 2 * 10
+
+    def test_a_flat_spectrum_takes_all_columns(self) -> None:
+        A = matrix(np.linspace(1, 2, 40))
+        M = nystrom(A, "auto", 1e-3, rng=0)
+        assert len(M.values) == 40
+        assert condition(A, M, 1e-3) == pytest.approx(1, abs=1e-8)
+
+    def test_memory_runs_out(self, monkeypatch) -> None:
+        monkeypatch.setattr(preconditioners, "available_bytes", lambda device: 5 * 8 * 300_000 * 20)
+        scales = 1 / np.arange(1.0, 300_001)
+        A = diags_array(scales)
+        with pytest.warns(RuntimeWarning, match="rank='auto' stopped at 20.*larger than the damping"):
+            M = nystrom(A, "auto", 1e-6, rng=0)
+        assert len(M.values) == 20
+        assert M.error > 1e-6
+
 
 class TestJacobi:
+    def test_it_is_an_operator_of_this_package(self) -> None:
+        M = jacobi(matrix(DECAYING), 0.1)
+        assert isinstance(M, DiagonalLinearOperator)
+        X = torch.ones(60, 2, dtype=torch.float64)
+        np.testing.assert_allclose(M @ X, M @ X.numpy(), atol=1e-15)
+
     def test_exact_if_there_are_enough_products(self) -> None:
         A = matrix(DECAYING)
         np.testing.assert_allclose(jacobi(A, 0.1) @ np.eye(60), np.diag(1 / (np.diag(A) + 0.1)), atol=1e-14)
@@ -141,7 +218,7 @@ def test_bad_input(make, A, damping, match) -> None:
         make(A, damping)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank", [0, 3, "all"])
 def test_bad_ranks(rank: int) -> None:
-    with pytest.raises(ValueError, match=f"rank is {rank}"):
+    with pytest.raises(ValueError, match=f"rank is {rank!r}"):
         nystrom(np.eye(2), rank, 1.0)

@@ -18,7 +18,7 @@ from curvop.operators.validation import real_operator
 from curvop.spectrum.lanczos import device_of, product_dtype
 from curvop.spectrum.norms import row_norms
 
-__all__ = ["DampedSystem", "NotFiniteError", "row_multiplier"]
+__all__ = ["DampedSystem", "NotFiniteError", "operator_multiplier", "row_multiplier"]
 
 RowFunction = Callable[[Tensor], Tensor]
 
@@ -75,7 +75,7 @@ class DampedSystem:
         self.products = np.zeros(num_columns)
         self.scale = 0.0
         self.epsilon = max(_EPS, torch.finfo(product_dtype(A)).eps, getattr(A, "epsilon", 0.0))
-        self._multiply = _operator_multiplier(A)
+        self._multiply = operator_multiplier(A)
         self._latest: tuple[float, int] | None = None  # start of the latest product, and its number of columns
 
     @property
@@ -151,10 +151,11 @@ def row_multiplier(preconditioner: Any, shape: tuple[int, int], as_arrays: bool)
         return _function_multiplier(preconditioner, as_arrays)
     if isinstance(preconditioner, Tensor):
         return _function_multiplier(lambda X: preconditioner.to(X) @ X, as_arrays=False)
-    return _operator_multiplier(real_operator(preconditioner))
+    return operator_multiplier(real_operator(preconditioner))
 
 
-def _operator_multiplier(A: LinearOperator) -> RowFunction:
+def operator_multiplier(A: LinearOperator) -> RowFunction:
+    """Return a function that applies an operator to each row of a float64 tensor, by one block product."""
     if isinstance(A, TensorLinearOperator) and A.takes_tensors:
         return lambda rows: (A @ rows.T).T
 

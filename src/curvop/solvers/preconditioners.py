@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.sparse import diags_array
-from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
 
-from curvop.operators.validation import random_generator, real_operator, real_scalar
+from curvop.operators.base import Rows, TensorLinearOperator
+from curvop.operators.diagonal_operator import DiagonalLinearOperator
+from curvop.operators.validation import available_bytes, random_generator, real_operator, real_scalar
+from curvop.solvers.damped_system import operator_multiplier
 from curvop.spectrum.estimators import diagonal
+from curvop.spectrum.lanczos import device_of
 
 __all__ = ["NystromPreconditioner", "jacobi", "nystrom"]
 
+_BUFFERS = 5  # number of tensors of the size of the sketch during the construction
+_FIRST_RANK = 16  # first rank if the rank is chosen automatically
+_POWER_STEPS = 10  # maximum number of steps of the power method that estimates an error
+
 
 def nystrom(
-    A: LinearOperator, rank: int, damping: float, rng: int | np.random.Generator | None = None
+    A: LinearOperator, rank: int | str, damping: float, rng: int | np.random.Generator | None = None
 ) -> NystromPreconditioner:
-    """Construct a low-rank preconditioner for ``A + damping * I`` from one block product with `A`.
+    """Construct a low-rank preconditioner for ``A + damping * I`` from block products with `A`.
 
     Use this preconditioner if only a few eigenvalues are much larger than the damping. This is common for the
     Gauss-Newton and Fisher matrices of neural networks. If the rank is twice the number of eigenvalues that exceed the
@@ -29,9 +39,11 @@ def nystrom(
     ----------
     A : LinearOperator, shape (N, N)
         The symmetric positive semi-definite operator, without damping.
-    rank : int
-        The number of columns of the block product, from 1 to N. The preconditioner stores ``N * rank`` float64 numbers.
-        The construction needs five times this memory.
+    rank : int or 'auto'
+        The number of columns of the sketch, from 1 to N. The preconditioner stores ``N * rank`` float64 numbers on the
+        device of `A`. The construction needs five times this memory. With 'auto', the rank is doubled until the
+        estimated error of the low-rank approximation is at most the damping. The condition number of the preconditioned
+        matrix is then at most about 3.
     damping : float
         The positive damping of the system.
     rng : int, numpy.random.Generator or None, optional
@@ -47,6 +59,11 @@ def nystrom(
     TypeError, ValueError
         If an argument is invalid, a product is not finite, or `A` is found to be indefinite.
 
+    Warns
+    -----
+    RuntimeWarning
+        If `rank` is 'auto', and half of the free memory is not enough for the required rank.
+
     See Also
     --------
     jacobi : A diagonal preconditioner.
@@ -54,8 +71,13 @@ def nystrom(
 
     Notes
     -----
-    The preconditioner is based on the randomized Nystrom approximation [1]_ (algorithm 2.1 and section 5). Its
-    construction takes one product of `A` with a random N x rank matrix, and ``O(N * rank**2)`` other operations.
+    The preconditioner is based on the randomized Nystrom approximation [1]_ (algorithm 2.1 and section 5). For a given
+    rank, its construction takes one product of `A` with a random N x rank matrix, and ``O(N * rank**2)`` other
+    operations. With 'auto', the sketch starts with 16 columns, and doubling the rank keeps all earlier products
+    ([1]_, section 5.4). The error is estimated by at most 10 steps of the power method for the difference of `A` and
+    its approximation E, as soon as the smallest approximate eigenvalue is at most the damping. Each step takes one
+    product. The condition number of the preconditioned matrix is at most ``(values[-1] + damping + ||E||) / damping``
+    ([1]_, proposition 5.3).
 
     References
     ----------
@@ -76,53 +98,125 @@ def nystrom(
     >>> preconditioned = solve(A, b, damping=0.1, preconditioner=M, progress=False)
     >>> preconditioned.converged, preconditioned.products < plain.products / 10
     (True, True)
+
+    The rank can be chosen automatically:
+
+    >>> M = preconditioner.nystrom(A, rank="auto", damping=0.1, rng=0)
+    >>> len(M.values), M.error <= 0.1
+    (256, True)
     """
     size = _num_rows(A)
-    if not isinstance(rank, int | np.integer) or not 1 <= rank <= size:
-        raise ValueError(f"rank is {rank}, but must be an integer between 1 and {size}, the number of rows of A")
-    _check_damping(damping)
-    test = random_generator(rng).standard_normal((size, rank))
-    # Use only routines that release the GIL, so that other threads can run (for example, the heartbeats of distributed
-    # ranks). NumPy's solve and svd release it. SciPy's routines and NumPy's qr and norm do not.
-    test = np.linalg.svd(test, full_matrices=False)[0]
-    product = np.asarray(A @ test, dtype=np.float64)
-    if not np.isfinite(product).all():
-        raise ValueError("a product with A is not finite")
-    inner = test.T @ product
-    norm = float(np.sqrt(max(0.0, np.linalg.eigvalsh(product.T @ product)[-1])))
-    if norm == 0:
-        return NystromPreconditioner(test, np.zeros(rank), damping)
-    eigenvalue = float(np.linalg.eigvalsh((inner + inner.T) / 2)[0])
-    # Products of a float32 model have only the accuracy of float32, even for float64 vectors.
-    noise = float(np.sqrt(size) * np.finfo(np.float32).eps * norm)
-    if eigenvalue < -max(noise, 1e-2 * damping):
+    automatic = isinstance(rank, str) and rank == "auto"
+    if not automatic and (not isinstance(rank, int | np.integer) or not 1 <= rank <= size):
         raise ValueError(
-            f"A is indefinite (its smallest eigenvalue is at most {eigenvalue:.3g}): pass a positive semi-definite "
-            "matrix, for example a GGNLinearOperator of the same model"
+            f"rank is {rank!r}, but must be 'auto' or an integer between 1 and {size}, the number of rows of A"
         )
-    shift = float(np.sqrt(size) * np.finfo(np.float64).eps * norm)
+    _check_damping(damping)
+    sketch = _Sketch(real_operator(A), damping, random_generator(rng))
+    if not automatic:
+        sketch.grow(int(rank))
+        return sketch.preconditioner()
+    most = size
+    if _BUFFERS * 8 * size * min(size, 1024) > 2**26:  # do not ask for the free memory
+        most = min(size, max(1, available_bytes(sketch.device) // (_BUFFERS * 8 * size)))
+    rank = min(_FIRST_RANK, most)
     while True:
-        try:
-            doubled = inner + inner.T
-            doubled[np.diag_indices(rank)] += 2 * shift
-            factor = np.linalg.cholesky(doubled) / 2**0.5
+        sketch.grow(rank)
+        M = sketch.preconditioner()
+        if rank == size or (M.values[-1] <= damping and sketch.error(M) <= damping):
             break
-        except np.linalg.LinAlgError:
+        if rank == most:
+            sketch.error(M)
+            warnings.warn(
+                f"rank='auto' stopped at {rank}, because more columns do not fit into memory: the estimated error "
+                f"{M.error:.3g} of the approximation is larger than the damping {damping:.3g}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            break
+        rank = min(2 * rank, most)
+    return M
+
+
+class _Sketch:
+    """A Nystrom approximation that grows. All matrices of size N are stored as rows on the device of A."""
+
+    def __init__(self, A: LinearOperator, damping: float, rng: np.random.Generator) -> None:
+        self._multiply, self._damping, self._rng = operator_multiplier(A), damping, rng
+        self.device = device_of(A)
+        self._size = A.shape[0]
+        self._tests = torch.zeros(0, self._size, dtype=torch.float64, device=self.device)
+        self._products = self._tests
+        self._count = 0
+
+    def grow(self, rank: int) -> None:
+        """Add random test vectors up to the given rank, and compute their products."""
+        drawn = self._rng.standard_normal((self._size, rank - len(self._tests)))
+        new = torch.from_numpy(drawn).to(self.device)
+        for _ in range(2):  # the second time because of rounding errors
+            new = torch.linalg.qr(new - self._tests.T @ (self._tests @ new))[0]
+        rows = new.T.contiguous()
+        self._products = torch.cat([self._products, self._product(rows)])
+        self._tests = torch.cat([self._tests, rows])
+
+    def _product(self, rows: Tensor) -> Tensor:
+        self._count += len(rows)
+        product = self._multiply(rows)
+        if not bool(product.isfinite().all()):
+            raise ValueError("a product with A is not finite")
+        return product
+
+    def preconditioner(self) -> NystromPreconditioner:
+        """Return the preconditioner of the current rank (Frangella, Tropp, Udell, algorithm 2.1)."""
+        # All routines of torch release the GIL, so that other threads can run (for example, the heartbeats of
+        # distributed ranks).
+        tests, products, size = self._tests, self._products, self._size
+        inner = tests @ products.T
+        inner = (inner + inner.T) / 2
+        norm = max(0.0, float(torch.linalg.eigvalsh(products @ products.T)[-1])) ** 0.5
+        if norm == 0:
+            return self._finished(tests, torch.zeros(len(tests), dtype=torch.float64, device=self.device))
+        eigenvalue = float(torch.linalg.eigvalsh(inner)[0])
+        # Products of a float32 model have only the accuracy of float32, even for float64 vectors.
+        noise = float(np.sqrt(size) * np.finfo(np.float32).eps * norm)
+        if eigenvalue < -max(noise, 1e-2 * self._damping):
+            raise ValueError(
+                f"A is indefinite (its smallest eigenvalue is at most {eigenvalue:.3g}): pass a positive semi-definite "
+                "matrix, for example a GGNLinearOperator of the same model"
+            )
+        shift = float(np.sqrt(size) * np.finfo(np.float64).eps * norm)
+        while True:
+            factor, info = torch.linalg.cholesky_ex(inner + shift * torch.eye(len(inner)).to(inner))
+            if not int(info):
+                break
             shift *= 10
-    shifted = product + shift * test
-    del test, product
-    # With reversed rows and columns, the factor is upper triangular. The LU factorization in `np.linalg.solve` then
-    # neither changes nor pivots it.
-    left = np.linalg.solve(factor[::-1, ::-1], shifted.T[::-1])[::-1].T
-    del shifted
-    vectors, singular, _ = np.linalg.svd(left, full_matrices=False)
-    values = np.maximum(0, singular**2 - shift)
-    return NystromPreconditioner(vectors, values, damping)
+        left = torch.linalg.solve_triangular(factor, torch.add(products, tests, alpha=shift), upper=False)
+        _, singular, vectors = torch.linalg.svd(left, full_matrices=False)
+        return self._finished(vectors, (singular**2 - shift).clamp(min=0))
+
+    def _finished(self, rows: Tensor, values: Tensor) -> NystromPreconditioner:
+        M = NystromPreconditioner(rows.T, values, self._damping)
+        M.construction_products = self._count
+        return M
+
+    def error(self, M: NystromPreconditioner) -> float:
+        """Estimate the norm of the difference of A and its approximation by the power method, and store it in M."""
+        vector = torch.from_numpy(self._rng.standard_normal((1, self._size))).to(self.device)
+        error = 0.0
+        for _ in range(_POWER_STEPS):
+            vector = vector / torch.linalg.vector_norm(vector)
+            rest = self._product(vector) - M.low_rank_product(vector)
+            before, error = error, float(torch.linalg.vector_norm(rest))
+            if error > self._damping or error <= 1.1 * before:
+                break
+            vector = rest
+        M.error, M.construction_products = error, self._count
+        return error
 
 
 def jacobi(
     A: LinearOperator, damping: float, num_products: int = 64, rng: int | np.random.Generator | None = None
-) -> LinearOperator:
+) -> DiagonalLinearOperator:
     """Construct the diagonal (Jacobi) preconditioner for ``A + damping * I``.
 
     Use this preconditioner if the parameters have different scales. If only a few eigenvalues are much larger than the
@@ -143,8 +237,8 @@ def jacobi(
 
     Returns
     -------
-    LinearOperator, shape (N, N)
-        The inverse of the diagonal of ``A + damping * I``.
+    DiagonalLinearOperator, shape (N, N)
+        The inverse of the diagonal of ``A + damping * I``, on the device of `A`.
 
     Raises
     ------
@@ -187,24 +281,38 @@ def jacobi(
         values = diagonal(A, num_products, rng).value
     if not np.isfinite(values).all():
         raise ValueError("the diagonal of A is not finite")
-    scales: NDArray[Any] = 1 / (np.maximum(values.astype(np.float64), 0) + damping)
-    return aslinearoperator(diags_array(scales))
+    diagonal_of_A = torch.from_numpy(values.astype(np.float64)).to(device_of(A))
+    return DiagonalLinearOperator(1 / (diagonal_of_A.clamp(min=0) + damping))
 
 
-class NystromPreconditioner(LinearOperator):  # type: ignore[misc]
+class NystromPreconditioner(TensorLinearOperator):
     r"""The inverse of a low-rank approximation of ``A + damping * I``, created by `nystrom`.
 
-    Pass this operator to `curvop.solve` as ``preconditioner``, or to SciPy's ``cg`` and ``minres`` as ``M``.
+    Pass this operator to `curvop.solve` as ``preconditioner``, or to SciPy's ``cg`` and ``minres`` as ``M``. It is
+    symmetric, and can be applied to arrays and tensors of one or many columns.
 
     Parameters
     ----------
-    vectors : ndarray, shape (N, r)
-        The matrix U, whose orthonormal columns are approximate eigenvectors of A.
-    values : ndarray, shape (r,)
+    vectors : ndarray or Tensor, shape (N, r)
+        The matrix U, whose orthonormal columns are approximate eigenvectors of A. Products are computed on the device
+        of this tensor, in float64.
+    values : ndarray or Tensor, shape (r,)
         The approximate eigenvalues of A, in descending order. These values are nonnegative and form the diagonal of
         :math:`\Lambda`.
     damping : float
         The damping :math:`\mu`.
+
+    Attributes
+    ----------
+    vectors, values : ndarray
+        The approximate eigenvectors and eigenvalues, as arrays.
+    damping : float
+        The damping.
+    error : float or None
+        Estimate of the norm of the difference of A and its approximation, if the rank is 'auto' and the error was
+        estimated, and None otherwise.
+    construction_products : int
+        The number of products with A that `nystrom` computed.
 
     See Also
     --------
@@ -224,25 +332,42 @@ class NystromPreconditioner(LinearOperator):  # type: ignore[misc]
        2023. doi:10.1137/21M1466244, arXiv:2110.02820
     """
 
-    def __init__(self, vectors: NDArray[Any], values: NDArray[Any], damping: float) -> None:
-        super().__init__(vectors.dtype, (len(vectors), len(vectors)))
-        self.vectors = vectors
-        self.values = values
+    def __init__(self, vectors: Any, values: Any, damping: float) -> None:
+        self._rows = torch.as_tensor(vectors).to(torch.float64).T.contiguous()
+        self._values = torch.as_tensor(values).to(self._rows)
+        super().__init__(np.float64, (self._rows.shape[1],) * 2)
         self.damping = damping
-        self._scales = (values[-1] + damping) / (values + damping) - 1
+        self.error: float | None = None
+        self.construction_products = 0
+        self._scales = (self._values[-1] + damping) / (self._values + damping) - 1
 
-    def _matvec(self, x: Any) -> Any:
-        return self._matmat(np.asarray(x))
+    @property
+    def vectors(self) -> NDArray[Any]:
+        """The approximate eigenvectors as an array ``(N, r)``."""
+        return self._rows.numpy(force=True).T
 
-    def _matmat(self, X: Any) -> Any:
-        X = np.asarray(X)
-        inner = self.vectors.T @ X
-        return X + self.vectors @ (self._scales.reshape(-1, *[1] * (X.ndim - 1)) * inner)
+    @property
+    def values(self) -> NDArray[Any]:
+        """The approximate eigenvalues as an array ``(r,)``."""
+        return self._values.numpy(force=True)
 
-    def _adjoint(self) -> NystromPreconditioner:
-        return self
+    @property
+    def device(self) -> torch.device:
+        """Device of the approximate eigenvectors."""
+        return self._rows.device
 
-    _transpose = _adjoint
+    def low_rank_product(self, rows: Tensor) -> Tensor:
+        r"""Apply :math:`U \Lambda U^\top`, the approximation of A, to each row of a float64 tensor ``(K, N)``."""
+        return (rows @ self._rows.T * self._values) @ self._rows
+
+    def _apply(self, rows: Rows) -> Rows:
+        tensor = torch.as_tensor(rows).to(self.device)
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float64))
+        vectors = self._rows.to(wide.dtype)
+        product = wide + (wide @ vectors.T * self._scales) @ vectors
+        if isinstance(rows, Tensor):
+            return product.to(rows.device, rows.dtype)
+        return cast("Rows", product.numpy(force=True))
 
 
 def _num_rows(A: LinearOperator) -> int:
