@@ -10,7 +10,11 @@ implementation differs from O'Leary's as follows:
    always happens when they converge.
 2. Directions in which all residuals are below their tolerances are removed, so that the block becomes narrower. These
    directions are singular vectors of C. Zero, dependent and converged right-hand sides thus cost no products.
-3. Every step has one point of synchronization with the device, at which the small matrices are copied to the host.
+3. New residuals are orthogonalized against all earlier ones, as far as memory permits. Rounding errors would destroy
+   the orthogonality, and the method converges more slowly: for the Gauss-Newton matrix of the digits, with a damping of
+   1e-4 of the largest eigenvalue and a relative residual of 1e-6, one right-hand side takes 107 products instead of
+   235, and ten take 377 instead of 630.
+4. Every step has one point of synchronization with the device, at which the small matrices are copied to the host.
 
 References
 ----------
@@ -33,6 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvop.operators.validation import available_bytes
 from curvop.solvers.damped_system import DampedSystem, NotFiniteError
 
 __all__ = ["BlockRun", "block_cg"]
@@ -40,8 +45,11 @@ __all__ = ["BlockRun", "block_cg"]
 Array = NDArray[Any]
 
 _EPS = float(np.finfo(np.float64).eps)
-#: Directions are removed if all residuals have norms below this fraction of the tolerance along them.
-_NEGLIGIBLE = 0.1
+_FIRST_ROWS = 32  # capacity for the first vectors of a history
+_MOST_ROWS = 1024  # a longer history would take more time than it saves
+_SMALL = 2**26  # bytes below which the free memory is not asked for
+#: Directions are removed as long as the removed part of each squared residual is below this fraction of the tolerance.
+_NEGLIGIBLE = 0.3
 #: A factor of Cholesky's method with a smaller diagonal entry (for rows of norm 1) is too ill-conditioned.
 _DEPENDENT = 1e-5
 #: The run stops at residuals of this fraction of ``epsilon * ||A|| * ||x||``, a bound on the rounding errors of a
@@ -108,7 +116,7 @@ def block_cg(
     if not bool(accurate):
         Q, C = _householder(scaled)
     coefficients = C.cpu().numpy()
-    kept = _significant(coefficients)
+    kept, removed = _significant(coefficients, np.zeros(len(X)))
     Q, C = kept.to(X) @ Q, kept.to(X) @ C
     sizes = np.linalg.norm(coefficients, axis=0)
     limits, estimates_rounding = np.ones(len(X)), trust_rounding and system.low_precision
@@ -116,6 +124,8 @@ def block_cg(
         return BlockRun("rtol", 0, sizes)
     Q, S, factor = _precondition(system, Q)
     C = factor @ C
+    history = _History(shared=system.precondition is None)
+    history.add(Q, S)
     step = 0
     while True:
         if step >= max_steps:
@@ -126,7 +136,8 @@ def block_cg(
         curvatures = S @ P.T
         curvatures = (curvatures + curvatures.T) / 2
         L, info = torch.linalg.cholesky_ex(curvatures)
-        rest = torch.addmm(Q, torch.cholesky_inverse(L), P, alpha=-1)
+        rest = Q - torch.cholesky_solve(P, L)  # not finite if the curvatures are singular, which is checked below
+        history.clean(rest)
         Q, rho, accurate = _orthonormal_rows(rest)
         new = rho @ C
         squares, pivots = (S * S).sum(1), L.diagonal() ** 2
@@ -152,18 +163,66 @@ def block_cg(
             Q, rho = _householder(rest)
             new = rho @ C
             coefficients = new.cpu().numpy()
-        sizes = np.linalg.norm(coefficients, axis=0)
+        sizes = np.sqrt(np.square(coefficients).sum(0) + removed)
         if estimates_rounding:
             rounding = system.epsilon * system.scale * host[5 : 5 + len(X)]
             limits = np.maximum(1.0, _ROUNDING_FRACTION * rounding / tolerances)
         if (sizes <= limits).all():
             return BlockRun("rtol" if (sizes <= 1).all() else "precision", step, sizes)
-        kept = _significant(coefficients).to(X)
+        kept, removed = _significant(coefficients, removed)
         if len(kept) < len(Q):
+            kept = kept.to(X)
             Q, rho, new = kept @ Q, kept @ rho, kept @ new
         Q, Z, factor = _precondition(system, Q)
         C = factor @ new
+        history.add(Q, Z)
         S = torch.addmm(Z, factor @ rho, S)
+
+
+class _History:
+    """The bases of all residuals of a run, against which new residuals are orthogonalized.
+
+    In exact arithmetic, the new residuals are orthogonal to all earlier ones in the inner product of the
+    preconditioner. If the memory is not sufficient, only the first bases are kept. They contain the directions of the
+    largest eigenvalues, to which orthogonality is lost first.
+
+    Parameters
+    ----------
+    shared : bool
+        Whether there is no preconditioner, so that bases and preconditioned bases are equal.
+    """
+
+    def __init__(self, shared: bool) -> None:
+        self._shared, self._count, self._full = shared, 0, False
+        self._bases: list[Tensor] = []
+
+    def add(self, Q: Tensor, Z: Tensor) -> None:
+        """Add a basis Q and the preconditioned basis Z, if they fit into the memory."""
+        count, parts = self._count + len(Q), (Q,) if self._shared else (Q, Z)
+        self._full |= count > _MOST_ROWS
+        if not self._full and (not self._bases or count > len(self._bases[0])):
+            self._grow(min(max(2 * count, _FIRST_ROWS), Q.shape[1] + len(Q), _MOST_ROWS), parts)
+        if self._full:
+            return
+        for basis, part in zip(self._bases, parts, strict=True):
+            basis[self._count : count] = part
+        self._count = count
+
+    def _grow(self, capacity: int, parts: tuple[Tensor, ...]) -> None:
+        needed = 8 * capacity * parts[0].shape[1] * len(parts)
+        if needed > _SMALL and needed > available_bytes(parts[0].device):
+            self._full = True
+            return
+        grown = [part.new_zeros(capacity, part.shape[1]) for part in parts]
+        for new, old in zip(grown, self._bases, strict=False):
+            new[: self._count] = old[: self._count]
+        self._bases = grown
+
+    def clean(self, rows: Tensor) -> None:
+        """Orthogonalize rows against all bases, in place."""
+        if self._count:
+            Q, Z = self._bases[0][: self._count], self._bases[-1][: self._count]
+            rows.addmm_(rows @ Z.T, Q, alpha=-1)
 
 
 def _orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,13 +248,30 @@ def _householder(rows: Tensor) -> tuple[Tensor, Tensor]:
     return Q.T.contiguous(), r
 
 
-def _significant(coefficients: Array) -> Tensor:
-    """Return orthonormal rows that span the directions in which the scaled residuals are not negligible."""
-    left, sizes, _ = np.linalg.svd(coefficients, full_matrices=False)
-    keep = sizes > _NEGLIGIBLE
-    if keep.all() and len(keep) == len(coefficients):
-        return torch.eye(len(coefficients), dtype=torch.float64)
-    return torch.from_numpy(np.ascontiguousarray(left[:, keep].T))
+def _significant(coefficients: Array, removed: Array) -> tuple[Tensor, Array]:
+    """Choose the directions that the block keeps.
+
+    Parameters
+    ----------
+    coefficients : ndarray, shape (p, K)
+        Coefficients of the residuals, in units of their tolerances.
+    removed : ndarray, shape (K,)
+        Squared norms of the parts of the residuals that have been removed.
+
+    Returns
+    -------
+    kept : Tensor
+        Orthonormal rows that span the directions to keep.
+    removed : ndarray, shape (K,)
+        The squared norms, with the newly removed directions.
+    """
+    left, values, right = np.linalg.svd(coefficients, full_matrices=False)
+    parts = np.square(values[::-1, None] * right[::-1])  # the smallest singular value first
+    totals = removed + np.concatenate([np.zeros((1, len(removed))), np.cumsum(parts, axis=0)])
+    count = int(np.flatnonzero((totals <= _NEGLIGIBLE).all(1)).max(initial=0))
+    if not count and len(values) == len(coefficients):
+        return torch.eye(len(coefficients), dtype=torch.float64), removed
+    return torch.from_numpy(np.ascontiguousarray(left[:, : len(values) - count].T)), totals[count]
 
 
 def _precondition(system: DampedSystem, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
