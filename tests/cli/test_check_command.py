@@ -95,7 +95,7 @@ def test_what_is_wrong_is_an_exit_code_and_a_warning_is_none(run, spec) -> None:
     assert "to do: call model.eval()\n" in out
     code, out, _ = run(spec("normalized"))
     assert code == 0
-    assert out.endswith("nothing is wrong, with 1 warning: batch normalization\n")
+    assert out.endswith("nothing is wrong, with 1 warning: batch normalisation\n")
 
 
 def test_what_a_problem_prints_does_not_mix_with_json(run, spec) -> None:

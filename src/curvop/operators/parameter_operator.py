@@ -238,7 +238,7 @@ class ParameterVectors(TensorLinearOperator):
         >>> top = eigsh(B, k=1, which="LA", return_eigenvectors=False)
         >>> layers = [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
         >>> largest = max(eigsh(H.block(layer), k=1, which="LA", return_eigenvectors=False)[0] for layer in layers)
-        >>> abs(top[0] - largest) < 1e-10
+        >>> bool(abs(top[0] - largest) < 1e-10)
         True
         """
         if not self.has_diagonal_blocks:

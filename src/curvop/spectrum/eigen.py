@@ -157,9 +157,8 @@ def eigsh(
 
         - 'parameters' solves A.
         - 'examples' solves ``A.gram()``, which has one row for each example, or for each example and output. `which`
-          must be 'LA' or 'LM', and `k` must be at most the number of rows. If S fits into `memory`, if it is small
-          compared with the cost of an iterative method, and if `seconds` is not given, the rows of S are formed and
-          all eigenvalues are computed.
+          must be 'LA' or 'LM', and `k` must be at most the number of rows. If `seconds` is not given, S fits into
+          `memory`, and an iterative method would cost more, S is formed and all eigenvalues are computed.
         - 'auto' solves ``A.gram()`` if A has this method, if the Gram matrix is smaller than A and has the requested
           eigenvalues, and if `v0` is not given. Otherwise, 'auto' solves A.
     progress : bool, optional
@@ -474,9 +473,8 @@ def _solve(A: LinearOperator, gram: GramLinearOperator | None, request: _Request
         available = available_bytes(gram.device, request.memory)
         if fits(gram, k, available):
             return _solve_formed(A, gram, request, available)
-    shift = 0.0
-    if gram is not None:
-        shift, gram = gram.shift, gram.shifted(-gram.shift)
+    shift = 0.0 if gram is None else gram.shift
+    gram = None if gram is None else gram.shifted(-shift)
     solved = A if gram is None else gram
     available = available_bytes(device_of(A) if request.method == "lanczos" else None, request.memory)
     start, ncv = request.v0, request.ncv
