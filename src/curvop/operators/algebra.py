@@ -439,7 +439,7 @@ class DampedLinearOperator(CompositeLinearOperator):
     def _apply(self, rows: Rows) -> Rows:
         products: Any = self._A._apply(rows)
         if self._shifts_the_diagonal:
-            return cast("Rows", _plus(products, self.damping * rows))
+            return cast("Rows", _plus(products, _shift(self, self.damping, rows)))
         row_layout, col_layout = cast("tuple[ParameterLayout, ParameterLayout]", self._row_and_column_layouts)
         for name in row_layout.names:
             if name in col_layout.slices:
@@ -523,7 +523,7 @@ def _combination(A: CompositeLinearOperator, rows: Rows) -> Rows:
     for key, leaf in leaves.items():
         product = known.pop(key) if key in known else multiply(leaf, rows)
         total = _plus(total, _times(product, weights[key]))
-    return cast("Rows", total if shift is None else _plus(total, shift * rows))
+    return cast("Rows", total if shift is None else _plus(total, _shift(A, shift, rows)))
 
 
 #: Stands for the identity matrix among the summands of a damped operator.
@@ -555,6 +555,12 @@ def _times(product: Any, scalar: Any) -> Any:
         product *= scalar
         return product
     return product * scalar
+
+
+def _shift(A: TensorLinearOperator, shift: float, rows: Any) -> Any:
+    """Return ``shift * rows`` in the dtype of products with A."""
+    product = shift * rows
+    return product if isinstance(rows, Tensor) else product.astype(A._product_dtype(rows.dtype), copy=False)
 
 
 def _plus(total: Any, product: Any) -> Any:
