@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg
 from torch import nn
 
-from curvop import DiagonalLinearOperator, GGNLinearOperator, InverseLinearOperator, solve
+from curvop import DiagonalLinearOperator, GGNLinearOperator, InverseLinearOperator, preconditioner, solve
 from curvop.problems import digits
 
 torch.manual_seed(0)
@@ -363,3 +363,59 @@ class TestBadInput:
             solve(G, {"0.weight": PARAMS["0.weight"]}, 0.1)
         with pytest.raises(TypeError, match="b is a dict, but the columns of A are not parameters"):
             solve(DENSE, dict(PARAMS), 0.1)
+
+
+class TestFindings:
+    """Systems for which an earlier version failed."""
+
+    def test_a_column_that_is_solved_before_negative_curvature_is_met(self) -> None:
+        A = np.diag([1.0, 1, 1, 2, -1])
+        B = np.c_[np.eye(5)[:, 0], np.ones(5)]
+        with pytest.warns(RuntimeWarning, match="indefinite"):
+            result = solve(A, B, 0.0, progress=False)
+        np.testing.assert_allclose(A @ result.solution, B, atol=1e-5)
+
+    def test_more_directions_than_rows(self) -> None:
+        rng = np.random.default_rng(1)
+        V = np.linalg.qr(rng.standard_normal((4, 4)))[0]
+        M = (V * np.logspace(0, -14, 4)) @ V.T
+        B = rng.standard_normal((4, 5))[:, :3]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # it may not converge, but must not fail
+            result = solve(np.eye(4), B, 0.0, rtol=1e-10, preconditioner=(M + M.T) / 2, progress=False)
+        residuals = np.linalg.norm(result.solution - B, axis=0) / np.linalg.norm(B, axis=0)
+        np.testing.assert_allclose(result.residual, residuals, atol=1e-12)
+
+    def test_solutions_outside_the_range_of_their_dtype(self) -> None:
+        for scale, entry in ((1e-20, 1e25), (1e20, 1e-30)):
+            b = torch.full((2,), entry)
+            found = solve(np.eye(2, dtype=np.float32) * np.float32(scale), b, 0.0, progress=False).solution
+            np.testing.assert_allclose(found, entry / scale, rtol=1e-5)
+            A = DiagonalLinearOperator(torch.full((2,), scale))
+            with pytest.raises(ValueError, match=r"the solution is outside the range of torch\.float32"):
+                solve(A, b, 0.0, progress=False)
+
+    def test_a_float32_matrix_of_scipy(self) -> None:
+        V = np.linalg.qr(np.random.default_rng(0).standard_normal((20, 20)))[0]
+        A = ((V * np.logspace(0, -6, 20)) @ V.T).astype(np.float32)
+        A = (A + A.T) / 2
+        result = solve(aslinearoperator(A), torch.ones(20), 1e-6, rtol=1e-6, progress=False)
+        x = result.solution.double().numpy()
+        assert np.linalg.norm(A.astype(np.float64) @ x + 1e-6 * x - 1) <= 1e-6 * 20**0.5
+
+    def test_preconditioners_of_all_kinds(self) -> None:
+        A, b = np.diag(np.arange(1.0, 6)), np.ones(5)
+
+        def in_place(X: np.ndarray) -> np.ndarray:
+            X /= np.arange(1.0, 6)[:, None]
+            return X
+
+        for M in (torch.diag(1 / torch.arange(1.0, 6)).requires_grad_(), in_place):
+            assert solve(A, b, 0.0, preconditioner=M, progress=False).converged
+        with pytest.raises(TypeError, match="preconditioner is complex"):
+            solve(A, b, 0.0, preconditioner=torch.eye(5) * 1j, progress=False)
+
+    def test_nystrom_of_views(self) -> None:
+        w, V = np.linalg.eigh(np.diag(np.arange(1.0, 6)))
+        M = preconditioner.NystromPreconditioner(V[:, ::-1], w[::-1], 1.0)
+        np.testing.assert_allclose(M @ np.eye(5), np.diag(2 / (np.arange(1.0, 6) + 1)))

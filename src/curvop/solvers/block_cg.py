@@ -199,9 +199,9 @@ class _History:
     def add(self, Q: Tensor, Z: Tensor) -> None:
         """Add a basis Q and the preconditioned basis Z, if they fit into the memory."""
         count, parts = self._count + len(Q), (Q,) if self._shared else (Q, Z)
-        self._full |= count > _MOST_ROWS
+        self._full |= count > min(_MOST_ROWS, Q.shape[1])
         if not self._full and (not self._bases or count > len(self._bases[0])):
-            self._grow(min(max(2 * count, _FIRST_ROWS), Q.shape[1] + len(Q), _MOST_ROWS), parts)
+            self._grow(min(max(2 * count, _FIRST_ROWS), Q.shape[1], _MOST_ROWS), parts)
         if self._full:
             return
         for basis, part in zip(self._bases, parts, strict=True):

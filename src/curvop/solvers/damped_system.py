@@ -150,7 +150,10 @@ def row_multiplier(preconditioner: Any, shape: tuple[int, int], as_arrays: bool)
     if is_function:
         return _function_multiplier(preconditioner, as_arrays)
     if isinstance(preconditioner, Tensor):
-        return _function_multiplier(lambda X: preconditioner.to(X) @ X, as_arrays=False)
+        if preconditioner.is_complex():
+            raise TypeError("preconditioner is complex, but must be real")
+        matrix = preconditioner.detach().to(torch.float64)
+        return _function_multiplier(lambda X: matrix.to(X.device) @ X, as_arrays=False)
     return operator_multiplier(real_operator(preconditioner))
 
 
@@ -170,13 +173,18 @@ def operator_multiplier(A: LinearOperator) -> RowFunction:
 
 def _function_multiplier(function: Callable[[Any], Any], as_arrays: bool) -> RowFunction:
     def multiply(rows: Tensor) -> Tensor:
-        X: Any = rows.numpy(force=True).T if as_arrays else rows.T
-        product = function(X)
+        # Pass a copy, because the function may work in place.
+        X: Any = rows.numpy(force=True).T.copy() if as_arrays else rows.T.clone()
+        with torch.no_grad():
+            product = function(X)
         if np.shape(product) != tuple(X.shape):
             raise ValueError(
                 f"preconditioner returned an array of shape {np.shape(product)} for columns of shape {tuple(X.shape)}, "
                 "but must return one of the same shape"
             )
-        return torch.as_tensor(product).to(rows).T
+        product = torch.as_tensor(product)
+        if product.is_complex():
+            raise TypeError("preconditioner returned complex numbers, but must be real")
+        return product.to(rows).T
 
     return multiply

@@ -96,16 +96,16 @@ class InverseLinearOperator(CompositeLinearOperator):
 
     See Also
     --------
-    curvop.solve : Solve a single system.
+    curvop.solve : Solve systems with one or several right-hand sides.
     curvop.preconditioner.nystrom : Preconditioner for matrices with few large eigenvalues.
 
     Notes
     -----
-    The columns of a matrix are solved one by one. `num_products` counts the columns; ``A.num_products`` counts the
+    All columns of a matrix are solved together. `num_products` counts the columns; ``A.num_products`` counts the
     products with A. Solutions are computed in float64, and the residuals are those of the float64 solutions. A product
     with a float32 tensor rounds the solution afterwards. If A is not known to be symmetric, the first product checks
-    this by three products with A. A block of this operator is a block of the inverse, and not the
-    inverse of a block: for the latter, pass ``A.block(names)``.
+    this by three products with A. A block of this operator is a block of the inverse, and not the inverse of a block:
+    for the latter, pass ``A.block(names)``.
 
     Examples
     --------

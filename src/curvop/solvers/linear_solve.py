@@ -538,7 +538,14 @@ class _Group:
             steps = end.steps
         else:
             steps = 0
-        reason, more = minres(self._system, X, R, allowed, columns, max_steps, hook)
+        unsolved = row_norms(R) > allowed  # a column that is solved exactly has no Krylov space
+        if not unsolved.any():
+            return X, BlockRun("rtol", steps, np.zeros(len(active)))
+        mask = torch.from_numpy(unsolved).to(X.device)
+        part, left = X[mask], columns[unsolved]
+        hook = None if self._on_step is None else functools.partial(self._on_step, left, part)
+        reason, more = minres(self._system, part, R[mask], allowed[unsolved], left, max_steps, hook)
+        X[mask] = part
         return X, BlockRun(reason, steps + more, np.zeros(len(active)))
 
     def _report_curvature(self, curvature: float, columns: Array) -> None:

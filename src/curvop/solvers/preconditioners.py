@@ -333,8 +333,8 @@ class NystromPreconditioner(TensorLinearOperator):
     """
 
     def __init__(self, vectors: Any, values: Any, damping: float) -> None:
-        self._rows = torch.as_tensor(vectors).to(torch.float64).T.contiguous()
-        self._values = torch.as_tensor(values).to(self._rows)
+        self._rows = _as_float64(vectors).T.contiguous()
+        self._values = _as_float64(values).to(self._rows)
         super().__init__(np.float64, (self._rows.shape[1],) * 2)
         self.damping = damping
         self.error: float | None = None
@@ -389,3 +389,9 @@ def _exact_diagonal(A: LinearOperator) -> NDArray[Any] | None:
         return None if method is None else np.asarray(method())
     except NotImplementedError:
         return None
+
+
+def _as_float64(values: Any) -> Tensor:
+    """Convert an array or a tensor to float64. Arrays may be read-only or have negative strides."""
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, dtype=np.float64))
+    return tensor.to(torch.float64)

@@ -10,7 +10,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvop.operators.base import unsupported_layout
+from curvop.operators.base import TensorLinearOperator, unsupported_layout
 from curvop.operators.parameter_operator import ParameterVectors
 from curvop.spectrum.lanczos import device_of, product_dtype
 
@@ -79,6 +79,10 @@ class RightSides:
         products do not depend on the digits that are lost.
         """
         columns = rows[0] if self.is_vector else rows.T
+        if isinstance(self._like, Tensor) or self._is_tree:
+            _check_range(columns, self._dtype)
+        elif not bool(columns.isfinite().all()):
+            raise ValueError("the solution is too large for float64: scale A and b")
         if self._is_tree:
             vector = columns.to(self._dtype)
             return self._A._split_like(self._like, _columns(self._A), vector)
@@ -88,14 +92,22 @@ class RightSides:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return torch.promote_types(self._floating, product_dtype(self._A))
+        products = product_dtype(self._A) if isinstance(self._A, TensorLinearOperator) else torch.float64
+        return torch.promote_types(self._floating, products)
+
+
+def _check_range(columns: Tensor, dtype: torch.dtype) -> None:
+    """Raise a ValueError if numbers overflow or vanish in a dtype."""
+    cast = columns.to(dtype)
+    if not bool(cast.isfinite().all()) or (bool(columns.any()) and not bool(cast.any())):
+        raise ValueError(f"the solution is outside the range of {dtype}: pass b in float64, or scale A and b")
 
 
 def _is_tree(A: LinearOperator, b: Any, name: str) -> bool:
     """Return True if `b` contains one tensor per parameter."""
     if isinstance(b, Mapping) and not (isinstance(A, ParameterVectors) and _columns(A) is not None):
         raise TypeError(
-            f"b is a {type(b).__name__}, but the columns of A are not parameters: pass an array or a tensor"
+            f"{name} is a {type(b).__name__}, but the columns of A are not parameters: pass an array or a tensor"
         )
     return isinstance(b, Mapping | list | tuple) and isinstance(A, ParameterVectors) and A._is_tree(b)
 
