@@ -16,7 +16,6 @@ from cases import BATCHINGS, LOSSES, Problem, input_problem, log_problem, loss_p
 from test_ggn import two_heads
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import curvop
 from curvop import (
@@ -328,12 +327,13 @@ class TestFromFunctions:
         assert not (parts.to_dense()[2]).any()
 
     def test_tokens_of_a_language_model(self) -> None:
-        config = GPT2Config(
+        transformers = pytest.importorskip("transformers")
+        config = transformers.GPT2Config(
             vocab_size=7, n_positions=6, n_embd=4, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
         )
         config._attn_implementation = "eager"
         torch.manual_seed(0)
-        model = GPT2LMHeadModel(config).double().eval()
+        model = transformers.GPT2LMHeadModel(config).double().eval()
         ids = torch.randint(7, (2, 5))
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         batch["labels"][1, 3:] = -100
