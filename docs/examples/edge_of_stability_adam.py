@@ -2,18 +2,19 @@ r"""
 Adam at the edge of stability
 =============================
 
-Adam divides each entry of its momentum by the square root of the second moment of the gradient. On a quadratic, its
-stability does not depend on the largest eigenvalue of the Hessian `H`, but on that of the preconditioned matrix
+Adam divides each entry of its momentum by the square root of the second moment of the gradient. If the loss is
+quadratic, the stability of Adam does not depend on the largest eigenvalue of the Hessian `H`, but on the largest
+eigenvalue of the preconditioned matrix
 
 .. math:: P^{-1/2} H P^{-1/2}, \qquad P = (1 - \beta_1^t) \left(\sqrt{v / (1 - \beta_2^t)} + \epsilon\right) / \eta,
 
-where `v` contains the second moments, and :math:`\eta` is the learning rate. With the default momentum
-:math:`\beta_1 = 0.9`, Adam is stable if this eigenvalue is less than 38. During full-batch training, the eigenvalue
-grows to this threshold, and then stays there (Cohen et al., 2022, "Adaptive gradient methods at the edge of stability",
-arXiv:2207.14484).
+where `P` is a diagonal matrix, `v` contains the second moments after `t` steps, and :math:`\eta` is the learning rate.
+With the default momentum :math:`\beta_1 = 0.9`, Adam is stable if the largest eigenvalue of the preconditioned matrix
+is less than 38. During full-batch training, this eigenvalue grows to the threshold of 38, and then stays close to 38
+(Cohen et al., 2022, "Adaptive gradient methods at the edge of stability", arXiv:2207.14484).
 
-``track(..., optimizer=optimizer)`` follows this eigenvalue. It reads the second moments and the settings of the
-optimizer at each computation.
+``track(..., optimizer=optimizer)`` computes this eigenvalue at regular intervals. Each computation uses the current
+second moments and settings of the optimizer.
 """
 
 import matplotlib.pyplot as plt
@@ -31,7 +32,7 @@ loss_function = nn.MSELoss()
 
 
 def train(learning_rate, steps=1200):
-    """Train with full-batch Adam; return the trackers with and without the optimizer, and the losses."""
+    """Train with full-batch Adam. Return trackers of the preconditioned and of the plain Hessian, and the losses."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)).double()
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
@@ -50,8 +51,9 @@ def train(learning_rate, steps=1200):
 
 
 # %%
-# Train with three learning rates. The learning rate is part of `P`, so there is one threshold for all of them. The
-# preconditioned eigenvalue settles at this threshold. It gets there faster with a larger learning rate.
+# Train with three learning rates. The threshold is the same for all learning rates, because `P` includes the learning
+# rate. The largest preconditioned eigenvalue settles at this threshold. With a larger learning rate, the eigenvalue
+# reaches the threshold in fewer steps.
 
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
 for learning_rate in (0.008, 0.012, 0.02):
@@ -65,7 +67,8 @@ for learning_rate in (0.008, 0.012, 0.02):
     axes[2].semilogy(losses, linewidth=0.8, label=label)
 
 # %%
-# The eigenvalues of the Hessian itself do not show the edge: they are about the same for all learning rates.
+# The largest eigenvalue of the Hessian itself does not show the edge of stability: this eigenvalue is about the same
+# for all learning rates.
 #
 # To plot a single tracker with its threshold, call ``tracker.plot()``.
 

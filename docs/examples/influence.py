@@ -2,17 +2,20 @@ r"""
 Which training images are harmful?
 ==================================
 
-How would the test loss change if one training image were left out? To first order (Koh and Liang, 2017,
-"Understanding black-box predictions via influence functions", eq. (2)), leaving out image `n` changes the test loss by
+How would the test loss change if one training image were left out? Koh and Liang (2017, "Understanding black-box
+predictions via influence functions", eq. (2)) derive a first-order approximation: leaving out image `n` changes the
+test loss by
 
 .. math:: \frac{1}{N} \, \nabla L_\text{test}^\top \, (G + \lambda I)^{-1} \, \nabla \ell_n,
 
-where `G` is the Gauss-Newton matrix of the training loss. The original formula uses the Hessian, which may be
-indefinite. One linear system and one product are enough for all training images: solve the system with the gradient of
-the test loss as the right-hand side, and multiply the matrix of all training gradients by the solution.
+where `N` is the number of training images, `G` is the Gauss-Newton matrix of the training loss, :math:`\lambda` is the
+weight decay, and :math:`\ell_n` is the loss of image `n`. The original formula uses the Hessian instead of `G`, but the
+Hessian may be indefinite. One linear system and one matrix-vector product are enough for all training images: solve the
+system with the gradient of the test loss as the right-hand side, and multiply the matrix of all training gradients by
+the solution.
 
-To have harmful images to find, we give wrong labels to 50 of the 1,000 training images, which are scikit-learn's
-handwritten digits.
+The images are scikit-learn's handwritten digits. To create harmful images, we give wrong labels to 50 of the 1,000
+training images.
 """
 
 import copy
@@ -35,7 +38,8 @@ wrong = train[:50]
 y[wrong] = (y[wrong] + torch.randint(1, 10, (50,))) % 10
 
 # %%
-# Train a network with weight decay. The penalty is part of the objective, and its Hessian is added to `G` as damping.
+# Train a network with weight decay. The objective includes the penalty of the weight decay. The Hessian of this
+# penalty, ``decay`` times the identity matrix, is the damping that is added to `G`.
 
 model = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10)).double()
 params = dict(model.named_parameters())
@@ -44,7 +48,7 @@ decay = 5e-3
 
 
 def fit(network, X, y, steps):
-    """Minimize the penalized loss. The divisor of the loss stays ``len(train)`` if an image is left out."""
+    """Minimize the penalized loss. The loss is divided by ``len(train)``, even if an image is left out."""
     optimizer = torch.optim.LBFGS(
         network.parameters(), max_iter=steps, tolerance_grad=1e-7, tolerance_change=0, line_search_fn="strong_wolfe"
     )
@@ -68,10 +72,10 @@ print(f"accuracy on {len(test)} test images: {accuracy:.1%}")
 # One linear system
 # -----------------
 #
-# ``gradient_and_loss`` returns the gradient of the test loss in the order of the operator's columns. ``solve`` reports
-# the true residual of its solution. The preconditioner takes 200 products, in one block. For a single system, these
-# products take more time than they save. However, the preconditioner can be reused, for example to solve one system for
-# each test image.
+# ``gradient_and_loss`` returns the gradient of the test loss as a vector, in the order of the operator's columns.
+# ``solve`` reports the true residual of its solution. The construction of the preconditioner takes one block product
+# with 200 columns. For a single system, this block product takes more time than the preconditioner saves. However, the
+# preconditioner can be reused, for example to solve one system for each test image.
 
 data = list(zip(X[train].split(500), y[train].split(500), strict=True))
 G = GGNLinearOperator(model, loss_function, params, data)
@@ -84,15 +88,15 @@ print(f"without preconditioner: {plain}")
 print(f"preconditioner of rank 200: {result}, and 200 products to construct it")
 
 # %%
-# One product gives the influence of all training images: ``PerExampleGradientLinearOperator`` is the matrix of the
-# gradients of all images. The gradient of a single image is never formed.
+# One product gives the influence of all training images: the rows of ``PerExampleGradientLinearOperator`` are the
+# gradients of all images. The product is computed without forming these gradients.
 
 gradients = PerExampleGradientLinearOperator(model, loss_function, params, data)
 influence = gradients @ result.solution / len(train)
 
 # %%
-# Compare the predicted changes with actual changes: leave one image out, continue the training, and evaluate the test
-# loss.
+# Compare the predicted changes of the test loss with actual changes: leave one image out, continue the training, and
+# evaluate the test loss. Repeat this for 12 images.
 
 
 def retrained_without(image):
@@ -114,7 +118,8 @@ assert correlation > 0.9
 # The most harmful images
 # -----------------------
 #
-# These are the images whose removal lowers the test loss the most. Most of these images have a label that we changed.
+# Plot the 12 images whose removal would lower the test loss the most, according to the predictions. We changed the
+# labels of most of these images.
 
 harmful = ranked[:12]
 planted = set(wrong.tolist())

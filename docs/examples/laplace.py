@@ -9,10 +9,10 @@ trained parameters :math:`\theta` by a normal distribution,
 .. math:: \theta + \frac{1}{\sqrt N} \, (G + \lambda I)^{-1/2} z, \qquad z \sim \mathcal{N}(0, I),
 
 where `G` is the Gauss-Newton matrix of the mean loss over `N` training images, and :math:`\lambda` is the weight decay
-of the training. Samples disagree in directions that the training data do not determine.
+of the training. The samples of the parameters differ most in directions that the training data do not determine.
 
-``apply`` computes the product of the inverse square root with all `z` at once, without forming the matrix. It also
-estimates the error of each sample.
+``apply`` computes the product of the inverse square root with many vectors `z` at once, without forming the matrix.
+``apply`` also estimates the error of each product.
 """
 
 import matplotlib.pyplot as plt
@@ -56,7 +56,8 @@ print(f"accuracy on {len(test)} test images: {(model(X[test]).argmax(1) == y[tes
 # Draw 50 samples
 # ---------------
 #
-# Each sample is one column. The result reports the largest estimated error.
+# Each column of ``samples`` is one sample of the change of the parameters. ``print(result)`` shows the largest
+# estimated error of all columns.
 
 G = GGNLinearOperator(model, loss_function, params, [(X[train], y[train])])
 z = torch.randn(G.shape[0], 50, dtype=torch.float64)
@@ -69,14 +70,15 @@ samples = result.value / len(train) ** 0.5
 # Predict
 # -------
 #
-# The predictions are linear in the parameters, :math:`f(\theta) + J (\theta' - \theta)` with the Jacobian `J` of the
-# network, because the Gauss-Newton matrix is the Hessian of this linear model (Immer, Korzepa, Bauer, 2021, "Improving
-# predictions of Bayesian neural nets via local linearization", arXiv:2008.08400). One product with the Jacobian gives
-# the changes of all predictions for all samples.
+# For sampled parameters :math:`\theta'`, use the linear model :math:`f(\theta) + J (\theta' - \theta)`, where `J` is
+# the Jacobian of the network, instead of the network itself. The reason is that the Gauss-Newton matrix is the Hessian
+# of the loss of this linear model (Immer, Korzepa, Bauer, 2021, "Improving predictions of Bayesian neural nets via
+# local linearization", arXiv:2008.08400). One block product with the Jacobian gives the changes of all predictions for
+# all samples.
 
 
 def predict(images):
-    """Return the probabilities of the trained network (n, 10), and of all samples (50, n, 10)."""
+    """Return the class probabilities of the trained network, shape (n, 10), and of all samples, shape (50, n, 10)."""
     scores = model(images).detach()
     J = JacobianLinearOperator(model, params, [(images, torch.zeros(len(images)))])
     changes = (J @ samples).T.reshape(-1, len(images), 10)
@@ -89,14 +91,14 @@ def entropy(probabilities):
 
 
 # %%
-# Three kinds of images: test images, test images that are turned by 90 degrees, and noise. The entropy of the network's
-# own prediction is about the same for upright and turned digits. The samples disagree more about the turned ones. Their
-# disagreement is the mutual information between the prediction and the parameters: the entropy of the mean prediction,
-# minus the mean entropy of the predictions.
+# Compare three kinds of images: test images, test images that are turned by 90 degrees, and noise. The entropy of the
+# network's own prediction is about the same for upright and turned digits, but the samples disagree more about the
+# turned digits. The disagreement of the samples is the mutual information between the prediction and the parameters:
+# the entropy of the mean prediction, minus the mean entropy of the predictions.
 
 
 def uncertainty(images):
-    """Return the entropy of the network's prediction and the disagreement of the samples, in bits."""
+    """Return the entropy of the network's prediction and the disagreement of the samples for each image, in bits."""
     trained, sampled = predict(images)
     return entropy(trained), entropy(sampled.mean(0)) - entropy(sampled).mean(0)
 
@@ -118,8 +120,9 @@ axes[0].legend(frameon=False)
 plt.show()
 
 # %%
-# How well does each number separate turned from upright digits? Count the pairs of a turned and an upright image in
-# which the number is larger for the turned image.
+# How well do the entropy of the network and the disagreement of the samples separate turned from upright digits? For
+# both numbers, compute the fraction of pairs of a turned and an upright image in which the turned image has the larger
+# number.
 
 shares = []
 for index, title in enumerate(titles):
@@ -129,8 +132,8 @@ for index, title in enumerate(titles):
 assert shares[1] > 0.8 > 0.6 > shares[0]
 
 # %%
-# Predictions for one image, upright and turned. The bars are the probabilities of the network, and the dots are the
-# means of the samples. Each line contains 80% of the samples.
+# Plot the predictions for one image, upright and turned. The bars are the probabilities of the network, and the dots
+# are the mean probabilities of the samples. Each vertical line is the range of the middle 80% of the samples.
 
 chosen = int((found["turned by 90 degrees"][1] - found["turned by 90 degrees"][0]).argmax())
 figure, axes = plt.subplots(1, 4, figsize=(10, 2.6), width_ratios=(1, 2.4, 1, 2.4), layout="constrained")

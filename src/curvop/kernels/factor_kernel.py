@@ -1,12 +1,14 @@
-r"""Factors of matrices of the form :math:`S^\top S`, whose rows are scaled per-example gradients.
+r"""The factor :math:`S` of a matrix :math:`S^\top S`, such as the scaled per-example gradients of a Fisher matrix.
 
-GGN-like matrices are sums :math:`\frac{1}{W} \sum_b w_b J_b^\top M_b J_b`. If :math:`M_b = R_b R_b^\top`, the matrix is
-:math:`S^\top S`, and the rows of batch b are :math:`S_b = \sqrt{w_b / W} \, R_b^\top J_b`. For the empirical Fisher
-matrix, :math:`R_b` has one column per example: the derivative :math:`r_n` of the loss with respect to the prediction.
-Without the factor :math:`1 / \sqrt W`, the rows are then the gradients of the undivided terms of the loss.
+GGN-like matrices are sums :math:`\frac{1}{W} \sum_b w_b J_b^\top M_b J_b`. Here :math:`J_b` is the Jacobian of the
+prediction for batch b, :math:`w_b` is the weight of the batch, and :math:`W` is the divisor of the matrix. If
+:math:`M_b = R_b R_b^\top`, the matrix is equal to :math:`S^\top S`, and batch b contributes the rows
+:math:`\sqrt{w_b / W} \, R_b^\top J_b` to :math:`S`. For the empirical Fisher matrix, :math:`R_b` has one column for
+each example n of the batch. The column contains the derivative :math:`r_n` of the loss with respect to the prediction.
+Each row of :math:`S` is then the gradient of the unreduced loss of one example, multiplied by :math:`1 / \sqrt W`.
 
-A product with `S` is a Jacobian-vector product, followed by one inner product per row. A product with the transpose is
-one backward pass.
+A product with `S` takes one Jacobian-vector product, and then one inner product for each row. A product with the
+transpose of `S` takes one backward pass.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ UNKNOWN_ITEMS = (
     "its first axis: pass examples='terms', or make the model return the terms of an item one after the other"
 )
 
-#: Largest number of outputs of an example. With c outputs, the Hessian of the loss of an example has c * c entries.
+#: Largest supported number of outputs per example. With c outputs, the Hessian of an example's loss has c * c entries.
 _MAX_ENTRIES = 256
 
 
@@ -64,11 +66,14 @@ class FactorKernel(JacobianKernel):
         return math.sqrt(super().divisor(weights))
 
     def extra(self, index: int, prediction: Any, batch: Any, y: Any) -> dict[str, Tensor]:
-        """Return the additional tensors of the kernel of the matrix."""
+        """Return the additional tensors that the kernel of the matrix needs for batch number `index`."""
         return self._matrix.extra(index, prediction, batch, y)
 
     def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
-        """Return the buffers of the kernel of the matrix. Raise a ValueError if the number of batches has grown."""
+        """Return the buffers that the kernel of the matrix needs for batch number `index`.
+
+        Raise a ValueError if the data yield more batches than when the operator was created.
+        """
         self.check_index(index)
         return self._matrix.buffers(leaves, index, batch)
 
@@ -79,7 +84,7 @@ class FactorKernel(JacobianKernel):
         extra: Mapping[str, Tensor],
         derivative: Callable[[bool], Parts],
     ) -> RowMap:
-        """Return the map ``w -> R' w`` for one batch."""
+        """Return the map ``w -> R' w`` from the tangent of the prediction to the rows of one batch."""
         derivatives: list[Parts] = []
 
         def recorded(create_graph: bool) -> Parts:
@@ -103,8 +108,8 @@ class PerExampleKernel(FactorKernel):
     sizes : sequence of int
         Number of rows of each batch.
     by_item : bool
-        If True, a row is the gradient of the sum of all terms that belong to one index of the first axis of the batch.
-        If False, a row is the gradient of a single term.
+        If True, each row is the gradient of the loss of one data item, which is the sum of the terms of this item (see
+        `item_count`). If False, each row is the gradient of a single term of the loss.
     """
 
     row_name = "example"
@@ -114,7 +119,7 @@ class PerExampleKernel(FactorKernel):
         self.by_item = by_item
 
     def divisor(self, weights: Sequence[float]) -> float:
-        """Return 1, because the terms of the loss are not divided."""
+        """Return 1, because per-example gradients are not divided by the divisor of the loss."""
         return 1.0
 
     def row_map(
@@ -124,7 +129,7 @@ class PerExampleKernel(FactorKernel):
         extra: Mapping[str, Tensor],
         derivative: Callable[[bool], Parts],
     ) -> RowMap:
-        """Return the map from the tangent of the prediction to the directional derivatives of the examples."""
+        """Return the map from the tangent of the prediction to the directional derivative of each example's loss."""
         row_map = super().row_map(outputs, pair, extra, derivative)
         count = item_count(outputs, pair, row_map.count) if self.by_item else row_map.count
         if count is None:
@@ -146,8 +151,9 @@ def _square_root(
 ) -> OuterProducts:
     """Write the block of `M` for each example as ``R R'``, where `R` is the symmetric square root of the block.
 
-    Unlike other square roots, the symmetric square root depends continuously on `M`. Both engines of an operator
-    therefore use the same `R`, although each of them evaluates the model.
+    Unlike other square roots, the symmetric square root depends continuously on `M`. An operator and its transpose
+    evaluate the model separately, and the results may differ by rounding errors. They still use the same `R`, up to
+    rounding errors.
     """
     used = [index for index, part in enumerate(derivative) if part is not None]
     shapes = [outputs[index].shape for index in used]
@@ -199,7 +205,7 @@ def _square_root(
 
 
 class _RowSums(RowMap):
-    """The sums of groups of consecutive rows of another map."""
+    """A map to `count` rows. Each row is the sum of a group of consecutive rows of the map `terms`."""
 
     def __init__(self, terms: RowMap, count: int) -> None:
         self._terms, self.count, self.tensors = terms, count, terms.tensors
@@ -213,23 +219,26 @@ class _RowSums(RowMap):
 
 
 def example_counts(objective: ModelObjective) -> list[tuple[int, int | None]]:
-    """Return the number of terms and the number of data items (see `item_count`) of each batch, in one pass."""
+    """Return a tuple ``(terms, items)`` for each batch. The function takes one pass over the data.
+
+    ``terms`` is the number of terms of the loss of the batch, and ``items`` is the result of `item_count`.
+    """
     return [(terms, item_count(outputs, batch, terms)) for outputs, batch, (terms, _) in _terms(objective)]
 
 
 def row_counts(matrix: GGNLikeKernel) -> list[int]:
-    """Return the number of rows of the factor of a matrix for each batch, in one pass over the data."""
+    """Return the number of rows of the factor `S` for each batch. The function takes one pass over the data."""
     counts = []
     for _, _, (terms, entries) in _terms(matrix.objective):
         count = matrix.num_factors(entries)
-        if count != matrix.num_factors(entries + 1):  # one row for each output
+        if count != matrix.num_factors(entries + 1):  # each output has a row, so a square root of the Hessian is needed
             _check_entries(entries)
         counts.append(terms * count)
     return counts
 
 
 def _terms(objective: ModelObjective) -> Iterator[tuple[list[Tensor], Any, tuple[int, int]]]:
-    """Yield the outputs, the pair of input and target, and the result of `used_terms` for each batch.
+    """Yield a tuple ``(outputs, (X, y), counts)`` for each batch, where ``counts`` is the result of `used_terms`.
 
     The model is evaluated without autograd.
     """
@@ -241,10 +250,11 @@ def _terms(objective: ModelObjective) -> Iterator[tuple[list[Tensor], Any, tuple
 
 
 def item_count(outputs: Sequence[Tensor], batch: Any, terms: int) -> int | None:
-    """Return the number of data items in a batch, which is the size of its first axis. Return None if it is unknown.
+    """Return the number of data items in a batch, which is the size of its first axis.
 
-    The terms of an item must be consecutive. If X and y differ in their first axis, as for a model that flattens its
-    predictions, the axis of X counts.
+    If the first axes of X and y have different sizes (for example, because the model flattens its predictions), the
+    size is that of X. The terms of an item must be consecutive in the prediction. Return None if the number of terms is
+    not a multiple of the size. If there is at most one term, return the number of terms.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
-"""Form the factor `S` of a matrix ``S' S``: the scaled gradients of all examples, as the rows of a tensor.
+"""Form the factor `S` of a matrix ``S' S`` as a tensor. For an empirical Fisher matrix, its rows are scaled gradients.
 
-If the model treats its examples independently, ``torch.func.vmap`` maps a backward pass over the examples of a batch,
-so that all rows take about as many operations as one gradient per row of an example. A product with the transpose of
-`S` verifies the rows of each batch. If the verification fails, or if the model cannot be mapped over its examples, each
-row takes one backward pass over its batch.
+If the model treats its examples independently, ``torch.func.vmap`` maps a backward pass over the examples of a batch.
+If each example has s rows, all rows of the batch then take about as many operations as s gradients of the batch. One
+product with the transpose of `S` verifies the rows of each batch. If the verification fails, or if the model cannot be
+mapped over its examples, each row takes one backward pass over its batch.
 """
 
 from __future__ import annotations
@@ -72,12 +72,15 @@ def _write_by_example(
     backward: LinearMap,
     rows: Tensor,
 ) -> bool:
-    """Compute the rows of one batch by mapping over its examples. Return False if this is not possible."""
+    """Compute the rows of one batch by mapping a backward pass over the examples, and verify them.
+
+    Return False if the examples cannot be mapped, or if the rows fail the verification.
+    """
     z = outputs[0].detach()
     count = len(z) if z.ndim else 1
     if len(outputs) > 1 or not count or row_map.count % count:
         return False
-    seeds = []  # entry j has the cotangents of row j of every example
+    seeds = []  # seeds[j] contains the cotangents of row j of every example
     for unit in torch.eye(row_map.count // count, dtype=z.dtype, device=z.device):
         [seed] = row_map.cotangents(unit.repeat(count))
         seeds.append(torch.zeros_like(z) if seed is None else seed.detach().reshape(z.shape))
@@ -104,7 +107,7 @@ def _write_by_example(
 def _write_by_row(
     dtype: torch.dtype, layout: ParameterLayout, row_map: RowMap, backward: LinearMap, rows: Tensor
 ) -> None:
-    """Compute each row of one batch by a backward pass over the batch."""
+    """Compute the rows of one batch. Each row takes a backward pass over the whole batch."""
     for number, row in enumerate(rows):
         unit = torch.zeros(row_map.count, dtype=dtype, device=rows.device)
         unit[number] = 1.0
@@ -112,7 +115,7 @@ def _write_by_row(
 
 
 def _product(layout: ParameterLayout, row_map: RowMap, backward: LinearMap, weights: Tensor) -> Tensor:
-    """Return the sum of the rows of one batch, multiplied by `weights`."""
+    """Return ``weights @ rows`` for the rows of one batch, computed by one backward pass."""
     parts = backward(row_map.cotangents(weights))
     return layout.join(
         [None if part is None else part.to(weights.device) for part in parts], weights.new_empty(layout.size)

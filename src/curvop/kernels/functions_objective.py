@@ -20,7 +20,7 @@ __all__ = ["FunctionsObjective"]
 
 T = TypeVar("T")
 
-#: The search for modules in an evaluation ends after this number of interruptions.
+#: Largest number of interruptions of one evaluation by the search for modules; see `FunctionsObjective._run`.
 _MAX_INTERRUPTIONS = 100
 
 
@@ -71,9 +71,9 @@ class FunctionsObjective(ModelObjective):
             self._divisor = _batch_or_target_divisor
 
     def pair(self, batch: Any) -> tuple[Any, Any]:
-        """Return the batch and its targets. For a loss that is no `TargetLoss`, the targets are the batch itself.
+        """Return a tuple of the batch and its targets. If the loss is not a `TargetLoss`, the batch is returned twice.
 
-        The targets are computed by the user's code; see `ModelObjective.pair`.
+        User code computes the targets. See `ModelObjective.pair` for the places where this method may be called.
         """
         return batch, batch if self._targets is None else self._checked_targets(self._targets, batch)
 
@@ -93,7 +93,7 @@ class FunctionsObjective(ModelObjective):
         return self.guard.run(targets, batch, self.replacements(self.leaves(())))
 
     def _checked_targets(self, targets: Callable[[Any], Any], batch: Any) -> Any:
-        """Return ``targets(batch)``. Raise a TypeError if a loss of PyTorch cannot be applied to the result."""
+        """Return ``targets(batch)``. Raise a TypeError if the loss is from PyTorch and the result is not a tensor."""
         keys = f", and the batch is a mapping with the keys {_listed(batch)}" if isinstance(batch, Mapping) else ""
         try:
             y = targets(batch)
@@ -113,11 +113,11 @@ class FunctionsObjective(ModelObjective):
         return bool(self.modules)
 
     def _run(self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str) -> T:
-        """Evaluate a function as `Objective._run` does.
+        """Evaluate a function as `Objective._run` does, and search for unknown modules in the first pass over the data.
 
-        In the first pass over the data, also find the modules that `referenced_modules` cannot find, such as attributes
-        of objects that are not callable. A hook interrupts the evaluation before the forward pass of such a module, so
-        that the guard can save the state of the module before the module changes it. The evaluation is then repeated.
+        Unknown modules are those that `referenced_modules` cannot find, such as attributes of objects that are not
+        callable. A hook interrupts the evaluation before the forward pass of an unknown module. The guard can then save
+        the state of the module before the forward pass changes the state. Afterwards, the evaluation is repeated.
         """
         if self.checks.is_searched(what):
             return super()._run(function, leaves, batch, what)
@@ -138,7 +138,7 @@ class FunctionsObjective(ModelObjective):
         return super()._run(function, leaves, batch, what)
 
     def _replace_modules(self, old: nn.Module | None, new: nn.Module | None) -> None:
-        """Remove the module `old` from the known modules, and add the module `new`."""
+        """Remove the module `old` from the known modules, and add the module `new`. Either of them may be None."""
         if old is None and new is None:
             return
         writes = self.guard.writes
@@ -159,7 +159,7 @@ def _batch_divisor(prediction: Any, batch: Any, y: Any) -> float | None:
 
 
 def _batch_or_target_divisor(prediction: Any, batch: Any, y: Any) -> float | None:
-    """Return the size of a batch. If tensors in the batch have different sizes, return the size of the targets."""
+    """Return the number of examples in a batch. If its tensors imply different numbers, return that of the targets."""
     size = batch_size(batch, y)
     return batch_size_of(y) if size is None else size
 

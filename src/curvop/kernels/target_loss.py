@@ -1,4 +1,4 @@
-"""Loss functions of objectives in two parts, which receive the whole batch."""
+"""Loss functions that receive a whole batch and take their targets from it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ __all__ = ["TargetLoss"]
 class TargetLoss:
     """Loss function ``(prediction, batch) -> scalar`` that applies a PyTorch loss function to targets in the batch.
 
-    Pass it as ``loss`` to the class methods ``from_functions`` of the operators. A function that computes the same loss
-    gives the same Hessian and the same GGN, if its batches are weighted by ``batch_weight=``. With a `TargetLoss`, the
-    operators also know the loss function. Batches are then weighted by the divisor of the loss function (for example,
-    the number of targets that are not ignored), `curvop.FisherLinearOperator` knows the likelihood, and the examples of
-    `curvop.EFLinearOperator` are the targets.
+    Pass it as ``loss`` to the class methods ``from_functions`` of the operators. A `TargetLoss` has these advantages
+    over a plain function that computes the same loss:
+
+    - Each batch is weighted by the divisor of the loss function (for example, the number of targets that are not
+      ignored). With a plain function, pass ``batch_weight=`` to obtain the same Hessian and the same GGN.
+    - `curvop.FisherLinearOperator` knows the likelihood.
+    - The examples of `curvop.EFLinearOperator` are the targets.
 
     Parameters
     ----------
     loss_function : nn.Module or callable
         Loss function ``(prediction, y) -> scalar``, such as ``nn.CrossEntropyLoss()``. Its attribute ``reduction``
-        ('mean' or 'sum') specifies whether the loss is a mean or a sum over the batch.
+        ('mean' or 'sum') specifies whether the loss is a mean or a sum over the targets.
     targets : callable
         Function ``batch -> y`` that returns the targets.
 
@@ -35,7 +37,7 @@ class TargetLoss:
     loss_function, targets : callable
         The arguments.
     reduction : str
-        The reduction of the loss function.
+        The reduction of the loss function: 'mean' or 'sum'.
 
     Raises
     ------
@@ -71,5 +73,5 @@ class TargetLoss:
         return loss_reduction(self.loss_function)
 
     def __call__(self, prediction: Any, batch: Any) -> Tensor:
-        """Return the loss of a batch."""
+        """Return the loss of a prediction, with the targets in the batch."""
         return self.loss_function(prediction, self.targets(batch))

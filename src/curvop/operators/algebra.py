@@ -1,9 +1,9 @@
-r"""Operators that combine other operators: sums, multiples, products, damped, diagonal and block-diagonal matrices.
+r"""Operators that combine other operators: sums, multiples, products and powers, and damped operators.
 
-``A + B``, ``A - B``, ``c * A``, ``-A``, ``A @ B``, ``A ** 2`` and ``A.damped(lam)`` return these operators if A is an
-operator of this package. They accept NumPy arrays and tensors as A does, know the names of their parameters, and pass
-``block`` and ``submatrix`` on to their operands. An example is the Hessian, preconditioned with the diagonal of the
-Gauss-Newton matrix::
+If A is an operator of this package, the expressions ``A + B``, ``A - B``, ``c * A``, ``-A``, ``A @ B``, ``A ** 2`` and
+``A.damped(lam)`` return these operators. Like A, they accept NumPy arrays and tensors, and know the names of their
+parameters. Their methods ``block`` and ``submatrix`` combine blocks of the operands. The example preconditions the
+Hessian with the diagonal of the Gauss-Newton matrix::
 
     >>> import torch
     >>> from curvop import DiagonalLinearOperator, GGNLinearOperator, HessianLinearOperator
@@ -17,7 +17,7 @@ Gauss-Newton matrix::
     >>> A.is_symmetric, A.block(["2.weight", "2.bias"]).shape
     (True, (18, 18))
 
-The right operand of a sum or a product can be an operator of SciPy. Its products are computed with NumPy.
+The right operand of a sum or a product can be an operator of SciPy, whose products are computed with NumPy arrays.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ __all__ = ["DampedLinearOperator"]
 Names = Sequence[str]
 
 
-# Sums, multiples and products. The private names are those of SciPy's operators, so that fingerprints agree.
+# Sums, multiples and products. The classes are named as in SciPy, so that the class names in fingerprints agree.
 
 
 class _SumLinearOperator(CompositeLinearOperator):
@@ -77,7 +77,7 @@ class _SumLinearOperator(CompositeLinearOperator):
         principal = rows == cols and alike(*self._row_and_column_layouts)
         blocks: list[tuple[TensorLinearOperator, TensorLinearOperator]] = []
         for addend in _addends(self):
-            # In a principal block of A + A.T, the blocks of A and A.T share a cache.
+            # In a principal block of A + A.T, the block of A.T is the adjoint of that of A, so that both share a cache.
             adjoints = (block.H for A, block in blocks if principal and A.H._identity() == addend._identity())
             block = next(adjoints, None)
             if block is None:
@@ -109,7 +109,7 @@ class _ScaledLinearOperator(CompositeLinearOperator):
     def __init__(self, A: LinearOperator, alpha: Any) -> None:
         if not isinstance(alpha, numbers.Number):
             raise ValueError(f"A is multiplied by {alpha!r}, but must be multiplied by a number")
-        if not isinstance(alpha, int | float | complex):  # such as a fraction, or a number of NumPy
+        if not isinstance(alpha, int | float | complex):  # for example, a fraction or a NumPy number
             alpha = float(alpha) if isinstance(alpha, numbers.Real) else complex(cast("complex", alpha))
         super().__init__(A.shape, [A, alpha], layouts_of(A))
 
@@ -125,17 +125,17 @@ class _ScaledLinearOperator(CompositeLinearOperator):
         return _ScaledLinearOperator(section(self._parts[0], self._row_and_column_layouts, rows, cols), self._alpha)
 
     def gram(self) -> GramLinearOperator:
-        """Return the Gram matrix of a non-negative multiple of a matrix of the form ``S.T @ S``.
+        """Return the Gram matrix ``alpha * S @ S.T`` if A is of the form ``S.T @ S``, and ``alpha >= 0``.
 
         Returns
         -------
         GramLinearOperator
-            Operator that has the same non-zero eigenvalues.
+            Operator that has the same nonzero eigenvalues as ``alpha * A``.
 
         Raises
         ------
         NotFactorableError
-            If the matrix is not of this form, or if the number is negative.
+            If A is not of the form ``S.T @ S``, or if ``alpha`` is negative or complex.
         """
         if not (isinstance(self._alpha, int | float) and self._alpha >= 0):
             raise NotFactorableError(
@@ -166,7 +166,7 @@ class _ProductLinearOperator(CompositeLinearOperator):
         super().__init__((A.shape[0], B.shape[1]), [A, B], (rows, cols))
 
     def diagonal(self) -> NDArray[Any]:
-        """Return the exact diagonal, if all operands but one are diagonal and this one can compute its diagonal."""
+        """Return the exact diagonal, if at most one factor is not diagonal and this factor can compute its diagonal."""
         scale, factors = _factors(self)
         diagonals = [factor for factor in factors if factor._is_diagonal]
         if len(factors) - len(diagonals) > 1:
@@ -179,12 +179,12 @@ class _ProductLinearOperator(CompositeLinearOperator):
         Returns
         -------
         GramLinearOperator
-            Operator that has the same non-zero eigenvalues.
+            Operator that has the same nonzero eigenvalues as the product.
 
         Raises
         ------
         NotFactorableError
-            If the product is not of this form.
+            If the product is not of the form ``S.T @ S``.
         """
         left, right = self._parts
         if left._identity() != right.H._identity():
@@ -196,9 +196,10 @@ class _ProductLinearOperator(CompositeLinearOperator):
         mirrored = self.is_symmetric and rows is not None and rows == cols and alike(*self._row_and_column_layouts)
         layouts = row_layout, col_layout = self._row_and_column_layouts
         square = alike(row_layout, col_layout)
-        cut: dict[tuple[Any, ...], TensorLinearOperator] = {}  # one object for both sides of D @ A @ D
+        cut: dict[tuple[Any, ...], TensorLinearOperator] = {}  # D @ A @ D needs only one block of D
 
-        # D @ A restricted to rows is D' @ A', where D' is the block of a diagonal D. The same holds for columns.
+        # If D is diagonal, the selected rows of D @ A are D' @ A', where D' is the diagonal block of D for these rows,
+        # and A' consists of these rows of A. The same holds for the columns of A @ D.
         def diagonal_block(factor: TensorLinearOperator, layout: ParameterLayout | None, names: Names) -> Any:
             key = id(factor), tuple(names), square or layout is row_layout
             if key not in cut:
@@ -297,16 +298,16 @@ class DampedLinearOperator(CompositeLinearOperator):
     Parameters
     ----------
     A : LinearOperator
-        Operator of this package: a square matrix, or a block of parameters such as ``H.block(rows, cols)``.
+        Operator of this package. It must be square, or a block of parameters such as ``H.block(rows, cols)``.
     damping : float
         Finite number that is added to the diagonal.
 
     Raises
     ------
     TypeError
-        If the rows and columns of A are not parameters, or ``damping`` is not a real number.
+        If A is not an operator of this package, or if ``damping`` is not a real number.
     ValueError
-        If ``damping`` is infinite or NaN.
+        If ``damping`` is infinite or NaN. Also if A is neither square nor a block of parameters.
 
     See Also
     --------
@@ -315,9 +316,10 @@ class DampedLinearOperator(CompositeLinearOperator):
 
     Notes
     -----
-    Blocks and submatrices are taken from the damped matrix. An off-diagonal block therefore equals the corresponding
-    block of A. If the rows and columns of a block have only some parameters in common, the damping is added only to the
-    diagonal entries of the common parameters. A product costs as much as a product with A.
+    Blocks and submatrices are taken from the damped matrix. An off-diagonal block is therefore equal to the
+    corresponding block of A. If the rows and columns of a block have only some parameters in common, the damping is
+    added only to the diagonal entries of the common parameters. A product with the damped operator costs as much as a
+    product with A.
 
     Examples
     --------
@@ -403,12 +405,13 @@ class DampedLinearOperator(CompositeLinearOperator):
         return cast("tuple[NDArray[Any], float]", self._A.gradient_and_loss())
 
     def gram(self) -> GramLinearOperator:
-        """Return the Gram matrix of A plus ``damping * I``.
+        """Return the damped Gram matrix ``S @ S.T + damping * I``, if A is of the form ``S.T @ S``.
 
         Returns
         -------
         GramLinearOperator
-            Operator that has the eigenvalues of ``A + damping * I`` whose eigenvectors are not in the null space of A.
+            Operator that has all eigenvalues of ``A + damping * I`` whose eigenvectors are orthogonal to the null space
+            of A.
 
         Raises
         ------
@@ -430,7 +433,10 @@ class DampedLinearOperator(CompositeLinearOperator):
 
     @property
     def _shifts_the_diagonal(self) -> bool:
-        """Whether the damping is added to the diagonal of the matrix, and not to entries of a rectangular block."""
+        """Whether the damping is added to the main diagonal.
+
+        In a block whose row parameters differ from its column parameters, the damping is added to other entries.
+        """
         return None in self._row_and_column_layouts or alike(*self._row_and_column_layouts)
 
     def _check_entries(self, x: Rows) -> None:
@@ -454,11 +460,11 @@ Composites.power = _power
 Composites.damped = _damped
 
 
-# Identities of composite operators: two expressions with the same terms are the same matrix.
+# Keys of composite operators. Two expressions with the same terms have equal keys, because they are the same matrix.
 
 
 def _terms(A: TensorLinearOperator) -> Iterator[tuple[list[Any], list[TensorLinearOperator]]]:
-    """Yield the terms of a sum of multiples of products. A term consists of its scalars and its factors."""
+    """Yield a tuple ``(scalars, factors)`` for each term of a sum of multiples of products."""
     if isinstance(A, _SumLinearOperator):
         for part in A._parts:
             yield from _terms(part)
@@ -473,7 +479,7 @@ def _terms(A: TensorLinearOperator) -> Iterator[tuple[list[Any], list[TensorLine
 
 
 def _scalars_and_factors(A: TensorLinearOperator) -> tuple[list[Any], list[TensorLinearOperator]]:
-    """Split a product into its scalars and its factors. A sum is one factor."""
+    """Return a tuple ``(scalars, factors)`` for a product of operators. A sum of operators is one factor."""
     if isinstance(A, _ScaledLinearOperator):
         scalars, factors = _scalars_and_factors(A._parts[0])
         return [A._alpha, *scalars], factors
@@ -489,7 +495,7 @@ def _factors(A: TensorLinearOperator) -> tuple[Any, list[TensorLinearOperator]]:
 
 
 def _product_of(scalars: Sequence[Any]) -> Any:
-    """Multiply scalars in a fixed order, so that a product does not depend on their order in an expression."""
+    """Return the product of scalars. Sorting makes its rounding error independent of the order of the scalars."""
     return math.prod(sorted(scalars, key=lambda scalar: (complex(scalar).real, complex(scalar).imag)))
 
 
@@ -504,9 +510,10 @@ def _canonical(A: TensorLinearOperator) -> tuple[Any, ...]:
 
 
 def _combination(A: CompositeLinearOperator, rows: Rows) -> Rows:
-    """Return the product with a sum of multiples. Each operand multiplies once, although it may occur several times.
+    """Multiply a sum of multiples of operators by each row of ``rows``.
 
-    Operands that read the same data in every product share one pass over the data.
+    An operand that occurs several times in the sum is applied only once. Operands that cache no batches and have the
+    same data share one pass over the data.
     """
     leaves: dict[int, TensorLinearOperator] = {}
     weights: dict[int, Any] = {}
@@ -526,12 +533,16 @@ def _combination(A: CompositeLinearOperator, rows: Rows) -> Rows:
     return cast("Rows", total if shift is None else _plus(total, _shift(A, shift, rows)))
 
 
-#: Stands for the identity matrix among the summands of a damped operator.
+#: Placeholder that `_summands` yields for the identity matrix in ``A + damping * I``.
 _IDENTITY = DiagonalLinearOperator(np.ones(1))
 
 
 def _summands(A: TensorLinearOperator, scalars: list[Any], count: int) -> Iterator[tuple[list[Any], Any]]:
-    """Yield (scalars, operand) for each term of a sum of multiples. The operands of ``A`` count ``count`` products."""
+    """Yield a tuple ``(scalars, operand)`` for each term of a sum of multiples.
+
+    Also add ``count`` to the product counters of sums and multiples within ``A``, because these are not applied
+    separately.
+    """
     if isinstance(A, DampedLinearOperator) and A._shifts_the_diagonal:
         yield [*scalars, A.damping], _IDENTITY
         parts = [A._A]
@@ -548,7 +559,7 @@ def _summands(A: TensorLinearOperator, scalars: list[Any], count: int) -> Iterat
 
 
 def _times(product: Any, scalar: Any) -> Any:
-    """Multiply a product, whose memory may be overwritten, by a number."""
+    """Return ``scalar * product``. The memory of ``product`` may be overwritten."""
     if scalar == 1:
         return product
     if isinstance(scalar, numbers.Real) and (isinstance(product, Tensor) or product.dtype.kind in "fc"):
@@ -564,7 +575,7 @@ def _shift(A: TensorLinearOperator, shift: float, rows: Any) -> Any:
 
 
 def _plus(total: Any, product: Any) -> Any:
-    """Add a product to a total, whose memory may be overwritten. None stands for zero."""
+    """Return ``total + product``, or ``product`` if ``total`` is None. The memory of ``total`` may be overwritten."""
     if total is None:
         return product
     if isinstance(total, Tensor) and total.device != product.device:

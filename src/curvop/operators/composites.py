@@ -1,4 +1,4 @@
-"""Base class of operators that combine other operators, and blocks of their operands."""
+"""Base class of operators that combine other operators, and helper functions for the operands."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Names = Sequence[str]
 class CompositeLinearOperator(ParameterVectors):
     """Base class of operators that combine other operators.
 
-    Subclasses implement ``_apply``, ``_mirror``, ``_restricted`` and ``_identity``.
+    Subclasses implement ``_apply``, ``_mirror`` and ``_identity``. Most also override ``_restricted``.
 
     Parameters
     ----------
@@ -44,7 +44,8 @@ class CompositeLinearOperator(ParameterVectors):
     operands : sequence of LinearOperator or number
         Operands in the order of the expression. They are stored in ``args``, as in SciPy's composite operators.
     layouts : tuple of ParameterLayout or None
-        Layouts of the rows and of the columns. None stands for an axis that does not consist of parameters.
+        Tuple ``(rows, cols)``: the layout of the row parameters, and the layout of the column parameters. ``rows`` is
+        None if the rows are not parameters, and ``cols`` is None if the columns are not.
     """
 
     def __init__(self, shape: tuple[int, int], operands: Sequence[Any], layouts: Layouts) -> None:
@@ -58,7 +59,7 @@ class CompositeLinearOperator(ParameterVectors):
         self._params: dict[str, Tensor] = {}
         diagonals = [part for part in self._parts if part._is_diagonal]
         for part in (*diagonals, *(part for part in reversed(self._parts) if not part._is_diagonal)):
-            self._params |= getattr(part, "_params", {})  # the first operand that is not diagonal has precedence
+            self._params |= getattr(part, "_params", {})  # the first operand that is not diagonal takes precedence
         self._symmetric: bool | None = None
 
     @property
@@ -68,13 +69,13 @@ class CompositeLinearOperator(ParameterVectors):
 
     @property
     def device(self) -> torch.device:
-        """Device on which products are computed. If operands differ, the first device that is not the CPU."""
+        """Device on which products are computed. If operands differ, it is the first device other than the CPU."""
         devices = [part.device for part in self._parts]
         return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
     @property
     def epsilon(self) -> float:
-        """Machine epsilon of the lowest precision used in a product: the largest one of the operands."""
+        """Machine epsilon of the lowest precision used in a product: the maximum over all operands."""
         return max((part.epsilon for part in self._parts), default=super().epsilon)
 
     @property
@@ -86,7 +87,7 @@ class CompositeLinearOperator(ParameterVectors):
         return self._row_layout, self._col_layout
 
     def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
-        """Return the rows and columns of the given parameters. None stands for all rows or columns."""
+        """Return the block of the given parameters. ``rows=None`` selects all rows, ``cols=None`` all columns."""
         return NamedLinearOperator(
             SubmatrixLinearOperator.of_whole(self, entries(self._row_layout, rows), entries(self._col_layout, cols)),
             restricted_layouts(self, rows, cols),
@@ -137,7 +138,7 @@ class CompositeLinearOperator(ParameterVectors):
 
 
 class _ScipyLinearOperator(WrappingLinearOperator):
-    """An operator of SciPy as an operand. Tensors are converted to NumPy arrays and back."""
+    """Wrapper of an operator of SciPy. Tensors are converted to NumPy arrays, and their products to tensors."""
 
     def __init__(self, A: LinearOperator) -> None:
         if len(A.shape) != 2:
@@ -166,14 +167,14 @@ class _ScipyLinearOperator(WrappingLinearOperator):
 
 
 class NamedLinearOperator(CompositeLinearOperator):
-    """An operator whose rows and columns are given names of parameters."""
+    """Wrapper that assigns parameter names to the rows and columns of an operator."""
 
     def __init__(self, A: TensorLinearOperator, layouts: Layouts, params: Mapping[str, Tensor]) -> None:
         super().__init__(A.shape, [A], layouts)
         self._params = dict(params)
 
     def diagonal(self) -> NDArray[Any]:
-        """Return the exact diagonal, if the operand can compute it without products."""
+        """Return the exact diagonal, if the wrapped operator can compute it without products."""
         return self._parts[0].diagonal()
 
     def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
@@ -205,14 +206,17 @@ def _of_this_package(A: LinearOperator) -> TensorLinearOperator:
 
 
 def as_array(rows: Rows) -> NDArray[Any]:
-    """Convert a tensor to an array. NumPy lacks bfloat16, which is converted to float32."""
+    """Convert a tensor to an array. A bfloat16 tensor becomes a float32 array, because NumPy has no bfloat16."""
     if not isinstance(rows, Tensor):
         return rows
     return (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy(force=True)
 
 
 def multiply(A: TensorLinearOperator, rows: Rows) -> Rows:
-    """Return the products with an operand. A real operand multiplies the real and imaginary parts of complex rows."""
+    """Multiply an operand by each row of ``rows``.
+
+    If the operand is real and the rows are complex, the real and imaginary parts are multiplied separately.
+    """
     complex_rows = rows.is_complex() if isinstance(rows, Tensor) else rows.dtype.kind == "c"
     if not complex_rows or A.dtype is None or A.dtype.kind == "c":
         return A._multiply_last_axis(rows)
@@ -225,22 +229,26 @@ def multiply(A: TensorLinearOperator, rows: Rows) -> Rows:
 
 
 def name_of(A: LinearOperator) -> str:
-    """Return the class and the shape of an operator, for error messages."""
+    """Return a text with the class and the shape of an operator, for error messages."""
     return f"{type(A).__name__} of shape {tuple(A.shape)}"
 
 
 def layouts_of(A: LinearOperator) -> Layouts:
-    """Return the layouts of the rows and of the columns of an operator."""
+    """Return the layouts ``(rows, cols)`` of an operator, or ``(None, None)`` if it knows no parameters."""
     return A._row_and_column_layouts if isinstance(A, ParameterVectors) else (None, None)
 
 
 def alike(a: ParameterLayout | None, b: ParameterLayout | None) -> bool:
-    """Return True if two layouts have the same parameters in the same order, or if both are None."""
+    """Return True if two layouts have the same names and shapes in the same order, or if both are None."""
     return a is b or (a is not None and b is not None and a.names == b.names and a.shapes == b.shapes)
 
 
 def entries(layout: ParameterLayout | None, names: Names | None) -> Any:
-    """Return the positions of the named parameters: a slice if they are consecutive, else an array."""
+    """Return the positions of the named parameters in a vector with the given layout.
+
+    The result is a slice if the positions are consecutive, and an array otherwise. If ``layout`` or ``names`` is None,
+    the result is a slice of the whole vector.
+    """
     if names is None or layout is None:
         return slice(None)
     idxs = np.concatenate([np.arange(layout.size)[layout.slices[name]] for name in names])
@@ -248,7 +256,7 @@ def entries(layout: ParameterLayout | None, names: Names | None) -> Any:
 
 
 def restricted_layouts(A: ParameterVectors, rows: Names | None, cols: Names | None) -> Layouts:
-    """Return the layouts of the block of the named parameters."""
+    """Return the layouts ``(rows, cols)`` of the block of A with the named row and column parameters."""
     row_layout, col_layout = A._row_and_column_layouts
 
     def cut(layout: ParameterLayout | None, names: Names | None) -> ParameterLayout | None:
@@ -261,10 +269,10 @@ def restricted_layouts(A: ParameterVectors, rows: Names | None, cols: Names | No
 
 
 def section(A: TensorLinearOperator, layouts: Layouts, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
-    """Return the rows and the columns of the named parameters of an operand. None stands for all rows or columns.
+    """Return the block of an operand with the named parameters. None selects all rows, or all columns.
 
-    ``layouts`` are those of the whole operator. If the operand has others, or none, its entries are selected by their
-    positions.
+    ``layouts`` are the layouts of the composite operator that A is an operand of. If A itself has different layouts or
+    none, its entries are selected by the positions of the parameters in ``layouts``.
     """
     if rows is None and cols is None:
         return A

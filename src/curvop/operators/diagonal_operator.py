@@ -40,11 +40,12 @@ class DiagonalLinearOperator(ParameterVectors):
     Parameters
     ----------
     d : array, Tensor, or dict of str to Tensor or array
-        Diagonal of shape ``(N,)``. A dict contains one tensor per parameter, with the shape of the parameter. The
-        values are copied.
+        The diagonal: a vector of shape ``(N,)``, or a dict with one tensor for each parameter. Each tensor in the dict
+        has the shape of its parameter. The values are copied.
     params : dict of str to Tensor, optional
-        Parameters in the order of the rows and columns, so that the operator has blocks. By default, they are the keys
-        of ``d`` if it is a dict. In sums and products with operators over parameters, ``params`` is not needed.
+        Parameters in the order of the rows and columns. They are needed to select blocks of the operator by name. If
+        ``d`` is a dict, the default is ``d`` itself. In sums and products with operators that know their parameters,
+        ``params`` is not needed.
 
     Raises
     ------
@@ -61,11 +62,11 @@ class DiagonalLinearOperator(ParameterVectors):
 
     Notes
     -----
-    ``D ** p`` is the diagonal matrix of the powers, for any real p.
+    For any real number p, ``D ** p`` is the diagonal matrix with the entries ``d ** p``.
 
     Examples
     --------
-    The Hessian in the metric of the diagonal of the Gauss-Newton matrix:
+    Scale the rows and columns of a Hessian with the diagonal of the Gauss-Newton matrix:
 
     >>> import torch
     >>> from curvop import DiagonalLinearOperator, GGNLinearOperator, HessianLinearOperator
@@ -107,7 +108,7 @@ class DiagonalLinearOperator(ParameterVectors):
 
     @property
     def epsilon(self) -> float:
-        """Machine epsilon of float64, in which products with float64 vectors are computed."""
+        """Machine epsilon of float64, because products with float64 vectors are computed in float64."""
         return float(np.finfo(np.float64).eps)
 
     @property
@@ -126,7 +127,7 @@ class DiagonalLinearOperator(ParameterVectors):
         return self._array.copy()
 
     def __pow__(self, power: Any) -> DiagonalLinearOperator:
-        """Return the diagonal matrix of the powers of the entries, for a real exponent."""
+        """Return the diagonal matrix with the entries ``d ** power``, for a real number ``power``."""
         values = self._values ** real_scalar("the power", power)
         if bool(self._values.isfinite().all()) and not bool(values.isfinite().all()):
             raise ValueError(
@@ -164,7 +165,7 @@ class DiagonalLinearOperator(ParameterVectors):
         return DiagonalLinearOperator(self._values[idxs])
 
     def _check_entries(self, x: Rows) -> None:
-        """Accept all numbers."""
+        """Do nothing, because vectors may have any dtype."""
 
     def _product_dtype(self, dtype: Any) -> Any:
         return np.result_type(self.dtype, dtype)
@@ -178,12 +179,12 @@ class DiagonalLinearOperator(ParameterVectors):
 class BlockDiagonalLinearOperator(CompositeLinearOperator):
     """Block-diagonal matrix of operators, as a ``LinearOperator``.
 
-    ``A.block_diagonal(groups)`` returns the diagonal blocks of a curvature matrix in this form.
+    If A is a curvature matrix, ``A.block_diagonal(groups)`` returns its diagonal blocks as such an operator.
 
     Parameters
     ----------
     blocks : sequence of LinearOperator
-        Blocks in order. They may be rectangular, and may be operators of SciPy.
+        Blocks, from the upper left to the lower right. They may be rectangular, and may be operators of SciPy.
 
     Raises
     ------
@@ -312,14 +313,17 @@ class BlockDiagonalLinearOperator(CompositeLinearOperator):
 def _diagonal_blocks(
     blocks: Sequence[TensorLinearOperator], places: Sequence[NDArray[np.intp]], A: ParameterVectors
 ) -> BlockDiagonalLinearOperator:
-    """Return the diagonal blocks of A, which are at the given places, as an operator of the shape of A."""
+    """Return an operator of the shape of A with the given diagonal blocks, and zeros elsewhere.
+
+    Block number i has the rows and the columns ``places[i]``.
+    """
     slices = [as_slice(place) or place for place in places]
     layouts = A._row_and_column_layouts
     return BlockDiagonalLinearOperator._placed(blocks, (slices, slices), A.shape, layouts, A._params)
 
 
 def as_diagonal(A: TensorLinearOperator) -> DiagonalLinearOperator:
-    """Convert an operator that is known to be diagonal, such as a product of diagonal matrices."""
+    """Convert a diagonal operator, such as a product of diagonal matrices, to a ``DiagonalLinearOperator``."""
     if isinstance(A, DiagonalLinearOperator):
         return A
     diagonal = DiagonalLinearOperator(A.diagonal())
@@ -338,9 +342,9 @@ def _place_key(place: Any) -> Any:
 
 
 def _joined_layout(layouts: Sequence[ParameterLayout | None]) -> ParameterLayout | None:
-    """Return the layout of vectors that are concatenations of vectors with the given layouts.
+    """Return the layout of a concatenation of vectors, given the layout of each vector.
 
-    Return None if a layout is None, or if two layouts have a name in common.
+    Return None if one of the layouts is None, or if two layouts have a name in common.
     """
     pairs = [
         (name, torch.empty(shape, device="meta"))
@@ -354,7 +358,7 @@ def _joined_layout(layouts: Sequence[ParameterLayout | None]) -> ParameterLayout
 
 
 def _real_tensor(what: str, value: Any) -> Tensor:
-    """Convert real numbers to a dense tensor of floating-point numbers."""
+    """Convert real numbers to a dense float32 or float64 tensor. Raise a TypeError for other values."""
     tensor = as_tensor(what, value)
     if (kind := unsupported_layout(tensor)) is not None:
         raise TypeError(f"{what} is a tensor that is {kind}: pass a dense one with values, such as x.to_dense()")

@@ -1,4 +1,7 @@
-r"""Gram matrices: the smaller side of matrices of the form :math:`S^\top S`."""
+r"""Gram matrices :math:`S S^\top` of matrices :math:`S^\top S`, which have the same nonzero eigenvalues.
+
+If S has fewer rows than columns, the Gram matrix is the smaller of the two matrices.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +30,18 @@ __all__ = ["FactorLinearOperator", "GramLinearOperator", "NotFactorableError"]
 class FactorLinearOperator(JacobianLikeLinearOperator):
     r"""Factor S of a matrix :math:`S^\top S`, as a ``LinearOperator`` of shape ``(n, P)``.
 
-    ``A.gram().factor`` returns it. A row is the derivative of a linear function of the prediction for an example,
-    scaled such that ``S.T @ S`` equals A:
+    ``A.gram().factor`` returns it. Each row is the gradient of a linear function of the prediction for one example. The
+    rows are in the order of the data, and are scaled such that ``S.T @ S`` equals A. Their number depends on A:
 
-    - for `curvop.EFLinearOperator`, the gradient of the loss of each example, in the order of the data;
-    - for `curvop.FisherLinearOperator` with ``mc_samples=s``, s rows for each example, one for each drawn target;
-    - for `curvop.GGNLinearOperator` and the exact Fisher matrix, C rows for each example with C outputs: the rows of
+    - For `curvop.EFLinearOperator`, each example has one row: the gradient of its loss.
+    - For `curvop.FisherLinearOperator` with ``mc_samples=s``, each example has s rows, one for each drawn target.
+    - For `curvop.GGNLinearOperator` and the exact Fisher matrix, an example with C outputs has C rows: the rows of
       :math:`H_n^{1/2} J_n`, where :math:`H_n` is the Hessian of the loss of the example with respect to the prediction,
       and :math:`J_n` is the Jacobian of the prediction.
 
-    The rows contain the weights of the batches, and are divided by the square root of the divisor W of the matrix.
-    Blocks, submatrices and the transpose have the same methods as those of `curvop.JacobianLinearOperator`.
+    The scaling includes the weights of the batches and the factor :math:`1 / \sqrt W`. Here W is the divisor of A: the
+    total weight of all batches if the loss is a mean, and 1 if it is a sum. Blocks, submatrices and the transpose of S
+    have the same methods as those of a `curvop.JacobianLinearOperator`.
 
     See Also
     --------
@@ -57,16 +61,16 @@ class FactorLinearOperator(JacobianLikeLinearOperator):
         names: Sequence[str],
         settings: Settings,
     ) -> None:
-        ordered = copy.copy(objective)  # the matrix itself does not require the same order of the data in every pass
+        ordered = copy.copy(objective)  # unlike the matrix itself, S depends on the order of the data
         ordered.keep_order()
         matrix = kernel(ordered, names, names)
-        self._kernel = kernel  # `fingerprint` reads its settings
+        self._kernel = kernel  # `fingerprint` reads its name and its settings
         with torch.inference_mode(False):
             sizes = row_counts(matrix)
         self._setup(FactorKernel(matrix, sizes), dataclasses.replace(settings, engine="autograd"))
 
     def formed(self, memory: int | None = None) -> Tensor:
-        """Form the matrix.
+        """Form the factor as a tensor.
 
         Parameters
         ----------
@@ -76,20 +80,21 @@ class FactorLinearOperator(JacobianLikeLinearOperator):
         Returns
         -------
         rows : Tensor, shape (n, P)
-            The matrix in the dtype of the operator, on the device of the parameters.
+            The factor in the dtype of the operator, on the device of the parameters. For the transpose, the shape is
+            ``(P, n)``.
 
         Raises
         ------
         MemoryError
-            If the matrix does not fit into ``memory``.
+            If the factor does not fit into ``memory``.
         NonFiniteProductError
-            If the matrix contains NaN or infinity. The message names the batch.
+            If the factor contains NaN or infinity. The message names the batch.
 
         Notes
         -----
         The computation takes one pass over the data. If the model treats its examples independently and
-        ``torch.func.vmap`` supports it, the pass costs a few gradients for each row of an example. Otherwise, each row
-        takes a backward pass over its batch.
+        ``torch.func.vmap`` supports the model, the pass costs a few gradients, multiplied by the number of rows per
+        example. Otherwise, each row takes a backward pass over its batch.
         """
         rows, cols = self.shape[::-1] if self._is_transpose else self.shape
         dtype = TORCH_DTYPES[self.dtype]
@@ -124,24 +129,24 @@ class FactorLinearOperator(JacobianLikeLinearOperator):
 class GramLinearOperator(TensorLinearOperator):
     r"""Gram matrix :math:`S S^\top` of a matrix :math:`A = S^\top S`, as a ``LinearOperator`` of shape ``(n, n)``.
 
-    ``A.gram()`` returns it. A has P rows, one for each entry of the parameters. The Gram matrix has one row for each
-    row of S, that is, for each example, or for each example and output. Both matrices have the same non-zero
-    eigenvalues. If n is smaller than P, vectors for the Gram matrix are shorter, and an eigensolver or a Lanczos study
-    needs less memory and less time between products. `curvop.spectrum.eigsh` uses the Gram matrix by default if it is
-    the smaller one.
+    ``A.gram()`` returns it. A has P rows, one for each entry of the parameters. The Gram matrix has n rows, one for
+    each row of S. Depending on A, this is one row for each example, or one for each pair of an example and an output or
+    a drawn target. Both matrices have the same nonzero eigenvalues. If n is smaller than P, eigensolvers and other
+    Lanczos methods work with shorter vectors, and need less memory and less time between products. By default,
+    `curvop.spectrum.eigsh` uses the Gram matrix if it is smaller than A and has the requested eigenvalues.
 
     Parameters
     ----------
     factor : LinearOperator, shape (n, P)
         The factor S, an operator of this package.
     shift : float, default 0.0
-        Number that is added to the diagonal. The non-zero eigenvalues are then those of ``A + shift * I`` whose
-        eigenvectors are combinations of the rows of S.
+        Number that is added to the diagonal. All eigenvalues of the sum, except ``shift`` itself, are also eigenvalues
+        of ``A + shift * I``. The corresponding eigenvectors of A are linear combinations of the rows of S.
 
     Attributes
     ----------
     factor : LinearOperator, shape (n, P)
-        The factor S, so that A is ``S.T @ S``.
+        The factor S of ``A = S.T @ S``.
     shift : float
         Number that is added to the diagonal.
 
@@ -152,11 +157,11 @@ class GramLinearOperator(TensorLinearOperator):
 
     Notes
     -----
-    A product takes one product with the transpose of S and one with S, which together cost as much as a product with A.
-    If v is an eigenvector of the Gram matrix with the eigenvalue :math:`\lambda > 0`, then
-    :math:`S^\top v / \sqrt\lambda` is an eigenvector of A with the same eigenvalue, of norm 1: these are the left and
-    right singular vectors of S [1]_. For a model that is linear in its parameters, the Gram matrix of a Gauss-Newton
-    matrix is a weighted kernel matrix.
+    A product with the Gram matrix takes one product with the transpose of S and one with S. Together, they cost as much
+    as a product with A. If v is an eigenvector of norm 1 of the Gram matrix with the eigenvalue :math:`\lambda > 0`,
+    then :math:`S^\top v / \sqrt\lambda` is an eigenvector of norm 1 of A with the same eigenvalue. The first vector is
+    a left singular vector of S, and the second one is a right singular vector [1]_. For a model that is linear in its
+    parameters, the Gram matrix of a Gauss-Newton matrix is a weighted kernel matrix.
 
     References
     ----------
@@ -165,7 +170,8 @@ class GramLinearOperator(TensorLinearOperator):
 
     Examples
     --------
-    A network with 1,149 parameters and 20 images. The empirical Fisher matrix has at most 20 non-zero eigenvalues:
+    The empirical Fisher matrix of a network with 1,149 parameters and 20 images has at most 20 nonzero eigenvalues.
+    Compute the three largest eigenvalues from the Gram matrix:
 
     >>> import numpy as np
     >>> import torch
@@ -193,7 +199,7 @@ class GramLinearOperator(TensorLinearOperator):
         super().__init__(factor.dtype, (factor.shape[0], factor.shape[0]))
         self.factor = factor
         self.shift = real_scalar("shift", shift)
-        self.args = (factor, self.shift)  # SciPy's composite operators have this attribute
+        self.args = (factor, self.shift)  # SciPy's composite operators have this attribute, too
 
     @property
     def device(self) -> torch.device:
@@ -206,12 +212,12 @@ class GramLinearOperator(TensorLinearOperator):
         return self.factor.epsilon
 
     def shifted(self, shift: float) -> GramLinearOperator:
-        """Return the Gram matrix plus ``shift * I``.
+        """Return the sum of this operator and ``shift * I``.
 
         Parameters
         ----------
         shift : float
-            Number that is added to the diagonal, in addition to ``A.shift``.
+            Number that is added to the diagonal, in addition to the attribute ``shift``.
 
         Returns
         -------
@@ -221,7 +227,7 @@ class GramLinearOperator(TensorLinearOperator):
         return type(self)(self.factor, self.shift + real_scalar("shift", shift))
 
     def lift(self, u: Any) -> Any:
-        """Map vectors for the Gram matrix to vectors for A. Eigenvectors are mapped to eigenvectors.
+        """Map vectors of length n to vectors of length P, and eigenvectors of the Gram matrix to eigenvectors of A.
 
         Parameters
         ----------
@@ -231,8 +237,8 @@ class GramLinearOperator(TensorLinearOperator):
         Returns
         -------
         ndarray or Tensor, shape (P,) or (P, K)
-            The columns of ``S.T @ u``, normalized to norm 1. A column of zeros stays zero. The eigenvector of a zero
-            eigenvalue gives a column of zeros or of rounding errors.
+            The columns of ``S.T @ u``, normalized to norm 1. A column of zeros stays zero. If the eigenvalue of an
+            eigenvector in u is zero, the resulting column is zero or consists of rounding errors.
         """
         lifted = self.factor.T @ u
         if isinstance(lifted, Tensor):
@@ -247,7 +253,7 @@ class GramLinearOperator(TensorLinearOperator):
         Parameters
         ----------
         memory : int, optional
-            Number of bytes that may be used. By default, half of the free memory.
+            Number of bytes that may be used. The default is half of the free memory.
 
         Returns
         -------

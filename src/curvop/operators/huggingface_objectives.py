@@ -1,11 +1,13 @@
 """Predictions and losses of Hugging Face models, for the class methods ``from_functions`` of the operators.
 
 The models of ``transformers`` compute their own loss if a batch contains labels. This loss is not suited to curvature
-matrices: it casts the logits to float32, hides the prediction, which most matrices need, and divides by the number of
-valid labels of a batch, which the operators need as the weight of the batch. The functions in this module therefore
-call the model without labels, and compute the same loss from the logits of the model in the precision of the model.
-For the first batch, the loss is compared with the model's own. The functions use the model object only, and do not
-import ``transformers``.
+matrices, for three reasons. It casts the logits to float32. It is not a separate function of the prediction, which most
+curvature matrices need. It divides by the number of valid labels of a batch, but does not return this number, which the
+operators need as the weight of the batch.
+
+The functions in this module therefore call the model without labels, and compute the same loss from the logits of the
+model, in the precision of the model. For the first batch, they compare this loss with the loss that the model itself
+computes. The functions only use the model object, and do not import ``transformers``.
 """
 
 from __future__ import annotations
@@ -29,16 +31,16 @@ __all__ = ["causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification"]
 
 #: Keyword arguments of ``from_functions``: ``predict``, ``loss`` and ``batch_weight``.
 Functions = dict[str, Callable[..., Any]]
-#: The label of a token that does not count.
+#: The label of tokens that the loss ignores.
 _IGNORED = -100
 
 
 def causal_lm(model: nn.Module) -> Functions:
     """Return the prediction and the loss of a language model that predicts the next token.
 
-    Pass the result to a class method ``from_functions``. The batches may come directly from a data collator of
-    ``transformers``. The matrix is that of the mean loss over all valid labels of the data set, regardless of how the
-    data set is padded and divided into batches.
+    Pass the result to the class method ``from_functions`` of an operator. The batches may come directly from a data
+    collator of ``transformers``. The loss of the data set is then the mean over all its valid labels. It does not
+    depend on how the data set is padded and divided into batches.
 
     Parameters
     ----------
@@ -74,10 +76,10 @@ def causal_lm(model: nn.Module) -> Functions:
     ``labels`` of shape ``(B, T)``. The model is called without the labels and without a cache of keys and values. Its
     configuration is not modified.
 
-    Some models define another loss: ``BartForCausalLM`` does not shift the labels, and mixtures of experts with
+    Some models compute a different loss: ``BartForCausalLM`` does not shift the labels, and mixtures of experts with
     ``output_router_logits=True`` add a load-balancing loss. The first evaluation therefore also computes the model's
     own loss, ``model(**batch).loss``, in one more forward pass. If the relative difference of the two losses exceeds
-    1e-4, ``predict`` raises a ValueError that contains both values.
+    1e-4 (plus a bound on float32 rounding errors), ``predict`` raises a ValueError that contains both values.
 
     For empirical Fisher matrices, an example is a token with a valid label (not -100). To make each sequence an
     example, replace ``loss`` by a function that computes the same loss, such as ``lambda z, batch: cross_entropy(z,
@@ -125,8 +127,8 @@ def masked_lm(model: nn.Module) -> Functions:
     Returns
     -------
     dict
-        Arguments of ``from_functions``, as for `causal_lm`. The logits have shape ``(B, V, T)``, and all labels that
-        are not -100 count.
+        Arguments of ``from_functions``, as for `causal_lm`. The logits have shape ``(B, V, T)``. Labels of -100 are
+        ignored.
 
     Raises
     ------
@@ -158,8 +160,8 @@ def seq2seq_lm(model: nn.Module) -> Functions:
     Returns
     -------
     dict
-        Arguments of ``from_functions``, as for `causal_lm`. The logits have shape ``(B, V, T)``, for labels of T
-        positions, and all labels that are not -100 count.
+        Arguments of ``from_functions``, as for `causal_lm`. If the labels have T positions, the logits have shape
+        ``(B, V, T)``. Labels of -100 are ignored.
 
     Raises
     ------
@@ -180,7 +182,7 @@ def seq2seq_lm(model: nn.Module) -> Functions:
 
 
 def sequence_classification(model: nn.Module, problem_type: str | None = None) -> Functions:
-    """Return the prediction and the loss of a model that classifies sequences, or predicts numbers for them.
+    """Return the prediction and the loss of a model that predicts classes of sequences, or numbers for sequences.
 
     Parameters
     ----------
@@ -188,17 +190,18 @@ def sequence_classification(model: nn.Module, problem_type: str | None = None) -
         A model of ``transformers`` with a classification head (``AutoModelForSequenceClassification``), or such a model
         with the adapters of ``peft``. In most cases, the model should be in evaluation mode.
     problem_type : {'single_label_classification', 'multi_label_classification', 'regression'}, optional
-        The loss: cross-entropy, binary cross-entropy or mean squared error. By default, ``model.config.problem_type``
-        if it is set. Otherwise, the loss is selected by the rule of ``transformers``: mean squared error if
-        ``model.config.num_labels`` is 1, cross-entropy if the labels are integers, and binary cross-entropy if they are
-        not.
+        The problem type determines the loss. In the order above, the losses are cross-entropy, binary cross-entropy and
+        mean squared error. The default is ``model.config.problem_type``. If the configuration does not set a problem
+        type, the loss is selected by the rule of ``transformers``. It is mean squared error if
+        ``model.config.num_labels`` is 1. Otherwise, it is cross-entropy for integer labels, and binary cross-entropy
+        for other labels.
 
     Returns
     -------
     dict
-        Arguments of ``from_functions``, as for `causal_lm`. The logits have shape ``(B, C)`` for C classes or numbers.
-        The weight of a batch is the number of labels that are not -100 for cross-entropy, and the number of labels for
-        the other losses.
+        Arguments of ``from_functions``, as for `causal_lm`. For C classes or numbers, the logits have shape ``(B, C)``.
+        For cross-entropy, the weight of a batch is the number of labels that are not -100. For the other losses, it is
+        the number of all labels.
 
     Raises
     ------
@@ -213,13 +216,13 @@ def sequence_classification(model: nn.Module, problem_type: str | None = None) -
 
     Notes
     -----
-    For empirical Fisher matrices, an example is a sequence. `curvop.FisherLinearOperator` needs a known likelihood.
-    Pass ``problem_type`` if the configuration does not determine the loss.
+    For empirical Fisher matrices, an example is a sequence. `curvop.FisherLinearOperator` needs a known likelihood. If
+    the configuration does not determine the loss, pass ``problem_type``.
 
-    As for `causal_lm`, the first evaluation compares the loss with the model's own loss, unless ``problem_type`` is
-    passed. The losses differ for DeBERTa, for example, if the labels are not integers.
+    If ``problem_type`` is not passed, the first evaluation compares the loss with the model's own loss, as for
+    `causal_lm`. For DeBERTa, for example, the losses differ if the labels are not integers.
 
-    ``transformers`` stores the selected problem type in the configuration. This function does not.
+    Unlike ``transformers``, this function does not store the selected problem type in the configuration.
     """
     _check_module(model)
     config: Any = model.config
@@ -233,7 +236,7 @@ def sequence_classification(model: nn.Module, problem_type: str | None = None) -
     if kind is not None:
         loss = TargetLoss(_PROBLEMS[kind](), functools.partial(_class_labels, kind))
     comparison = _Comparison("sequence_classification", loss)
-    comparison.done = problem_type is not None  # the loss that the user asks for need not be the model's own
+    comparison.done = problem_type is not None  # a loss selected by the user may differ from the model's own
     return {
         "predict": functools.partial(_scores, model, _without_labels, _unchanged, comparison),
         "loss": loss,
@@ -273,10 +276,9 @@ def _scores(
     params: Mapping[str, Tensor],
     batch: Any,
 ) -> Tensor:
-    """Return the logits of a batch.
+    """Return the logits of a batch, in the shape that the loss function expects.
 
-    `inputs_of` returns the keyword arguments of the model, and `arranged` brings the logits into the shape that the
-    loss function expects.
+    `inputs_of` returns the keyword arguments of the model for a batch, and `arranged` changes the shape of the logits.
     """
     if getattr(model.config, "output_router_logits", False):
         raise ValueError(
@@ -291,7 +293,7 @@ def _scores(
     if _takes_cache(model):
         inputs["use_cache"] = False
     with _without_checkpointing(model):
-        # The own loss comes first. Dropout then draws the same numbers in both evaluations.
+        # Compute the model's own loss first, so that dropout draws the same numbers in both evaluations.
         own = None if comparison.done else _own_loss(model, params, batch)
         output = functional_call(model, dict(params), (), inputs)
     if not hasattr(output, "logits"):
@@ -338,7 +340,7 @@ class _Comparison:
                 f"{str(error).strip().rstrip('.')}: labels must be numbers of classes, or {_IGNORED} if they are to be "
                 "ignored"
             ) from error
-        if not math.isfinite(own) or not math.isfinite(loss):  # no label is valid
+        if not math.isfinite(own) or not math.isfinite(loss):  # for example, because no label is valid
             return
         if abs(own - loss) > _ALIKE * abs(own) + _ROUNDING * float(scores.detach().abs().max()):
             raise ValueError(
@@ -360,9 +362,9 @@ _REMEDIES = {
 
 
 def _own_loss(model: nn.Module, params: Mapping[str, Tensor], batch: Mapping[str, Any]) -> float | None:
-    """Return the loss that the model computes for a batch, or None if it computes no loss.
+    """Return the loss that the model computes for a batch, or None if it cannot be computed.
 
-    The configuration is restored afterwards, because ``transformers`` stores the problem type in it.
+    The configuration is restored afterwards, because ``transformers`` stores the problem type in the configuration.
     """
     labels = batch.get("labels")
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -400,8 +402,8 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def _takes_cache(model: Any) -> bool:
-    """Return True if the model has an argument ``use_cache``; models without a decoder have none."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # the forward of peft is generic
+    """Return True if the model accepts the argument ``use_cache``. Models without a decoder do not."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft has a generic signature
     return "use_cache" in inspect.signature(base.forward).parameters
 
 
@@ -472,7 +474,7 @@ _PROBLEMS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _problem_of(kind: str | None, labels: Tensor) -> str:
-    """Return the problem type; if it is not known, select it by the rule of ``transformers``."""
+    """Return `kind`, or if it is None, the problem type for the dtype of the labels, as ``transformers`` selects it."""
     if kind is not None:
         return kind
     integers = labels.dtype in (torch.long, torch.int)
@@ -488,7 +490,7 @@ def _class_labels(kind: str, batch: Any) -> Tensor:
 
 
 def _classification_loss(logits: Tensor, batch: Any) -> Tensor:
-    """Return the loss if the dtype of the labels determines the problem type."""
+    """Return the loss of a batch for the problem type that the dtype of its labels determines."""
     kind = _problem_of(None, _labels(batch))
     loss: Tensor = _PROBLEMS[kind]()(logits, _class_labels(kind, batch))
     return loss

@@ -1,4 +1,4 @@
-"""Gradients of single examples, as the rows of a matrix."""
+"""An operator whose rows are the gradients of the losses of single examples."""
 
 from __future__ import annotations
 
@@ -26,22 +26,24 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
 
     Use it for influence functions, gradient similarity and example selection. ``G @ v`` contains the directional
     derivative of the loss of every example along ``v``. ``G.T @ u`` is a weighted sum of the gradients of all examples.
-    The gradients are not formed. Use `curvop.EFLinearOperator` for the second moment of the gradients, and
+    Products do not form the gradients. Use `curvop.EFLinearOperator` for the second moment of the gradients, and
     `curvop.JacobianLinearOperator` for the derivatives of predictions.
 
     .. math:: G = \begin{pmatrix} g_1 & g_2 & \cdots \end{pmatrix}^\top, \qquad
         g_n = \nabla_\theta \ell_n, \qquad L = \frac{1}{W} \sum_n \ell_n,
 
-    where :math:`\ell_n` is the loss of example n, which is the sum of its terms in the unreduced loss
-    (``reduction='none'``), and W is the divisor of the loss of the whole data set (1 if the loss is a sum). The rows
-    are in the order of the data. They are not divided by W: ``G.T @ G / W`` is the empirical Fisher matrix, and the sum
-    of all rows, divided by W, is the gradient of L. If the target of an example is ignored, its row is zero.
+    Here :math:`\ell_n` is the loss of example n: the sum of those terms of the unreduced loss (``reduction='none'``)
+    that belong to the example. W is the number by which the loss of the whole data set is divided. If the loss is a
+    sum, W is 1. The rows are in the order of the data. They are not divided by W. Therefore, the gradient of L is the
+    sum of all rows, divided by W, and ``G.T @ G / W`` is the empirical Fisher matrix (with ``examples='terms'``). If
+    the target of an example is ignored, its row is zero.
 
     Parameters
     ----------
     model : nn.Module or callable
-        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. In most cases, a module
-        should be in evaluation mode (see Warns).
+        A module, called as ``model(X)``, or a function ``(params_dict, X) -> prediction``. If X is a mapping that
+        the module does not accept as one argument, the module is called as ``model(**X)`` (see Notes of
+        `curvop.HessianLinearOperator`). In most cases, a module should be in evaluation mode (see Warns).
     loss_function : nn.Module or callable
         Function ``(prediction, y) -> scalar``. Its attribute ``reduction`` ('mean' or 'sum') specifies whether the loss
         is a mean or a sum over the batch. If the attribute is missing, 'mean' is assumed. The loss of one example must
@@ -59,12 +61,13 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
         tuples of tensors. All tensors are moved to the device of the parameters. A model that modifies its input
         receives copies.
     examples : {'terms', 'items'}, default 'terms'
-        What a row stands for. With 'terms', a row is an example of `curvop.EFLinearOperator`: one position for which a
-        class is predicted (such as an image, a token or a pixel) for ``CrossEntropyLoss`` and ``NLLLoss``, a row of the
-        prediction for the other loss functions of ``torch.nn``, and an index of the first dimension for any other loss
-        function. With 'items', a row is an index of the first axis of the batch: the sum of all terms that belong to
-        it, such as the tokens of a sequence. The terms of an item must be consecutive: predictions must be flattened
-        with the items along their first axis.
+        Defines the examples, each of which has one row. With 'terms', the examples are those of
+        `curvop.EFLinearOperator`. For ``CrossEntropyLoss`` and ``NLLLoss``, an example is one position for which a
+        class is predicted (such as an image, a token or a pixel). For the other loss functions of ``torch.nn``, an
+        example is a row of the prediction. For any other loss function, each index of the first dimension is an
+        example. With 'items', each index of the first axis of the batch is an example (such as a sequence), and its row
+        is the sum of the gradients of all its terms (such as the tokens of the sequence). The terms of an item must be
+        consecutive in the prediction (see Notes).
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
@@ -85,9 +88,9 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
     batch_weight : callable, optional
         Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. Pass it if the loss function is not
         from ``torch.nn`` and averages over something other than the first dimension. It must then return the number by
-        which the loss function divides. If the loss function is from ``torch.nn`` and divides by another number, the
-        rows of the batch are multiplied by the square root of the quotient of both numbers, so that ``G.T @ G / W`` is
-        the empirical Fisher matrix with the same ``batch_weight``.
+        which the loss function divides. If the loss function is from ``torch.nn`` and divides by a number d that
+        differs from w_b, the rows of the batch are multiplied by ``sqrt(w_b / d)``. ``G.T @ G / W`` is then the
+        empirical Fisher matrix with the same ``batch_weight``.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
@@ -124,10 +127,11 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
     Notes
     -----
     The constructor counts the examples in one forward pass over the data. A product with G or with its transpose costs
-    about two thirds of a gradient of L, counted in floating-point operations, regardless of the number of examples:
-    row n is :math:`r_n^\top J_n`, where :math:`J_n` is the Jacobian of the prediction and :math:`r_n` is the derivative
-    of the loss with respect to it. ``G @ v`` computes all :math:`J_n v` in one Jacobian-vector product, and ``G.T @ u``
-    multiplies the vectors :math:`u_n r_n` by :math:`J^\top` in one backward pass. The first product linearizes the
+    about two thirds of a gradient of L, counted in floating-point operations. This ratio does not depend on the number
+    of examples, for the following reason. Row n is :math:`r_n^\top J_n`, where :math:`J_n` is the Jacobian of the
+    prediction for example n, and :math:`r_n` is the derivative of the loss with respect to this prediction. ``G @ v``
+    computes the vectors :math:`J_n v` for all n in one Jacobian-vector product. ``G.T @ u`` multiplies the vectors
+    :math:`u_n r_n` for all n by the transposed Jacobian in one backward pass. The first product linearizes the
     batches and caches them up to the limit ``cache``. The operator detects in-place changes of the parameters, and
     changes of layers, buffers, training flags and lists of batches (see `curvop.HessianLinearOperator`).
 
@@ -201,7 +205,7 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
         batch_weight: BatchWeight | None = None,
         progress: Any = False,
     ) -> Self:
-        """Construct the matrix of an objective in two parts: a prediction, and the loss of this prediction.
+        """Construct the matrix from two functions, which compute a prediction and the loss of this prediction.
 
         Use it if the data are not pairs ``(X, y)``, or if the model needs more than one argument, such as a language
         model with the functions of `curvop.huggingface`.
@@ -240,7 +244,7 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
         return self
 
     def _set_up_examples(self, objective: ModelObjective, examples: str, settings: Settings) -> None:
-        """Initialize the operator from an objective. Constructors with other arguments call this method, too."""
+        """Initialize the operator from an objective. All constructors call this method."""
         if examples not in ("terms", "items"):
             raise ValueError(f"examples is {examples!r}, but must be 'terms' or 'items'")
         objective.keep_order()
@@ -256,8 +260,8 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
     def items(self) -> NDArray[np.intp]:
         """Index of the data item of each row, as an integer array of shape (n_examples,).
 
-        A data item is an index of the first axis of a batch. The items of all batches are numbered in the order of the
-        data, from 0. If the loss has one term per item, or if ``examples='items'``, the result is
+        Each index of the first axis of a batch is a data item. The items of all batches are numbered from 0 in the
+        order of the data. If the loss has one term per item, or if ``examples='items'``, the result is
         ``numpy.arange(n_examples)``.
 
         Raises

@@ -1,20 +1,21 @@
 r"""Block conjugate gradients: one Krylov space for all right-hand sides.
 
 The method of O'Leary (1980) minimizes the error of every right-hand side over the sum of the Krylov spaces of all
-right-hand sides. With one right-hand side, it is the method of conjugate gradients of Hestenes and Stiefel (1952). The
-implementation differs from O'Leary's as follows:
+right-hand sides. With one right-hand side, it is the method of conjugate gradients of Hestenes and Stiefel (1952). This
+implementation differs from O'Leary's method as follows:
 
 1. The residuals are stored as an orthonormal basis Q and coefficients C, as in the algorithm BCGrQ of Dubrulle (2001).
    The block of search directions is :math:`S = M Q + S \rho^\top` with the coefficients :math:`\rho` of the latest
    orthonormalization. Without the basis, the recurrence breaks down if the residuals become linearly dependent, which
    always happens when they converge.
 2. Directions in which all residuals are below their tolerances are removed, so that the block becomes narrower. These
-   directions are singular vectors of C. Zero, dependent and converged right-hand sides thus cost no products.
-3. New residuals are orthogonalized against all earlier ones, as far as memory permits. Rounding errors would destroy
-   the orthogonality, and the method converges more slowly: for the Gauss-Newton matrix of the digits, with a damping of
-   1e-4 of the largest eigenvalue and a relative residual of 1e-6, one right-hand side takes 107 products instead of
-   235, and ten take 377 instead of 630.
-4. Every step has one point of synchronization with the device, at which the small matrices are copied to the host.
+   directions are singular vectors of C. Right-hand sides that are zero, linearly dependent or converged therefore cost
+   no products.
+3. New residuals are orthogonalized against all earlier ones, as far as memory permits. Otherwise, rounding errors
+   destroy the orthogonality and slow down convergence. For the Gauss-Newton matrix of a model of the digits data set
+   (with a damping of 1e-4 of the largest eigenvalue, and a relative residual of 1e-6), the orthogonalization reduces
+   the number of products from 235 to 107 for one right-hand side, and from 630 to 377 for ten.
+4. Every step synchronizes with the device only once, to copy the small matrices to the host.
 
 References
 ----------
@@ -45,34 +46,35 @@ __all__ = ["BlockRun", "block_cg"]
 Array = NDArray[Any]
 
 _EPS = float(np.finfo(np.float64).eps)
-_FIRST_ROWS = 32  # capacity for the first vectors of a history
-_MOST_ROWS = 1024  # a longer history would take more time than it saves
-_SMALL = 2**26  # bytes below which the free memory is not asked for
-#: Directions are removed as long as the removed part of each squared residual is below this fraction of the tolerance.
+_FIRST_ROWS = 32  # initial capacity of a history, in vectors
+_MOST_ROWS = 1024  # maximum capacity; a longer history would take more time than it saves
+_SMALL = 2**26  # if fewer bytes are needed, the free memory is not queried
+#: Directions are removed as long as the squared norm of the removed part of each residual is at most this fraction of
+#: the squared tolerance.
 _NEGLIGIBLE = 0.3
-#: A factor of Cholesky's method with a smaller diagonal entry (for rows of norm 1) is too ill-conditioned.
+#: A Cholesky factor is too ill-conditioned if a diagonal entry is smaller than this number (for rows of norm 1).
 _DEPENDENT = 1e-5
-#: The run stops at residuals of this fraction of ``epsilon * ||A|| * ||x||``, a bound on the rounding errors of a
-#: product. The residuals that the solver attained for a float32 model of the digits were a tenth of the bound.
+#: A run stops if each residual is at most this fraction of ``epsilon * ||A|| * ||x||``, which is a bound on the
+#: rounding errors of a product. For a float32 model of the digits data set, the solver attained a tenth of this bound.
 _ROUNDING_FRACTION = 0.03
 
 
 @dataclasses.dataclass
 class BlockRun:
-    """The end of a run of `block_cg`.
+    """The outcome of a run of `block_cg`.
 
     Attributes
     ----------
     reason : str
-        'rtol', 'maxiter' or 'seconds'; 'precision' if rounding errors of the products dominate the residuals;
-        'curvature' if the curvature along a direction is not positive; 'breakdown' if the curvature matrix is too
-        ill-conditioned.
+        Why the run ended: 'rtol', 'maxiter' or 'seconds'; 'precision' if rounding errors of the products dominate the
+        residuals; 'curvature' if the curvature along a direction is not positive; 'breakdown' if the matrix of
+        curvatures along the search directions is too ill-conditioned.
     steps : int
         The number of steps.
     sizes : ndarray, shape (K,)
-        The norms of the recursive residuals relative to their tolerances.
+        The norms of the recursively updated residuals, relative to their tolerances.
     curvature : float
-        Curvature along the direction that is not positive.
+        The smallest curvature along a search direction, if ``reason`` is 'curvature' or 'breakdown'.
     """
 
     reason: str
@@ -91,7 +93,7 @@ def block_cg(
     on_step: Callable[[], None] | None,
     trust_rounding: bool = True,
 ) -> BlockRun:
-    """Advance the solutions until all residuals are below their tolerances.
+    """Improve the solutions by block conjugate gradients until all residuals are below their tolerances.
 
     Parameters
     ----------
@@ -102,13 +104,13 @@ def block_cg(
     tolerances : ndarray, shape (K,)
         The norms of the residuals at which the run stops.
     columns : ndarray, shape (K,)
-        The numbers of the right-hand sides, which share the products.
+        The indices of the right-hand sides. Each product is counted in equal parts for all of them.
     max_steps : int
         The maximum number of steps.
     on_step : callable or None
         Called after each step.
     trust_rounding : bool
-        Whether the run may stop because of rounding errors.
+        Whether the run may stop because rounding errors dominate the residuals.
     """
     tolerance = torch.from_numpy(tolerances).to(X)[:, None]
     scaled = residuals / tolerance
@@ -144,7 +146,7 @@ def block_cg(
         facts = [info, P.isfinite().all(), accurate, (P * P).sum(1).div(squares).max(), pivots.div(squares).min()]
         flags = torch.stack([fact.to(torch.float64) for fact in facts])
         norms = torch.linalg.vector_norm(X, dim=1) if estimates_rounding else X.new_zeros(len(X))
-        # The point of synchronization of the step.
+        # The only synchronization with the device in this step.
         host = torch.cat([flags, norms, new.reshape(-1)]).cpu().numpy()
         failed, finite, is_accurate, ratio, pivot = host[:5]
         if not finite:
@@ -189,7 +191,7 @@ class _History:
     Parameters
     ----------
     shared : bool
-        Whether there is no preconditioner, so that bases and preconditioned bases are equal.
+        Whether bases and preconditioned bases are equal, because there is no preconditioner.
     """
 
     def __init__(self, shared: bool) -> None:
@@ -226,10 +228,10 @@ class _History:
 
 
 def _orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (Q, r, accurate) with ``rows = r.T @ Q`` and orthonormal rows of Q, by Cholesky's method applied twice.
+    """Return (Q, r, accurate), where ``rows = r.T @ Q`` and the rows of Q are orthonormal (CholeskyQR2).
 
-    If ``accurate``, a tensor with one boolean, is False, the rows are too close to linear dependence for this method.
-    The function does not synchronize with the device.
+    ``accurate`` is a tensor with one boolean. If it is False, the rows are almost linearly dependent, and Q is not
+    reliable. The function does not synchronize with the device.
     """
     norms = torch.linalg.vector_norm(rows, dim=1)
     safe = torch.where(norms > 0, norms, 1.0)
@@ -243,7 +245,7 @@ def _orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _householder(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (Q, r) with ``rows = r.T @ Q`` and orthonormal rows of Q, also if the rows are linearly dependent."""
+    """Return (Q, r), where ``rows = r.T @ Q`` and Q has orthonormal rows. The rows may be linearly dependent."""
     Q, r = torch.linalg.qr(rows.T)
     return Q.T.contiguous(), r
 
@@ -254,16 +256,16 @@ def _significant(coefficients: Array, removed: Array) -> tuple[Tensor, Array]:
     Parameters
     ----------
     coefficients : ndarray, shape (p, K)
-        Coefficients of the residuals, in units of their tolerances.
+        Coefficients of the residuals in the basis of the block, in units of the tolerances.
     removed : ndarray, shape (K,)
-        Squared norms of the parts of the residuals that have been removed.
+        Squared norm of the removed part of each residual.
 
     Returns
     -------
     kept : Tensor
         Orthonormal rows that span the directions to keep.
     removed : ndarray, shape (K,)
-        The squared norms, with the newly removed directions.
+        The squared norms after the removal of further directions.
     """
     left, values, right = np.linalg.svd(coefficients, full_matrices=False)
     parts = np.square(values[::-1, None] * right[::-1])  # the smallest singular value first
@@ -275,7 +277,7 @@ def _significant(coefficients: Array, removed: Array) -> tuple[Tensor, Array]:
 
 
 def _precondition(system: DampedSystem, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return (Q', M Q', F) with ``Q = F.T @ Q'`` and :math:`Q' M Q'^\top = I`, for the preconditioner M.
+    r"""Return (Q', M Q', F), where M is the preconditioner, ``Q = F.T @ Q'`` and :math:`Q' M Q'^\top = I`.
 
     Directions in which M is zero up to rounding are removed.
     """
@@ -295,7 +297,7 @@ def _precondition(system: DampedSystem, Q: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _smallest_curvature(curvatures: Tensor, inner: Tensor) -> float:
-    """Return the smallest ratio of the curvature along a direction and its squared norm.
+    """Return the smallest curvature ``x' A x / x' x`` over all linear combinations x of the directions.
 
     `curvatures` and `inner` are the matrices ``S A S.T`` and ``S S.T`` of the directions S.
     """

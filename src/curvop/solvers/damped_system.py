@@ -1,4 +1,4 @@
-"""Products of a damped operator and its preconditioner with the rows of a tensor, counted and timed."""
+"""Apply a damped operator and its preconditioner to the rows of a tensor, and count and time the products."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class DampedSystem:
     damping : float
         Number that is added to the diagonal.
     preconditioner : callable or None
-        Function of a tensor ``(K, N)`` that applies the preconditioner to each row; see `row_multiplier`.
+        Function that applies the preconditioner to each row of a tensor ``(K, N)``; see `row_multiplier`.
     until : float
         Deadline as a value of ``time.monotonic()``.
     bar : tqdm.tqdm
@@ -53,10 +53,11 @@ class DampedSystem:
     Attributes
     ----------
     products : ndarray, shape (num_columns,)
-        Share of each right-hand side in the products so far. If several right-hand sides use a product, each of them
-        has an equal share.
+        Number of products so far for each right-hand side. If several right-hand sides use a product, it is divided
+        equally among them.
     scale : float
-        Largest ratio of the norms of a product and its vector, a lower bound for the norm of the matrix.
+        Largest ratio of the norm of a product to the norm of its vector. This is a lower bound for the norm of the
+        matrix.
     epsilon : float
         Machine epsilon of the products.
     """
@@ -84,7 +85,10 @@ class DampedSystem:
         return self.epsilon > _EPS
 
     def multiply(self, rows: Tensor, columns: NDArray[np.intp]) -> Tensor:
-        """Return the products of the damped matrix with the rows. `columns` are the right-hand sides that use them."""
+        """Return the products of the damped matrix with the rows.
+
+        The products are counted in equal parts for the right-hand sides with the indices `columns`.
+        """
         self._latest = time.monotonic(), len(rows)
         product = self._multiply(rows).add(rows, alpha=self._damping)
         self.products[columns] += len(rows) / len(columns)
@@ -92,7 +96,7 @@ class DampedSystem:
         return product
 
     def checked_multiply(self, rows: Tensor, columns: NDArray[np.intp]) -> Tensor:
-        """Return the products with the rows. Raise an error if they are not finite."""
+        """Return the products with the rows as ``multiply`` does, but raise an error if a product is not finite."""
         product = self.multiply(rows, columns)
         if not bool(product.isfinite().all()):
             raise NotFiniteError
@@ -101,7 +105,8 @@ class DampedSystem:
     def time_for(self, count: int) -> bool:
         """Return whether a product with `count` rows probably ends before the deadline.
 
-        The estimate is the time per row since the start of the latest product, which includes the recurrences.
+        The estimated time per row is the time since the start of the latest product, divided by its number of rows.
+        This time includes the recurrences.
         """
         now = time.monotonic()
         seconds = (now - self._latest[0]) / self._latest[1] if self._latest else 0.0
@@ -114,7 +119,7 @@ class DampedSystem:
         self.scale = max(self.scale, float(row_norms(product)[0] / row_norms(x)[0]))
 
     def products_per_column(self) -> NDArray[np.int64]:
-        """Return the shares as integers that add up to the number of products."""
+        """Return ``products``, rounded to integers with the same sum."""
         whole = np.floor(self.products + 1e-9).astype(np.int64)
         missing = round(float(self.products.sum())) - int(whole.sum())
         whole[np.argsort(whole - self.products, kind="stable")[:missing]] += 1
@@ -127,7 +132,7 @@ def row_multiplier(preconditioner: Any, shape: tuple[int, int], as_arrays: bool)
     Parameters
     ----------
     preconditioner : LinearOperator, matrix, Tensor, callable or None
-        A callable maps columns ``(N, K)`` to columns.
+        The preconditioner. A callable receives columns ``(N, K)`` and returns columns of the same shape.
     shape : tuple of int
         Shape of the matrix of the system.
     as_arrays : bool
@@ -136,7 +141,7 @@ def row_multiplier(preconditioner: Any, shape: tuple[int, int], as_arrays: bool)
     Raises
     ------
     TypeError, ValueError
-        If the preconditioner is none of these, or has another shape.
+        If the preconditioner is complex, has none of these types, or has a shape other than `shape`.
     """
     if preconditioner is None:
         return None

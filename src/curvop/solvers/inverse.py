@@ -53,8 +53,8 @@ class InverseLinearOperator(CompositeLinearOperator):
     r"""Inverse of a damped symmetric matrix, :math:`(A + \lambda I)^{-1}`, as a symmetric ``LinearOperator``.
 
     Each product solves linear systems by `curvop.solve`, and checks the true residuals of the solutions. The columns of
-    a block share their products with A, and tensors stay on their device. Use it in expressions such as ``G @ Inv @
-    g``, or for the smallest eigenvalues of A by ``eigsh``. For a single system, call `curvop.solve` directly.
+    a block share their products with A, and tensors stay on their device. Use this operator in expressions such as ``G
+    @ Inv @ g``, or for the smallest eigenvalues of A by ``eigsh``. For a single system, call `curvop.solve` directly.
 
     Parameters
     ----------
@@ -102,14 +102,14 @@ class InverseLinearOperator(CompositeLinearOperator):
     Notes
     -----
     All columns of a matrix are solved together. `num_products` counts the columns; ``A.num_products`` counts the
-    products with A. Solutions are computed in float64, and the residuals are those of the float64 solutions. A product
-    with a float32 tensor rounds the solution afterwards. If A is not known to be symmetric, the first product checks
-    this by three products with A. A block of this operator is a block of the inverse, and not the inverse of a block:
-    for the latter, pass ``A.block(names)``.
+    products with A. Solutions are computed in float64, and the residuals are those of the float64 solutions. If the
+    inverse is applied to a float32 tensor, the solution is then rounded to float32. If A is not known to be symmetric,
+    the first product checks the symmetry by three products with A. A block of this operator is a block of the inverse,
+    and not the inverse of a block: for the latter, pass ``A.block(names)``.
 
     Examples
     --------
-    Predictive variances of a Laplace approximation, in which the posterior covariance of the parameters is the inverse
+    Compute predictive variances of a Laplace approximation. The posterior covariance of the parameters is the inverse
     of the damped Gauss-Newton matrix of the summed loss:
 
     >>> import torch
@@ -187,7 +187,7 @@ class InverseLinearOperator(CompositeLinearOperator):
         return cast("Rows", found.rows.numpy(force=True).astype(self._product_dtype(rows.dtype), copy=False))
 
     def _report(self, rtol: float) -> None:
-        """Raise an error or issue a warning for the column with the largest residual."""
+        """Raise an error or issue a warning if columns did not converge, or if the matrix is not positive definite."""
         failed = [result for result in self.last if not result.converged]
         if failed and self._on_failure == "raise":
             worst = max(failed, key=lambda result: result.residual)

@@ -4,13 +4,13 @@
 differs from ``scipy.sparse.linalg.cg`` as follows:
 
 1. All right-hand sides share one Krylov space, and all recurrences are torch code on the device of the operator.
-2. It checks the curvature along the search directions. If the curvature is not positive, MINRES
+2. The function checks the curvature along the search directions. If the curvature is not positive, MINRES
    (`curvop.solvers.minres`) continues from the current solutions.
-3. It computes the true residuals of the solutions, because rounding errors accumulate in the residuals that the solver
-   updates recursively. If a true residual is too large, the solver is restarted from the current solution, as long as
-   restarts reduce the residual.
-4. It computes in float64, so that norms do not underflow, and scales each right-hand side to a norm near 1. It also
-   scales the matrix for MINRES, because some tolerances of MINRES are absolute.
+3. The function computes the true residuals of the solutions, because rounding errors accumulate in the residuals that
+   the solver updates recursively. If a true residual is too large, the solver is restarted from the current solution,
+   as long as restarts reduce the residual.
+4. The function computes in float64 and scales each right-hand side to a norm near 1, so that norms do not underflow.
+   For MINRES, the matrix is scaled, too, because some tolerances of MINRES are absolute.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _BUFFERS = 10  # number of tensors of the size of a block that the solver stores
 # Negative curvature up to this multiple of the norm of the matrix may be a rounding error of a float32 model.
 _ROUNDING = 10 * float(np.finfo(np.float32).eps)
 
-#: What stopped the solver, and what to do.
+#: Parts of warnings that say what stopped the solver, and what the user can do.
 _VERDICTS = {
     "maxiter": "it ended at maxiter: increase maxiter, or use a preconditioner or a larger damping",
     "seconds": "it ran out of time: increase seconds, or use a preconditioner or a larger damping",
@@ -74,11 +74,12 @@ def solve(
 ) -> SolveResult:
     """Solve ``(A + damping * I) x = b`` for a symmetric operator `A`, and check the result.
 
-    The right-hand sides may be one vector or many columns. Many columns share their products: for the Gauss-Newton
-    matrix of a trained network, ten columns took a third of the products of ten single solves, and a sixth of those of
-    SciPy's ``cg``. Use this function instead of ``scipy.sparse.linalg.cg`` if you have many
-    right-hand sides, if the matrix may be indefinite (for example, a Hessian), or if you need a reliable residual. For
-    least-squares problems with a Jacobian, use ``scipy.sparse.linalg.lsmr``.
+    Pass many right-hand sides as the columns of one array or tensor, so that they share products with `A`. For the
+    Gauss-Newton matrix of a trained network, one solve with ten columns took a third of the products of ten single
+    solves, and a sixth of the products of ten calls of SciPy's ``cg``. Use this function instead of
+    ``scipy.sparse.linalg.cg`` if you have many right-hand sides, if the matrix may be indefinite (for example, a
+    Hessian), or if you need a reliable residual. For least-squares problems with a Jacobian, use
+    ``scipy.sparse.linalg.lsmr``.
 
     Parameters
     ----------
@@ -91,21 +92,21 @@ def solve(
         The number that is added to the diagonal of `A`, in the units of the eigenvalues of `A`.
     rtol : float, optional
         The relative residual at which the solver stops. It must be between 0 and 1. For float32 models, the accuracy of
-        the products limits the residual to about 1e-5 if the damping is a thousandth of the largest eigenvalue, and
-        the limit is inversely proportional to the damping.
+        the products limits the residual. The smallest attainable residual is about 1e-5 if the damping is a thousandth
+        of the largest eigenvalue, and is inversely proportional to the damping.
     preconditioner : LinearOperator, matrix, Tensor or callable, shape (N, N), optional
         A positive definite approximation of the inverse of the damped matrix, for example from
-        `curvop.preconditioner.nystrom`. A callable receives columns ``(N, K)``, as a tensor if `b` consists of tensors
-        and as an array otherwise, and returns the products in the same shape.
+        `curvop.preconditioner.nystrom`. A callable receives columns ``(N, K)`` and returns the products in the same
+        shape. The columns are a tensor if `b` consists of tensors, and an array otherwise.
     maxiter : int, optional
         The maximum number of steps. A step takes at most one product for each column. A few additional products are
         needed to compute the residuals. The default is the smaller of ``10 * N`` and 1000.
     x0 : same type and shape as `b`, optional
-        The initial guess. It costs one product for each column. The default is zero.
+        The initial guess. An initial guess costs one product for each column. By default, the solver starts from zero.
     seconds : float, optional
-        The time limit in seconds. There is no limit by default. The solver reserves the time for the true residuals.
+        The time limit in seconds. There is no limit by default. The solver reserves time to compute the true residuals.
         If time runs out, the current solutions are returned. If the first product alone takes longer than the limit,
-        the solver exceeds it by the time for the residuals.
+        the residuals are computed nevertheless.
     callback : callable, optional
         Called as ``callback(x)`` with a copy of the current solution after each step. The type of ``x`` is that of the
         result.
@@ -138,18 +139,20 @@ def solve(
 
     Notes
     -----
-    The systems are solved by the method of block conjugate gradients [1]_ [2]_. It minimizes the error of every column
-    over one Krylov space that contains the residuals of all columns. For a single column, it is the method of conjugate
-    gradients [3]_. A step takes one block product. The block has at most K columns, and becomes narrower as soon as
-    linear combinations of the residuals have converged, or if columns are zero or linearly dependent. If the curvature
-    along a search direction is not positive, MINRES [4]_ continues from the current solutions, without sharing, and a
-    warning is issued. The reported residuals are always recomputed from the solutions.
+    The systems are solved by the method of block conjugate gradients [1]_ [2]_. This method minimizes the error of
+    every column over one Krylov space that contains the residuals of all columns. For a single column, it is the method
+    of conjugate gradients [3]_. A step takes one block product with at most K columns. The block becomes narrower if
+    linear combinations of the residuals have converged, or if columns of `b` are zero or linearly dependent. If the
+    curvature along a search direction is not positive, MINRES [4]_ continues from the current solutions, and a warning
+    is issued. MINRES uses a separate Krylov space for each column. The reported residuals are always recomputed from
+    the solutions.
 
-    All recurrences are computed in float64 on the device of `A`, also for float32 models: their products then limit
-    the accuracy, and not the recurrences. A block needs memory for about ten float64 tensors of its size. At most 128
-    columns, or as many as fit into half of the free memory, form a block. More columns are solved in several blocks.
-    New residuals are orthogonalized against all earlier ones, as far as half of the free memory permits, up to 1024
-    vectors. This takes O(N K m) operations in a step if m products precede it, and often halves the number of products.
+    All recurrences are computed in float64 on the device of `A`. The accuracy for float32 models is therefore limited
+    by the products, and not by the recurrences. A block needs memory for about ten float64 tensors of its size. A block
+    has at most 128 columns, or fewer if 128 columns do not fit into half of the free memory. More columns are solved in
+    several blocks. New residuals are orthogonalized against all earlier ones, or only against the first ones if more
+    than 1024 vectors or half of the free memory would be needed. This orthogonalization often halves the number of
+    products. After m products, it takes O(N K m) operations per step.
 
     References
     ----------
@@ -163,7 +166,7 @@ def solve(
 
     Examples
     --------
-    A damped Gauss-Newton step:
+    Compute a damped Gauss-Newton step:
 
     >>> import torch
     >>> from torch import nn
@@ -179,8 +182,8 @@ def solve(
     (True, True, 'cg')
     >>> step = G.unravel(-result.solution)
 
-    Influence functions: the gradients of all training examples, as the columns of a tensor. The solution is a tensor,
-    too:
+    To compute influence functions, pass the gradients of all training examples as the columns of a tensor. The solution
+    is a tensor, too:
 
     >>> def loss(params, x, y):
     ...     return nn.functional.mse_loss(torch.func.functional_call(model, params, (x,)), y)
@@ -214,8 +217,8 @@ def solve(
 class SolveResult:
     """The solution of ``(A + damping * I) x = b`` and its residual, returned by `solve`.
 
-    ``print(result)`` shows a summary in one line. If b has shape ``(N, K)``, the residual, the number of products and
-    the verdict are arrays with one entry for each column.
+    ``print(result)`` shows a summary in one line. If b has shape ``(N, K)``, the attributes ``residual``, ``products``
+    and ``converged`` are arrays with one entry for each column.
 
     Attributes
     ----------
@@ -223,11 +226,12 @@ class SolveResult:
         The solution x, in the type and shape of b, and on its device. An array is float64. The dtype of tensors is the
         wider of the dtype of b and the dtype in which products are computed.
     residual : float or ndarray, shape (K,)
-        ``||b - (A + damping * I) x|| / ||b||``, computed from the solution and not updated recursively by the solver.
+        The relative residual ``||b - (A + damping * I) x|| / ||b||``. It is computed from the final solution, and not
+        taken from the recurrences of the solver.
     products : int or ndarray, shape (K,)
         The number of products with `A`. Products for the residual are included. Products that constructed the
-        preconditioner are not included. If columns share products, the products are divided equally among them, so that
-        the sum is the number of columns that were multiplied.
+        preconditioner are not included. If columns share products, the products are divided equally among them. The
+        entries therefore add up to the total number of products.
     converged : bool or ndarray, shape (K,)
         Whether the residual is at most the requested `rtol`.
     negative_curvature : float or None
@@ -239,9 +243,9 @@ class SolveResult:
     solver : str
         'minres' if a direction with negative or numerically zero curvature was found, and 'cg' otherwise.
     status : str
-        What stopped the solver: 'rtol' if all columns have converged. Otherwise the reason for the column with the
-        largest residual: 'maxiter', 'seconds', 'precision' (the residual is the limit of the precision of the
-        products) or 'stagnation' (restarts no longer reduce the residual).
+        What stopped the solver: 'rtol' if all columns have converged. Otherwise, the status is that of the column with
+        the largest residual: 'maxiter', 'seconds', 'precision' (the products are not precise enough for a smaller
+        residual) or 'stagnation' (restarts no longer reduce the residual).
 
     See Also
     --------
@@ -257,7 +261,7 @@ class SolveResult:
     status: str = ""
 
     def problem(self, rtol: float) -> str:
-        """Return the text of a warning if the matrix is not positive definite or `rtol` is not reached, or ''.
+        """Return a warning if the matrix is not positive definite or `rtol` is not reached, and '' otherwise.
 
         Parameters
         ----------
@@ -291,7 +295,7 @@ class SolveResult:
 
 
 def check_arguments(A: LinearOperator, damping: Any, rtol: Any, maxiter: Any) -> None:
-    """Raise an error that names the argument if the arguments of `solve` are invalid."""
+    """Raise an error if an argument of `solve` is invalid. The message names the argument."""
     if A.shape[0] != A.shape[1]:
         raise ValueError(f"A has shape {A.shape}, but must be square")
     for name, value in (("damping", damping), ("rtol", rtol)):
@@ -316,7 +320,7 @@ class Solutions:
     residual, products, converged, status : ndarray, shape (K,)
         One entry for each system.
     negative_curvature : float or None
-        The smallest curvature that was found.
+        The smallest negative curvature that was found, or None.
     solver : str
         'cg' or 'minres'.
     """
@@ -340,7 +344,7 @@ class Solutions:
         return SolveResult(solution, self.residual, self.products, self.converged, *rest)
 
     def results(self, as_arrays: bool) -> list[SolveResult]:
-        """Return one result for each column, with solutions that are arrays or tensors."""
+        """Return one result for each column. Solutions are arrays if `as_arrays` is True, and tensors otherwise."""
         rows = self.rows.numpy(force=True) if as_arrays else self.rows
         return [
             SolveResult(
@@ -368,7 +372,7 @@ def solve_rows(
     callback: Callable[[Tensor], object] | None,
     bar: tqdm[Any],
 ) -> Solutions:
-    """Solve one system for each row of a float64 tensor ``(K, N)``, without warnings.
+    """Solve one system for each row of a float64 tensor ``(K, N)``. No warnings are issued.
 
     All other arguments are those of `solve`, after validation. `until` is the deadline, and `callback` receives rows.
     """
@@ -403,7 +407,7 @@ def solve_rows(
 
 
 def _shown(callback: Callable[[Tensor], object], X: Tensor, scales: Tensor) -> Callable[[Array, Tensor], None]:
-    """Return a function that passes a copy of all solutions to the callback, with the current rows of some of them."""
+    """Return a function that inserts current rows into a copy of all solutions, and passes the copy to the callback."""
 
     def on_step(columns: Array, current: Tensor) -> None:
         shown = X.clone()
@@ -414,8 +418,8 @@ def _shown(callback: Callable[[Tensor], object], X: Tensor, scales: Tensor) -> C
 
 
 def _columns_at_once(device: torch.device, count: int, size: int) -> int:
-    """Return the number of columns of a block: as many as fit into half of the free memory."""
-    if count * size * _BUFFERS * 8 < 2**26:  # do not ask for the free memory
+    """Return the number of columns of a block: at most 128, and only as many as fit into half of the free memory."""
+    if count * size * _BUFFERS * 8 < 2**26:  # small enough without a query of the free memory
         return min(count, _MAX_BLOCK) or 1
     return max(1, min(count, _MAX_BLOCK, available_bytes(device) // (size * _BUFFERS * 8)))
 
@@ -428,9 +432,10 @@ class _Group:
     system : DampedSystem
         The matrix and the preconditioner.
     B, X : Tensor, shape (K, N)
-        Right-hand sides with norms between 0.5 and 1, or zero, and initial solutions, which are updated in place.
+        The right-hand sides B, which are zero or have norms between 0.5 and 1, and the initial solutions X, which are
+        updated in place.
     columns : ndarray, shape (K,)
-        Numbers of the right-hand sides.
+        Indices of the right-hand sides.
     rtol : float
         Relative residual at which the solver stops.
     has_start : bool
@@ -495,7 +500,8 @@ class _Group:
         self._R[chosen] = R[better]
         unfinished = self.residual[active] > self._rtol
         helped = better & (found < 0.5 * before)
-        # Close to rtol, a run need not reduce the residual: the next run has a smaller tolerance.
+        # If a residual is close to rtol, restart even if this run did not reduce it, because the next run has a smaller
+        # tolerance.
         restart = unfinished & (helped | (self.residual[active] <= 2 * self._rtol))
         reason = np.full(len(active), "stagnation", dtype=object)
         if self._system.low_precision:
@@ -517,8 +523,9 @@ class _Group:
         return self._B[active] - self._system.checked_multiply(X, self._columns[active])
 
     def _advance(self, active: Array, max_steps: int, number: int) -> tuple[Tensor, BlockRun]:
-        """Run a solver once from the current solutions. Return the new solutions and the end of the run."""
-        # In restarts, leave more room for the rounding errors that the true residuals will add.
+        """Run a solver once from the current solutions. Return the new solutions and the outcome of the run."""
+        # Restarts use smaller tolerances, because rounding errors make the true residuals larger than those of the
+        # solver.
         X, R, columns = self._X[active].clone(), self._R[active], self._columns[active]
         allowed = self._rtol * self._norms[active]
         tolerances = 0.9 / 2**number * allowed

@@ -4,8 +4,8 @@ MINRES (Paige, Saunders, 1975) minimizes the residual over the Krylov space of e
 indefinite and singular matrices. The recurrences are those of ``scipy.sparse.linalg.minres``, with these differences:
 
 1. The right-hand sides advance together with block products. Right-hand sides that have converged are removed.
-2. Every few steps, the true residuals are computed, and the best solutions so far are kept. Rounding errors make MINRES
-   drift along the null space of a singular matrix.
+2. Every few steps, the true residuals are computed, and the best solutions so far are kept. This is necessary because
+   rounding errors make the solutions drift along the null space of a singular matrix.
 
 References
 ----------
@@ -44,7 +44,7 @@ def minres(
     max_steps: int,
     on_step: Callable[[], None] | None,
 ) -> tuple[str, int]:
-    """Advance the solutions until the true residuals are below their tolerances or no longer decrease.
+    """Improve the solutions by MINRES until the true residuals are below their tolerances or no longer decrease.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def minres(
     tolerances : ndarray, shape (K,)
         The norms of the residuals at which the run stops.
     columns : ndarray, shape (K,)
-        The numbers of the right-hand sides, which share the products.
+        The indices of the right-hand sides. Each product is counted in equal parts for all of them.
     max_steps : int
         The maximum number of steps.
     on_step : callable or None
@@ -64,7 +64,7 @@ def minres(
     Returns
     -------
     reason : str
-        'rtol' if the run ended by itself, or 'maxiter' or 'seconds'.
+        'maxiter' or 'seconds' if this limit ended the run, and 'rtol' otherwise.
     steps : int
         The number of steps.
     """
@@ -96,7 +96,7 @@ def minres(
             recurrence.keep(~ended)
             running = running[~ended]
     if step:
-        # If an earlier solution is about as good as the last one, use it, because its norm is smaller.
+        # If an earlier solution is about as good as the last one, use the earlier one, because its norm is smaller.
         late = np.flatnonzero(best_norms < np.inf)
         if len(late):
             earlier = late[best_norms[late] <= 1.01 * true_norms(late)]
@@ -105,7 +105,7 @@ def minres(
 
 
 class _Recurrence:
-    """The recurrences of MINRES for systems that are scaled to matrices and right-hand sides with norms near 1."""
+    """The recurrences of MINRES. The matrix and the right-hand sides are scaled to norms near 1."""
 
     def __init__(self, system: DampedSystem, residuals: Tensor, norms: Array) -> None:
         self._system = system
@@ -129,7 +129,7 @@ class _Recurrence:
         return self._factor * self._x
 
     def step(self, columns: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """Take one step. Return which runs have ended."""
+        """Take one step, and return a mask of the runs that have ended."""
         v = self._y / self._beta
         y = self._system.checked_multiply(v, columns) / (self._system.scale or 1.0)
         if self._count:
@@ -156,7 +156,7 @@ class _Recurrence:
         return self._ended(root)
 
     def _ended(self, root: Tensor) -> NDArray[np.bool_]:
-        """Return which runs have reached the least residual, as far as rounding errors permit."""
+        """Return a mask of the runs that have reached the smallest possible residual, up to rounding errors."""
         norm = self._norm2.sqrt()
         size = norm * torch.linalg.vector_norm(self._x, dim=1, keepdim=True)
         ended = self._phi_bar <= _TOLERANCE * size  # the residual is zero
@@ -167,7 +167,7 @@ class _Recurrence:
         return ended[:, 0].cpu().numpy()  # type: ignore[no-any-return]
 
     def keep(self, selected: NDArray[np.bool_]) -> None:
-        """Remove the other runs."""
+        """Keep the runs that are selected by a mask, and remove all others."""
         mask = torch.from_numpy(selected)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -184,7 +184,7 @@ def _dots(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _sqrt(squares: Tensor) -> Tensor:
-    """Return the roots of the squared norms of the preconditioner, which must not be negative."""
+    """Return the square roots of squared norms. Raise an error if the preconditioner made a squared norm negative."""
     if bool((squares < 0).any()) or not bool(squares.isfinite().all()):
         raise ValueError("preconditioner is not positive definite: pass one that is, or none")
     return squares.sqrt()

@@ -73,11 +73,11 @@ def nystrom(
     -----
     The preconditioner is based on the randomized Nystrom approximation [1]_ (algorithm 2.1 and section 5). For a given
     rank, its construction takes one product of `A` with a random N x rank matrix, and ``O(N * rank**2)`` other
-    operations. With 'auto', the sketch starts with 16 columns, and doubling the rank keeps all earlier products
-    ([1]_, section 5.4). The error is estimated by at most 10 steps of the power method for the difference of `A` and
-    its approximation E, as soon as the smallest approximate eigenvalue is at most the damping. Each step takes one
-    product. The condition number of the preconditioned matrix is at most ``(values[-1] + damping + ||E||) / damping``
-    ([1]_, proposition 5.3).
+    operations. With ``rank='auto'``, the sketch starts with 16 columns. When the rank is doubled, all earlier products
+    are reused ([1]_, section 5.4). Let E be the difference of `A` and its low-rank approximation. As soon as the
+    smallest approximate eigenvalue is at most the damping, the norm of E is estimated by at most 10 steps of the power
+    method. Each step takes one product. The condition number of the preconditioned matrix is at most ``(values[-1] +
+    damping + ||E||) / damping`` ([1]_, proposition 5.3).
 
     References
     ----------
@@ -117,7 +117,7 @@ def nystrom(
         sketch.grow(int(rank))
         return sketch.preconditioner()
     most = size
-    if _BUFFERS * 8 * size * min(size, 1024) > 2**26:  # do not ask for the free memory
+    if _BUFFERS * 8 * size * min(size, 1024) > 2**26:  # query the free memory only for large sketches
         most = min(size, max(1, available_bytes(sketch.device) // (_BUFFERS * 8 * size)))
     rank = min(_FIRST_RANK, most)
     while True:
@@ -139,7 +139,7 @@ def nystrom(
 
 
 class _Sketch:
-    """A Nystrom approximation that grows. All matrices of size N are stored as rows on the device of A."""
+    """A Nystrom approximation whose rank can be increased. All N-vectors are stored as rows on the device of A."""
 
     def __init__(self, A: LinearOperator, damping: float, rng: np.random.Generator) -> None:
         self._multiply, self._damping, self._rng = operator_multiplier(A), damping, rng
@@ -153,7 +153,7 @@ class _Sketch:
         """Add random test vectors up to the given rank, and compute their products."""
         drawn = self._rng.standard_normal((self._size, rank - len(self._tests)))
         new = torch.from_numpy(drawn).to(self.device)
-        for _ in range(2):  # the second time because of rounding errors
+        for _ in range(2):  # repeat the orthogonalization to remove rounding errors
             new = torch.linalg.qr(new - self._tests.T @ (self._tests @ new))[0]
         rows = new.T.contiguous()
         self._products = torch.cat([self._products, self._product(rows)])
@@ -200,7 +200,7 @@ class _Sketch:
         return M
 
     def error(self, M: NystromPreconditioner) -> float:
-        """Estimate the norm of the difference of A and its approximation by the power method, and store it in M."""
+        """Estimate the norm of the error of the approximation by the power method, and store the estimate in M."""
         vector = torch.from_numpy(self._rng.standard_normal((1, self._size))).to(self.device)
         error = 0.0
         for _ in range(_POWER_STEPS):
@@ -309,8 +309,8 @@ class NystromPreconditioner(TensorLinearOperator):
     damping : float
         The damping.
     error : float or None
-        Estimate of the norm of the difference of A and its approximation, if the rank is 'auto' and the error was
-        estimated, and None otherwise.
+        Estimated norm of the difference of A and its low-rank approximation. It is None if the error was not estimated,
+        for example because the rank was not 'auto'.
     construction_products : int
         The number of products with A that `nystrom` computed.
 

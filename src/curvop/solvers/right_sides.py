@@ -1,4 +1,4 @@
-"""Right-hand sides of linear systems: arrays, tensors, and one tensor per parameter, as rows of one tensor."""
+"""Convert right-hand sides (arrays, tensors, or one tensor per parameter) to the rows of one tensor, and back."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["RightSides"]
 
 
 class RightSides:
-    """The columns of the argument ``b`` as rows of a float64 tensor, and the way back to the kind of ``b``.
+    """The right-hand sides ``b`` as rows of a float64 tensor. The method ``restore`` reverses this conversion.
 
     Parameters
     ----------
     A : LinearOperator, shape (N, N)
         Operator of the linear systems.
     b : array_like, Tensor, or dict, list or tuple of Tensor
-        Shape ``(N,)`` or ``(N, K)``, or one tensor for each parameter of `A`.
+        The right-hand sides, of shape ``(N,)`` or ``(N, K)``, or one tensor for each parameter of `A`.
     name : str
         Name of the argument, for error messages.
 
@@ -72,11 +72,11 @@ class RightSides:
             raise ValueError(f"{name} is not finite: pass finite numbers")
 
     def restore(self, rows: Tensor) -> Any:
-        """Return rows ``(K, N)`` in the kind and shape of `b`.
+        """Convert rows ``(K, N)`` to the type and shape of `b`.
 
         The values are float64 if `b` is an array. If `b` consists of tensors, the dtype is the wider of the dtypes of
-        `b` and of the products with `A`. In this dtype, the solution has the residual of the float64 rows, because the
-        products do not depend on the digits that are lost.
+        `b` and of the products with `A`. Rounding the solution to this dtype does not change the residual, because
+        products with `A` do not use the digits that are lost.
         """
         columns = rows[0] if self.is_vector else rows.T
         if isinstance(self._like, Tensor) or self._is_tree:
@@ -97,7 +97,7 @@ class RightSides:
 
 
 def _check_range(columns: Tensor, dtype: torch.dtype) -> None:
-    """Raise a ValueError if numbers overflow or vanish in a dtype."""
+    """Raise a ValueError if a number overflows in a dtype, or if all numbers are rounded to zero."""
     cast = columns.to(dtype)
     if not bool(cast.isfinite().all()) or (bool(columns.any()) and not bool(cast.any())):
         raise ValueError(f"the solution is outside the range of {dtype}: pass b in float64, or scale A and b")

@@ -1,8 +1,8 @@
 """Estimate traces, diagonals and Frobenius norms from products with random vectors, with error bars.
 
 `trace` and `diagonal` implement XTrace and XDiag (Epperly, Tropp, Webber, 2024). `frobenius_norm` applies the same idea
-to the Frobenius norm. With fewer than 6 products, all three average independent samples (Hutchinson, 1990). The results
-are of class `Estimate` or `BoundedEstimate`.
+to the Frobenius norm. With fewer than 6 products, all three functions average independent samples (Hutchinson, 1990).
+Their results are of class `Estimate`. The methods of `SpectralDensity` return the subclass `BoundedEstimate`.
 
 All vectors are float64 tensors on the device of the operator. Only the test vectors are drawn on the host, so that a
 seed gives the same vectors on every device.
@@ -48,8 +48,9 @@ _EPS = float(np.finfo(np.float64).eps)
 #     2^-k                        1.33  1.60  1.06  1.16  0.58  0.67  0.39  0.20
 #     1/k^2                       1.28  1.56  0.72  0.82  0.33  0.35  0.20  0.14
 #
-# The geometric mean falls below 1 at 6 products. From there on, XTrace loses a factor of at most 1.6, but it gains a
-# factor of 3 or more if the eigenvalues decay quickly. The ratios for `diagonal` and `frobenius_norm` are similar.
+# The geometric mean of the ratios in a column falls below 1 at 6 products. With 6 or more products, XTrace loses a
+# factor of at most 1.6, but gains a factor of 3 or more if the eigenvalues decay quickly. The ratios for `diagonal` and
+# `frobenius_norm` are similar.
 _FEWEST = 6
 
 # Factor by which XTrace and XDiag multiply the standard error of the mean over the test vectors. The estimates from
@@ -72,9 +73,9 @@ def trace(A: LinearOperator, num_products: int = 60, rng: int | np.random.Genera
     A : LinearOperator, shape (N, N)
         Real symmetric operator.
     num_products : int, optional
-        Number of products, at least 2. With 6 or more products, an odd product is not used. The estimate needs memory
-        for about 4 N num_products numbers on the device of the operator. With N or more products, the whole matrix is
-        formed and its trace is exact.
+        Number of products, at least 2. With 6 or more products, an odd number is rounded down to an even number. The
+        estimate needs memory for about 4 N num_products numbers on the device of the operator. With N or more products,
+        the whole matrix is formed and its trace is exact.
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are uniform on the sphere. The same seed gives the same vectors on
         every device.
@@ -107,8 +108,8 @@ def trace(A: LinearOperator, num_products: int = 60, rng: int | np.random.Genera
 
     The estimates from different test vectors use nearly the same range. They are therefore correlated, and the standard
     error of their mean is too small by up to a third if the eigenvalues decay. ``error`` is 1.5 times this standard
-    error. The distance to the true trace is at most ``scipy.stats.t.ppf(0.975, num_products // 2 - 1)`` times ``error``
-    in 88% to 100% of the runs (200 runs for each of 7 spectra, 6 to 48 products).
+    error. In tests with 7 spectra and 6 to 48 products, the distance to the true trace was at most
+    ``scipy.stats.t.ppf(0.975, num_products // 2 - 1)`` times ``error`` in 88% to 100% of 200 runs.
 
     With fewer than 6 products, too few vectors are left to find the range. In this case, the estimate is the mean of
     :math:`x^\top A x` over ``num_products`` test vectors x (Hutchinson, 1990). Its error is the standard error of the
@@ -168,10 +169,10 @@ def diagonal(A: LinearOperator, num_products: int = 60, rng: int | np.random.Gen
     A : LinearOperator, shape (N, N)
         Real symmetric operator.
     num_products : int, optional
-        Number of products, at least 2. With 6 or more products, an odd product is not used. The estimate needs memory
-        for about 4 N num_products numbers on the device of the operator. If there are 6 or more products and
-        ``num_products / 2`` is greater than the rank of `A` by at least a few, the estimate is exact up to rounding.
-        With N or more products, the whole matrix is formed and its diagonal is exact.
+        Number of products, at least 2. With 6 or more products, an odd number is rounded down to an even number. The
+        estimate needs memory for about 4 N num_products numbers on the device of the operator. With 6 or more products,
+        the estimate is exact up to rounding if ``num_products / 2`` exceeds the rank of `A` by a few. With N or more
+        products, the whole matrix is formed and its diagonal is exact.
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are random signs. The same seed gives the same vectors on every
         device.
@@ -254,7 +255,7 @@ def frobenius_norm(A: LinearOperator, num_products: int = 60, rng: int | np.rand
         Real operator with an adjoint (``rmatvec`` or ``rmatmat``).
     num_products : int, optional
         Number of products, at least 2. With 6 or more products, half of them are products with the adjoint, and an odd
-        product is not used. With 2 min(M, N) or more products, the norm is exact.
+        number is rounded down to an even number. With 2 min(M, N) or more products, the norm is exact.
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are uniform on the sphere. The same seed gives the same vectors on
         every device.
@@ -296,7 +297,7 @@ def frobenius_norm(A: LinearOperator, num_products: int = 60, rng: int | np.rand
 
     Examples
     --------
-    A rectangular matrix whose singular values decay:
+    Estimate the norm of a rectangular matrix whose singular values decay:
 
     >>> import numpy as np
     >>> from scipy.sparse.linalg import aslinearoperator
@@ -356,8 +357,8 @@ class Estimate(_Pair):
     -----
     In about 95% of runs, the distance between the true value and ``value`` is at most ``scipy.stats.t.ppf(0.975,
     num_probes - 1)`` times ``error``. If a few eigenvalues dominate and there are few probes, the error is too small in
-    about one of ten runs. An error that is the same for all probes is not included. The only exception is the
-    quadrature error, which `SpectralDensity` estimates.
+    about one of ten runs. An error that is the same for all probes is not included in ``error``. The only exception is
+    the quadrature error, which `SpectralDensity` estimates.
 
     Examples
     --------
@@ -463,29 +464,29 @@ class _Probes:
         self.rounding = torch.finfo(product_dtype(A)).eps * largest
 
     def mean(self, samples: Tensor) -> Estimate:
-        """Average scaled samples ``(..., r)``, one for each test vector."""
+        """Return the mean of scaled samples ``(..., r)``, one sample for each test vector, with its error."""
         errors = samples.std(-1) / samples.shape[-1] ** 0.5
         return self.estimate(samples.mean(-1), self.correlation * errors)
 
     def root(self, squares: Tensor, independent: bool) -> Estimate:
         """Return the square root of the mean of scaled samples ``(r,)``.
 
-        The error is the standard error of the mean if the samples are independent, and their standard deviation
-        otherwise.
+        The error of the root is computed from the standard error of the mean if the samples are independent, and from
+        their standard deviation otherwise.
         """
         root = squares.mean().sqrt()
         spread = squares.std() / len(squares) ** 0.5 if independent else squares.std()
         return self.estimate(root, torch.where(root > 0, spread / (2 * root), 0.0))
 
     def estimate(self, value: Any, error: Any) -> Estimate:
-        """Create an estimate from a scaled value and a scaled error, by undoing the scaling by the power of two."""
+        """Create an estimate from a scaled value and a scaled error, multiplied by the power of two."""
         numbers = (value, error.clamp(min=self.rounding))
         value, error = (np.ldexp(number.cpu().numpy(), self.unit)[()] for number in numbers)
         return Estimate(value, error, self.method)
 
 
 class _Sketch(_Probes):
-    r"""The two block products that an estimator needs, and the quantities derived from them.
+    r"""The two block products that an estimator needs, and the matrices derived from these products.
 
     The first product is :math:`A \Omega`, where the columns of :math:`\Omega` are test vectors. The second product is
     the adjoint of `A` times an orthonormal basis of the range of the first product.
@@ -500,7 +501,7 @@ class _Sketch(_Probes):
     Q, image : Tensor, shape (M, r), (N, r)
         ``Q`` is an orthonormal basis of the range of the first product. ``image`` is the second product.
     dropped : float
-        Norm of the part of the first product outside of the range of Q. This norm is of the order of rounding errors.
+        Largest distance of a column of the first product from the range of Q. It is of the order of rounding errors.
     covers_range : bool
         True if the range of `A` equals that of Q, up to rounding. In this case, Q has fewer columns than there are test
         vectors.
@@ -530,12 +531,12 @@ class _Sketch(_Probes):
             self.S = S / torch.linalg.vector_norm(S, dim=0)
 
     def residual_norms(self) -> Tensor:
-        """Project the range of the other products out of each product. Return the norms ``(r,)`` of the results."""
+        """Return the distance of each product from the span of the other products, as a tensor ``(r,)``."""
         norms: Tensor = (self.S * self._R).sum(0).abs()
         return norms
 
     def projected_tests(self) -> tuple[Tensor, Tensor]:
-        """Project the range of the other products out of each test vector.
+        """Project each test vector onto the orthogonal complement of the range that the other test vectors found.
 
         Return the projected vectors, shape (N, r), and the products of `A` with them, shape (M, r).
         """
@@ -601,7 +602,7 @@ def bounded_mean(
     rounding : ndarray, shape (...)
         Lower limit for the reported error.
     half_width : ndarray, shape (...)
-        Distance from `known` to the bounds for `known`.
+        Distance from `known` to its lower and upper bounds.
     """
     if not len(values):
         value, spread = np.zeros(values.shape[1:]), np.zeros(values.shape[1:])

@@ -2,7 +2,7 @@ r"""Apply functions of a symmetric matrix to vectors by the Lanczos process, wit
 
 After m steps from the starting vector b, the Lanczos process gives an orthonormal basis :math:`Q_m` and a tridiagonal
 matrix :math:`T_m`. The approximation of f(A) b is :math:`\|b\| \, Q_m f(T_m) e_1`. `_Approximation` computes the
-approximation and the estimate of its error from :math:`T_m` alone.
+coefficients :math:`f(T_m) e_1`, and an estimate of the error, from :math:`T_m` alone.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ Array = NDArray[Any]
 _EPS = float(np.finfo(np.float64).eps)
 _SQRT_EPS = _EPS**0.5  # relative step of finite differences of f
 _ROUNDING = 10.0  # rounding errors of the products, in units of machine precision times the norm of A
-_MIN_STEPS = 5  # before the first check, as eigenvalues may be far from the Ritz values of the first steps
+_MIN_STEPS = 5  # before the first check, because the Ritz values of the first steps may be far from eigenvalues
 _STEPS_PER_CHECK = 10  # the error is estimated each time the number of steps has grown by a tenth
-_SAMPLES = 256  # smallest number of points between the Ritz values at which the error is estimated
-_SECTION = 1024  # points at which the error is estimated at a time
+_SAMPLES = 256  # minimum number of points between the Ritz values at which the error is estimated
+_SECTION = 1024  # number of these points that are processed at a time
 
-#: The functions that have a name, and the matrices that they require.
+#: The named functions, and the property that each function requires of the matrix.
 _NAMED: dict[str, tuple[Callable[[Array], Any], str]] = {
     "exp": (np.exp, ""),
     "inv": (lambda x: 1 / x, ""),
@@ -83,9 +83,9 @@ def apply(
         products are taken to check this.
     f : callable or {'exp', 'inv', 'inv_sqrt', 'log', 'sqrt'}
         The function. A callable receives a one-dimensional array of eigenvalues, and must return an array of real
-        numbers with the same shape, as ``numpy.exp`` does. It must be defined between the smallest and the largest
-        eigenvalue of `A`, and smooth on the scale of the distances between neighboring Ritz values (see Notes). The
-        names stand for the exponential, ``1 / x``, ``1 / sqrt(x)``, the natural logarithm and the square root. The
+        numbers with the same shape, as ``numpy.exp`` does. The function must be defined between the smallest and the
+        largest eigenvalue of `A`, and smooth on the scale of the distances between neighboring Ritz values (see Notes).
+        The names stand for the exponential, ``1 / x``, ``1 / sqrt(x)``, the natural logarithm and the square root. The
         functions 'inv_sqrt' and 'log' require a positive definite matrix, and 'sqrt' requires a positive semidefinite
         matrix.
     b : array_like or Tensor, shape (N,), (N, 1) or (N, K)
@@ -139,31 +139,32 @@ def apply(
     and stays on the device of the operator. The cost is one product for each step and column, and :math:`O(N m)`
     operations for the result.
 
-    Let :math:`\theta_i` be the eigenvalues of :math:`T_m` (the Ritz values), and :math:`s_{ji}` component j of its
-    eigenvector i. The approximation is the polynomial in `A` that interpolates f at the Ritz values. The remainder of
-    this interpolation gives an exact formula for the error:
+    Let :math:`\theta_i` be the eigenvalues of :math:`T_m` (the Ritz values), and let :math:`s_{ji}` be component j of
+    the eigenvector for :math:`\theta_i`. The approximation is the polynomial in `A` that interpolates f at the Ritz
+    values. The remainder of this interpolation gives an exact formula for the error:
 
     .. math::
 
         f(A) \, b - y_m = \|b\| \, g(A) \, q_{m+1}, \qquad
         g(\lambda) = \beta_m \sum_{i=1}^m s_{mi} s_{1i} \frac{f(\theta_i) - f(\lambda)}{\theta_i - \lambda}.
 
-    The relative error is therefore at most :math:`\|b\| \, |g(\lambda)| / \|f(A) b\|` at the eigenvalue at which this
-    is largest. The eigenvalues are not known, but there is an eigenvalue within :math:`\beta_m |s_{mi}|` of each Ritz
-    value. The estimate is the largest :math:`|g|` at the ends of these intervals, and at points between the Ritz values
-    (at least 256). A second term estimates the effect of rounding errors in the products. It multiplies the rounding
-    errors by the difference quotients of f, and is large if f is ill-conditioned, for example the inverse of an almost
-    singular matrix. The derivative of the square root is infinite at zero. A Ritz value that is zero up to rounding
-    errors therefore contributes the change of f from zero to ten times this Ritz value instead. A third term is the
-    error of rounding the result to the dtype of `b`.
+    The relative error is therefore at most the largest value of :math:`\|b\| \, |g(\lambda)| / \|f(A) b\|` over all
+    eigenvalues :math:`\lambda` of `A`. The eigenvalues are not known, but there is an eigenvalue within :math:`\beta_m
+    |s_{mi}|` of each Ritz value. The first term of the estimate is the largest :math:`|g|` at the ends of these
+    intervals and at 256 or more points between the Ritz values. A second term estimates the effect of rounding errors
+    in the products. This term is the product of the rounding errors and the difference quotients of f. It is large if
+    f(A) is ill-conditioned, for example for the inverse of an almost singular matrix. Difference quotients are not
+    meaningful at zero for functions such as the square root, whose derivative is infinite there. For a Ritz value that
+    is zero up to rounding errors, they are therefore replaced by the change of f from zero to ten times this Ritz
+    value. A third term is the error of rounding the result to the dtype of `b`.
 
     For exponentials, logarithms, inverses and square roots of matrices with various spectra, the estimate is typically
     2 to 20 times the error. For the square root of a singular matrix, it may be 1,000 times the error. The estimate is
     too small if `A` has an eigenvalue far from all Ritz values. This can happen in the first steps, or if b is almost
     orthogonal to an eigenvector. A component of b that is smaller than the rounding errors of the products is ignored.
     The estimate is also too small if f has a peak or a step that is narrower than the distances between the points at
-    which :math:`g` is evaluated. If f is zero at all Ritz values, the relative error is not known, and the estimate is
-    infinite unless the Krylov space is invariant.
+    which :math:`g` is evaluated. If f is zero at all Ritz values, the relative error is not known. The estimate is then
+    infinite, except if the Krylov space is invariant.
 
     References
     ----------
@@ -251,9 +252,9 @@ class ApplyResult:
         f(A) b, with the type, shape and device of b. The dtype is that of b. If b contains integers, the dtype is
         float64.
     error : float or ndarray, shape (K,)
-        The estimated error relative to the norm of f(A) b, for each column. A float if b has shape (N,).
+        The estimated error relative to the norm of f(A) b, for each column. It is a float if b has shape (N,).
     num_steps : int or ndarray, shape (K,)
-        The number of Lanczos steps for each column. An int if b has shape (N,).
+        The number of Lanczos steps for each column. It is an int if b has shape (N,).
     num_products : int
         The number of products with `A`, including those that check its symmetry.
     converged : bool
@@ -318,10 +319,10 @@ class _Function:
         return values.astype(np.float64)
 
     def at_ritz_values(self, ritz: Array, eps: float) -> Array:
-        """Return the values at the Ritz values, which must be finite.
+        """Return the values of f at the Ritz values. Raise an error if a value is not finite.
 
-        A Ritz value counts as zero if it is zero within the rounding errors of products of precision `eps`, and f is
-        not finite there. Such Ritz values occur if the matrix is singular.
+        If f is not finite at a Ritz value that may be a rounding error of products with precision `eps`, f is evaluated
+        at zero instead. Such Ritz values occur if the matrix is singular.
         """
         rounding = eps * float(np.abs(ritz).max())
         if self._required == "positive definite" and ritz[0] <= rounding:
@@ -375,7 +376,7 @@ class _Run:
     errors : ndarray, shape (K,)
         The estimated relative errors at the latest check.
     stagnates : ndarray of bool, shape (K,)
-        Whether further steps are useless, because rounding errors are greater than the rest of the error.
+        Whether further steps are useless, because the estimated effect of rounding exceeds all other errors.
     """
 
     def __init__(self, A: LinearOperator, function: _Function, rows: Tensor, num_steps: int, rtol: float) -> None:
@@ -384,7 +385,7 @@ class _Run:
         self._norms = row_norms(rows)
         zero = self._norms == 0
         scaled = rows / torch.from_numpy(np.where(zero, 1.0, self._norms)).to(rows.device)[:, None]
-        scaled[torch.from_numpy(zero)] = 1.0  # the Lanczos process needs nonzero vectors, even if they take no step
+        scaled[torch.from_numpy(zero)] = 1.0  # the Lanczos process needs nonzero vectors, even for runs without steps
         self._lanczos = Lanczos(A, scaled, num_steps)
         self._lanczos.stop(zero)
         self._next_check = _MIN_STEPS
@@ -427,7 +428,7 @@ class _Run:
         return approximation
 
     def values(self) -> Tensor:
-        """Return the approximations as rows, in float64, and update `errors`."""
+        """Return the approximations as the rows of a float64 tensor, and update ``errors``."""
         basis = self._lanczos.basis
         values = torch.zeros(len(basis), self._size, dtype=torch.float64, device=basis.device)
         for run in map(int, np.flatnonzero(self._norms)):
@@ -448,13 +449,13 @@ class _Approximation:
     function : _Function
         The function.
     alphas, betas : ndarray, shapes (m,) and (m - 1,)
-        Diagonal and off-diagonal of the tridiagonal matrix.
+        Diagonal and off-diagonal of the tridiagonal matrix T.
     beta : float
         Norm of the residual of the last step. It is 0 after N steps.
     negligible : float
-        Value of `beta`, relative to the norm of T, up to which the Krylov space counts as invariant.
+        The Krylov space is regarded as invariant if `beta` is at most this number times the norm of T.
     eps, basis_eps : float
-        Machine precisions of the products and of the Lanczos basis.
+        Machine epsilon of the products (`eps`) and of the Lanczos basis (`basis_eps`).
 
     Attributes
     ----------
@@ -463,8 +464,7 @@ class _Approximation:
     error : float
         Estimated error, relative to the norm of the coefficients.
     stagnates : bool
-        True if the estimated effect of rounding is greater than the rest of the error, so that further steps are
-        useless.
+        True if further steps are useless, because the estimated effect of rounding exceeds all other errors.
     """
 
     def __init__(
@@ -497,7 +497,7 @@ class _Approximation:
         size, error = norm(self.coefficients), truncation + rounding
         if size:
             self.error = error / size + basis_eps
-        else:  # the relative error of zero is known only if no further step can change it
+        else:  # if the result is zero, its relative error is known only if no further step can change it
             self.error = 0.0 if error == 0 and beta <= negligible * scale else math.inf
         self.stagnates = bool(truncation <= rounding + basis_eps * size) and (size > 0 or self.error == 0)
 
@@ -505,13 +505,14 @@ class _Approximation:
 def _effect_of_rounding(
     function: _Function, ritz: Array, values: Array, first: Array, steps: Array, error: float
 ) -> float:
-    r"""Return an estimate of the effect that rounding errors of the given size have on f(T) applied to a unit vector.
+    r"""Estimate how much rounding errors of size `error` in T change the product of f(T) with the first unit vector.
 
-    To first order, a perturbation E of T changes f(T) by V (F * (V' E V)) V' with the eigenvectors V of T and the
-    difference quotients F of f (Daleckii, Krein, 1965). The entries of E are assumed to be |E| / sqrt(m).
+    To first order, a perturbation E of T changes f(T) by V (F * (V' E V)) V', where V contains the eigenvectors of T,
+    and F contains the difference quotients of f (Daleckii, Krein, 1965). The entries of E are assumed to be |E| /
+    sqrt(m).
 
-    The derivative of f may be infinite at zero. If the matrix is singular, a Ritz value that is zero within rounding is
-    itself a rounding error, and the change of f from zero to this error replaces the difference quotient.
+    The derivative of f may be infinite at zero. If the matrix is singular, some Ritz values are only rounding errors.
+    For these Ritz values, the change of f from zero to the rounding error replaces the difference quotient.
     """
     quotients = _quotients(function, ritz, values, ritz + steps)
     zeros, jumps = np.flatnonzero(np.abs(ritz) <= _ROUNDING * error), np.zeros(0)
@@ -588,14 +589,14 @@ def _rows_of(A: LinearOperator, b: Any) -> Tensor:
 
 
 def _dtype_of_result(b: Any) -> torch.dtype:
-    """Return the dtype of `b`, or float64 for dtypes that torch does not have, such as integers."""
+    """Return the dtype of `b`, or float64 if `b` contains integers or a dtype that torch does not have."""
     if isinstance(b, Tensor):
         return b.dtype if b.is_floating_point() else torch.float64
     return {2: torch.float16, 4: torch.float32}.get(_array_dtype(b).itemsize, torch.float64)
 
 
 def _rounded(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Array]:
-    """Round the rows to a dtype, and return the errors relative to the norms of the rows.
+    """Return the rows rounded to a dtype, and the norms of the rounding errors relative to those of the rows.
 
     Raises
     ------

@@ -1,18 +1,19 @@
 r"""Preconditioned curvature matrices and stability thresholds of PyTorch optimizers, for `track`.
 
-On a quadratic loss with Hessian H, a step of an optimizer with fixed second moments is a linear map. A sequence of
-steps that multiplies the parameters by z each time exists if, for some vector x,
+On a quadratic loss with Hessian H, a step of an optimizer with fixed second moments is a linear map. There is a
+sequence of steps that all multiply the parameters by the same number z if, for some vector x,
 
 .. math:: (H + W) \, x = D(z) \, x,
 
 where W is the weight decay that is added to the gradient, and D(z) is diagonal. For heavy-ball momentum, for example,
 :math:`D(z) = -(z - 1) (z - \beta) / (\eta z)`. The steps are unstable if such a z lies outside the unit circle. This
-module uses :math:`D(-1) = \tau P`, with a threshold :math:`\tau` that depends only on the momentum and dampening. The
-steps become unstable when the largest eigenvalue of :math:`P^{-1/2} (H + W) P^{-1/2}` exceeds :math:`\tau`.
+module uses the factorization :math:`D(-1) = \tau P` into a threshold :math:`\tau`, which depends only on the momentum
+and dampening, and a positive diagonal matrix P. The steps become unstable when the largest eigenvalue of
+:math:`P^{-1/2} (H + W) P^{-1/2}` exceeds :math:`\tau`.
 
-If H + W is positive definite, no other z on the unit circle is possible: the imaginary parts of all entries of D(z)
-have the same sign if z is not real, and D(1) is zero or negative. This also holds if the groups of parameters have
-different settings.
+If H + W is positive definite, no z on the unit circle other than -1 is possible. If z is not real, the imaginary parts
+of all entries of D(z) have the same sign. The matrix D(1) is zero or negative. These statements also hold if the groups
+of parameters have different settings.
 
 References
 ----------
@@ -39,7 +40,7 @@ __all__ = ["Positions", "check_optimizer", "preconditioned"]
 Group = Mapping[str, Any]
 State = Mapping[str, Any]
 
-#: The index of the group and the index in the group, for each parameter of an operator.
+#: For each parameter of an operator, the index of its group and its index in the group.
 Positions = Mapping[str, tuple[int, int]]
 
 
@@ -79,10 +80,11 @@ def check_optimizer(A: Any, optimizer: Any) -> Positions:
 def preconditioned(
     A: ParameterVectors, optimizer: Optimizer, positions: Positions
 ) -> tuple[LinearOperator | None, float]:
-    r"""Return the operator :math:`P^{-1/2} (A + W) P^{-1/2}` for the current state of the optimizer, and its threshold.
+    r"""Return :math:`P^{-1/2} (A + W) P^{-1/2}` for the current state of the optimizer, and the stability threshold.
 
-    If the optimizer maximizes, A is replaced by -A. If groups have different thresholds, P is multiplied by the ratio
-    of the thresholds, so that the threshold of the first parameter holds for all.
+    If the optimizer maximizes, A is replaced by -A. If groups of parameters have different thresholds, the entries of P
+    for each group are multiplied by the ratio of its threshold to that of the first parameter. The threshold of the
+    first parameter then applies to all groups.
 
     Parameters
     ----------
@@ -103,7 +105,7 @@ def preconditioned(
     Raises
     ------
     ValueError
-        If the optimizer no longer has the parameters, has second moments of some of the parameters only, or has
+        If the optimizer no longer has the parameters, has second moments of only some of the parameters, or has
         settings for which no preconditioner exists.
     """
     owners, rule = _owners(A, optimizer, positions), _RULES[type(optimizer)]
@@ -163,10 +165,10 @@ def _check_groups(groups: list[Group]) -> bool:
 
 
 def _owners(A: ParameterVectors, optimizer: Optimizer, positions: Positions) -> dict[str, tuple[Tensor, Group]]:
-    """Return the optimizer's own tensor and its group for each parameter of `A`, by name.
+    """Return a dict from the name of each parameter of `A` to the optimizer's tensor and its group.
 
-    If `A` and the optimizer were pickled, aliases have become copies. A copy is accepted as long as it has the values
-    of the optimizer's tensor.
+    Pickling `A` and the optimizer turns aliases into copies. A copy is accepted if its values equal those of the
+    optimizer's tensor.
     """
     groups = optimizer.param_groups
     owners: dict[str, tuple[Tensor, Group]] = {}
@@ -194,7 +196,7 @@ def _address(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class _State:
-    """The state of one parameter, with an error message for missing entries.
+    """The optimizer's state for one parameter. If an entry is missing, an error says why.
 
     Parameters
     ----------
@@ -209,7 +211,7 @@ class _State:
 
     @property
     def steps(self) -> float:
-        """The number of steps so far. If a gradient scaler skips the first step of a fused optimizer, it is 0."""
+        """The number of steps so far. It stays 0 if a gradient scaler skips the first step of a fused optimizer."""
         return float(self._entries.get("step", 0.0))
 
     def tensor(self, key: str, option: str = "") -> Tensor:
@@ -229,8 +231,8 @@ class _Update:
     Attributes
     ----------
     denominator : Tensor, float or None
-        The number by which each entry of the momentum is divided, without the learning rate. None if the optimizer has
-        taken no step yet.
+        The divisor of each entry of the momentum (without the learning rate). It is None if the optimizer uses second
+        moments but has not taken a step yet.
     threshold : float
         The stability threshold.
     decoupled : bool

@@ -1,17 +1,18 @@
 r"""Eigenpairs of :math:`A = S^\top S` from the smaller matrix :math:`S S^\top`.
 
-The Gram matrix :math:`K = S S^\top` has the non-zero eigenvalues of A. If :math:`K u = \theta u` and
-:math:`\theta > 0`, then :math:`v = S^\top u / \sqrt\theta` is an eigenvector of A. There are two ways to use K:
+The Gram matrix :math:`K = S S^\top` has the same non-zero eigenvalues as A, and is smaller than A if S has fewer rows
+than columns. If :math:`K u = \theta u` and :math:`\theta > 0`, then :math:`v = S^\top u / \sqrt\theta` is an
+eigenvector of A. There are two ways to use K:
 
 - `solve_formed` forms S, computes all eigenvalues of K, and certifies the eigenpairs of A. The residuals of the
-  vectors are :math:`A v - \theta v = S^\top (K u - \theta u) / \sqrt\theta`, so that their inner products are those of
-  n-vectors with the matrix K. Two products with A itself verify S, the residuals and the rounding errors of the
-  vectors. The trace of K verifies that no eigenvalue is missing.
-- `lifted` maps the eigenpairs that an iterative method has found for K.
+  eigenvectors are :math:`A v - \theta v = S^\top (K u - \theta u) / \sqrt\theta`. Their inner products can therefore be
+  computed from K and vectors of length n. Two products with A itself measure the errors of S and of the eigenvectors.
+  The trace of K shows that no eigenvalue is missing.
+- `lifted` maps eigenpairs of K that were computed by an iterative method to eigenpairs of A.
 
-Eigenvalues of K up to ``n * eps`` times the largest one are rounding errors, and count as zero. If K is applied to
-vectors in single precision, the limit is 10 times the machine epsilon of the products. The null space of A is the
-orthogonal complement of all other eigenvectors.
+Eigenvalues of K up to ``n * eps`` times the largest one may be rounding errors, and are treated as zero. If products
+with K are computed in single precision, this limit is 10 times the machine epsilon of the products, relative to the
+largest eigenvalue. The null space of A is the orthogonal complement of the eigenvectors with non-zero eigenvalues.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ UNSUITABLE = (NotFactorableError, *UNTRUSTED)
 """Exceptions after which ``side='auto'`` uses A itself: it may be indefinite, or its data may be shuffled."""
 
 _EPS = float(np.finfo(np.float64).eps)
-_ENDS = ("LA", "LM")  # the ends of the spectrum that belong to the non-zero eigenvalues of S.T @ S
-_MIN_PRODUCTS = 30  # of a search for one eigenvalue
-# A product with A takes at least 8 n P operations, and the Gram matrix takes 2 n^2 P: forming it costs n / 4 products.
+_ENDS = ("LA", "LM")  # values of `which` that select non-zero eigenvalues of S.T @ S
+_MIN_PRODUCTS = 30  # assumed number of products of an iterative search for one eigenvalue
+# A product with A takes at least 8 n P operations. The Gram matrix takes 2 n^2 P operations, as many as n / 4 products.
 _ROWS_PER_PRODUCT = 8
-_ORTHOGONAL = 1e-10  # lifted vectors that deviate more are computed again, by orthogonalization
+_ORTHOGONAL = 1e-10  # if lifted vectors deviate more from orthonormality, orthogonalize them
 _SAFE_EXPONENT = 100  # entries of S between 2**-100 and 2**100 are not scaled
 
 
@@ -101,7 +102,7 @@ def smaller_side(A: Any, side: Any, k: int, which: str, has_start: bool) -> Gram
 
 
 def fits(gram: GramLinearOperator, k: int, available: int) -> bool:
-    """Return True if forming the factor fits into `available` bytes, and takes less time than an iterative method."""
+    """Return True if the factor fits into `available` bytes, and forming it is faster than an iterative method."""
     rows, cols = gram.factor.shape
     copies = 8 if gram.epsilon <= _EPS else 12  # single precision is converted to double precision
     needed = copies * rows * cols + 8 * (3 * k * cols + 4 * rows**2)
@@ -149,7 +150,7 @@ class Formed:
     values, vectors : ndarray, shape (k,) and (P, k)
         The largest eigenvalues in descending order, and their eigenvectors.
     certificate : Certificate or None
-        None if it was not requested.
+        The certificate, or None if no certificate was requested.
     rank : int
         The number of non-zero eigenvalues of ``S.T @ S``.
     """
@@ -174,13 +175,13 @@ def solve_formed(
     Parameters
     ----------
     A : CountedOperator, shape (P, P)
-        The operator itself, which verifies the result with two products.
+        The operator. Two products with it verify the result.
     gram : GramLinearOperator, shape (n, n)
         The Gram matrix of A.
     k : int
         The number of eigenvalues, at most n.
     which : str or None
-        The claim of the certificate, or None for no certificate.
+        The eigenvalues that the certificate is about, as in `curvop.spectrum.eigsh`, or None to compute no certificate.
     tol : float
         The tolerance of the certificate.
     rng : numpy.random.Generator
@@ -203,7 +204,7 @@ def solve_formed(
         def remaining(ends: tuple[float, float], tolerance: float) -> SearchResult:
             return SearchResult(spectrum.low + shift, spectrum.high + shift, spectrum.deficit, None)
 
-        quotients = values  # their residuals are rounding errors
+        quotients = values  # Rayleigh quotients equal the eigenvalues up to rounding errors
         certificate = certificate_from(
             values,
             spectrum.vector_gram,
@@ -231,10 +232,10 @@ class _Spectrum:
     vector_gram, residual_gram : ndarray, shape (k, k)
         ``V.T @ V`` and ``R.T @ R`` for the vectors V and their residuals ``R = S.T @ S @ V - V * values``.
     low, high : float
-        The range of all other eigenvalues.
+        The smallest and the largest of all other eigenvalues.
     deficit : float
-        The difference between the trace and the sum of all eigenvalues, plus the limit up to which eigenvalues count as
-        zero.
+        The absolute difference between the trace of ``S @ S.T`` and the sum of its computed eigenvalues, plus the limit
+        up to which eigenvalues are treated as zero.
     rank : int
         The number of non-zero eigenvalues.
     """
@@ -270,8 +271,9 @@ class _Spectrum:
     def _orthogonalize(self) -> None:
         """Compute the eigenpairs again in the span of the vectors.
 
-        Rounding errors of the lifted vectors are relative to the largest singular value of S, and large compared with
-        the smallest singular values. A QR and a singular value decomposition are backward stable.
+        The rounding errors of the lifted vectors are proportional to the largest singular value of S. They are
+        therefore large compared with small singular values. A QR decomposition and a singular value decomposition avoid
+        these errors, because both are backward stable.
         """
         Q = torch.linalg.qr(self.vectors).Q
         _, sigma, W = torch.linalg.svd(self.S @ Q, full_matrices=False)
@@ -294,11 +296,12 @@ class _Spectrum:
 def _noise(
     A: CountedOperator, spectrum: _Spectrum, values: Array, exponent: int, shift: float, rng: np.random.Generator
 ) -> Noise:
-    """Compare two products with A with the same products computed from the eigenpairs and from the factor.
+    """Measure the errors of two products with A. The expected products are computed from the eigenpairs and the factor.
 
-    The first vector is a random combination c of the eigenvectors. The norm of ``A V c - V diag(values) c`` is that of
-    the residuals of all vectors, divided by the square root of their number, so it is multiplied by this root. The
-    second vector is random, and verifies that ``S.T @ S`` is A.
+    The first product is with a combination ``V c`` of the k eigenvectors V, with random coefficients c of norm 1. On
+    average, the norm of ``A V c - V diag(values) c`` is that of the residuals of all eigenvectors, divided by
+    ``sqrt(k)``. The measured norm is therefore multiplied by ``sqrt(k)``. The second product is with a random vector,
+    and verifies that ``S.T @ S`` (plus the shift) is A.
     """
     V, S, size, k = spectrum.vectors, spectrum.S, A.shape[0], len(values)
     weights = torch.from_numpy(rng.standard_normal(k)).to(V.device)
@@ -313,7 +316,8 @@ def _noise(
     AX = np.ldexp(A.matmat(X), -exponent)
     errors = [norm(difference) for difference in (AX - _array(expected)).T]
     sizes = [norm(product) for product in AX.T]
-    # The computed vectors differ from those of `vector_gram` by rounding errors, which the same combination measures.
+    # Because of rounding errors, `vector_gram` is not exactly the Gram matrix of the computed vectors. The same
+    # combination measures the difference.
     drift = V.T @ combination - torch.from_numpy(spectrum.vector_gram).to(V.device) @ weights
     eigenvector_error = math.sqrt(k) * (errors[0] + float(drift.norm()) * max(values, default=0.0))
     largest = max(*sizes, float(np.abs(values).max(initial=0.0)))
@@ -350,7 +354,7 @@ def _null_vectors(V: Tensor, count: int, rng: np.random.Generator) -> Tensor:
 
 
 def _exponent(S: Tensor) -> int:
-    """Return the power of two by which S is divided, so that the Gram matrix neither underflows nor overflows."""
+    """Return the exponent e for which the Gram matrix of ``S / 2**e`` neither underflows nor overflows."""
     exponent = math.frexp(float(torch.linalg.vector_norm(S, math.inf)) if S.numel() else 0.0)[1]
     return exponent if abs(exponent) > _SAFE_EXPONENT else 0
 

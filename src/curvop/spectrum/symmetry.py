@@ -69,11 +69,11 @@ def _asymmetry_of_matrix(A: Any) -> float:
 
 
 def _asymmetry_of_products(A: LinearOperator) -> tuple[float, float]:
-    """Return estimates of ``||A - A'|| / ||A||`` and of the relative error of products.
+    """Return (asymmetry, error): estimates of ``||A - A'|| / ||A||`` and of the relative error of products.
 
-    For random vectors u and v of norm 1, the root mean square of ``sqrt(N) |u' (A - A') v|`` relative to the norm of
-    ``A u`` is the relative asymmetry in the Frobenius norm. Rounding errors make products nonlinear, so that
-    ``A (u + v)`` differs from ``A u + A v``.
+    Let u and v be random vectors of norm 1. The root mean square of ``sqrt(N) |u' (A - A') v|``, divided by that of
+    ``||A u||``, is the relative asymmetry in the Frobenius norm. Rounding errors make products nonlinear. The error is
+    therefore estimated from the difference between ``A (u + v)`` and ``A u + A v``.
     """
     size = A.shape[0]
     U = np.random.default_rng(0).standard_normal((2, size))

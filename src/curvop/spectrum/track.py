@@ -24,7 +24,7 @@ __all__ = ["Tracker", "track"]
 
 Array = NDArray[Any]
 
-_MIN_WARM_BASIS = 8  # a good starting vector needs a smaller basis than the default of `eigsh`
+_MIN_WARM_BASIS = 8  # a good starting vector allows a smaller basis than the default of `eigsh`
 
 
 def track(
@@ -39,8 +39,8 @@ def track(
     r"""Track extreme eigenvalues during training.
 
     Call ``tracker.step()`` once per step of your training loop. With an optimizer, the tracker follows the eigenvalues
-    that determine whether the optimizer is stable, together with the threshold of stability. To compute eigenvalues
-    with error bounds for fixed parameters, use `eigsh` instead.
+    that determine whether the optimizer is stable, together with the stability threshold. To compute eigenvalues with
+    error bounds for fixed parameters, use `eigsh` instead.
 
     Parameters
     ----------
@@ -84,9 +84,10 @@ def track(
     random start. The eigenvalues are not certified.
 
     In full-batch gradient descent, the largest Hessian eigenvalue (the sharpness) typically grows to 2 / learning rate,
-    and then hovers near this value [1]_. Other optimizers do the same with the largest eigenvalue of the preconditioned
-    Hessian :math:`P^{-1/2} (H + W) P^{-1/2}` and another threshold [2]_. The diagonal matrix P contains the current
-    second moments and the settings of the optimizer, including the learning rate :math:`\eta`:
+    and then hovers near this value [1]_. With other optimizers, the largest eigenvalue of the preconditioned Hessian
+    :math:`P^{-1/2} (H + W) P^{-1/2}` typically grows to another threshold, which is given below [2]_. The diagonal
+    matrix P contains the current second moments and the settings of the optimizer, including the learning rate
+    :math:`\eta`:
 
     - SGD: :math:`P = 1 / \eta`. The threshold is 2 without momentum, ``(2 + 2 * momentum) / (1 - dampening)`` with
       momentum, and ``(2 + 2 * momentum) / (1 + 2 * momentum - momentum * dampening)`` with Nesterov momentum.
@@ -95,19 +96,22 @@ def track(
     - RMSprop: :math:`P = (\sqrt{v} + \epsilon) / \eta`. The threshold is ``2 + 2 * momentum``.
 
     Here v is the running mean of the squared gradients after t steps. With ``amsgrad=True``, v is the maximum of this
-    mean, and with ``centered=True``, v is the running variance. A threshold is exact for a quadratic loss and fixed
-    second moments. If all eigenvalues of H + W are positive, the optimizer converges if the largest preconditioned
-    eigenvalue is below the threshold, and diverges if it is above. If H + W has a negative eigenvalue, the loss has no
-    minimum, and the optimizer diverges for every learning rate.
+    mean over all steps. With ``centered=True``, v is the running variance of the gradients. A threshold is exact for a
+    quadratic loss and fixed second moments. Suppose that all eigenvalues of H + W are positive. Then the optimizer
+    converges if the largest preconditioned eigenvalue is below the threshold, and diverges if this eigenvalue is above
+    the threshold. If H + W has a negative eigenvalue, the loss has no minimum, and the optimizer diverges for every
+    learning rate.
 
     The options of an optimizer have the following effects:
 
-    - Weight decay that is added to the gradient is part of the loss. W is the diagonal matrix of these decays.
+    - Weight decay that is added to the gradient adds the diagonal matrix W, which contains the weight decay of each
+      parameter, to the Hessian.
     - Decoupled weight decay (AdamW) multiplies P by ``1 - lr * weight_decay / 2``, because the decay of the parameters
       moves the limit of stability.
     - With ``maximize=True``, H is replaced by -H.
-    - If groups of parameters have different thresholds, P is multiplied by the ratio of each threshold to that of the
-      first parameter. The limit of stability is then exact for all groups together.
+    - If groups of parameters have different thresholds, the entries of P for each group are multiplied by the ratio of
+      its threshold to that of the first parameter. The threshold of the first parameter is then exact for all groups
+      together.
 
     References
     ----------
@@ -242,8 +246,9 @@ class Tracker:
         Raises
         ------
         ValueError
-            If the operator is not symmetric. If the optimizer has second moments of some of the parameters only, no
-            longer has all parameters, or has settings for which there is no threshold or positive preconditioner.
+            If the operator is not symmetric. If the optimizer has second moments of only some of the parameters, or no
+            longer has all parameters. If the optimizer has settings for which there is no stability threshold or no
+            positive preconditioner.
 
         Warns
         -----
@@ -274,7 +279,8 @@ class Tracker:
     def _search(self, A: LinearOperator, start: Array | None) -> EigenResult:
         """Run `eigsh` without a certificate.
 
-        Use a small basis if a starting vector is given. Use a random vector and the default basis if `start` is None.
+        If a starting vector is given, a small basis is used. If `start` is None, a random vector and the default basis
+        are used.
         """
         size = A.shape[0]
         warm = start is not None and self._k + 2 <= size
@@ -304,7 +310,8 @@ class Tracker:
             The axes to draw on. The default is the axes of a new figure.
         learning_rate : float, optional
             The learning rate of gradient descent. If given, a dashed line shows ``2 / learning_rate``. Gradient descent
-            becomes unstable if the sharpness exceeds this value. Do not pass it if the tracker has an optimizer.
+            becomes unstable if the sharpness exceeds this value. Do not pass a learning rate if the tracker has an
+            optimizer.
 
         Returns
         -------
