@@ -13,14 +13,13 @@ from torch import Tensor
 
 from curvop.kernels.parameters import ParameterLayout
 from curvop.operators.base import Composites, Rows, TensorLinearOperator, WrappingLinearOperator
-from curvop.operators.parameter_operator import Layouts, ParameterVectors, touched_parameters
+from curvop.operators.parameter_operator import Layouts, ParameterVectors
 from curvop.operators.submatrix_operator import SubmatrixLinearOperator, as_slice
 
 __all__ = [
     "CompositeLinearOperator",
     "NamedLinearOperator",
     "alike",
-    "as_array",
     "entries",
     "layouts_of",
     "multiply",
@@ -94,18 +93,6 @@ class CompositeLinearOperator(ParameterVectors):
             self._params,
         )
 
-    def _smallest_block(
-        self, rows: NDArray[np.intp], cols: NDArray[np.intp]
-    ) -> tuple[TensorLinearOperator, NDArray[np.intp], NDArray[np.intp]]:
-        names: list[Names | None] = []
-        idxs = []
-        for layout, selected in ((self._row_layout, rows), (self._col_layout, cols)):
-            touched, positions = (None, selected) if layout is None else touched_parameters(layout, selected)
-            names.append(None if layout is None or touched == layout.names else touched)
-            idxs.append(positions)
-        block = self if names == [None, None] else self._restricted(*names)
-        return block, idxs[0], idxs[1]
-
     def _adjoint(self) -> LinearOperator:
         if self._symmetric is None:
             self._symmetric = self.shape[0] == self.shape[1] and self._mirror(True)._identity() == self._identity()
@@ -147,7 +134,7 @@ class _ScipyLinearOperator(WrappingLinearOperator):
         super().__init__(A.dtype, A.shape)
 
     def _apply(self, rows: Rows) -> Rows:
-        array = as_array(rows)
+        array = _as_array(rows)
         # Copy the product, because the operator may return its argument or an array that it keeps.
         product = np.array(self._A.matvec(array[0])[None] if len(array) == 1 else self._A.matmat(array.T).T, order="C")
         if not isinstance(rows, Tensor):
@@ -205,7 +192,7 @@ def _of_this_package(A: LinearOperator) -> TensorLinearOperator:
     return A if isinstance(A, TensorLinearOperator) else _ScipyLinearOperator(A)
 
 
-def as_array(rows: Rows) -> NDArray[Any]:
+def _as_array(rows: Rows) -> NDArray[Any]:
     """Convert a tensor to an array. A bfloat16 tensor becomes a float32 array, because NumPy has no bfloat16."""
     if not isinstance(rows, Tensor):
         return rows
@@ -251,7 +238,7 @@ def entries(layout: ParameterLayout | None, names: Names | None) -> Any:
     """
     if names is None or layout is None:
         return slice(None)
-    idxs = np.concatenate([np.arange(layout.size)[layout.slices[name]] for name in names])
+    idxs = np.concatenate([np.arange(layout.slices[name].start, layout.slices[name].stop) for name in names])
     return as_slice(idxs) or idxs
 
 

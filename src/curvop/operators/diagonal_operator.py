@@ -161,6 +161,11 @@ class DiagonalLinearOperator(ParameterVectors):
             return diagonal
         return NamedLinearOperator(SubmatrixLinearOperator(self, row_idxs, col_idxs), layouts, self._params)
 
+    def _smallest_block(
+        self, rows: NDArray[np.intp], cols: NDArray[np.intp]
+    ) -> tuple[TensorLinearOperator, NDArray[np.intp], NDArray[np.intp]]:
+        return self, rows, cols
+
     def _entries_at(self, idxs: Any) -> DiagonalLinearOperator:
         return DiagonalLinearOperator(self._values[idxs])
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from curvop.kernels.functions_objective import FunctionsObjective
@@ -15,7 +14,7 @@ from curvop.kernels.jacobian_kernel import JacobianKernel, over_predictions, pre
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.parameters import ParameterLayout
 from curvop.operators.engine_operator import EngineLinearOperator, Settings
-from curvop.operators.parameter_operator import ParameterVectors, touched_parameters
+from curvop.operators.parameter_operator import ParameterVectors
 from curvop.operators.validation import named_keywords, validated_names
 
 __all__ = ["JacobianLikeLinearOperator", "JacobianLinearOperator", "TransposedJacobianLinearOperator"]
@@ -73,13 +72,6 @@ class JacobianLikeLinearOperator(ParameterVectors, EngineLinearOperator):
         adjoint = super()._adjoint()
         adjoint._is_transpose = not self._is_transpose
         return adjoint
-
-    def _smallest_block(
-        self, rows: NDArray[np.intp], cols: NDArray[np.intp]
-    ) -> tuple[Self, NDArray[np.intp], NDArray[np.intp]]:
-        names, idxs = touched_parameters(self._names, rows if self._is_transpose else cols)
-        rows, cols = (idxs, cols) if self._is_transpose else (rows, idxs)
-        return (self if names == self._names.names else self.block(names)), rows, cols
 
 
 class _Jacobians(JacobianLikeLinearOperator):

@@ -307,6 +307,23 @@ class ParameterVectors(TensorLinearOperator):
         """Return the rows and the columns of the named parameters. None stands for all rows or all columns."""
         raise NotImplementedError
 
+    def _smallest_block(
+        self, rows: NDArray[np.intp], cols: NDArray[np.intp]
+    ) -> tuple[TensorLinearOperator, NDArray[np.intp], NDArray[np.intp]]:
+        """Return (block, rows, cols), where ``block`` is the smallest block that contains the given rows and columns.
+
+        The returned ``rows`` and ``cols`` are the indices of the given rows and columns within ``block``. An axis that
+        does not consist of parameters is kept whole.
+        """
+        names: list[Sequence[str] | None] = []
+        idxs = []
+        for layout, selected in zip(self._row_and_column_layouts, (rows, cols), strict=True):
+            touched, positions = (None, selected) if layout is None else touched_parameters(layout, selected)
+            names.append(None if layout is None or touched == layout.names else touched)
+            idxs.append(positions)
+        block = self if names == [None, None] else self._restricted(*names)
+        return block, idxs[0], idxs[1]
+
     def _check_entries(self, x: Rows) -> None:
         kind = ("c" if x.is_complex() else "f") if isinstance(x, Tensor) else x.dtype.kind
         if kind == "c":
@@ -450,19 +467,6 @@ class ParameterLinearOperator(ParameterVectors):
 
     def _restricted(self, rows: Sequence[str] | None, cols: Sequence[str] | None) -> Self:
         return self.block(self._rows.names if rows is None else rows, self._cols.names if cols is None else cols)
-
-    def _smallest_block(
-        self, rows: NDArray[np.intp], cols: NDArray[np.intp]
-    ) -> tuple[Self, NDArray[np.intp], NDArray[np.intp]]:
-        """Return (block, rows, cols), where ``block`` is the smallest block that contains the given rows and columns.
-
-        The returned ``rows`` and ``cols`` are the indices of the given rows and columns within ``block``.
-        """
-        row_names, rows = touched_parameters(self._rows, rows)
-        col_names, cols = touched_parameters(self._cols, cols)
-        if (row_names, col_names) == (self._rows.names, self._cols.names):
-            return self, rows, cols
-        return self.block(row_names, col_names), rows, cols
 
 
 def as_tensor(what: str, value: Any) -> Tensor:
