@@ -183,7 +183,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            If ``damping`` is infinite or NaN, or if A is not square.
+            If ``damping`` is infinite or NaN, or if A is neither square nor a block of parameters.
         TypeError
             If ``damping`` is not a real number.
 
