@@ -2,10 +2,10 @@ r"""
 The edge of stability
 =====================
 
-On a quadratic, gradient descent with a learning rate :math:`\eta` is stable only if the largest eigenvalue of the
-Hessian, the sharpness, is below :math:`2 / \eta`. The sharpness of a network grows during training until it reaches
-this edge, and then stays there. The loss continues to fall, but not in every step (Cohen, Kaur, Li, Kolter, Talwalkar,
-2021).
+If the loss is quadratic, gradient descent with a learning rate :math:`\eta` is stable only if the largest eigenvalue of
+the Hessian, the sharpness, is below :math:`2 / \eta`. The sharpness of a network grows during training until it reaches
+:math:`2 / \eta`, the edge of stability, and then stays close to this edge. The loss continues to fall, but not in every
+step (Cohen, Kaur, Li, Kolter, Talwalkar, 2021).
 
 ``track`` follows the largest eigenvalue during a training loop. The operator always uses the current parameters. Each
 computation starts from the previous eigenvector.
@@ -43,7 +43,8 @@ def train(learning_rate, steps=1500):
 
 
 # %%
-# Train with two learning rates. For each learning rate, the sharpness settles at its own edge.
+# Train with two learning rates. With each learning rate, the sharpness settles near the edge for this learning rate,
+# ``2 / learning_rate``.
 
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
 for axis, learning_rate in zip(axes, (0.7, 0.85), strict=False):

@@ -32,7 +32,7 @@ loss_function = nn.MSELoss()
 
 
 def train(learning_rate, steps=1200):
-    """Train with full-batch Adam. Return trackers of the preconditioned and of the plain Hessian, and the losses."""
+    """Train with full-batch Adam. Return trackers of the preconditioned and the plain Hessian, and the losses."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)).double()
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)

@@ -2,9 +2,9 @@ r"""
 GPT-2, block by block
 =====================
 
-Which layers of a transformer are sharp, and how do they depend on each other? The diagonal blocks of the Hessian answer
-the first question for each parameter. The off-diagonal blocks answer the second question. Each block is an operator,
-whose products involve only the parameters of the block.
+Which layers of a transformer are sharp, and how do they depend on each other? The diagonal blocks of the Hessian show
+how sharp the loss is in each parameter. The off-diagonal blocks show how two parameters depend on each other. Each
+block is an operator whose products involve only the parameters of the block.
 
 The model is a small Hugging Face ``GPT2LMHeadModel`` with random weights, trained briefly on the text of this file. To
 study GPT-2 with the same code, replace this model by ``GPT2LMHeadModel.from_pretrained("gpt2")``.

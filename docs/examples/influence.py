@@ -38,8 +38,8 @@ wrong = train[:50]
 y[wrong] = (y[wrong] + torch.randint(1, 10, (50,))) % 10
 
 # %%
-# Train a network with weight decay. The objective includes the penalty of the weight decay. The Hessian of this
-# penalty, ``decay`` times the identity matrix, is the damping that is added to `G`.
+# Train a network with weight decay. The objective includes the penalty of the weight decay. The Hessian of the penalty
+# is ``decay`` times the identity matrix, so `G` is damped by ``decay``.
 
 model = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10)).double()
 params = dict(model.named_parameters())

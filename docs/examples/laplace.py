@@ -9,7 +9,7 @@ trained parameters :math:`\theta` by a normal distribution,
 .. math:: \theta + \frac{1}{\sqrt N} \, (G + \lambda I)^{-1/2} z, \qquad z \sim \mathcal{N}(0, I),
 
 where `G` is the Gauss-Newton matrix of the mean loss over `N` training images, and :math:`\lambda` is the weight decay
-of the training. The samples of the parameters differ most in directions that the training data do not determine.
+of the training. The samples of the parameters vary most in directions that the training data do not determine.
 
 ``apply`` computes the product of the inverse square root with many vectors `z` at once, without forming the matrix.
 ``apply`` also estimates the error of each product.
@@ -31,7 +31,7 @@ order = torch.randperm(len(X))
 train, test = order[:1000], order[1000:]
 
 # %%
-# Train a network with weight decay, until the gradient vanishes.
+# Train a network with weight decay, until the gradient is nearly zero.
 
 model = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10)).double()
 params = dict(model.named_parameters())
@@ -120,9 +120,9 @@ axes[0].legend(frameon=False)
 plt.show()
 
 # %%
-# How well do the entropy of the network and the disagreement of the samples separate turned from upright digits? For
-# both numbers, compute the fraction of pairs of a turned and an upright image in which the turned image has the larger
-# number.
+# How well do the entropy of the network and the disagreement of the samples separate turned from upright digits?
+# Consider all pairs of one turned and one upright image. For each of the two measures, compute the fraction of pairs in
+# which the turned image has the larger value.
 
 shares = []
 for index, title in enumerate(titles):

@@ -4,9 +4,9 @@ The spectrum of the neural tangent kernel
 
 For small changes of its parameters, a network is approximately a linear model with the features :math:`J = \partial z /
 \partial \theta`. Gradient descent on a squared error then fits the component of the targets along the left singular
-vector :math:`u_i` of `J` at the rate :math:`\sigma_i^2`, where :math:`\sigma_i` is the singular value. The components
-along the leading singular vectors are therefore learned first. The squared singular values of `J` are the eigenvalues
-of the empirical neural tangent kernel :math:`J J^\top` (Jacot, Gabriel, Hongler, 2018).
+vector :math:`u_i` of `J` at the rate :math:`\sigma_i^2`, where :math:`\sigma_i` is the corresponding singular value of
+`J`. The components along the leading singular vectors are therefore learned first. The squared singular values of `J`
+are the eigenvalues of the empirical neural tangent kernel :math:`J J^\top` (Jacot, Gabriel, Hongler, 2018).
 
 SciPy's ``svds`` computes the singular values from products with the Jacobian operator. The kernel is never formed.
 """
@@ -62,8 +62,8 @@ assert along[4] > 2 * along_shuffled[4]
 # ------------------------------------------
 #
 # Train networks of several widths, and measure how much the kernel changes. The measure is the cosine of the angle
-# between the kernels before and after training, ``<K, K'> / (|K| |K'|)``. It is estimated from products of the kernels
-# with random vectors.
+# between the kernels before and after training, ``<K, K'> / (|K| |K'|)``. The cosine is estimated from products of the
+# kernels with random vectors.
 
 rng = np.random.default_rng(0)
 probes = rng.choice([-1.0, 1.0], (len(X), 40))

@@ -3,8 +3,9 @@ Training by Newton's method
 ===========================
 
 ``scipy.optimize`` can train a network like any other function: it needs the loss, the gradient, and products with the
-Hessian at a point. The method ``trust-krylov`` (Gould, Lucidi, Roma, Toint, 1999) uses all three. It can handle an
-indefinite Hessian, which is common before the minimum is reached.
+Hessian at a point. The method ``trust-krylov`` (Gould, Lucidi, Roma, Toint, 1999) uses the loss, the gradient and the
+products. This method can handle an indefinite Hessian. The Hessian of a network is often indefinite
+before the minimum is reached.
 
 The operator always uses the current parameters: if you write a new point into the parameters, the next product is
 computed at this point.
@@ -46,7 +47,7 @@ H = HessianLinearOperator.from_objective(objective, params, data)
 
 
 def move_to(x):
-    """Set the parameters to `x`. If they already equal `x`, do not write: writing makes the operator re-linearize."""
+    """Set the parameters to `x`. Do nothing if they equal `x`, because a write makes the operator re-linearize."""
     if np.array_equal(x, H.ravel(params)):
         return
     with torch.no_grad():
@@ -76,7 +77,7 @@ start = H.ravel(params)
 
 
 def train(method, **options):
-    """Minimize from `start`. Return SciPy's result, and the cost, the loss and the gradient norm after each step."""
+    """Minimize from `start`. Return SciPy's result and an array with rows for cost, loss and gradient norm per step."""
     global gradients
     gradients, products, path = 0, H.num_products, []
 

@@ -3,9 +3,9 @@ As many outliers as classes
 ===========================
 
 The Hessian of a classifier has a bulk of small eigenvalues. Above this bulk, there are about as many outliers as
-classes, or one fewer. Sagun, Bottou, LeCun (2016) and Sagun et al. (2017) found this, and Papyan (2018, 2020) explained
-the outliers by the class means of the gradients. This example counts the outliers for small convolutional networks that
-are trained on images of 4, 6 or 10 different digits.
+classes, or one fewer. Sagun, Bottou, LeCun (2016) and Sagun et al. (2017) discovered these outliers, and Papyan (2018,
+2020) explained them by the class means of the gradients. This example counts the outliers for small convolutional
+networks that are trained on images of 4, 6 or 10 different digits.
 
 ``density`` shows all eigenvalues at once. ``eigsh`` computes the outliers, and certifies that no outlier is missing.
 """
@@ -43,8 +43,8 @@ def trained(classes, epochs=3):
 
 
 # %%
-# Count the outliers: they are the eigenvalues above the largest gap, which is the largest ratio of two consecutive
-# eigenvalues.
+# Count the outliers, which are the eigenvalues above the largest gap. The largest gap lies between the two consecutive
+# eigenvalues with the largest ratio.
 
 figure, axes = plt.subplots(3, 1, figsize=(8, 7), layout="constrained")
 for axis, classes in zip(axes, (4, 6, 10), strict=True):

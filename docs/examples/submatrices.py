@@ -48,9 +48,9 @@ P = H.shape[1]
 print(H, H.params_slices)
 
 # %%
-# The network is small enough for a dense Hessian. ``functorch_hessian`` computes it independently (forward mode over
-# reverse mode, with all data as one batch). The product of the operator and the identity is the same matrix. The
-# identity is a tensor, so the product is a tensor too.
+# The network is small enough for a dense Hessian. ``functorch_hessian`` computes the dense Hessian with an independent
+# method (forward mode over reverse mode, with all data as one batch). The product of the operator and the identity
+# matrix is the same dense Hessian. The identity matrix is a tensor, so the product is a tensor too.
 
 H_dense = functorch_hessian(model, loss_function, params, data)
 assert allclose_report(H_dense, H @ torch.eye(P, device=DEVICE))
@@ -68,7 +68,7 @@ first = H.params_slices[name0]
 assert allclose_report(H_dense[first, first], H_param0 @ torch.eye(H_param0.shape[1], device=DEVICE))
 
 # %%
-# The same block can be taken from the operator of the whole matrix, by name:
+# The operator of the whole matrix returns the same block if you pass the name of the parameter to ``block``:
 
 assert allclose_report(H_dense[first, first], H.block(name0) @ torch.eye(first.stop, device=DEVICE))
 
@@ -90,7 +90,7 @@ assert allclose_report(H_dense[first, second], H.block(name0, name1) @ torch.eye
 # Arbitrary rows and columns
 # --------------------------
 #
-# A submatrix need not follow the layers. Take any three rows and three columns:
+# The rows and columns of a submatrix need not belong to whole layers. Take any three rows and three columns:
 
 rows, cols = [0, 13, 42], [1, 2, 3]
 H_sub = SubmatrixLinearOperator(H, rows, cols)
@@ -103,13 +103,13 @@ assert allclose_report(H_dense[rows, :][:, cols], H_sub @ torch.eye(len(cols), d
 assert allclose_report(H_dense[rows, :][:, cols], H[rows, :][:, cols] @ torch.eye(len(cols), device=DEVICE))
 
 # %%
-# The cost of a part
-# ------------------
+# The cost of a submatrix
+# -----------------------
 #
-# A submatrix could be computed by multiplying by the whole Hessian and discarding most of the result. ``curvop`` only
-# uses the parameters to which the rows and columns belong. A product with a block that is sliced from ``H`` therefore
-# costs as much as a product with an operator that was created for these parameters only. Time both operators
-# alternately, and compare the medians:
+# A submatrix could be computed by multiplying by the whole Hessian and discarding most of the result. Instead,
+# ``curvop`` uses only the parameters to which the rows and columns belong. A product with a block that is sliced from
+# ``H`` therefore costs as much as a product with an operator that was created for these parameters only. Alternately
+# time products with both operators and with the whole matrix, and compare the medians:
 
 
 def medians(*functions, repeats=300):

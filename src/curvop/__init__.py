@@ -47,7 +47,7 @@ The operator always uses the current parameters::
     >>> loss < 0.01
     True
 
-Blocks of parameters and selections of rows and columns are operators, too. Their products cost less than products with
+Blocks of parameters and selections of rows and columns are also operators. Their products cost less than products with
 the whole matrix::
 
     >>> last_layer = H.block(["2.weight", "2.bias"])

@@ -1,4 +1,4 @@
-"""Former module of `curvop.SubmatrixLinearOperator`, which is kept for compatibility."""
+"""Former module of `curvop.SubmatrixLinearOperator`. It is kept so that old imports still work."""
 
 from curvop.operators.submatrix_operator import SubmatrixLinearOperator
 

@@ -31,7 +31,7 @@ class Finding:
     limit : float or None
         The largest value that counts as ``'ok'``.
     remedy : str
-        What to do about a warning or an error. Empty if the status is ``'ok'`` or ``'not applicable'``.
+        Advice on a warning or an error. The text is empty if the status is ``'ok'`` or ``'not applicable'``.
     """
 
     name: str
@@ -132,8 +132,8 @@ class CheckReport:
         Returns
         -------
         dict
-            Has the keys ``operator``, ``ok``, ``verdict``, ``findings``, ``products`` and ``seconds``. Each finding is
-            a dictionary of its attributes. NaN and infinity are replaced by None.
+            A dictionary with the keys ``operator``, ``ok``, ``verdict``, ``findings``, ``products`` and ``seconds``.
+            Each finding is a dictionary of its attributes. NaN and infinity are replaced by None.
         """
 
         def finite(value: float | None) -> float | None:

@@ -103,8 +103,8 @@ def dense_check(
     Returns
     -------
     DenseCheck
-        The result of the comparison. If the matrix has more than `DENSE_LIMIT` rows or cannot be formed, there is no
-        comparison, and `reason` is set.
+        The result of the comparison. If the matrix has more than `DENSE_LIMIT` rows or cannot be formed, the
+        eigenvalues are not compared, and `reason` contains the explanation.
     """
     start = time.perf_counter()
     params = {name: problem["params"][name] for name in names}
@@ -130,7 +130,7 @@ def largest_difference(which: str, wanted: int, found: Array, dense: Array) -> f
 
     Each computed eigenvalue is compared with the nearest eigenvalue of the dense matrix. If all requested eigenvalues
     converged, they are also sorted and compared one by one with the eigenvalues that `eigsh` should find. This
-    comparison detects a missing member of a cluster.
+    comparison detects a missing eigenvalue in a cluster of nearly equal eigenvalues.
 
     Parameters
     ----------

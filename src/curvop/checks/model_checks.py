@@ -39,20 +39,20 @@ __all__ = [
 
 _Operator = TypeVar("_Operator", bound=LinearOperator)
 
-# Parameters have dtypes with a smaller epsilon than this. A larger epsilon is due to autocast, to TF32 on a GPU, or to
-# a model that casts to a lower precision.
+# The dtypes of parameters (float32 and float64) have an epsilon below this limit. A larger epsilon is due to autocast,
+# to TF32 on a GPU, or to a model that casts to a lower precision.
 _LOW_PRECISION = 1e-4
 # The symmetry defect of a symmetric operator that is not exactly linear is at most a few times its linearity error.
 _NOISE_FACTOR = 10
 
 
 def engine_parts(A: LinearOperator) -> list[EngineLinearOperator]:
-    """Return the operators of this package in `A`, or ``[A]`` if `A` itself is an operator of this package."""
+    """Return the ``EngineLinearOperator`` objects that `A` is composed of, or ``[A]`` if `A` itself is one."""
     return _parts(A, EngineLinearOperator)
 
 
 def distributed_parts(A: LinearOperator) -> list[DistributedLinearOperator]:
-    """Return the distributed operators in `A`, or ``[A]`` if `A` itself is a distributed operator."""
+    """Return the distributed operators that `A` is composed of, or ``[A]`` if `A` itself is a distributed operator."""
     return _parts(A, DistributedLinearOperator)
 
 
@@ -65,7 +65,7 @@ def _parts(A: LinearOperator, kind: type[_Operator]) -> list[_Operator]:
 
 @contextlib.contextmanager
 def bypassed_journals(A: LinearOperator) -> Iterator[None]:
-    """Disable the journals in `A` within a ``with`` block, because a check must not read recorded products."""
+    """Disable the journals of `A` within a ``with`` block, because a check must not read recorded products."""
     with contextlib.ExitStack() as stack:
         for journal in _parts(A, JournaledLinearOperator):
             stack.enter_context(journal.bypassed())
@@ -90,7 +90,7 @@ def magnitude(array: NDArray[Any]) -> float:
 
 
 def ratio(part: float, whole: float) -> float:
-    """Return ``part / whole``. If `whole` is zero, return 0 if `part` is also zero, and infinity if it is not."""
+    """Return ``part / whole``. If only `whole` is zero, return infinity. If both are zero, return 0."""
     return 0.0 if part == 0 else part / whole if whole else math.inf
 
 
@@ -221,8 +221,8 @@ def symmetry_finding(value: float, eps: float, noise: float, self_adjoint: bool,
     """Return a finding about the symmetry defect of a square operator.
 
     An operator that is its own adjoint must be symmetric. An operator with a different adjoint need not be symmetric,
-    because defining a separate adjoint shows that asymmetry is intended. If an operator without an adjoint is not
-    symmetric, the finding is a warning.
+    because the user has defined the adjoint separately. If an operator without an adjoint is not symmetric, the finding
+    is a warning.
 
     Parameters
     ----------

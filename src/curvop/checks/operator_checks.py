@@ -42,7 +42,7 @@ __all__ = ["check", "route_findings"]
 
 Array = NDArray[Any]
 
-# If finite differences with two step sizes give products that differ by more than this limit, a comparison is
+# If finite differences with two step sizes give products whose relative difference exceeds this limit, a comparison is
 # inconclusive. All wrong formulas seen so far changed a product by more than this limit.
 _INCONCLUSIVE = 1e-3
 # Step of a difference quotient, relative to the norm of the parameters. The relative error of the quotient is
@@ -85,19 +85,19 @@ def check(
     with up to a few thousand rows, a comparison with `curvop.examples.functorch.functorch_hessian` is stricter, because
     it covers all entries.
 
-    For any operator, the check tests that products are finite, repeatable and linear, that ``matvec`` and ``matmat``
-    agree, and that ``rmatvec`` is the adjoint of ``matvec``. It also tests square operators for symmetry. An operator
-    that is not symmetric and has no adjoint gets a warning.
+    For any operator, the check tests that products are finite, repeatable and linear. The check also tests that
+    ``matvec`` and ``matmat`` agree, and that ``rmatvec`` is the adjoint of ``matvec``. Square operators are tested for
+    symmetry. An operator that is not symmetric and has no adjoint gets a warning.
 
-    For an operator of this package, the check also inspects the model, the loss and the data, and it computes a product
-    and the gradient in other ways for comparison. If `A` is a sum, a submatrix, or a damped or journaled operator, the
-    operators that it is composed of are checked in the same way. The check finds
+    For an operator of this package, the check also inspects the model, the loss and the data. It then compares a
+    product and the gradient with the same results, computed in other ways. If `A` is a sum, a submatrix, or a damped or
+    journaled operator, the operators that it is composed of are checked in the same way. The check finds
 
     - randomness in the loss, active dropout, batch normalization in training mode, and data that change between passes;
     - wrong derivatives, by comparison with forward mode and with finite differences of your code;
     - differences between the operator and your code, such as wrong batch weights, or a loss that reads the parameters
-      from somewhere else (to find such differences, the check calls your model and loss the way you do, but with other
-      values of the parameters);
+      from somewhere else (to find them, the check calls your model and loss directly, but with other values of the
+      parameters);
     - parameters that the loss does not depend on, blocks that are zero up to rounding, and Gauss-Newton matrices that
       are zero because the loss is linear in the prediction.
 
@@ -122,16 +122,16 @@ def check(
     Returns
     -------
     CheckReport
-        The findings. Print the report to see a table. Its attribute ``ok`` is True if nothing is wrong.
+        The findings. Print the report to see a table. The attribute ``ok`` of the report is True if nothing is wrong.
 
     Raises
     ------
     TypeError
-        If `A` is not a ``LinearOperator``, or the model or the loss of `A` cannot be evaluated.
+        If `A` is not a ``LinearOperator``, or if the model or the loss of `A` cannot be evaluated.
     ValueError
-        If `A` is a stack of operators, `num_probes` is not an integer >= 1, or the model or the loss of `A` cannot be
-        evaluated. Errors that mean that products are wrong or random (NaN, a random loss) become findings and are not
-        raised.
+        If `A` is a stack of operators, if `num_probes` is not an integer >= 1, or if the model or the loss of `A`
+        cannot be evaluated. Errors that mean that products are wrong or random (NaN, a random loss) become findings and
+        are not raised.
 
     See Also
     --------
@@ -140,11 +140,12 @@ def check(
 
     Notes
     -----
-    The check takes ``3 + 2 * num_probes`` products for a symmetric operator of this package. It takes
-    ``2 * num_probes`` more products for a square operator that is not its own adjoint, and one more for an operator
-    that wraps another one. In addition, it passes over the data five or more times, to evaluate the loss and the
-    gradient and to compute products in other ways. The total cost is that of about 20 to 50 gradients, and is highest
-    for models with kinks (ReLU). A journal neither supplies nor records the products of the check.
+    The check takes ``3 + 2 * num_probes`` products for a symmetric operator of this package. For a square operator that
+    is not its own adjoint, the check takes ``2 * num_probes`` more products. For an operator that wraps another
+    operator, the check takes one more product. In addition, the check passes over the data five or more times. It
+    evaluates the loss and the gradient, and computes products in other ways. In total, the check costs as much as about
+    20 to 50 gradients. The cost is highest for models with kinks (ReLU). A journal neither supplies nor records the
+    products of the check.
 
     The check compares relative errors with epsilon. If a product uses several precisions (those of the parameters, the
     loss, autocast, TF32 on a GPU, and the vectors), epsilon is that of the lowest precision. Errors up to the 2/3 power
@@ -216,13 +217,13 @@ def route_findings(
     eps : float
         Epsilon of the lowest precision that a product uses.
     scale : float
-        Differences are relative to the norm of the product, or to `scale` if `scale` is larger.
+        Differences are divided by the norm of the product, or by `scale` if `scale` is larger.
 
     Yields
     ------
     Finding
-        One finding for each route. If the matrix is zero because the loss is linear in the prediction, there is another
-        finding. If no independent route could be compared, there is also a warning.
+        One finding for each route. There is another finding if the matrix is zero because the loss is linear in the
+        prediction. If no independent route could be compared, there is also a warning.
     """
     gradients = [_gradient_finding(route, gradient, eps) for route in routes if route.name == "gradient"]
     gradient_agrees = all(finding.status == OK for finding in gradients)
@@ -259,7 +260,7 @@ class _OperatorChecks:
         self.products = 0
 
     def findings(self) -> Iterator[Finding]:
-        """Yield findings about the model, then about the algebra of products, then about other methods."""
+        """Yield findings about the model, then about the algebra of products, then about products by other methods."""
         parts, random, reported = engine_parts(self._A), False, ""
         for part in parts:
             try:
@@ -381,7 +382,7 @@ class _OperatorChecks:
         return max((route.scale for part in self._comparable for route in self._compare(part)[2]), default=0.0)
 
     def _compare(self, part: EngineLinearOperator) -> tuple[Array, Array, list[Any]]:
-        """Return (vector, product, routes): a unit vector, its product with `part`, and the same by other methods."""
+        """Return (vector, product, routes): a unit vector, its product with `part`, and results of other methods."""
         if part not in self._compared:
             if part is self._A and self._first_product is not None:
                 vector, product = self._first_product
@@ -457,7 +458,7 @@ def _product_finding(route: Any, product: NDArray[Any], eps: float, scale: float
 
 
 def _with_source(finding: Finding, route: Any) -> Finding:
-    """Add to the text of a finding how the user's code was called."""
+    """Extend the text of a finding by a description of how the user's code was called."""
     source = ""
     if route.own is not None:
         source = "of your own code" + (", all data as one batch" if route.own.whole else "")

@@ -38,9 +38,9 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
 
     Every rank enters this context manager with an operator of its own part of the data. On rank 0, the context manager
     yields the operator of the whole data set, which any solver accepts. On every other rank, the context manager
-    computes what the data of the rank contribute to the products. On these ranks, it yields None after rank 0 has left
-    its ``with`` block. Start the script with ``torchrun``. If there is no launcher or only one rank, the only process
-    is rank 0.
+    computes what the data of the rank contribute to the products. On these ranks, the context manager yields None after
+    rank 0 has left its ``with`` block. Start the script with ``torchrun``. If there is no launcher or only one rank,
+    the only process is rank 0.
 
     If one process can read the whole data set in acceptable time, do not use `serve`: pass the operator to the solver
     directly.
@@ -48,14 +48,14 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
     Parameters
     ----------
     *operators : HessianLinearOperator, GGNLinearOperator, ...
-        One or more operators of this rank's part of the data. All ranks pass the same kinds of operators in the same
-        order, with the same model and parameters. The parts of the data can differ in size or be empty (``data=[]``). A
-        Fisher matrix with ``mc_samples`` needs a different ``rng`` on each rank.
+        One or more operators of this rank's part of the data. All ranks must pass the same kinds of operators in the
+        same order, with the same model and parameters. The parts of the data can differ in size or be empty
+        (``data=[]``). A Fisher matrix with ``mc_samples`` needs a different ``rng`` on each rank.
     timeout : float, optional
-        Time in seconds without a heartbeat after which a rank is considered dead. Default: 60. Each process sends
-        heartbeats from a separate thread, so a product may take longer than `timeout`. However, a function that holds
-        Python's global interpreter lock, such as ``scipy.linalg.eigh`` of a large matrix, also blocks the heartbeats
-        and must not take longer than `timeout`.
+        Time in seconds. A rank that sends no heartbeat for this time is considered dead. Default: 60. Each process
+        sends heartbeats from a separate thread, so a product may take longer than `timeout`. However, a function that
+        holds Python's global interpreter lock, such as ``scipy.linalg.eigh`` of a large matrix, also blocks the
+        heartbeats and must not take longer than `timeout`.
     arrival : float, optional
         Time in seconds that ranks wait for each other at the beginning, for example because some of them load data.
         Default: 600.
@@ -63,16 +63,16 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
     Yields
     ------
     DistributedLinearOperator, tuple of DistributedLinearOperator, or None
-        On rank 0, the operator of the whole data set, or a tuple if several operators were passed. None on the other
-        ranks.
+        On rank 0, the operator of the whole data set, or a tuple if several operators were passed. On the other ranks,
+        the value is None.
 
     Raises
     ------
     RankError
-        If a rank fails or its process ends. The error names that rank and is raised on all ranks. On rank 0, it is
-        raised by a product or by the context manager; on the other ranks, by the context manager. If a product raises
-        an exception but all ranks are alive, only rank 0 raises an error, and the run can continue. If the ``with``
-        block of rank 0 ends with an exception, the other ranks raise a ``RankError``.
+        If a rank fails or its process ends. The error names that rank and is raised on all ranks. On rank 0, a product
+        or the context manager raises it. On the other ranks, the context manager raises it. If a product raises an
+        exception but all ranks are alive, only rank 0 raises an error, and the run can continue. If the ``with`` block
+        of rank 0 ends with an exception, the other ranks raise a ``RankError``.
     ValueError
         If the ranks have different parameters or operators, or if `timeout` or `arrival` is not positive.
     TypeError
@@ -96,8 +96,8 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
     the whole data set is :math:`A = \sum_r W_r A_r / \sum_r W_r`. The sums are computed in float64. Up to rounding
     errors, A is the same for any number of ranks.
 
-    For N parameters, a product sends one vector of 8 N bytes to each rank (4 N bytes for a float32 vector), and adds
-    one vector of 8 N bytes from each rank.
+    For N parameters, a product sends one vector of 8 N bytes to each rank (4 N bytes for a float32 vector). The product
+    also adds one vector of 8 N bytes from each rank.
 
     If rank 0 has modified its parameters or buffers, it sends the new values to all ranks before the next product. The
     dtypes and shapes must not change.
@@ -166,9 +166,9 @@ def serve(*operators: CurvatureLinearOperator, timeout: float = 60.0, arrival: f
 class DistributedLinearOperator(ParameterLinearOperator):
     """Curvature matrix of the data of all ranks, as a ``LinearOperator`` on rank 0.
 
-    Do not create the operator directly; `serve` yields it. It supports solvers, blocks, submatrices, damping, journals
-    and densities, like an operator in one process. A product sends the vectors to all ranks, adds the sums of all ranks
-    in float64, and divides the result by the total weight of the data.
+    Do not create the operator directly; `serve` yields it. Solvers, blocks, submatrices, damping, journals and
+    densities work as for an operator in one process. A product sends the vectors to all ranks, adds the sums of all
+    ranks in float64, and divides the result by the total weight of the data.
 
     See Also
     --------
@@ -279,9 +279,9 @@ class DistributedLinearOperator(ParameterLinearOperator):
         """Return a dictionary of digests that identify the matrix.
 
         Each rank reads its data once. The dictionary contains the digests of rank 0, which
-        `curvop.storage.fingerprint.fingerprint` describes. It also contains the digests of the batches of every rank
-        (for example ``data, rank 1, batch 0``). If another digest of a rank differs from that of rank 0, it is added
-        (for example ``rank 1, seed``).
+        `curvop.storage.fingerprint.fingerprint` describes. The dictionary also contains the digests of the batches of
+        every rank (for example ``data, rank 1, batch 0``). Any other digest of a rank is included only if it differs
+        from that of rank 0 (for example ``rank 1, seed``).
 
         Returns
         -------
@@ -299,7 +299,7 @@ class DistributedLinearOperator(ParameterLinearOperator):
         ]
         combined = dict(shared_by_rank[0])
         for rank, parts in enumerate(parts_by_rank):
-            # Only the seed, code and settings can differ; for code and settings, serve has issued a warning.
+            # Only the seed, code and settings can differ. If code or settings differ, serve has issued a warning.
             for name in differing(shared_by_rank[0], shared_by_rank[rank]):
                 combined[f"rank {rank}, {name}"] = parts.get(name, "none")
             for name, value in parts.items():
@@ -347,7 +347,7 @@ class DistributedLinearOperator(ParameterLinearOperator):
     def _totals(
         self, command: str, local: Callable[[], list[Tensor]], tensors: Sequence[Tensor] = (), **arguments: Any
     ) -> list[Tensor]:
-        """Let all ranks compute tensors, and return the sums of these tensors over the ranks.
+        """Make all ranks compute tensors, and return the sums of these tensors over all ranks.
 
         Rank 0 calls `local`, and the other ranks execute `command`.
         """

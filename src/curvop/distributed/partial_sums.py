@@ -71,8 +71,8 @@ class PartialSum:
     def shared_settings(self) -> dict[str, str]:
         """Return a dictionary of the digests that are compared between ranks.
 
-        The dictionary contains the fingerprint without the data. It also contains a separate digest of each tensor in
-        the model or the loss function, so that an error can name the tensor that differs.
+        The dictionary contains the fingerprint without the data. The dictionary also contains a separate digest of each
+        tensor in the model or the loss function, so that an error can name the tensor that differs.
         """
         parts = self.A.fingerprint(data=False)
         params = {id(value) for value in self._objective.params.values()}
@@ -89,7 +89,7 @@ class PartialSum:
             return self.A.fingerprint()
 
     def product_sums(self, vectors: Tensor) -> list[Tensor]:
-        """Return the sums over this rank's data from which `products` computes the products with the rows of `vectors`.
+        """Return the sums over this rank's data that `products` needs to multiply the matrix by the rows of `vectors`.
 
         `vectors` has shape (K, N) and dtype float32 or float64, on any device.
         """
@@ -105,7 +105,7 @@ class PartialSum:
         return self._summed(compute)
 
     def products(self, totals: Sequence[Tensor], count: int) -> Tensor:
-        """Compute the products of the whole matrix with `count` vectors from the sums over all ranks.
+        """From the sums over all ranks, compute the products of the whole matrix with `count` vectors.
 
         The result is a float64 tensor of shape (count, M).
         """
@@ -117,7 +117,7 @@ class PartialSum:
         return products
 
     def gradient_sums(self) -> list[Tensor]:
-        """Return the sums over this rank's data from which `gradient` computes the gradient and the loss."""
+        """Return the sums over this rank's data that `gradient` needs to compute the gradient and the loss."""
 
         def compute() -> list[Tensor]:
             gradient, loss = self.A._gradient()
@@ -126,7 +126,7 @@ class PartialSum:
         return self._summed(compute)
 
     def gradient(self, totals: Sequence[Tensor]) -> tuple[Tensor, float]:
-        """Compute (gradient, loss) of the whole data set from the sums over all ranks.
+        """From the sums over all ranks, compute (gradient, loss) of the whole data set.
 
         The gradient is a float64 tensor of shape (M,), with respect to the row parameters.
         """
@@ -134,14 +134,14 @@ class PartialSum:
         return gradient.div_(divisor), loss.item() / divisor
 
     def diagonal_sums(self) -> list[Tensor]:
-        """Return the sums over this rank's data from which `diagonal` computes the diagonal of a GGN-like matrix."""
+        """Return the sums over this rank's data that `diagonal` needs to compute the diagonal of a GGN-like matrix."""
 
         def compute() -> list[Tensor]:
             assert isinstance(self.A, GGNLikeLinearOperator)
             diagonal = self.A._diagonal()
             if self._centered is None:
                 return [diagonal]
-            self._centered._mean = None  # it may be outdated: only products check for changed parameters
+            self._centered._mean = None  # may be outdated, because only products detect changed parameters
             left, _, _, count = self._centered._gradient_sum()
             self._centered._mean = None
             return [diagonal, left, left.new_tensor([count])]
@@ -149,7 +149,7 @@ class PartialSum:
         return self._summed(compute)
 
     def diagonal(self, totals: Sequence[Tensor]) -> Tensor:
-        """Compute the diagonal of the whole matrix, a float64 tensor of shape (N,), from the sums over all ranks."""
+        """From the sums over all ranks, compute the diagonal of the whole matrix, a float64 tensor of shape (N,)."""
         [diagonal, *gradient_sums], divisor = self._divisor(totals)
         diagonal.div_(divisor)
         if self._centered is not None:
@@ -158,7 +158,7 @@ class PartialSum:
         return diagonal
 
     def _summed(self, compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-        """Return the sums from `compute` as flat float64 tensors, followed by one tensor for the method `_divisor`.
+        """Return the sums from `compute` as flat float64 tensors, and append one tensor for the method `_divisor`.
 
         The last tensor contains the total weight and the number of this rank's batches.
         """
@@ -168,7 +168,7 @@ class PartialSum:
         return [*sums, torch.tensor(weight, dtype=torch.float64, device=self._objective.device)]
 
     def _divisor(self, totals: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
-        """Return (sums, divisor): all totals except the last one, and the number by which these must be divided."""
+        """Return (sums, divisor): all totals except the last one, and the number by which to divide these totals."""
         weight, batches = totals[-1].tolist()
         if not batches:
             raise ValueError("data is empty on every rank: pass at least one batch on one rank")
@@ -189,8 +189,8 @@ def _enclosed_tensors(value: Any, name: str, ancestors: tuple[int, ...]) -> Iter
     name : str
         Name of `value`, and the beginning of the names of the tensors in it.
     ancestors : tuple of int
-        ``id()`` of each object that contains `value`. The search skips these objects. Otherwise, it would not end if an
-        object contains itself.
+        ``id()`` of each object that contains `value`. The search skips these objects. Otherwise, the search would not
+        end if an object contains itself.
     """
     children: Mapping[Any, Any] = {}
     if id(value) in ancestors:

@@ -28,9 +28,9 @@ __all__ = ["Heartbeat", "RankError", "RankGroup", "join_process_group", "type_an
 _group_numbers = itertools.count()
 #: Largest number of entries in one collective. Longer tensors are sent in pieces, so that no collective takes too long.
 _PIECE_SIZE = 1 << 23
-#: If a connection is broken, a rank is reported as failed after this time without a heartbeat, in seconds.
+#: Time in seconds. If a connection is broken, a rank that sends no heartbeat for this time is reported as failed.
 _BROKEN_CONNECTION_PATIENCE = 5.0
-#: Time in seconds that rank 0 waits for the other ranks after an error or Ctrl-C has ended the block of rank 0.
+#: Time in seconds that rank 0 waits for the other ranks after an error or Ctrl-C has ended its ``with`` block.
 _STOP_PATIENCE = 2.0
 #: Longest pause, in seconds, between two reads of the store.
 _MAX_STORE_PAUSE = 0.05
@@ -41,7 +41,7 @@ _MAX_COLLECTIVE_PAUSE = 1e-3
 class RankError(RuntimeError):
     """Failure of a rank in a distributed run.
 
-    `serve` raises this error. On rank 0, products can raise it too.
+    `serve` raises this error. On rank 0, products can also raise this error.
 
     Attributes
     ----------
@@ -63,12 +63,12 @@ class RankGroup:
     If no process group exists and no launcher has set ``RANK`` and ``WORLD_SIZE``, the group consists of this process
     only.
 
-    Rank 0 sends numbered requests; the other ranks receive them in order and reply.
+    Rank 0 sends numbered requests. The other ranks receive the requests in order, and reply to each request.
 
     Parameters
     ----------
     timeout : float
-        Time in seconds without a heartbeat after which a rank is considered dead.
+        Time in seconds. A rank that sends no heartbeat for this time is considered dead.
     arrival : float
         Time in seconds that ranks wait for each other at the beginning of the run.
 
@@ -102,14 +102,14 @@ class RankGroup:
         Parameters
         ----------
         message : dict
-            Message of this rank to all others. It must be JSON serializable.
+            Message of this rank to all others. The message must be JSON serializable.
         device : torch.device
             Device on which this rank computes.
 
         Raises
         ------
         RankError
-            If a rank does not arrive within `arrival` seconds, or fails while the other ranks wait.
+            If a rank does not arrive within `arrival` seconds, or if a rank fails while the other ranks wait.
         """
         if self.size == 1:
             return [message]
@@ -154,7 +154,7 @@ class RankGroup:
 
     def request(self, command: str, tensors: Iterable[Tensor] = (), **arguments: Any) -> int:
         """Send a command to all other ranks, broadcast its tensors, and return the number of the request."""
-        if self._open_request is not None:  # interrupted earlier: the other ranks reply to it first
+        if self._open_request is not None:  # an interrupted request: the other ranks reply to it first
             self.replies(self._open_request)
         with self._fail_if_interrupted():
             number = self._open_request = self._send_request(command, **arguments)
@@ -179,7 +179,7 @@ class RankGroup:
         return totals
 
     def dismiss(self, error: BaseException | None) -> None:
-        """End the run. The other ranks return normally if `error` is None, and raise a `RankError` otherwise.
+        """End the run. The other ranks return normally if `error` is None. Otherwise, they raise a `RankError`.
 
         Warns
         -----
@@ -256,8 +256,9 @@ class RankGroup:
     def _stop_workers(self, reason: str | None) -> None:
         """Send the stop request, and wait until all other ranks have replied.
 
-        If a rank has died, wait for the replies of the other ranks, and then raise a `RankError`. If `reason` is not
-        None, wait for at most `_STOP_PATIENCE` seconds, and raise the `RankError` without waiting for other ranks.
+        If `reason` is None and a rank has died, wait for the replies of the other ranks, and then raise a `RankError`.
+        If `reason` is not None, wait for at most `_STOP_PATIENCE` seconds. In this case, raise the `RankError` of a
+        dead rank immediately.
         """
         deadline = float("inf") if reason is None else time.monotonic() + _STOP_PATIENCE
         rank_error, waiting = None, list(range(1, self.size))
@@ -366,7 +367,7 @@ class Heartbeat(threading.Thread):
     rank : int
         Number of this process.
     timeout : float
-        Time in seconds without a heartbeat after which a rank is considered dead.
+        Time in seconds. A rank that sends no heartbeat for this time is considered dead.
 
     Attributes
     ----------
@@ -381,17 +382,17 @@ class Heartbeat(threading.Thread):
         self._lost_store: Exception | None = None
         self._failure: bytes | None = None
         self._store, self._rank = store, rank
-        self._beats: dict[int, tuple[bytes, int]] = {}  # for each rank: last value, and number of intervals since then
+        self._beats: dict[int, tuple[bytes, int]] = {}  # per rank: last value, intervals without a change
         self._stopped = threading.Event()
         self._beat(0)
         self.start()
 
     def watch(self, ranks: Iterable[int]) -> None:
-        """Watch these ranks, and no others, from now on. Each of them must already have written a heartbeat."""
+        """From now on, watch only these ranks. Each of them must already have written a heartbeat."""
         self._beats = dict.fromkeys(ranks, (b"", 0))
 
     def check(self, patience: float | None = None) -> None:
-        """Raise an error if a rank has reported a failure, or if a watched rank was silent for `patience` seconds.
+        """Raise an error if a rank has reported a failure, or if a watched rank has been silent for `patience` seconds.
 
         Raises
         ------
@@ -422,7 +423,7 @@ class Heartbeat(threading.Thread):
             time.sleep(min(max_pause, (now - start) / 16))
 
     def store_error(self, error: Exception | None) -> RankError:
-        """Return an error about the failure that a rank has reported or, if there is none, about the lost store."""
+        """Return an error for the failure that a rank has reported. If no rank has reported one, the store is lost."""
         if self._failure is not None:
             failure = json.loads(self._failure)
             return RankError(failure["rank"], failure["message"])
@@ -449,7 +450,7 @@ class Heartbeat(threading.Thread):
                 return
 
     def stop(self) -> None:
-        """Stop the thread. This ends the heartbeats of this rank."""
+        """Stop the thread, so that this rank writes no more heartbeats."""
         self._stopped.set()
         if self is not threading.current_thread():
             self.join(2 * self.interval)

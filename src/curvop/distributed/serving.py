@@ -29,7 +29,7 @@ _CODE_PARTS = ("model", "loss_function", "predict", "loss", "objective", "batch_
 
 
 class ServedOperator:
-    """Data that rank 0 keeps about one operator passed to ``serve`` and about the blocks of this operator.
+    """Data that rank 0 stores for one operator that was passed to ``serve`` and for the blocks of this operator.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class ServedOperator:
     dropped_blocks : list of int
         Numbers of blocks that the other ranks can delete. All served operators share this list.
     state : tuple
-        Token that identifies the values of parameters and buffers that the other ranks have.
+        Token that identifies those values of the parameters and buffers that the other ranks have.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class Worker:
         return lambda: {"shared": partial.shared_settings()}
 
     def _partial(self, of: int, drop: Sequence[int], adjoint: bool = False) -> PartialSum:
-        """Delete the blocks whose numbers are in `drop`. Return the partial sum with number `of`, or its adjoint."""
+        """Delete the blocks whose numbers are in `drop`. Return the `PartialSum` with number `of` or its adjoint."""
         for number in drop:
             self._partials.pop((number, False), None)
             self._partials.pop((number, True), None)

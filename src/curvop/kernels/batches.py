@@ -1,4 +1,4 @@
-"""Functions for batches. A batch is a tensor, or a tree of tensors: nested mappings, lists and tuples.
+"""Functions for batches. A batch is a tensor, or a tree of tensors (nested mappings, lists and tuples).
 
 The functions visit the tensors of a batch, move them to a device, count examples, join batches along their first
 dimension, and split batches into examples.
@@ -82,8 +82,8 @@ def to_device(tree: Any, device: torch.device) -> Any:
             return part.to(device)
         if part.is_meta and device.type != "meta":
             raise ValueError("data holds a tensor on the meta device, which has no values: pass the tensor itself")
-        # Copies from pinned memory to a GPU may be asynchronous, because later kernels wait for them. Copies to the CPU
-        # must be synchronous, because the CPU does not wait for them.
+        # Copies from pinned memory to a GPU may be asynchronous, because GPU kernels that are launched later wait for
+        # these copies. Copies to the CPU must be synchronous, because the CPU does not wait for a copy to finish.
         moved = part.to(device, non_blocking=device.type == "cuda")
         # Autograd cannot save a tensor created in inference mode, but it can save a clone of the tensor.
         return moved.clone() if moved.is_inference() else moved
@@ -104,10 +104,10 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     queued: list[tuple[Any, torch.cuda.Event]] = []
     for batch in batches:
         # Before it copies batch k, the copy stream waits until the computation with batch k - 2 has finished. A copy
-        # therefore never overwrites the memory of a freed batch that the GPU still reads, and no tensor needs
-        # record_stream.
+        # therefore never overwrites the memory of a freed batch that the GPU still reads, and Tensor.record_stream need
+        # not be called.
         stream.wait_stream(torch.cuda.current_stream(device))
-        stream.wait_stream(torch.cuda.default_stream(device))  # a data loader may have used this stream
+        stream.wait_stream(torch.cuda.default_stream(device))  # a data loader may have used the default stream
         with torch.cuda.stream(stream):
             queued.append((to_device(batch, device), stream.record_event()))
         if len(queued) > 1:
@@ -146,8 +146,9 @@ def batch_size(*parts: Any) -> int | None:
     Return None if the parts imply different numbers of examples. Parts without tensors are ignored.
 
     A list or tuple may have one entry per input of the model, or one entry per example (such as images of different
-    sizes). The entries are inputs if `parts` has more than one element, and all tensors have the same size along their
-    first dimension. Otherwise the entries are examples.
+    sizes). If both are possible, the entries are taken as inputs under two conditions: at least two of `parts` contain
+    tensors, and all tensors have the same size along their first dimension. Otherwise, the entries are taken as
+    examples.
     """
     common = _common_sizes(parts)
     if len(common) > 1:
@@ -169,7 +170,7 @@ def _common_sizes(parts: Iterable[Any]) -> set[int]:
 
 
 def _candidate_sizes(part: Any) -> set[int]:
-    """Return the set of all possible numbers of examples in a part of a batch."""
+    """Return the set of all numbers of examples that a part of a batch could have."""
     if isinstance(part, Tensor):
         return set(part.shape[:1])
     if isinstance(part, Mapping):
@@ -212,14 +213,15 @@ class CannotJoinError(Exception):
 def joined(trees: Sequence[Any]) -> Any:
     """Join trees of tensors into one tree by concatenating corresponding tensors along their first dimension.
 
-    Lists and tuples with one entry per example, such as images of different sizes, are concatenated as sequences.
+    A list or tuple with one entry per example (images of different sizes, for example) is concatenated as a sequence.
     Other entries, such as strings, must be equal in all trees.
 
     Raises
     ------
     CannotJoinError
-        If the trees have different structures, if corresponding tensors differ in a dimension other than the first, if
-        other corresponding entries are not equal, or if an entry is a number (which may be a count of examples).
+        If the trees have different structures, or if corresponding tensors differ in a dimension other than the first.
+        Also if corresponding entries that are not tensors differ, or if an entry is a number. A number may be a count
+        of examples, which would be wrong for the joined batch.
     """
     if len(trees) == 1:
         return trees[0]
@@ -282,14 +284,14 @@ def _join(trees: Sequence[Any], sizes: Sequence[int | None], outermost: bool = F
 
 
 def _is_by_example(tree: Sequence[Any], size: int | None) -> bool:
-    """Return True if a list or tuple has one entry per example of a batch of `size` examples, not one per input."""
+    """Return True if the entries of `tree` are the `size` examples of a batch, and not inputs of the model."""
     tensors = list(leaves(tree))
     by_input = bool(tensors) and all(leaf.ndim and len(leaf) == size for leaf in tensors)
     return len(tree) == size and not by_input and not hasattr(tree, "_fields")
 
 
 class Feed:
-    """Iterator over batches that are supplied one by one, for several objectives that share a pass over the data.
+    """Iterator over batches that the caller supplies one by one, so that several objectives share a pass over the data.
 
     Attributes
     ----------

@@ -51,7 +51,7 @@ class ChangeDetector:
         self._others = [value for name, value in self._params.items() if name not in self._own]
         self._parts: list[nn.Module] = []
         self._children: list[nn.Module | None] | None = None
-        self._tensors: list[Tensor | None] = []  # strong references: a new tensor cannot reuse the id of an old one
+        self._tensors: list[Tensor | None] = []  # strong references, so that no new tensor gets the id of an old one
         self._versions: list[object] = []
         self._params_fingerprint, self._buffers_fingerprint = Fingerprint([]), Fingerprint([])
         self._batches: list[Any] = []
@@ -97,7 +97,12 @@ class ChangeDetector:
         )
 
     def _walk(self) -> tuple[list[bool], list[nn.Module | None], list[Tensor | None]]:
-        """Return lists ``(flags, children, tensors)`` of all ``training`` flags, modules with children, and tensors."""
+        """Return three lists ``(flags, children, tensors)``.
+
+        The list `flags` contains the ``training`` flag of each module. The list `children` contains each module,
+        followed by its direct submodules. The list `tensors` contains the entries of `params` that do not belong to
+        the modules, followed by the parameters and buffers of each module.
+        """
         flags: list[bool] = []
         children: list[nn.Module | None] = []
         tensors: list[Tensor | None] = list(self._others)
@@ -109,10 +114,10 @@ class ChangeDetector:
         return flags, children, tensors
 
     def _parameters(self) -> dict[str, Tensor]:
-        """Return a dict from names to the parameters of all modules.
+        """Return a dict of the parameters of all modules, by name.
 
-        The first module is the model, whose parameters have the same names as in `params`. If a parameter belongs to
-        another module, its name starts with the index of this module.
+        The first module is the model, whose parameters have the same names as in `params`. The name of a parameter of
+        any other module starts with the index of that module.
         """
         return {
             f"{index}:{name}" if index else name: value
@@ -147,9 +152,9 @@ class Fingerprint:
     """Fingerprint of tensors, for detecting changes of their entries.
 
     The entries are divided into sections. The fingerprint consists of the dot product of each section with fixed random
-    numbers. The fingerprint changes if entries change or trade places, unless the effect on the dot products is smaller
-    than rounding errors. Views of the tensors are kept between calls, and small tensors are concatenated. A call
-    therefore costs little more than reading the tensors once.
+    numbers. If an entry changes, or two entries are swapped, the fingerprint changes, too. A change is missed only if
+    its effect on the dot products is smaller than rounding errors. Views of the tensors are kept between calls, and
+    small tensors are concatenated. A call therefore costs little more than reading the tensors once.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -197,7 +202,7 @@ class Fingerprint:
 def settings_of(modules: Iterable[nn.Module]) -> list[object]:
     """Return a list of module settings that affect the output: classes, flags, numbers, strings, hooks and functions.
 
-    The list contains neither attributes that are dictionaries, nor variables that are captured by functions.
+    The list omits attributes that are dictionaries, and variables that functions capture.
     """
     settings: list[object] = []
     for part in parts_of(modules):
@@ -242,7 +247,7 @@ _HOST = torch.device("cpu")
 
 
 class Generators:
-    """Private random number streams that continue from one use to the next.
+    """Private random number streams. Each use continues the streams from the end of the previous use.
 
     While the streams are in use, they replace the states of PyTorch's default generators.
     """

@@ -1,11 +1,11 @@
-"""The compiled engine, which compiles one program for each shape of batch if the objective can be traced.
+"""The compiled engine: if the objective can be traced, compile one program for each shape of batch.
 
 The engine traces the computation of a product, splits the traced graph into two halves, and compiles each half with
-Inductor. The first half does not depend on the vector. It runs once per batch and returns residuals: the intermediate
-values that the second half reads. The second half runs once per product. A minimal cut of the graph decides which
-values are stored as residuals and which are recomputed. ``torch.compile`` uses the same algorithm to split a training
-graph into forward and backward. The trade-off between memory and recomputation is discussed in Chen, Xu, Zhang and
-Guestrin, "Training deep nets with sublinear memory cost", 2016, arXiv:1604.06174.
+Inductor. The first half does not depend on the vector, so the engine runs it once per batch. The first half returns
+residuals: the intermediate values that the second half reads. The second half runs once per product. A minimal cut of
+the graph decides which values are stored as residuals and which are recomputed. ``torch.compile`` uses the same
+algorithm to split a training graph into forward and backward. The trade-off between memory and recomputation is
+discussed in Chen, Xu, Zhang and Guestrin, "Training deep nets with sublinear memory cost", 2016, arXiv:1604.06174.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from curvop.kernels.passes import precision, same
 
 __all__ = ["CompiledKernel", "Program", "agree", "compile_product"]
 
-# Largest number of programs for one shape of batch. If more are needed, a setting of the model probably changes with
-# every batch.
+# Largest number of programs for one shape of batch. If more programs are needed, a setting of the model probably
+# changes with every batch.
 _MAX_PROGRAMS = 4
 
 
@@ -102,7 +102,7 @@ class CompiledKernel(Kernel):
         return self._kernel.product(leaves, buffers, batch, tangents)
 
     def prepare(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> None:
-        """Compile a program for batches of the same shapes as `batch`, unless such a program exists."""
+        """Compile a program for batches with the same tensor shapes as `batch`, unless such a program exists."""
         self._inputs_and_program(leaves, index, batch)
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
@@ -115,8 +115,8 @@ class CompiledKernel(Kernel):
             [loss], residuals = program.linearize([part.detach() for part in inputs if isinstance(part, Tensor)])
             if index or same([float(loss)], [float(self._loss(leaves, batch))], precision(loss, *leaves.values())):
                 return _Residuals(loss, self.objective.weight(prediction, index, batch), program, residuals)
-            # Something changed that the keys of the programs do not cover, such as a global variable or an entry of a
-            # dictionary: compile again.
+            # The loss depends on a value that has changed but is not part of the keys of the programs (a global
+            # variable or an entry of a dictionary, for example): compile again.
             self._programs.clear()
         self._give_up(
             "the compiled loss differs from the objective's, because it draws random numbers or counts its calls"
@@ -199,7 +199,7 @@ class CompiledKernel(Kernel):
             _, residuals = program.linearize(clones())
             reference = self._kernel.linearize(leaves, index, batch)
             expected = reference.apply(self.cols.split(vector))
-            third = reference.apply(self.cols.split(vector / 3))  # shows the rounding errors of a zero product
+            third = reference.apply(self.cols.split(vector / 3))  # `agree` estimates rounding errors from this product
             if not agree(self.rows.split(program.apply(residuals, vector)), expected, third):
                 raise RuntimeError("the compiled product differs from autograd's")
             return program, shape
@@ -238,14 +238,14 @@ def _is_known(part: Any) -> bool:
 
 
 def _input_key(part: Any) -> object:
-    """Return the properties of one input that must be equal for two calls to share a program."""
+    """Return the properties of one input. Two calls can share a program only if these properties are equal."""
     if not isinstance(part, Tensor):
         return type(part), repr(part)  # repr distinguishes -0.0 from 0.0
     return part.shape, part.stride(), part.dtype, part.device, part.requires_grad
 
 
 def _clone(tensor: Tensor) -> Tensor:
-    """Return a clone of `tensor`, or `tensor` itself if the clone has other strides (as for an expanded tensor)."""
+    """Return a clone of `tensor`. If the clone has other strides (as for an expanded tensor), return `tensor`."""
     clone = tensor.clone()
     return clone if clone.stride() == tensor.stride() else tensor
 
@@ -262,7 +262,7 @@ _BANS = ("ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "b
 _OPTIONS: dict[str, Any] = {"layout_optimization": False}
 
 #: A function ``(inputs, tangents) -> (extras, cotangents)``. Extras are results that do not depend on the tangents,
-#: such as the loss. The first half of a program returns the extras. A cotangent that is zero may be None.
+#: such as the loss. The first half of a program computes the extras. A cotangent that is zero may be None.
 Product = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
 
 
@@ -271,8 +271,9 @@ class Program:
     """A matrix-vector product that is compiled in two halves.
 
     The first half, `linearize`, runs once per batch. The second half, `apply`, runs once per vector. Vectors and
-    products are flat. In compiled code, splitting a flat vector into one tensor for each parameter costs nothing, and
-    the result for each parameter is written directly to its place in the flat product.
+    products are flat: one tensor holds the entries of all parameters. In compiled code, splitting a flat vector into
+    one tensor for each parameter costs nothing, and the result for each parameter is written directly to its place in
+    the flat product.
 
     Attributes
     ----------
@@ -301,7 +302,7 @@ class Program:
             return self._second(*residuals, vector)[0]
 
     def apply_many(self, residuals: Sequence[Tensor], vectors: Tensor) -> Tensor:
-        """Return the products of the matrix with K vectors, the rows of a tensor of shape ``(K, N)``.
+        """Multiply the matrix by K vectors, which are the rows of `vectors`, a tensor of shape ``(K, N)``.
 
         Compile a program for K vectors, unless a program for K or more vectors exists.
 
@@ -338,8 +339,8 @@ def agree(
     product, reference : sequence of Tensor or None
         One tensor for each parameter, or None in place of a zero tensor.
     thirds : sequence of Tensor or None, optional
-        The product that is computed like `reference`, but with a third of the vector. Three times this product differs
-        from `reference` only by rounding errors, so the difference is an estimate of these errors.
+        The product of the same matrix with a third of the vector, computed in the same way as `reference`. Three times
+        this product differs from `reference` only by rounding errors, so the difference is an estimate of these errors.
     """
     thirds = thirds or reference
     rounding = [
@@ -354,7 +355,8 @@ def agree(
         eps = torch.finfo(known.dtype).eps
         difference = known if part is None or expected is None else part - expected
         size = 0.0 if expected is None else float(torch.linalg.vector_norm(expected))
-        # NaN counts as equal, because the comparison below is then False: the engine reports NaN and infinity itself.
+        # If a norm is NaN, the comparison below is False, and the products count as equal. The engine reports NaN and
+        # infinity itself.
         if float(torch.linalg.vector_norm(difference)) > eps**0.5 * size + 100 * (eps * (total + eps) + noise):
             return False
     return True
@@ -400,7 +402,7 @@ def _batched(linear: fx.GraphModule, residuals: Sequence[Tensor], vectors: Tenso
 
 
 def _padded(vectors: Tensor, size: int) -> Tensor:
-    """Pad `vectors` with zero vectors to `size` rows; return a contiguous tensor, as compiled programs require."""
+    """Append zero rows until there are `size` rows. Compiled programs require the result to be contiguous."""
     missing = size - len(vectors)
     return torch.cat([vectors, vectors.new_zeros(missing, vectors.shape[1])]) if missing else vectors.contiguous()
 
@@ -475,7 +477,7 @@ def _split(graph: fx.GraphModule, inputs: int, extras: int, examples: list[Tenso
 
 
 def _bool_to_uint8(residual: fx.Node) -> fx.Node:
-    """Convert a boolean residual to uint8, because vectorized CPU code reads uint8 ten times faster."""
+    """Convert a boolean residual to uint8, because vectorized CPU code reads uint8 ten times faster than bool."""
     if residual.meta["val"].dtype != torch.bool:
         return residual
     with residual.graph.inserting_before(list(residual.graph.nodes)[-1]):
@@ -483,7 +485,7 @@ def _bool_to_uint8(residual: fx.Node) -> fx.Node:
 
 
 def _uint8_to_bool(half: fx.GraphModule, residuals: int) -> None:
-    """In the second half, convert each residual that `_bool_to_uint8` changed from uint8 to bool."""
+    """At the start of the second half, undo the conversions that `_bool_to_uint8` added to the first half."""
     placeholders = _placeholders(half)
     for residual in placeholders[:residuals]:
         if residual.meta["val"].dtype == torch.bool:

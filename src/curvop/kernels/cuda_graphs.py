@@ -104,7 +104,7 @@ class Recorder:
 
 
 class _Memory:
-    """Memory that all recorded products share: buffers for vectors and products, and a pool for temporary tensors."""
+    """Memory that all recorded products use: buffers for vectors and products, and a pool for temporary tensors."""
 
     def __init__(self, like: Tensor) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -212,7 +212,7 @@ def _capture(compute: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
     """
     graph = torch.cuda.CUDAGraph()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # if an error ends the capture early
+        warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # a warning if an error ends the capture early
         # Clear the cuBLAS workspace, so that cuBLAS allocates a new one in the pool. A workspace that another graph of
         # this stream allocated would be freed together with that graph.
         torch._C._cuda_clearCublasWorkspaces()

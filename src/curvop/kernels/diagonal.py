@@ -1,9 +1,9 @@
 r"""The exact diagonal of a GGN-like matrix :math:`\sum_n J_n^\top M_n J_n`, computed example by example.
 
 With the eigendecomposition :math:`M_n = \sum_c \lambda_{nc} u_{nc} u_{nc}^\top`, the diagonal is
-:math:`\sum_{nc} \lambda_{nc} (J_n^\top u_{nc})^2` with an elementwise square. For each example, this takes one backward
-pass per nonzero eigenvalue of :math:`M_n`: at most one per output, and only one for an empirical Fisher matrix. The
-number of backward passes does not depend on the number of parameters.
+:math:`\sum_{nc} \lambda_{nc} (J_n^\top u_{nc})^2` with an elementwise square. For each example, the sum over c takes
+one backward pass per nonzero eigenvalue of :math:`M_n`: at most one per output, and only one for an empirical Fisher
+matrix. The number of backward passes does not depend on the number of parameters.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def write_diagonal(kernel: GGNLikeKernel, names: Sequence[str], out: Tensor) -> 
     ------
     NotImplementedError
         If the prediction is not one tensor with the examples along dimension 0, or if an example has more than 256
-        outputs. Also if ``torch.func.vmap`` cannot map the model over the examples, or if the model or the loss couples
-        the examples, as batch normalization in training mode does.
+        outputs. Also if ``torch.func.vmap`` cannot map the model over the examples. Also if the result for an example
+        depends on other examples, as with batch normalization in training mode.
     NonFiniteProductError
         If the diagonal contains NaN or infinity.
     """
@@ -57,7 +57,8 @@ def write_diagonal(kernel: GGNLikeKernel, names: Sequence[str], out: Tensor) -> 
                 continue
             if more:
                 raise _not_available("the prediction is not one tensor with the examples along dimension 0")
-            # Check for NaN before the comparison of examples: NaN differs from itself, which would look like coupling.
+            # Check for NaN before the examples are compared: NaN differs from itself, so a NaN would look as if the
+            # model coupled its examples.
             describe = functools.partial(not_finite, "diagonal", index, float(loss.value))
             if z.isnan().any():  # infinity may come from a mask
                 raise NonFiniteProductError(describe("the prediction"))
@@ -129,7 +130,7 @@ def _count(z: Tensor) -> int:
 def _check_gradient(
     kernel: GGNLikeKernel, names: Sequence[str], batch: Any, z: Tensor, describe: Callable[[str], str]
 ) -> None:
-    """Raise a NotImplementedError if the derivatives of the model couple the examples.
+    """Raise a NotImplementedError if the gradient for an example depends on other examples of the batch.
 
     The function compares the gradient of the whole batch with the sum of the gradients of all examples.
     """
@@ -152,7 +153,8 @@ def _check_gradient(
     expected = [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(chosen, whole, strict=True)]
     eps = torch.finfo(z.dtype).eps
     # The absolute term allows for gradients that consist of rounding errors, such as the gradient of a bias before a
-    # normalization layer. The term assumes parameters of order one. Squares of smaller gradients are negligible.
+    # normalization layer. The term assumes parameters of order one. Gradients smaller than this term are not compared,
+    # because the diagonal contains only their squares, which are negligible.
     allowed = eps**0.5 * sum(float(part.norm()) for part in expected) + 100 * eps * float(probe.norm())
     for found, part in zip(sums, expected, strict=True):
         if not float((found - part).norm()) <= allowed:
@@ -219,7 +221,8 @@ def over_examples(
     operands : tuple of Tensor
         Tensors with the examples along dimension 1.
     entries : int
-        Number of per-example gradients that the results for one example hold. It determines the size of a chunk.
+        Number of gradients in the results for one example. The larger `entries` is, the fewer examples a chunk
+        contains.
 
     Yields
     ------
@@ -238,7 +241,7 @@ def over_examples(
         z = z[None]
 
     def is_mapped(leaf: Tensor) -> bool:
-        """Return True for tensors with one row per example. All other tensors are passed on for each example."""
+        """Return True if `leaf` has one row per example. Any other tensor is passed unchanged with every example."""
         return not single and leaf.ndim > 0 and len(leaf) == len(z)
 
     mapped = [leaf for leaf in leaves_of(X) if is_mapped(leaf)]
@@ -277,7 +280,7 @@ def over_examples(
 
 def _check_agreement(found: Tensor, expected: Tensor, reason: str, size: Tensor | None = None) -> None:
     found, expected = found.detach(), expected.detach()
-    same = found == expected  # masked infinities are equal, but their difference is NaN
+    same = found == expected  # equal infinities (from a mask) have the difference NaN
     size = expected.masked_fill(expected.isinf(), 0.0).norm() if size is None else size
     difference = (found - expected).masked_fill(same, 0.0).norm()
     if not difference <= torch.finfo(expected.dtype).eps ** 0.5 * size:

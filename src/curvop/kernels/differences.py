@@ -4,8 +4,8 @@
 results is an estimate of the error.
 
 `Differences` has a subclass for each kind of matrix. A subclass computes the contribution of one or more batches to the
-product, with one step size. To evaluate several batches as one, their predictions and targets are joined before the
-loss function is called.
+product, with one step size. Several batches can be evaluated as one batch: the model is called for each batch, the
+predictions and the targets are joined, and the loss function is called once.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ __all__ = [
     "unreduced_loss",
 ]
 
-#: Largest relative difference between autograd's derivative and a difference quotient that can be due to rounding
+#: Largest relative difference between autograd's derivative and a difference quotient that is attributed to rounding
 #: errors.
 _TOLERANCE = 1e-4
-#: The losses of the examples are considered to cancel unless the absolute value of their sum exceeds this fraction of
+#: The losses of the examples are considered to cancel if the absolute value of their sum is at most this fraction of
 #: the sum of their absolute values.
 _CANCELLATION = 1e-3
 #: Largest number of examples for which the loss function is called once per example; 10,000 calls take about 0.3
@@ -102,7 +102,10 @@ class Differences(abc.ABC):
 
     @abc.abstractmethod
     def part(self, batches: list[Any], index: int, step: float) -> Part:
-        """Compute the contribution of the batches to the product; `step` is relative to the norm of the parameters."""
+        """Compute the contribution of the batches to the product.
+
+        The norm of a step is `step` times the norm of the parameters.
+        """
 
     def share(self, weight: float, prediction: Any, index: int, batch: Any) -> float:
         """Return the factor by which the product of a batch is multiplied; `weight` is the weight of the batch."""
@@ -113,7 +116,7 @@ class Differences(abc.ABC):
         return 1.0
 
     def exact(self, batches: list[Any]) -> Tensor | None:
-        """Compute the product by double backward, or return None if this is not implemented for the matrix."""
+        """Compute the product by double backward, or return None if the subclass does not implement it."""
         return None
 
     def count(self, batches: list[Any]) -> float:
@@ -121,11 +124,11 @@ class Differences(abc.ABC):
         return 0.0
 
     def size(self, step: float) -> float:
-        """Return the factor for the vector that makes its norm equal to `step` times the norm of the parameters."""
+        """Return the factor by which the vector is multiplied to obtain a step of relative size `step`; see `part`."""
         return step * (norm([self.code.base[name] for name in self.along]) or 1.0) / (norm(self.along.values()) or 1.0)
 
     def change(self, product: Tensor) -> float:
-        """Estimate how much the gradient changes, in norm, for a step along the vector of relative size 1 (see `size`).
+        """Estimate the norm of the change of the gradient if the parameters move by ``size(1.0)`` times the vector.
 
         Return 0 if the matrix is not a derivative of the gradient (`curves` is False).
         """
@@ -141,7 +144,7 @@ class Differences(abc.ABC):
         return results
 
     def rows(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Concatenate the tensors of the parameters that the rows belong to into one vector."""
+        """Concatenate the entries of `parts` that correspond to rows of the matrix into one vector."""
         return torch.cat([part.reshape(-1) for part in self.kernel.rows.of(parts)])
 
     def inner(self, gradient: Mapping[str, Tensor]) -> float:
@@ -197,7 +200,8 @@ class _Hessian(Differences):
         (above, ahead), (below, behind) = self.both(loss_and_gradient, batches, size)
         slope, rate = (self.inner(ahead) + self.inner(behind)) / 2, (above - below) / (2 * size)
         noise = 100 * torch.finfo(self.vector.dtype).eps * (abs(above) + abs(below)) / size
-        # Near a minimum, the slope is much smaller than its change within a step.
+        # Near a minimum, the slope may be much smaller than its change within a step. The tolerance therefore includes
+        # the change.
         change = abs(self.inner(ahead) - self.inner(behind))
         holds = abs(rate - slope) > _TOLERANCE * max(abs(rate), abs(slope)) + change + noise
         return Part(self.rows({name: (ahead[name] - behind[name]) / (2 * size) for name in ahead}), holds)
@@ -416,7 +420,7 @@ _STEPS = {
     torch.float64: [(_FINE, _FINE / 2**8), (_FINE / 2**8, _FINE / 2**12), (_COARSE, _COARSE / 4)],
     torch.float32: [(_COARSE, _COARSE / 4)],
 }
-#: Largest relative difference between two products that agree.
+#: Two products agree if their relative difference is at most this number.
 _CONCLUSIVE = 1e-3
 
 
@@ -451,9 +455,10 @@ class OwnProduct:
     known : bool
         Whether the loss is a PyTorch loss function.
     whole : bool
-        Whether all batches were evaluated as one.
+        Whether all batches were evaluated as one batch.
     fine : bool
-        Whether the steps are those for float64, which are so short that kinks rarely lie within a step.
+        Whether the steps are those for float64. These steps are so short that they rarely reach a kink (of ReLU, for
+        example).
     size : float
         Scale of the rounding errors of the gradient: the norm of the gradient with respect to all parameters, or the
         estimate by `Differences.change` if the estimate is larger.
@@ -531,7 +536,7 @@ def _product(kernel: Any, vector: Tensor, dtype: torch.dtype, steps: tuple[float
 
 
 class _Sums:
-    """Add up the contributions of batches to a product, or compute the product for all batches as one."""
+    """Compute a product, either as a sum of the contributions of the batches, or with all batches as one batch."""
 
     def __init__(self, kind: Differences, steps: tuple[float, ...]) -> None:
         self._kind, self._steps = kind, steps if kind.steps else (0.0,)
@@ -549,7 +554,7 @@ class _Sums:
         self._holds, self._linear, self._reason = False, True, ""
 
     def predict_apart(self, numbered: list[tuple[int, Any]]) -> bool:
-        """Return True if the batches can be evaluated as one; see `UserCode.predicts_apart`."""
+        """Return True if the batches can be evaluated as one batch; see `UserCode.predicts_apart`."""
         code = self._kind.code
         try:
             return code.predicts_apart([code.in_precision(batch) for _, batch in numbered])
@@ -558,7 +563,7 @@ class _Sums:
             return False
 
     def add(self, numbered: list[tuple[int, Any]], whole: bool) -> bool:
-        """Evaluate the batches as one, and add their contribution to the product. Return False if this failed."""
+        """Evaluate the batches as one, and add their contribution to the product. Return False if an error occurs."""
         if self._reason:
             return False
         try:

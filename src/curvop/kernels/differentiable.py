@@ -45,8 +45,8 @@ def slow_backends(recurrent: bool) -> Iterator[None]:
     Attention uses its math backend. Recurrent layers run without cuDNN if `recurrent` is True. Transformer encoder
     layers do not use their inference fast path, which they would otherwise use if no tensor in a layer requires grad.
 
-    This function calls torch's setters, because torch's context managers take several times as long, or change the TF32
-    settings, too.
+    This function calls torch's setter functions. Torch's context managers would take several times as long, or would
+    also change the TF32 settings.
     """
     before = (
         cuda.flash_sdp_enabled(),
@@ -155,8 +155,8 @@ class TwiceDifferentiable(ReplacementMode):
     Parameters
     ----------
     elementary_norms : bool
-        Whether to compute normalizations with elementary operations. The mode sets the attribute of this name to True
-        when a normalization is called inside a ``torch.func`` or forward-mode derivative.
+        Whether to compute normalizations with elementary operations. The mode sets its attribute ``elementary_norms``
+        to True when a normalization is called inside a ``torch.func`` or forward-mode derivative.
     """
 
     def __init__(self, elementary_norms: bool = False) -> None:
@@ -171,8 +171,8 @@ class TwiceDifferentiable(ReplacementMode):
     def __exit__(self, *error: object) -> None:
         """Leave the mode.
 
-        Modes are popped by depth, because this mode may be missing from the stack. Torch removes the mode from the
-        stack for a moment, and Ctrl-C may have interrupted torch at this moment.
+        Modes are popped by depth, because this mode may be missing from the stack. Torch temporarily removes a mode
+        from the stack, and Ctrl-C may have interrupted torch during that time.
         """
         _leave_modes(self._depth)
 
@@ -195,8 +195,8 @@ class ElementaryNorms(ReplacementMode):
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Return ``g v / ||v||``.
 
-    This function replaces torch's fused version, whose second derivative is wrong, because the fused version treats the
-    saved norms as constants.
+    The second derivative of torch's fused version is wrong, because it treats the saved norms as constants. This
+    function replaces the fused version.
     """
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
@@ -218,7 +218,7 @@ def _logcumsumexp(function: Callable[..., Any], input: Tensor, dim: int, **kwarg
     total, shift = torch.atleast_1d(input).movedim(dim, 0), 1
     while shift < len(total):
         pairs = torch.stack([total[shift:], total[:-shift]])
-        empty = (pairs == -torch.inf).all(0)  # logsumexp has no derivative at these entries
+        empty = (pairs == -torch.inf).all(0)  # logsumexp has no derivative if both entries are -inf
         sums = pairs.masked_fill(empty, 0.0).logsumexp(0).masked_fill(empty, -torch.inf)
         total, shift = torch.cat([total[:shift], sums]), 2 * shift
     return total.movedim(0, dim).view_as(input)
@@ -286,7 +286,7 @@ _Parts = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution ``(x, W, b) -> y`` with a bias b: the first map of the comment above."""
+    """A convolution ``(x, W, b) -> y`` with a bias b: the first map in the comment above this class."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
@@ -304,9 +304,9 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradients of a convolution with respect to x, W and b: the second map of the comment above.
+    """The gradients of a convolution with respect to x, W and b: the second map in the comment above `_Convolution`.
 
-    Gradients that are not `wanted` are None.
+    A gradient is None if its entry in the tuple `wanted` is False.
     """
 
     @staticmethod
@@ -387,7 +387,7 @@ def _per_dimension(dimensions: int, setting: int | Sequence[int]) -> list[int]:
 def _applies(dimensions: int, *tensors: Tensor | None) -> bool:
     """Return True if `_Convolution` can replace a convolution of these tensors (input, weight and bias).
 
-    The input must be a batch of real numbers, a tensor must require grad, and autocast must be off.
+    The input must be a batch of real numbers. At least one of the tensors must require grad. Autocast must be off.
     """
     present = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     if len(present) < 2:

@@ -71,7 +71,7 @@ class Engine:
         self._bytes: dict[object, int] = {}  # size of a linearization, by dtype and shapes of the batch
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_first": None}  # graphs cannot be pickled; the first product rebuilds them
+        return self.__dict__ | {"_first": None}  # graphs cannot be pickled; the next product rebuilds them
 
     def apply(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None = None) -> None:
         """Write the products of the matrix with `vectors` into `out`.
@@ -132,11 +132,11 @@ class Engine:
 
     @property
     def keeps_nothing(self) -> bool:
-        """Whether every product reads the data, because no linearization may be kept."""
+        """Whether the memory budget is zero. If True, no linearization is cached, and every product reads the data."""
         return self._budget.is_zero
 
     def kept(self) -> tuple[int, float]:
-        """Return the size of the cache in bytes after the last product, and the fraction of batches that are cached."""
+        """Return ``(size, fraction)``: the size of the cache in bytes, and the fraction of batches in the cache."""
         if self._first is None:
             return 0, 0.0
         return self._first.bytes, len(self._first.kept) / len(self._first.losses)
@@ -153,7 +153,7 @@ class Engine:
                 return
             message = self._locate_non_finite(vectors)
             if finite:
-                self._forget()  # if a batch was read wrongly once, later products must not reuse its linearization
+                self._forget()  # later products must not reuse linearizations if a batch was read incorrectly
             raise NonFiniteProductError(message)
 
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
@@ -183,7 +183,8 @@ class Engine:
                     chunks[chunk] = self._parts(index, vectors[which], out[which], linearization.whole)
                 tangents, totals = chunks[chunk]
                 if share:
-                    # One expression, because a variable would keep the products in memory during the next iteration.
+                    # Do not assign the products to a variable, which would keep them in memory during the next
+                    # iteration.
                     add(totals, self._colocate(totals, self._multiply(linearization, tangents, stop - start)), share)
                 elif separate_rows:
                     set_sums(totals, [None] * len(totals), share)
@@ -212,7 +213,7 @@ class Engine:
         return tangents, [total] if whole else rows.split(total)
 
     def _colocate(self, tensors: Sequence[Tensor], parts: Any) -> Any:
-        """Move each tensor in `parts` to the device of the corresponding entry of `tensors`; do not change None."""
+        """Move each tensor in `parts` to the device of the corresponding entry of `tensors`; skip None."""
         if not (self._multi_device and tensors):
             return parts
         pairs = zip(parts, tensors, strict=True)
@@ -324,7 +325,7 @@ class Engine:
         """Return ``(count, loss)``: the number of bytes that a linearization of `batch` retains, and the batch's loss.
 
         To measure the number of bytes, the first of several batches with equal shapes and dtypes is linearized. For the
-        later batches, `count` is the stored number, and `loss` is None. If the memory of a linearization cannot be
+        other batches, `count` is the stored number, and `loss` is None. If the memory of a linearization cannot be
         measured, both `count` and `loss` are None.
         """
         key = (self._objective.dtype, signature(batch))
@@ -362,20 +363,20 @@ def apply_in_one_pass(
     outs: Sequence[Tensor],
     ticks: Sequence[Callable[[float], None] | None],
 ) -> bool:
-    """Compute products with several engines over the same data in one pass over the data.
+    """Compute products with several engines, whose objectives have the same data, in one pass over the data.
 
     Parameters
     ----------
     engines : sequence of Engine
-        Engines that keep nothing, whose objectives have the same data and device.
+        Engines that cache no linearizations. Their objectives have the same data and the same device.
     vectors, outs, ticks : sequences
-        For each engine, the arguments of `Engine.apply`.
+        The arguments of `Engine.apply`: one vector (or matrix of vectors), one output and one callback for each engine.
 
     Returns
     -------
     bool
-        False if memory ran out or a product is not finite. The caller must then call `Engine.apply` for each engine,
-        which tries again or raises an error that names the batch.
+        True if all products were computed. False if memory ran out or a product is not finite. In this case, the caller
+        must call `Engine.apply` for each engine. This method tries again, or raises an error that names the batch.
     """
     objectives = [engine._objective for engine in engines]
     with contextlib.ExitStack() as stack:
@@ -396,7 +397,7 @@ def apply_in_one_pass(
                 del batch
             for feed, batch_sum in zip(feeds, sums, strict=True):
                 feed.ended = True
-                for _ in batch_sum:  # not fed: the checks at the end of a first pass may read the data themselves
+                for _ in batch_sum:  # outside `fed_by`: the checks at the end of a first pass may read the data
                     pass
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):

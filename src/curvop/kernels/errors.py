@@ -43,7 +43,7 @@ class NonDeterministicObjectiveError(RuntimeError):
 
 
 class NotFactorableError(ValueError):
-    """Raised by ``A.gram()`` and by products with its factor if A is not of the form ``S.T @ S``.
+    """Raised by ``A.gram()`` and by products with the factor S if A is not of the form ``S.T @ S``.
 
     Examples are Hessians, and Gauss-Newton matrices of losses that are not convex in the prediction.
     """

@@ -41,7 +41,7 @@ _MAX_ENTRIES = 256
 
 
 class FactorKernel(JacobianKernel):
-    """Linearize batches for products with the factor `S` of a matrix ``S' S``, or with its transpose.
+    """Linearize batches for products with the factor `S` of a matrix ``S' S``, or with the transpose of `S`.
 
     Parameters
     ----------
@@ -152,8 +152,8 @@ def _square_root(
     """Write the block of `M` for each example as ``R R'``, where `R` is the symmetric square root of the block.
 
     Unlike other square roots, the symmetric square root depends continuously on `M`. An operator and its transpose
-    evaluate the model separately, and the results may differ by rounding errors. They still use the same `R`, up to
-    rounding errors.
+    evaluate the model separately, so their maps `M` may differ by rounding errors. Because of the continuity, their
+    square roots `R` also differ only by rounding errors.
     """
     used = [index for index, part in enumerate(derivative) if part is not None]
     shapes = [outputs[index].shape for index in used]
@@ -231,7 +231,7 @@ def row_counts(matrix: GGNLikeKernel) -> list[int]:
     counts = []
     for _, _, (terms, entries) in _terms(matrix.objective):
         count = matrix.num_factors(entries)
-        if count != matrix.num_factors(entries + 1):  # each output has a row, so a square root of the Hessian is needed
+        if count != matrix.num_factors(entries + 1):  # each output adds a row: a square root of the Hessian is needed
             _check_entries(entries)
         counts.append(terms * count)
     return counts
@@ -253,8 +253,9 @@ def item_count(outputs: Sequence[Tensor], batch: Any, terms: int) -> int | None:
     """Return the number of data items in a batch, which is the size of its first axis.
 
     If the first axes of X and y have different sizes (for example, because the model flattens its predictions), the
-    size is that of X. The terms of an item must be consecutive in the prediction. Return None if the number of terms is
-    not a multiple of the size. If there is at most one term, return the number of terms.
+    number of items is the size of the first axis of X. The terms of an item must be consecutive in the prediction.
+    Return None if the number of terms is not a multiple of the number of items. If there is at most one term, return
+    the number of terms.
 
     Parameters
     ----------

@@ -1,8 +1,9 @@
-"""Form the factor `S` of a matrix ``S' S`` as a tensor. For an empirical Fisher matrix, its rows are scaled gradients.
+"""Form the factor `S` of a matrix ``S' S`` as a tensor.
 
-If the model treats its examples independently, ``torch.func.vmap`` maps a backward pass over the examples of a batch.
-If each example has s rows, all rows of the batch then take about as many operations as s gradients of the batch. One
-product with the transpose of `S` verifies the rows of each batch. If the verification fails, or if the model cannot be
+The rows of the factor of an empirical Fisher matrix are scaled gradients of examples. If the model treats its examples
+independently, ``torch.func.vmap`` maps a backward pass over the examples of a batch. If each example has s rows,
+computing all rows of the batch then takes about as many operations as computing s gradients of the batch. The rows of
+each batch are verified by one product with the transpose of `S`. If the verification fails, or if the model cannot be
 mapped over its examples, each row takes one backward pass over its batch.
 """
 
@@ -72,7 +73,7 @@ def _write_by_example(
     backward: LinearMap,
     rows: Tensor,
 ) -> bool:
-    """Compute the rows of one batch by mapping a backward pass over the examples, and verify them.
+    """Compute the rows of one batch by mapping a backward pass over the examples, and verify the rows.
 
     Return False if the examples cannot be mapped, or if the rows fail the verification.
     """

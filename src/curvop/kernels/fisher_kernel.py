@@ -65,7 +65,8 @@ class SampledFisherKernel(GGNLikeKernel):
     """Linearize batches for products with a block of a Monte Carlo estimate of the Fisher matrix.
 
     The factors `r` are derivatives of the loss with respect to the prediction, at targets drawn from the likelihood of
-    the model. The factors are scaled such that the expectation of ``r r'`` is the Hessian of the loss.
+    the model. The factors are scaled such that the expectation of ``r r'`` is the Hessian of the loss with respect to
+    the prediction.
 
     Parameters
     ----------
@@ -160,8 +161,8 @@ def gradient_sum(objective: ModelObjective, names: Sequence[str], out: Tensor) -
 class OuterProducts(OutputHessian, RowMap):
     """A block-diagonal map `M`. The block of each example is the sum of ``r r'`` over s vectors `r`.
 
-    Equivalently, ``M = R R'``, where the columns of `R` are the vectors of all examples. The methods `rows` and
-    `cotangents` multiply by ``R'`` and by `R`.
+    Equivalently, ``M = R R'``, where the columns of `R` are the vectors of all examples. The method `rows` multiplies
+    by ``R'``, and the method `cotangents` multiplies by `R`.
 
     Parameters
     ----------
@@ -196,7 +197,10 @@ class OuterProducts(OutputHessian, RowMap):
         return self._restored([factor * (factor * flat).sum(-1, keepdim=True) for factor in self.tensors])
 
     def rows(self, tangents: Parts) -> Tensor | None:
-        """Return ``R' w``, with shape (..., n * s), or None for zeros. The s entries of an example are consecutive."""
+        """Return ``R' w``, a tensor of shape (..., n * s), or None if all entries are zero.
+
+        The s entries of an example are consecutive.
+        """
         flat = self._flat(tangents)
         if flat is None:
             return None
@@ -204,7 +208,10 @@ class OuterProducts(OutputHessian, RowMap):
         return products.reshape(*products.shape[:-2], -1)
 
     def cotangents(self, rows: Tensor) -> Parts:
-        """Return ``R u``, one tensor or None for each output, for a tensor `u` of shape (..., n * s)."""
+        """Return ``R u`` for `rows`, a tensor `u` of shape (..., n * s).
+
+        The result has one entry for each output. None stands for a tensor of zeros.
+        """
         if not self.tensors:
             return [None] * self._outputs
         weights = rows.reshape(*rows.shape[:-1], -1, len(self.tensors), 1).unbind(-2)
@@ -214,7 +221,10 @@ class OuterProducts(OutputHessian, RowMap):
         return self._examples.flatten([vectors[index] for index in self._used], self._shapes)
 
     def _restored(self, products: list[Tensor]) -> Parts:
-        """Return the sum of tensors of shape (..., n, m), with one tensor for each output, or None for zeros."""
+        """Add tensors of shape (..., n, m), and divide the sum into one tensor for each output.
+
+        None stands for a tensor of zeros.
+        """
         total = products[0] if len(products) == 1 else torch.stack(products).sum(0)
         restored: list[Tensor | None] = [None] * self._outputs
         parts = self._examples.restore(total, self._shapes)
@@ -224,10 +234,12 @@ class OuterProducts(OutputHessian, RowMap):
 
 
 def used_terms(examples: Examples, outputs: Sequence[Tensor], derivative: Parts) -> tuple[int, int]:
-    """Return ``(n, m)``: the number of examples, and the number of entries of each in the outputs that the loss uses.
+    """Return ``(n, m)``: the number of examples, and the number of entries of one example.
 
-    The loss does not depend on an output if its entry of `derivative` is None. If the loss depends on no output, for
-    example because all targets are ignored, all outputs count.
+    Only entries of outputs on which the loss depends are counted.
+
+    The loss does not depend on an output if the entry of `derivative` for this output is None. If the loss depends on
+    no output, for example because all targets are ignored, all outputs are counted.
     """
     used = [output.shape for output, part in zip(outputs, derivative, strict=True) if part is not None]
     return examples.terms(used or [output.shape for output in outputs])

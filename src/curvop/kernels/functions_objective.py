@@ -20,15 +20,16 @@ __all__ = ["FunctionsObjective"]
 
 T = TypeVar("T")
 
-#: Largest number of interruptions of one evaluation by the search for modules; see `FunctionsObjective._run`.
+#: Largest number of times that the search for modules interrupts one evaluation; see `FunctionsObjective._run`.
 _MAX_INTERRUPTIONS = 100
 
 
 class FunctionsObjective(ModelObjective):
     """The loss ``loss(predict(params, batch), batch)`` over batches of any type.
 
-    The objective extends `ModelObjective`, so all kernels accept it. The inputs X of a batch are the batch itself. The
-    targets y are the targets that a `TargetLoss` returns, or the batch itself for any other loss.
+    The objective extends `ModelObjective`, so all kernels accept it. The inputs X of a batch are the batch itself. If
+    the loss is a `TargetLoss`, it computes the targets y from the batch. For any other loss, the targets y are the
+    batch itself.
 
     Parameters
     ----------
@@ -138,7 +139,7 @@ class FunctionsObjective(ModelObjective):
         return super()._run(function, leaves, batch, what)
 
     def _replace_modules(self, old: nn.Module | None, new: nn.Module | None) -> None:
-        """Remove the module `old` from the known modules, and add the module `new`. Either of them may be None."""
+        """Remove the module `old` from the known modules, and add the module `new`. Ignore a module that is None."""
         if old is None and new is None:
             return
         writes = self.guard.writes
@@ -159,7 +160,7 @@ def _batch_divisor(prediction: Any, batch: Any, y: Any) -> float | None:
 
 
 def _batch_or_target_divisor(prediction: Any, batch: Any, y: Any) -> float | None:
-    """Return the number of examples in a batch. If its tensors imply different numbers, return that of the targets."""
+    """Return the number of examples in a batch. If the number is unclear, return the number of targets."""
     size = batch_size(batch, y)
     return batch_size_of(y) if size is None else size
 

@@ -1,9 +1,9 @@
 r"""Matrices :math:`\sum_b J_b^\top M_b J_b`, where :math:`J_b` is the Jacobian of the prediction for batch b.
 
-A product with the transposed Jacobian, :math:`u \mapsto J^\top u`, is one backward pass. The map is linear in `u`, and
-the transpose of its derivative is `J`: a second backward pass, through the graph of the map, computes ``J v``. This
-method needs neither forward-mode differentiation nor a second evaluation of the model. A product with `J`, or with its
-transpose, costs two thirds of a gradient.
+A product with the transposed Jacobian, :math:`u \mapsto J^\top u`, is one backward pass. This map is linear in `u`, and
+the transpose of its derivative with respect to `u` is `J`. Therefore a second backward pass, through the graph of the
+first one, computes ``J v``. Computing ``J v`` in this way needs neither forward-mode differentiation nor a second
+evaluation of the model. A product with `J`, or with its transpose, costs two thirds of a gradient.
 
 `GGNKernel` computes the generalized Gauss-Newton matrix, for which `M` is the Hessian of the loss with respect to the
 prediction (Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural Computation
@@ -40,10 +40,10 @@ class JVP:
     params : sequence of Tensor
         The parameters.
     at_zero : bool
-        If True, the linear map ``u -> J' u`` is differentiated at ``u = 0``, else at a vector `u` without zero entries.
-        In exact arithmetic, both derivatives are equal. However, if a backward pass takes the logarithm of `u`, it can
-        only be differentiated at a `u` without zero entries. If a backward pass clips `u`, it can only be
-        differentiated at zero.
+        If True, the linear map ``u -> J' u`` is differentiated at ``u = 0``. If False, it is differentiated at a vector
+        `u` without zero entries. In exact arithmetic, both derivatives are equal. However, if a backward pass takes the
+        logarithm of `u`, it can only be differentiated at a `u` without zero entries. If a backward pass clips `u`, it
+        can only be differentiated at zero.
     """
 
     def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor], at_zero: bool = True) -> None:
@@ -113,8 +113,8 @@ class GGNLikeKernel(Kernel):
     def move(self) -> bool:
         """Change the point `u` at which the linear map ``u -> J' u`` is differentiated; see `JVP`.
 
-        The point is zero at first. Each call switches between zero and a point without zero entries. Return True after
-        a switch to the point without zero entries, and False after a switch back to zero.
+        A new kernel uses ``u = 0``. If `u` is zero, replace `u` by a vector without zero entries, and return True.
+        Otherwise, set `u` to zero again, and return False.
         """
         self._at_zero = not self._at_zero
         return not self._at_zero
@@ -139,14 +139,14 @@ class GGNLikeKernel(Kernel):
         """
 
     def num_factors(self, entries: int) -> int:
-        """Return the number s of vectors `r` if the block of `M` for an example is a sum ``r_1 r_1' + ... + r_s r_s'``.
+        """Return the number s of terms in the block ``r_1 r_1' + ... + r_s r_s'`` of `M` for one example.
 
         By default, s is `entries`, the number of rows of the block.
         """
         return entries
 
     def check_curvature(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:  # optional
-        """Record properties of `M` for one batch that a later warning depends on. By default, do nothing."""
+        """Record properties of `M` that are needed for a later warning. By default, do nothing."""
 
     def extra(self, index: int, prediction: Any, batch: Any, y: Any) -> dict[str, Tensor]:
         """Return a dict of additional tensors that are needed to compute `M` for batch number `index` with targets `y`.
@@ -156,7 +156,7 @@ class GGNLikeKernel(Kernel):
         return {}
 
     def buffers(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Buffers:
-        """Return a dict of the buffers of the objective, and of the tensors that the method `extra` returns."""
+        """Return a dict with the buffers of the objective and the tensors that the method `extra` returns."""
         buffers = super().buffers(leaves, index, batch)
         if not self.has_extra:
             return buffers
@@ -186,7 +186,7 @@ class GGNLikeKernel(Kernel):
         batch: Any,
         tangents: Sequence[Tensor],
     ) -> tuple[Tensor, Any, Parts]:
-        """Return the loss of a batch, the prediction, and the product of the batch's matrix with `tangents`."""
+        """Return ``(loss, prediction, product)`` for a batch; ``product`` is the batch's matrix times `tangents`."""
         prediction, parts, loss, y = self.objective.traced_split(leaves, buffers, batch, cut_off)
         outputs = outputs_of(prediction)
 
@@ -220,8 +220,8 @@ def cut_off(prediction: Any) -> tuple[Any, list[Tensor]]:
     Raises
     ------
     TypeError
-        If the prediction contains a complex tensor, no floating-point tensor, or an object of an unknown type, which
-        could contain tensors.
+        If the prediction contains a complex tensor, or an object of an unknown type (which could contain tensors). Also
+        if the prediction contains no floating-point tensor.
     """
     return _parts(prediction, lambda part: part.detach().requires_grad_())
 
@@ -269,7 +269,7 @@ class GGNKernel(GGNLikeKernel):
         return _LossHessian(derivative(True), outputs)
 
     def check_curvature(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:
-        """Record whether the loss of any batch so far has a nonzero second derivative."""
+        """Record whether any loss so far has a nonzero second derivative with respect to the prediction."""
         if not self.objective.checks.curved:
             probes = [torch.linspace(1, 2, part.numel()).cos().to(part).view_as(part) for part in outputs]
             self.objective.checks.curved = any(part is not None and bool(part.any()) for part in output_hessian(probes))

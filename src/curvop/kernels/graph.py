@@ -29,8 +29,8 @@ def nodes(roots: Iterable[Node]) -> Iterator[Node]:
 class LinearMap:
     """The transposed Jacobian of `outputs` with respect to `inputs`, for products with many vectors.
 
-    The object retains only the graph, not the outputs. If the outputs are a gradient, not retaining them saves as much
-    memory as the parameters occupy.
+    The object retains the graph, but not the outputs. If the outputs are a gradient, they would occupy as much memory
+    as the parameters.
 
     Parameters
     ----------

@@ -47,9 +47,9 @@ class Guard:
 
     State inside other objects is not restored.
 
-    Once the code has modified a buffer, another tensor of the modules or a tensor of a batch, all later runs use copies
-    of all such tensors. The code then never reads values that its earlier runs have written, and retained graphs do not
-    refer to the user's tensors.
+    If a run modifies a buffer, another tensor of the modules or a tensor of a batch, all later runs use copies of the
+    buffers, of the other tensors and of the batches. The code then never reads values that its earlier runs have
+    written, and retained graphs do not refer to the user's tensors.
 
     Parameters
     ----------
@@ -77,7 +77,8 @@ class Guard:
     ) -> T:
         """Return ``function(batch)`` and undo the side effects of the function.
 
-        The function is called a second time, on copies, if it modifies tensors of the modules or of the batch.
+        If the function modifies tensors of the modules or of the batch, it is called a second time, on copies of these
+        tensors.
 
         Parameters
         ----------
@@ -87,8 +88,8 @@ class Guard:
             Tensors that replace tensors of the modules while the function runs. The keys are the ``id`` numbers of the
             tensors to be replaced.
         hold : bool
-            Whether to set ``requires_grad`` of all parameters that are not replaced to False while the function runs.
-            This has no effect if `replacements` is None.
+            If True, the parameters that are not replaced have ``requires_grad=False`` while the function runs. The
+            argument has no effect if `replacements` is None.
         """
         swaps, hold = dict(replacements or {}), hold and replacements is not None
         result, wrote = self._watched(function, batch, swaps, hold)
@@ -144,8 +145,9 @@ class Guard:
 def modules_of(function: Any) -> list[nn.Module]:
     """Return a list of the modules to which a callable refers.
 
-    The modules are the callable itself, the object to which a method is bound, or the function and the arguments of a
-    ``functools.partial``.
+    If the callable is a module, the list contains this module. If the callable is a bound method of a module, the list
+    contains the module of the method. If the callable is a ``functools.partial``, its function and its arguments are
+    searched.
     """
     if isinstance(function, functools.partial):
         parts = (function.func, *function.args, *function.keywords.values())
@@ -157,10 +159,11 @@ def modules_of(function: Any) -> list[nn.Module]:
 def referenced_modules(function: Any) -> list[nn.Module]:
     """Return a list of the modules that a callable can use, without duplicates.
 
-    In addition to the modules that `modules_of` returns, the list contains the modules in closure variables, default
-    arguments, attributes of objects that are callable or to which a method is bound, and global variables. Functions
-    among these objects are searched, too, but global functions only if they are from the same file. `ModuleFinder`
-    finds the other modules while the callable runs.
+    The list contains the modules that `modules_of` returns. It also contains the modules in closure variables, in
+    default arguments, in global variables, in attributes of callable objects, and in attributes of objects to which a
+    method is bound. If a function is found in one of these places, the function is searched, too. However, global
+    functions are only searched if they are from the same file. All other modules are found by `ModuleFinder` while the
+    callable runs.
     """
     found: dict[nn.Module, None] = {}
     seen: set[int] = set()
@@ -188,7 +191,7 @@ def referenced_modules(function: Any) -> list[nn.Module]:
 
 
 def _used_by(function: types.FunctionType) -> list[Any]:
-    """Return the modules and functions that a function uses, and its closure variables and default arguments."""
+    """Return the default arguments, closure variables, and global modules and functions that a function uses."""
     if (function.__module__ or "").partition(".")[0] == "torch":
         return []
     values: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
@@ -209,7 +212,7 @@ def _used_by(function: types.FunctionType) -> list[Any]:
 
 
 class ModuleFoundError(BaseException):
-    """Raised by a `ModuleFinder`. The base class is not ``Exception``, so that the user's code does not catch it."""
+    """Raised by a `ModuleFinder`. The base class is not ``Exception``, so that user code does not catch the error."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(f"a {type(module).__name__} is called for the first time")
@@ -219,16 +222,18 @@ class ModuleFoundError(BaseException):
 class ModuleFinder:
     """Interrupt the user's code before the forward pass of a module that is not known.
 
-    While the context is active, the first call of an unknown module raises a `ModuleFoundError`. The code is then
-    repeated with this module as `latest`. If the repeated code calls another unknown module first, `latest` was created
-    by the code itself, as in ``nn.Softmax(1)(z)``. Calls at this position in the sequence of calls no longer interrupt.
+    While the context is active, the first call of an unknown module raises a `ModuleFoundError`. The caller then
+    repeats the code with this module as `latest`. The repeated code may call another unknown module of the same type
+    before it calls `latest`. In this case, the code creates the module itself, as in ``nn.Softmax(1)(z)``. From then
+    on, the finder ignores modules of this type at this position in the sequence of calls.
 
     Parameters
     ----------
     modules : sequence of nn.Module
         The known modules. Their submodules are known, too.
     positions : set of (int, type)
-        Positions and types of modules that the code creates itself. The finder adds new ones.
+        For each module that the code creates itself: the position in the sequence of calls, and the type of the module.
+        The finder adds new entries to the set.
     latest : nn.Module or None
         The module that was found last.
 
@@ -237,7 +242,7 @@ class ModuleFinder:
     interrupted : ModuleFoundError or None
         The error that was raised.
     temporary : nn.Module or None
-        The module `latest`, if it was created by the code itself.
+        The module `latest` if the code itself created it. Otherwise None.
     """
 
     def __init__(
@@ -337,7 +342,7 @@ class _Places:
             yield from (value for _, value in part._parameters.items() if value is not None)
 
     def state(self, parameters: Iterable[Tensor]) -> list[Tensor]:
-        """Return a list, without duplicates, of the buffers and other tensors of the modules, except parameters.
+        """Return a list of the buffers and other tensors of the modules, without parameters and duplicates.
 
         Tensors that are not buffers are included only if they do not belong to an autograd graph.
         """
@@ -433,8 +438,8 @@ def _is_no_state(tensor: Tensor) -> bool:
 def _is_delicate(tensor: Tensor) -> bool:
     """Return True if user code must run on a copy of the tensor, even if the code has not modified tensors before.
 
-    This is the case if a write could attach the tensor to an autograd graph, or if autograd cannot save the tensor
-    because it was created in inference mode.
+    A copy is needed if a write could attach the tensor to an autograd graph. A copy is also needed if the tensor was
+    created in inference mode, because autograd cannot save such a tensor.
     """
     in_graph = tensor.grad_fn is not None or (tensor._is_view() and tensor.is_floating_point())
     return in_graph or tensor.is_inference()
@@ -467,7 +472,7 @@ class _Saved:
             self._tensor.detach_()
         if moved:
             self._tensor.data = self._memory
-        self._tensor.detach().copy_(self._copy)  # not no_grad, which Ctrl-C might leave enabled
+        self._tensor.detach().copy_(self._copy)  # detach instead of no_grad, which Ctrl-C might leave on
         return True
 
 
@@ -504,7 +509,7 @@ def _hold_constant(parameters: Iterable[Tensor]) -> None:
 
 
 def _copies(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Return a dict from the ``id`` of each tensor to a copy of the tensor.
+    """Return a dict that maps the ``id`` of each tensor to a copy of the tensor.
 
     If two tensors share memory, their copies also share memory.
     """

@@ -71,8 +71,8 @@ class Inspection:
     looked_into : bool
         Whether the objective has modules with parameters. If False, `random` and `batchwise` may be incomplete.
     batching : str
-        The loss of two batches evaluated as one batch may contradict the weights of the two batches. This string then
-        describes the contradiction. Otherwise, it is empty.
+        A description of how the loss of two batches, evaluated as one batch, contradicts the weights of the two
+        batches. An empty string if there is no contradiction.
     unverified : bool
         True if the weights of the batches are only assumed, and no two batches could be used to verify them.
     batching_remedy : str

@@ -30,7 +30,7 @@ _CHANGED = "this has changed since the operator was made; make a new one"
 
 
 def prediction_sum(prediction: Any, y: Any) -> Tensor:
-    """Return a checksum of the entries of a prediction. A Jacobian has no loss, and uses the checksum instead.
+    """Return a checksum of the entries of a prediction. The objective of a Jacobian uses it in place of a loss.
 
     The checksum depends on the order of the entries.
     """
@@ -74,14 +74,17 @@ class RowMap(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, tangents: Parts) -> Tensor | None:
-        """Return ``R' w``, a tensor of shape (..., count), or None for zeros.
+        """Return ``R' w``, a tensor of shape (..., count), or None if all entries are zero.
 
-        `tangents` contains one tensor for each floating-point tensor in the prediction, or None for zeros.
+        `tangents` has one entry for each floating-point tensor in the prediction. None stands for a tensor of zeros.
         """
 
     @abc.abstractmethod
     def cotangents(self, rows: Tensor) -> Parts:
-        """Return ``R u``, one tensor or None for each output, for a tensor `u` of shape (..., count)."""
+        """Return ``R u`` for `rows`, a tensor `u` of shape (..., count).
+
+        The result has one entry for each output. None stands for a tensor of zeros.
+        """
 
 
 class _FlatOutputs(RowMap):
@@ -125,7 +128,7 @@ class JacobianKernel(Kernel):
 
     symmetric = False
     by_batch = True
-    #: What a row stands for, in error messages.
+    #: The word for a row in error messages.
     row_name = "prediction"
     objective: ModelObjective
 
@@ -138,9 +141,9 @@ class JacobianKernel(Kernel):
     def move(self) -> bool:
         """Change the point `u` at which the linear map ``u -> J' u`` is differentiated to compute ``J v``.
 
-        At first, ``u = 0``. Each call switches between zero and a vector without zero entries. Return True after a
-        switch to a vector without zero entries, and False after a switch back to zero. A kernel for the transpose
-        always returns False, because the product ``J' u`` needs no such derivative.
+        A new kernel uses ``u = 0``. If `u` is zero, replace `u` by a vector without zero entries, and return True.
+        Otherwise, set `u` to zero again, and return False. A kernel for the transpose always returns False, because the
+        product ``J' u`` needs no such derivative.
         """
         self._at_zero = not self._at_zero or not isinstance(self.rows, BatchLayout)
         return not self._at_zero
@@ -151,7 +154,7 @@ class JacobianKernel(Kernel):
             raise ValueError(f"data yields {count} batches: {_CHANGED}")
 
     def restricted(self, cols: Sequence[str]) -> Self:
-        """Return the kernel for the columns of the parameters `cols`."""
+        """Return a copy of the kernel whose columns belong to the parameters `cols`."""
         restricted = copy.copy(self)
         restricted.cols = ParameterLayout(self.objective.params, cols)
         return restricted
@@ -210,7 +213,7 @@ class JacobianKernel(Kernel):
         return self._linearization(row_map, outputs_of(prediction), leaves, loss.value, loss.weight)
 
     def evaluate(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> tuple[Any, RowMap, BatchLoss]:
-        """Return the prediction, the map to the rows, and the loss of batch number `index`."""
+        """Return ``(prediction, row_map, loss)`` for batch number `index`."""
         prediction, cut, parts, loss = self.objective.split(leaves, index, batch, cut_off)
         extra, pair = self.extra(index, cut, batch, loss.y), (self.objective.inputs(batch), loss.y)
         row_map = self.row_map(parts, pair, extra, lambda create_graph: loss.gradient(parts, create_graph))

@@ -27,10 +27,10 @@ class Linearization(abc.ABC):
     weight : float
         The weight ``w_b`` of the batch. The engine multiplies products by ``Kernel.scale(weight)``; `apply` does not.
     roots : sequence of Node
-        Root nodes of the retained autograd graphs. The memory of the graphs is measured by following them from these
-        nodes.
+        Root nodes of the retained autograd graphs. To measure the memory of the graphs, their nodes are visited,
+        starting from the roots.
     tensors : sequence of Tensor
-        Retained tensors that do not belong to these graphs. Their memory is measured, too.
+        Retained tensors that do not belong to the graphs below `roots`. The memory of these tensors is measured, too.
     whole : bool
         If False, `apply` takes and returns a list with one tensor per parameter. If True, it takes and returns a list
         with a single flat vector.
@@ -96,7 +96,8 @@ class Kernel(abc.ABC):
     symmetric: bool
     #: Whether the rows or the columns of the matrix correspond to the entries of the predictions, ordered by batch.
     by_batch = False
-    #: Whether compiled programs compute the products. If True, failure to record CUDA graphs causes a warning.
+    #: Whether compiled programs compute the products. If True, a warning is issued if the products cannot be recorded
+    #: as CUDA graphs.
     compiled = False
     #: The engine tries to multiply several columns at once only if a column takes at most this time, in seconds.
     worth_batching: float = math.inf
@@ -114,15 +115,16 @@ class Kernel(abc.ABC):
     def adjoint(self) -> Kernel:
         """Return the kernel of the adjoint of the block.
 
-        The adjoint is a copy in which `rows` and `cols` are swapped. This is sufficient if the whole matrix is
-        symmetric. A Jacobian kernel multiplies by the transpose if its columns correspond to predictions.
+        The adjoint is a copy in which `rows` and `cols` are swapped. Swapping is sufficient if the whole matrix is
+        symmetric. Swapping is also sufficient for a Jacobian, because its kernel multiplies by the transpose if the
+        columns correspond to predictions.
         """
         mirrored = copy.copy(self)
         mirrored.rows, mirrored.cols = self.cols, self.rows
         return mirrored
 
     def scale(self, weight: float) -> float:
-        """Return the factor by which the engine multiplies the product of a batch. By default, it is the weight."""
+        """Return the factor by which the engine multiplies the product of a batch. By default, return `weight`."""
         return weight
 
     def divisor(self, weights: Sequence[float]) -> float:

@@ -172,7 +172,7 @@ def loss_divisor(loss_function: Callable[..., Any]) -> Divisor:
     return _element_divisor
 
 
-# These are functions rather than lambdas, because operators must be picklable.
+# The following divisors are functions rather than lambdas, because operators must be picklable.
 
 
 def _one(prediction: Any, X: Any, y: Any) -> float:
@@ -270,7 +270,7 @@ Setting = Callable[[str, Any], Any]
 
 
 def loss_derivative(loss_function: Callable[..., Any]) -> LossDerivative | None:
-    """Return a function for the closed-form derivative of `loss_function`, or None if there is none."""
+    """Return a function that computes the derivative of `loss_function` in closed form, or None."""
     kind = loss_kind(loss_function)
     if kind not in _CLOSED_FORMS or _is_customised(loss_function):
         return None
@@ -429,7 +429,8 @@ class Likelihood:
         z, y : Tensor
             Prediction and target. The target determines only the weights of the entries.
         noise : Tensor
-            The random numbers for one target: one entry, along the first dimension, of the result of `noise`.
+            The random numbers for one draw of the targets: a slice, along the first dimension, of the tensor that the
+            method `noise` returns.
         tensors : dict of str to Tensor
             Tensors that replace settings of the loss, such as its class weights.
         """
@@ -502,13 +503,15 @@ class Examples:
         self.by_class = self._kind is not None and issubclass(self._kind, nn.CrossEntropyLoss | nn.NLLLoss)
 
     def flatten(self, parts: Parts, shapes: Sequence[torch.Size]) -> Tensor | None:
-        """Return a tensor of shape (..., n, m) with the m entries of each of n examples. Return None if all are zero.
+        """Return a tensor of shape (..., n, m) with the m entries of each of n examples.
+
+        Return None if all entries of `parts` are None.
 
         Parameters
         ----------
         parts : sequence of Tensor or None
-            One tensor for each tensor in the prediction, with the shape of this tensor after any leading dimensions.
-            None stands for a tensor of zeros.
+            One entry for each tensor in the prediction. An entry is a tensor with the shape of the tensor in the
+            prediction, after any leading dimensions. None stands for a tensor of zeros.
         shapes : sequence of torch.Size
             The shapes of the tensors in the prediction.
 
@@ -531,7 +534,7 @@ class Examples:
         return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
 
     def restore(self, flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-        """Return the tensors from which `flatten` computes `flat`, a tensor of shape (..., n, m)."""
+        """Invert `flatten`: return the tensors from which `flatten` computes `flat`, of shape (..., n, m)."""
         leading = flat.shape[:-2]
         if self._kind is not None:
             [shape] = shapes
@@ -596,7 +599,7 @@ def check_classes(loss_function: Callable[..., Any], prediction: Any) -> None:
 
 
 def _shared_count(shapes: Sequence[torch.Size]) -> int:
-    """Return the number of examples in a prediction. Raise a ValueError if its tensors differ in first dimension."""
+    """Return the number of examples in a prediction. Raise a ValueError if its tensors have different lengths."""
     if any(not shape for shape in shapes):
         return 1
     if len({shape[0] for shape in shapes}) > 1:

@@ -208,12 +208,12 @@ class Holder(Protocol):
 
 
 class Budget:
-    """A limit on the number of bytes that several engines together may retain.
+    """A limit on the number of bytes that several engines together may retain. Retained bytes count as spent.
 
     Parameters
     ----------
     limit : float or 'auto'
-        Number of bytes. ``'auto'`` is half of the memory that is free on the device while no bytes are spent.
+        Number of bytes. ``'auto'`` is half of the free memory of the device, measured while no bytes are spent.
     """
 
     def __init__(self, limit: float | str) -> None:
@@ -234,7 +234,7 @@ class Budget:
 
     @property
     def is_zero(self) -> bool:
-        """Whether nothing may be retained."""
+        """Whether the limit is zero, so that nothing may be retained."""
         return self._limit == 0
 
     @property

@@ -86,7 +86,7 @@ class ModelObjective(Objective):
         """Initialize the objective. `modules` are the modules to which `model` and `loss_function` refer."""
         reduction = loss_reduction(loss_function, self.loss_name)
         self._model = model
-        #: For the keys of a mapping X: whether the model is called as ``model(**X)``, and why not as ``model(X)``.
+        #: For the keys of a mapping X: whether the model is called as ``model(**X)``, and the reason for this choice.
         self._calls: dict[tuple[Any, ...], tuple[bool, str]] = {}
         self.loss_function = loss_function
         modules = list(dict.fromkeys(modules))
@@ -335,8 +335,9 @@ class ModelObjective(Objective):
     def _takes_keywords(self, X: Mapping[Any, Any]) -> bool:
         """Return True if the model is called as ``model(**X)``, and False if it is called as ``model(X)``.
 
-        If both ways fit the signature, the first batch decides: the model is called as ``model(X)``, and as
-        ``model(**X)`` only if this raises an error. The decision is kept for all mappings with the same keys.
+        If the signature of ``forward`` allows both, the model is called as ``model(X)`` with the first batch. If this
+        call raises an error, the model is called as ``model(**X)``. The decision is kept for all mappings with the same
+        keys.
         """
         keys = tuple(X)
         if keys not in self._calls:
@@ -352,7 +353,7 @@ class ModelObjective(Objective):
         return self._calls[keys][0]
 
     def _called(self, X: Mapping[Any, Any], keywords: bool) -> Any:
-        """Call the model. If it raises an error, a note says how the mapping was passed, and names the other way."""
+        """Call the model. If it fails, add a note to the error: how `X` was passed, and the other way to pass it."""
         model = self._own_model()
         before = self._calls[tuple(X)][1]
         names = {"keys": ", ".join(map(repr, X))}
@@ -412,8 +413,8 @@ class ModelObjective(Objective):
     def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield all modules except the loss function, each with a prefix for the names of its tensors.
 
-        The prefix is empty for a model that is a module. A module cannot have a submodule with the name ``modules``, so
-        names with the other prefixes differ from its names.
+        If the model is a module, its prefix is empty. All other prefixes start with ``modules.``. No name in the model
+        starts with ``modules.``, because a module cannot have a submodule with the name ``modules``.
         """
         for number, module in enumerate(self.modules):
             if module is self._model:
@@ -511,7 +512,7 @@ def _as_keywords(model: nn.Module, X: Mapping[Any, Any]) -> bool | None:
     Raises
     ------
     TypeError
-        If no way fits.
+        If neither way fits.
     """
     try:
         signature = inspect.signature(model.forward)
@@ -549,7 +550,7 @@ def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> A
 
 
 def _is_mapping_type(annotation: Any) -> bool:
-    """Return True for a type of mappings, and for optional, annotated and united types that include one."""
+    """Return True if an annotation is a mapping type, or an optional, union or ``Annotated`` type that includes one."""
     if isinstance(annotation, str):
         return re.search(r"\b(dict|Dict|\w*Mapping|\w*Encoding)\b", annotation) is not None
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -569,7 +570,7 @@ def _forward_parameters(model: nn.Module) -> list[str]:
 
 
 def _adds_no_note(error: Exception) -> bool:
-    """Return True for errors that are raised by this package, or whose cause is not how the model was called."""
+    """Return True if this package raised the error, or if the way the model was called is not its cause."""
     of_package = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
     return of_package or out_of_memory(error) or _RECOMPUTES in str(error)
 

@@ -252,13 +252,16 @@ class Objective(abc.ABC):
             raise ValueError("data is empty: it yields no batch, pass at least one")
 
     def unchecked_batches(self) -> Iterator[Any]:
-        """Yield every batch on the device of the parameters, for objectives with the same data; see `fed_by`."""
+        """Yield every batch after moving it to the device of the parameters, without checking the batch.
+
+        The caller passes the batches to all objectives that have the same data; see `fed_by`.
+        """
         with self._reading():
             yield from on_device(numbered_errors(self.data), self.device)
 
     @contextlib.contextmanager
     def fed_by(self, feed: Feed) -> Iterator[None]:
-        """Make passes that start or continue within this context take their batches from `feed`."""
+        """While the context is active, take the batches of every pass from `feed` instead of `data`."""
         self._feed = feed
         try:
             yield
@@ -488,7 +491,9 @@ class Objective(abc.ABC):
         return self._weight(index, batch, self._mean_divisor(prediction, batch))
 
     def divisor(self, weights: Iterable[float]) -> float:
-        """Return the divisor of the weighted sum over all batches: ``W`` if the loss is a mean, 1 if it is a sum.
+        """Return the divisor of the weighted sum over all batches.
+
+        The divisor is the total weight ``W`` if the loss is a mean, and 1 if the loss is a sum.
 
         Within the `as_part_of_data` context, the divisor is 1, and the total weight is stored in a `PartWeights`.
         """
@@ -560,7 +565,7 @@ class Objective(abc.ABC):
 def _allows_tf32(backend: Any) -> bool:
     try:
         return bool(backend.allow_tf32)
-    except RuntimeError:  # PyTorch raises if a program mixes the old and the new TF32 settings
+    except RuntimeError:  # raised if a program mixes PyTorch's old and new TF32 settings
         return True
 
 

@@ -42,7 +42,7 @@ __all__ = [
     "suspects",
 ]
 
-_ALIKE = 1e-3  # weights cannot be verified on two batches if the relative difference of their losses is smaller
+_ALIKE = 1e-3  # weights are not verified with losses or gradients whose relative difference is smaller
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
 
 
@@ -70,8 +70,8 @@ class FirstPassChecks:
     warned : set of str
         Kinds of warnings that have been issued.
     batching : str or None
-        If the loss of two batches evaluated as one contradicts the weights of the batches, a description of the
-        contradiction. If there is no contradiction, an empty string. None before the end of the first pass.
+        A description of how the loss of two batches, evaluated as one batch, contradicts the weights of the two
+        batches. An empty string if there is no contradiction. None before the end of the first pass.
     unverified : bool
         True if the weights could not be verified, because no two batches could be compared.
     curved : bool or None
@@ -106,7 +106,7 @@ class FirstPassChecks:
         self._pair = None
 
     def begin_search(self, what: str) -> None:
-        """Record that the current pass over the data searches the graphs of the results named `what` (``"loss"``)."""
+        """Record that the current pass over the data searches the graphs of the results with the name `what`."""
         self._searching.add(what)
 
     def end_search(self) -> None:
@@ -331,8 +331,9 @@ def random_subset(data: Any) -> str:
 def _compare_as_one(objective: Objective, totals: Totals, pair: BatchPair) -> str | None:
     """Describe how the loss of two batches evaluated as one contradicts the weights of the batches.
 
-    Return an empty string if there is no contradiction. Return None if no two batches can be compared. For example,
-    batches cannot be joined, or the model does not accept the size of the joined batch, or all batches are too similar.
+    Return an empty string if there is no contradiction. Return None if no two batches can be compared. Possible reasons
+    are that batches cannot be joined, that the model does not accept the size of the joined batch, or that all batches
+    are too similar.
     """
     for (index, first), (other, second) in pair.candidates():
         with contextlib.suppress(Exception):
@@ -392,7 +393,7 @@ def _disagreement(losses: Sequence[float], weights: Sequence[float] | None, limi
         The losses of the first batch, the second batch and the joined batch, or the derivatives of these losses in one
         direction.
     weights : two floats, or None
-        The weights of the two batches in a mean; None for a sum.
+        The weights of the two batches if the loss is a mean. None if the loss is a sum.
     limit : float
         The largest difference that is attributed to rounding.
     """

@@ -27,16 +27,17 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 # Functions of these libraries are hashed by name only, because their code depends on the installed version and not on
 # the user's problem.
 _LIBRARIES = {"builtins", "torch", "curvop", "numpy", "scipy", "functools", "operator", "math"}
-#: The former names of renamed modules, by present name. The fingerprints in existing journals use the former names.
+#: Maps the present names of renamed modules to their former names. The fingerprints in existing journal files use the
+#: former names.
 _FORMER_MODULES = {"curvop.kernels.jacobian_kernel": "curvop.kernels.jacobian"}
 
 
 def objective_parts(objective: Objective, data: bool = True) -> dict[str, str]:
-    """Return a dict with a digest of each parameter, tensor of the model, setting and batch of the objective, by name.
+    """Return the digests of all parameters, model tensors, settings and batches of an objective, as a dict by name.
 
-    The digest of a Python function depends on its code, its defaults, the values of its closure, and the global
-    variables that it uses. Global variables are ignored unless they are numbers, strings, tensors, layers, or functions
-    from the same file.
+    The digest of a Python function depends on its code, its default arguments, its closure variables, and the global
+    variables that it uses. However, only global variables that are numbers, strings, tensors, layers, or functions from
+    the same file are included.
 
     Parameters
     ----------
@@ -79,7 +80,7 @@ def digest(value: Any) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor of shape ``(..., N)`` as a uint8 tensor ``(..., N * itemsize)`` on the CPU."""
+    """Return the bytes of a tensor of shape ``(..., N)`` as a uint8 CPU tensor, ``(..., N * itemsize)``."""
     return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().view(torch.uint8)
 
 

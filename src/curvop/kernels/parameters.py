@@ -92,7 +92,7 @@ def _check_not_compiled(name: str, value: Any) -> None:
         if _is_compiled(value):
             raise TypeError(f"{name} is compiled by torch.compile: pass the function that was compiled ({advice})")
         return
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # slow to import, and already imported by torch.compile
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it is slow; torch.compile has imported it
     for path, part in value.named_modules():
         where = f"{name}, layer {path!r}," if path else name
         if dynamo is not None and isinstance(part, dynamo.OptimizedModule):
@@ -296,7 +296,7 @@ class Layout(abc.ABC):
 
 
 class ParameterLayout(Layout):
-    """The layout of a vector of parameters. Every batch depends on the whole vector.
+    """The layout of a vector of parameters. All entries of the vector belong to every batch.
 
     Parameters
     ----------
@@ -322,7 +322,7 @@ class ParameterLayout(Layout):
         self.size = sum(self._sizes)
 
     def at(self, vector: Tensor, index: int) -> Tensor:
-        """Return `vector`, because every batch depends on the whole vector."""
+        """Return `vector`, because all its entries belong to every batch."""
         return vector
 
     def split(self, vector: Tensor) -> list[Tensor]:

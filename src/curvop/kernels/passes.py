@@ -79,8 +79,8 @@ class Totals:
         Returns
         -------
         tuple or None
-            The name of the quantity that differs, its value in this pass, and its value in the later pass. None if all
-            losses and weights agree.
+            A tuple ``(name, value, later_value)``: the name of the quantity that differs, its value in this pass, and
+            its value in the later pass. None if all losses and weights agree.
         """
         eps = max(self.eps, later.eps)
         if not same(later.losses, self.losses, eps) or not same(later.weights, self.weights, eps):

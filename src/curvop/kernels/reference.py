@@ -122,7 +122,7 @@ def _scale(whole: Any, needed: int, available: int, device: torch.device) -> flo
 
 
 def _whole(kernel: Any) -> Any:
-    """Return a copy of `kernel` that has the rows and columns of all parameters, or `kernel` itself if it has them."""
+    """Return a copy of `kernel` with rows and columns for all parameters, or `kernel` itself if it has them all."""
     params = kernel.objective.params
     whole = copy.copy(kernel)
     for side in ("rows", "cols"):
@@ -194,7 +194,10 @@ class Point:
 
 
 class _ForwardDifferentiable(HeldPadding):
-    """Replace functions whose forward-mode derivative is missing or wrong in torch, and keep padding rows constant."""
+    """Replace functions whose forward-mode derivative is missing or wrong in torch.
+
+    In addition, keep the padding rows of embeddings constant; see `HeldPadding`.
+    """
 
     def replacement(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function to call in place of `func`, or `func` itself."""
@@ -240,7 +243,7 @@ class DoubleBatch(abc.ABC):
         self.values = {name: point.values[name] for name in (*kernel.rows.names, *kernel.cols.names)}
         with torch.enable_grad():  # the model may compute derivatives
             self.prediction = self._traced({})[1]
-        self._original = batch  # in the precision of the user's modules, which may compute the targets
+        self._original = batch  # in the original precision, because the user's modules may compute the targets
         self.weight = 1.0 if self.by_batch else self.objective.weight(self.prediction, index, batch)
 
     @abc.abstractmethod
@@ -330,7 +333,10 @@ class _EmpiricalFisher(DoubleBatch):
         return self._vjp(self._losses, tangents) / divisor
 
     def _losses(self, values: Values) -> Parts:
-        """Return a tuple with one tensor: the losses of all examples. For examples, see `curvop.kernels.losses`."""
+        """Return a tuple with one tensor that contains the loss of each example.
+
+        The module `curvop.kernels.losses` defines what an example is.
+        """
         with _ForwardDifferentiable(self._padding):
             prediction, y = self._prediction(values), self._targets()
             buffers, loss_function = self.point.buffers(), self.objective.loss_function

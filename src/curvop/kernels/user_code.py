@@ -189,7 +189,8 @@ class UserCode:
     def _choose_call(self, batch: Any) -> None:
         """Record whether the user would call the model as ``model(**X)`` for a mapping with the keys of this batch.
 
-        If ``forward`` accepts both ways, the user calls ``model(X)``, unless this raises an error.
+        If the signature of ``forward`` allows both ``model(X)`` and ``model(**X)``, assume that the user calls
+        ``model(X)``, unless this call raises an error.
         """
         keys = _keys_of(self.objective.inputs(batch))  # type: ignore[attr-defined]
         if not keys or keys in self._spreads:
@@ -237,7 +238,7 @@ class UserCode:
         return self._joined_loss(predictions, targets), predictions
 
     def predicts_apart(self, batches: list[Any]) -> bool:
-        """Return True if the joint loss of the batches does not depend on the order in which the model is called.
+        """Return True if the loss of the joined batches does not depend on the order in which the model is called.
 
         The loss depends on this order if it reads a value that the model stored in its last call.
         """
@@ -281,8 +282,8 @@ def _accepted_calls(model: nn.Module, keys: Sequence[Any]) -> tuple[bool, bool]:
     """Return ``(one, spread)``: whether ``forward`` accepts ``model(X)``, and whether it accepts ``model(**X)``.
 
     The kernels decide the same question by binding arguments to the signature of ``forward``. This function shares no
-    code with them: it counts the parameters of ``forward`` and compares their names with the keys of `X`. A mapping is
-    not spread if the first parameter is annotated as a mapping.
+    code with them: it counts the parameters of ``forward`` and compares their names with the keys of `X`. If the first
+    parameter is annotated as a mapping, ``spread`` is False.
     """
     while isinstance(model, nn.DataParallel):
         model = model.module
@@ -337,7 +338,7 @@ def gradient_of(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequ
 
 
 def _distinct(known: set[int], tensors: list[Tensor]) -> list[Tensor]:
-    """Return `tensors` without duplicates, inference tensors, and tensors whose ids are in `known`."""
+    """Return a list of the tensors without duplicates. Omit inference tensors, and tensors whose ids are in `known`."""
     distinct = {id(value): value for value in tensors if id(value) not in known and not value.is_inference()}
     return list(distinct.values())
 

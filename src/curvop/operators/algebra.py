@@ -1,9 +1,9 @@
-r"""Operators that combine other operators: sums, multiples, products and powers, and damped operators.
+r"""Operators that combine other operators: sums, multiples, products, powers and damped operators.
 
 If A is an operator of this package, the expressions ``A + B``, ``A - B``, ``c * A``, ``-A``, ``A @ B``, ``A ** 2`` and
-``A.damped(lam)`` return these operators. Like A, they accept NumPy arrays and tensors, and know the names of their
-parameters. Their methods ``block`` and ``submatrix`` combine blocks of the operands. The example preconditions the
-Hessian with the diagonal of the Gauss-Newton matrix::
+``A.damped(lam)`` return these operators. Like A, these operators accept NumPy arrays and tensors, and know the names of
+their parameters. The methods ``block`` and ``submatrix`` of these operators combine blocks of the operands. The
+following example preconditions a Hessian with the diagonal of the Gauss-Newton matrix::
 
     >>> import torch
     >>> from curvop import DiagonalLinearOperator, GGNLinearOperator, HessianLinearOperator
@@ -57,7 +57,8 @@ __all__ = ["DampedLinearOperator"]
 Names = Sequence[str]
 
 
-# Sums, multiples and products. The classes are named as in SciPy, so that the class names in fingerprints agree.
+# Sums, multiples and products. The classes have the names of the corresponding SciPy classes, because fingerprints
+# contain the class names.
 
 
 class _SumLinearOperator(CompositeLinearOperator):
@@ -77,7 +78,8 @@ class _SumLinearOperator(CompositeLinearOperator):
         principal = rows == cols and alike(*self._row_and_column_layouts)
         blocks: list[tuple[TensorLinearOperator, TensorLinearOperator]] = []
         for addend in _addends(self):
-            # In a principal block of A + A.T, the block of A.T is the adjoint of that of A, so that both share a cache.
+            # In a principal block of A + A.T, use the adjoint of the block of A as the block of A.T, so that both share
+            # a cache.
             adjoints = (block.H for A, block in blocks if principal and A.H._identity() == addend._identity())
             block = next(adjoints, None)
             if block is None:
@@ -104,7 +106,7 @@ def _addends(A: TensorLinearOperator) -> Iterator[TensorLinearOperator]:
 
 
 class _ScaledLinearOperator(CompositeLinearOperator):
-    """Multiple ``alpha * A``."""
+    """Operator A multiplied by a number, ``alpha * A``."""
 
     def __init__(self, A: LinearOperator, alpha: Any) -> None:
         if not isinstance(alpha, numbers.Number):
@@ -125,7 +127,7 @@ class _ScaledLinearOperator(CompositeLinearOperator):
         return _ScaledLinearOperator(section(self._parts[0], self._row_and_column_layouts, rows, cols), self._alpha)
 
     def gram(self) -> GramLinearOperator:
-        """Return the Gram matrix ``alpha * S @ S.T`` if A is of the form ``S.T @ S``, and ``alpha >= 0``.
+        """Return the Gram matrix ``alpha * S @ S.T`` of ``alpha * A``, where ``A = S.T @ S`` and ``alpha >= 0``.
 
         Returns
         -------
@@ -166,7 +168,10 @@ class _ProductLinearOperator(CompositeLinearOperator):
         super().__init__((A.shape[0], B.shape[1]), [A, B], (rows, cols))
 
     def diagonal(self) -> NDArray[Any]:
-        """Return the exact diagonal, if at most one factor is not diagonal and this factor can compute its diagonal."""
+        """Return the exact diagonal of a product in which at most one factor is not a diagonal matrix.
+
+        This factor must be able to compute its own diagonal.
+        """
         scale, factors = _factors(self)
         diagonals = [factor for factor in factors if factor._is_diagonal]
         if len(factors) - len(diagonals) > 1:
@@ -196,7 +201,7 @@ class _ProductLinearOperator(CompositeLinearOperator):
         mirrored = self.is_symmetric and rows is not None and rows == cols and alike(*self._row_and_column_layouts)
         layouts = row_layout, col_layout = self._row_and_column_layouts
         square = alike(row_layout, col_layout)
-        cut: dict[tuple[Any, ...], TensorLinearOperator] = {}  # D @ A @ D needs only one block of D
+        cut: dict[tuple[Any, ...], TensorLinearOperator] = {}  # both factors D of D @ A @ D use the same block
 
         # If D is diagonal, the selected rows of D @ A are D' @ A', where D' is the diagonal block of D for these rows,
         # and A' consists of these rows of A. The same holds for the columns of A @ D.
@@ -307,7 +312,7 @@ class DampedLinearOperator(CompositeLinearOperator):
     TypeError
         If A is not an operator of this package, or if ``damping`` is not a real number.
     ValueError
-        If ``damping`` is infinite or NaN. Also if A is neither square nor a block of parameters.
+        If ``damping`` is infinite or NaN, or if A is neither square nor a block of parameters.
 
     See Also
     --------
@@ -317,13 +322,13 @@ class DampedLinearOperator(CompositeLinearOperator):
     Notes
     -----
     Blocks and submatrices are taken from the damped matrix. An off-diagonal block is therefore equal to the
-    corresponding block of A. If the rows and columns of a block have only some parameters in common, the damping is
-    added only to the diagonal entries of the common parameters. A product with the damped operator costs as much as a
-    product with A.
+    corresponding block of A. In a block whose row and column parameters differ, the damping is added only to those
+    entries that lie on the diagonal of the whole matrix. A product with the damped operator costs as much as a product
+    with A.
 
     Examples
     --------
-    Compute a Newton step with Levenberg damping for a quadratic loss, by conjugate gradients:
+    Compute a Newton step with Levenberg damping by conjugate gradients. The loss is quadratic:
 
     >>> import numpy as np
     >>> import torch
@@ -410,8 +415,7 @@ class DampedLinearOperator(CompositeLinearOperator):
         Returns
         -------
         GramLinearOperator
-            Operator that has all eigenvalues of ``A + damping * I`` whose eigenvectors are orthogonal to the null space
-            of A.
+            Operator with all eigenvalues of ``A + damping * I`` except those that correspond to zero eigenvalues of A.
 
         Raises
         ------
@@ -435,7 +439,8 @@ class DampedLinearOperator(CompositeLinearOperator):
     def _shifts_the_diagonal(self) -> bool:
         """Whether the damping is added to the main diagonal.
 
-        In a block whose row parameters differ from its column parameters, the damping is added to other entries.
+        In a block whose row parameters differ from its column parameters, the damping is added to entries off the main
+        diagonal, or to no entry.
         """
         return None in self._row_and_column_layouts or alike(*self._row_and_column_layouts)
 
@@ -464,7 +469,7 @@ Composites.damped = _damped
 
 
 def _terms(A: TensorLinearOperator) -> Iterator[tuple[list[Any], list[TensorLinearOperator]]]:
-    """Yield a tuple ``(scalars, factors)`` for each term of a sum of multiples of products."""
+    """Yield a tuple ``(scalars, factors)`` for each term of A. Each term is the product of its scalars and factors."""
     if isinstance(A, _SumLinearOperator):
         for part in A._parts:
             yield from _terms(part)
@@ -479,7 +484,7 @@ def _terms(A: TensorLinearOperator) -> Iterator[tuple[list[Any], list[TensorLine
 
 
 def _scalars_and_factors(A: TensorLinearOperator) -> tuple[list[Any], list[TensorLinearOperator]]:
-    """Return a tuple ``(scalars, factors)`` for a product of operators. A sum of operators is one factor."""
+    """Return a tuple ``(scalars, factors)`` for a product of operators. A sum in the product counts as one factor."""
     if isinstance(A, _ScaledLinearOperator):
         scalars, factors = _scalars_and_factors(A._parts[0])
         return [A._alpha, *scalars], factors
@@ -495,7 +500,7 @@ def _factors(A: TensorLinearOperator) -> tuple[Any, list[TensorLinearOperator]]:
 
 
 def _product_of(scalars: Sequence[Any]) -> Any:
-    """Return the product of scalars. Sorting makes its rounding error independent of the order of the scalars."""
+    """Return the product of scalars. They are sorted first, so that the result does not depend on their order."""
     return math.prod(sorted(scalars, key=lambda scalar: (complex(scalar).real, complex(scalar).imag)))
 
 
@@ -506,14 +511,14 @@ def _canonical(A: TensorLinearOperator) -> tuple[Any, ...]:
     return "sum", frozenset(terms.items())
 
 
-# Products with sums of multiples.
+# Multiplication of vectors by sums and multiples of operators.
 
 
 def _combination(A: CompositeLinearOperator, rows: Rows) -> Rows:
     """Multiply a sum of multiples of operators by each row of ``rows``.
 
-    An operand that occurs several times in the sum is applied only once. Operands that cache no batches and have the
-    same data share one pass over the data.
+    An operand that occurs several times in the sum is applied only once. If several operands have the same data and
+    cache no batches, their products are computed in one pass over the data.
     """
     leaves: dict[int, TensorLinearOperator] = {}
     weights: dict[int, Any] = {}
@@ -538,10 +543,10 @@ _IDENTITY = DiagonalLinearOperator(np.ones(1))
 
 
 def _summands(A: TensorLinearOperator, scalars: list[Any], count: int) -> Iterator[tuple[list[Any], Any]]:
-    """Yield a tuple ``(scalars, operand)`` for each term of a sum of multiples.
+    """Yield a tuple ``(scalars, operand)`` for each term of A. Each term is the product of its scalars and its operand.
 
-    Also add ``count`` to the product counters of sums and multiples within ``A``, because these are not applied
-    separately.
+    ``A`` may contain sums and multiples, which are not applied themselves. The function therefore adds ``count`` to
+    their product counters.
     """
     if isinstance(A, DampedLinearOperator) and A._shifts_the_diagonal:
         yield [*scalars, A.damping], _IDENTITY

@@ -1,12 +1,13 @@
 """Base class of operators that accept both NumPy arrays and torch tensors.
 
-SciPy's solvers apply operators to arrays of shape ``(N,)``, ``(N, 1)`` and ``(N, K)``, and, in SciPy >= 1.18, also to
-stacks of such arrays. Users may also pass a tensor, or a dict, list or tuple with one tensor per parameter.
-`TensorLinearOperator` validates all of these inputs and passes them to a single method, ``_apply``, which computes the
-product with each row of a ``(K, N)`` array or tensor. Subclasses implement ``_apply``.
+SciPy's solvers apply operators to arrays of shape ``(N,)``, ``(N, 1)`` and ``(N, K)``. In SciPy >= 1.18, the solvers
+also apply operators to stacks of such arrays. Users may also pass a tensor, or a dict, list or tuple with one tensor
+per parameter. `TensorLinearOperator` validates all of these inputs and passes them to a single method, ``_apply``,
+which computes the product with each row of a ``(K, N)`` array or tensor. Subclasses implement ``_apply``.
 
-Sums, products, submatrices and other composite operators derive from `TensorLinearOperator`, whose methods construct
-them. Their modules therefore register their constructors in `Composites`.
+The methods of `TensorLinearOperator` construct sums, products, submatrices and other composite operators. The classes
+of these operators derive from `TensorLinearOperator`, so this module cannot import them. Instead, their modules store
+the constructors in `Composites`.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
 
     @property
     def takes_tensors(self) -> bool:
-        """Whether torch computes products with tensors. If False, tensors are converted to arrays, or rejected."""
+        """Whether torch computes products with tensors. If False, tensors are converted to arrays or rejected."""
         return True
 
     @property
@@ -128,8 +129,9 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
     def is_symmetric(self) -> bool:
         """Whether the operator is known to be real and equal to its transpose.
 
-        False means that the operator is not known to be symmetric. For example, the class of a Hessian implies its
-        symmetry, and so does the form of the products ``J.T @ J`` and ``D @ H @ D`` with a diagonal D.
+        If the value is False, the operator is not known to be symmetric, but it may be symmetric. An operator is known
+        to be symmetric because of its class (such as a Hessian) or because of its form. Examples are products such as
+        ``J.T @ J``, and ``D @ H @ D`` with a diagonal matrix D.
         """
         return self.dtype is not None and self.dtype.kind != "c" and self.H is self
 
@@ -142,7 +144,8 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
             One-dimensional selection of rows, interpreted as in NumPy. Negative indices count from the end, and indices
             may repeat.
         cols : same types as ``rows``, optional
-            Selection of columns. By default, the same as ``rows``, which gives a principal submatrix.
+            Selection of columns. By default, the same indices as in ``rows`` are selected, which gives a principal
+            submatrix.
 
         Returns
         -------
@@ -152,7 +155,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         Raises
         ------
         IndexError
-            If an index is out of range, a mask has the wrong length, or a selection is not one-dimensional.
+            If an index is out of range, if a mask has the wrong length, or if a selection is not one-dimensional.
         TypeError
             If indices are not integers.
 
@@ -173,7 +176,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         Parameters
         ----------
         damping : float
-            Finite number that is added to the diagonal, in the units of the eigenvalues.
+            Finite number that is added to each diagonal entry.
 
         Returns
         -------
@@ -212,7 +215,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         Raises
         ------
         MemoryError
-            If the matrix does not fit into memory. No product is computed in this case.
+            If the matrix does not fit into memory. In this case, no product is computed.
 
         Notes
         -----
@@ -347,14 +350,14 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         return False
 
     def _entries_at(self, idxs: Any) -> LinearOperator:
-        """Return the principal submatrix of a slice or an array of indices."""
+        """Return the principal submatrix whose rows and columns are selected by a slice or an array of indices."""
         return self.submatrix(idxs)
 
     def _identity(self) -> tuple[Any, ...]:
-        """Return a key. Operators with equal keys are the same matrix; the converse need not hold.
+        """Return a key that identifies the matrix. Operators with equal keys are the same matrix.
 
-        Composite operators compare keys to find out whether they are symmetric. A key is valid as long as the operator
-        exists.
+        Operators with different keys may also be the same matrix. Composite operators compare keys to find out whether
+        they are symmetric. A key is valid as long as the operator exists.
         """
         return "operator", id(self)
 
@@ -386,7 +389,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         return np.result_type(self.dtype, dtype)
 
     def _is_tree(self, x: Any) -> bool:
-        """Return True if ``x`` is a mapping, or a sequence in which at least one tensor has one or more dimensions.
+        """Return True if ``x`` is a mapping, or a sequence that contains a tensor with at least one dimension.
 
         If the result is True, ``x`` is interpreted as one tensor per parameter. A list of 0-dimensional tensors is
         interpreted as a vector.
@@ -420,8 +423,8 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         ndarray, Tensor, dict, list, tuple or LinearOperator
             Product of the same type as ``x``. If ``x`` is a tensor, the product has the device and dtype of ``x`` and
             does not require grad. If ``x`` is a dict, list or tuple, the product contains one tensor for each row
-            parameter, on the device of the parameter. If the rows are not parameters, the product is a single tensor
-            instead. If ``x`` is a scalar or an operator, the product is an operator.
+            parameter, on the device of the parameter. If ``x`` is a dict, list or tuple but the rows of A are not
+            parameters, the product is a single tensor. If ``x`` is a scalar or an operator, the product is an operator.
 
         Raises
         ------
@@ -587,7 +590,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         return Composites.sum(self, Composites.scaled(other, -1))
 
     def __radd__(self, other: Any) -> LinearOperator:
-        """Call `_unsupported_sum` for ``B + A`` and ``B - A`` if ``B`` is not an operator."""
+        """Call `_unsupported_sum`, because ``B`` in ``B + A`` or ``B - A`` is not an operator."""
         return self._unsupported_sum(other)
 
     __rsub__ = __radd__
@@ -615,7 +618,7 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         return cast("Tensor", self._multiply_last_axis(x.swapaxes(-1, -2)).swapaxes(-1, -2))
 
     def _as_floating(self, x: Tensor, what: str = "x") -> Tensor:
-        """Return ``x`` detached from its autograd graph. Integers are converted to the dtype of the operator."""
+        """Return ``x`` as a floating-point tensor that is detached from its autograd graph."""
         if (kind := unsupported_layout(x)) is not None:
             raise TypeError(f"{what} is a tensor that is {kind}: pass a dense one with values, such as x.to_dense()")
         if x.is_floating_point() or x.is_complex():

@@ -34,7 +34,7 @@ Names = Sequence[str]
 class CompositeLinearOperator(ParameterVectors):
     """Base class of operators that combine other operators.
 
-    Subclasses implement ``_apply``, ``_mirror`` and ``_identity``. Most also override ``_restricted``.
+    Subclasses implement ``_apply``, ``_mirror`` and ``_identity``. Most subclasses also override ``_restricted``.
 
     Parameters
     ----------
@@ -68,13 +68,13 @@ class CompositeLinearOperator(ParameterVectors):
 
     @property
     def device(self) -> torch.device:
-        """Device on which products are computed. If operands differ, it is the first device other than the CPU."""
+        """Device on which products are computed: the first device of an operand that is not the CPU, or the CPU."""
         devices = [part.device for part in self._parts]
         return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
     @property
     def epsilon(self) -> float:
-        """Machine epsilon of the lowest precision used in a product: the maximum over all operands."""
+        """Machine epsilon of the lowest precision used in a product, which is the largest epsilon of the operands."""
         return max((part.epsilon for part in self._parts), default=super().epsilon)
 
     @property
@@ -86,7 +86,7 @@ class CompositeLinearOperator(ParameterVectors):
         return self._row_layout, self._col_layout
 
     def _restricted(self, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
-        """Return the block of the given parameters. ``rows=None`` selects all rows, ``cols=None`` all columns."""
+        """Return the block of the given parameters. Rows or columns for which None is passed are not restricted."""
         return NamedLinearOperator(
             SubmatrixLinearOperator.of_whole(self, entries(self._row_layout, rows), entries(self._col_layout, cols)),
             restricted_layouts(self, rows, cols),
@@ -125,7 +125,7 @@ class CompositeLinearOperator(ParameterVectors):
 
 
 class _ScipyLinearOperator(WrappingLinearOperator):
-    """Wrapper of an operator of SciPy. Tensors are converted to NumPy arrays, and their products to tensors."""
+    """Wrapper of an operator of SciPy. It converts tensors to NumPy arrays, and the products to tensors."""
 
     def __init__(self, A: LinearOperator) -> None:
         if len(A.shape) != 2:
@@ -221,7 +221,7 @@ def name_of(A: LinearOperator) -> str:
 
 
 def layouts_of(A: LinearOperator) -> Layouts:
-    """Return the layouts ``(rows, cols)`` of an operator, or ``(None, None)`` if it knows no parameters."""
+    """Return the layouts ``(rows, cols)`` of an operator, or ``(None, None)`` if it has no parameter names."""
     return A._row_and_column_layouts if isinstance(A, ParameterVectors) else (None, None)
 
 
@@ -256,10 +256,11 @@ def restricted_layouts(A: ParameterVectors, rows: Names | None, cols: Names | No
 
 
 def section(A: TensorLinearOperator, layouts: Layouts, rows: Names | None, cols: Names | None) -> TensorLinearOperator:
-    """Return the block of an operand with the named parameters. None selects all rows, or all columns.
+    """Return the block of the operand A with the named row and column parameters.
 
-    ``layouts`` are the layouts of the composite operator that A is an operand of. If A itself has different layouts or
-    none, its entries are selected by the positions of the parameters in ``layouts``.
+    ``rows=None`` selects all rows, and ``cols=None`` selects all columns. ``layouts`` are the layouts of the composite
+    operator, of which A is an operand. If the layouts of A are different or None, the entries of A are selected by the
+    positions of the parameters in ``layouts``.
     """
     if rows is None and cols is None:
         return A

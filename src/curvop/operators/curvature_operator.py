@@ -68,11 +68,12 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
         batch_weight: BatchWeight | None = None,
         progress: Any = False,
     ) -> Self:
-        """Construct the matrix of an objective in two parts: a prediction, and the loss of this prediction.
+        """Construct the matrix from two functions: one computes a prediction, and the other computes its loss.
 
-        Use it if the data are not pairs ``(X, y)``, or if the model needs more than one argument. The objective of a
-        batch is ``loss(predict(params, batch), batch)``. Batches may be of any type that both functions accept, such as
-        the dicts of a data collator. For models of Hugging Face, `curvop.huggingface` provides the two functions.
+        Use this constructor if the data are not pairs ``(X, y)``, or if the model needs more than one argument. The
+        objective of a batch is ``loss(predict(params, batch), batch)``. Batches may be of any type that both functions
+        accept, such as the dicts of a data collator. For models of Hugging Face, `curvop.huggingface` provides the two
+        functions.
 
         Parameters
         ----------
@@ -81,10 +82,10 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
             tensors, and must depend on the parameters through ``params_dict``. To evaluate a module, use
             ``torch.func.functional_call(model, params_dict, ...)``.
         loss : callable
-            Function ``(prediction, batch) -> scalar``, which must depend on the parameters only through the prediction
-            (a Hessian has no such restriction). If the attribute ``reduction`` of the function is 'sum', the loss is a
-            sum over the batch. Otherwise, it is a mean. A `curvop.TargetLoss` applies a loss function of ``torch.nn``
-            to targets in the batch.
+            Function ``(prediction, batch) -> scalar``. The loss must depend on the parameters only through the
+            prediction, unless the matrix is a Hessian. If the attribute ``reduction`` of the function is 'sum', the
+            loss is a sum over the batch. Otherwise, it is a mean. A `curvop.TargetLoss` applies a loss function of
+            ``torch.nn`` to targets in the batch.
         params : dict of str to Tensor
             Parameters in the order of the rows and columns, either all float32 or all float64. The parameters may have
             ``requires_grad=False``.
@@ -94,11 +95,11 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
         dtype, cache, engine, columns, progress
             As in the constructor.
         batch_weight : callable, optional
-            Function ``batch -> w_b`` that returns the weight of a batch. By default, the weight of a batch is the
-            divisor of the loss function if ``loss`` is a `curvop.TargetLoss` of a loss function of ``torch.nn``. For
-            any other loss, the default weight is the size of the first dimension of the tensors in the batch, which
-            must be the same for all of them. If it is not, the size of the targets of a `curvop.TargetLoss` is used;
-            for a loss that is a function, pass ``batch_weight``.
+            Function ``batch -> w_b`` that returns the weight of a batch. If ``loss`` is a `curvop.TargetLoss` of a loss
+            function of ``torch.nn``, the default weight is the number by which this loss function divides. For any
+            other loss, the default weight is the size of the first dimension of the tensors in the batch. If this size
+            differs between tensors, a `curvop.TargetLoss` uses the size of the targets. Any other loss then has no
+            default weight: pass ``batch_weight``.
 
         Returns
         -------
@@ -118,21 +119,23 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
         Notes
         -----
         Empirical Fisher matrices and gradient covariances are sums over examples. If ``loss`` is a `curvop.TargetLoss`
-        with a loss function of ``torch.nn``, the examples are the same as in the constructor. For cross-entropy, for
-        example, each target that is not ignored is an example. For any other loss, each index of the first dimension of
-        the prediction is an example, and the loss of a batch must be the sum of the losses of its examples, divided by
-        the weight of the batch. The number of examples, by which a gradient covariance divides, then includes examples
-        with a zero gradient, such as ignored targets. A `curvop.TargetLoss` does not count ignored targets.
+        with a loss function of ``torch.nn``, the examples are the same as those of the constructor. For cross-entropy,
+        for example, each target that is not ignored is an example. For any other loss, each index of the first
+        dimension of the prediction is an example. The loss of a batch must then be the sum of the losses of its
+        examples, divided by the weight of the batch. The number of examples N of a gradient covariance then includes
+        examples with a zero gradient, such as ignored targets. If ``loss`` is a `curvop.TargetLoss`, ignored targets
+        are not counted.
 
-        The modules that the functions call are left as found: their buffers and attributes are restored after each
-        evaluation. The functions are searched for modules in closure variables, default arguments, global variables and
-        attributes. Other modules with a ``forward`` that is called are found in the first pass over the data, in which
-        some evaluations are therefore interrupted and repeated. Attributes of objects that are not modules are not
+        The buffers and attributes of all modules that the functions call are restored after each evaluation. To find
+        these modules, the operator searches the closure variables, default arguments, global variables and attributes
+        of the functions. Other modules are found in the first pass over the data, when their ``forward`` is called. If
+        this happens, the evaluation is interrupted and repeated. Attributes of objects that are not modules are not
         restored.
 
         Examples
         --------
-        The batches are dicts. The prediction of a linear regression depends on two of the three tensors:
+        Each batch is a dict of three tensors. The prediction of the linear regression uses two of them, and the loss
+        uses the third:
 
         >>> import torch
         >>> from curvop import GGNLinearOperator
@@ -178,7 +181,7 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
         rows : str or sequence of str
             Names of the row parameters, in the order of the block.
         cols : str or sequence of str, optional
-            Names of the column parameters. By default, the same as ``rows``, which gives a symmetric block.
+            Names of the column parameters. The default is ``rows``, which gives a symmetric block.
 
         Returns
         -------
@@ -247,11 +250,12 @@ class GGNLikeLinearOperator(CurvatureLinearOperator):
     _kernel: Callable[[Any, Sequence[str], Sequence[str]], GGNLikeKernel]
 
     def gram(self) -> GramLinearOperator:
-        r"""Return the Gram matrix :math:`S S^\top`, where this matrix is :math:`A = S^\top S`.
+        r"""Return the Gram matrix :math:`S S^\top` of this matrix, which is :math:`A = S^\top S`.
 
-        Both matrices have the same non-zero eigenvalues. Use the Gram matrix if it is smaller than A: it has one row
-        for each example of `curvop.EFLinearOperator`, s rows for each example of a Fisher matrix with ``mc_samples=s``,
-        and C rows for each example with C outputs for `curvop.GGNLinearOperator` and the exact Fisher matrix.
+        Both matrices have the same non-zero eigenvalues. Use the Gram matrix if it is smaller than A. If A is a
+        `curvop.EFLinearOperator`, the Gram matrix has one row for each example. If A is a Fisher matrix with
+        ``mc_samples=s``, it has s rows for each example. If A is a `curvop.GGNLinearOperator` or an exact Fisher
+        matrix, it has C rows for each example with C outputs.
 
         Returns
         -------
@@ -264,17 +268,17 @@ class GGNLikeLinearOperator(CurvatureLinearOperator):
         NotFactorableError
             If the rows and columns of A are different parameters, or if an example has more than 256 outputs. The first
             product raises this error if the Hessian of the loss with respect to the prediction is indefinite, or if the
-            loss couples its examples.
+            loss of an example depends on other examples.
 
         See Also
         --------
-        curvop.spectrum.eigsh : Eigenpairs from the smaller side.
+        curvop.spectrum.eigsh : Compute eigenpairs, from the Gram matrix if it is smaller than A.
         curvop.GramLinearOperator : The operator that is returned.
 
         Notes
         -----
-        The method counts the rows in one forward pass over the data. The operator requires that ``data`` yields the
-        batches in the same order in every pass.
+        The method counts the rows of the Gram matrix in one forward pass over the data. The Gram matrix requires that
+        ``data`` yields the batches in the same order in every pass.
         """
         if self._rows.names != self._cols.names:
             raise NotFactorableError(
@@ -294,9 +298,10 @@ class GGNLikeLinearOperator(CurvatureLinearOperator):
         Raises
         ------
         NotImplementedError
-            If the model or the loss couples the examples (for example, batch normalization in training mode), if torch
-            cannot vectorize the model over the examples (for example, recurrent layers), if a prediction consists of
-            several tensors, if no tensor of the inputs has one row per example, or if an example has more than 256
+            If the exact diagonal cannot be computed. The reason can be that the model or the loss couples the examples
+            (for example, by batch normalization in training mode). It can also be that torch cannot vectorize the model
+            over the examples (for example, if it has recurrent layers). Other reasons are a prediction that consists of
+            several tensors, inputs without a tensor that has one row per example, and examples with more than 256
             outputs. Use `curvop.spectrum.diagonal` to estimate the diagonal.
         NonFiniteProductError
             If the diagonal contains NaN or infinity. The message names the batch.
@@ -309,9 +314,10 @@ class GGNLikeLinearOperator(CurvatureLinearOperator):
 
         Notes
         -----
-        The cost is one backward pass per example and output. For the empirical Fisher matrix, the cost is one backward
-        pass per example. For a sampled Fisher matrix, the cost is one backward pass per example and sample. The number
-        of backward passes does not depend on the number of parameters.
+        For the empirical Fisher matrix, the cost is one backward pass for each example. For a sampled Fisher matrix, it
+        is one backward pass for each pair of an example and a sample. For all other matrices, it is one backward pass
+        for each pair of an example and an output. The number of backward passes does not depend on the number of
+        parameters.
         """
         return self._diagonal().cpu().numpy().astype(self.dtype, copy=False)
 

@@ -44,7 +44,7 @@ class DiagonalLinearOperator(ParameterVectors):
         has the shape of its parameter. The values are copied.
     params : dict of str to Tensor, optional
         Parameters in the order of the rows and columns. They are needed to select blocks of the operator by name. If
-        ``d`` is a dict, the default is ``d`` itself. In sums and products with operators that know their parameters,
+        ``d`` is a dict, the default is ``d`` itself. In sums and products with operators that have parameter names,
         ``params`` is not needed.
 
     Raises
@@ -113,7 +113,7 @@ class DiagonalLinearOperator(ParameterVectors):
 
     @property
     def device(self) -> torch.device:
-        """Device of the diagonal."""
+        """Device of the tensor that contains the diagonal."""
         return self._values.device
 
     def diagonal(self) -> NDArray[Any]:
@@ -184,7 +184,7 @@ class DiagonalLinearOperator(ParameterVectors):
 class BlockDiagonalLinearOperator(CompositeLinearOperator):
     """Block-diagonal matrix of operators, as a ``LinearOperator``.
 
-    If A is a curvature matrix, ``A.block_diagonal(groups)`` returns its diagonal blocks as such an operator.
+    If A is a curvature matrix, ``A.block_diagonal(groups)`` returns such an operator with the diagonal blocks of A.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Operators whose products are sums over batches, the settings of these operators, and the cost of a product.
+"""Operators whose products are sums over batches, with their settings and the cost of a product.
 
 An ``Engine`` computes the products of an `EngineLinearOperator` as sums over the batches of an objective. The operator
 converts arrays and tensors to the device and dtype of the parameters. If memory runs out, the operator releases the
@@ -131,8 +131,8 @@ class EngineLinearOperator(TensorLinearOperator):
         Returns
         -------
         Cost
-            Time of a product in seconds and in units of a gradient, memory of the cached linearizations, peak memory,
-            and compile time. ``print`` shows a summary in one line.
+            Time of a product in seconds and relative to the time of a gradient, memory of the cached linearizations,
+            peak memory, and compile time. ``print`` shows a summary in one line.
 
         Raises
         ------
@@ -162,14 +162,15 @@ class EngineLinearOperator(TensorLinearOperator):
         Parameters
         ----------
         data : bool, default True
-            Whether to include digests of the data. This takes one pass over the data.
+            Whether to include digests of the data, which are computed in one pass over the data.
 
         Returns
         -------
         parts : dict of str to str
-            Class, shape and dtype of the operator, and digests of each parameter, of the model (structure, code, other
-            parameters and buffers), of the loss function, and of each batch. The digests do not depend on the process
-            or on the device. The settings ``engine``, ``cache`` and ``columns`` are not included.
+            Class, shape and dtype of the operator, and the digests. There is one digest for each parameter, one for the
+            model (structure, code, other parameters and buffers), one for the loss function, and one for each batch.
+            The digests do not depend on the process or on the device. The settings ``engine``, ``cache`` and
+            ``columns`` are not included.
 
         Notes
         -----
@@ -209,8 +210,9 @@ class EngineLinearOperator(TensorLinearOperator):
         Returns
         -------
         Inspection
-            Precision, randomness, use of batch normalization, changes of the loss and of the order of the data between
-            the two passes, parameters that do not affect the loss, and weights of the batches.
+            The findings about precision, randomness, batch normalization, the weights of the batches, and parameters
+            that do not affect the loss. The result also describes changes of the loss and of the order of the data
+            between the two passes.
         """
         kernel = self._engine.kernel
         names = list(dict.fromkeys((*kernel.rows.names, *kernel.cols.names)))
@@ -230,9 +232,9 @@ class EngineLinearOperator(TensorLinearOperator):
         Returns
         -------
         list of Route
-            The product, computed by several methods, and the gradient. One product is computed in forward mode (in
-            float64, if torch supports it). The other products are computed by finite differences of the unmodified
-            model and loss function.
+            One entry for each method that computes the product, and one entry for the gradient. One method is forward
+            mode (in float64, if torch supports it). Another method computes finite differences of the unmodified model
+            and loss function.
 
         Notes
         -----
@@ -277,8 +279,8 @@ class EngineLinearOperator(TensorLinearOperator):
                 raise
             for engine in keeping:
                 message = engine.release_memory(error) or message
-        # Try again outside the ``except`` block. Within the block, the traceback retains the tensors of the first
-        # attempt.
+        # Try again outside the ``except`` block. Within the block, the traceback keeps the tensors of the first attempt
+        # in memory.
         if message:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         return compute()
@@ -323,7 +325,7 @@ class EngineLinearOperator(TensorLinearOperator):
         return vectors, torch.empty(len(rows), self.shape[0], device=device, dtype=TORCH_DTYPES[dtype])
 
     def _delivered(self, products: Tensor, rows: Rows) -> Rows:
-        """Return products in the type of `rows`: a tensor on the same device, or an array."""
+        """Convert products to the type of `rows`: an array, or a tensor on the same device."""
         if isinstance(rows, Tensor):
             return self._retry_on_out_of_memory(lambda: products.to(rows.device, rows.dtype), _FEWER_COLUMNS)
         if products.device.type == "cpu":
@@ -332,7 +334,9 @@ class EngineLinearOperator(TensorLinearOperator):
 
 
 def products_in_one_pass(operators: Sequence[EngineLinearOperator], rows: Rows) -> dict[int, Rows]:
-    """Compute products of operators that keep nothing and have the same data, in one pass over the data.
+    """Compute products of several operators in one pass over the data.
+
+    Operators can share a pass only if they have the same data and cache no batches.
 
     Parameters
     ----------
@@ -344,14 +348,15 @@ def products_in_one_pass(operators: Sequence[EngineLinearOperator], rows: Rows) 
     Returns
     -------
     dict
-        Maps the id of each operator that took part to its products. The products are counted.
+        Maps the ``id()`` of each operator that was not skipped to its products. The products are added to the
+        operator's counter.
     """
     groups: dict[Any, list[EngineLinearOperator]] = {}
     for A in operators:
         if not A._engine.keeps_nothing or type(A)._apply is not EngineLinearOperator._apply or 0 in A.shape:
             continue
         group = groups.setdefault((id(A._objective.data), A.device), [])
-        if all(A._objective is not other._objective for other in group):  # an objective checks one pass at a time
+        if all(A._objective is not other._objective for other in group):  # one pass at a time per objective
             group.append(A)
     found: dict[int, Rows] = {}
     for group in groups.values():
@@ -397,14 +402,14 @@ class Cost:
         Fraction of the batches that are cached. All other batches are linearized again in every product.
     peak_bytes : int or None
         Largest amount of additional memory in bytes that a product allocates. The cached linearizations are not
-        included. None if the amount is unknown.
+        included. The value is None if the amount is unknown.
     compile_seconds : float
-        Time in seconds spent on compilation so far. 0 for the autograd engine.
+        Time in seconds spent on compilation so far. The time is 0 for the autograd engine.
 
     Notes
     -----
     Counted in floating-point operations, a product with a Hessian costs at most 2.0 gradients for cached batches and
-    3.0 gradients for other batches. Products cost less if the first layer is large. For small models, the time is
+    3.0 gradients for other batches. If the first layer is large, products cost less. For small models, the time is
     dominated by the overhead of calls to torch.
 
     Examples

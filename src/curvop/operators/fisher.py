@@ -46,10 +46,11 @@ class EFLinearOperator(GGNLikeLinearOperator):
     in the unreduced loss (``reduction='none'``). For ``CrossEntropyLoss`` and ``NLLLoss``, an example is one position
     for which a class is predicted (such as an image, a token or a pixel). The other loss functions of ``torch.nn`` have
     one term per entry of the prediction. For these loss functions, an example is a row of the prediction, that is, all
-    entries along the last axis. For any other loss function, each index of the first dimension is an example.
+    entries along its last axis. For a loss function that is not from ``torch.nn``, each index of the first dimension of
+    the prediction is an example.
 
-    If the loss is a mean, the sum over the whole data set is divided by :math:`W = \sum_b w_b`. The weight :math:`w_b`
-    of batch b is the number by which the loss function divides the sum over the batch. Depending on the loss function,
+    If the loss is a mean, the sum over all examples is divided by :math:`W = \sum_b w_b`. The weight :math:`w_b` of
+    batch b is the number by which the loss function divides the sum over the batch. Depending on the loss function,
     this divisor is the number of elements, the number of targets that are not ignored, or the sum of the class weights
     of these targets. If the loss is a sum, W is 1.
 
@@ -67,35 +68,35 @@ class EFLinearOperator(GGNLikeLinearOperator):
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
         buffers. The rows and columns of the matrix follow the order of the parameters. The parameters may have
-        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
-        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
-        device of the first parameter, and the model must move its intermediate results itself.
+        ``requires_grad=False``. If a tensor in ``params`` and the module's parameter of the same name have different
+        values, the operator uses the values in ``params``. If the parameters are on several devices, batches and
+        vectors are moved to the device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
         A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Iterators that can be read only once
         are rejected. X and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the
-        device of the parameters. A model that modifies its input receives copies.
+        device of the parameters. If the model modifies its input, it receives copies of the tensors.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
         Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
         allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
-        linearized again in every product. Each block has its own budget.
+        linearized again in every product. Each block of the matrix has its own budget.
     engine : {'autograd', 'compiled'}, default 'autograd'
         'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
         once for each batch shape, separates the operations that depend on the vector from those that do not, and
-        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
-        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
-        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
-        'autograd' is used.
+        compiles both groups of operations. The compilation during the first product takes between a few seconds and a
+        minute. Later products are usually faster than with 'autograd'. The first product of each compiled program is
+        compared with the product that 'autograd' computes. If compilation fails or the products differ, a warning gives
+        the reason and 'autograd' is used.
     columns : int or 'auto', default 'auto'
-        Number of columns of ``X`` that a block product ``F @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
-        columns, block products are bitwise reproducible between runs.
+        Number of columns of ``X`` that a block product ``F @ X`` processes at once. 'auto' measures the speed for
+        several numbers on the first columns, and uses the fastest number. If the number is fixed and the memory is
+        sufficient for this number of columns, block products are bitwise reproducible between runs.
     batch_weight : callable, optional
         Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. If the loss function is from
-        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch.
-        Otherwise, the default weight is the batch size, which is the size of the first dimension of X and y, or the
-        length of X and y if they are lists or tuples.
+        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch. For
+        any other loss function, the default weight is the batch size, which is the size of the first dimension of the
+        tensors in X and y. If X and y are lists with one entry for each example, the batch size is their length.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
@@ -107,7 +108,7 @@ class EFLinearOperator(GGNLikeLinearOperator):
         is needed but unknown, or if the loss function uses a tensor of ``params`` directly (for example, through a
         closure) and not through the model.
     RuntimeError
-        If the loss does not depend on any of ``params``. Raised by the first product.
+        If the loss depends on none of the parameters in ``params``. The first product raises this error.
     NonFiniteProductError
         If a product contains NaN or infinity. The message names the batch.
     NonDeterministicObjectiveError
@@ -116,13 +117,14 @@ class EFLinearOperator(GGNLikeLinearOperator):
     Warns
     -----
     RuntimeWarning
-        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+        An operator and its blocks issue each warning only once. The first product issues a warning if one of the
+        following conditions holds:
 
         - ``torch.autocast`` is enabled and lowers the precision of products.
         - Batch normalization is in training mode and there are several batches. Each batch is then normalized
           separately.
-        - The loss of two batches evaluated as one batch is inconsistent with the weights of these batches. Loss
-          functions from ``torch.nn`` are not checked.
+        - The loss of two batches that are evaluated as one batch contradicts their separate losses and weights. Loss
+          functions from ``torch.nn`` are not checked for this.
         - A ``DataLoader`` draws a different subset of its data set in each pass.
 
         `curvop.check` detects more problems.
@@ -138,9 +140,9 @@ class EFLinearOperator(GGNLikeLinearOperator):
     Counted in floating-point operations, a product costs about 4/3 of a gradient. Per-example gradients are not formed.
     ``F.diagonal()`` is exact and takes one pass over the data.
 
-    In general, the empirical Fisher matrix does not approach the Fisher matrix, even if the model fits the data well
-    [1]_. For ``MSELoss`` with N rows of C outputs, there are N examples, but the divisor W is the number of entries,
-    ``N * C``.
+    Even if the model fits the data well, the empirical Fisher matrix is in general not close to the Fisher matrix [1]_.
+    For ``MSELoss`` and predictions with N rows and C columns, there are N examples, but the divisor W is the number of
+    entries, ``N * C``.
 
     References
     ----------
@@ -186,16 +188,16 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     loss of an example is the sum of its terms in the unreduced loss (``reduction='none'``). For ``CrossEntropyLoss``
     and ``NLLLoss``, an example is one position for which a class is predicted (such as an image, a token or a pixel).
     The other loss functions of ``torch.nn`` have one term per entry of the prediction. For these loss functions, an
-    example is a row of the prediction, that is, all entries along the last axis. For any other loss function, each
-    index of the first dimension is an example. N is the number of examples. If a loss function of ``torch.nn`` ignores
-    the target of an example, the example is not counted.
+    example is a row of the prediction, that is, all entries along its last axis. For a loss function that is not from
+    ``torch.nn``, each index of the first dimension of the prediction is an example. N is the number of examples. If a
+    loss function of ``torch.nn`` ignores the target of an example, the example is not counted.
 
-    If the loss is a mean, the sum over the whole data set is divided by :math:`W = \sum_b w_b`. The weight :math:`w_b`
-    of batch b is the number by which the loss function divides the sum over the batch. Depending on the loss function,
+    If the loss is a mean, the sum over all examples is divided by :math:`W = \sum_b w_b`. The weight :math:`w_b` of
+    batch b is the number by which the loss function divides the sum over the batch. Depending on the loss function,
     this divisor is the number of elements, the number of targets that are not ignored, or the sum of the class weights
     of these targets. If the loss is a sum, W is 1. If the loss is a mean over the examples (for example, cross-entropy
-    without class weights), W equals N. In this case, C / B is the covariance of the gradient of a batch of B examples
-    that are drawn with replacement.
+    without class weights), W equals N. In this case, the gradient of a batch of B examples that are drawn with
+    replacement has the covariance C / B.
 
     Parameters
     ----------
@@ -211,35 +213,35 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
         buffers. The rows and columns of the matrix follow the order of the parameters. The parameters may have
-        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
-        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
-        device of the first parameter, and the model must move its intermediate results itself.
+        ``requires_grad=False``. If a tensor in ``params`` and the module's parameter of the same name have different
+        values, the operator uses the values in ``params``. If the parameters are on several devices, batches and
+        vectors are moved to the device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
         A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Iterators that can be read only once
         are rejected. X and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the
-        device of the parameters. A model that modifies its input receives copies.
+        device of the parameters. If the model modifies its input, it receives copies of the tensors.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
         Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
         allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
-        linearized again in every product. Each block has its own budget.
+        linearized again in every product. Each block of the matrix has its own budget.
     engine : {'autograd', 'compiled'}, default 'autograd'
         'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
         once for each batch shape, separates the operations that depend on the vector from those that do not, and
-        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
-        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
-        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
-        'autograd' is used.
+        compiles both groups of operations. The compilation during the first product takes between a few seconds and a
+        minute. Later products are usually faster than with 'autograd'. The first product of each compiled program is
+        compared with the product that 'autograd' computes. If compilation fails or the products differ, a warning gives
+        the reason and 'autograd' is used.
     columns : int or 'auto', default 'auto'
-        Number of columns of ``X`` that a block product ``C @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
-        columns, block products are bitwise reproducible between runs.
+        Number of columns of ``X`` that a block product ``C @ X`` processes at once. 'auto' measures the speed for
+        several numbers on the first columns, and uses the fastest number. If the number is fixed and the memory is
+        sufficient for this number of columns, block products are bitwise reproducible between runs.
     batch_weight : callable, optional
         Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. If the loss function is from
-        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch.
-        Otherwise, the default weight is the batch size, which is the size of the first dimension of X and y, or the
-        length of X and y if they are lists or tuples.
+        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch. For
+        any other loss function, the default weight is the batch size, which is the size of the first dimension of the
+        tensors in X and y. If X and y are lists with one entry for each example, the batch size is their length.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
@@ -251,7 +253,7 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         is needed but unknown, or if the loss function uses a tensor of ``params`` directly (for example, through a
         closure) and not through the model.
     RuntimeError
-        If the loss does not depend on any of ``params``. Raised by the first product.
+        If the loss depends on none of the parameters in ``params``. The first product raises this error.
     NonFiniteProductError
         If a product contains NaN or infinity. The message names the batch.
     NonDeterministicObjectiveError
@@ -260,13 +262,14 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     Warns
     -----
     RuntimeWarning
-        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+        An operator and its blocks issue each warning only once. The first product issues a warning if one of the
+        following conditions holds:
 
         - ``torch.autocast`` is enabled and lowers the precision of products.
         - Batch normalization is in training mode and there are several batches. Each batch is then normalized
           separately.
-        - The loss of two batches evaluated as one batch is inconsistent with the weights of these batches. Loss
-          functions from ``torch.nn`` are not checked.
+        - The loss of two batches that are evaluated as one batch contradicts their separate losses and weights. Loss
+          functions from ``torch.nn`` are not checked for this.
         - A ``DataLoader`` draws a different subset of its data set in each pass.
 
         `curvop.check` detects more problems.
@@ -278,8 +281,8 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
 
     Notes
     -----
-    A product costs about 4/3 of a gradient, counted in floating-point operations. The first product, and the first
-    product after a change of the parameters, take one more pass over the data to compute the mean gradient. The
+    A product costs about 4/3 of a gradient, counted in floating-point operations. One more pass over the data is needed
+    to compute the mean gradient, in the first product and in the first product after each change of the parameters. The
     contribution of the mean gradient is subtracted in double precision. If the mean gradient is much larger than the
     noise, the accuracy of the result is limited by the precision in which the model is evaluated.
 
@@ -326,9 +329,10 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         Raises
         ------
         NotImplementedError
-            If the model or the loss couples the examples (for example, batch normalization in training mode), if torch
-            cannot vectorize the model over the examples (for example, recurrent layers), or if a prediction consists of
-            several tensors. Use `curvop.spectrum.diagonal` to estimate the diagonal.
+            If the exact diagonal cannot be computed. The reason can be that the model or the loss couples the examples
+            (for example, by batch normalization in training mode). It can also be that torch cannot vectorize the model
+            over the examples (for example, if it has recurrent layers), or that a prediction consists of several
+            tensors. Use `curvop.spectrum.diagonal` to estimate the diagonal.
         NonFiniteProductError
             If the diagonal contains NaN or infinity. The message names the batch.
         ValueError
@@ -373,10 +377,10 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
         Returns
         -------
         list of Route
-            The product, computed by several methods, and the gradient. One product is computed in forward mode (in
-            float64, if torch supports it). The other products are computed by finite differences of the unmodified
-            model and loss function. The contribution of the mean gradient is subtracted from each product. For finite
-            differences, the unmodified model and loss function are also used to compute the mean gradient.
+            One entry for each method that computes the product, and one entry for the gradient. One method is forward
+            mode (in float64, if torch supports it). Another method computes finite differences of the unmodified model
+            and loss function. The contribution of the mean gradient is subtracted from each product. For the finite
+            differences, the mean gradient is also computed with the unmodified model and loss function.
         """
         row_sum, col_sum, divisor, count = self._gradient_sum()
         along = col_sum @ torch.tensor(vector, dtype=torch.float64, device=col_sum.device)
@@ -394,15 +398,15 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     def _adjoint(self) -> Any:
         adjoint = super()._adjoint()
         if adjoint is not self:
-            adjoint._mean = None  # it is valid for a number of passes, and each engine counts its own passes
+            adjoint._mean = None  # its validity depends on a count of passes, and each engine has its own count
         return adjoint
 
     def __getstate__(self) -> dict[str, object]:
         return cast("dict[str, object]", super().__getstate__()) | {"_mean": None}
 
     def _apply(self, rows: Rows) -> Rows:
-        # The contribution of the mean gradient is subtracted in double precision, because the two terms may almost
-        # cancel.
+        # The contribution of the mean gradient is subtracted in double precision, because the difference can be much
+        # smaller than the two terms.
         vectors: Any = aligned(rows.double().contiguous()) if isinstance(rows, Tensor) else rows.astype(np.float64)
         products: Any = super()._apply(vectors)
         row_sum, col_sum, divisor, count = self._gradient_sum()
@@ -415,8 +419,9 @@ class GradientCovarianceLinearOperator(EFLinearOperator):
     def _gradient_sum(self) -> tuple[Tensor, Tensor, float, float]:
         """Return (row_sum, col_sum, W, N), where ``row_sum`` and ``col_sum`` are sums of the gradients of all examples.
 
-        ``row_sum`` is the sum of the gradients with respect to the row parameters, and ``col_sum`` the sum of those
-        with respect to the column parameters. W is the divisor of the matrix, and N is the number of examples.
+        ``row_sum`` is the sum of the gradients with respect to the row parameters, and ``col_sum`` is the sum of the
+        gradients with respect to the column parameters. W is the divisor of the matrix, and N is the number of
+        examples.
         """
         with torch.inference_mode(False):
             if self._mean is None or self._mean[0] != self._engine.first_passes:
@@ -447,7 +452,7 @@ class FisherLinearOperator(GGNLikeLinearOperator):
         \qquad r_n(y) = \nabla_{z_n} \ell(z_n, y),
 
     where :math:`J_n` is the Jacobian of the prediction :math:`z_n` of example :math:`n`, and the targets y are drawn
-    from the predictive distribution of the model. If the loss is a mean, the sum over the whole data set is divided by
+    from the predictive distribution of the model. If the loss is a mean, the sum over all examples is divided by
     :math:`W = \sum_b w_b`. The weight :math:`w_b` of batch b is the number by which the loss function divides the sum
     over the batch. Depending on the loss function, this divisor is the number of elements, the number of targets that
     are not ignored, or the sum of the class weights of these targets. If the loss is a sum, W is 1. Class weights,
@@ -467,18 +472,18 @@ class FisherLinearOperator(GGNLikeLinearOperator):
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
         buffers. The rows and columns of the matrix follow the order of the parameters. The parameters may have
-        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
-        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
-        device of the first parameter, and the model must move its intermediate results itself.
+        ``requires_grad=False``. If a tensor in ``params`` and the module's parameter of the same name have different
+        values, the operator uses the values in ``params``. If the parameters are on several devices, batches and
+        vectors are moved to the device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
         A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Iterators that can be read only once
         are rejected. X and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the
-        device of the parameters. A model that modifies its input receives copies.
+        device of the parameters. If the model modifies its input, it receives copies of the tensors.
     mc_samples : int, default 0
-        0 for the exact expectation (called 'type 2' in curvlinops). If a positive number n is passed, n targets are
-        drawn for each example, and the mean over the n draws is used. This gives an unbiased estimate of the
-        expectation. The contribution of each example then has a rank of at most n. The draws are made once, so all
-        products use the same matrix.
+        If 0, the exact expectation is computed (called 'type 2' in curvlinops). If a positive number n is passed, n
+        targets are drawn for each example. The mean over the n draws is an unbiased estimate of the expectation. The
+        contribution of each example then has a rank of at most n. The draws are made once, so all products use the same
+        matrix.
     rng : int or numpy.random.Generator, optional
         Seed or generator of the random targets. By default, every operator draws different targets.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
@@ -486,23 +491,23 @@ class FisherLinearOperator(GGNLikeLinearOperator):
     cache : float or 'auto', default 'auto'
         Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
         allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
-        linearized again in every product. Each block has its own budget.
+        linearized again in every product. Each block of the matrix has its own budget.
     engine : {'autograd', 'compiled'}, default 'autograd'
         'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
         once for each batch shape, separates the operations that depend on the vector from those that do not, and
-        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
-        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
-        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
-        'autograd' is used.
+        compiles both groups of operations. The compilation during the first product takes between a few seconds and a
+        minute. Later products are usually faster than with 'autograd'. The first product of each compiled program is
+        compared with the product that 'autograd' computes. If compilation fails or the products differ, a warning gives
+        the reason and 'autograd' is used.
     columns : int or 'auto', default 'auto'
-        Number of columns of ``X`` that a block product ``F @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
-        columns, block products are bitwise reproducible between runs.
+        Number of columns of ``X`` that a block product ``F @ X`` processes at once. 'auto' measures the speed for
+        several numbers on the first columns, and uses the fastest number. If the number is fixed and the memory is
+        sufficient for this number of columns, block products are bitwise reproducible between runs.
     batch_weight : callable, optional
         Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. If the loss function is from
-        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch.
-        Otherwise, the default weight is the batch size, which is the size of the first dimension of X and y, or the
-        length of X and y if they are lists or tuples.
+        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch. For
+        any other loss function, the default weight is the batch size, which is the size of the first dimension of the
+        tensors in X and y. If X and y are lists with one entry for each example, the batch size is their length.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
@@ -514,7 +519,7 @@ class FisherLinearOperator(GGNLikeLinearOperator):
         product. The first product also raises an error if the size of a batch is needed but unknown, or if the loss
         function uses a tensor of ``params`` directly (for example, through a closure) and not through the model.
     RuntimeError
-        If the loss does not depend on any of ``params``. Raised by the first product.
+        If the loss depends on none of the parameters in ``params``. The first product raises this error.
     NonFiniteProductError
         If a product contains NaN or infinity. The message names the batch.
     NonDeterministicObjectiveError
@@ -523,13 +528,14 @@ class FisherLinearOperator(GGNLikeLinearOperator):
     Warns
     -----
     RuntimeWarning
-        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+        An operator and its blocks issue each warning only once. The first product issues a warning if one of the
+        following conditions holds:
 
         - ``torch.autocast`` is enabled and lowers the precision of products.
         - Batch normalization is in training mode and there are several batches. Each batch is then normalized
           separately.
-        - The loss of two batches evaluated as one batch is inconsistent with the weights of these batches. Loss
-          functions from ``torch.nn`` are not checked.
+        - The loss of two batches that are evaluated as one batch contradicts their separate losses and weights. Loss
+          functions from ``torch.nn`` are not checked for this.
         - A ``DataLoader`` draws a different subset of its data set in each pass.
 
         `curvop.check` detects more problems.
@@ -615,7 +621,7 @@ class FisherLinearOperator(GGNLikeLinearOperator):
         batch_weight: BatchWeight | None = None,
         progress: Any = False,
     ) -> Self:
-        """Construct the Fisher matrix of an objective in two parts: a prediction, and the loss of this prediction.
+        """Construct the Fisher matrix from two functions: one computes a prediction, and the other computes its loss.
 
         The likelihood must be known, so ``loss`` must be a `curvop.TargetLoss` with one of the three loss functions
         that the constructor accepts. For any other loss, use `curvop.GGNLinearOperator.from_functions`.

@@ -14,8 +14,8 @@ class GGNLinearOperator(GGNLikeLinearOperator):
     If the model is replaced by its linearization at the current parameters, the Hessian of the loss is the GGN. Use the
     GGN instead of `curvop.HessianLinearOperator` if you need a positive semi-definite matrix, for example for
     Gauss-Newton and natural gradient steps, Laplace approximations or preconditioners. The GGN is positive
-    semi-definite if the loss is convex in the prediction (for example, mean squared error, cross-entropy and binary
-    cross-entropy). In this case, ``cg`` can solve systems with ``G.damped(lam)`` for every positive ``lam``.
+    semi-definite if the loss is a convex function of the prediction. Examples are mean squared error, cross-entropy and
+    binary cross-entropy. In this case, ``cg`` can solve systems with ``G.damped(lam)`` for every positive ``lam``.
 
     .. math::
 
@@ -25,9 +25,9 @@ class GGNLinearOperator(GGNLikeLinearOperator):
     for a loss that is a mean or a sum, respectively, where :math:`J_b = \partial z_b / \partial \theta` is the Jacobian
     of the predictions :math:`z_b` of batch :math:`b`. The weight :math:`w_b` is the number by which the loss function
     divides the sum over batch :math:`b`. Depending on the loss function, this divisor is the number of elements, the
-    number of targets that are not ignored, or the sum of the class weights of these targets. G therefore does not
-    depend on the split into batches: it is the GGN of the loss that is obtained if the whole data set is evaluated as
-    one batch.
+    number of targets that are not ignored, or the sum of the class weights of these targets. Therefore, G does not
+    depend on how the data set is split into batches: it is the GGN of the loss of the whole data set, evaluated as one
+    batch.
 
     Parameters
     ----------
@@ -44,35 +44,35 @@ class GGNLinearOperator(GGNLikeLinearOperator):
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
         buffers. The rows and columns of the matrix follow the order of the parameters. The parameters may have
-        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
-        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
-        device of the first parameter, and the model must move its intermediate results itself.
+        ``requires_grad=False``. If a tensor in ``params`` and the module's parameter of the same name have different
+        values, the operator uses the values in ``params``. If the parameters are on several devices, batches and
+        vectors are moved to the device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
         A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Iterators that can be read only once
         are rejected. X and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the
-        device of the parameters. A model that modifies its input receives copies.
+        device of the parameters. If the model modifies its input, it receives copies of the tensors.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
         Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
         allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
-        linearized again in every product. Each block has its own budget.
+        linearized again in every product. Each block of the matrix has its own budget.
     engine : {'autograd', 'compiled'}, default 'autograd'
         'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
         once for each batch shape, separates the operations that depend on the vector from those that do not, and
-        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
-        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
-        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
-        'autograd' is used.
+        compiles both groups of operations. The compilation during the first product takes between a few seconds and a
+        minute. Later products are usually faster than with 'autograd'. The first product of each compiled program is
+        compared with the product that 'autograd' computes. If compilation fails or the products differ, a warning gives
+        the reason and 'autograd' is used.
     columns : int or 'auto', default 'auto'
-        Number of columns of ``X`` that a block product ``G @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
-        columns, block products are bitwise reproducible between runs.
+        Number of columns of ``X`` that a block product ``G @ X`` processes at once. 'auto' measures the speed for
+        several numbers on the first columns, and uses the fastest number. If the number is fixed and the memory is
+        sufficient for this number of columns, block products are bitwise reproducible between runs.
     batch_weight : callable, optional
         Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. If the loss function is from
-        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch.
-        Otherwise, the default weight is the batch size, which is the size of the first dimension of X and y, or the
-        length of X and y if they are lists or tuples.
+        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch. For
+        any other loss function, the default weight is the batch size, which is the size of the first dimension of the
+        tensors in X and y. If X and y are lists with one entry for each example, the batch size is their length.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
@@ -82,10 +82,10 @@ class GGNLinearOperator(GGNLikeLinearOperator):
         If an argument is invalid. The message names the argument. The constructor does not read the data. Therefore,
         invalid data raise an error in the first product. The first product also raises an error if the size of a batch
         is needed but unknown, or if the loss function uses a tensor of ``params`` directly (for example, through a
-        closure) and not through the model. The same holds if the loss contains a term that depends on the parameters
-        but not on the prediction (for example, a penalty).
+        closure) and not through the model. The first product also raises an error if the loss contains a term that
+        depends on the parameters but not on the prediction (for example, a penalty).
     RuntimeError
-        If the loss does not depend on any of ``params``. Raised by the first product.
+        If the loss depends on none of the parameters in ``params``. The first product raises this error.
     NonFiniteProductError
         If a product contains NaN or infinity. The message names the batch.
     NonDeterministicObjectiveError
@@ -94,22 +94,24 @@ class GGNLinearOperator(GGNLikeLinearOperator):
     Warns
     -----
     RuntimeWarning
-        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+        An operator and its blocks issue each warning only once. The first product issues a warning if one of the
+        following conditions holds:
 
         - ``torch.autocast`` is enabled and lowers the precision of products.
         - Batch normalization is in training mode and there are several batches. Each batch is then normalized
           separately.
-        - The loss of two batches evaluated as one batch is inconsistent with the weights of these batches. Loss
-          functions from ``torch.nn`` are not checked.
+        - The loss of two batches that are evaluated as one batch contradicts their separate losses and weights. Loss
+          functions from ``torch.nn`` are not checked for this.
         - A ``DataLoader`` draws a different subset of its data set in each pass.
-        - The loss is linear in the prediction, so the matrix is zero. Loss functions from ``torch.nn`` are not checked.
+        - The loss is linear in the prediction, so the matrix is zero. Loss functions from ``torch.nn`` are not checked
+          for this.
 
         `curvop.check` detects more problems.
 
     See Also
     --------
     curvop.HessianLinearOperator : Exact second derivatives, including those of the model.
-    curvop.FisherLinearOperator : The same matrix for three loss functions, optionally estimated by Monte Carlo.
+    curvop.FisherLinearOperator : Fisher matrix, which equals the GGN for three loss functions, or an estimate of it.
     curvop.preconditioner.nystrom : Low-rank preconditioner for damped solves.
     curvop.solve : Solve a damped system and compute the true residual.
 

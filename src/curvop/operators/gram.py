@@ -1,6 +1,6 @@
-r"""Gram matrices :math:`S S^\top` of matrices :math:`S^\top S`, which have the same nonzero eigenvalues.
+r"""Gram matrices :math:`S S^\top`, which have the same nonzero eigenvalues as the matrices :math:`S^\top S`.
 
-If S has fewer rows than columns, the Gram matrix is the smaller of the two matrices.
+If S has fewer rows than columns, :math:`S S^\top` is the smaller of the two matrices.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ __all__ = ["FactorLinearOperator", "GramLinearOperator", "NotFactorableError"]
 class FactorLinearOperator(JacobianLikeLinearOperator):
     r"""Factor S of a matrix :math:`S^\top S`, as a ``LinearOperator`` of shape ``(n, P)``.
 
-    ``A.gram().factor`` returns it. Each row is the gradient of a linear function of the prediction for one example. The
-    rows are in the order of the data, and are scaled such that ``S.T @ S`` equals A. Their number depends on A:
+    The attribute ``factor`` of ``A.gram()`` is such an operator. Each row is the gradient of a linear function of the
+    prediction for one example. The rows are in the order of the data, and are scaled such that ``S.T @ S`` equals A.
+    The number of rows depends on A:
 
     - For `curvop.EFLinearOperator`, each example has one row: the gradient of its loss.
     - For `curvop.FisherLinearOperator` with ``mc_samples=s``, each example has s rows, one for each drawn target.
@@ -41,7 +42,7 @@ class FactorLinearOperator(JacobianLikeLinearOperator):
 
     The scaling includes the weights of the batches and the factor :math:`1 / \sqrt W`. Here W is the divisor of A: the
     total weight of all batches if the loss is a mean, and 1 if it is a sum. Blocks, submatrices and the transpose of S
-    have the same methods as those of a `curvop.JacobianLinearOperator`.
+    are obtained as for a `curvop.JacobianLinearOperator`.
 
     See Also
     --------
@@ -61,7 +62,7 @@ class FactorLinearOperator(JacobianLikeLinearOperator):
         names: Sequence[str],
         settings: Settings,
     ) -> None:
-        ordered = copy.copy(objective)  # unlike the matrix itself, S depends on the order of the data
+        ordered = copy.copy(objective)  # unlike S.T @ S, S depends on the order of the data
         ordered.keep_order()
         matrix = kernel(ordered, names, names)
         self._kernel = kernel  # `fingerprint` reads its name and its settings
@@ -93,8 +94,8 @@ class FactorLinearOperator(JacobianLikeLinearOperator):
         Notes
         -----
         The computation takes one pass over the data. If the model treats its examples independently and
-        ``torch.func.vmap`` supports the model, the pass costs a few gradients, multiplied by the number of rows per
-        example. Otherwise, each row takes a backward pass over its batch.
+        ``torch.func.vmap`` supports the model, the pass costs a few gradients for each row of an example. Otherwise,
+        each row of the factor takes one backward pass over its batch.
         """
         rows, cols = self.shape[::-1] if self._is_transpose else self.shape
         dtype = TORCH_DTYPES[self.dtype]
@@ -116,7 +117,7 @@ class FactorLinearOperator(JacobianLikeLinearOperator):
         Parameters
         ----------
         data : bool, default True
-            Whether to include digests of the data. This takes one pass over the data.
+            Whether to include digests of the data, which are computed in one pass over the data.
 
         Returns
         -------
@@ -129,19 +130,21 @@ class FactorLinearOperator(JacobianLikeLinearOperator):
 class GramLinearOperator(TensorLinearOperator):
     r"""Gram matrix :math:`S S^\top` of a matrix :math:`A = S^\top S`, as a ``LinearOperator`` of shape ``(n, n)``.
 
-    ``A.gram()`` returns it. A has P rows, one for each entry of the parameters. The Gram matrix has n rows, one for
-    each row of S. Depending on A, this is one row for each example, or one for each pair of an example and an output or
-    a drawn target. Both matrices have the same nonzero eigenvalues. If n is smaller than P, eigensolvers and other
-    Lanczos methods work with shorter vectors, and need less memory and less time between products. By default,
-    `curvop.spectrum.eigsh` uses the Gram matrix if it is smaller than A and has the requested eigenvalues.
+    The method ``A.gram()`` returns such an operator. A has P rows, one for each entry of the parameters. The Gram
+    matrix has n rows, one for each row of S. Depending on A, S has one row for each example, one for each pair of an
+    example and an output, or one for each pair of an example and a drawn target. Both matrices have the same nonzero
+    eigenvalues. If n is smaller than P, eigensolvers and other Lanczos methods work with shorter vectors, and need less
+    memory and less time between products. By default, `curvop.spectrum.eigsh` uses the Gram matrix if it is smaller
+    than A and has the requested eigenvalues.
 
     Parameters
     ----------
     factor : LinearOperator, shape (n, P)
         The factor S, an operator of this package.
     shift : float, default 0.0
-        Number that is added to the diagonal. All eigenvalues of the sum, except ``shift`` itself, are also eigenvalues
-        of ``A + shift * I``. The corresponding eigenvectors of A are linear combinations of the rows of S.
+        Number that is added to the diagonal of the Gram matrix. All eigenvalues of this sum, except ``shift`` itself,
+        are also eigenvalues of ``A + shift * I``. Each eigenvector of ``A + shift * I`` for such an eigenvalue is a
+        linear combination of the rows of S.
 
     Attributes
     ----------
@@ -152,16 +155,16 @@ class GramLinearOperator(TensorLinearOperator):
 
     See Also
     --------
-    curvop.spectrum.eigsh : Eigenpairs from the smaller side.
+    curvop.spectrum.eigsh : Compute eigenpairs, from the Gram matrix if it is smaller than A.
     curvop.EFLinearOperator.gram, curvop.GGNLinearOperator.gram, curvop.FisherLinearOperator.gram
 
     Notes
     -----
     A product with the Gram matrix takes one product with the transpose of S and one with S. Together, they cost as much
     as a product with A. If v is an eigenvector of norm 1 of the Gram matrix with the eigenvalue :math:`\lambda > 0`,
-    then :math:`S^\top v / \sqrt\lambda` is an eigenvector of norm 1 of A with the same eigenvalue. The first vector is
-    a left singular vector of S, and the second one is a right singular vector [1]_. For a model that is linear in its
-    parameters, the Gram matrix of a Gauss-Newton matrix is a weighted kernel matrix.
+    then :math:`S^\top v / \sqrt\lambda` is an eigenvector of norm 1 of A with the same eigenvalue. v is a left singular
+    vector of S, and :math:`S^\top v / \sqrt\lambda` is a right singular vector of S [1]_. For a model that is linear in
+    its parameters, the Gram matrix of a Gauss-Newton matrix is a weighted kernel matrix.
 
     References
     ----------
@@ -199,7 +202,7 @@ class GramLinearOperator(TensorLinearOperator):
         super().__init__(factor.dtype, (factor.shape[0], factor.shape[0]))
         self.factor = factor
         self.shift = real_scalar("shift", shift)
-        self.args = (factor, self.shift)  # SciPy's composite operators have this attribute, too
+        self.args = (factor, self.shift)  # SciPy's composite operators also have this attribute
 
     @property
     def device(self) -> torch.device:
@@ -227,7 +230,7 @@ class GramLinearOperator(TensorLinearOperator):
         return type(self)(self.factor, self.shift + real_scalar("shift", shift))
 
     def lift(self, u: Any) -> Any:
-        """Map vectors of length n to vectors of length P, and eigenvectors of the Gram matrix to eigenvectors of A.
+        """Map vectors of length n to vectors of length P. Eigenvectors of the Gram matrix become eigenvectors of A.
 
         Parameters
         ----------

@@ -34,8 +34,8 @@ class HessianLinearOperator(CurvatureLinearOperator):
     for a loss that is a mean or a sum, respectively, where :math:`\ell_b` is the loss of batch :math:`b`. The weight
     :math:`w_b` is the number by which the loss function divides the sum over batch :math:`b`. Depending on the loss
     function, this divisor is the number of elements, the number of targets that are not ignored, or the sum of the
-    class weights of these targets. H therefore does not depend on the split into batches: it is the Hessian of the loss
-    that is obtained if the whole data set is evaluated as one batch.
+    class weights of these targets. Therefore, H does not depend on how the data set is split into batches: it is the
+    Hessian of the loss of the whole data set, evaluated as one batch.
 
     Parameters
     ----------
@@ -50,35 +50,35 @@ class HessianLinearOperator(CurvatureLinearOperator):
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
         buffers. The rows and columns of the matrix follow the order of the parameters. The parameters may have
-        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
-        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
-        device of the first parameter, and the model must move its intermediate results itself.
+        ``requires_grad=False``. If a tensor in ``params`` and the module's parameter of the same name have different
+        values, the operator uses the values in ``params``. If the parameters are on several devices, batches and
+        vectors are moved to the device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
         A list, a ``DataLoader`` or any other iterable that can be read repeatedly. Iterators that can be read only once
         are rejected. X and y are tensors, or nested mappings, lists and tuples of tensors. All tensors are moved to the
-        device of the parameters. A model that modifies its input receives copies.
+        device of the parameters. If the model modifies its input, it receives copies of the tensors.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
         Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
         allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
-        linearized again in every product. Each block has its own budget.
+        linearized again in every product. Each block of the matrix has its own budget.
     engine : {'autograd', 'compiled'}, default 'autograd'
         'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
         once for each batch shape, separates the operations that depend on the vector from those that do not, and
-        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
-        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
-        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
-        'autograd' is used.
+        compiles both groups of operations. The compilation during the first product takes between a few seconds and a
+        minute. Later products are usually faster than with 'autograd'. The first product of each compiled program is
+        compared with the product that 'autograd' computes. If compilation fails or the products differ, a warning gives
+        the reason and 'autograd' is used.
     columns : int or 'auto', default 'auto'
-        Number of columns of ``X`` that a block product ``H @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
-        columns, block products are bitwise reproducible between runs.
+        Number of columns of ``X`` that a block product ``H @ X`` processes at once. 'auto' measures the speed for
+        several numbers on the first columns, and uses the fastest number. If the number is fixed and the memory is
+        sufficient for this number of columns, block products are bitwise reproducible between runs.
     batch_weight : callable, optional
         Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. If the loss function is from
-        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch.
-        Otherwise, the default weight is the batch size, which is the size of the first dimension of X and y, or the
-        length of X and y if they are lists or tuples.
+        ``torch.nn``, the default weight is the number by which the loss function divides the sum over the batch. For
+        any other loss function, the default weight is the batch size, which is the size of the first dimension of the
+        tensors in X and y. If X and y are lists with one entry for each example, the batch size is their length.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
@@ -90,7 +90,7 @@ class HessianLinearOperator(CurvatureLinearOperator):
         is needed but unknown, or if the loss function uses a tensor of ``params`` directly (for example, through a
         closure) and not through the model.
     RuntimeError
-        If the loss does not depend on any of ``params``. Raised by the first product.
+        If the loss depends on none of the parameters in ``params``. The first product raises this error.
     NonFiniteProductError
         If a product contains NaN or infinity. The message names the batch.
     NonDeterministicObjectiveError
@@ -99,13 +99,14 @@ class HessianLinearOperator(CurvatureLinearOperator):
     Warns
     -----
     RuntimeWarning
-        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+        An operator and its blocks issue each warning only once. The first product issues a warning if one of the
+        following conditions holds:
 
         - ``torch.autocast`` is enabled and lowers the precision of products.
         - Batch normalization is in training mode and there are several batches. Each batch is then normalized
           separately.
-        - The loss of two batches evaluated as one batch is inconsistent with the weights of these batches. Loss
-          functions from ``torch.nn`` are not checked.
+        - The loss of two batches that are evaluated as one batch contradicts their separate losses and weights. Loss
+          functions from ``torch.nn`` are not checked for this.
         - A ``DataLoader`` draws a different subset of its data set in each pass.
 
         `curvop.check` detects more problems.
@@ -130,18 +131,18 @@ class HessianLinearOperator(CurvatureLinearOperator):
     that reads ``model.parameters()``, such as weight decay, is therefore differentiated correctly. All changes that the
     evaluation makes to parameters, buffers, module attributes, flags and batches are undone afterwards.
 
-    A mapping X is passed to a module as keywords, ``model(**X)``, if the signature of ``forward`` accepts only this
-    (for example, because ``forward`` has keyword-only parameters, or several parameters without defaults). If the
-    signature accepts only one argument, or if its first parameter is annotated as a mapping, the call is ``model(X)``.
-    If both ways fit, the first batch decides: the call is ``model(X)``, and ``model(**X)`` only if ``model(X)`` raises
-    an error.
+    If X is a mapping, a module is called either as ``model(X)`` or as ``model(**X)``. If the signature of ``forward``
+    allows only one of these calls, the module is called in this way. For example, ``forward`` does not allow
+    ``model(X)`` if it has several parameters without defaults. If the first parameter of ``forward`` is annotated as a
+    mapping, the call is ``model(X)``. In all other cases, the first batch decides: the call is ``model(**X)`` only if
+    ``model(X)`` raises an error.
 
     The operator always uses the current values of the parameters. It linearizes the batches again if it detects one of
     the following changes: parameters modified in place (for example, by an optimizer step or ``load_state_dict``),
     replaced layers, modified buffers or training flags, or batches replaced in a list. It does not detect other
     changes. Examples of undetected changes are a new slope of a ``LeakyReLU`` layer, a new value of a number that a
-    function reads, and a tensor of a batch that is replaced by another tensor. Construct a new operator after a change
-    of this kind.
+    function reads, and a tensor of a batch that is replaced by another tensor. After a change that is not detected,
+    construct a new operator.
 
     Do not use an operator in several threads at the same time, because products temporarily replace the parameters of
     the module itself.
@@ -200,8 +201,8 @@ class HessianLinearOperator(CurvatureLinearOperator):
     ) -> Self:
         """Construct the Hessian of a function that returns the loss of a batch.
 
-        Use it for models that return their loss, for regularized losses, and for losses that contain derivatives. The
-        objective must be twice differentiable by torch.
+        Use this constructor for models that return their loss, for regularized losses, and for losses that contain
+        derivatives. The objective must be twice differentiable by torch.
 
         Parameters
         ----------
@@ -220,21 +221,21 @@ class HessianLinearOperator(CurvatureLinearOperator):
         cache : float or 'auto', default 'auto'
             Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
             allows half of the memory that is free on the device at the first product. Batches that exceed the budget
-            are linearized again in every product. Each block has its own budget.
+            are linearized again in every product. Each block of the matrix has its own budget.
         engine : {'autograd', 'compiled'}, default 'autograd'
             'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a
             product once for each batch shape, separates the operations that depend on the vector from those that do
-            not, and compiles both groups of operations. Compilation takes from seconds to a minute during the first
-            product. Later products are usually faster than with 'autograd'. The first product of each compiled program
-            is compared with the product of 'autograd'. If compilation fails or the products differ, a warning gives the
-            reason and 'autograd' is used.
+            not, and compiles both groups of operations. The compilation during the first product takes between a few
+            seconds and a minute. Later products are usually faster than with 'autograd'. The first product of each
+            compiled program is compared with the product that 'autograd' computes. If compilation fails or the products
+            differ, a warning gives the reason and 'autograd' is used.
         columns : int or 'auto', default 'auto'
-            Number of columns of ``X`` that a block product ``H @ X`` processes at once. 'auto' tries several numbers on
-            the first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number
-            of columns, block products are bitwise reproducible between runs.
+            Number of columns of ``X`` that a block product ``H @ X`` processes at once. 'auto' measures the speed for
+            several numbers on the first columns, and uses the fastest number. If the number is fixed and the memory is
+            sufficient for this number of columns, block products are bitwise reproducible between runs.
         batch_weight : callable, optional
             Function ``batch -> w_b`` that returns the weight of a batch. By default, the weight is the size of the
-            first dimension of the tensors in the batch, which must be the same for all of them.
+            first dimension of the tensors in the batch. This size must be the same for all tensors in the batch.
         progress : bool or tqdm, default False
             Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 

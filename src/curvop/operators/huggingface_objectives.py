@@ -1,9 +1,9 @@
 """Predictions and losses of Hugging Face models, for the class methods ``from_functions`` of the operators.
 
 The models of ``transformers`` compute their own loss if a batch contains labels. This loss is not suited to curvature
-matrices, for three reasons. It casts the logits to float32. It is not a separate function of the prediction, which most
-curvature matrices need. It divides by the number of valid labels of a batch, but does not return this number, which the
-operators need as the weight of the batch.
+matrices, for three reasons. It casts the logits to float32. It is not computed by a separate function of the
+prediction, although most curvature matrices need such a function. It divides by the number of valid labels of a batch,
+but does not return this number, which the operators need as the weight of the batch.
 
 The functions in this module therefore call the model without labels, and compute the same loss from the logits of the
 model, in the precision of the model. For the first batch, they compare this loss with the loss that the model itself
@@ -39,8 +39,8 @@ def causal_lm(model: nn.Module) -> Functions:
     """Return the prediction and the loss of a language model that predicts the next token.
 
     Pass the result to the class method ``from_functions`` of an operator. The batches may come directly from a data
-    collator of ``transformers``. The loss of the data set is then the mean over all its valid labels. It does not
-    depend on how the data set is padded and divided into batches.
+    collator of ``transformers``. The loss of the data set is then the mean over all its valid labels. This loss does
+    not depend on how the data set is padded and divided into batches.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def causal_lm(model: nn.Module) -> Functions:
     Raises
     ------
     TypeError
-        If ``model`` is not a module with a configuration.
+        If ``model`` is not a module with an attribute ``config``.
 
     See Also
     --------
@@ -73,8 +73,8 @@ def causal_lm(model: nn.Module) -> Functions:
     Notes
     -----
     A batch is a mapping with the arguments of the model (such as ``input_ids`` and ``attention_mask``) and with
-    ``labels`` of shape ``(B, T)``. The model is called without the labels and without a cache of keys and values. Its
-    configuration is not modified.
+    ``labels`` of shape ``(B, T)``. The model is called without the labels and without a cache of keys and values. The
+    configuration of the model is not modified.
 
     Some models compute a different loss: ``BartForCausalLM`` does not shift the labels, and mixtures of experts with
     ``output_router_logits=True`` add a load-balancing loss. The first evaluation therefore also computes the model's
@@ -133,7 +133,7 @@ def masked_lm(model: nn.Module) -> Functions:
     Raises
     ------
     TypeError
-        If ``model`` is not a module with a configuration.
+        If ``model`` is not a module with an attribute ``config``.
 
     See Also
     --------
@@ -166,7 +166,7 @@ def seq2seq_lm(model: nn.Module) -> Functions:
     Raises
     ------
     TypeError
-        If ``model`` is not a module with a configuration.
+        If ``model`` is not a module with an attribute ``config``.
 
     See Also
     --------
@@ -182,7 +182,7 @@ def seq2seq_lm(model: nn.Module) -> Functions:
 
 
 def sequence_classification(model: nn.Module, problem_type: str | None = None) -> Functions:
-    """Return the prediction and the loss of a model that predicts classes of sequences, or numbers for sequences.
+    """Return the prediction and the loss of a model that predicts classes or numbers for each sequence.
 
     Parameters
     ----------
@@ -190,23 +190,23 @@ def sequence_classification(model: nn.Module, problem_type: str | None = None) -
         A model of ``transformers`` with a classification head (``AutoModelForSequenceClassification``), or such a model
         with the adapters of ``peft``. In most cases, the model should be in evaluation mode.
     problem_type : {'single_label_classification', 'multi_label_classification', 'regression'}, optional
-        The problem type determines the loss. In the order above, the losses are cross-entropy, binary cross-entropy and
-        mean squared error. The default is ``model.config.problem_type``. If the configuration does not set a problem
-        type, the loss is selected by the rule of ``transformers``. It is mean squared error if
-        ``model.config.num_labels`` is 1. Otherwise, it is cross-entropy for integer labels, and binary cross-entropy
-        for other labels.
+        The problem type determines the loss: cross-entropy for 'single_label_classification', binary cross-entropy for
+        'multi_label_classification', and mean squared error for 'regression'. The default is
+        ``model.config.problem_type``. If the configuration does not set a problem type, the loss is selected by the
+        rule of ``transformers``. According to this rule, the loss is mean squared error if ``model.config.num_labels``
+        is 1. Otherwise, the loss is cross-entropy for integer labels, and binary cross-entropy for other labels.
 
     Returns
     -------
     dict
         Arguments of ``from_functions``, as for `causal_lm`. For C classes or numbers, the logits have shape ``(B, C)``.
-        For cross-entropy, the weight of a batch is the number of labels that are not -100. For the other losses, it is
-        the number of all labels.
+        For cross-entropy, the weight of a batch is the number of labels that are not -100. For the other losses, the
+        weight is the number of all labels.
 
     Raises
     ------
     TypeError
-        If ``model`` is not a module with a configuration.
+        If ``model`` is not a module with an attribute ``config``.
     ValueError
         If the problem type is unknown.
 
@@ -216,8 +216,8 @@ def sequence_classification(model: nn.Module, problem_type: str | None = None) -
 
     Notes
     -----
-    For empirical Fisher matrices, an example is a sequence. `curvop.FisherLinearOperator` needs a known likelihood. If
-    the configuration does not determine the loss, pass ``problem_type``.
+    For empirical Fisher matrices, an example is a sequence. `curvop.FisherLinearOperator` must know the loss in
+    advance. If the configuration does not determine the loss, pass ``problem_type``.
 
     If ``problem_type`` is not passed, the first evaluation compares the loss with the model's own loss, as for
     `causal_lm`. For DeBERTa, for example, the losses differ if the labels are not integers.
@@ -316,7 +316,7 @@ def _scores(
 
 
 class _Comparison:
-    """Compares a loss with the loss that the model itself computes, for the first batch for which both are finite.
+    """Compares a loss with the loss that the model itself computes. The first batch with two finite losses is used.
 
     The class is not callable, so that fingerprints of the function `_scores` do not depend on `done`.
 
@@ -351,7 +351,7 @@ class _Comparison:
         self.done = True
 
 
-#: Largest relative difference between a loss and the loss that a model computes in float32.
+#: Largest accepted relative difference between a loss and the loss that a model computes in float32.
 _ALIKE = 1e-4
 #: A bound on the rounding error of a loss in float32, relative to the largest logit.
 _ROUNDING = 1e-6
@@ -402,7 +402,7 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def _takes_cache(model: Any) -> bool:
-    """Return True if the model accepts the argument ``use_cache``. Models without a decoder do not."""
+    """Return True if the model accepts the argument ``use_cache``. Models without a decoder do not accept it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft has a generic signature
     return "use_cache" in inspect.signature(base.forward).parameters
 
@@ -474,7 +474,7 @@ _PROBLEMS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _problem_of(kind: str | None, labels: Tensor) -> str:
-    """Return `kind`, or if it is None, the problem type for the dtype of the labels, as ``transformers`` selects it."""
+    """Return `kind`. If it is None, return the type that ``transformers`` selects by the dtype of the labels."""
     if kind is not None:
         return kind
     integers = labels.dtype in (torch.long, torch.int)

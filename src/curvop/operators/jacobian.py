@@ -23,7 +23,7 @@ __all__ = ["JacobianLikeLinearOperator", "JacobianLinearOperator", "TransposedJa
 class JacobianLikeLinearOperator(ParameterVectors, EngineLinearOperator):
     """Base class of operators with one row per prediction or per example, and one column per entry of a parameter.
 
-    The transpose of such an operator, whose attribute ``_is_transpose`` is True, belongs to the same base class.
+    The transpose of such an operator has the same base class. Its attribute ``_is_transpose`` is True.
     """
 
     _is_transpose = False
@@ -75,7 +75,7 @@ class JacobianLikeLinearOperator(ParameterVectors, EngineLinearOperator):
 
 
 class _Jacobians(JacobianLikeLinearOperator):
-    """Common base class of the Jacobian and its transpose, which is an operator of another class."""
+    """Common base class of the Jacobian and the transposed Jacobian, which are two different classes."""
 
     @named_keywords
     def __init__(
@@ -109,10 +109,10 @@ class _Jacobians(JacobianLikeLinearOperator):
         columns: int | str = "auto",
         progress: Any = False,
     ) -> Self:
-        """Construct the Jacobian of a function of parameters and batch, or its transpose.
+        """Construct the Jacobian or its transpose from a function that computes the prediction of a batch.
 
-        Use it if the data are not pairs ``(X, y)``, or if the model needs more than one argument. Batches may be of any
-        type that the function accepts, such as the dicts of a data collator.
+        Use this constructor if the data are not pairs ``(X, y)``, or if the model needs more than one argument. Batches
+        may be of any type that the function accepts, such as the dicts of a data collator.
 
         Parameters
         ----------
@@ -127,8 +127,8 @@ class _Jacobians(JacobianLikeLinearOperator):
             A list, a ``DataLoader`` or any other iterable that can be read repeatedly and yields the batches in the
             same order each time. The tensors of a batch are moved to the device of the parameters.
         loss, batch_weight : object, optional
-            Ignored, because a Jacobian has no loss. They are accepted so that all operators can be constructed from the
-            same dict of arguments, such as the result of `curvop.huggingface.causal_lm`.
+            Ignored, because a Jacobian has no loss. The two arguments are accepted so that all operators can be
+            constructed from the same dict of arguments, such as the result of `curvop.huggingface.causal_lm`.
         dtype, cache, engine, columns, progress
             As in the constructor.
 
@@ -197,50 +197,51 @@ class JacobianLinearOperator(_Jacobians):
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
         buffers. The columns of the matrix follow the order of the parameters. The parameters may have
-        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
-        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
-        device of the first parameter, and the model must move its intermediate results itself.
+        ``requires_grad=False``. If a tensor in ``params`` and the module's parameter of the same name have different
+        values, the operator uses the values in ``params``. If the parameters are on several devices, batches and
+        vectors are moved to the device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
         A list, a ``DataLoader`` or any other iterable that can be read repeatedly and yields the data in the same order
         each time. Iterators that can be read only once are rejected. X is a tensor, or a nested mapping, list or tuple
-        of tensors. All tensors are moved to the device of the parameters. A model that modifies its input receives
-        copies. y is ignored.
+        of tensors. All tensors are moved to the device of the parameters. If the model modifies its input, it receives
+        copies of the tensors. y is ignored.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
         Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
         allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
-        linearized again in every product. Each block has its own budget.
+        linearized again in every product. Each block of the matrix has its own budget.
     engine : {'autograd', 'compiled'}, default 'autograd'
         'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
         once for each batch shape, separates the operations that depend on the vector from those that do not, and
-        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
-        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
-        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
-        'autograd' is used.
+        compiles both groups of operations. The compilation during the first product takes between a few seconds and a
+        minute. Later products are usually faster than with 'autograd'. The first product of each compiled program is
+        compared with the product that 'autograd' computes. If compilation fails or the products differ, a warning gives
+        the reason and 'autograd' is used.
     columns : int or 'auto', default 'auto'
-        Number of columns of ``X`` that a block product ``J @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
-        columns, block products are bitwise reproducible between runs.
+        Number of columns of ``X`` that a block product ``J @ X`` processes at once. 'auto' measures the speed for
+        several numbers on the first columns, and uses the fastest number. If the number is fixed and the memory is
+        sufficient for this number of columns, block products are bitwise reproducible between runs.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is invalid, or if the data are invalid. The message names the argument.
+        If an argument or the data are invalid. The message names the argument.
     RuntimeError
-        If the predictions do not depend on any of ``params``. Raised by the first product.
+        If the predictions depend on none of the parameters in ``params``. The first product raises this error.
     NonFiniteProductError
         If a product contains NaN or infinity. The message names the batch.
     NonDeterministicObjectiveError
         If dropout is active, if ``data`` yields the batches in a different order than in the constructor, or if the
-        predictions have changed since an earlier pass over the data. Raised by products.
+        predictions have changed since an earlier pass over the data. Products raise this error.
 
     Warns
     -----
     RuntimeWarning
-        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+        An operator and its blocks issue each warning only once. The first product issues a warning if one of the
+        following conditions holds:
 
         - ``torch.autocast`` is enabled and lowers the precision of products.
         - Batch normalization is in training mode and there are several batches. Each batch is then normalized
@@ -266,8 +267,8 @@ class JacobianLinearOperator(_Jacobians):
 
     Examples
     --------
-    Construct the empirical neural tangent kernel of 5 points. The product of the kernel with the residuals is the
-    direction in which gradient flow changes the predictions:
+    Construct the empirical neural tangent kernel of 5 points. The product of the kernel and the vector of residuals is
+    the direction in which gradient flow changes the predictions:
 
     >>> import torch
     >>> from scipy.sparse.linalg import svds
@@ -314,50 +315,51 @@ class TransposedJacobianLinearOperator(_Jacobians):
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
         buffers. The rows of the matrix follow the order of the parameters. The parameters may have
-        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
-        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
-        device of the first parameter, and the model must move its intermediate results itself.
+        ``requires_grad=False``. If a tensor in ``params`` and the module's parameter of the same name have different
+        values, the operator uses the values in ``params``. If the parameters are on several devices, batches and
+        vectors are moved to the device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
         A list, a ``DataLoader`` or any other iterable that can be read repeatedly and yields the data in the same order
         each time. Iterators that can be read only once are rejected. X is a tensor, or a nested mapping, list or tuple
-        of tensors. All tensors are moved to the device of the parameters. A model that modifies its input receives
-        copies. y is ignored.
+        of tensors. All tensors are moved to the device of the parameters. If the model modifies its input, it receives
+        copies of the tensors. y is ignored.
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
         Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
         allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
-        linearized again in every product. Each block has its own budget.
+        linearized again in every product. Each block of the matrix has its own budget.
     engine : {'autograd', 'compiled'}, default 'autograd'
         'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
         once for each batch shape, separates the operations that depend on the vector from those that do not, and
-        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
-        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
-        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
-        'autograd' is used.
+        compiles both groups of operations. The compilation during the first product takes between a few seconds and a
+        minute. Later products are usually faster than with 'autograd'. The first product of each compiled program is
+        compared with the product that 'autograd' computes. If compilation fails or the products differ, a warning gives
+        the reason and 'autograd' is used.
     columns : int or 'auto', default 'auto'
-        Number of columns of ``X`` that a block product ``JT @ X`` processes at once. 'auto' tries several numbers on
-        the first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
-        columns, block products are bitwise reproducible between runs.
+        Number of columns of ``X`` that a block product ``JT @ X`` processes at once. 'auto' measures the speed for
+        several numbers on the first columns, and uses the fastest number. If the number is fixed and the memory is
+        sufficient for this number of columns, block products are bitwise reproducible between runs.
     progress : bool or tqdm, default False
         Whether to show a progress bar that counts products. Pass a ``tqdm`` object to use an existing bar.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is invalid, or if the data are invalid. The message names the argument.
+        If an argument or the data are invalid. The message names the argument.
     RuntimeError
-        If the predictions do not depend on any of ``params``. Raised by the first product.
+        If the predictions depend on none of the parameters in ``params``. The first product raises this error.
     NonFiniteProductError
         If a product contains NaN or infinity. The message names the batch.
     NonDeterministicObjectiveError
         If dropout is active, if ``data`` yields the batches in a different order than in the constructor, or if the
-        predictions have changed since an earlier pass over the data. Raised by products.
+        predictions have changed since an earlier pass over the data. Products raise this error.
 
     Warns
     -----
     RuntimeWarning
-        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+        An operator and its blocks issue each warning only once. The first product issues a warning if one of the
+        following conditions holds:
 
         - ``torch.autocast`` is enabled and lowers the precision of products.
         - Batch normalization is in training mode and there are several batches. Each batch is then normalized

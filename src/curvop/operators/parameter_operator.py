@@ -84,7 +84,7 @@ class ParameterVectors(TensorLinearOperator):
         ValueError
             If a parameter is missing or unknown, or has a different shape.
         TypeError
-            If ``params`` is not a dict, or its values are not real numbers.
+            If ``params`` is not a dict, or if its values are not real numbers.
 
         See Also
         --------
@@ -148,19 +148,21 @@ class ParameterVectors(TensorLinearOperator):
             Names of the row parameters, in the order of the block. If only the rows or only the columns of the matrix
             are parameters, these are the names of the parameters to keep.
         cols : str or sequence of str, optional
-            Names of the column parameters. By default, the same as ``rows``.
+            Names of the column parameters. The default is ``rows``.
 
         Returns
         -------
         LinearOperator
-            Operator of this package, with its own caches. A block of a sum or product is composed of blocks.
+            Operator of this package, with its own caches. A block of a sum or product is composed of blocks of the
+            operands.
 
         Raises
         ------
         ValueError
             If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
         TypeError
-            If the matrix has no row and column parameters. Use ``A.submatrix(rows, cols)``.
+            If neither the rows nor the columns of the matrix are parameters. In this case, use ``A.submatrix``. The
+            error is also raised if only one axis has parameters and ``cols`` is passed.
         """
         row_layout, col_layout = self._row_and_column_layouts
         if row_layout is not None and col_layout is not None:
@@ -192,29 +194,30 @@ class ParameterVectors(TensorLinearOperator):
     def block_diagonal(
         self, groups: str | Mapping[str, str | Sequence[str]] | None = None, *, complete: bool = False
     ) -> TensorLinearOperator:
-        """Return the matrix without its blocks off the diagonal, as an operator of the same shape.
+        """Return an operator of the same shape in which all blocks off the diagonal are replaced by zeros.
 
-        Use it to compute the eigenvalues of all layers at once. ``spectrum.blocks`` studies each block by itself.
+        Use it to compute the eigenvalues of all layers at once. `curvop.spectrum.blocks` studies each block separately.
 
         Parameters
         ----------
         groups : mapping of str to str or sequence of str, or "layers", optional
             Maps the name of each diagonal block to the names of its parameters. By default, each parameter forms a
-            block. With "layers", the parameters of a layer, such as its weight and its bias, form a block. Rows and
-            columns of parameters in no group are zero.
+            block. With "layers", the parameters of a layer, such as its weight and its bias, form a block. The rows and
+            columns of parameters that are in no group are zero.
         complete : bool, default False
-            Raise an error if a parameter is in no group.
+            Whether to raise an error if a parameter is in no group.
 
         Returns
         -------
         BlockDiagonalLinearOperator
-            Symmetric if A is. A product counts once, and costs one product with each block.
+            The block-diagonal operator, which is symmetric if A is symmetric. A product with it costs one product with
+            each block, and is counted as one product.
 
         Raises
         ------
         ValueError
-            If the rows and columns of A are different parameters, if a name is unknown or repeated, or if ``complete``
-            is True and a parameter is in no group.
+            If the rows and columns of A are different parameters, or if a name is unknown or repeated. If ``complete``
+            is True, also if a parameter is in no group.
         TypeError
             If ``groups`` is neither a mapping nor "layers".
 
@@ -258,7 +261,7 @@ class ParameterVectors(TensorLinearOperator):
         Returns
         -------
         GramLinearOperator
-            The operator ``S @ S.T``, which has the same non-zero eigenvalues.
+            The operator ``S @ S.T``, which has the same nonzero eigenvalues as A.
 
         Raises
         ------
@@ -286,7 +289,7 @@ class ParameterVectors(TensorLinearOperator):
         groups : mapping of str to str or sequence of str, or "layers", optional
             Groups of parameters. By default, each parameter forms a group.
         complete : bool, default False
-            Raise an error if a parameter is in no group.
+            Whether to raise an error if a parameter is in no group.
 
         Returns
         -------
@@ -304,7 +307,7 @@ class ParameterVectors(TensorLinearOperator):
         return members
 
     def _restricted(self, rows: Sequence[str] | None, cols: Sequence[str] | None) -> TensorLinearOperator:
-        """Return the rows and the columns of the named parameters. None stands for all rows or all columns."""
+        """Return the block of the named parameters. None selects all rows or all columns."""
         raise NotImplementedError
 
     def _smallest_block(
@@ -439,7 +442,7 @@ class ParameterLinearOperator(ParameterVectors):
         rows : str or sequence of str
             Names of the row parameters, in the order of the block.
         cols : str or sequence of str, optional
-            Names of the column parameters. By default, the same as ``rows``.
+            Names of the column parameters. The default is ``rows``.
 
         Returns
         -------

@@ -34,7 +34,7 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
 
     Here :math:`\ell_n` is the loss of example n: the sum of those terms of the unreduced loss (``reduction='none'``)
     that belong to the example. W is the number by which the loss of the whole data set is divided. If the loss is a
-    sum, W is 1. The rows are in the order of the data. They are not divided by W. Therefore, the gradient of L is the
+    sum, W is 1. The rows are in the order of the data, and are not divided by W. Therefore, the gradient of L is the
     sum of all rows, divided by W, and ``G.T @ G / W`` is the empirical Fisher matrix (with ``examples='terms'``). If
     the target of an example is ignored, its row is zero.
 
@@ -52,43 +52,43 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
         Any subset of the model's parameters, either all float32 or all float64. Examples are
         ``dict(model.named_parameters())``, the result of `curvop.select`, or ``model.state_dict()`` of a model without
         buffers. The columns of the matrix follow the order of the parameters. The parameters may have
-        ``requires_grad=False``. If a tensor in ``params`` and the module's own parameter have different values, the
-        values of the tensor are used. If the parameters are on several devices, batches and vectors are moved to the
-        device of the first parameter, and the model must move its intermediate results itself.
+        ``requires_grad=False``. If a tensor in ``params`` and the module's parameter of the same name have different
+        values, the operator uses the values in ``params``. If the parameters are on several devices, batches and
+        vectors are moved to the device of the first parameter, and the model must move its intermediate results itself.
     data : iterable of (X, y)
         A list, a ``DataLoader`` or any other iterable that can be read repeatedly and yields the data in the same order
         each time. Iterators that can be read only once are rejected. X and y are tensors, or nested mappings, lists and
-        tuples of tensors. All tensors are moved to the device of the parameters. A model that modifies its input
-        receives copies.
+        tuples of tensors. All tensors are moved to the device of the parameters. If the model modifies its input, it
+        receives copies of the tensors.
     examples : {'terms', 'items'}, default 'terms'
-        Defines the examples, each of which has one row. With 'terms', the examples are those of
+        Defines what an example is. The matrix has one row for each example. With 'terms', the examples are those of
         `curvop.EFLinearOperator`. For ``CrossEntropyLoss`` and ``NLLLoss``, an example is one position for which a
         class is predicted (such as an image, a token or a pixel). For the other loss functions of ``torch.nn``, an
-        example is a row of the prediction. For any other loss function, each index of the first dimension is an
-        example. With 'items', each index of the first axis of the batch is an example (such as a sequence), and its row
-        is the sum of the gradients of all its terms (such as the tokens of the sequence). The terms of an item must be
-        consecutive in the prediction (see Notes).
+        example is a row of the prediction. For a loss function that is not from ``torch.nn``, each index of the first
+        dimension of the prediction is an example. With 'items', each index of the first axis of the batch is an example
+        (such as a sequence). The row of this example is the sum of the gradients of all its terms (such as the tokens
+        of the sequence). The terms of an item must be consecutive in the prediction (see Notes).
     dtype : numpy.float64 or numpy.float32, default numpy.float64
         Data type of the NumPy vectors that SciPy receives. Products are computed in the data type of the parameters.
     cache : float or 'auto', default 'auto'
         Memory budget in bytes for linearized batches that are kept between products. 0 disables the cache. 'auto'
         allows half of the memory that is free on the device at the first product. Batches that exceed the budget are
-        linearized again in every product. Each block has its own budget.
+        linearized again in every product. Each block of the matrix has its own budget.
     engine : {'autograd', 'compiled'}, default 'autograd'
         'autograd' computes products by backward passes through retained autograd graphs. 'compiled' traces a product
         once for each batch shape, separates the operations that depend on the vector from those that do not, and
-        compiles both groups of operations. Compilation takes from seconds to a minute during the first product. Later
-        products are usually faster than with 'autograd'. The first product of each compiled program is compared with
-        the product of 'autograd'. If compilation fails or the products differ, a warning gives the reason and
-        'autograd' is used.
+        compiles both groups of operations. The compilation during the first product takes between a few seconds and a
+        minute. Later products are usually faster than with 'autograd'. The first product of each compiled program is
+        compared with the product that 'autograd' computes. If compilation fails or the products differ, a warning gives
+        the reason and 'autograd' is used.
     columns : int or 'auto', default 'auto'
-        Number of columns of ``X`` that a block product ``G @ X`` processes at once. 'auto' tries several numbers on the
-        first columns and uses the fastest. If the number is fixed and the memory is sufficient for this number of
-        columns, block products are bitwise reproducible between runs.
+        Number of columns of ``X`` that a block product ``G @ X`` processes at once. 'auto' measures the speed for
+        several numbers on the first columns, and uses the fastest number. If the number is fixed and the memory is
+        sufficient for this number of columns, block products are bitwise reproducible between runs.
     batch_weight : callable, optional
-        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. Pass it if the loss function is not
-        from ``torch.nn`` and averages over something other than the first dimension. It must then return the number by
-        which the loss function divides. If the loss function is from ``torch.nn`` and divides by a number d that
+        Function ``batch -> w_b`` that returns the weight of a batch ``(X, y)``. Pass this argument if the loss function
+        is not from ``torch.nn`` and does not average over the first dimension. The function must then return the number
+        by which the loss function divides. If the loss function is from ``torch.nn`` and divides by a number d that
         differs from w_b, the rows of the batch are multiplied by ``sqrt(w_b / d)``. ``G.T @ G / W`` is then the
         empirical Fisher matrix with the same ``batch_weight``.
     progress : bool or tqdm, default False
@@ -100,23 +100,24 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
         If an argument is invalid, or if the data are invalid. The message names the argument. The constructor also
         raises an error if ``examples='items'`` and the terms of the loss cannot be assigned to items.
     RuntimeError
-        If the loss does not depend on any of ``params``. Raised by the first product.
+        If the loss depends on none of the parameters in ``params``. The first product raises this error.
     NonFiniteProductError
         If a product contains NaN or infinity. The message names the batch.
     NonDeterministicObjectiveError
         If dropout is active, if ``data`` yields the batches in a different order than in the constructor, or if the
-        loss has changed since an earlier pass over the data. Raised by products.
+        loss has changed since an earlier pass over the data. Products raise this error.
 
     Warns
     -----
     RuntimeWarning
-        Issued by the first product, once for an operator and its blocks, if one of the following applies:
+        An operator and its blocks issue each warning only once. The first product issues a warning if one of the
+        following conditions holds:
 
         - ``torch.autocast`` is enabled and lowers the precision of products.
         - Batch normalization is in training mode and there are several batches. Each batch is then normalized
           separately.
-        - The loss of two batches evaluated as one batch is inconsistent with the weights of these batches. Loss
-          functions from ``torch.nn`` are not checked.
+        - The loss of two batches that are evaluated as one batch contradicts their separate losses and weights. Loss
+          functions from ``torch.nn`` are not checked for this.
 
     See Also
     --------
@@ -135,9 +136,9 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
     batches and caches them up to the limit ``cache``. The operator detects in-place changes of the parameters, and
     changes of layers, buffers, training flags and lists of batches (see `curvop.HessianLinearOperator`).
 
-    With ``examples='items'``, the terms of an item must be consecutive in the prediction. This is the case if the first
-    axis of the prediction is that of the batch, and also if a model flattens a prediction of shape ``(B, T, C)`` to
-    ``(B * T, C)``.
+    With ``examples='items'``, the terms of an item must be consecutive in the prediction. The terms are consecutive if
+    the first axis of the prediction is that of the batch. They are also consecutive if the model flattens a prediction
+    of shape ``(B, T, C)`` to ``(B * T, C)``.
 
     References
     ----------
@@ -205,10 +206,10 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
         batch_weight: BatchWeight | None = None,
         progress: Any = False,
     ) -> Self:
-        """Construct the matrix from two functions, which compute a prediction and the loss of this prediction.
+        """Construct the matrix from two functions: one computes a prediction, and the other computes its loss.
 
-        Use it if the data are not pairs ``(X, y)``, or if the model needs more than one argument, such as a language
-        model with the functions of `curvop.huggingface`.
+        Use this constructor if the data are not pairs ``(X, y)``, or if the model needs more than one argument. For
+        language models, `curvop.huggingface` provides the two functions.
 
         Parameters
         ----------
@@ -258,7 +259,7 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
 
     @property
     def items(self) -> NDArray[np.intp]:
-        """Index of the data item of each row, as an integer array of shape (n_examples,).
+        """Index of the data item that each row belongs to, as an integer array of shape (n_examples,).
 
         Each index of the first axis of a batch is a data item. The items of all batches are numbered from 0 in the
         order of the data. If the loss has one term per item, or if ``examples='items'``, the result is
@@ -284,7 +285,7 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
         Parameters
         ----------
         data : bool, default True
-            Whether to include digests of the data. This takes one pass over the data.
+            Whether to include digests of the data, which are computed in one pass over the data.
 
         Returns
         -------

@@ -43,7 +43,8 @@ class Progress:
     Parameters
     ----------
     setting : bool or tqdm
-        False for no bar, True for a new bar that is created at the first product, or an existing bar.
+        If False, no bar is shown. If True, a new bar is created at the first product. A ``tqdm`` object is used as the
+        bar.
     """
 
     def __init__(self, setting: Any) -> None:

@@ -50,7 +50,8 @@ def select(
         If a pattern matches no name (the message suggests similar names), if no layer has one of the given types, or if
         no parameter is selected.
     TypeError
-        If ``model`` is not a module, ``types`` contains anything but module types, or a pattern is not a string.
+        If ``model`` is not a module, if ``types`` contains an object that is not a module type, or if a pattern is not
+        a string.
 
     See Also
     --------
@@ -66,7 +67,7 @@ def select(
     >>> list(select(model, exclude="*bias"))
     ['0.weight', '1.weight', '2.weight']
 
-    The Hessian with respect to the weights of the linear layers:
+    Construct the Hessian with respect to the weights of the linear layers:
 
     >>> import torch
     >>> from curvop import HessianLinearOperator
@@ -142,7 +143,7 @@ def parameter_groups(
     groups : mapping of str to str or sequence of str, or "layers", optional
         By default, each parameter forms a group. With "layers", the parameters of a layer form a group.
     complete : bool, default False
-        Raise a ``ValueError`` if a parameter is in no group.
+        Whether to raise a ``ValueError`` if a parameter is in no group.
     """
     if groups is None:
         return {name: [name] for name in names}

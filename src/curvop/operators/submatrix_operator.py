@@ -1,4 +1,4 @@
-"""Submatrices of operators, by NumPy's indexing.
+"""Submatrices of operators, selected by the indexing rules of NumPy.
 
 A product with a submatrix takes three steps: the vector is scattered into a vector of zeros, the full operator is
 applied once, and the selected rows of the result are gathered.
@@ -30,8 +30,8 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
     Parameters
     ----------
     A : LinearOperator
-        Real or complex operator with any numbers of rows and columns. If A is itself a submatrix, the indices are
-        converted to indices of the operator from which A was taken.
+        Real or complex operator of any shape. If A is itself a submatrix, the indices are converted to indices of the
+        operator from which A was taken.
     row_idxs : slice, range, list, tuple, integer or boolean array, or integer or boolean tensor on any device
         One-dimensional selection of rows, interpreted as in NumPy. Negative indices count from the end. A list that
         contains both booleans and integers is a list of integers. Indices may repeat: a repeated row is computed once
@@ -44,10 +44,10 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
     Raises
     ------
     IndexError
-        If an index is out of range (unsigned integers do not wrap around), if a mask has the wrong length, if indices
-        are not one-dimensional, or if an array with dtype object contains only booleans.
+        If an index is out of range, if a mask has the wrong length, or if indices are not one-dimensional. An unsigned
+        integer does not wrap around. The error is also raised for an array of booleans with dtype object.
     TypeError
-        If indices are not integers, or A is not a ``LinearOperator``.
+        If indices are not integers, or if A is not a ``LinearOperator``.
     ValueError
         If A is a stack of operators (SciPy >= 1.18).
 
@@ -64,7 +64,7 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
 
     Examples
     --------
-    Two rows and two columns of a dense matrix:
+    Select two rows and two columns of a dense matrix:
 
     >>> import numpy as np
     >>> from scipy.sparse.linalg import aslinearoperator
@@ -108,7 +108,10 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
 
     @classmethod
     def of_whole(cls, A: LinearOperator, rows: Any, cols: Any) -> Self:
-        """Return a submatrix whose products apply the whole of A, and not the smallest block that contains it."""
+        """Return a submatrix whose products apply the whole operator A.
+
+        The constructor, in contrast, replaces A by the smallest block that contains the submatrix.
+        """
         submatrix = cls.__new__(cls)
         selected = [
             _Selection(_indices(what, idxs, length), length)
@@ -142,7 +145,7 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
         Raises
         ------
         ValueError
-            If the row indices and the column indices are not the same, in the same order.
+            If the column indices differ from the row indices, or if their order differs.
         NotImplementedError
             If A cannot compute its diagonal. Use `curvop.spectrum.diagonal` to estimate the diagonal.
         """

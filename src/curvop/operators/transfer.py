@@ -45,8 +45,8 @@ class Staging:
         buffer = self._view(source.shape, dtype)
         if buffer is None:
             return source.to(device, dtype)
-        # The copy is asynchronous. The buffer is used again only after the product has been read, which waits for the
-        # copy.
+        # The copy is asynchronous. Nevertheless, it ends before the buffer is used again, because the product is read
+        # first, and reading the product waits for the copy.
         return buffer.copy_(source).to(device, non_blocking=True)
 
     def to_array(self, tensor: Tensor) -> NDArray[Any]:

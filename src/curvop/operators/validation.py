@@ -85,7 +85,7 @@ def validated_names(what: str, names: str | Sequence[str], layout: ParameterLayo
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Keyword of this package for each keyword of curvlinops' constructors that has a different name here.
+#: Maps keywords of curvlinops' constructors to the keywords of this package that have the same meaning.
 _RENAMED = {
     "model_func": "model",
     "loss_func": "loss_function",

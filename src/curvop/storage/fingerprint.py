@@ -24,7 +24,7 @@ _NUM_PROBES, _TOLERANCE = 16, 1e-4
 
 
 class OtherProblemError(ValueError):
-    """Raised if files on disk belong to another problem, for example to other data. The message names what differs."""
+    """Raised if files on disk belong to another problem, such as other data. The message names the differences."""
 
 
 def fingerprint(A: LinearOperator) -> dict[str, str]:
@@ -57,18 +57,18 @@ def fingerprint(A: LinearOperator) -> dict[str, str]:
     -----
     The digests depend on the kind of operator:
 
-    * An operator of this package has one digest for each parameter (``params['0.weight']``), for the model (structure,
-      code, other parameters, buffers), for the loss function, and for each batch (``data, batch 3``). Computing the
-      digests takes one pass over the data. No product is computed.
-    * A sum, multiple, product or submatrix has the digests of its operands. Their names end with, for example, ``of
-      term 1``.
+    * An operator of this package has one digest for each parameter (``params['0.weight']``), one for the model
+      (structure, code, other parameters, buffers), one for each batch (``data, batch 3``), and one for the loss
+      function. Computing the digests takes one pass over the data. No product is computed.
+    * A sum, multiple, product or submatrix has the digests of its operands. The names of these digests end with, for
+      example, ``of term 1``.
     * A dense or sparse matrix that SciPy wraps as an operator has one digest of its entries.
     * Any other operator is identified by its class, its shape, and one product with a fixed vector. These products are
       compared with a relative tolerance of 1e-4, because the last bits of a product may differ between runs.
 
-    A Python function is identified by its bytecode, its default arguments and the values in its closure. It is also
-    identified by those global variables it uses that are numbers, tensors, neural network modules, or functions defined
-    in the same file. Bytecode differs between Python versions.
+    A Python function is identified by its bytecode, its default arguments and the values in its closure. Its digest
+    also depends on those global variables used by the function that are numbers, tensors, neural network modules, or
+    functions defined in the same file. Bytecode differs between Python versions.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Journal of matrix-vector products on disk, from which a solver can resume after its process was killed.
+"""Journal of matrix-vector products on disk, with which a solver can resume after its process was killed.
 
 A journal is a directory with two files. ``fingerprint.json`` identifies the problem and the values of the parameters
 (`curvop.storage.fingerprint`), and lists the library versions with which products were recorded. ``products.records``
@@ -53,7 +53,7 @@ class JournaledLinearOperator(WrappingLinearOperator):
     run. `curvop.spectrum.density` and `curvop.spectrum.blocks` have a ``checkpoint`` argument and do not need a
     journal.
 
-    Products with the adjoint are recorded, too, because ``svds`` and ``lsmr`` use them.
+    Products with the adjoint are also recorded, because ``svds`` and ``lsmr`` use them.
 
     Parameters
     ----------
@@ -61,10 +61,11 @@ class JournaledLinearOperator(WrappingLinearOperator):
         An operator of this package (also ``A.damped(lam)``, ``A.block(...)`` or a submatrix) or any other SciPy
         ``LinearOperator``.
     directory : str or path-like
-        Directory that contains only this journal. It is created if it does not exist.
+        Directory that contains only this journal. The directory is created if it does not exist.
     max_bytes : float, optional
         Largest size of the recorded products in bytes. If this size is reached, a warning is issued, and later products
-        are computed but not recorded. Default: half of the disk space that is free or already used by this journal.
+        are computed but not recorded. The default is half of the disk space that is either free or used by this
+        journal.
     sync_seconds : float, optional
         Minimum time in seconds between two forced writes to disk (``fsync``). A write is forced only when a product is
         recorded. A power failure can lose the products that were recorded since the last forced write. If only the
@@ -85,7 +86,7 @@ class JournaledLinearOperator(WrappingLinearOperator):
     Raises
     ------
     TypeError
-        If `A` is not a ``LinearOperator``, or `directory` is not a path.
+        If `A` is not a ``LinearOperator``, or if `directory` is not a path.
     ValueError
         If the directory contains the journal of another problem, or files that do not belong to a journal. The message
         names the parameters or batches that differ. `curvop.storage.fingerprint.fingerprint` lists the inputs that are
@@ -94,8 +95,8 @@ class JournaledLinearOperator(WrappingLinearOperator):
     RecordFileError
         If another process has the journal open, or if a record is damaged. The directory is left unchanged.
     RuntimeError
-        If the model or the data have been modified since the journal was opened. Raised by the next product. A journal
-        belongs to fixed values of the parameters.
+        If the model or the data have been modified since the journal was opened. The next product raises this error. A
+        journal belongs to fixed values of the parameters.
     OSError
         If a product cannot be recorded, for example because the disk is full. Earlier products are kept, and the next
         product is recorded if possible.
@@ -114,8 +115,8 @@ class JournaledLinearOperator(WrappingLinearOperator):
     -----
     If the operator is applied to a matrix, each column is looked up separately, by a hash of its bytes. The columns
     whose products are not recorded are combined into one matrix. `A` is applied to this matrix, and the products are
-    written as one record. The number of columns of this matrix can affect the last bits of the products. To avoid this,
-    pass an operator that processes one column at a time (``columns=1``).
+    written as one record. The number of columns of this matrix can affect the last bits of the products. If the
+    products must not depend on it, pass an operator that processes one column at a time (``columns=1``).
 
     A float64 product takes about ``8 * M`` bytes on disk. Each application of the operator also reads the parameters
     once, to detect modifications.
@@ -217,8 +218,8 @@ class JournaledLinearOperator(WrappingLinearOperator):
         Returns
         -------
         JournaledLinearOperator
-            Operator that uses the same journal. It raises ``UnrecordedError``, a subclass of ``LookupError``, if a
-            product is not recorded.
+            Operator that uses the same journal. If a product is not recorded, the operator raises ``UnrecordedError``,
+            a subclass of ``LookupError``.
         """
         recalling = copy.copy(self)  # shares the store
         recalling._may_multiply = False
@@ -295,8 +296,8 @@ class JournaledLinearOperator(WrappingLinearOperator):
     def _keys(self, rows: Rows) -> list[bytes]:
         """Return one key for each row.
 
-        A key is a hash of the row, its dtype, its type (array or tensor), and whether it is multiplied by A or by the
-        adjoint.
+        A key is a hash of the row, its dtype and its type (array or tensor). It also depends on whether the row is
+        multiplied by A or by the adjoint of A.
         """
         prefix = hashlib.blake2b(f"{self._side} {type(rows).__name__} {rows.dtype};".encode(), digest_size=KEY_BYTES)
         keys = []
@@ -442,7 +443,7 @@ class ProductStore:
 def _as_bytes(tensor: Tensor) -> NDArray[Any]:
     """Return the bytes of a tensor of shape ``(K, N)`` as a NumPy array.
 
-    Bytes are returned, because NumPy lacks some of torch's dtypes.
+    The function returns bytes, because NumPy lacks some of torch's dtypes.
     """
     host = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return host.view(torch.uint8).numpy()

@@ -1,9 +1,10 @@
-"""Append-only files of NumPy arrays with keys and checksums, which remain readable if the process is killed.
+"""Append-only files of NumPy arrays, which remain readable if the process that writes them is killed.
 
-When a file is opened, all checksums are verified. An incomplete record at the end of the file is removed. If any other
-record is damaged, an error is raised. Arrays are stored without pickling.
+A file consists of records with keys and checksums. When a file is opened, all checksums are verified. An incomplete
+record at the end of the file is removed. If any other record is damaged, an error is raised. Arrays are stored without
+pickling.
 
-File format: the signature, then one record after another. A record consists of
+A file begins with a signature, which is followed by the records. A record consists of
 
 1. the fields ``<4sIQI``: the record mark, the length of the header and the length of the data in bytes, and the CRC-32
    of the data;
@@ -79,8 +80,8 @@ class RecordFile:
     Raises
     ------
     RecordFileError
-        If the file is not a record file, if it is open in another process or as another ``RecordFile`` in this process,
-        or if a record other than the last is damaged. The file is left unchanged.
+        If the file is not a record file, or if a record other than the last is damaged. The error is also raised if the
+        file is already open in this or another process. The file is left unchanged.
 
     Notes
     -----
@@ -324,8 +325,8 @@ def open_exclusive(path: Path) -> tuple[int, tuple[int, int]]:
     """Create a file if it does not exist, open it for reading and writing, and lock it.
 
     The operating system releases the lock when the process ends for any reason. Forked processes do not inherit the
-    lock. Because the lock belongs to the whole process, a set of open files prevents the process from opening a file
-    twice.
+    lock. The lock does not prevent the same process from opening a file twice. The module therefore keeps a set of open
+    files.
 
     Returns
     -------
@@ -340,7 +341,7 @@ def open_exclusive(path: Path) -> tuple[int, tuple[int, int]]:
     """
     import fcntl  # imported here, because Windows lacks fcntl and must be able to import the package
 
-    # Do not open a file twice: closing one of its descriptors would release the lock of the whole process on the file.
+    # Do not open a file twice: if one of its descriptors is closed, the process loses its lock on the file.
     if path.exists() and _identity(path.stat()) in _open_files:
         raise BlockingIOError
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -23,9 +23,9 @@ def allclose_report(
     Use this function in a test or an interactive session if you want to see which entries differ. If you only need True
     or False, or need broadcasting, use `numpy.allclose`.
 
-    Entries agree if ``|a - b| <= atol + rtol * |b|``, as in `numpy.allclose`, with `b` as the reference. NaN never
-    agrees with anything. An infinity agrees only with an infinity of the same sign. The comparison uses float64 or a
-    wider dtype. Arrays of different shapes do not agree, because this function does not broadcast.
+    As in `numpy.allclose`, `b` is the reference: entries agree if ``|a - b| <= atol + rtol * |b|``. NaN never agrees
+    with anything. An infinity agrees only with an infinity of the same sign. The comparison uses float64 or a wider
+    dtype. Arrays of different shapes do not agree, because this function does not broadcast.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def allclose_report(
 
     Notes
     -----
-    The arrays are compared in blocks of fixed size, so the memory needed does not grow with the size of the arrays.
+    The arrays are compared in blocks of fixed size, so the required memory does not grow with the size of the arrays.
     However, tensors on other devices are copied to the CPU as a whole.
 
     Examples

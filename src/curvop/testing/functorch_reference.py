@@ -2,7 +2,7 @@
 
 The operators of this package are tested against these matrices. This file shares no code with the operators, and
 evaluates the whole data set as one batch. Second derivatives are computed by differentiating a reverse-mode gradient in
-forward mode. `_check` compares them with second derivatives computed by double backward.
+forward mode. `_check` compares these second derivatives with those computed by double backward.
 
 The file has four sections:
 
@@ -73,11 +73,11 @@ def functorch_hessian(model: Model, loss_function: Loss, params: Params, data: D
         that are not in `params` are constants. The module runs in its present training mode and with its present
         buffers. The buffers do not change.
     loss_function : callable
-        ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
+        A loss module with reduction 'mean' or 'sum', or any function ``(prediction, y) -> scalar tensor``.
     params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
-        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is
-        the order of the rows and columns. The tensors in a dict can have other values than the parameters of the
-        module. All parameters must be on one device.
+        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is the
+        order of the rows and columns. The tensors in a dict can have values that differ from those of the module's
+        parameters. All parameters must be on one device.
     data : iterable of (X, y)
         Batches. The iterable is read once. X and y are tensors with the examples along dimension 0, or (nested)
         mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
@@ -92,8 +92,8 @@ def functorch_hessian(model: Model, loss_function: Loss, params: Params, data: D
     Raises
     ------
     ValueError
-        If `data` is empty, or if its batches cannot be concatenated. (Pad sequences to one length.) If `params` is
-        empty, if its tensors are on several devices, or if they do not belong to the model. If the loss is not a
+        If `data` is empty, or if its batches cannot be concatenated. (Sequences must be padded to the same length.) If
+        `params` is empty, or if its tensors are on several devices or do not belong to the model. If the loss is not a
         scalar.
     TypeError
         If X or y contains objects other than tensors and collections of tensors.
@@ -108,12 +108,11 @@ def functorch_hessian(model: Model, loss_function: Loss, params: Params, data: D
 
     Notes
     -----
-    Column i is ``jvp(grad(f))``, the directional derivative of the gradient, along the i-th basis vector. In the
-    notation of [1]_, this derivative is ``R_v{grad} = H v``. The number of columns that are computed together is
-    limited so that they need a workspace of about 256 MiB.
-    Columns are computed one by one if ``torch.func.vmap`` does not support an operation. If an operation has no
-    forward-mode derivative, the gradient is differentiated in reverse mode. The row of an embedding at ``padding_idx``
-    is a constant, as in PyTorch's gradient.
+    Column i is the directional derivative of the gradient along the i-th basis vector, computed as ``jvp(grad(f))``. In
+    the notation of [1]_, this derivative is ``R_v{grad} = H v``. The number of columns that are computed together is
+    limited so that they need a workspace of about 256 MiB. Columns are computed one by one if ``torch.func.vmap`` does
+    not support an operation. If an operation has no forward-mode derivative, the gradient is differentiated in reverse
+    mode. The row of an embedding at ``padding_idx`` is treated as a constant, as in PyTorch's gradient.
 
     References
     ----------
@@ -158,11 +157,11 @@ def functorch_ggn(model: Model, loss_function: Loss, params: Params, data: Data)
         that are not in `params` are constants. The module runs in its present training mode and with its present
         buffers. The buffers do not change.
     loss_function : callable
-        ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
+        A loss module with reduction 'mean' or 'sum', or any function ``(prediction, y) -> scalar tensor``.
     params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
-        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is
-        the order of the rows and columns. The tensors in a dict can have other values than the parameters of the
-        module. All parameters must be on one device.
+        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is the
+        order of the rows and columns. The tensors in a dict can have values that differ from those of the module's
+        parameters. All parameters must be on one device.
     data : iterable of (X, y)
         Batches. The iterable is read once. X and y are tensors with the examples along dimension 0, or (nested)
         mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
@@ -176,8 +175,8 @@ def functorch_ggn(model: Model, loss_function: Loss, params: Params, data: Data)
     Raises
     ------
     ValueError
-        If `data` is empty, or if its batches cannot be concatenated. (Pad sequences to one length.) If `params` is
-        empty, if its tensors are on several devices, or if they do not belong to the model.
+        If `data` is empty, or if its batches cannot be concatenated. (Sequences must be padded to the same length.) If
+        `params` is empty, or if its tensors are on several devices or do not belong to the model.
     TypeError
         If X or y contains objects other than tensors and collections of tensors.
     NoHessianError
@@ -204,12 +203,12 @@ def functorch_empirical_fisher(model: Model, loss_function: Loss, params: Params
     r"""Compute the dense empirical Fisher matrix of the loss of a whole data set.
 
     The matrix is :math:`\frac{1}{W} \sum_n g_n g_n^\top` [1]_, where :math:`g_n` is the gradient of the loss of example
-    n. W is the divisor that the loss function uses: the ratio of the sum of the unreduced loss terms to the loss.
+    n. W is the number by which the loss function divides: the sum of the unreduced loss terms, divided by the loss.
 
     For ``CrossEntropyLoss`` and ``NLLLoss``, an example consists of the entries for all classes at one position of the
     prediction. For other ``torch.nn`` losses, an example is a row of the prediction. A loss function that is not from
-    ``torch.nn`` is called once for each example. Such a function is assumed to sum over the examples if its attribute
-    ``reduction`` is 'sum'. Otherwise, it is assumed to average over them.
+    ``torch.nn`` is called once for each example. If the attribute ``reduction`` of such a function is 'sum', the
+    function is assumed to sum over the examples. Otherwise, it is assumed to average over the examples.
 
     Parameters
     ----------
@@ -218,11 +217,11 @@ def functorch_empirical_fisher(model: Model, loss_function: Loss, params: Params
         that are not in `params` are constants. The module runs in its present training mode and with its present
         buffers. The buffers do not change.
     loss_function : callable
-        ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
+        A loss module with reduction 'mean' or 'sum', or any function ``(prediction, y) -> scalar tensor``.
     params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
-        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is
-        the order of the rows and columns. The tensors in a dict can have other values than the parameters of the
-        module. All parameters must be on one device.
+        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is the
+        order of the rows and columns. The tensors in a dict can have values that differ from those of the module's
+        parameters. All parameters must be on one device.
     data : iterable of (X, y)
         Batches. The iterable is read once. X and y are tensors with the examples along dimension 0, or (nested)
         mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
@@ -236,8 +235,8 @@ def functorch_empirical_fisher(model: Model, loss_function: Loss, params: Params
     Raises
     ------
     ValueError
-        If `data` is empty, or if its batches cannot be concatenated. (Pad sequences to one length.) If `params` is
-        empty, if its tensors are on several devices, or if they do not belong to the model.
+        If `data` is empty, or if its batches cannot be concatenated. (Sequences must be padded to the same length.) If
+        `params` is empty, or if its tensors are on several devices or do not belong to the model.
     TypeError
         If X or y contains objects other than tensors and collections of tensors.
     NoHessianError
@@ -286,9 +285,9 @@ def functorch_jacobian(model: Model, params: Params, data: Data) -> Tensor:
         that are not in `params` are constants. The module runs in its present training mode and with its present
         buffers. The buffers do not change.
     params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
-        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is
-        the order of the columns. The tensors in a dict can have other values than the parameters of the module. All
-        parameters must be on one device.
+        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is the
+        order of the columns. The tensors in a dict can have values that differ from those of the module's parameters.
+        All parameters must be on one device.
     data : iterable of (X, y)
         Batches. The iterable is read once. X and y are tensors with the examples along dimension 0, or (nested)
         mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
@@ -302,8 +301,8 @@ def functorch_jacobian(model: Model, params: Params, data: Data) -> Tensor:
     Raises
     ------
     ValueError
-        If `data` is empty, or if its batches cannot be concatenated. (Pad sequences to one length.) If `params` is
-        empty, if its tensors are on several devices, or if they do not belong to the model.
+        If `data` is empty, or if its batches cannot be concatenated. (Sequences must be padded to the same length.) If
+        `params` is empty, or if its tensors are on several devices or do not belong to the model.
     TypeError
         If X or y contains objects other than tensors and collections of tensors.
     NoHessianError
@@ -325,11 +324,11 @@ def functorch_gradient_and_loss(model: Model, loss_function: Loss, params: Param
         that are not in `params` are constants. The module runs in its present training mode and with its present
         buffers. The buffers do not change.
     loss_function : callable
-        ``(prediction, y) -> scalar tensor``: a loss module with reduction 'mean' or 'sum', or any function.
+        A loss module with reduction 'mean' or 'sum', or any function ``(prediction, y) -> scalar tensor``.
     params : dict of str to torch.Tensor, or iterable of torch.nn.Parameter
-        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is
-        the order of the entries of the gradient. The tensors in a dict can have other values than the parameters of the
-        module. All parameters must be on one device.
+        A dict of parameters by name, or an iterable of the module's own parameters. The order of the parameters is the
+        order of the entries of the gradient. The tensors in a dict can have values that differ from those of the
+        module's parameters. All parameters must be on one device.
     data : iterable of (X, y)
         Batches. The iterable is read once. X and y are tensors with the examples along dimension 0, or (nested)
         mappings, lists and tuples of such tensors. The batches are concatenated and moved to the device of the
@@ -345,8 +344,8 @@ def functorch_gradient_and_loss(model: Model, loss_function: Loss, params: Param
     Raises
     ------
     ValueError
-        If `data` is empty, or if its batches cannot be concatenated. (Pad sequences to one length.) If `params` is
-        empty, if its tensors are on several devices, or if they do not belong to the model.
+        If `data` is empty, or if its batches cannot be concatenated. (Sequences must be padded to the same length.) If
+        `params` is empty, or if its tensors are on several devices or do not belong to the model.
     TypeError
         If X or y contains objects other than tensors and collections of tensors.
     """
@@ -377,7 +376,7 @@ def _flattened(prediction: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
 
 
 def _unreduced(loss_function: Any) -> Loss | None:
-    """Return a copy of a PyTorch loss function with reduction 'none', or None for any other function."""
+    """Return a copy of a PyTorch loss function with reduction 'none'. For any other function, return None."""
     unreduced: Any = None
     inner = loss_function.func if isinstance(loss_function, functools.partial) else loss_function
     if getattr(inner, "__module__", "") == "torch.nn.functional":
@@ -439,8 +438,9 @@ def call_arguments(model: nn.Module, X: Any) -> tuple[tuple[Any, ...], dict[str,
     """Return the positional arguments and the keyword arguments with which the user would call a module.
 
     A mapping is passed as keywords if ``forward`` accepts its keys as keywords, and if ``forward`` does not accept the
-    mapping as one argument. If ``forward`` accepts both, the mapping is passed as one argument, unless this call raises
-    an error and the first parameter is not annotated as a mapping.
+    mapping as one argument. If ``forward`` accepts both and the first parameter is annotated as a mapping, the mapping
+    is passed as one argument. Without this annotation, the mapping is passed as keywords if the call with one argument
+    raises an error, and as one argument otherwise.
     """
     if not isinstance(X, Mapping):
         return (X,), {}
@@ -492,7 +492,7 @@ def _named(model: object, params: Mapping[str, Tensor] | Iterable[Tensor]) -> di
     Raises
     ------
     ValueError
-        If `params` are empty, do not belong to the model, or are on several devices.
+        If `params` is empty, or if its tensors do not belong to the model or are on several devices.
     """
     own = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
     if isinstance(params, Mapping):
@@ -643,8 +643,8 @@ def _columns_at_a_time(f: Callable[[Tensor], Tensor], theta: Tensor) -> int:
             f"the loss is random: {value.item():.6g}, then {again.item():.6g}. "
             "Put modules such as dropout into evaluation mode"
         )
-    # In addition to the tensors that a gradient saves, a column needs their tangents and cotangents and temporary
-    # tensors. Measurements showed that a column needs 6 to 12 times the memory of the saved tensors.
+    # In addition to the tensors that a gradient saves, a column needs the tangents and cotangents of these tensors, and
+    # temporary tensors. Measurements showed that a column needs 6 to 12 times the memory of the saved tensors.
     return max(1, _WORKSPACE_BYTES // (8 * (sum(saved.values()) + theta.nbytes)))
 
 
@@ -688,7 +688,7 @@ def _check(
 ) -> None:
     """Raise a NoHessianError if a matrix is not symmetric, or differs from the result of double backward.
 
-    In torch 2.13, this happens for ``scatter_reduce`` with 'prod'.
+    For example, torch 2.13 computes a wrong derivative of ``scatter_reduce`` with 'prod'.
     """
     # The limit is far above rounding errors, including those of TF32 or float32 inside a float64 model, and far below
     # the effect of a wrong formula. The term with the loss is needed if the matrix is zero. The rounding errors of a
@@ -736,7 +736,7 @@ def _differentiable(device: torch.device) -> Iterator[None]:
 
 
 class _TwiceDifferentiable(TorchFunctionMode):
-    """Replace a function by an equivalent one if the forward-mode derivative of its gradient is wrong or missing."""
+    """Replace functions whose gradient has a wrong or missing forward-mode derivative by equivalent functions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
@@ -769,7 +769,7 @@ def _embedding(indices: Tensor, weight: Tensor, padding_idx: int | None = None, 
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    # In both modes, the derivative of the gradient of the fused kernel wrongly treats the norms as constants.
+    # In forward and reverse mode, the second derivative of the fused kernel wrongly treats the norms as constants.
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
