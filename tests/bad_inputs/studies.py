@@ -161,7 +161,7 @@ area(
         "the smallest eigenvalues of the smaller side",
         lambda: spectrum.eigsh(DENSE, 1, "SA", side="examples"),
         ValueError,
-        "which is 'SA', but side='examples' finds only 'LA' and 'LM'",
+        "which is 'SA', but side='examples' supports only 'LA' and 'LM'",
     ),
     ("a negative tolerance", lambda: spectrum.eigsh(DENSE, 1, tol=-1), ValueError, "tol is -1"),
     ("a tolerance in words", lambda: spectrum.eigsh(DENSE, 1, tol="low"), TypeError, "tol is a str"),

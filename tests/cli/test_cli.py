@@ -367,7 +367,9 @@ class TestNumbers:
 class TestFailures:
     """Results that cannot be trusted are printed, and the exit code is 1."""
 
-    @pytest.mark.filterwarnings("ignore:batches 0 and 1. as one batch:RuntimeWarning")  # the loss couples examples
+    @pytest.mark.filterwarnings(
+        "ignore:batches 0 and 1. evaluated as one batch:RuntimeWarning"
+    )  # the loss couples examples
     def test_a_dense_matrix_that_disagrees(self, run, run_json, spec):
         code, out, _ = run("eigs", spec("not_additive"), "--k", 3)
         assert code == 1
@@ -382,7 +384,9 @@ class TestFailures:
         assert code == 1
         assert re.search(r"^  DOES NOT AGREE; modules in training mode .+: call model\.eval\(\)$", out, re.MULTILINE)
 
-    @pytest.mark.filterwarnings("ignore:batches 0 and 1. as one batch:RuntimeWarning")  # the loss couples examples
+    @pytest.mark.filterwarnings(
+        "ignore:batches 0 and 1. evaluated as one batch:RuntimeWarning"
+    )  # the loss couples examples
     def test_there_is_no_dense_matrix_to_agree_with(self, run, run_json, spec):
         code, out, _ = run("eigs", spec("wrong_derivative"), "--k", 3)
         assert code == 1

@@ -108,7 +108,9 @@ def test_for_room_for_the_products_less_is_kept(monkeypatch) -> None:
     A = GGNLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data, cache=0)
     with pytest.raises(MemoryError) as raised:
         A @ X
-    assert raised.value.__notes__ == ["it does not fit although nothing is kept: multiply with fewer columns at a time"]
+    assert raised.value.__notes__ == [
+        "the product does not fit into memory, although no batch is kept: multiply with fewer columns at a time"
+    ]
     np.testing.assert_allclose(A @ X, expected, rtol=1e-12)
 
 

@@ -347,7 +347,9 @@ class TestWhatUsersCodeWritesTo:
 
     @pytest.mark.parametrize("cache", ["auto", 0])
     @pytest.mark.parametrize("kind", ["hessian", "ggn", "ef"])
-    @pytest.mark.filterwarnings("ignore:batches 0 and 1. as one batch:RuntimeWarning")  # each has its own centre
+    @pytest.mark.filterwarnings(
+        "ignore:batches 0 and 1. evaluated as one batch:RuntimeWarning"
+    )  # each has its own centre
     def test_the_losses_own_buffers(self, kind: str, cache: Any) -> None:
         problem = problem_of(mlp())
         problem.loss_function = Centred()

@@ -310,7 +310,9 @@ class TestJacobi:
             assert A.num_products == 0
             close(M @ np.ones(A.shape[0]), 1 / (of_dense(A) + 1e-3))
 
-    @pytest.mark.filterwarnings("ignore:batches 0 and 1. as one batch:RuntimeWarning")  # because the loss couples them
+    @pytest.mark.filterwarnings(
+        "ignore:batches 0 and 1. evaluated as one batch:RuntimeWarning"
+    )  # because the loss couples them
     def test_it_estimates_what_has_no_exact_one(self) -> None:
         G = build(GGNLinearOperator, mlp_problem(coupled))
         np.testing.assert_allclose(jacobi(G, 1e-3) @ np.ones(43), 1 / (np.maximum(of_dense(G), 0) + 1e-3))

@@ -504,7 +504,7 @@ class TestResult:
         (
             {"method": "lobpcg", "which": "LM"},
             ValueError,
-            "method='lobpcg' finds only 'LA' and 'SA': use method='arpack'",
+            "method='lobpcg' supports only 'LA' and 'SA': use method='arpack'",
         ),
         ({"tol": -1.0}, ValueError, "tol is -1.0"),
         ({"maxiter": 0}, ValueError, "maxiter is 0"),

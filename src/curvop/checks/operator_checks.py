@@ -177,7 +177,7 @@ def check(
     """
     if not isinstance(A, LinearOperator):
         raise TypeError(
-            f"A is a {type(A).__name__}, not a LinearOperator: wrap it, scipy.sparse.linalg.aslinearoperator(A)"
+            f"A is a {type(A).__name__}, not a LinearOperator: wrap it with scipy.sparse.linalg.aslinearoperator(A)"
         )
     if len(A.shape) != 2:
         raise ValueError(f"A has shape {A.shape}: check one operator of the stack")
@@ -453,7 +453,7 @@ def _product_finding(route: Any, product: NDArray[Any], eps: float, scale: float
         if value > limit and route.own is not None and route.own.holds:
             text = "autograd's derivative of your code differs from its difference quotient: A cannot be compared"
             return Finding(route.name, WARNING, text, value, limit, _TREATED_AS_CONSTANT)
-    finding = measured_finding(route.name, value, eps, "A's product differs from it", _WRONG_DERIVATIVE, limit)
+    finding = measured_finding(route.name, value, eps, "the product with A differs from it", _WRONG_DERIVATIVE, limit)
     return _with_source(finding, route)
 
 

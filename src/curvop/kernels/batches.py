@@ -239,7 +239,9 @@ def example_of(tree: Any, index: int, count: int) -> Any:
 
     def cut(part: Any) -> Any:
         if isinstance(part, Tensor) and (not part.ndim or len(part) != count):
-            raise ValueError("predictions and targets differ in their first dimension, and cannot be cut into examples")
+            raise ValueError(
+                "predictions and targets differ in their first dimension, and cannot be split into examples"
+            )
         return part[index : index + 1]
 
     def is_cut(part: Any) -> bool:

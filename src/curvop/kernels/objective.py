@@ -505,7 +505,9 @@ class Objective(abc.ABC):
             return 1.0
         total = math.fsum(weights)
         if total == 0:
-            raise ValueError("data has total weight 0 (every target is ignored): pass data with a target that counts")
+            raise ValueError(
+                "data has total weight 0 (every target is ignored): pass data with a target that is not ignored"
+            )
         return total
 
     @contextlib.contextmanager

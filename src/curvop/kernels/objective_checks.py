@@ -48,9 +48,9 @@ _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, tor
 
 #: Advice for the user if the loss of two batches evaluated as one contradicts the weights of the batches.
 BATCHING_REMEDY = (
-    "pass batch_weight=, a function of the batch, such as its number of targets that count, or say that the loss is a "
-    "sum (loss_function.reduction = 'sum'); else the loss couples its examples, or adds a term without data once per "
-    "batch, so that the matrix depends on how the data is cut: pass one batch"
+    "pass batch_weight=, a function of the batch, such as its number of targets that are not ignored, or declare that "
+    "the loss is a sum (loss_function.reduction = 'sum'); else the loss couples its examples, or adds a term without "
+    "data once per batch, so that the matrix depends on how the data is divided into batches: pass one batch"
 )
 #: Warning for a generalized Gauss-Newton matrix whose loss is linear in the prediction.
 ZERO_MATRIX = (
@@ -401,17 +401,17 @@ def _disagreement(losses: Sequence[float], weights: Sequence[float] | None, limi
     if weights is None:
         if abs(both - first - second) <= limit:
             return ""
-        return f"as one batch they have {both / (first + second):.4g} times the sum of their losses"
+        return f"evaluated as one batch, they have {both / (first + second):.4g} times the sum of their losses"
     expected = (weights[0] * first + weights[1] * second) / (weights[0] + weights[1])
     if abs(both - expected) <= limit:
         return ""
     if abs(both - first - second) <= limit:
-        return "as one batch they have the sum of their losses, not the mean"
+        return "evaluated as one batch, they have the sum of their losses, not the mean"
     share = (both - second) / (first - second)
     if not 0 < share < 1:
-        return "as one batch they have a loss that is no mean of the two"
+        return "evaluated as one batch, they have a loss that is not a weighted mean of the two losses"
     factor = (1 - share) / share * weights[0] / weights[1]
-    return f"as one batch they have a loss in which the second one counts {factor:.4g} times as much as its weight says"
+    return f"evaluated as one batch, the second one counts {factor:.4g} times as much as its weight says"
 
 
 def random_modules(modules: Sequence[nn.Module]) -> list[str]:
@@ -464,8 +464,8 @@ def _mode_cautions(modules: Sequence[nn.Module], batches: int, autocast: torch.d
     if batches > 1 and (batchwise := batchwise_modules(modules)):
         found["batch normalisation"] = (
             f"{listed(batchwise)} normalizes each of the {batches} batches by its own statistics: the matrix depends "
-            "on how the data is cut, and is not that of the whole data set as one batch; call model.eval(), or pass "
-            "one batch"
+            "on how the data is divided into batches, and is not that of the whole data set as one batch; call "
+            "model.eval(), or pass one batch"
         )
     if autocast is not None:
         found["autocast"] = (

@@ -99,7 +99,9 @@ def _check_not_compiled(name: str, value: Any) -> None:
             remedy = f"replace it by its _orig_mod, and pass params of {name}" if path else f"pass {name}._orig_mod"
             raise TypeError(f"{where} is compiled by torch.compile: {remedy} ({advice})")
         if part._compiled_call_impl is not None or _is_compiled(part.forward):
-            raise TypeError(f"{where} was compiled in place: use one whose compile() was not called ({advice})")
+            raise TypeError(
+                f"{where} was compiled in place by its method compile(): pass a module that was not compiled ({advice})"
+            )
 
 
 def _is_compiled(function: Any) -> bool:

@@ -76,7 +76,7 @@ class Settings:
         if dtype not in TORCH_DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, but must be numpy.float32 or numpy.float64")
         if self.cache != "auto" and not (isinstance(self.cache, int | float | np.number) and self.cache >= 0):
-            raise ValueError(f"cache is {self.cache!r}, but must be a number of bytes, 0 for none, or 'auto'")
+            raise ValueError(f"cache is {self.cache!r}, but must be a number of bytes, 0 to keep nothing, or 'auto'")
         if self.columns != "auto" and not (isinstance(self.columns, int) and self.columns >= 1):
             raise ValueError(f"columns is {self.columns!r}, but must be a number of columns >= 1, or 'auto'")
         if self.engine not in ("autograd", "compiled"):
@@ -275,7 +275,7 @@ class EngineLinearOperator(TensorLinearOperator):
                 raise
             keeping = [engine for engine in {self._engine, self._adjoint_engine} if engine.kept()[0]]
             if not keeping:
-                error.add_note(f"it does not fit although nothing is kept: {remedy}")
+                error.add_note(f"the product does not fit into memory, although no batch is kept: {remedy}")
                 raise
             for engine in keeping:
                 message = engine.release_memory(error) or message

@@ -170,7 +170,7 @@ class ParameterVectors(TensorLinearOperator):
             return self._restricted(row_names, validated_names("cols", rows if cols is None else cols, col_layout))
         names = validated_names("rows", rows, self._layout)
         if cols is not None:
-            raise TypeError("A has parameters along one axis only: pass their names, and no cols")
+            raise TypeError("A has parameters along one axis only: pass their names only, without cols")
         return self._restricted(names, None) if col_layout is None else self._restricted(None, names)
 
     def blocks(self) -> Iterator[TensorLinearOperator]:

@@ -95,7 +95,7 @@ class SubmatrixLinearOperator(WrappingLinearOperator):
     def __init__(self, A: LinearOperator, row_idxs: Any, col_idxs: Any) -> None:
         if not isinstance(A, LinearOperator):
             raise TypeError(
-                f"A is a {type(A).__name__}, not a LinearOperator: wrap it, scipy.sparse.linalg.aslinearoperator(A)"
+                f"A is a {type(A).__name__}, not a LinearOperator: wrap it with scipy.sparse.linalg.aslinearoperator(A)"
             )
         if len(A.shape) != 2:
             raise ValueError(f"A has shape {A.shape}, but must have two dimensions: take one operator of the stack")

@@ -170,7 +170,7 @@ def check_fits(needed: int, available: int, what: str, remedy: str, adjustable: 
     If ``adjustable`` is True, the message advises the user to pass ``memory`` to the calling function.
     """
     if needed > available:
-        more = ", or pass memory= in bytes if there is more" if adjustable else ""
+        more = ", or pass memory= (in bytes) if more memory is available" if adjustable else ""
         raise MemoryError(
             f"{what} takes {needed / 1e9:.3g} GB, but {available / 1e9:.3g} GB may be used: {remedy}{more}"
         )

@@ -426,7 +426,7 @@ def _validate(
     if method not in _METHODS:
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(_METHODS)}")
     if method == "lobpcg" and which not in ("LA", "SA"):
-        raise ValueError(f"which is {which!r}, but method='lobpcg' finds only 'LA' and 'SA': use method='arpack'")
+        raise ValueError(f"which is {which!r}, but method='lobpcg' supports only 'LA' and 'SA': use method='arpack'")
     if method == "lanczos" and which == "SM":
         raise ValueError("which is 'SM', but method='lanczos' does not find these: use method='arpack'")
     if which == "BE" and k == 1:

@@ -76,7 +76,7 @@ def smaller_side(A: Any, side: Any, k: int, which: str, has_start: bool) -> Gram
     if side == "parameters" or (automatic and (which not in _ENDS or has_start or not hasattr(A, "gram"))):
         return None
     if which not in _ENDS:
-        raise ValueError(f"which is {which!r}, but side='examples' finds only 'LA' and 'LM': pass side='parameters'")
+        raise ValueError(f"which is {which!r}, but side='examples' supports only 'LA' and 'LM': pass side='parameters'")
     if not hasattr(A, "gram"):
         raise NotFactorableError(
             f"A is a {type(A).__name__}, which has no Gram matrix: pass side='parameters', or a GGN, an empirical "

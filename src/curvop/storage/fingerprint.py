@@ -87,7 +87,7 @@ def fingerprint(A: LinearOperator) -> dict[str, str]:
     """
     if not isinstance(A, LinearOperator):
         raise TypeError(
-            f"A is a {type(A).__name__}, not a LinearOperator: wrap it, scipy.sparse.linalg.aslinearoperator(A)"
+            f"A is a {type(A).__name__}, not a LinearOperator: wrap it with scipy.sparse.linalg.aslinearoperator(A)"
         )
     if isinstance(A, TensorLinearOperator) and hasattr(A, "fingerprint"):
         return cast("dict[str, str]", A.fingerprint())

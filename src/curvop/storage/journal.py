@@ -155,7 +155,7 @@ class JournaledLinearOperator(WrappingLinearOperator):
     ) -> None:
         if not isinstance(A, LinearOperator):
             raise TypeError(
-                f"A is a {type(A).__name__}, not a LinearOperator: wrap it, scipy.sparse.linalg.aslinearoperator(A)"
+                f"A is a {type(A).__name__}, not a LinearOperator: wrap it with scipy.sparse.linalg.aslinearoperator(A)"
             )
         if len(A.shape) != 2:
             raise ValueError(f"A has shape {A.shape}, but a journal needs one matrix: pass one operator of the stack")
