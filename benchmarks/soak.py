@@ -111,7 +111,7 @@ class _Operations:
         values = np.linalg.eigvalsh(case.dense)
         result = eigsh(case.A, k, which, progress=False)
         expected = values[np.argsort(np.abs(values) if which == "LM" else values)[-k:]]
-        return float(np.abs(np.sort(result.values) - np.sort(expected)).max() / np.abs(values).max())
+        return float(np.abs(result.values - np.sort(expected)).max() / np.abs(values).max())
 
     def density(self, case: Case) -> float:
         """Left after some time or by a fault, and taken up again from its checkpoint; it is told by two moments."""

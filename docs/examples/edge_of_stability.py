@@ -50,7 +50,7 @@ figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
 for axis, learning_rate in zip(axes, (0.7, 0.85), strict=False):
     tracker, losses = train(learning_rate)
     edge = 2 / learning_rate
-    late = tracker.values[-20:, 0]
+    late = tracker.largest[-20:]
     print(f"learning rate {learning_rate}: edge {edge:.2f}, final sharpness {late.min():.2f} to {late.max():.2f}")
     print(f"  {len(tracker.steps)} eigenvalues, {tracker.products / len(tracker.steps):.0f} products each")
     assert abs(late.mean() / edge - 1) < 0.1

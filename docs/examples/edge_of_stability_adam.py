@@ -58,12 +58,12 @@ def train(learning_rate, steps=1200):
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
 for learning_rate in (0.008, 0.012, 0.02):
     preconditioned, plain, losses = train(learning_rate)
-    late, threshold = preconditioned.values[-10:, 0], preconditioned.thresholds[-1]
+    late, threshold = preconditioned.largest[-10:], preconditioned.thresholds[-1]
     print(f"learning rate {learning_rate}: {late.min():.1f} to {late.max():.1f} at the end, threshold {threshold:.1f}")
     assert abs(late.mean() / threshold - 1) < 0.05
     label = f"learning rate {learning_rate}"
     for axis, tracker in zip(axes, (preconditioned, plain), strict=False):
-        axis.plot(tracker.steps, tracker.values[:, 0], linewidth=1.2, label=label)
+        axis.plot(tracker.steps, tracker.largest, linewidth=1.2, label=label)
     axes[2].semilogy(losses, linewidth=0.8, label=label)
 
 # %%

@@ -43,18 +43,19 @@ def trained(classes, epochs=3):
 
 
 # %%
-# Count the outliers, which are the eigenvalues above the largest gap. The largest gap lies between the two consecutive
-# eigenvalues with the largest ratio.
+# Count the outliers, which are the eigenvalues above the largest gap. The eigenvalues are in ascending order. The largest
+# gap lies between the two consecutive eigenvalues with the largest ratio.
 
 figure, axes = plt.subplots(3, 1, figsize=(8, 7), layout="constrained")
 for axis, classes in zip(axes, (4, 6, 10), strict=True):
     H = trained(classes)
     found = eigsh(H, 16, "LA", tol=1e-4, progress=False)
-    outliers = 1 + int(np.argmax(found.values[:-1] / found.values[1:]))
+    bulk = 1 + int(np.argmax(found.values[1:] / found.values[:-1]))  # number of eigenvalues below the gap
+    outliers = len(found.values) - bulk
     print(f"{classes} classes, {H.shape[0]:,} parameters: {outliers} outliers; {found.verdict}")
     assert classes - 1 <= outliers <= classes
     assert found.ok
     density(H, num_probes=3, num_steps=60, rng=0, progress=False).plot(axis)
-    axis.plot(found.values[:outliers], np.full(outliers, axis.get_ylim()[0] * 1.3), "v", color="tab:red")
+    axis.plot(found.values[bulk:], np.full(outliers, axis.get_ylim()[0] * 1.3), "v", color="tab:red")
     axis.set_title(f"{classes} classes: {outliers} outliers")
 plt.show()

@@ -184,6 +184,12 @@ area(
     ),
     ("negative time", lambda: spectrum.eigsh(DENSE, 1, seconds=-1), ValueError, "seconds is -1"),
     (
+        "the smallest of the largest eigenvalues",
+        lambda: spectrum.eigsh(DENSE, 1, "LA", progress=False).smallest,
+        ValueError,
+        "which is 'LA', so the smallest eigenvalue of A need not be in the result: pass which='SA' or 'BE'",
+    ),
+    (
         "more vectors than values, to certify",
         lambda: spectrum.certify(DENSE, [3.0], np.eye(4)),
         ValueError,

@@ -100,11 +100,12 @@ class TestSources:
             )
         assert not list(tmp_path.iterdir())
 
-    def test_archives_hold_what_they_are_given_and_nothing_else(self, tmp_path) -> None:
+    def test_archives_hold_what_they_are_given_and_the_number_of_their_format(self, tmp_path) -> None:
         arrays = {"numbers": np.arange(3.0), "words": np.array(["a", "b"], dtype=np.str_), "none": np.ones((0, 2))}
         result_files.save_arrays(tmp_path / "a.npz", **arrays)
         with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
-            assert file.files == list(arrays)
+            assert file.files == ["format", *arrays]
+            assert file["format"] == result_files.FORMAT
             for name, array in arrays.items():
                 np.testing.assert_array_equal(file[name], array)
 

@@ -51,7 +51,7 @@ def test_the_figures_are_those_of_the_dense_matrix(run, spec) -> None:
     assert code == 0
     assert found["ok"]
     assert [end["which"] for end in found["ends"]] == ["LA", "SA"]
-    np.testing.assert_allclose(found["ends"][0]["values"], values[:-4:-1], atol=1e-12)
+    np.testing.assert_allclose(found["ends"][0]["values"], values[-3:], atol=1e-12)
     np.testing.assert_allclose(found["ends"][1]["values"], values[:3], atol=1e-12)
     assert found["trace"]["value"] == pytest.approx(values.sum())
     assert found["frobenius_norm"]["value"] == pytest.approx(np.linalg.norm(values))
@@ -69,7 +69,7 @@ def test_another_matrix_and_a_block(run, spec) -> None:
     values = np.linalg.eigvalsh(functorch_ggn(**problem).numpy())
     assert code == 0
     assert [end["which"] for end in found["ends"]] == ["LA"]
-    np.testing.assert_allclose(found["ends"][0]["values"], values[:-3:-1], atol=1e-12)
+    np.testing.assert_allclose(found["ends"][0]["values"], values[-2:], atol=1e-12)
     assert (found["rows"], found["parameters"]) == (8, 26)
 
 
@@ -387,7 +387,7 @@ def test_what_was_found_before_an_error_is_on_disk(run, spec, tmp_path, monkeypa
         assert found["products"] > 0
         assert found["trace"]["value"] == pytest.approx(values.sum())
         assert found["frobenius_norm"]["value"] == pytest.approx(np.linalg.norm(values))
-    for which, expected in (("LA", values[:-4:-1]), ("SA", values[:3])):
+    for which, expected in (("LA", values[-3:]), ("SA", values[:3])):
         np.testing.assert_allclose(EigenResult.load(out / f"eigenpairs_{which}.npz").values, expected, atol=1e-12)
         assert f"{expected[0]:.10g}" in page
     assert f"{values.sum():.6g}" in page

@@ -234,7 +234,7 @@ class TestExpressions:
         assert info == 0
         close(solution, np.linalg.solve(JACOBIAN.T @ JACOBIAN + 0.1 * np.eye(P), np.ones(P)), 1e3)
         result = curvop.spectrum.eigsh(A, k=3, which="LA", progress=False)
-        close(np.sort(result.values), np.linalg.eigvalsh(D_VALUES[:, None] * GGN * D_VALUES)[-3:])
+        close(result.values, np.linalg.eigvalsh(D_VALUES[:, None] * GGN * D_VALUES)[-3:])
 
     def test_blocks_of_a_symmetric_product_share_one_jacobian(self) -> None:
         block = (J.T @ J).block("2.weight")
@@ -679,7 +679,7 @@ class TestGram:
         K = A.gram()
         close(K.to_dense(), JACOBIAN @ JACOBIAN.T + 0.5 * np.eye(OUTPUTS))
         found = curvop.spectrum.eigsh(A, 5, "LA", progress=False)
-        close(found.values, np.linalg.eigvalsh(JACOBIAN.T @ JACOBIAN)[::-1][:5] + 0.5, 1e2)
+        close(found.values, np.linalg.eigvalsh(JACOBIAN.T @ JACOBIAN)[-5:] + 0.5, 1e2)
         assert found.ok
         close(A @ found.vectors, found.vectors * found.values, 1e3)
 

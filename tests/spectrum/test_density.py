@@ -68,6 +68,21 @@ class TestSpectra:
         assert found.nodes.shape == (2, 30)
         np.testing.assert_allclose(found.nodes, np.stack([values, values]), atol=1e-10)
 
+    def test_probes_and_steps_by_position(self) -> None:
+        A = matrix(SPECTRA["uniform"])
+        found, expected = density(A, 3, 12, progress=False), quietly(A, num_probes=3, num_steps=12)
+        assert found.nodes.shape[0] == 3
+        assert found.num_steps == 12
+        np.testing.assert_array_equal(found.nodes, expected.nodes)
+
+    def test_atoms_are_in_ascending_order(self, tmp_path) -> None:
+        values = np.r_[-7.0, 5.0, 6.0, -4.0, np.linspace(0, 1, 96)]
+        options = {"num_probes": 2, "num_steps": 5, "deflate": 4, "rng": 0}
+        found = quietly(matrix(values), **options)
+        np.testing.assert_allclose(found.atoms, [-7, -4, 5, 6], rtol=1e-12)
+        dataclasses.replace(found, atoms=found.atoms[[0, 3, 2, 1]]).save(tmp_path / "old.npz")
+        np.testing.assert_array_equal(SpectralDensity.load(tmp_path / "old.npz").atoms, found.atoms)
+
     def test_outliers_are_counted_once(self) -> None:
         found = quietly(matrix(SPECTRA["clusters and outliers"]), num_probes=4, num_steps=60, rng=0)
         for nodes, weights in zip(found.nodes, found.weights, strict=True):

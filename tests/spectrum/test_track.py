@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import sys
 
 import numpy as np
@@ -42,7 +43,8 @@ def test_eigenvalues_belong_to_their_steps() -> None:
     tracker, H, _ = train(0.5, 31, k=2, every=10, tol=1e-6)
     assert tracker.steps.tolist() == [0, 10, 20, 30]
     assert tracker.values.shape == (4, 2)
-    assert (tracker.values[:, 0] >= tracker.values[:, 1]).all()
+    assert (tracker.values[:, 0] <= tracker.values[:, 1]).all()
+    np.testing.assert_array_equal(tracker.largest, tracker.values[:, 1])
     assert tracker.products == H.num_products
     other, H, _ = train(0.5, 30, k=2, every=100)
     found = eigsh(H, 2, "LA", progress=False)  # at the parameters after 30 steps
@@ -64,7 +66,7 @@ def test_sharpness_grows_to_the_edge_of_stability_and_stays() -> None:
     """Cohen et al. (2021): sharpness grows to 2 / learning rate, and then hovers there."""
     learning_rate = 0.85
     tracker, _, losses = train(learning_rate, 800, every=20)
-    sharpness = tracker.values[:, 0]
+    sharpness = tracker.largest
     assert sharpness[0] < 0.95 * 2 / learning_rate
     late = sharpness[len(sharpness) // 2 :]
     assert (late > 0.95 * 2 / learning_rate).all()
@@ -114,6 +116,55 @@ def test_operators_that_are_not_symmetric_are_rejected_in_the_first_step() -> No
     assert tracker.products < 2 * before - 3  # the symmetry is checked once
     with pytest.raises(ValueError, match=r"A has shape \(3, 4\), but must be square"):
         track(np.ones((3, 4)))
+
+
+class TestEnds:
+    """`Tracker.largest` and `Tracker.smallest`."""
+
+    @pytest.mark.parametrize(("which", "column"), [("LA", -1), ("LM", -1), ("SA", 0), ("LM", 0)])
+    def test_they_are_those_of_the_matrix(self, which: str, column: int) -> None:
+        eigenvalues = np.r_[-9.0, np.linspace(-1, 1, 38), 8.0]
+        tracker = track(np.diag(eigenvalues), 2, every=1, which=which, tol=1e-10)
+        for _ in range(3):
+            tracker.step()
+        found = tracker.smallest if column == 0 else tracker.largest
+        assert found.shape == (3,)
+        np.testing.assert_allclose(found, np.full(3, np.sort(eigenvalues)[column]), rtol=1e-9)
+        np.testing.assert_allclose(tracker.values, np.sort(tracker.values, axis=1))
+        residuals = np.diag(eigenvalues) @ tracker.vectors - tracker.vectors * tracker.values[-1]
+        assert np.abs(residuals).max() < 1e-8
+
+    def test_an_end_that_is_not_known(self) -> None:
+        for which, end, remedy in (("SA", "largest", "'LA'"), ("LA", "smallest", "'SA'"), ("LM", "smallest", "'SA'")):
+            tracker = track(np.diag(np.arange(1.0, 41.0)), 2, every=1, which=which)
+            tracker.step()
+            with pytest.raises(ValueError, match=f"which is '{which}'.* the {end} eigenvalue .*: pass which={remedy}"):
+                getattr(tracker, end)
+
+    def test_without_steps_and_without_convergence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys.modules["curvop.spectrum.track"], "eigsh", functools.partial(eigsh, maxiter=1))
+        tracker = track(np.diag(np.linspace(-1, 1, 400) ** 3), 5, every=1, tol=1e-14)
+        assert tracker.largest.shape == (0,)
+        with pytest.warns(RuntimeWarning, match="did not converge"):
+            tracker.step()
+        assert np.isnan(tracker.largest).all()
+
+
+def test_trackers_that_were_pickled_with_the_largest_first_are_sorted() -> None:
+    A = np.diag(np.r_[np.linspace(0, 1, 30), 5.0, 7.0])
+    tracker = track(A, 3, every=1, tol=1e-10)
+    tracker.step()
+    tracker.step()
+    failed = (2, np.full(3, np.nan), np.nan)
+    history = [(step, values[::-1], threshold) for step, values, threshold in tracker._history]
+    old = Tracker.__new__(Tracker)
+    old.__setstate__(tracker.__dict__ | {"_history": [*history, failed], "vectors": tracker.vectors[:, ::-1]})
+    np.testing.assert_array_equal(old.values, [*tracker.values, failed[1]])
+    np.testing.assert_array_equal(old.vectors, tracker.vectors)
+    np.testing.assert_allclose(old.largest, [7.0, 7.0, np.nan])
+    again = pickle.loads(pickle.dumps(tracker))
+    np.testing.assert_array_equal(again.values, tracker.values)
+    np.testing.assert_array_equal(again.vectors, tracker.vectors)
 
 
 def test_trackers_of_version_0_1_0_can_be_unpickled() -> None:

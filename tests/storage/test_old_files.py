@@ -52,7 +52,33 @@ def read_json(name: str) -> Any:
 
 
 #: Keys of JSON files that later versions added.
-NEW_KEYS = {"status"}
+NEW_KEYS = {"status", "format"}
+
+
+#: What belongs to the eigenvalues `values` of a saved result, or to the `eigenvalues` that ``curvop eigs`` writes.
+PER_EIGENPAIR = {
+    "values": ("values", "vectors", "certificate_residuals", "certificate_bounds", "certificate_estimates", "bounds"),
+    "eigenvalues": ("eigenvalues", "eigenvectors", "residuals", "allowed_residuals", "which"),
+}
+
+
+def ascending(tree: Any) -> Any:
+    """Return an old file, or a JSON value, with its eigenvalues and all that belongs to them in ascending order."""
+    if isinstance(tree, list):
+        return [ascending(value) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    changed = {name: ascending(value) for name, value in tree.items()}
+    changed |= {name: np.sort(value) for name, value in tree.items() if name.endswith("atoms")}
+    for values, names in PER_EIGENPAIR.items():
+        if values in tree:
+            order = np.argsort(tree[values], kind="stable")
+            changed |= {
+                name: [tree[name][index] for index in order] if isinstance(tree[name], list) else tree[name][..., order]
+                for name in names
+                if name in tree and len(tree[name])
+            }
+    return changed
 
 
 def assert_close(actual: Any, expected: Any, tolerances: dict[str, float] | None = None) -> None:
@@ -189,17 +215,18 @@ class TestResults:
             ("studies/finished/blocks.npz", BlockStudy),
         ],
     )
-    def test_they_are_saved_as_they_were(self, tmp_path: Path, path: str, kind: Any) -> None:
+    def test_they_are_saved_as_they_were_in_ascending_order(self, tmp_path: Path, path: str, kind: Any) -> None:
         kind.load(OLD / path).save(tmp_path / "again.npz")
-        again, expected = arrays(tmp_path / "again.npz"), arrays(OLD / path)
-        assert list(again) == list(expected)
+        again, expected = arrays(tmp_path / "again.npz"), ascending(arrays(OLD / path))
+        assert list(again) == ["format", *expected]
+        assert again["format"] == 2
         for name, array in expected.items():
             assert again[name].dtype == array.dtype
             np.testing.assert_array_equal(again[name], array)
 
     def test_a_density(self) -> None:
         found, expected = SpectralDensity.load(OLD / "results" / "density.npz"), arrays(OLD / "results/expected.npz")
-        for name, array in arrays(OLD / "results" / "density.npz").items():
+        for name, array in ascending(arrays(OLD / "results" / "density.npz")).items():
             np.testing.assert_array_equal(getattr(found, name), array)
         for name, part in (("trace", found.trace()), ("cdf", found.cdf(old_problem.POINTS))):
             for field in ("value", "error", "low", "high"):
@@ -210,12 +237,45 @@ class TestResults:
     def test_eigenpairs(self, name: str) -> None:
         path = OLD / "results" / f"eigen-{name}.npz"
         found, expected = EigenResult.load(path), arrays(OLD / "results/expected.npz")
-        for field, array in arrays(path).items():
+        assert (np.diff(found.values) >= 0).all()
+        assert (np.diff(arrays(path)["values"]) < 0).any() == (name != "plain")  # the order in the file
+        for field, array in ascending(arrays(path)).items():
             owner = found.certificate if field.startswith("certificate_") else found
             np.testing.assert_array_equal(getattr(owner, field.removeprefix("certificate_")), array)
         assert (found.certificate is None) == (name == "plain")
         assert found.ok == expected[f"eigen {name} ok"]
         assert str(found)
+
+    @pytest.mark.parametrize("name", old_problem.EIGEN)
+    def test_vectors_and_residuals_belong_to_their_eigenvalues(self, name: str) -> None:
+        found = EigenResult.load(OLD / "results" / f"eigen-{name}.npz")
+        residuals = np.linalg.norm(old_problem.hessian() @ found.vectors - found.vectors * found.values, axis=0)
+        if found.certificate is None:
+            assert residuals.max() < 1e-12
+        else:
+            np.testing.assert_allclose(residuals, found.certificate.residuals, rtol=1e-6, atol=1e-13)
+            assert (residuals <= found.certificate.bounds + 1e-13).all()
+
+    @pytest.mark.parametrize("name", old_problem.EIGEN)
+    def test_pickled_eigenpairs(self, name: str) -> None:
+        """Pickles of earlier versions hold the attributes in the order of the files."""
+        path = OLD / "results" / f"eigen-{name}.npz"
+        expected, raw = EigenResult.load(path), arrays(path)
+        certificate = expected.certificate
+        if certificate is not None:
+            per_pair = {field: raw[f"certificate_{field}"] for field in ("residuals", "bounds", "estimates")}
+            certificate = dataclasses.replace(certificate, **per_pair)
+        old = EigenResult.__new__(EigenResult)
+        state = {"values": raw["values"], "vectors": raw["vectors"], "certificate": certificate}
+        old.__setstate__(vars(expected) | state)
+        assert str(old) == str(expected)
+        np.testing.assert_array_equal(old.vectors, expected.vectors)
+
+    def test_files_of_newer_versions_are_refused(self, tmp_path: Path) -> None:
+        for kind, name in ((EigenResult, "eigen-plain"), (SpectralDensity, "density"), (BlockStudy, "blocks")):
+            np.savez(tmp_path / "newer.npz", format=99, **arrays(OLD / "results" / f"{name}.npz"))
+            with pytest.raises(ValueError, match=r"newer\.npz has format 99, .* reads formats up to 2: install"):
+                kind.load(tmp_path / "newer.npz")
 
     def test_blocks(self) -> None:
         path = OLD / "results" / "blocks.npz"
@@ -256,7 +316,7 @@ class TestCommand:
         assert by_journal <= expected["products"] - SIZE
         assert found["products"] == by_journal - old_problem.STUDIES[name][1]
         assert json.loads((folder / "spectrum.json").read_text()) == found
-        assert_close(lasting(found), lasting(expected), {"rtol": 1e-6, "atol": 1e-8})
+        assert_close(lasting(found), lasting(ascending(expected)), {"rtol": 1e-6, "atol": 1e-8})
         assert_close(SpectralDensity.load(folder / "density.npz").trace().value, expected["density"]["trace"]["value"])
         assert BlockStudy.load(folder / "blocks.npz").names == expected["names"]
         assert EigenResult.load(folder / "eigenpairs_LA.npz").ok
@@ -266,14 +326,14 @@ class TestCommand:
         out, saved = tmp_path / "saved.npz", name in old_problem.SAVED
         found, expected = (
             run(*old_problem.COMMANDS[name], *(["--out", out] if saved else [])),
-            read_json(f"commands/{name}.json"),
+            ascending(read_json(f"commands/{name}.json")),
         )
         assert_close(shape(found), shape(expected))
         for number in ("eigenvalues", "singular_values", "loss", "gradient_norm"):
             assert_close(found.get(number), expected.get(number))
         if saved:
-            again, before = arrays(out), arrays(OLD / "commands" / f"{name}.npz")
-            assert list(again) == list(before)
+            again, before = arrays(out), ascending(arrays(OLD / "commands" / f"{name}.npz"))
+            assert list(again) == ["format", *before]
             for field, array in before.items():
                 assert (again[field].dtype, again[field].shape) == (array.dtype, array.shape)
                 if (

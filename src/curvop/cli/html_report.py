@@ -17,7 +17,7 @@ from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.eigen import EigenResult
 from curvop.spectrum.estimators import BoundedEstimate, Estimate
 from curvop.storage.fingerprint import listed
-from curvop.storage.result_files import appearing
+from curvop.storage.result_files import FORMAT, appearing
 
 __all__ = ["StudyFiles", "StudyResults"]
 
@@ -121,10 +121,11 @@ class StudyResults:
     def json(self) -> dict[str, Any]:
         """Return the results as a JSON serializable dictionary.
 
+        The eigenvalues at each end of the spectrum are in ascending order, and their bounds have the same order.
         Eigenvectors, the nodes of densities and the norms of off-diagonal blocks are only in the ``.npz`` files.
         """
         names = ("problem", "title", "rows", "parameters", "names", "undone", "products", "seconds", "journal_bytes")
-        return {name: getattr(self, name) for name in names} | {
+        return {"format": FORMAT, **{name: getattr(self, name) for name in names}} | {
             "loss": _number_json(self.loss),
             "gradient_norm": _number_json(self.gradient_norm),
             "ok": self.ok,

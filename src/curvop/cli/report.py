@@ -15,7 +15,7 @@ from curvop.checks.dense_check import DenseCheck
 from curvop.cli.problem_loading import MATRICES
 from curvop.operators.engine_operator import Cost as ProductCost
 from curvop.solvers.linear_solve import SolveResult
-from curvop.storage.result_files import save_arrays
+from curvop.storage.result_files import FORMAT, save_arrays
 
 __all__ = [
     "ENDS",
@@ -110,7 +110,7 @@ class End:
     wanted : int
         Number of eigenvalues requested.
     values : ndarray, shape (n,)
-        The eigenvalues that have converged.
+        The eigenvalues that have converged, in ascending order.
     vectors : ndarray, shape (N, n)
         The eigenvectors.
     residuals : ndarray, shape (n,)
@@ -144,14 +144,16 @@ class Spectrum:
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """Concatenated arrays of all ends. The keys are the names in the ``.npz`` file."""
-        return {
+        """Arrays of the eigenpairs of all ends, in ascending order. The keys are the names in the ``.npz`` file."""
+        arrays = {
             "eigenvalues": np.concatenate([end.values for end in self.ends]),
             "eigenvectors": np.concatenate([end.vectors for end in self.ends], axis=1),
             "residuals": np.concatenate([end.residuals for end in self.ends]),
             "allowed_residuals": np.concatenate([end.allowed for end in self.ends]),
             "which": np.concatenate([np.full(len(end.values), end.which, dtype="U2") for end in self.ends]),
         }
+        order = np.argsort(arrays["eigenvalues"], kind="stable")
+        return {name: array[..., order] for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,8 @@ def eigs_report(result: Result, options: argparse.Namespace) -> Iterator[str]:
 def eigs_json(options: argparse.Namespace, results: Sequence[Any], seconds: float) -> dict[str, Any]:
     """Return the results of ``curvop eigs`` as a JSON serializable dictionary.
 
-    Eigenvalues and residuals have the same order as in the report.
+    The eigenvalues of all ends are in ascending order together, and their residuals have the same order. Singular
+    values are in descending order.
     """
     setup, spectrum, dense, *solves = results
     arrays = {name: array.tolist() for name, array in spectrum.arrays.items() if "vectors" not in name}
@@ -314,6 +317,7 @@ def eigs_json(options: argparse.Namespace, results: Sequence[Any], seconds: floa
         numbers = {name: getattr(dense, name) for name in ("difference", "allowed", "spectral_norm", "seconds")}
         dense_json = {"done": True, "agrees": dense.ok, **numbers}
     return {
+        "format": FORMAT,
         "problem": options.problem,
         "matrix": options.matrix,
         **{name: getattr(setup, name) for name in ("P", "N", "block", "dtype", "model_dtype", "loss", "gradient_norm")},

@@ -67,13 +67,14 @@ class Checkpoint:
         return value
 
     def deflated_eigenpairs(self, compute: Callable[[], tuple[Array, Array, int]]) -> tuple[Array, Array, int]:
-        """Return the eigenvalues and eigenvectors to deflate, and the number of products that computed them.
+        """Return the eigenpairs to deflate in ascending order, and the number of products that computed them.
 
-        If these results are recorded, return the recorded results. Otherwise, call `compute`, record its results, and
-        return them.
+        The eigenvectors are rows. If these results are recorded, return the recorded results. Otherwise, call
+        `compute`, record its results, and return them.
         """
         for _, [values, vectors, recorded] in self._recorded(_DEFLATED):
-            return values, vectors, int(recorded)
+            order = np.argsort(values, kind="stable")  # earlier versions recorded another order
+            return values[order], vectors[order], int(recorded)
         values, vectors, num_products = compute()
         if self._results is not None and len(values):
             self._results.append(_DEFLATED, values, vectors, np.array(num_products))

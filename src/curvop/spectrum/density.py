@@ -272,8 +272,8 @@ class SpectralDensity:
         weights of a probe sum to 1, or to about ``1 - k / N`` if there are k atoms. If the Lanczos run of a probe stops
         early, its other weights are 0. In a complete density, a run stops early only at an invariant subspace.
     atoms : ndarray, shape (k,)
-        Eigenvalues that are known exactly. The quadratures describe the other eigenvalues. If all N eigenvalues are
-        known, there are no probes.
+        Eigenvalues that are known exactly, in ascending order. The quadratures describe the other eigenvalues. If all N
+        eigenvalues are known, there are no probes.
     num_products : int
         Number of products used to compute the density.
     complete : bool
@@ -726,8 +726,8 @@ class SpectralDensity:
             The density.
         """
         kinds: dict[str, Any] = {"size": int, "num_products": int, "complete": bool, "resolution": float}
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: kinds.get(name, np.asarray)(arrays[name]) for name in names})
+        kinds["atoms"] = np.sort  # earlier versions saved another order
+        return cls(**{name: kinds.get(name, np.asarray)(arrays[name]) for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
         low, high = self.range

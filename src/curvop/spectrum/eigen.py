@@ -20,11 +20,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-import os
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,10 +37,10 @@ from curvop.operators.transfer import aligned
 from curvop.operators.validation import available_bytes, check_fits, integer, random_generator, real_scalar
 from curvop.spectrum.certificate import NUM_PRODUCTS, WHICH, Certificate, certify, measure_noise, search_missed
 from curvop.spectrum.counting import CountedOperator, TimedOperator, TimeUpError, deadline_after, symmetric_operator
+from curvop.spectrum.eigen_result import NO_TIME, EigenResult
 from curvop.spectrum.lanczos import device_of, rounding_left
 from curvop.spectrum.norms import binary_exponent, tensor_norm
 from curvop.spectrum.smaller_side import UNSUITABLE, fits, lifted, smaller_side, solve_formed
-from curvop.storage.result_files import arrays_of_record, fields_of_record, load_arrays, save_arrays
 
 __all__ = ["EigenResult", "eigsh", "without_verdicts"]
 
@@ -57,18 +55,6 @@ _DENSE_SIZE = 2000  # up to this many rows, forming the matrix is a good replace
 _LOBPCG_GUARDS = 2  # extra vectors in LOBPCG's block, because the last vectors of a block converge slowly
 _LOBPCG_CHUNK = 40  # LOBPCG iterations between two convergence checks
 _LOBPCG_BLOCKS = 16  # peak memory of LOBPCG in blocks of vectors (measured)
-
-# EigenResult
-_MAX_ROWS = 20  # eigenvalues that `EigenResult.__str__` prints
-_NO_TIME = "no certificate, as time was up"  # `verdict` searches notes for this text; saved results contain it
-_CERTIFICATE_PREFIX = "certificate_"  # names of the certificate's arrays in a saved result
-_TITLES = {
-    "arpack": "ARPACK",
-    "lobpcg": "LOBPCG",
-    "lanczos": "thick-restart Lanczos",
-    "device": "thick-restart Lanczos",  # the old name of "lanczos", in results saved by earlier versions
-    "dense": "dense",
-}
 
 
 def eigsh(
@@ -167,7 +153,8 @@ def eigsh(
     Returns
     -------
     EigenResult
-        The eigenpairs and their certificate.
+        The eigenpairs, in ascending order of the eigenvalues, and their certificate. ``values, vectors = eigsh(...)``
+        unpacks the eigenpairs. ``result.largest`` and ``result.smallest`` are the largest and smallest eigenvalue.
 
     Raises
     ------
@@ -221,7 +208,9 @@ def eigsh(
     >>> H = HessianLinearOperator(model, nn.MSELoss(), model.parameters(), [(X, y)])
     >>> result = spectrum.eigsh(H, 2, "LA", progress=False)
     >>> result.values.round(4)
-    array([3.1168, 2.1943])
+    array([2.1943, 3.1168])
+    >>> round(result.largest, 4)
+    3.1168
 
     The certificate bounds the errors of the two eigenvalues. The search found no missed eigenvalue:
 
@@ -251,151 +240,6 @@ def eigsh(
     if not result.ok and (certificate or not result.converged):
         warnings.warn(result.verdict, RuntimeWarning, stacklevel=2)
     return result
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class EigenResult:
-    """Eigenpairs of a symmetric operator and their certificate, as returned by `eigsh`.
-
-    ``print(result)`` shows a table of the eigenvalues, residuals and error bounds, followed by the `verdict`.
-
-    Attributes
-    ----------
-    values : ndarray, shape (n,)
-        The eigenvalues in float64. For 'LA', 'SA' and 'LM', they are sorted from the outermost eigenvalue inwards. For
-        'SM', they are sorted by increasing magnitude, and for 'BE' in ascending order.
-    vectors : ndarray, shape (N, n)
-        The eigenvectors, one column per eigenvalue.
-    certificate : Certificate or None
-        The error bounds and the result of the search for missed eigenvalues. None if ``certificate=False``, or if no
-        time was left for a certificate.
-    converged : bool
-        Whether the solver found all `wanted` eigenvalues. If not, 'arpack' returns only the converged eigenpairs, and
-        there may be other eigenvalues between the returned eigenvalues. 'lobpcg' and 'lanczos' return all current
-        eigenpairs, converged or not.
-    products : int
-        The number of products, including the products for the certificate. A block product with K columns counts as K
-        products.
-    method : str
-        The method that computed the eigenpairs. It can differ from the requested method (see ``note``).
-    which : str
-        The argument `which` of `eigsh`.
-    wanted : int
-        The number of requested eigenvalues, k.
-    note : str
-        A remark, for example the reason why the method or its settings differ from the request. The string is usually
-        empty.
-    num_converged : int
-        The number of eigenvalues that converged according to the solver.
-    timed_out : bool
-        Whether time ran out before the solver converged.
-
-    See Also
-    --------
-    eigsh : Compute eigenpairs.
-    Certificate : The error bounds.
-    """
-
-    values: Array
-    vectors: Array
-    certificate: Certificate | None
-    converged: bool
-    products: int
-    method: str
-    which: str
-    wanted: int
-    note: str = ""
-    num_converged: int = 0
-    timed_out: bool = False
-
-    @property
-    def ok(self) -> bool:
-        """Whether the solver converged and the certificate reports no problem. False if there is no certificate."""
-        return self.converged and self.certificate is not None and self.certificate.ok
-
-    @property
-    def verdict(self) -> str:
-        """The verdict of the certificate in one sentence, preceded by a warning if the solver did not converge."""
-        if self.certificate is not None:
-            text = self.certificate.verdict
-        else:
-            text = "not certified: " + ("time was up" if _NO_TIME in self.note else "no certificate was requested")
-        if self.converged:
-            return text
-        if self.timed_out:
-            counts = f"{self.num_converged} of {self.wanted} eigenvalues converged"
-            return f"not converged before time was up: {counts}; {text}"
-        remedy = "increase maxiter or ncv, or decrease k"
-        if self.method != "arpack":
-            return f"not converged ({remedy}): {text}"
-        text = f"; for those found: {text}" if len(self.values) else ""
-        return f"not converged: {len(self.values)} of {self.wanted} eigenvalues found ({remedy}){text}"
-
-    def __str__(self) -> str:
-        size, count = len(self.vectors), len(self.values)
-        head = f"{count} of {self.wanted} eigenvalues ({self.which}) of a {size:,} x {size:,} matrix"
-        title = _TITLES.get(self.method, self.method)
-        lines = [f"{head}: {title}, {self.products:,} products" + (f" ({self.note})" if self.note else "")]
-        if count:
-            errors = f"{'residual':>12}{'error <=':>12}" if self.certificate else ""
-            lines.append(f"{'':>6}{'eigenvalue':>16}{errors}")
-        for index in range(min(count, _MAX_ROWS)):
-            line = f"{index + 1:>6}{self.values[index]:>16.8g}"
-            if self.certificate:
-                line += f"{self.certificate.residuals[index]:>12.1e}{self.certificate.bounds[index]:>12.1e}"
-            lines.append(line)
-        if count > _MAX_ROWS:
-            lines.append(f"{'...':>6}")
-        return "\n".join([*lines, self.verdict])
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the result to an ``.npz`` file of plain arrays.
-
-        An interrupted save leaves no partial file at `path`.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-            The file name, including its suffix. An existing file is replaced.
-
-        See Also
-        --------
-        load : Read a result from a file.
-        """
-        arrays = arrays_of_record(self, "")
-        if self.certificate is not None:
-            arrays |= arrays_of_record(self.certificate, _CERTIFICATE_PREFIX)
-        save_arrays(Path(path), **arrays)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a result that `save` wrote.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-            The file name.
-
-        Returns
-        -------
-        EigenResult
-            The result, including the certificate if one was saved.
-
-        Raises
-        ------
-        ValueError
-            If the file was not written by `save`.
-
-        See Also
-        --------
-        save : Write a result to a file.
-        """
-        file = load_arrays(path, ("values", "vectors", "wanted"), "EigenResult.save")
-        prefix = _CERTIFICATE_PREFIX
-        own = {name: file[name] for name in file if not name.startswith(prefix)}
-        certified = {name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)}
-        certificate = Certificate(**fields_of_record(Certificate, certified)) if certified else None
-        return cls(**{**fields_of_record(cls, own), "certificate": certificate})
 
 
 @contextlib.contextmanager
@@ -506,7 +350,9 @@ def _solve(A: LinearOperator, gram: GramLinearOperator | None, request: _Request
         values, vectors, lifts = lifted(gram, values.astype(np.float64), vectors.astype(np.float64), rng)
         values = values + shift
         products, note = products + lifts, _joined(f"from the Gram matrix of {gram.shape[0]:,} rows", note)
-    order = _outermost_first(values, which)
+    # The certificate multiplies combinations of the eigenvectors. Always certify them in this order, so that a journal
+    # of an earlier version answers the same products.
+    order = _most_wanted_first(values, which)
     values, vectors, proof = values[order].astype(np.float64), vectors[:, order], None
     if request.certificate:
         # Do not claim that incomplete results are the outermost eigenvalues. For 'BE', an incomplete result of ARPACK
@@ -518,7 +364,7 @@ def _solve(A: LinearOperator, gram: GramLinearOperator | None, request: _Request
         tol = _certificate_tol(request)
         proof = _certify_in_time(A, values, vectors, claim, tol, search, rng, request.progress)
         if proof is None:
-            note = _joined(note, _NO_TIME)
+            note = _joined(note, NO_TIME)
         else:
             products += proof.products
     converged = pairs.num_converged == k
@@ -881,15 +727,15 @@ def _fit_basis(problem: _Problem, basis: int, owner: str, copies: float) -> tupl
 def _select(values: Array, which: str, count: int) -> Array:
     """Return the indices of the `count` eigenvalues that `which` requests. `values` must be in ascending order."""
     if which != "BE":
-        order: Array = _outermost_first(values, which)[:count]
+        order: Array = _most_wanted_first(values, which)[:count]
         return order
     low = count // 2
     ends: Array = np.r_[:low, len(values) - (count - low) : len(values)]
     return ends
 
 
-def _outermost_first(values: Array, which: str) -> Array:
-    """Return the indices that sort eigenvalues in the order of `EigenResult.values`."""
+def _most_wanted_first(values: Array, which: str) -> Array:
+    """Return the indices that sort eigenvalues by how much `which` wants them. 'BE' is sorted in ascending order."""
     key = {"LA": -values, "LM": -np.abs(values), "SM": np.abs(values)}.get(which, values)
     return np.argsort(key, kind="stable")
 

@@ -17,6 +17,7 @@ from scipy.sparse.linalg import LinearOperator
 from curvop.operators.validation import integer, real_scalar
 from curvop.spectrum.counting import symmetric_operator
 from curvop.spectrum.eigen import EigenResult, eigsh, without_verdicts
+from curvop.spectrum.eigen_result import eigenvalue_at_end
 from curvop.spectrum.optimizers import Positions, check_optimizer, preconditioned
 from curvop.spectrum.symmetry import check_symmetry
 
@@ -65,7 +66,8 @@ def track(
     Returns
     -------
     Tracker
-        The tracker. The attributes ``steps`` and ``values`` contain the results, and the method ``plot`` draws them.
+        The tracker. The attributes ``steps``, ``values``, ``largest`` and ``smallest`` contain the results, and the
+        method ``plot`` draws them.
 
     Raises
     ------
@@ -154,7 +156,7 @@ def track(
     ...     adam.step()
     >>> tracker.thresholds.round(6)
     array([38., 38., 38.])
-    >>> tracker.values[:, 0] < tracker.thresholds
+    >>> tracker.largest < tracker.thresholds
     array([False,  True,  True])
     """
     for name, value in (("k", k), ("every", every)):
@@ -174,13 +176,13 @@ class Tracker:
     steps : ndarray of int, shape (n,)
         The training steps at which eigenvalues were computed.
     values : ndarray, shape (n, k)
-        The eigenvalues at each step in `steps`, sorted from the outermost eigenvalue inwards. A row is NaN if the
-        eigenvalues did not converge at that step, or if the optimizer had no second moments yet.
+        The eigenvalues at each step in `steps`, in ascending order. A row is NaN if the eigenvalues did not converge at
+        that step, or if the optimizer had no second moments yet.
     thresholds : ndarray, shape (n,), or None
         The stability threshold of the optimizer at each step in `steps`. None if the tracker has no optimizer.
     vectors : ndarray, shape (N, k), or None
-        The latest converged eigenvectors, or None if no computation has converged yet. With an optimizer, these are
-        eigenvectors of the preconditioned matrix.
+        The latest converged eigenvectors, in the order of `values`, or None if no computation has converged yet. With
+        an optimizer, these are eigenvectors of the preconditioned matrix.
     products : int
         The number of products so far.
 
@@ -212,6 +214,11 @@ class Tracker:
         history = [(*entry, math.nan)[:3] for entry in state["_history"]]
         missing = {"_optimizer": None, "_positions": None, "_checked": True}
         self.__dict__.update(missing | state | {"_history": history})
+        # Earlier versions sorted the eigenvalues from the outermost one inwards.
+        latest = next((values for _, values, _ in reversed(history) if not np.isnan(values).any()), None)
+        if self.vectors is not None and latest is not None:
+            self.vectors = self.vectors[:, np.argsort(latest, kind="stable")]
+        self._history = [(step, np.sort(values), threshold) for step, values, threshold in history]
 
     @property
     def steps(self) -> NDArray[np.int64]:
@@ -220,8 +227,45 @@ class Tracker:
 
     @property
     def values(self) -> Array:
-        """The eigenvalues at each step in `steps`, as an array of shape ``(n, k)``."""
+        """The eigenvalues at each step in `steps`, as an array of shape ``(n, k)``. Each row is in ascending order."""
         return np.array([values for _, values, _ in self._history]).reshape(-1, self._k)
+
+    @property
+    def largest(self) -> Array:
+        """The algebraically largest eigenvalue at each step in `steps`, as an array of shape ``(n,)``.
+
+        An entry is NaN if the eigenvalues of that step are NaN.
+
+        Raises
+        ------
+        ValueError
+            If `which` is 'SA', or if `which` is 'LM' and all k eigenvalues of a step are negative. The largest
+            eigenvalue is then not known.
+        """
+        return self._at_end("largest")
+
+    @property
+    def smallest(self) -> Array:
+        """The algebraically smallest eigenvalue at each step in `steps`, as an array of shape ``(n,)``.
+
+        An entry is NaN if the eigenvalues of that step are NaN.
+
+        Raises
+        ------
+        ValueError
+            If `which` is 'LA', or if `which` is 'LM' and all k eigenvalues of a step are positive. The smallest
+            eigenvalue is then not known.
+        """
+        return self._at_end("smallest")
+
+    def _at_end(self, end: str) -> Array:
+        size = self._A.shape[0]
+        return np.array(
+            [
+                math.nan if np.isnan(values).any() else eigenvalue_at_end(end, values, self._which, size)
+                for _, values, _ in self._history
+            ]
+        )
 
     @property
     def thresholds(self) -> Array | None:
@@ -240,8 +284,8 @@ class Tracker:
         Returns
         -------
         ndarray, shape (k,), or None
-            The eigenvalues, or an array of NaN if the eigenvalues do not converge. None if the step is not a multiple
-            of ``every``.
+            The eigenvalues in ascending order, or an array of NaN if the eigenvalues do not converge. None if the step
+            is not a multiple of ``every``.
 
         Raises
         ------

@@ -1,4 +1,8 @@
-"""Save and load result files, which are NumPy ``.npz`` archives without pickled objects."""
+"""Save and load result files, which are NumPy ``.npz`` archives without pickled objects.
+
+Each file contains the number of its format as the array ``format``. Files without a number have format 1. They were
+written by earlier versions, and differ from format 2 only in the order of eigenvalues, which is now ascending.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["appearing", "arrays_of_record", "fields_of_record", "load_arrays", "save_arrays"]
+__all__ = ["FORMAT", "appearing", "arrays_of_record", "fields_of_record", "load_arrays", "save_arrays"]
 
 Array = NDArray[Any]
 
+FORMAT = 2
+"""The number of the format of result files and of the JSON output. Files of all earlier formats can be loaded."""
+
 
 def save_arrays(path: Path, **arrays: Array) -> None:
-    """Write arrays to an ``.npz`` file atomically. If writing fails, an existing file is left unchanged.
+    """Write arrays and `FORMAT` to an ``.npz`` file atomically. If writing fails, an existing file is left unchanged.
 
     Raises
     ------
@@ -28,7 +35,7 @@ def save_arrays(path: Path, **arrays: Array) -> None:
         If an array contains Python objects, which would have to be pickled.
     """
     # Reject object arrays here, because `np.savez` of NumPy 2.0 has no `allow_pickle` argument and would pickle them.
-    checked: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
+    checked: dict[str, Any] = {name: np.asarray(array) for name, array in {"format": FORMAT, **arrays}.items()}
     if refused := [name for name, array in checked.items() if array.dtype.hasobject]:
         raise TypeError(
             f"{', '.join(refused)} cannot be saved in {path}, because their dtype holds Python objects: pass arrays "
@@ -39,7 +46,7 @@ def save_arrays(path: Path, **arrays: Array) -> None:
 
 
 def load_arrays(path: str | os.PathLike[str], fields: Iterable[str], writer: str) -> dict[str, Array]:
-    """Load the arrays of an ``.npz`` file into a dict. Pickled objects are rejected.
+    """Load the arrays of an ``.npz`` file, except ``format``, into a dict. Pickled objects are rejected.
 
     Parameters
     ----------
@@ -52,16 +59,22 @@ def load_arrays(path: str | os.PathLike[str], fields: Iterable[str], writer: str
     Raises
     ------
     ValueError
-        If the file lacks one of the fields, is not an ``.npz`` file, or is damaged.
+        If the file lacks one of the fields, is not an ``.npz`` file, is damaged, or was written by a newer version.
     """
     advice = f"pass a complete file that {writer} has written"
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in fields if name not in file]
-            if not missing:
-                return {name: file[name] for name in file}
+            number = int(file["format"]) if "format" in file else 1
+            if not missing and number <= FORMAT:
+                return {name: file[name] for name in file if name != "format"}
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):  # pickled objects, text, .npy, truncated
         raise ValueError(f"{os.fspath(path)} was not written by {writer}: {advice}") from None
+    if number > FORMAT:
+        raise ValueError(
+            f"{os.fspath(path)} has format {number}, but this version of curvop reads formats up to {FORMAT}: install "
+            "the version that wrote the file, or a newer one"
+        )
     raise ValueError(f"{os.fspath(path)} was not written by {writer}, because it lacks {', '.join(missing)}: {advice}")
 
 
