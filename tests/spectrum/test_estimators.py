@@ -283,6 +283,8 @@ class TestEstimate:
         value, error = estimate
         assert (value, error) == (estimate.value, estimate.error) == estimate
         assert estimate._fields == ("value", "error")
+        value, error = trace(diags_array(np.linspace(0, 1, 200)))  # by default, 60 products
+        assert abs(value - 100) < 5 * error
         assert repr(Estimate(1.5, 0.5, "xtrace")) == "Estimate(value=1.5, error=0.5)"
 
     def test_it_converts_to_a_number(self) -> None:
