@@ -43,8 +43,8 @@ def trained(classes, epochs=3):
 
 
 # %%
-# Count the outliers, which are the eigenvalues above the largest gap. The eigenvalues are in ascending order. The largest
-# gap lies between the two consecutive eigenvalues with the largest ratio.
+# Count the outliers, which are the eigenvalues above the largest gap. The eigenvalues are in ascending order, and the
+# largest gap lies between the two consecutive eigenvalues with the largest ratio.
 
 figure, axes = plt.subplots(3, 1, figsize=(8, 7), layout="constrained")
 for axis, classes in zip(axes, (4, 6, 10), strict=True):
