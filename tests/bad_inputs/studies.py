@@ -37,7 +37,7 @@ from curvop.storage.fingerprint import OtherProblemError
 
 def checkpoint_of_something_else(tmp: Path) -> None:
     spectrum.density(DENSE, num_probes=2, rng=0, checkpoint=tmp, progress=False)
-    spectrum.density(DENSE, num_probes=3, rng=0, checkpoint=tmp, progress=False)
+    spectrum.density(DENSE, num_probes=2, rng=1, checkpoint=tmp, progress=False)
 
 
 def checkpoint_in_a_file(tmp: Path) -> None:
@@ -263,7 +263,7 @@ area(
     ("a matrix that is not square", lambda: spectrum.density(WIDE), ValueError, "A has shape (3, 4)"),
     ("a seed in words", lambda: spectrum.density(DENSE, rng="x", progress=False), TypeError, "rng is 'x'"),
     ("a checkpoint that is a file", checkpoint_in_a_file, ValueError, "checkpoint is DIRECTORY/file"),
-    ("the checkpoint of something else", checkpoint_of_something_else, OtherProblemError, "num_probes differs"),
+    ("the checkpoint of something else", checkpoint_of_something_else, OtherProblemError, "rng differs"),
     ("more than all of a density", lambda: DENSITY.quantile(1.5), ValueError, "shares is 1.5"),
     ("no width", lambda: DENSITY.pdf(np.zeros(1), sigma=0), ValueError, "sigma is 0"),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -77,17 +78,99 @@ def test_deflated_eigenvalues_are_found_once(tmp_path: Path) -> None:
     assert once.made < 60
 
 
-def test_steps_of_finished_runs_are_deleted(tmp_path: Path) -> None:
-    run(Dying(), tmp_path)
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 8000
+ROOM = 8 * N * 60  # for the bases of 3 probes of 12 steps, or of 2 probes of 20 steps
+
+
+def assert_close(found, expected) -> None:
+    """Compare densities up to rounding, which depends on the number of columns of a block product."""
+    assert found.complete == expected.complete
+    assert found.num_products == expected.num_products
+    np.testing.assert_allclose(found.recurrences, expected.recurrences, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(found.nodes, expected.nodes, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("deflate", [0, 5])
+@pytest.mark.parametrize(("probes", "steps"), [(5, 20), (8, 12), (9, 20), (7, 6), (3, 20)])
+def test_a_finished_density_is_extended(probes: int, steps: int, deflate: int, tmp_path: Path) -> None:
+    """Only the products that are not on disk are computed: for more steps, for more probes, or for both."""
+    first, second, fresh = Dying(), Dying(), Dying()
+    wanted = {"num_probes": probes, "num_steps": steps, "memory": ROOM + 8 * N * deflate, "deflate": deflate}
+    found = run(first, tmp_path, memory=ROOM + 8 * N * deflate, deflate=deflate)
+    assert found.num_products == first.made - 1
+    extended = run(second, tmp_path, **wanted)
+    assert_close(extended, run(fresh, None, **wanted))
+    saved = min(probes, 5) * min(steps, 12)
+    assert second.made == probes * steps - saved + 1  # one for the fingerprint
+    assert run(Dying(), tmp_path, **wanted).num_products == extended.num_products
+
+
+def test_fewer_steps_and_probes_are_a_part_of_what_is_on_disk(tmp_path: Path) -> None:
+    whole, again = run(Dying(), tmp_path), Dying()
+    part = run(again, tmp_path, num_probes=3, num_steps=7)
+    assert again.made == 1
+    assert_close(part, run(Dying(), None, num_probes=3, num_steps=7))
+    assert_same(run(Dying(1), tmp_path), whole)  # nothing was deleted
+
+
+@pytest.mark.parametrize("left", [1, 4, 20, 41, 70])
+def test_an_extension_that_is_killed_is_continued(left: int, tmp_path: Path) -> None:
+    wanted = {"num_probes": 7, "num_steps": 20, "memory": ROOM}
+    first, second, third = Dying(), Dying(left), Dying()
+    run(first, tmp_path, memory=ROOM)
+    with pytest.raises(KilledError):
+        run(second, tmp_path, **wanted)
+    assert_close(run(third, tmp_path, **wanted), run(Dying(), None, **wanted))
+    assert first.made + second.made + third.made == 7 * 20 + 3
+
+
+def test_what_is_on_disk_is_kept_if_time_is_too_short_for_the_extension(tmp_path: Path) -> None:
+    before = run(Dying(), tmp_path)
+    found = run(Dying(), tmp_path, num_probes=7, num_steps=20, seconds=0)
+    assert not found.complete
+    np.testing.assert_array_equal((found.weights > 0).sum(1), [13, 12, 12, 12, 12])  # one more step of the first probe
+    np.testing.assert_array_equal(found.nodes[1:, :12], before.nodes[1:])
+
+
+def test_without_the_file_of_steps_more_steps_begin_again(tmp_path: Path) -> None:
+    before, second, third = run(Dying(), tmp_path), Dying(), Dying()
+    (tmp_path / "steps.records").unlink()
+    assert_same(run(second, tmp_path), before)
+    assert second.made == 1
+    assert_close(run(third, tmp_path, num_probes=6, num_steps=14), run(Dying(), None, num_probes=6, num_steps=14))
+    assert third.made == 6 * 14 + 1
+
+
+def test_steps_of_finished_runs_are_deleted_if_the_disk_is_nearly_full(tmp_path: Path, monkeypatch) -> None:
+    expected = run(Dying(), tmp_path / "a")
+    assert (tmp_path / "a" / "steps.records").stat().st_size > 60 * 8 * N
+    monkeypatch.setattr("curvop.spectrum.checkpoint.shutil.disk_usage", lambda path: argparse.Namespace(free=20_000))
+    assert_same(run(Dying(), tmp_path / "b"), expected)
+    assert sum(file.stat().st_size for file in (tmp_path / "b").iterdir()) < 20_000 + 8000
+    assert_same(run(Dying(1), tmp_path / "b"), expected)
+
+
+def test_a_run_in_an_invariant_subspace_takes_no_more_steps(tmp_path: Path) -> None:
+    class Levels(Dying):
+        def _matmat(self, X: np.ndarray) -> np.ndarray:
+            self.made += X.shape[1]
+            return np.repeat([1.0, 2.0, 5.0], N // 3)[:, None] * X
+
+    run(Levels(), tmp_path, num_steps=8)
+    again = Levels()
+    found = run(again, tmp_path, num_steps=20)
+    assert again.made == 1
+    assert found.complete
+    assert found.num_products == 5 * 3
+    np.testing.assert_allclose(found.nodes[:, :3], np.tile([1.0, 2.0, 5.0], (5, 1)), atol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"rng": 2}, "rng differs"),
-        ({"num_steps": 11}, "num_steps differs"),
-        ({"num_probes": 6, "deflate": 1}, "num_probes and deflate differ"),
+        ({"num_steps": 11, "deflate": 1}, "deflate differs"),
+        ({"num_probes": 6, "rng": 2, "deflate": 1}, "deflate and rng differ"),
     ],
 )
 def test_a_checkpoint_of_another_computation(options, said, tmp_path: Path) -> None:

@@ -195,10 +195,25 @@ class TestCheckpoints:
         for one, other in zip(found.densities, expected.densities, strict=True):
             assert_same_density(one, other, CLOSE)
 
+    @pytest.mark.parametrize("stage", old_problem.DENSITY_STAGES)
+    def test_a_density_is_extended(self, old: Callable[[str], Path], stage: str) -> None:
+        """Steps of unfinished probes are continued. Those of finished probes were deleted, so these begin again."""
+        name = stage.partition("-")[0]
+        make, options = old_problem.DENSITIES[name]
+        products, A, folder = read_json("densities/products.json"), make(), old(f"densities/{stage}")
+        more = options | {"num_probes": options["num_probes"] + 2, "memory": None}
+        found = density(A, **more, checkpoint=folder, progress=False)
+        tolerances = CLOSE_SINGLE if name == "float32" else CLOSE
+        assert A.num_products == products[stage] + 2 * 6
+        assert_same_density(found, density(make(), **more, progress=False), tolerances)
+        longer = more | {"num_steps": 8}
+        extended = density(make(), **longer, checkpoint=folder, progress=False)
+        assert_same_density(extended, density(make(), **longer, progress=False), tolerances)
+
     def test_of_something_else(self, old: Callable[[str], Path]) -> None:
         make, options = old_problem.DENSITIES["hessian"]
-        with pytest.raises(ValueError, match="num_steps differs"):
-            density(make(), **options | {"num_steps": 5}, checkpoint=old("densities/hessian-begun"), progress=False)
+        with pytest.raises(ValueError, match="rng differs"):
+            density(make(), **options | {"rng": 5}, checkpoint=old("densities/hessian-begun"), progress=False)
 
 
 class TestResults:

@@ -51,7 +51,7 @@ from curvop.spectrum.gauss_quadrature import (
     number_of_rules,
     recurrences,
 )
-from curvop.spectrum.lanczos import Lanczos, basis_dtype, device_of, resolution, runs_at_once
+from curvop.spectrum.lanczos import Lanczos, basis_dtype, device_of, gauss_rules, resolution, runs_at_once
 from curvop.storage.fingerprint import fingerprint
 from curvop.storage.result_files import load_arrays, save_arrays
 
@@ -105,12 +105,13 @@ def density(
         probe needs about 8 N m bytes (4 N m if `A` is float32). Each deflated eigenvector needs 8 N bytes (12 N if `A`
         is float32). If the bases of all probes do not fit, the probes are processed in groups.
     checkpoint : str or path, optional
-        Directory in which every step is recorded. If a run is killed, call `density` again with the same arguments and
-        the same seed. The second call continues from the last recorded step. If the products are bitwise reproducible,
-        the result is bitwise identical to that of an uninterrupted run. The products of curvop's operators are bitwise
-        reproducible if their argument ``columns`` is a fixed number, for example 1. For each step of each unfinished
-        probe, the directory holds 8 N bytes (4 N if `A` is float32). It also holds the deflated eigenpairs, and the
-        nodes and weights of the finished probes.
+        Directory in which every step is recorded. A later call with the same seed continues from the last recorded step
+        after a run was killed, and extends a finished density if it asks for more steps or probes. With fewer steps or
+        probes, it uses a part of the records. If the products are bitwise reproducible, the result of a continued run
+        is bitwise identical to that of an uninterrupted run. The products of curvop's operators are bitwise
+        reproducible if their argument ``columns`` is a fixed number, for example 1. The directory holds 8 N bytes (4 N
+        if `A` is float32) for each step of each probe, in the file ``steps.records``. You may delete this file if you
+        need no more steps. It is deleted if it takes more space than is free on the disk.
     seconds : float, optional
         Time limit. A run that reaches the limit returns a result with fewer steps or probes, but with at least one
         step. To continue, repeat the call with the same checkpoint.
@@ -210,47 +211,44 @@ def density(
         return fingerprint(A) | {name: str(value) for name, value in arguments.items()} | seeded
 
     record = Checkpoint(checkpoint, settings)
-    # Keep the group size of the first run, because block products with another number of columns round differently.
-    at_once = record.setdefault("probes at once", at_once)
-    total = num_probes * num_steps
     with (
         contextlib.closing(record),
-        step_bar("density", progress, total) as bar,
+        step_bar("density", progress, num_probes * num_steps) as bar,
     ):
         values, vectors, num_products = record.deflated_eigenpairs(
             lambda: _deflated_eigenpairs(A, deflate, memory, progress)
         )
         deflated = torch.from_numpy(vectors).to(device) if deflate else None
-        nodes, weights = np.zeros((num_probes, num_steps)), np.zeros((num_probes, num_steps))
-        entries = np.zeros((num_probes, 2, num_steps))
-        finished, complete, idle = record.finished_groups(), True, True
-        for first in range(0, num_probes, at_once):
-            group = slice(first, min(first + at_once, num_probes))
-            if first in finished:
-                bar.update(int(finished[first][2].sum()))
-            elif not idle and time.monotonic() > until:
-                nodes, weights, entries, complete = nodes[:first], weights[:first], entries[:first], False
-                break
+        matrices, shares = np.zeros((num_probes, 2, num_steps)), np.zeros(num_probes)
+        lengths, complete, idle = np.zeros(num_probes, dtype=np.int64), True, True
+        for group in record.groups(num_probes, num_steps, at_once):
+            probes = torch.from_numpy(signs[group]).to(device).to(torch.float64)
+            if deflated is not None:
+                probes -= (probes @ deflated.T) @ deflated
+            shares[group] = _sums_of_weights(probes)
+            found, steps, finished = record.finished_runs(group, num_steps)
+            # `idle` allows at least one step per call, so that repeated calls with short time limits make progress.
+            if not finished and (idle or time.monotonic() <= until):
+                run = _run(A, probes, num_steps, deflated, record, group, bar, until, idle)
+                idle, finished = False, not run.running
+                if finished or run.lengths.sum() > steps.sum():
+                    found, steps = np.stack([run.alphas, run.betas], axis=1), run.lengths
+                if finished:
+                    nodes, weights = run.quadrature()
+                    record.finish_group(group, nodes, weights * shares[group, None], steps, found)
             else:
-                probes = torch.from_numpy(signs[group]).to(device).to(torch.float64)
-                if deflated is not None:
-                    probes -= (probes @ deflated.T) @ deflated
-                # `idle` allows at least one step per call, so that repeated calls with short time limits make progress.
-                finished[first], group_complete = _quadrature(
-                    A, probes, num_steps, deflated, record, first, bar, until, idle
-                )
-                idle = False
-                complete = complete and group_complete
-                if group_complete:
-                    record.finish_group(first, *finished[first])
-            nodes[group], weights[group], lengths, entries[group] = finished[first]
-            num_products += int(lengths.sum())
-    longest = max(int(lengths.max()) for _, _, lengths, _ in finished.values())
+                bar.update(int(steps.sum()))
+            matrices[group], lengths[group], complete = found, steps, complete and finished
+    begun = lengths > 0
+    matrices, lengths, longest = matrices[begun], lengths[begun], int(lengths.max())
     if complete:  # keep the trailing weight of 0 that marks a probe with an invariant subspace
         longest = min(longest + 1, num_steps)
-    nodes, weights, entries = nodes[:, :longest], weights[:, :longest], entries[:, :, :longest]
+    matrices = matrices[:, :, :longest]
+    nodes, weights = gauss_rules(matrices[:, 0], matrices[:, 1], lengths)
+    weights *= shares[begun, None]
+    num_products += int(lengths.sum())
     scale = max(np.abs(nodes).max(), np.abs(values).max(initial=0.0))
-    return SpectralDensity(size, nodes, weights, values, num_products, complete, entries, float(resolution(A) * scale))
+    return SpectralDensity(size, nodes, weights, values, num_products, complete, matrices, float(resolution(A) * scale))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -863,38 +861,38 @@ def _deflated_eigenpairs(A: LinearOperator, count: int, memory: int | None, prog
     return found.values.astype(np.float64), np.ascontiguousarray(found.vectors.T, dtype=np.float64), found.products
 
 
-def _quadrature(
+def _sums_of_weights(probes: torch.Tensor) -> Array:
+    """Return the sum of the weights of each probe: its squared norm, divided by N.
+
+    A probe in the deflated space is zero up to rounding. Its sum is 0, and it is replaced by an arbitrary vector.
+    """
+    size = probes.shape[1]
+    squares = (probes**2).sum(1).cpu().numpy()
+    negligible = squares <= 1e-20 * size
+    squares[negligible] = 0
+    if negligible.any():
+        probes[torch.from_numpy(negligible)] = torch.linspace(1, 2, size, dtype=probes.dtype, device=probes.device)
+    return np.asarray(squares / size)
+
+
+def _run(
     A: LinearOperator,
     probes: torch.Tensor,
     num_steps: int,
     deflated: torch.Tensor | None,
     record: Checkpoint,
-    first: int,
+    group: slice,
     bar: Any,
     until: float,
     idle: bool,
-) -> tuple[list[Any], bool]:
-    """Run the Lanczos process from a group of probes.
-
-    Return ``(results, complete)``. The list ``results`` contains the nodes, weights, lengths and recurrences of the
-    runs. The flag ``complete`` is True if no run was stopped by the time limit.
-    """
-    squares = (probes**2).sum(1).cpu().numpy()
-    # A probe in the deflated space is zero up to rounding. It gets weight 0 and an arbitrary nonzero starting vector.
-    negligible = squares <= 1e-20 * probes.shape[1]
-    squares[negligible] = 0
-    if negligible.any():
-        probes[torch.from_numpy(negligible)] = torch.linspace(
-            1, 2, probes.shape[1], dtype=probes.dtype, device=probes.device
-        )
+) -> Lanczos:
+    """Run the Lanczos process from a group of probes, until it is finished or time is up."""
     run = Lanczos(A, probes, num_steps, deflated)
-    record.replay(first, run)
+    record.replay(group, run)
     bar.update(int(run.lengths.sum()))
     while run.running and (time.monotonic() < until or idle or not run.lengths.any()):
         idle = False
         runs = run.step()
         bar.update(len(runs))
-        record.add_step(first, run, runs)
-    nodes, weights = run.quadrature()
-    weights *= (squares / probes.shape[1])[:, None]
-    return [nodes, weights, run.lengths, np.stack([run.alphas, run.betas], axis=1)], not run.running
+        record.add_step(group, run, runs)
+    return run

@@ -43,6 +43,7 @@ __all__ = [
     "basis_dtype",
     "bytes_of_run",
     "device_of",
+    "gauss_rules",
     "multiply",
     "product_dtype",
     "product_precision",
@@ -210,20 +211,9 @@ class Lanczos:
         if self._deflated is not None:
             W.addmm_(W @ self._deflated.T, self._deflated, alpha=-1)
 
-    def quadrature(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the nodes and the weights of each run's Gauss quadrature, two arrays of shape ``(K, num_steps)``.
-
-        The nodes are the eigenvalues of the tridiagonal matrix. The weights are the squares of the first entries of its
-        eigenvectors, and sum to 1 (Golub, Welsch, 1969). If a run stopped early, its rows are padded with zeros.
-        """
-        nodes, weights = np.zeros(self.alphas.shape), np.zeros(self.alphas.shape)
-        for run, length in enumerate(self.lengths):
-            values, vectors = eigh_tridiagonal(self.alphas[run, :length], self.betas[run, : length - 1])
-            # The weight of a node in a gap of the spectrum may underflow. It must stay positive, because 0 marks
-            # padding.
-            nodes[run, :length] = values
-            weights[run, :length] = np.maximum(vectors[0] ** 2, np.finfo(np.float64).tiny)
-        return nodes, weights
+    def quadrature(self) -> tuple[Array, Array]:
+        """Return the nodes and the weights of each run's Gauss quadrature (see `gauss_rules`)."""
+        return gauss_rules(self.alphas, self.betas, self.lengths)
 
 
 class OrthogonalityBound:
@@ -378,6 +368,30 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     size = math.prod(shape) * dtype.itemsize
     buffer = torch.from_numpy(np.zeros(size + LINE, np.uint8))
     return buffer[-buffer.data_ptr() % LINE :][:size].view(dtype).view(shape)  # aligned like the result of `aligned`
+
+
+def gauss_rules(alphas: Array, betas: Array, lengths: Array) -> tuple[Array, Array]:
+    """Return the nodes and the weights of the Gauss quadratures of K Lanczos runs, two arrays of shape ``(K, m)``.
+
+    The nodes are the eigenvalues of the tridiagonal matrices. The weights are the squares of the first entries of the
+    eigenvectors, and sum to 1 (Golub, Welsch, 1969). If a run stopped early, its rows are padded with zeros.
+
+    Parameters
+    ----------
+    alphas, betas : ndarray, shape (K, m)
+        Diagonals and off-diagonals of the tridiagonal matrices.
+    lengths : ndarray of int, shape (K,)
+        Number of steps of each run.
+    """
+    nodes, weights = np.zeros(alphas.shape), np.zeros(alphas.shape)
+    for run, length in enumerate(lengths):
+        if length:
+            values, vectors = eigh_tridiagonal(alphas[run, :length], betas[run, : length - 1])
+            # The weight of a node in a gap of the spectrum may underflow. It must stay positive, because 0 marks
+            # padding.
+            nodes[run, :length] = values
+            weights[run, :length] = np.maximum(vectors[0] ** 2, np.finfo(np.float64).tiny)
+    return nodes, weights
 
 
 def device_of(A: Any) -> torch.device:
