@@ -22,6 +22,7 @@ import pytest
 from test_cli import PROBLEMS
 
 from curvop.cli.main import main
+from curvop.cli.spectrum_study import _Schedule
 from curvop.examples.functorch import functorch_ggn, functorch_hessian
 from curvop.problems import load
 from curvop.spectrum import BlockStudy, EigenResult, SpectralDensity, eigsh
@@ -235,6 +236,16 @@ def slow(tmp_path: Path) -> str:
 ARGUMENTS = ("--k", 6, "--probes", 2, "--steps", 30, "--blocks", "--json")
 
 
+def within(run, deadline: float, *argv: object) -> Any:
+    """Run a study with a deadline. Check that it uses the time until the deadline, unless all steps are done."""
+    begun = time.monotonic()
+    found = json.loads(run(*argv, "--deadline", f"{deadline}s", "--json")[1])
+    used = time.monotonic() - begun
+    assert used < deadline + 1  # one block product, and the load of the machine
+    assert not found["undone"] or used > 0.85 * deadline
+    return found
+
+
 @pytest.mark.slow
 def test_a_slow_problem_ends_by_its_deadline_with_what_there_is(run, slow, tmp_path, monkeypatch) -> None:
     out = tmp_path / "study"
@@ -242,30 +253,93 @@ def test_a_slow_problem_ends_by_its_deadline_with_what_there_is(run, slow, tmp_p
     whole = json.loads(run(slow, *ARGUMENTS, "--out", tmp_path / "whole")[1])
     assert whole["ok"]
 
-    monkeypatch.setenv("CURVOP_TEST_NAP", "0.01")
-    begun = time.monotonic()
-    code, text, _ = run(slow, *ARGUMENTS, "--out", out, "--deadline", "5s")
-    assert time.monotonic() - begun < 5
-    found = json.loads(text)
-    assert code == 1
+    monkeypatch.setenv("CURVOP_TEST_NAP", "0.008")
+    found = within(run, 8, slow, *ARGUMENTS, "--out", out)
     assert not found["ok"]
-    lower = found["ends"][1]
-    assert lower["which"] == "SA"
-    assert len(lower["values"]) == 5
-    assert lower["converged"] < 5
-    assert re.fullmatch(r"not converged before time was up: \d of 5 eigenvalues converged; .*", lower["verdict"])
-    assert "before time was up" in (out / "report.html").read_text()
-    assert any("SA: " in step and "of 5 converged by the deadline" in step for step in found["undone"])
-    assert any(re.fullmatch("density: . probes of .* steps only, by the deadline", step) for step in found["undone"])
+    upper = found["ends"][0]
+    assert upper["which"] == "LA"
+    assert len(upper["values"]) == len(upper["bounds"]) > 0  # certified, converged or not
     assert any(re.fullmatch("blocks: (not|. of 4) done by the deadline", step) for step in found["undone"])
+    if upper["converged"] < 6:
+        assert re.match(r"not converged before time was up: \d of 6 eigenvalues converged; .*", upper["verdict"])
+        assert "before time was up" in (out / "report.html").read_text()
 
     monkeypatch.setenv("CURVOP_TEST_NAP", "0")
     again = json.loads(run(slow, *ARGUMENTS, "--out", out, "--resume")[1])
     assert again["ok"]
     assert again["products"] < whole["products"]  # earlier products are read from disk
+    assert any("products on disk and" in note for note in again["notes"])
     for one, other in zip(again["ends"], whole["ends"], strict=True):
         np.testing.assert_allclose(one["values"], other["values"], atol=1e-10)
     assert again["trace"]["value"] == pytest.approx(whole["trace"]["value"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deadline", [4, 8])
+def test_the_time_that_is_left_goes_to_the_most_wanted_step(run, slow, tmp_path, monkeypatch, deadline) -> None:
+    """Without an output folder, too. Nothing is left in the folder of temporary files."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setenv("CURVOP_TEST_NAP", "0.006")
+    found = within(run, deadline, slow, "--k", 6, "--probes", 2, "--steps", 20)
+    assert not list(temporary.iterdir())
+    unfinished = [step.partition(":")[0] for step in found["undone"]]
+    order = ["eigenvalues LA", "density", "eigenvalues SA", "trace", "norm"]
+    assert unfinished == sorted(unfinished, key=order.index)
+    assert found["density"]["steps"] > 0
+    assert len(found["ends"][0]["values"]) == len(found["ends"][0]["bounds"]) > 0
+    if "eigenvalues LA" in unfinished:
+        assert "eigenvalues LA: continued in the time that other steps had left" in found["notes"]
+
+
+class TestSchedule:
+    """Time limits, with a clock that stands still unless it is set."""
+
+    NAMES = ("eigenvalues LA", "density", "trace")
+
+    @pytest.fixture
+    def clock(self, monkeypatch) -> argparse.Namespace:
+        clock = argparse.Namespace(now=100.0)
+        monkeypatch.setattr("curvop.cli.spectrum_study.time", argparse.Namespace(monotonic=lambda: clock.now))
+        return clock
+
+    def schedule(self, deadline: float | None, writes: bool = False) -> Any:
+        return _Schedule(100.0, deadline, list(self.NAMES), writes)
+
+    def test_each_step_gets_a_share_of_what_is_left_for_it_and_the_later_steps(self, clock) -> None:
+        schedule = self.schedule(80.0)
+        assert schedule.end("density") == 179.5
+        assert schedule.limit("eigenvalues LA") == pytest.approx(100 + 79.5 * 4 / 7.5)
+        clock.now = 110  # the first step needed less
+        assert schedule.limit("density") == pytest.approx(110 + 69.5 * 3 / 3.5)
+        clock.now = 150
+        assert schedule.limit("trace") == 179.5
+        clock.now = 500
+        assert schedule.limit("trace") == 500
+
+    def test_an_estimate_that_would_not_be_finished_leaves_its_time_to_earlier_steps(self, clock) -> None:
+        schedule = self.schedule(80.0)
+        clock.now = 150
+        schedule.record(50.0, 100)
+        assert schedule.limit("trace") == 150  # 60 products would take 30 seconds
+        assert schedule.limit("density") == pytest.approx(150 + 29.5 * 3 / 3.5)
+        schedule.record(40.0, 100)
+        assert schedule.limit("trace") == 179.5
+
+    def test_time_for_writing_the_files_is_reserved_once_it_is_known(self, clock) -> None:
+        schedule = self.schedule(80.0, writes=True)
+        assert schedule.end("density") == 177
+        with schedule.writing("density"):
+            clock.now += 10
+        assert schedule.end("density") == 180 - 13
+        assert schedule.end("trace") == 177
+        with schedule.writing("trace"):
+            clock.now += 0.01
+        assert schedule.end("trace") == 179.5
+
+    def test_without_a_deadline_there_is_no_limit(self, clock) -> None:
+        assert self.schedule(None, writes=True).limit("density") == np.inf
 
 
 @pytest.mark.slow
@@ -373,11 +447,11 @@ def test_what_was_found_before_an_error_is_on_disk(run, spec, tmp_path, monkeypa
         meanwhile.append(json.loads((out / "spectrum.json").read_text()))
         raise error
 
-    monkeypatch.setattr("curvop.cli.spectrum_study.density", fail)
+    monkeypatch.setattr("curvop.cli.spectrum_study.frobenius_norm", fail)
     assert run(spec, "--k", 3, "--out", out)[0] == code
     [before], after = meanwhile, json.loads((out / "spectrum.json").read_text())
-    assert before["undone"] == ["density: not done yet"]
-    assert after["undone"][0] == "density: not done"
+    assert before["undone"] == ["norm: not done yet"]
+    assert after["undone"][0] == "norm: not done"
     assert said in after["undone"][1]
     values = np.linalg.eigvalsh(functorch_hessian(**load(spec)).numpy())
     page = (out / "report.html").read_text()
@@ -386,7 +460,7 @@ def test_what_was_found_before_an_error_is_on_disk(run, spec, tmp_path, monkeypa
         assert not found["ok"]
         assert found["products"] > 0
         assert found["trace"]["value"] == pytest.approx(values.sum())
-        assert found["frobenius_norm"]["value"] == pytest.approx(np.linalg.norm(values))
+        assert found["density"]["probes"] == 8
     for which, expected in (("LA", values[-3:]), ("SA", values[:3])):
         np.testing.assert_allclose(EigenResult.load(out / f"eigenpairs_{which}.npz").values, expected, atol=1e-12)
         assert f"{expected[0]:.10g}" in page
@@ -492,15 +566,49 @@ def test_bad_arguments(run, spec, tmp_path, argv, said) -> None:
     assert len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("changed", [["--steps", "9"], ["--dtype", "float32"]])
-def test_a_study_of_something_else(run, spec, tmp_path, changed) -> None:
+def test_a_study_of_something_else(run, spec, tmp_path) -> None:
     out = tmp_path / "study"
     run(spec, "--k", 1, "--out", out)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    code, _, err = run(spec, "--k", 1, "--out", out, "--resume", *changed)
+    code, _, err = run(spec, "--k", 1, "--out", out, "--resume", "--dtype", "float32")
     assert code == 2
-    assert re.search("num_steps|dtype", err)
+    assert "dtype" in err
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_a_study_is_extended(run, slow, tmp_path, monkeypatch) -> None:
+    """More steps, probes and eigenvalues take only the products that are not on disk."""
+    monkeypatch.setenv("CURVOP_TEST_NAP", "0")
+    out = tmp_path / "study"
+    small, large = ("--k", 2, "--probes", 3, "--steps", 10), ("--k", 5, "--probes", 4, "--steps", 25)
+    first, extended = (json.loads(run(slow, *n, "--out", out, "--resume", "--json")[1]) for n in (small, large))
+    fresh = json.loads(run(slow, *large, "--json")[1])
+    assert extended["ok"]
+    for found, expected in zip(extended["ends"], fresh["ends"], strict=True):
+        np.testing.assert_allclose(found["values"], expected["values"], atol=1e-12)
+    np.testing.assert_allclose(figures(extended["density"]), figures(fresh["density"]), rtol=1e-8, atol=1e-10)
+    saved = 3 * 10 + 60 + 60  # density, trace and norm
+    assert extended["products"] <= fresh["products"] - saved
+    assert first["notes"] == []
+    assert "density: continued, 30 products on disk and 70 new products" in extended["notes"]
+    assert any(note.startswith("eigenvalues LA: continued") for note in extended["notes"])
+    assert "density: continued, 30 products on disk" in (out / "report.html").read_text()
+
+
+def test_a_study_with_fewer_steps_uses_a_part_of_the_density(run, spec, tmp_path) -> None:
+    out, few = tmp_path / "study", ("--k", 1, "--probes", 2, "--steps", 5)
+    run(spec, "--k", 1, "--out", out)
+    files = {file: file.read_bytes() for file in (out / "density").iterdir() if file.name == "steps.records"}
+    again = json.loads(run(spec, *few, "--out", out, "--resume", "--json")[1])
+    fresh = json.loads(run(spec, *few, "--json")[1])
+    assert again["ok"]
+    assert again["products"] == 0
+    np.testing.assert_allclose(figures(again["density"]), figures(fresh["density"]), rtol=1e-8, atol=1e-10)
+    assert again["notes"] == [
+        "density: 2 probes of 5 steps, as requested; on disk are up to 8 probes and 22 steps (--probes, --steps)"
+    ]
+    assert {file: file.read_bytes() for file in files} == files
+    assert json.loads(run(spec, "--k", 1, "--out", out, "--resume", "--json")[1])["products"] == 0
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("1h30m10s", 5410)])

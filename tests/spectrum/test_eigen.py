@@ -327,6 +327,19 @@ class TestTime:
         for value, bound in zip(result.values, result.certificate.bounds, strict=True):
             assert np.abs(values - value).min() <= bound
 
+    @pytest.mark.parametrize("columns", [16, 18, 24, 40, 90])
+    def test_partial_eigenpairs_are_certified_if_there_is_time_for_k_plus_8_products(
+        self, columns: int, monkeypatch
+    ) -> None:
+        clock = Clock()
+        monkeypatch.setattr("curvop.spectrum.counting.time", clock)
+        A = Slow(matrix(np.linspace(-1, 1, 600) ** 3), 0.04, clock=clock)
+        with pytest.warns(RuntimeWarning, match="time was up: 0 of 4"):
+            result = eigsh(A, 4, method="lanczos", seconds=0.04 * columns)
+        assert result.certificate is not None
+        assert clock.now <= 0.04 * columns
+        assert result.products >= columns / 2
+
     @pytest.mark.parametrize("stall", [1, 3, 39, 40, 41, 58, 70])
     def test_time_is_up_anywhere(self, stall: int) -> None:
         """During the first basis, during later ones, and right after a restart."""

@@ -52,7 +52,7 @@ def read_json(name: str) -> Any:
 
 
 #: Keys of JSON files that later versions added.
-NEW_KEYS = {"status", "format"}
+NEW_KEYS = {"status", "format", "notes"}
 
 
 #: What belongs to the eigenvalues `values` of a saved result, or to the `eigenvalues` that ``curvop eigs`` writes.

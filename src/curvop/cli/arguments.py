@@ -41,13 +41,14 @@ problem; 130 interrupted. If --maxiter or --seconds ends the solver, the solutio
 
 
 _SPECTRUM_DESCRIPTION = """\
-Study the spectrum of a curvature matrix. Compute extreme eigenvalues with error bounds, the trace and the Frobenius
-norm with error bars, and the spectral density; with --blocks, also study the block of each parameter. With --out, save
-all products and results in a folder, and write report.html after each step. With --resume, continue the study in this
-folder, for example after the command was killed or reached its --deadline; if the folder is missing or empty, start
-one. The deadline is counted from the start of the command. Some steps are not interrupted and can exceed the deadline:
-loading the problem, computing the gradient, and one product with --probes vectors. PROBLEM is the same as for
-'curvop eigs'."""
+Study the spectrum of a curvature matrix. Compute the largest eigenvalues with error bounds, the spectral density, for a
+Hessian the smallest eigenvalues, and the trace and the Frobenius norm with error bars; with --blocks, also study the
+block of each parameter. With --out, save all products and results in a folder, and write report.html after each step.
+With --resume, continue the study in this folder, for example after the command was killed or reached its --deadline; if
+the folder is missing or empty, start one. With a larger --k, --steps or --probes, --resume extends the study. The
+deadline is counted from the start of the command. The steps share the time in the above order, and the time that is
+left goes to the first steps that are not finished. Some steps are not interrupted and can exceed the deadline: loading
+the problem, computing the gradient, and one product with --probes vectors. PROBLEM is the same as for 'curvop eigs'."""
 
 _SPECTRUM_EPILOG = """\
 exit codes: 0 success; 1 an eigenvalue is not certified, or a step was not finished by the deadline; 2 invalid argument
@@ -174,7 +175,7 @@ def _parser() -> _Parser:
         "--deadline",
         type=_duration,
         metavar="TIME",
-        help="stop after this time, such as 90s, 30m, 2h or 1h30m, and report the results so far",
+        help="use this time, such as 90s, 30m, 2h or 1h30m, and then report the results so far",
     )
     spectrum.add_argument(
         "--out", metavar="DIR", type=Path, help="save results, pictures and report.html in this folder"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import html
+import importlib
 import io
 import json
 import math
@@ -58,6 +60,8 @@ class StudyResults:
     undone : list of str
         Messages about steps that were not finished. If the attribute of a result is None, the step that computes the
         result was not finished or not requested.
+    notes : list of str
+        Remarks about steps that were continued, or that use only a part of the records on disk.
     products : int
         Number of products that were computed, not counting those that were read from the journal.
     seconds : float
@@ -79,6 +83,7 @@ class StudyResults:
     density: SpectralDensity | None = None
     blocks: BlockStudy | None = None
     undone: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     products: int = 0
     seconds: float = 0.0
     journal_bytes: int | None = None
@@ -116,7 +121,7 @@ class StudyResults:
             lines += ["", str(end)]
         if self.blocks is not None:
             lines += ["", str(self.blocks)]
-        return "\n".join([*lines, "", *(self.undone or ["all steps are complete"])])
+        return "\n".join([*lines, "", *self.notes, *(self.undone or ["all steps are complete"])])
 
     def json(self) -> dict[str, Any]:
         """Return the results as a JSON serializable dictionary.
@@ -124,8 +129,8 @@ class StudyResults:
         The eigenvalues at each end of the spectrum are in ascending order, and their bounds have the same order.
         Eigenvectors, the nodes of densities and the norms of off-diagonal blocks are only in the ``.npz`` files.
         """
-        names = ("problem", "title", "rows", "parameters", "names", "undone", "products", "seconds", "journal_bytes")
-        return {"format": FORMAT, **{name: getattr(self, name) for name in names}} | {
+        names = ("problem", "title", "rows", "parameters", "names", "undone", "notes", "products", "seconds")
+        return {"format": FORMAT, **{name: getattr(self, name) for name in (*names, "journal_bytes")}} | {
             "loss": _number_json(self.loss),
             "gradient_norm": _number_json(self.gradient_norm),
             "ok": self.ok,
@@ -158,6 +163,11 @@ class StudyFiles:
     def exist(self) -> bool:
         """True if the folder contains results of this run or an earlier run."""
         return (self._directory / "spectrum.json").exists()
+
+    def prepare(self) -> None:
+        """Import matplotlib if it is installed, so that the first call of `write` takes as long as later calls."""
+        with contextlib.suppress(ImportError):
+            importlib.import_module("matplotlib.figure")
 
     def write(self, results: StudyResults) -> None:
         """Write all files. Omit arrays and pictures that have not changed since the last call."""
@@ -270,6 +280,7 @@ def _html(results: StudyResults, pictures: dict[str, bytes]) -> str:
     """Return the report as an HTML page that contains the pictures."""
     title = html.escape(f"{results.title} of {results.problem}")
     parts = [f"<h1>{title}</h1>", _table(results.facts)]
+    parts += [f"<p>{html.escape(note)}</p>" for note in results.notes]
     parts += [f'<p class="bad">{html.escape(step)}</p>' for step in results.undone]
     if "density" in pictures:
         parts += ["<h2>Density</h2>", _image(pictures["density"], "the spectral density")]

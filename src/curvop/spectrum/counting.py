@@ -20,7 +20,8 @@ from curvop.spectrum.lanczos import device_of, multiply
 
 __all__ = ["CountedOperator", "TimeUpError", "TimedOperator", "deadline_after", "symmetric_operator"]
 
-_COLUMNS_PER_CHECK = 16  # columns of a block product between two checks of the clock
+_COLUMNS_PER_CHECK = 16  # largest number of columns of a block product between two checks of the clock
+_RESERVE_MARGIN = 1.1  # the smallest time that is reserved for a column, in units of the time of the latest column
 
 
 def symmetric_operator(A: Any) -> LinearOperator:
@@ -137,8 +138,8 @@ def deadline_after(seconds: Any) -> float:
 class TimedOperator(WrappingLinearOperator):
     """Wrap a symmetric operator to raise a ``TimeUpError`` after a deadline.
 
-    Block products are split into parts of 16 columns. The clock is checked before each part. If time runs out during a
-    part, this part is completed.
+    Block products are split into parts of at most 16 columns. The clock is checked before each part. A part has no more
+    columns than fit into the remaining time, but at least one. If time runs out during a part, this part is completed.
 
     Parameters
     ----------
@@ -151,8 +152,9 @@ class TimedOperator(WrappingLinearOperator):
     ----------
     reserved : int
         The number of columns for which time is reserved before the deadline. Products raise a ``TimeUpError`` as soon
-        as the remaining time is only sufficient for these columns. The reserve is ignored if it exceeds half of the
-        total time.
+        as the remaining time is only sufficient for these columns. Twice their estimated time is reserved, or half of
+        the total time if this is less, but at least their estimated time. If the total time is not sufficient for these
+        columns, no time is reserved.
 
     Raises
     ------
@@ -164,6 +166,7 @@ class TimedOperator(WrappingLinearOperator):
         super().__init__(A.dtype, A.shape)
         self._A, self._until, self._start = A, until, time.monotonic()
         self._seconds_per_column = 0.0  # time per column of the latest product
+        self._is_first = True  # the first product often takes longer, because it also prepares the later ones
         self.reserved = 0
 
     @property
@@ -178,20 +181,30 @@ class TimedOperator(WrappingLinearOperator):
         return math.inf if left else 0.0
 
     def _apply(self, rows: Rows) -> Rows:
-        step = _COLUMNS_PER_CHECK
-        parts: list[Any] = [self._multiply(rows[start : start + step]) for start in range(0, len(rows), step)]
+        parts: list[Any] = []
+        start = 0
+        while start < len(rows):
+            step = max(1, int(min(self.columns_left, _COLUMNS_PER_CHECK)))
+            parts.append(self._multiply(rows[start : start + step]))
+            start += step
         if len(parts) == 1:
             return parts[0]  # type: ignore[no-any-return]
         return torch.cat(parts) if isinstance(rows, torch.Tensor) else np.concatenate(parts)
 
     def _multiply(self, rows: Rows) -> Rows:
-        now, reserved = time.monotonic(), self.reserved * self._seconds_per_column
-        if reserved > (self._until - self._start) / 2:
-            reserved = 0.0
-        if now >= self._until - reserved:
+        now = time.monotonic()
+        if now >= self._until - self._seconds_reserved():
             raise TimeUpError("time is up")
         products: Any = self._A.matvec(rows[0])[None] if len(rows) == 1 else self._A.matmat(rows.T).T
         if not isinstance(self._A, TensorLinearOperator):
             products = np.array(products, order="C")  # an operator may return its argument
+        self._is_first = not self._seconds_per_column
         self._seconds_per_column = (time.monotonic() - now) / len(rows)
         return products  # type: ignore[no-any-return]
+
+    def _seconds_reserved(self) -> float:
+        if not self.reserved or self._is_first:
+            return 0.0
+        total = self._until - self._start
+        needed = _RESERVE_MARGIN * (self.reserved + 1) * self._seconds_per_column  # one more: it may have begun late
+        return min(2 * needed, max(needed, total / 2)) if needed < total else 0.0

@@ -135,8 +135,8 @@ def eigsh(
         products, before every 16 columns), and a product that has started is completed. If time runs out, 'lanczos'
         returns its current eigenpairs, and 'lobpcg' returns the eigenpairs of its last convergence check (one every 40
         iterations). 'arpack' and 'dense' have no partial results and raise a ``TimeoutError``. 'lanczos' and 'lobpcg'
-        reserve time for error bounds. If the reserve would exceed half of `seconds`, no time is reserved. If no time is
-        left for error bounds, the result has no certificate.
+        reserve time for error bounds, unless `seconds` is too short for their ``k + 8`` products. If no time is left
+        for error bounds, the result has no certificate.
     side : {'auto', 'parameters', 'examples'}, optional
         Which of the two matrices ``A = S.T @ S`` and ``S @ S.T`` is solved. They have the same non-zero eigenvalues,
         and the result always contains eigenvectors of A.
@@ -329,8 +329,7 @@ def _solve(A: LinearOperator, gram: GramLinearOperator | None, request: _Request
         A = TimedOperator(A, request.until)
         solved = A if gram is None else TimedOperator(gram, request.until)
         has_partial_result = request.method in ("lanczos", "lobpcg")
-        # Reserve time for twice the certificate's products, because the time per product is only an estimate.
-        solved.reserved = 2 * (k + NUM_PRODUCTS) if request.certificate and has_partial_result else 0
+        solved.reserved = k + NUM_PRODUCTS if request.certificate and has_partial_result else 0
     with step_bar("eigsh", request.progress) as bar:
         counted = CountedOperator(solved, bar, None if request.method == "arpack" else np.float64)
         start = None if start is None else start.astype(counted.dtype)
