@@ -15,7 +15,8 @@ from torch import nn
 from curvop import GGNLinearOperator, HessianLinearOperator
 from curvop.problems import digits
 from curvop.spectrum import certificate
-from curvop.spectrum.certificate import Certificate, search_missed
+from curvop.spectrum.certificate import Certificate
+from curvop.spectrum.missed_search import search_missed
 
 TOP = [1.0, 1.0, 1.0, 0.5, 0.4]
 CLUSTERED = [*TOP, *np.linspace(-0.1, 0.1, 195)]

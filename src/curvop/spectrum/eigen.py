@@ -35,10 +35,11 @@ from curvop.operators.gram import GramLinearOperator
 from curvop.operators.progress import step_bar
 from curvop.operators.transfer import aligned
 from curvop.operators.validation import available_bytes, check_fits, integer, random_generator, real_scalar
-from curvop.spectrum.certificate import NUM_PRODUCTS, WHICH, Certificate, certify, measure_noise, search_missed
+from curvop.spectrum.certificate import NUM_PRODUCTS, WHICH, Certificate, certify, measure_noise
 from curvop.spectrum.counting import CountedOperator, TimedOperator, TimeUpError, deadline_after, symmetric_operator
 from curvop.spectrum.eigen_result import NO_TIME, EigenResult
 from curvop.spectrum.lanczos import device_of, rounding_left
+from curvop.spectrum.missed_search import search_missed
 from curvop.spectrum.norms import binary_exponent, tensor_norm
 from curvop.spectrum.smaller_side import UNSUITABLE, fits, lifted, smaller_side, solve_formed
 
