@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 
 from curvop import GGNLinearOperator, HessianLinearOperator
 from curvop.problems import digits
-from curvop.spectrum import certificate
+from curvop.spectrum import certificate, missed_search
 from curvop.spectrum.certificate import Certificate
 from curvop.spectrum.missed_search import search_missed
 
@@ -239,17 +241,177 @@ class TestSearch:
     def test_all_eigenvalues_lie_in_the_range(self, size: int, steps: int, seed: int, power: float) -> None:
         rng = np.random.default_rng(seed)
         A = matrix(np.sign(rng.normal(size=size)) * rng.uniform(size=size) ** power, seed)
-        found = search_missed(lambda x: A @ x, np.zeros((size, 0)), (-np.inf, 0.0), 0.0, steps, rng)
+        found = search_missed(lambda x: A @ x, np.zeros((size, 0)), (-1e-3, 1e-3), 0.0, steps, rng)
         values = np.linalg.eigvalsh(A)
         assert values[0] - 1e-12 <= found.low <= found.high <= values[-1] + 1e-12
-        assert found.low - found.slack <= values[0] + 1e-12
-        assert values[-1] - 1e-12 <= found.high + found.slack
+        assert found.lower <= values[0] + 1e-12
+        assert values[-1] - 1e-12 <= found.upper
+
+    @pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-5])
+    def test_the_probability_of_a_wrong_range(self, noise: float, monkeypatch) -> None:
+        """Judged with a failure probability of 0.2, at any step: 300 random starts may fail 60 times on average."""
+        monkeypatch.setattr(missed_search, "_FAILURE", 0.2)
+        failures = 0
+        for seed in range(300):
+            rng = np.random.default_rng(seed)
+            steps, power = int(rng.integers(5, 40)), rng.choice([1.0, 3.0, 6.0])
+            values = np.sort(np.sign(rng.normal(size=80)) * rng.uniform(size=80) ** power)
+            values = np.r_[values[0] - 10.0 ** rng.uniform(-4, 0), values, values[-1] + 10.0 ** rng.uniform(-4, 0)]
+
+            def product(x, values=values, rng=rng):
+                y = values * x
+                return y + noise * np.linalg.norm(y) / np.sqrt(82) * rng.normal(size=82)
+
+            inner = (values[0] + 1e-9, values[-1] - 1e-9)  # nothing closes the search before the last step
+            found = search_missed(product, np.zeros((82, 0)), inner, 1e-12, steps, rng)
+            allowed = 2 * noise * np.abs(values).max() + 1e-12
+            failures += found.lower > values[0] + allowed or found.upper < values[-1] - allowed
+        assert failures <= 60 + 3 * np.sqrt(300 * 0.2 * 0.8)
+
+    def test_the_vector_of_a_missed_eigenvalue_is_returned(self, clustered) -> None:
+        A, w, V = clustered
+        for size, most in ((200, 60), (40, 60)):  # by Lanczos, and by a dense eigensolver
+            values, vectors = (w, V) if size == 200 else np.linalg.eigh(A[:40, :40])
+            order = np.argsort(values)[::-1]
+            given, others = vectors[:, order[[0, 2]]], vectors[:, order[1]]
+            B = A[:size, :size]
+            last = float(values[order[2]])
+            found = search_missed(
+                lambda x, B=B: B @ x, given, (-np.inf, last), 1e-10, most, np.random.default_rng(1), tol=1e-4
+            )
+            if values[order[1]] > last + 1e-9:
+                assert abs(found.vector @ others) == pytest.approx(1, abs=1e-6)
+                assert found.beyond == pytest.approx(found.vector @ B @ found.vector, rel=1e-12)
+            else:
+                assert found.vector is None
 
     def test_a_gap_ends_the_search(self, clustered) -> None:
         A, w, V = clustered
         few = certify(A, w[:3], V[:, :3], which="LA")
         many = certify(A, w[:8], V[:, :8], which="LA")
         assert few.products <= 3 + 8 + 20 < many.products <= 8 + 8 + 60
+
+
+class TestCovered:
+    """The certificate says in numbers what the search shows, and is not ok unless this covers all given values."""
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.data())
+    def test_no_eigenvalue_is_missing_outside_of_the_remaining_range(self, data) -> None:
+        size = data.draw(st.integers(62, 150))
+        rng = np.random.default_rng(data.draw(st.integers(0, 100)))
+        centers = rng.uniform(-1, 1, data.draw(st.integers(2, 8)))
+        spread = 10.0 ** data.draw(st.integers(-9, 0))
+        true = np.sort(rng.choice(centers, size) + spread * rng.uniform(size=size))
+        A = matrix(true)
+        w, V = np.linalg.eigh(A)
+        which = data.draw(st.sampled_from(["LA", "SA", "LM", "BE"]))
+        k = data.draw(st.integers(2, 6))
+        order = {"LA": np.argsort(-w), "SA": np.argsort(w), "LM": np.argsort(-np.abs(w))}
+        order["BE"] = np.ravel([np.arange(size // 2), size - 1 - np.arange(size // 2)], order="F")
+        chosen = rng.permutation(order[which][: k + 1])[:k]  # one is missing, or none
+        others = np.delete(w, chosen)
+        search = data.draw(st.integers(1, 60))
+        found = certify(A, w[chosen], V[:, chosen], which=which, search=search)
+        rounding = 1e-12
+        assert found.remaining[0] - rounding <= others.min()
+        assert others.max() <= found.remaining[1] + rounding
+        claimed = np.isfinite(found.innermost)
+        assert (claimed == {"LA": [0, 1], "SA": [1, 0], "LM": [1, 1], "BE": [1, 1]}[which]).all()
+        beyond = np.abs(found.remaining[claimed] - found.innermost[claimed]).max()
+        assert found.resolution == pytest.approx(beyond, rel=1e-9, abs=1e-15)
+        if found.ok:
+            assert max(found.innermost[0] - others.min(), others.max() - found.innermost[1]) <= 1e-4 * found.norm
+        closed = certify(A, w[chosen], V[:, chosen], which=which, search=search, thorough=True)
+        excess = max(closed.innermost[0] - others.min(), others.max() - closed.innermost[1])
+        assert closed.ok == (closed.missed is None)
+        if closed.missed is None:
+            assert excess <= 1e-4 * closed.norm
+        else:
+            assert excess > 0
+
+    @pytest.mark.parametrize(
+        ("which", "chosen", "sentence"),
+        [
+            ("LA", [-1, -2, -3], "no eigenvalue above (.+) is missing PROB, but between (.+) and (.+) this"),
+            ("SA", [0, 1, 2], "no eigenvalue below (.+) is missing PROB, but between (.+) and (.+) this"),
+            (
+                *("LM", [-1, -2, -3]),
+                "no eigenvalue larger in magnitude than (.+) is missing PROB, but between the magnitudes (.+) and "
+                "(.+) this",
+            ),
+            (
+                *("BE", [0, -1, -2]),
+                "no eigenvalue below (.+) or above (.+) is missing PROB, but between (.+) and (.+) and between (.+) "
+                "and (.+) this",
+            ),
+        ],
+    )
+    def test_the_sentence_has_the_numbers_of_the_attributes(self, which: str, chosen: list[int], sentence: str) -> None:
+        A = matrix([5.0, 4.0, 3.0, *np.linspace(2.99, -2.99, 497)])
+        w, V = np.linalg.eigh(A)
+        found = certify(A, w[chosen], V[:, chosen], which=which, search=10)
+        assert not found.ok
+        pattern = sentence.replace("PROB", r"\(with probability >= 0\.999\)")
+        pattern = rf"not certified: {pattern} search cannot tell: call certify\(\.\.\., thorough=True\)"
+        numbers = [float(text) for text in re.fullmatch(pattern, found.verdict).groups()]
+        (low, high), (first, last) = found.remaining, found.innermost
+        expected = {
+            "LA": [high, last, high],
+            "SA": [low, low, first],
+            "LM": [max(-low, high), last, max(-low, high)],
+            "BE": [low, high, low, first, last, high],
+        }[which]
+        np.testing.assert_allclose(numbers, expected, rtol=5e-3)
+        # The limits are rounded outwards, so that the sentence never claims more than the attribute.
+        outwards = np.array({"SA": [-1], "BE": [-1, 1]}.get(which, [1]))
+        assert (outwards * numbers[: len(outwards)] >= outwards * expected[: len(outwards)]).all()
+        closed = certify(A, w[chosen], V[:, chosen], which=which, search=10, thorough=True)
+        assert closed.ok
+        assert 10 < closed.products - 11 < 200
+
+    def test_a_gap_that_the_tolerance_covers_is_ok(self) -> None:
+        """The set is right to the accuracy that `tol` asks for, and the verdict says to which."""
+        A = matrix([5.0, 4.0, 3.0, *np.linspace(2.999, -2.999, 497)])
+        w, V = solved(A)
+        coarse = certify(A, w[:3], V[:, :3], which="LA", search=60, thorough=True, tol=1e-2)
+        assert coarse.ok
+        assert 1e-4 * coarse.norm < coarse.resolution <= 1e-2 * coarse.norm
+        assert f"no eigenvalue above {coarse.remaining[1]:.1f}" in coarse.verdict
+        fine = certify(A, w[:3], V[:, :3], which="LA", search=60, thorough=True)
+        assert fine.ok
+        assert fine.products > coarse.products
+        assert not certify(A, w[:3], V[:, :3], which="LA", search=60).ok
+
+    def test_a_search_that_is_too_short_to_show_anything(self, clustered) -> None:
+        A, w, V = clustered
+        found = certify(A, w[:3], V[:, :3], which="LA", search=1)
+        assert not found.ok
+        assert found.resolution == np.inf
+        assert found.verdict == (
+            "not certified: the search for missed eigenvalues was too short to show anything: "
+            "call certify(..., thorough=True)"
+        )
+        assert certify(A, w[:3], V[:, :3], which="LA", search=1, thorough=True).ok
+
+    def test_a_thorough_search_finds_what_a_short_one_does_not(self) -> None:
+        """The missed eigenvalue 1.0005 is close to the given 1, and the spectrum is dense."""
+        A = matrix([2.0, 1.0005, *np.linspace(1, -1, 300)])
+        w, V = solved(A)
+        short = certify(A, w[[0, 2]], V[:, [0, 2]], which="LA", search=20)
+        assert not short.ok
+        assert short.missed is None
+        assert short.remaining[1] > 1.0005
+        found = certify(A, w[[0, 2]], V[:, [0, 2]], which="LA", search=20, thorough=True)
+        assert found.missed == pytest.approx(1.0005, abs=1e-5)
+
+    def test_a_thorough_search_ends_even_if_lanczos_does_not_converge(self) -> None:
+        """The spectrum is so dense at its ends that a search to 1e-9 needs all eigenvalues."""
+        A = matrix(np.cos(np.pi * np.arange(200) / 199))
+        w, V = solved(A)
+        found = certify(A, w[:2], V[:, :2], which="LA", tol=1e-9, thorough=True)
+        assert found.ok
+        assert found.products <= 2 + 8 + 2 * 198
 
 
 class TestAttacks:
@@ -433,7 +595,18 @@ class TestAttacks:
         for exponent in (-900, -333, 700):
             unit = 2.0**exponent
             found = certify(A * unit, w[1:4] * unit, V[:, 1:4], which="LA")
-            for name in ("residuals", "bounds", "estimates", "missed", "resolution", "norm", "error"):
+            names = (
+                "residuals",
+                "bounds",
+                "estimates",
+                "missed",
+                "resolution",
+                "remaining",
+                "innermost",
+                "norm",
+                "error",
+            )
+            for name in names:
                 np.testing.assert_array_equal(getattr(found, name), getattr(expected, name) * unit)
             assert (found.noise, found.symmetry, found.zeros) == (expected.noise, expected.symmetry, expected.zeros)
 

@@ -17,7 +17,7 @@ from torch import nn
 from curvop import GGNLinearOperator, HessianLinearOperator
 from curvop.examples.functorch import functorch_hessian
 from curvop.problems import digits
-from curvop.spectrum import density, eigen
+from curvop.spectrum import certify, density, eigen
 from curvop.spectrum.eigen import EigenResult
 
 CLUSTERED = [1.0, 1.0, 1.0, 0.5, 0.4, *np.linspace(-0.1, 0.1, 295), -0.3, -0.3, -0.6]
@@ -398,15 +398,34 @@ class TestTime:
     def test_the_search_for_missed_eigenvalues_uses_the_remaining_time(self, monkeypatch) -> None:
         clock = Clock()
         monkeypatch.setattr("curvop.spectrum.counting.time", clock)
-        A = Slow(matrix([5.0, 4.0, 3.0, *np.linspace(2.9, -2.9, 497)]), 0.04, clock=clock)
+        A = Slow(matrix([5.0, 4.0, 3.0, *np.linspace(2.99, -2.99, 497)]), 0.04, clock=clock)
         whole = eigsh(A.inner, 3, method="lanczos")
         assert whole.certificate.products > 3 + 8 + 50
         needed = whole.products - whole.certificate.products
-        result = eigsh(A, 3, method="lanczos", seconds=0.04 * (needed + 3 + 8 + 2 * 20 + 2))
+        with pytest.warns(
+            RuntimeWarning, match=r"^not certified: no eigenvalue above 3\.\d+ is missing .*between 3 and"
+        ):
+            result = eigsh(A, 3, method="lanczos", seconds=0.04 * (needed + 3 + 8 + 2 * 20 + 2))
         assert A.last - A.begun < 0.04 * (needed + 3 + 8 + 2 * 20 + 2)
         assert result.converged
         assert 3 + 8 < result.certificate.products < 3 + 8 + 40
         assert result.certificate.resolution > whole.certificate.resolution
+        assert certify(A.inner, result.values, result.vectors, which="LA", thorough=True, progress=False).ok
+
+    @pytest.mark.parametrize("more", [0, 1, 3, 18])
+    def test_the_certificate_says_what_the_search_showed_when_time_was_up(self, more: int, monkeypatch) -> None:
+        """Time runs out during the search, although enough time seemed to be left."""
+        clock = Clock()
+        monkeypatch.setattr("curvop.spectrum.counting.time", clock)
+        A = matrix([5.0, 4.0, 3.0, *np.linspace(2.99, -2.99, 497)])
+        needed = eigsh(A, 3, method="lanczos", certificate=False).products
+        with pytest.warns(RuntimeWarning, match="^not certified: "):
+            result = eigsh(Slow(A, stall=needed + 3 + 8 + more, clock=clock), 3, method="lanczos", seconds=0.45)
+        assert result.converged
+        assert result.certificate.bounds.max() < 1e-12
+        assert result.certificate.products == 3 + 8 + more
+        text = ["no time to search", "too short", "too short", "no eigenvalue above 3."][[0, 1, 3, 18].index(more)]
+        assert text in result.verdict
 
     def test_save_and_load(self, tmp_path) -> None:
         with pytest.warns(RuntimeWarning, match="time was up"):

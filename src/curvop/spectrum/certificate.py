@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import integer, random_generator, real_scalar
-from curvop.spectrum.counting import CountedOperator, symmetric_operator
+from curvop.spectrum.counting import CountedOperator, TimeUpError, symmetric_operator
 from curvop.spectrum.missed_search import SearchResult, remaining_range, search_missed
 from curvop.spectrum.norms import binary_exponent, column_norms, norm
 
@@ -31,10 +32,12 @@ __all__ = [
     "Noise",
     "certificate_from",
     "certify",
+    "certify_within",
     "is_asymmetric",
     "matched_bounds",
     "measure_noise",
     "quadratic_estimates",
+    "with_ranges",
 ]
 
 Array = NDArray[Any]
@@ -44,6 +47,7 @@ WHICH = ("LA", "SA", "LM", "SM", "BE")
 
 _EPS = float(np.finfo(np.float64).eps)
 _SEARCH_ROUNDING = 2e-14  # rounding error of the Ritz values of a search, relative to the norm of A
+_REMEDY = "call certify(..., thorough=True)"  # for a search that was too short
 
 _PROBES, _SINGLE_PRODUCTS = 4, 4
 NUM_PRODUCTS = _PROBES + _SINGLE_PRODUCTS
@@ -62,6 +66,7 @@ def certify(
     which: str | None = None,
     tol: float = 1e-4,
     search: int = 60,
+    thorough: bool = False,
     rng: int | np.random.Generator | None = 0,
     progress: bool = True,
 ) -> Certificate:
@@ -89,6 +94,10 @@ def certify(
     search : int, optional
         The maximum number of Lanczos steps in the search. Each step takes one product. The search stops early if it can
         rule out missed eigenvalues. If an eigenvalue seems to be missed, the search repeats its steps to confirm this.
+    thorough : bool, optional
+        Whether to continue the search after `search` steps until it confirms a missed eigenvalue, or rules out missed
+        eigenvalues further than ``tol * norm`` beyond the given ones. The number of products depends on the spectrum.
+        It is at most ``2 * (N - k)``, and usually less than the number of products that the solver takes.
     rng : int, numpy.random.Generator or None, optional
         The seed or generator for the random vectors. If the solver drew its starting vector from a seeded generator,
         pass a different seed here, so that the search starts from a different vector.
@@ -98,8 +107,8 @@ def certify(
     Returns
     -------
     Certificate
-        The error bounds and the result of the search. If a value or a vector is not finite, the attribute ``ok`` is
-        False.
+        The error bounds and the result of the search. The attribute ``ok`` is False if a check fails, if the search
+        was too short to show that no eigenvalue is missing, or if a value or a vector is not finite.
 
     Raises
     ------
@@ -118,12 +127,17 @@ def certify(
     random starting vector, this range contains all eigenvalues other than the given ones [2]_. The search is useful
     because eigensolvers can miss members of a cluster of eigenvalues and still report convergence (SciPy issue 26112).
 
+    After few steps, the range extends beyond the given values, and the verdict says for which part of the spectrum the
+    search is conclusive. The range shrinks as the Lanczos iteration converges. The search takes few products if the
+    given values are well separated from all others, and more products if they are part of a dense cluster.
+
     References
     ----------
     .. [1] W. Kahan, "Inclusion theorems for clusters of eigenvalues of Hermitian matrices", University of Toronto,
        1967.
-    .. [2] J. Kuczynski, H. Wozniakowski, "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
-       random start", SIAM J. Matrix Anal. Appl. 13(4), 1992. doi:10.1137/0613066
+    .. [2] J. L. M. van Dorsselaer, M. E. Hochstenbach, H. A. van der Vorst, "Computing probabilistic bounds for extreme
+       eigenvalues of symmetric matrices with the Lanczos method", SIAM J. Matrix Anal. Appl. 22(3), 2001.
+       doi:10.1137/S0895479800366859
 
     Examples
     --------
@@ -143,17 +157,50 @@ def certify(
     >>> certificate = certify(A, [1.0, 3.0], np.eye(300)[:, [297, 299]], which="LA", progress=False)
     >>> certificate.ok, round(certificate.missed, 4)
     (False, 2.0)
+
+    A short search sees only gross misses. The verdict says what the search shows, and ``thorough=True`` continues it:
+
+    >>> short = certify(A, values, vectors, which="LA", search=5, progress=False)
+    >>> print(short)  # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+    not certified: no eigenvalue above 2... is missing (with probability >= 0.999), but between 2 and 2... this search
+    cannot tell: call certify(..., thorough=True)
+    >>> certify(A, values, vectors, which="LA", search=5, thorough=True, progress=False).ok
+    True
+    """
+    steps = search, math.inf if thorough else search
+    return certify_within(A, values, vectors, which, tol, steps, rng, progress)
+
+
+def certify_within(
+    A: Any,
+    values: Any,
+    vectors: Any,
+    which: str | None,
+    tol: float,
+    steps: tuple[int, float],
+    rng: int | np.random.Generator | None,
+    progress: bool,
+) -> Certificate:
+    """Certify eigenpairs like `certify`, with a limit for the products of a thorough search.
+
+    Parameters
+    ----------
+    A, values, vectors, which, tol, rng, progress
+        See `certify`.
+    steps : (int, float)
+        The argument `search` of `certify`, and the maximum number of products in the search. If this number is
+        infinite, the search is thorough.
     """
     A = symmetric_operator(A)
-    w, V = _validate(A.shape[0], values, vectors, which, tol, search)
+    w, V = _validate(A.shape[0], values, vectors, which, tol, steps[0])
     unusable = ~(np.isfinite(w) & np.isfinite(V).all(axis=0) & V.any(axis=0))
     if unusable.any() or len(w) == 0:
         return _rejected(unusable, which, tol)
-    most = len(w) + NUM_PRODUCTS + (0 if remaining_range(w, which) is None else min(search, A.shape[0] - len(w)))
-    with step_bar("certify", progress, most) as bar:
+    total = len(w) + NUM_PRODUCTS + (0 if remaining_range(w, which) is None else min(steps[0], A.shape[0] - len(w)))
+    with step_bar("certify", progress, total) as bar:
         counted = CountedOperator(A, bar, np.float64)
-        certificate = _certificate(counted, w, V, which, tol, search, random_generator(rng))
-        bar.total = certificate.products  # the search may have stopped early
+        certificate = _certificate(counted, w, V, which, tol, steps, random_generator(rng))
+        bar.total = certificate.products  # the search may have taken fewer or more products
         return certificate
 
 
@@ -207,6 +254,15 @@ class Certificate:
         The argument `which` of `certify`.
     tol : float
         The argument `tol` of `certify`.
+    remaining : ndarray, shape (2,), or None
+        The range ``(low, high)`` that contains all eigenvalues other than the given ones, with a probability of at
+        least 0.999. For 'LA', no eigenvalue above ``high`` is missing, and ``low`` is ``-inf``. For 'SA', no eigenvalue
+        below ``low`` is missing, and ``high`` is ``inf``. None if there was no search, or if all eigenvalues are given.
+    innermost : ndarray, shape (2,), or None
+        The range ``(low, high)`` that would contain all other eigenvalues if none was missed: for 'LA' up to the
+        smallest given value, for 'SA' from the largest given value on, for 'LM' between plus and minus the smallest
+        magnitude, and for 'BE' between the two innermost values. The search is inconclusive between `innermost` and
+        `remaining`. None if `remaining` is None.
 
     See Also
     --------
@@ -227,14 +283,17 @@ class Certificate:
     products: int
     which: str | None
     tol: float
+    remaining: Array | None = None
+    innermost: Array | None = None
 
     @property
     def ok(self) -> bool:
         """Whether the eigenpairs pass all checks.
 
         The checks require finite eigenpairs, bounds of at most ``tol * norm``, vectors that are orthonormal up to
-        `tol`, and a symmetric operator. If there was a search, it must have been long enough and must not have found a
-        missed eigenvalue.
+        `tol`, and a symmetric operator. If `which` makes a claim that can be searched, the search must not have found a
+        missed eigenvalue, and must rule out missed eigenvalues further than ``tol * norm`` beyond the given ones. The
+        given eigenvalues are then the requested ones, up to errors of ``tol * norm``.
         """
         return not self._problems()
 
@@ -283,25 +342,79 @@ class Certificate:
             )
         if not self.orthogonality <= self.tol:
             problems.append(f"the vectors are not orthonormal (max |V'V - I| is {self.orthogonality:.1e})")
-        if self.resolution == np.inf:
-            problems.append("the search for missed eigenvalues was too short to show anything: increase search")
         if self.missed is not None:
             problems.append(
                 f"an eigenvalue at {self.missed:.6g} or beyond was missed: try again with a smaller tol, a larger ncv "
                 "or k, or another rng"
             )
+        elif self.resolution == np.inf:
+            problems.append(f"the search for missed eigenvalues was too short to show anything: {_REMEDY}")
+        elif self.resolution is not None and self.resolution > max(self._unresolved, self.tol * self.norm):
+            unclear = [end.between for end in self._ends() if end.width > max(self._unresolved, self.tol * self.norm)]
+            problems.append(f"{self._search_summary()}, but {' and '.join(unclear)} this search cannot tell: {_REMEDY}")
+        elif self.resolution is None and self.which not in (None, "SM") and not problems:
+            problems.append(f"there was no time to search for missed eigenvalues: {_REMEDY}")
         return problems
+
+    @property
+    def _unresolved(self) -> float:
+        """The distance that no search resolves, because of the errors of the eigenpairs and of the products."""
+        return 2 * float(self.bounds.max()) + _SEARCH_ROUNDING * self.norm
 
     def _search_summary(self) -> str:
         """Describe the result of the search as a phrase for `verdict`."""
         if self.resolution is None:
-            reasons = {None: "it is unknown which ones these are", "SM": "which is 'SM'"}
-            return f"no search for missed ones ({reasons.get(self.which, 'there was no time')})"
+            reason = "it is unknown which ones these are" if self.which is None else "which is 'SM'"
+            return f"no search for missed ones ({reason})"
         if self.resolution == 0:
             return "none missed"
-        if self.resolution <= 2 * self.bounds.max() + _SEARCH_ROUNDING * self.norm:
+        if self.resolution <= self._unresolved:
             return "none missed (with probability >= 0.999)"
-        return f"none missed further than {self.resolution:.1e} beyond the last one (with probability >= 0.999)"
+        return f"no eigenvalue {' or '.join(end.beyond for end in self._ends())} is missing (with probability >= 0.999)"
+
+    def _ends(self) -> list[_End]:
+        """Describe each end of the spectrum that was searched."""
+        if self.remaining is None or self.innermost is None:
+            return []
+        pairs = list(zip(self.innermost, self.remaining, strict=True))
+        if self.which == "LM":
+            return [_end("larger in magnitude than", "the magnitudes ", pairs[1][0], max(-pairs[0][1], pairs[1][1]))]
+        words = ("below", "above")
+        return [_end(word, "", *pair) for word, pair in zip(words, pairs, strict=True) if np.isfinite(pair[0])]
+
+
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """The result of the search at one end of the spectrum, as text.
+
+    Attributes
+    ----------
+    beyond : str
+        Where no eigenvalue is missing.
+    between : str
+        Where the search is inconclusive.
+    width : float
+        The width of the range where the search is inconclusive.
+    """
+
+    beyond: str
+    between: str
+    width: float
+
+
+def _end(where: str, what: str, inner: float, outer: float) -> _End:
+    """Describe one end. The search is inconclusive between the innermost given value and the limit `outer`.
+
+    The numbers have enough digits to tell them apart, and `outer` is rounded away from `inner`.
+    """
+    width, size = abs(outer - inner), max(abs(inner), abs(outer))
+    if not np.isfinite(width):
+        return _End(f"{where} {outer}", f"between {what}{inner:.3g} and {outer}", width)
+    digits = 3 + sum(bool(width < size * 10.0**-count) for count in range(1, 5))
+    context = decimal.Context(digits, decimal.ROUND_CEILING if outer > inner else decimal.ROUND_FLOOR)
+    limit = f"{float(context.create_decimal_from_float(float(outer))):.{digits}g}"
+    low, high = sorted([f"{inner:.{digits}g}", limit], key=float)
+    return _End(f"{where} {limit}", f"between {what}{low} and {high}", width)
 
 
 def _validate(size: int, values: Any, vectors: Any, which: str | None, tol: float, search: int) -> tuple[Array, Array]:
@@ -322,6 +435,16 @@ def _validate(size: int, values: Any, vectors: Any, which: str | None, tol: floa
     return w.astype(np.float64), V.astype(np.float64)  # copies: V is normalized in place later
 
 
+def with_ranges(certificate: Certificate, values: Array) -> Certificate:
+    """Add the attributes `innermost` and `remaining` to the certificate of `values` from a file that lacks them."""
+    ends = remaining_range(values, certificate.which)
+    if certificate.remaining is not None or not certificate.resolution or ends is None:
+        return certificate
+    innermost = np.array(ends)
+    remaining = innermost + certificate.resolution * np.array([-1.0, 1.0])
+    return dataclasses.replace(certificate, innermost=innermost, remaining=remaining)
+
+
 def _rejected(unusable: Array, which: str | None, tol: float) -> Certificate:
     """Return a failed certificate for k eigenpairs that cannot be checked.
 
@@ -333,9 +456,18 @@ def _rejected(unusable: Array, which: str | None, tol: float) -> Certificate:
 
 
 def _certificate(
-    A: CountedOperator, w: Array, V: Array, which: str | None, tol: float, steps: int, rng: np.random.Generator
+    A: CountedOperator,
+    w: Array,
+    V: Array,
+    which: str | None,
+    tol: float,
+    steps: tuple[int, float],
+    rng: np.random.Generator,
 ) -> Certificate:
-    """Compute the certificate of `certify` for validated arguments. `V` is normalized in place."""
+    """Compute the certificate of `certify_within` for validated arguments. `V` is normalized in place.
+
+    For `steps`, see `certify_within`.
+    """
     lengths = column_norms(V)
     V /= lengths
     gram = V.T @ V
@@ -348,8 +480,12 @@ def _certificate(
     R = AV  # the residuals overwrite the products
     R -= V * w
 
-    def search(ends: tuple[float, float], tolerance: float) -> SearchResult:
-        return search_missed(lambda x: np.ldexp(A.dot(x), -exponent), V, ends, tolerance, steps, rng)
+    def search(ends: tuple[float, float], tolerance: float) -> SearchResult | None:
+        limits = {"most": steps[1], "tol": tol, "norm": float(np.ldexp(noise.norm, -exponent))}
+        try:
+            return search_missed(lambda x: np.ldexp(A.dot(x), -exponent), V, ends, tolerance, steps[0], rng, **limits)
+        except TimeUpError:
+            return None
 
     orthogonality = float(np.abs(gram * np.outer(lengths, lengths) - np.eye(len(w))).max())
     certificate = certificate_from(
@@ -364,7 +500,7 @@ def certificate_from(
     residual_gram: Array,
     quotients: Array,
     noise: Noise,
-    search: Callable[[tuple[float, float], float], SearchResult],
+    search: Callable[[tuple[float, float], float], SearchResult | None],
     *,
     exponent: int,
     size: int,
@@ -383,7 +519,8 @@ def certificate_from(
         The errors of the products, not divided by ``2 ** exponent``.
     search : callable
         ``search(limits, tolerance)`` returns the range of all eigenvalues other than the given ones; see
-        `search_missed`. It is called only if `which` makes a claim about them.
+        `search_missed`. The result is None if there was no time. The function is called only if `which` makes a claim
+        about other eigenvalues.
     exponent : int
     size : int
         The number of rows of A.
@@ -399,19 +536,29 @@ def certificate_from(
     # Ritz values that exceed the limits by at most this tolerance.
     tolerance = 2 * float(bounds.max()) + _SEARCH_ROUNDING * norm
     ends = remaining_range(w, which)
-    missed, resolution = None, None
+    missed, resolution, innermost, remaining = None, None, None, None
     others = (-np.inf, np.inf)  # the range of the eigenvalues that were not computed
     if len(w) == size:
         others, resolution = (np.inf, -np.inf), 0.0
     elif ends is not None and np.isfinite(tolerance) and not is_asymmetric(noise.symmetry, noise.relative):
         found = search(ends, tolerance)
-        norm, others, missed = max(norm, abs(found.low), abs(found.high)), (found.low, found.high), found.beyond
-        beyond = max(found.high - ends[1], ends[0] - found.low) + found.slack
-        resolution = max(tolerance, beyond)
+        if found is not None:
+            norm, others, missed = max(norm, abs(found.low), abs(found.high)), (found.low, found.high), found.beyond
+            innermost = np.array(ends)
+            claimed = np.isfinite(innermost)
+            outwards = np.array([-1.0, 1.0])[claimed]
+            limits = np.array([found.lower, found.upper])[claimed]
+            beyond = np.maximum(tolerance, outwards * (limits - innermost[claimed]))
+            remaining = innermost.copy()
+            remaining[claimed] += outwards * beyond
+            resolution = float(beyond.max())
     estimates = quadratic_estimates(w, quotients, residuals, bounds, groups, others, error)
 
     def unscale(number: Any) -> Any:
         return None if number is None else float(np.ldexp(number, exponent))
+
+    def unscale_range(pair: Array | None) -> Array | None:
+        return None if pair is None else np.ldexp(pair, exponent)
 
     return Certificate(
         residuals=np.ldexp(residuals, exponent),
@@ -428,6 +575,8 @@ def certificate_from(
         products=0,
         which=which,
         tol=tol,
+        remaining=unscale_range(remaining),
+        innermost=unscale_range(innermost),
     )
 
 

@@ -35,7 +35,7 @@ from curvop.operators.gram import GramLinearOperator
 from curvop.operators.progress import step_bar
 from curvop.operators.transfer import aligned
 from curvop.operators.validation import available_bytes, check_fits, integer, random_generator, real_scalar
-from curvop.spectrum.certificate import NUM_PRODUCTS, WHICH, Certificate, certify, measure_noise
+from curvop.spectrum.certificate import NUM_PRODUCTS, WHICH, Certificate, certify_within, measure_noise
 from curvop.spectrum.counting import CountedOperator, TimedOperator, TimeUpError, deadline_after, symmetric_operator
 from curvop.spectrum.eigen_result import NO_TIME, EigenResult
 from curvop.spectrum.lanczos import device_of, rounding_left
@@ -47,7 +47,7 @@ __all__ = ["EigenResult", "eigsh", "without_verdicts"]
 
 Array = NDArray[Any]
 
-_MIN_SEARCH = 20  # Lanczos steps of a search; a shorter search cannot rule out missed eigenvalues
+_SEARCH, _MIN_SEARCH = 60, 5  # Lanczos steps of a search; in less than 5, it cannot rule out missed eigenvalues
 _MAX_RESTARTS = 1000  # SciPy's default of 10 N restarts is impractical for large N
 _MIN_ARPACK_BASIS = 30  # SciPy's default of 20 vectors takes twice as many products for clustered eigenvalues
 _MIN_LANCZOS_BASIS = 40  # Hessian of `digits`, which="SA": 652 products with 40 vectors, 1,187 with 30
@@ -128,9 +128,9 @@ def eigsh(
         The number of bytes that the solver may use. The default is half of the free memory.
     certificate : bool, optional
         Whether to certify the result with `certify`, using the tolerance ``max(1e-4, 2 * tol)``. A certificate takes
-        ``k + 8`` products for the error bounds, and further products to search for missed eigenvalues: at most 60, or
-        at most a quarter of the solver's products if the solver took more than 240. If an eigenvalue seems to be
-        missed, the search takes up to twice as many products.
+        ``k + 8`` products for the error bounds, and further products to search for missed eigenvalues. The search stops
+        when it has an answer, usually after 10 to 60 products, and at the latest after as many products as the solver
+        took, or 60. If an eigenvalue seems to be missed, the search takes up to twice as many products.
     seconds : float, optional
         The time limit in seconds. There is no limit by default. The clock is checked before each product (in block
         products, before every 16 columns), and a product that has started is completed. If time runs out, 'lanczos'
@@ -359,10 +359,9 @@ def _solve(A: LinearOperator, gram: GramLinearOperator | None, request: _Request
         # does not even show how many eigenvalues come from each end.
         incomplete = (pairs.timed_out and pairs.num_converged < k) or (which == "BE" and len(values) < k)
         claim = None if incomplete else which
-        search = max(60, products // 4)
         # Continue with the same generator, so that the search and the solver start from different vectors.
         tol = _certificate_tol(request)
-        proof = _certify_in_time(A, values, vectors, claim, tol, search, rng, request.progress)
+        proof = _certify_in_time(A, values, vectors, claim, tol, products, rng, request.progress)
         if proof is None:
             note = _joined(note, NO_TIME)
         else:
@@ -402,24 +401,25 @@ def _certify_in_time(
     vectors: Array,
     which: str | None,
     tol: float,
-    search: int,
+    products: int,
     rng: np.random.Generator,
     progress: bool,
 ) -> Certificate | None:
-    """Certify a result within the time limit.
+    """Certify a result of a solver that took `products` products, within the time limit.
 
-    If time is short, shorten or skip the search for missed eigenvalues. If there is no time for error bounds either,
-    return None.
+    If time is short, shorten or skip the search for missed eigenvalues. Without time for error bounds, return None.
     """
+    most = max(_SEARCH, products)
     if isinstance(A, TimedOperator):
         A.reserved = 0
         left = A.columns_left - len(values) - NUM_PRODUCTS
         if left < 0:
             return None
-        search = int(max(1, min(search, left / 2)))  # confirming a missed eigenvalue doubles the products
-    searched = which if search >= _MIN_SEARCH else None
+        most = int(min(most, left / 2))  # confirming a missed eigenvalue doubles the products
+    searched = which if most >= _MIN_SEARCH else None
+    steps = max(1, min(max(_SEARCH, products // 4), most)), most
     try:
-        certificate = certify(A, values, vectors, which=searched, tol=tol, search=search, rng=rng, progress=progress)
+        certificate = certify_within(A, values, vectors, searched, tol, steps, rng, progress)
     except TimeUpError:
         return None
     return dataclasses.replace(certificate, which=which)

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from curvop.spectrum.certificate import Certificate
+from curvop.spectrum.certificate import Certificate, with_ranges
 from curvop.storage.result_files import arrays_of_record, fields_of_record, load_arrays, save_arrays
 
 __all__ = ["NO_TIME", "EigenResult", "eigenvalue_at_end"]
@@ -262,7 +262,8 @@ class EigenResult:
         prefix = _CERTIFICATE_PREFIX
         own = {name: file[name] for name in file if not name.startswith(prefix)}
         certified = {name.removeprefix(prefix): file[name] for name in file if name.startswith(prefix)}
-        certificate = Certificate(**fields_of_record(Certificate, certified)) if certified else None
+        fields = fields_of_record(Certificate, certified)
+        certificate = with_ranges(Certificate(**fields), file["values"]) if certified else None
         return cls(**{**fields_of_record(cls, own), "certificate": certificate})
 
 

@@ -4,6 +4,10 @@ Let the columns of Q be an orthonormal basis of the computed eigenvectors, and l
 estimates the extreme eigenvalues of P A P on the range of P. It uses Lanczos with a random starting vector, which
 almost surely has a component along every eigenvector. The projection P removes the computed eigenvalues, regardless of
 their signs. A missed eigenvalue is reported only if the Rayleigh quotient of a vector orthogonal to Q confirms it.
+
+The search also bounds the eigenvalues that it did not see. If an eigenvalue lies far beyond the extreme Ritz value,
+then the component of the starting vector along its eigenvector must be very small. This is unlikely for a random
+vector.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 
+from curvop.spectrum.counting import TimeUpError
+
 __all__ = ["SearchResult", "remaining_range", "search_missed"]
 
 Array = NDArray[Any]
@@ -24,10 +30,13 @@ Multiply = Callable[[Array], Array]
 
 _EPS = float(np.finfo(np.float64).eps)
 _FAILURE = 1e-3  # upper bound for the probability that the range of a `SearchResult` is wrong
-_CHECK_INTERVAL = 5  # Lanczos steps between two checks of the Ritz values
+_CHECK_INTERVAL = 5  # Lanczos steps between two checks of the Ritz values, and 10 % of the steps after the first 50
+_SMALL = 60  # If at most this many eigenvalues are left, all of them are computed by a dense eigensolver at once.
+_DENSE = 2000  # If more eigenvalues are left, a dense eigensolver would take too much memory.
+_DISTANCES = np.logspace(-16, 1, 256)  # distances from the extreme Ritz value at which the bound is evaluated
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SearchResult:
     """The result of a search for missed eigenvalues: the range of all eigenvalues that the solver did not compute.
 
@@ -35,18 +44,23 @@ class SearchResult:
     ----------
     low, high : float
         The smallest and the largest Ritz value.
-    slack : float
-        With a probability of at least 0.999, all eigenvalues that the solver did not compute lie in ``[low - slack,
-        high + slack]``. After too few Lanczos steps, the slack is infinite.
+    lower, upper : float
+        With a probability of at least 0.999, all eigenvalues that the solver did not compute lie in ``[lower, upper]``.
+        A bound is infinite after too few Lanczos steps, or if this end of the spectrum is not searched.
     beyond : float or None
-        The Rayleigh quotient of a Ritz vector. It lies outside the limits of the search, which proves that an
-        eigenvalue was missed. None if no missed eigenvalue was found.
+        The Rayleigh quotient of `vector`. It lies outside the limits of the search, which proves that an eigenvalue was
+        missed. None if no missed eigenvalue was found.
+    vector : ndarray, shape (N,), or None
+        A vector of norm 1 that is orthogonal to the computed eigenvectors. It approximates the eigenvector of a missed
+        eigenvalue. None if no missed eigenvalue was found.
     """
 
     low: float
     high: float
-    slack: float
-    beyond: float | None
+    lower: float
+    upper: float
+    beyond: float | None = None
+    vector: Array | None = None
 
 
 def remaining_range(values: Array, which: str | None) -> tuple[float, float] | None:
@@ -84,8 +98,17 @@ def search_missed(
     tolerance: float,
     steps: int,
     rng: np.random.Generator,
+    *,
+    most: float | None = None,
+    tol: float = 0.0,
+    norm: float = 0.0,
 ) -> SearchResult:
-    """Search for missed eigenvalues outside of `limits`, on the orthogonal complement of the computed eigenvectors.
+    r"""Search for missed eigenvalues outside of `limits`, on the orthogonal complement of the computed eigenvectors.
+
+    The search stops as soon as a missed eigenvalue is found, or as soon as all other eigenvalues lie within the limits
+    up to `tolerance`, with a probability of at least 0.999. After `steps` steps, it also stops as soon as they lie
+    within the limits up to `tol` times the norm of the operator. If `multiply` raises a ``TimeUpError``, the search
+    returns its current result.
 
     Parameters
     ----------
@@ -99,51 +122,93 @@ def search_missed(
     tolerance : float
         The distance by which an eigenvalue must exceed the limits to count as missed.
     steps : int
-        The maximum number of Lanczos steps. Each step takes one product. If a Ritz value lies outside of the limits,
-        the recurrence is repeated to form the Ritz vector. If the solver left at most `steps` eigenvalues uncomputed, a
-        dense eigensolver computes all of them.
+        The number of Lanczos steps. Each step takes one product. If a Ritz value lies outside of the limits, the
+        recurrence is repeated to form the Ritz vector. If the solver left at most 60 eigenvalues uncomputed, and not
+        more than `steps`, a dense eigensolver computes all of them.
     rng : numpy.random.Generator
         The generator for the starting vector.
+    most : float, optional
+        The maximum number of products without the repetition, at least `steps`. The default is `steps`. The search
+        takes at most ``N - k`` Lanczos steps. If `most` allows ``N - k`` more products after these steps, and ``N - k``
+        is at most 2,000, a dense eigensolver then computes all eigenvalues.
+    tol : float, optional
+    norm : float, optional
+        A lower bound for the norm of the operator.
+
+    Raises
+    ------
+    TimeUpError
+        If `multiply` raises this error before the first step is complete.
 
     Notes
     -----
-    The slack of the result is the bound of [1]_. No Lanczos basis is stored, because a loss of orthogonality does not
-    affect the extreme Ritz values [2]_.
+    Let n = N - k, and let u be the eigenvector of the largest eigenvalue :math:`\lambda` of P A P. The starting vector
+    :math:`q_1` is uniformly distributed on the unit sphere. Hence, :math:`|u^\top q_1| \ge \delta` with a probability
+    of at least :math:`1 - \delta \sqrt{2 (n - 1) / \pi}`. The Lanczos vectors satisfy :math:`u^\top q_{j+1} =
+    p_j(\lambda) \, u^\top q_1`, where :math:`p_j` are the Lanczos polynomials. Since :math:`|u^\top q_{j+1}| \le 1`, it
+    follows that :math:`|p_j(\lambda)| \le 1 / \delta` for all j [1]_. The polynomials grow monotonically beyond the
+    largest Ritz value, so this condition yields an upper bound for :math:`\lambda`. The bound holds at all steps at the
+    same time. If the extreme Ritz vector has the residual norm r, the bound exceeds the Ritz value by about 1600 r. A
+    lower bound for the smallest eigenvalue follows in the same way. Rounding errors also change the components
+    :math:`u^\top q_j`. They are not correlated with :math:`u^\top q_1`, so they do not make small components more
+    likely.
+
+    No Lanczos basis is stored, because a loss of orthogonality does not affect the extreme Ritz values [2]_.
 
     References
     ----------
-    .. [1] J. Kuczynski, H. Wozniakowski, "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
-       random start", SIAM J. Matrix Anal. Appl. 13(4), 1992. doi:10.1137/0613066
+    .. [1] J. L. M. van Dorsselaer, M. E. Hochstenbach, H. A. van der Vorst, "Computing probabilistic bounds for extreme
+       eigenvalues of symmetric matrices with the Lanczos method", SIAM J. Matrix Anal. Appl. 22(3), 2001.
+       doi:10.1137/S0895479800366859
     .. [2] C. C. Paige, "Accuracy and effectiveness of the Lanczos algorithm for the symmetric eigenproblem", Linear
        Algebra Appl. 34, 1980. doi:10.1016/0024-3795(80)90167-6
     """
-    limits = (limits[0] - tolerance, limits[1] + tolerance)
+    most = steps if most is None else max(most, steps)
+    inner = (limits[0] - tolerance, limits[1] + tolerance)
     Q, R = np.linalg.qr(vectors)
     Q = Q[:, np.abs(np.diag(R)) > 1e-8]  # drop linearly dependent vectors
-    left, checks = Q.shape[0] - Q.shape[1], math.ceil(steps / _CHECK_INTERVAL)
-    if left <= steps:
-        return _search_densely(multiply, Q, limits)
+    left = Q.shape[0] - Q.shape[1]
+    if left <= min(steps, _SMALL):
+        return _search_densely(multiply, Q, inner)
     start = _project(Q, rng.standard_normal(len(Q)))
     lanczos = _ProjectedLanczos(multiply, Q, start / np.linalg.norm(start))
-    for step in range(1, steps + 1):
-        lanczos.step()
-        if lanczos.exhausted or step == steps or step % _CHECK_INTERVAL == 0:
-            values, errors = lanczos.ritz()
-            low, high = float(values[0]), float(values[-1])
-            slack = 0.0 if lanczos.exhausted else _slack(high - low, left, step, _FAILURE / checks)
-            end, excess = _furthest_outside(low, high, limits)
-            settled = errors[end] <= max(tolerance, 1e-6 * max(abs(low), abs(high)))
-            inside = limits[0] <= low - slack and high + slack <= limits[1]
-            if lanczos.exhausted or inside or (excess > 0 and settled):
-                break
-    beyond = None
+    component = _FAILURE / 2 * math.sqrt(math.pi / (2 * (left - 1)))  # at each end, with half of the failures
+    next_check, time_up = _CHECK_INTERVAL, False
+    while True:
+        try:
+            lanczos.step()
+        except TimeUpError:
+            if not lanczos.steps:
+                raise
+            time_up = True
+        step = lanczos.steps
+        last = lanczos.exhausted or time_up or step >= min(most, left)
+        if not last and step < next_check:
+            continue
+        next_check = step + max(_CHECK_INTERVAL, step // 10)
+        values, errors = lanczos.ritz()
+        low, high = float(values[0]), float(values[-1])
+        lower, upper = lanczos.bounds(limits, component)
+        end, excess = _furthest_outside(low, high, inner)
+        scale = max(abs(low), abs(high), norm)
+        settled = errors[end] <= max(tolerance, 1e-6 * max(abs(low), abs(high)))
+        goal = tolerance if step < steps else max(tolerance, tol * scale)
+        closed = limits[0] - goal <= lower and upper <= limits[1] + goal
+        if closed or (excess > 0 and settled):
+            break
+        if last:
+            if not time_up and left <= min(_DENSE, most - step):
+                return _search_densely(multiply, Q, inner)
+            break
+    value = vector = None
     if excess > 0:
-        value = lanczos.rayleigh_quotient(end)
-        if value < limits[0] or value > limits[1]:
-            beyond = value
-        else:  # noise in the products caused the outlying Ritz value
-            slack = max(slack, excess)
-    return SearchResult(low, high, slack, beyond)
+        try:
+            value, vector = lanczos.ritz_vector(end)
+        except TimeUpError:
+            value = None
+        if value is not None and inner[0] <= value <= inner[1]:
+            value = vector = None  # noise in the products caused the outlying Ritz value
+    return SearchResult(low, high, lower, upper, value, vector)
 
 
 def _search_densely(multiply: Multiply, Q: Array, limits: tuple[float, float]) -> SearchResult:
@@ -151,10 +216,12 @@ def _search_densely(multiply: Multiply, Q: Array, limits: tuple[float, float]) -
     count = Q.shape[1]
     complement = np.linalg.qr(Q, mode="complete")[0][:, count:]
     compression = complement.T @ multiply(complement)
-    values = np.linalg.eigvalsh((compression + compression.T) / 2)
+    values, vectors = np.linalg.eigh((compression + compression.T) / 2)
     low, high = float(values[0]), float(values[-1])
     end, excess = _furthest_outside(low, high, limits)
-    return SearchResult(low, high, 0.0, (low, high)[end] if excess > 0 else None)
+    if excess <= 0:
+        return SearchResult(low, high, low, high)
+    return SearchResult(low, high, low, high, (low, high)[end], complement @ vectors[:, end])
 
 
 def _furthest_outside(low: float, high: float, limits: tuple[float, float]) -> tuple[int, float]:
@@ -166,15 +233,27 @@ def _furthest_outside(low: float, high: float, limits: tuple[float, float]) -> t
     return (0, limits[0] - low) if limits[0] - low > high - limits[1] else (-1, high - limits[1])
 
 
-def _slack(spread: float, size: int, steps: int, failure: float) -> float:
-    r"""Return an upper bound for the distances from the extreme Ritz values to the extreme eigenvalues.
+def _upper_bound(alphas: Array, betas: Array, top: float, component: float) -> float:
+    r"""Return an upper bound for the largest eigenvalue, or infinity if there is none yet.
 
-    The probability that the bound fails at one or both ends is at most `failure`. After m steps with a matrix of size
-    n, the distance at one end exceeds :math:`\epsilon` times the spread of the eigenvalues with a probability of at
-    most :math:`1.648 \sqrt{n} \exp(-\sqrt{\epsilon} (2 m - 1))`.
+    The bound holds if the component of the starting vector along the eigenvector is at least `component`. The Lanczos
+    polynomials are evaluated at increasing distances from the largest Ritz value `top`. With :math:`d_j = \beta_j
+    p_j(t) / p_{j-1}(t)`, their recurrence is :math:`d_j = t - \alpha_j - \beta_{j-1}^2 / d_{j-1}`.
     """
-    share = (math.log(1.648 * math.sqrt(size) * 2 / failure) / (2 * steps - 1)) ** 2
-    return share / (1 - 2 * share) * spread if share < 0.5 else math.inf
+    t = top + _DISTANCES * (np.abs(alphas).max() + 2 * betas.max())
+    log_p, largest, pivot = np.zeros_like(t), np.zeros_like(t), np.full_like(t, np.inf)
+    previous = 0.0
+    beyond = np.ones(len(t), dtype=bool)  # not below the largest Ritz value, up to rounding errors
+    for alpha, beta in zip(alphas, betas, strict=True):
+        pivot = t - alpha - previous**2 / pivot
+        beyond &= pivot > 0
+        pivot = np.where(beyond, pivot, 1.0)
+        log_p += np.log(pivot / beta)
+        largest = np.maximum(largest, log_p)
+        previous = beta
+    excluded = beyond & (largest > -math.log(component))
+    first = 1 + int(np.flatnonzero(~excluded).max(initial=-1))
+    return float(t[first]) if first < len(t) else math.inf
 
 
 def _project(Q: Array, x: Array) -> Array:
@@ -194,6 +273,11 @@ class _ProjectedLanczos:
         self._betas: list[float] = []
         self._norm = 0.0
         self.exhausted = False
+
+    @property
+    def steps(self) -> int:
+        """The number of completed steps."""
+        return len(self._alphas)
 
     def step(self) -> None:
         """Take one Lanczos step."""
@@ -215,8 +299,18 @@ class _ProjectedLanczos:
         values, vectors = self._eigh()
         return values, self._betas[-1] * np.abs(vectors[-1])
 
-    def rayleigh_quotient(self, end: int) -> float:
-        """Return the Rayleigh quotient of the Ritz vector for the smallest (end=0) or largest (end=-1) Ritz value.
+    def bounds(self, limits: tuple[float, float], component: float) -> tuple[float, float]:
+        """Return bounds for the eigenvalues at the ends with finite limits (see `_upper_bound`)."""
+        values = self._eigh()[0]
+        if self.exhausted:
+            return float(values[0]), float(values[-1])
+        alphas, betas = np.array(self._alphas), np.array(self._betas)
+        lower = -_upper_bound(-alphas, betas, -values[0], component) if math.isfinite(limits[0]) else -math.inf
+        upper = _upper_bound(alphas, betas, values[-1], component) if math.isfinite(limits[1]) else math.inf
+        return lower, upper
+
+    def ritz_vector(self, end: int) -> tuple[float, Array]:
+        """Return the Ritz vector for the smallest (end=0) or largest (end=-1) Ritz value, and its Rayleigh quotient.
 
         The recurrence is repeated to form the Ritz vector.
         """
@@ -230,7 +324,7 @@ class _ProjectedLanczos:
             total += weight * self._q
         total = _project(self._Q, total)
         total /= np.linalg.norm(total)
-        return float(total @ self._multiply(total))
+        return float(total @ self._multiply(total)), total
 
     def _next(self, product: Array, alpha: float, beta: float) -> Array:
         """Return the next Lanczos vector before normalization."""

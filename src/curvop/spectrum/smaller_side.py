@@ -203,7 +203,8 @@ def solve_formed(
         noise = _noise(A, spectrum, values, exponent, shift, rng)
 
         def remaining(ends: tuple[float, float], tolerance: float) -> SearchResult:
-            return SearchResult(spectrum.low + shift, spectrum.high + shift, spectrum.deficit, None)
+            low, high, deficit = spectrum.low + shift, spectrum.high + shift, spectrum.deficit
+            return SearchResult(low, high, low - deficit, high + deficit)
 
         quotients = values  # Rayleigh quotients equal the eigenvalues up to rounding errors
         certificate = certificate_from(
