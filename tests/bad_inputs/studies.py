@@ -207,6 +207,12 @@ area(
         ValueError,
         "tol is 0",
     ),
+    (
+        "a number of steps for a thorough search",
+        lambda: spectrum.certify(DENSE, [3.0], np.eye(4)[:, :1], thorough=500),
+        TypeError,
+        "thorough is 500, but must be True or False: pass search=",
+    ),
 )
 area(
     "Functions of matrices",

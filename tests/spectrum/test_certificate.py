@@ -686,6 +686,7 @@ def test_repeatable_and_products_are_counted(clustered) -> None:
         ({"which": "LR"}, ValueError, "which is 'LR', but must be one of LA, SA"),
         ({"tol": 0}, ValueError, "tol is 0"),
         ({"search": 0}, ValueError, "search is 0"),
+        ({"thorough": 500}, TypeError, "thorough is 500, but must be True or False: pass search= for the number"),
     ],
 )
 def test_bad_input(change, error, match) -> None:

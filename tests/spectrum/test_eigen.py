@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 import time
 import warnings
 
@@ -480,6 +482,24 @@ class TestResult:
             assert loaded.certificate is None
         with np.load(tmp_path / "pairs.npz", allow_pickle=False) as file:
             assert all(file[name].dtype != object for name in file)
+
+    def test_the_ranges_of_old_certificates_follow_from_the_resolution(self, tmp_path) -> None:
+        """Earlier versions did not save them, and accepted a search of any resolution."""
+        A = matrix([5.0, 4.0, 3.0, *np.linspace(2.99, -2.99, 497)])
+        for which in ("LA", "SA", "LM"):
+            result = eigsh(A, 3, which)
+            short = certify(A, result.values, result.vectors, which=which, search=20, progress=False)
+            result = dataclasses.replace(result, certificate=short)
+            result.save(tmp_path / "new.npz")
+            arrays = dict(np.load(tmp_path / "new.npz"))
+            for name in ("remaining", "innermost"):
+                del arrays[f"certificate_{name}"]
+            np.savez(tmp_path / "old.npz", **arrays)
+            new, old = EigenResult.load(tmp_path / "new.npz"), EigenResult.load(tmp_path / "old.npz")
+            assert new.verdict == result.verdict
+            assert old.verdict == result.verdict
+            assert not old.ok
+            assert pickle.loads(pickle.dumps(old)).verdict == result.verdict
 
     def test_load_refuses_other_files(self, tmp_path) -> None:
         np.savez(tmp_path / "other.npz", values=np.ones(3))

@@ -167,6 +167,10 @@ def certify(
     >>> certify(A, values, vectors, which="LA", search=5, thorough=True, progress=False).ok
     True
     """
+    if not isinstance(thorough, bool | np.bool_):
+        raise TypeError(
+            f"thorough is {thorough!r}, but must be True or False: pass search= for the number of steps of the search"
+        )
     steps = search, math.inf if thorough else search
     return certify_within(A, values, vectors, which, tol, steps, rng, progress)
 
