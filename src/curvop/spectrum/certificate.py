@@ -249,8 +249,8 @@ class Certificate:
         Rayleigh quotient was missed. The attribute is None if no missed eigenvalue was found.
     resolution : float or None
         The resolution of the search. With a probability of at least 0.999, the search would have found any missed
-        eigenvalue that lies more than `resolution` beyond the last of the given eigenvalues. The attribute is None if
-        there was no search. There is no search if `which` is None or 'SM', if time ran out, if the operator is not
+        eigenvalue that lies more than `resolution` beyond the innermost of the given eigenvalues. The attribute is None
+        if there was no search. There is no search if `which` is None or 'SM', if time ran out, if the operator is not
         symmetric, or if the given vectors are unusable.
     products : int
         The number of products with A. A block product with K columns counts as K products.
