@@ -294,6 +294,14 @@ class Clock:
         self.now += seconds
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Return a clock that also measures the time limits of `eigsh`."""
+    clock = Clock()
+    monkeypatch.setattr("curvop.spectrum.counting.time", clock)
+    return clock
+
+
 class Slow(LinearOperator):
     """An operator that takes `seconds` per column, and half a second for column number `stall`."""
 
@@ -331,10 +339,8 @@ class TestTime:
 
     @pytest.mark.parametrize("columns", [16, 18, 24, 40, 90])
     def test_partial_eigenpairs_are_certified_if_there_is_time_for_k_plus_8_products(
-        self, columns: int, monkeypatch
+        self, columns: int, clock: Clock
     ) -> None:
-        clock = Clock()
-        monkeypatch.setattr("curvop.spectrum.counting.time", clock)
         A = Slow(matrix(np.linspace(-1, 1, 600) ** 3), 0.04, clock=clock)
         with pytest.warns(RuntimeWarning, match="time was up: 0 of 4"):
             result = eigsh(A, 4, method="lanczos", seconds=0.04 * columns)
@@ -343,10 +349,10 @@ class TestTime:
         assert result.products >= columns / 2
 
     @pytest.mark.parametrize("stall", [1, 3, 39, 40, 41, 58, 70])
-    def test_time_is_up_anywhere(self, stall: int) -> None:
+    def test_time_is_up_anywhere(self, stall: int, clock: Clock) -> None:
         """During the first basis, during later ones, and right after a restart."""
         eigenvalues = np.r_[50.0, 40.0, np.linspace(0, 1, 498) ** 3]
-        A = Slow(matrix(eigenvalues), stall=stall)
+        A = Slow(matrix(eigenvalues), stall=stall, clock=clock)
         with pytest.warns(RuntimeWarning, match="time was up"):
             result = eigsh(A, 4, method="lanczos", seconds=0.45)
         assert A.products == result.products == stall
@@ -364,16 +370,18 @@ class TestTime:
 
     @pytest.mark.parametrize("method", ["arpack", "lanczos"])
     @pytest.mark.parametrize("more", [0, 3, 7])
-    def test_converged_eigenpairs_are_kept_if_there_is_no_time_for_a_certificate(self, method: str, more: int) -> None:
+    def test_converged_eigenpairs_are_kept_if_there_is_no_time_for_a_certificate(
+        self, method: str, more: int, clock: Clock
+    ) -> None:
         A = matrix([5.0, 4.0, 3.0, *np.linspace(0, 1, 497)])
         needed = eigsh(A, 3, method=method, certificate=False).products
         with pytest.warns(RuntimeWarning, match="^not certified: time was up$"):
-            result = eigsh(Slow(A, stall=needed + more), 3, method=method, seconds=0.45)
+            result = eigsh(Slow(A, stall=needed + more, clock=clock), 3, method=method, seconds=0.45)
         assert (result.converged, result.timed_out, result.certificate) == (True, False, None)
         np.testing.assert_allclose(result.values, [3, 4, 5], atol=1e-12)
 
-    def test_lobpcg_returns_the_eigenpairs_of_its_last_check(self) -> None:
-        A = Slow(diags_array(np.linspace(-1, 1, 4000) ** 3).tocsr(), stall=600)
+    def test_lobpcg_returns_the_eigenpairs_of_its_last_check(self, clock: Clock) -> None:
+        A = Slow(diags_array(np.linspace(-1, 1, 4000) ** 3).tocsr(), stall=600, clock=clock)
         with pytest.warns(RuntimeWarning, match="not converged before time was up: 0 of 3"):
             result = eigsh(A, 3, method="lobpcg", seconds=0.45)
         assert len(result.values) == 3
@@ -397,9 +405,7 @@ class TestTime:
         assert (timed.products, timed.converged) == (plain.products, True)
         np.testing.assert_allclose(timed.values, plain.values, rtol=1e-12)
 
-    def test_the_search_for_missed_eigenvalues_uses_the_remaining_time(self, monkeypatch) -> None:
-        clock = Clock()
-        monkeypatch.setattr("curvop.spectrum.counting.time", clock)
+    def test_the_search_for_missed_eigenvalues_uses_the_remaining_time(self, clock: Clock) -> None:
         A = Slow(matrix([5.0, 4.0, 3.0, *np.linspace(2.99, -2.99, 497)]), 0.04, clock=clock)
         whole = eigsh(A.inner, 3, method="lanczos")
         assert whole.certificate.products > 3 + 8 + 50
@@ -415,10 +421,8 @@ class TestTime:
         assert certify(A.inner, result.values, result.vectors, which="LA", thorough=True, progress=False).ok
 
     @pytest.mark.parametrize("more", [0, 1, 3, 18])
-    def test_the_certificate_says_what_the_search_showed_when_time_was_up(self, more: int, monkeypatch) -> None:
+    def test_the_certificate_says_what_the_search_showed_when_time_was_up(self, more: int, clock: Clock) -> None:
         """Time runs out during the search, although enough time seemed to be left."""
-        clock = Clock()
-        monkeypatch.setattr("curvop.spectrum.counting.time", clock)
         A = matrix([5.0, 4.0, 3.0, *np.linspace(2.99, -2.99, 497)])
         needed = eigsh(A, 3, method="lanczos", certificate=False).products
         with pytest.warns(RuntimeWarning, match="^not certified: "):
