@@ -45,7 +45,7 @@ Array = NDArray[Any]
 _MAX_RUNS = 5  # maximum number of runs of a solver; each run starts from the previous solutions
 _MAX_STEPS = 1000  # default limit for the number of steps
 _MAX_BLOCK = 128  # maximum number of columns of a block; the recurrences of wider blocks take longer than the products
-_BUFFERS = 10  # number of tensors of the size of a block that the solver stores, including temporary ones
+_BUFFERS = 12  # number of tensors of the size of a block that the solver stores, including temporary ones
 # Negative curvature up to this multiple of the norm of the matrix may be a rounding error of a float32 model.
 _ROUNDING = 10 * float(np.finfo(np.float32).eps)
 
@@ -148,9 +148,9 @@ def solve(
     the solutions.
 
     All recurrences are computed in float64 on the device of `A`. The accuracy for float32 models is therefore limited
-    by the products, and not by the recurrences. A block needs memory for about ten float64 tensors of its size. A block
-    has at most 128 columns, or fewer if 128 columns do not fit into half of the free memory. More columns are solved in
-    several blocks. New residuals are orthogonalized against all earlier ones, or only against the first ones if more
+    by the products, and not by the recurrences. A block needs memory for about twelve float64 tensors of its size. A
+    block has at most 128 columns, or fewer if 128 columns do not fit into half of the free memory. More columns are
+    solved in several blocks. New residuals are orthogonalized against all earlier ones, or only against the first ones if more
     than 1024 vectors or half of the free memory would be needed. This orthogonalization often halves the number of
     products. After m products, it takes O(N K m) operations per step.
 
@@ -475,8 +475,26 @@ class _Group:
         self._trust_rounding = True
 
     def run(self, max_steps: int) -> None:
-        """Run solvers until the true residuals are small enough or no longer decrease."""
-        active = np.flatnonzero(self.residual > self._rtol)
+        """Run solvers until the true residuals are small enough or no longer decrease.
+
+        In floating-point arithmetic, a block can fail if its columns differ too much in size in the inner product of
+        the matrix, for example if the diagonal is between 1e-20 and 1e20. Columns that no longer improve are therefore
+        continued one by one, as long as this helps.
+        """
+        self._improve(np.flatnonzero(self.residual > self._rtol), max_steps)
+        stuck = [i for i, status in enumerate(self.status) if status == "stagnation"]
+        for i in stuck if len(self.status) > 1 else []:
+            if self.solver == "minres" or self._system.low_precision:
+                break
+            before = self.residual[i]
+            self._improve(np.array([i]), max_steps)
+            if self.residual[i] > max(0.5 * before, self._rtol):
+                break
+
+    def _improve(self, active: Array, max_steps: int) -> None:
+        """Run solvers for the active columns together."""
+        for i in active:
+            self.status[i] = "rtol"
         for number in range(_MAX_RUNS):
             if not len(active):
                 break
@@ -490,9 +508,10 @@ class _Group:
     def _accept(self, active: Array, X: Tensor, R: Tensor, end: BlockRun, number: int) -> Array:
         """Keep the solutions that are better than the previous ones. Return the columns to restart."""
         before, found = self.residual[active], row_norms(R) / self._norms[active]
-        # CG decreases the error, but not always the residual. The first solution of CG is therefore accepted even if
-        # the initial solution has a smaller residual.
-        better = (found < before) | ((number == 0) & (self.solver == "cg") & (end.steps > 0))
+        if self.solver == "cg" and end.steps:
+            self._shorten(active, X, R, found > before)
+            found = row_norms(R) / self._norms[active]
+        better = found < before
         chosen = active[better]
         self._X[chosen], self.residual[chosen] = X[better], found[better]
         if self._R is self._B:
@@ -518,6 +537,22 @@ class _Group:
             self.status[i] = text
         return active[restart]
 
+    def _shorten(self, active: Array, X: Tensor, R: Tensor, worse: NDArray[np.bool_]) -> None:
+        """Replace solutions that are worse than the previous ones by the best solutions on the line to these, in place.
+
+        CG decreases the error in the norm of the matrix, but not always the residual. On the line between two
+        solutions, this error is convex. The new solutions therefore have a smaller error and a smaller residual than
+        the previous ones (Zhou, Walker, 1994, "Residual smoothing techniques for iterative methods", SIAM J. Sci.
+        Comput. 15(2)).
+        """
+        for row in np.flatnonzero(worse):
+            x, r = self._X[active[row]], self._R[active[row]]
+            change = r - R[row]
+            fraction = float(r @ change / (change @ change))
+            # Rounding errors of a much larger residual would dominate the new one.
+            fraction = min(fraction, 1.0) if fraction > 1e-6 else 0.0
+            X[row], R[row] = torch.lerp(x, X[row], fraction), r - fraction * change
+
     def _residuals(self, X: Tensor, active: Array) -> Tensor:
         """Return the true residuals of solutions."""
         return self._B[active] - self._system.checked_multiply(X, self._columns[active])
@@ -532,7 +567,7 @@ class _Group:
         hook = None if self._on_step is None else functools.partial(self._on_step, columns, X)
         if self.solver == "cg":
             end = block_cg(self._system, X, R, tolerances, columns, max_steps, hook, self._trust_rounding)
-            if end.reason != "curvature" and (end.reason != "breakdown" or end.steps):
+            if end.reason != "curvature":
                 end.sizes *= tolerances / allowed
                 return X, end
             self._report_curvature(end.curvature, columns)
