@@ -125,6 +125,34 @@ class TestIndefinite:
         residual = np.linalg.norm(b - A @ result.solution - 1e-5 * result.solution) / np.linalg.norm(b)
         assert residual <= 1e-8
 
+    @pytest.mark.parametrize("count", [1, 5])
+    def test_reported_at_the_product_that_shows_it(self, count: int, monkeypatch) -> None:
+        A, b = matrix([*-np.linspace(0.5, 1, 20), *np.linspace(0.5, 2, 180)]), np.random.default_rng(0)
+        products = 0
+        reports: list[tuple[int, str]] = []
+
+        def multiply(X: np.ndarray) -> np.ndarray:
+            nonlocal products
+            products += X.shape[1] if X.ndim > 1 else 1
+            return A @ X
+
+        monkeypatch.setattr("tqdm.tqdm.set_postfix_str", lambda bar, text: reports.append((products, text)))
+        operator = LinearOperator(A.shape, matvec=multiply, matmat=multiply, dtype=float)
+        with pytest.warns(RuntimeWarning, match="converged.*indefinite"):
+            result = quietly(operator, b.standard_normal((200, count)), damping=0.0, rtol=1e-10)
+        (at, text), *others = reports
+        assert not others
+        assert text == f"indefinite: smallest eigenvalue <= {result.negative_curvature:.3g}"
+        # A plain loop of conjugate gradients needs this many products until the curvature is negative. One more product
+        # measures the norm of A.
+        r = p = np.random.default_rng(0).standard_normal((200, count))[:, 0]
+        steps = 1
+        while p @ A @ p > 0:
+            new = r - (r @ r) / (p @ A @ p) * (A @ p)
+            r, p, steps = new, new + (new @ new) / (r @ r) * p, steps + 1
+        assert at <= count * steps + 1
+        assert at < 0.5 * result.products.sum()
+
     def test_with_a_preconditioner(self) -> None:
         A, b = matrix([-1.0, *np.logspace(-3, 2, 60)]), right_side(61)
         M = nystrom(matrix([0.0, *np.logspace(-3, 2, 60)]), 40, 0.1, rng=0)
@@ -141,6 +169,57 @@ class TestIndefinite:
             result = quietly(A, b, damping=0, rtol=1e-8)
         assert result.converged
         assert result.products < 200
+
+
+class TestLimitsOfMinres:
+    """If a limit stopped MINRES, the warning says so."""
+
+    A = matrix([*-np.linspace(0.1, 1, 60), *np.linspace(0.1, 1, 60)])
+
+    def test_maxiter(self) -> None:
+        with pytest.warns(RuntimeWarning, match=r"not converged.*indefinite.*reached maxiter: increase maxiter"):
+            result = quietly(self.A, right_side(120), damping=0, rtol=1e-10, maxiter=6)
+        assert (result.status, result.solver) == ("maxiter", "minres")
+
+    def test_seconds(self) -> None:
+        def slowly(X: np.ndarray) -> np.ndarray:
+            time.sleep(0.01)
+            return self.A @ X
+
+        operator = LinearOperator(self.A.shape, matvec=slowly, matmat=slowly, dtype=float)
+        with pytest.warns(RuntimeWarning, match=r"not converged.*indefinite.*ran out of time: increase seconds"):
+            result = quietly(operator, right_side(120), damping=0, rtol=1e-10, seconds=0.3)
+        assert (result.status, result.solver) == ("seconds", "minres")
+
+    def test_a_preconditioner_that_is_zero_in_the_direction_of_the_residual(self) -> None:
+        b = np.eye(3)[:, :2]
+        with pytest.raises(ValueError, match="preconditioner is not positive definite"):
+            quietly(np.diag([1.0, -2.0, 3.0]), b, damping=0, preconditioner=np.diag([0.0, 1.0, 1.0]))
+
+
+class TestDefaultLimit:
+    @pytest.mark.parametrize("N", [20, 400])
+    def test_the_number_of_steps(self, N: int) -> None:
+        seen: list[np.ndarray] = []
+        # Every product has an error, so that the solver cannot converge, and restarts.
+        rng, values = np.random.default_rng(0), np.logspace(-12, 0, N)
+
+        def noisily(x: np.ndarray) -> np.ndarray:
+            return values * x * (1 + 0.3 * rng.random(N))
+
+        operator = LinearOperator((N, N), matvec=noisily, dtype=float)
+        with pytest.warns(RuntimeWarning, match="not converged"):
+            result = quietly(operator, right_side(N), damping=0, rtol=1e-12, callback=seen.append)
+        assert len(seen) <= min(10 * N, 1000)
+        assert result.status in ("maxiter", "stagnation")
+
+    def test_the_verdict(self) -> None:
+        values = np.logspace(-8, 0, 2000)
+        steps: list[np.ndarray] = []
+        operator = LinearOperator((2000, 2000), matvec=lambda x: values * x.ravel(), dtype=float)
+        with pytest.warns(RuntimeWarning, match="reached maxiter: increase maxiter, or use a preconditioner"):
+            result = quietly(operator, right_side(2000), damping=0, rtol=1e-12, callback=steps.append)
+        assert (result.status, len(steps), result.products) == ("maxiter", 1000, 1001)
 
 
 class TestReports:

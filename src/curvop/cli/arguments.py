@@ -137,6 +137,12 @@ def _parser() -> _Parser:
     eigs.add_argument(
         "--tol", type=_nonnegative, default=0.0, help="relative tolerance of the solver (default: 0, machine precision)"
     )
+    eigs.add_argument(
+        "--maxiter", type=_count, help="maximum number of steps of the linear solver (default: 10 N, and at most 1000)"
+    )
+    eigs.add_argument(
+        "--seconds", type=_duration, metavar="TIME", help="time limit of the linear solver, for example 90s, 30m or 2h"
+    )
     eigs.add_argument("--cost", action="store_true", help="measure the time and memory of one product")
     eigs.add_argument("--out", metavar="FILE.npz", type=Path, help="save eigenvalues and eigenvectors to this file")
     solver = commands.add_parser(

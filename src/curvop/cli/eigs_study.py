@@ -45,6 +45,8 @@ def study(
     block: Sequence[str] | None,
     damping: float,
     bar: Any,
+    maxiter: int | None = None,
+    seconds: float | None = None,
 ) -> Iterator[Result]:
     """Compute extreme eigenvalues of a curvature matrix, check them, and solve a damped linear system.
 
@@ -68,6 +70,8 @@ def study(
         Damping of the linear system.
     bar : tqdm.tqdm
         Progress bar that counts products. Its description names the current step.
+    maxiter, seconds : int or None, float or None
+        Limits of the linear solver.
 
     Yields
     ------
@@ -96,7 +100,7 @@ def study(
     yield dense_check(problem, MATRICES[matrix].dense, list(setup.slices), converged, tol + precision)
 
     part = operator if setup.block else whole.block(last_layer(list(setup.slices)))
-    yield _solve(part, damping, precision, bar)
+    yield _solve(part, damping, precision, bar, maxiter, seconds)
 
 
 def singular_study(
@@ -271,12 +275,12 @@ def _spectrum(operator: Any, ends: Sequence[tuple[str, int]], tol: float, roundi
     return Spectrum(tuple(studied), residual_cost)
 
 
-def _solve(block: Any, damping: float, rtol: float, bar: Any) -> Solve:
+def _solve(block: Any, damping: float, rtol: float, bar: Any, maxiter: int | None, seconds: float | None) -> Solve:
     """Solve the damped linear system of a block. The right-hand side is the gradient for its parameters."""
     bar.set_description_str("solve")
     gradient, _ = _finite_gradient(block)
     with _timed(block) as cost, without_verdicts():
-        result = solve(block, gradient, damping=damping, rtol=rtol, progress=False)
+        result = solve(block, gradient, damping, rtol=rtol, maxiter=maxiter, seconds=seconds, progress=False)
     return Solve(tuple(block.params_slices), block.shape[0], damping, rtol, result, cost)
 
 

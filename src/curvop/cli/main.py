@@ -95,7 +95,8 @@ def _study(problem: dict[str, Any], options: argparse.Namespace, bar: Any) -> It
     common["settings"] = operator_settings(options)
     if options.matrix == "jacobian":
         return singular_study(problem, k=options.k, bar=bar, **common)
-    return study(problem, matrix=options.matrix, ends=_ends(options), damping=options.damping, bar=bar, **common)
+    limits = {name: getattr(options, name) for name in ("damping", "maxiter", "seconds")}
+    return study(problem, matrix=options.matrix, ends=_ends(options), bar=bar, **limits, **common)
 
 
 def _ends(options: argparse.Namespace) -> list[tuple[str, int]]:

@@ -222,9 +222,9 @@ class Solve:
 
 #: What stopped a solver that did not converge, by `SolveResult.status`.
 _NOT_CONVERGED = {
-    "maxiter": "the number of steps is too small: increase --maxiter, or use --rank",
-    "seconds": "out of time: increase --seconds, or use --rank",
-    "precision": "this is the limit of the precision of the products",
+    "maxiter": "the number of steps is too small: increase --maxiter or --damping, or use 'curvop solve --rank'",
+    "seconds": "out of time: increase --seconds or --damping, or use 'curvop solve --rank'",
+    "precision": "the precision of the products does not allow a smaller residual",
     "stagnation": "rounding errors prevent a smaller residual",
 }
 

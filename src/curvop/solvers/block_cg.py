@@ -20,7 +20,11 @@ implementation differs from O'Leary's method as follows:
    smaller than the rounding errors that this norm allows, two products measure the rounding errors. Badly
    scaled matrices are therefore told apart from singular ones: the products of a diagonal matrix with entries from
    1e-20 to 1e20 have small errors in every component, and those of a singular dense matrix do not.
-5. Every step synchronizes with the device only once, to copy the small matrices to the host.
+5. All right-hand sides stay in one block. Single recurrences in lockstep never took fewer products in
+   ``tests/solvers/test_block_solve.py``: 24 and 24 for two columns of a well-conditioned matrix, 78 and 78 for two
+   columns with separate Krylov spaces, 87 and 95 for eight easy columns and a hard one, and 60 and 820 for 20 columns
+   of a matrix with 40 rows. Columns are continued one by one only if rounding errors stop the block.
+6. Every step synchronizes with the device only once, to copy the small matrices to the host.
 
 References
 ----------

@@ -51,11 +51,12 @@ _ROUNDING = 10 * float(np.finfo(np.float32).eps)
 
 #: Parts of warnings that say what stopped the solver, and what the user can do.
 _VERDICTS = {
-    "maxiter": "it ended at maxiter: increase maxiter, or use a preconditioner or a larger damping",
-    "seconds": "it ran out of time: increase seconds, or use a preconditioner or a larger damping",
-    "precision": "this is the limit of the precision of the products: use float64 parameters, or a larger rtol or "
-    "damping",
-    "stagnation": "rounding errors prevent a smaller residual: use a larger damping or rtol, or a preconditioner",
+    "maxiter": "the solver reached maxiter: increase maxiter, or use a preconditioner or a larger damping",
+    "seconds": "the solver ran out of time: increase seconds, or use a preconditioner or a larger damping",
+    "precision": "the precision of the products with A does not allow a smaller residual: use float64 parameters, or a "
+    "larger rtol or damping",
+    "stagnation": "rounding errors prevent a smaller residual: use a larger damping or rtol, or a preconditioner of a "
+    "smaller condition number",
 }
 
 
@@ -150,9 +151,9 @@ def solve(
     All recurrences are computed in float64 on the device of `A`. The accuracy for float32 models is therefore limited
     by the products, and not by the recurrences. A block needs memory for about twelve float64 tensors of its size. A
     block has at most 128 columns, or fewer if 128 columns do not fit into half of the free memory. More columns are
-    solved in several blocks. New residuals are orthogonalized against all earlier ones, or only against the first ones if more
-    than 1024 vectors or half of the free memory would be needed. This orthogonalization often halves the number of
-    products. After m products, it takes O(N K m) operations per step.
+    solved in several blocks. New residuals are orthogonalized against all earlier ones, or only against the first ones
+    if more than 1024 vectors or half of the free memory would be needed. This orthogonalization often halves the number
+    of products. After m products, it takes O(N K m) operations per step.
 
     References
     ----------
@@ -268,15 +269,17 @@ class SolveResult:
         rtol : float
             The requested relative residual.
         """
-        if self.solver == "minres":
-            remedy = "use a larger damping to make it positive definite"
-            if self.negative_curvature is not None:
-                remedy += ", or a GGNLinearOperator instead of a Hessian"
-            return f"{self}; {remedy}"
-        if np.all(self.converged):
+        converged = np.all(self.converged)
+        if converged and self.solver == "cg":
             return ""
-        verdict = f"; {_VERDICTS[self.status]}" if self.status in _VERDICTS else ""
-        return f"{self}, but rtol is {rtol:g}{verdict}"
+        text = str(self) if converged else f"{self}, but rtol is {rtol:g}"
+        if self.solver == "minres":
+            text += "; use a larger damping to make it positive definite"
+            if self.negative_curvature is not None:
+                text += ", or a GGNLinearOperator instead of a Hessian"
+            if self.status == "stagnation":  # a larger damping is the remedy
+                return text
+        return text if converged else f"{text}; {_VERDICTS[self.status]}"
 
     def __str__(self) -> str:
         count, done = np.size(self.converged), int(np.sum(self.converged))

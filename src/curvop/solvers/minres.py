@@ -114,6 +114,8 @@ class _Recurrence:
         self._r2 = self._r1
         self._y = self._precondition(self._r1)
         self._first = _sqrt(_dots(self._r1, self._y))
+        if not bool((self._first > 0).all()):
+            raise ValueError("preconditioner is not positive definite: pass one that is, or none")
         zeros, ones = torch.zeros_like(self._first), torch.ones_like(self._first)
         self._beta, self._old_beta, self._phi_bar = self._first, zeros, self._first
         self._d_bar, self._epsilon, self._norm2 = zeros, zeros, zeros
