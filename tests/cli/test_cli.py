@@ -428,7 +428,7 @@ class TestFailures:
         assert not result["converged"]
         assert len(result["eigenvalues"]) < 6
 
-    @pytest.mark.parametrize("limit", [("--maxiter", 1), ("--seconds", 0.000001)])
+    @pytest.mark.parametrize("limit", [("--maxiter", "1"), ("--seconds", "0.000001")])
     def test_a_solve_that_does_not_converge(self, run, spec, limit):
         code, out, _ = run("eigs", spec("small"), "--k", 3, *limit)
         assert code == 1

@@ -122,7 +122,7 @@ class TestFailures:
 
     def test_the_remedy_fits_the_reason(self) -> None:
         A = InverseLinearOperator(aslinearoperator(matrix([0.0, *np.logspace(-6, 0, 20)])), 1e-13, rtol=1e-15)
-        with pytest.raises(NotConvergedError, match="rounding errors.*larger damping or rtol") as caught:
+        with pytest.raises(NotConvergedError, match=r"rounding errors.*larger damping or rtol") as caught:
             A @ np.ones(21)
         assert "maxiter" not in str(caught.value)
         assert str(caught.value).endswith("contains the best solutions; on_failure='warn' returns them")

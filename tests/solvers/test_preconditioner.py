@@ -136,7 +136,7 @@ class TestAutomaticRank:
         M = nystrom(A, "auto", damping, rng=0)
         approximation = M.vectors * M.values @ M.vectors.T
         assert np.linalg.norm(A - approximation, 2) <= 1.5 * damping
-        # Proposition 5.3 of Frangella, Tropp, Udell (2023)
+        # The bound of Frangella, Tropp, Udell (2023)
         bound = (M.values[-1] + damping + np.linalg.norm(A - approximation, 2)) / damping
         assert condition(A, M, damping) <= bound * (1 + 1e-6) < 4
 
@@ -185,6 +185,21 @@ class TestJacobi:
         A = matrix(DECAYING)
         np.testing.assert_allclose(jacobi(A, 0.1) @ np.eye(60), np.diag(1 / (np.diag(A) + 0.1)), atol=1e-14)
         np.testing.assert_allclose(pickle.loads(pickle.dumps(jacobi(A, 0.1))) @ np.ones(60), 1 / (np.diag(A) + 0.1))
+
+    def test_an_estimate_needs_no_arrays(self) -> None:
+        A = matrix(np.r_[np.logspace(0, 2, 10), np.zeros(290)])
+
+        class OnlyTensors(TensorLinearOperator):
+            takes_tensors = True
+
+            def _apply(self, rows):
+                assert isinstance(rows, torch.Tensor)
+                return rows @ torch.from_numpy(A)
+
+        M = jacobi(OnlyTensors(np.float64, A.shape), 0.1, num_products=40, rng=0)  # XDiag is exact for a low rank
+        np.testing.assert_allclose(M @ np.ones(300), 1 / (np.diag(A) + 0.1), rtol=1e-10)
+        with pytest.raises(ValueError, match="num_products is 1"):
+            jacobi(OnlyTensors(np.float64, A.shape), 0.1, num_products=1)
 
     def test_non_finite_products_are_refused(self) -> None:
         for size in (5, 100):

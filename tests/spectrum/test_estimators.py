@@ -320,3 +320,32 @@ def test_bad_input(estimator) -> None:
     if estimator is not frobenius_norm:
         with pytest.raises(ValueError, match="must be square"):
             estimator(aslinearoperator(np.ones((2, 3))), 4)
+
+
+@pytest.mark.parametrize("num_products", [4, 20, 120])
+@pytest.mark.parametrize("estimator", [trace, diagonal, frobenius_norm])
+def test_a_progress_bar_counts_the_products(estimator, num_products: int, monkeypatch) -> None:
+    counts: list[int] = []
+    monkeypatch.setattr("tqdm.tqdm.update", lambda bar, count=1: counts.append(count))
+    A = Counted(np.diag(np.linspace(0.0, 1.0, 60)))
+    estimator(A, num_products, rng=0, progress=True)
+    assert sum(counts) == A.columns == min(num_products, 60)
+
+
+class Counted(LinearOperator):
+    """A symmetric matrix that counts the columns that are multiplied."""
+
+    def __init__(self, A: np.ndarray) -> None:
+        super().__init__(A.dtype, A.shape)
+        self.A, self.columns = A, 0
+
+    def _matmat(self, X):
+        self.columns += X.shape[1]
+        return self.A @ X
+
+    def _matvec(self, x):
+        self.columns += 1
+        return self.A @ x
+
+    def _adjoint(self):
+        return self

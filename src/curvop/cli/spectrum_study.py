@@ -392,7 +392,8 @@ def _estimate(results: StudyResults, A: LinearOperator, name: str, estimator: An
     def run(A: LinearOperator, seconds: float | None) -> Any:
         count = _estimate_products(A)
         with step_bar(name, total=count) as bar:
-            result = estimator(TimedOperator(CountedOperator(A, bar), deadline_after(seconds)), count, rng=seed)
+            timed = TimedOperator(CountedOperator(A, bar), deadline_after(seconds))
+            result = estimator(timed, count, rng=seed, progress=False)
             bar.total = bar.n  # a small matrix takes fewer products than expected
         return result
 

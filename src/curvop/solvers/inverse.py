@@ -192,8 +192,8 @@ class InverseLinearOperator(CompositeLinearOperator):
         if failed and self._on_failure == "raise":
             worst = max(failed, key=lambda result: result.residual)
             raise NotConvergedError(
-                f"{len(failed)} of {len(self.last)} columns: {worst.problem(rtol)}. The attribute solution of this error "
-                "contains the best solutions; on_failure='warn' returns them",
+                f"{len(failed)} of {len(self.last)} columns: {worst.problem(rtol)}. The attribute solution of this "
+                "error contains the best solutions; on_failure='warn' returns them",
                 self.last,
             )
         texts = [text for result in self.last if (text := result.problem(rtol))]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from curvop.operators.base import Rows, TensorLinearOperator
 from curvop.operators.diagonal_operator import DiagonalLinearOperator
-from curvop.operators.validation import available_bytes, random_generator, real_operator, real_scalar
+from curvop.operators.validation import available_bytes, integer, random_generator, real_operator, real_scalar
 from curvop.solvers.damped_system import operator_multiplier
-from curvop.spectrum.estimators import diagonal
+from curvop.spectrum.estimators import estimate_diagonal
 from curvop.spectrum.lanczos import device_of
 
 __all__ = ["NystromPreconditioner", "jacobi", "nystrom"]
@@ -71,13 +71,12 @@ def nystrom(
 
     Notes
     -----
-    The preconditioner is based on the randomized Nystrom approximation [1]_ (algorithm 2.1 and section 5). For a given
-    rank, its construction takes one product of `A` with a random N x rank matrix, and ``O(N * rank**2)`` other
-    operations. With ``rank='auto'``, the sketch starts with 16 columns. When the rank is doubled, all earlier products
-    are reused ([1]_, section 5.4). Let E be the difference of `A` and its low-rank approximation. As soon as the
-    smallest approximate eigenvalue is at most the damping, the norm of E is estimated by at most 10 steps of the power
-    method. Each step takes one product. The condition number of the preconditioned matrix is at most ``(values[-1] +
-    damping + ||E||) / damping`` ([1]_, proposition 5.3).
+    The preconditioner is based on the randomized Nystrom approximation [1]_. For a given rank, its construction takes
+    one product of `A` with a random N x rank matrix, and ``O(N * rank**2)`` other operations. With ``rank='auto'``, the
+    sketch starts with 16 columns. When the rank is doubled, all earlier products are reused, as proposed in [1]_. Let E
+    be the difference of `A` and its low-rank approximation. As soon as the smallest approximate eigenvalue is at most
+    the damping, the norm of E is estimated by at most 10 steps of the power method. Each step takes one product. The
+    condition number of the preconditioned matrix is at most ``(values[-1] + damping + ||E||) / damping`` [1]_.
 
     References
     ----------
@@ -167,7 +166,7 @@ class _Sketch:
         return product
 
     def preconditioner(self) -> NystromPreconditioner:
-        """Return the preconditioner of the current rank (Frangella, Tropp, Udell, algorithm 2.1)."""
+        """Return the preconditioner of the current rank (Frangella, Tropp, Udell, 2023)."""
         # All routines of torch release the GIL, so that other threads can run (for example, the heartbeats of
         # distributed ranks).
         tests, products, size = self._tests, self._products, self._size
@@ -276,13 +275,13 @@ def jacobi(
     """
     _num_rows(A)
     _check_damping(damping)
-    values = _exact_diagonal(A)
-    if values is None:
-        values = diagonal(A, num_products, rng).value
-    if not np.isfinite(values).all():
+    diagonal = _exact_diagonal(A)
+    if diagonal is None:
+        integer("num_products", num_products, 2)
+        diagonal = estimate_diagonal(real_operator(A), num_products, rng).value
+    if not bool(diagonal.isfinite().all()):
         raise ValueError("the diagonal of A is not finite")
-    diagonal_of_A = torch.from_numpy(values.astype(np.float64)).to(device_of(A))
-    return DiagonalLinearOperator(1 / (diagonal_of_A.clamp(min=0) + damping))
+    return DiagonalLinearOperator(1 / (diagonal.clamp(min=0) + damping))
 
 
 class NystromPreconditioner(TensorLinearOperator):
@@ -324,7 +323,7 @@ class NystromPreconditioner(TensorLinearOperator):
 
     .. math:: M = (\lambda_r + \mu) \, U (\Lambda + \mu I)^{-1} U^\top + (I - U U^\top)
 
-    ([1]_, eq. (5.3)). A product takes 4 N r operations.
+    as proposed in [1]_. A product takes 4 N r operations.
 
     References
     ----------
@@ -382,11 +381,11 @@ def _check_damping(damping: float) -> None:
         raise ValueError(f"damping is {damping}, but must be positive and finite")
 
 
-def _exact_diagonal(A: LinearOperator) -> NDArray[Any] | None:
+def _exact_diagonal(A: LinearOperator) -> Tensor | None:
     """Return the exact diagonal if the operator can compute it, and None otherwise."""
     method = getattr(A, "diagonal", None)
     try:
-        return None if method is None else np.asarray(method())
+        return None if method is None else _as_float64(method()).to(device_of(A))
     except NotImplementedError:
         return None
 

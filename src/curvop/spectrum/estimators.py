@@ -25,12 +25,23 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
+from tqdm import tqdm
 
+from curvop.operators.progress import step_bar
 from curvop.operators.validation import integer, random_generator, real_operator
 from curvop.spectrum.lanczos import device_of, multiply, product_dtype
-from curvop.spectrum.norms import column_norms, norm
+from curvop.spectrum.norms import column_norms, tensor_norm
 
-__all__ = ["BoundedEstimate", "Estimate", "bounded_mean", "diagonal", "frobenius_norm", "sample_mean", "trace"]
+__all__ = [
+    "BoundedEstimate",
+    "Estimate",
+    "bounded_mean",
+    "diagonal",
+    "estimate_diagonal",
+    "frobenius_norm",
+    "sample_mean",
+    "trace",
+]
 
 Array = NDArray[Any]
 
@@ -61,7 +72,13 @@ _FEWEST = 6
 _CORRELATION = 1.5
 
 
-def trace(A: LinearOperator, num_products: int = 60, rng: int | np.random.Generator | None = None) -> Estimate:
+def trace(
+    A: LinearOperator,
+    num_products: int = 60,
+    rng: int | np.random.Generator | None = None,
+    *,
+    progress: bool = True,
+) -> Estimate:
     r"""Estimate the trace of a symmetric operator by XTrace.
 
     Use `trace` if the eigenvalues decay. In this case, the error of `trace` decreases much faster with the number of
@@ -79,6 +96,8 @@ def trace(A: LinearOperator, num_products: int = 60, rng: int | np.random.Genera
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are uniform on the sphere. The same seed gives the same vectors on
         every device.
+    progress : bool, optional
+        Whether to show a progress bar that counts the products.
 
     Returns
     -------
@@ -130,7 +149,7 @@ def trace(A: LinearOperator, num_products: int = 60, rng: int | np.random.Genera
     >>> from curvop import spectrum
     >>> Q = np.linalg.qr(np.random.default_rng(0).normal(size=(500, 500)))[0]
     >>> values = 1 / np.arange(1, 501) ** 2
-    >>> estimate = spectrum.trace(aslinearoperator((Q * values) @ Q.T), 100, rng=0)
+    >>> estimate = spectrum.trace(aslinearoperator((Q * values) @ Q.T), 100, rng=0, progress=False)
     >>> bool(abs(float(estimate) - values.sum()) < 4 * estimate.error)
     True
     >>> bool(estimate.error < 0.01 * values.sum()), estimate.method
@@ -138,13 +157,20 @@ def trace(A: LinearOperator, num_products: int = 60, rng: int | np.random.Genera
     """
     A = real_operator(A)
     size = _checked_size(A, num_products)
+    with step_bar("trace", progress, min(num_products, size)) as bar:
+        return _to_arrays(_trace(A, size, num_products, rng, bar))
+
+
+def _trace(
+    A: LinearOperator, size: int, num_products: int, rng: int | np.random.Generator | None, bar: tqdm[Any]
+) -> Estimate:
     if num_products >= size:
-        entries = np.diagonal(_dense(A))
-        return Estimate(float(entries.sum()), _EPS * float(np.abs(entries).sum()), "dense")
+        entries = _dense(A, bar).diagonal()
+        return Estimate(entries.sum(), _EPS * entries.abs().sum(), "dense")
     if num_products < _FEWEST:
-        probes = _Probes(A, _on_sphere(rng, size, num_products))
+        probes = _Probes(A, _on_sphere(rng, size, num_products), bar)
         return probes.mean((probes.tests * probes.products).sum(0))
-    sketch = _Sketch(A, A, _on_sphere(rng, size, num_products // 2), "xtrace")
+    sketch = _Sketch(A, A, _on_sphere(rng, size, num_products // 2), "xtrace", bar)
     core = sketch.Q.T @ sketch.image
     if sketch.covers_range:
         # `dropped` bounds the norm of the neglected part of a product with a test vector. Among all matrices with this
@@ -158,7 +184,13 @@ def trace(A: LinearOperator, num_products: int = 60, rng: int | np.random.Genera
     return sketch.mean(exact + scales * (projected * image).sum(0))
 
 
-def diagonal(A: LinearOperator, num_products: int = 60, rng: int | np.random.Generator | None = None) -> Estimate:
+def diagonal(
+    A: LinearOperator,
+    num_products: int = 60,
+    rng: int | np.random.Generator | None = None,
+    *,
+    progress: bool = True,
+) -> Estimate:
     """Estimate the diagonal of a symmetric operator by XDiag.
 
     Use `diagonal` if the eigenvalues decay. For the Gauss-Newton and Fisher operators of this package, use the method
@@ -176,6 +208,8 @@ def diagonal(A: LinearOperator, num_products: int = 60, rng: int | np.random.Gen
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are random signs. The same seed gives the same vectors on every
         device.
+    progress : bool, optional
+        Whether to show a progress bar that counts the products.
 
     Returns
     -------
@@ -219,20 +253,33 @@ def diagonal(A: LinearOperator, num_products: int = 60, rng: int | np.random.Gen
     >>> from curvop import spectrum
     >>> Q = np.linalg.qr(np.random.default_rng(0).normal(size=(300, 300)))[0]
     >>> A = (Q / np.arange(1, 301) ** 2) @ Q.T
-    >>> estimate = spectrum.diagonal(aslinearoperator(A), 100, rng=0)
+    >>> estimate = spectrum.diagonal(aslinearoperator(A), 100, rng=0, progress=False)
     >>> bool(np.linalg.norm(estimate.value - np.diag(A)) < 0.05 * np.linalg.norm(np.diag(A)))
     True
     """
     A = real_operator(A)
     size = _checked_size(A, num_products)
+    with step_bar("diagonal", progress, min(num_products, size)) as bar:
+        return _to_arrays(estimate_diagonal(A, num_products, rng, bar))
+
+
+def estimate_diagonal(
+    A: LinearOperator, num_products: int, rng: int | np.random.Generator | None, bar: tqdm[Any] | None = None
+) -> Estimate:
+    """Estimate the diagonal as `diagonal` does, without a check of the arguments.
+
+    ``value`` and ``error`` are float64 tensors on the device of `A`.
+    """
+    size = A.shape[0]
     if num_products >= size:
-        return Estimate(np.diagonal(_dense(A)).copy(), np.zeros(size), "dense")
+        entries = _dense(A, bar).diagonal().clone()
+        return Estimate(entries, torch.zeros_like(entries), "dense")
     generator, few = random_generator(rng), num_products < _FEWEST
     signs = generator.choice(np.array([-1.0, 1.0]), (size, num_products if few else num_products // 2))
     if few:
-        probes = _Probes(A, signs)
+        probes = _Probes(A, signs, bar)
         return probes.mean(probes.tests * probes.products)
-    sketch = _Sketch(A, A, signs, "xdiag")
+    sketch = _Sketch(A, A, signs, "xdiag", bar)
     exact = (sketch.Q * sketch.image).sum(1)
     if sketch.covers_range:
         return sketch.estimate(exact, torch.full_like(exact, sketch.dropped))
@@ -243,7 +290,13 @@ def diagonal(A: LinearOperator, num_products: int = 60, rng: int | np.random.Gen
     return sketch.mean(exact[:, None] + sketch.tests * residuals - QS * (sketch.image @ sketch.S))
 
 
-def frobenius_norm(A: LinearOperator, num_products: int = 60, rng: int | np.random.Generator | None = None) -> Estimate:
+def frobenius_norm(
+    A: LinearOperator,
+    num_products: int = 60,
+    rng: int | np.random.Generator | None = None,
+    *,
+    progress: bool = True,
+) -> Estimate:
     r"""Estimate the Frobenius norm of an operator of any shape.
 
     Use `frobenius_norm` if the singular values decay. For a symmetric operator with a flat spectrum, use the method
@@ -259,6 +312,8 @@ def frobenius_norm(A: LinearOperator, num_products: int = 60, rng: int | np.rand
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are uniform on the sphere. The same seed gives the same vectors on
         every device.
+    progress : bool, optional
+        Whether to show a progress bar that counts the products.
 
     Returns
     -------
@@ -304,19 +359,28 @@ def frobenius_norm(A: LinearOperator, num_products: int = 60, rng: int | np.rand
     >>> from curvop import spectrum
     >>> rng = np.random.default_rng(0)
     >>> A = rng.normal(size=(300, 200)) / np.arange(1, 201)
-    >>> estimate = spectrum.frobenius_norm(aslinearoperator(A), 40, rng=0)
+    >>> estimate = spectrum.frobenius_norm(aslinearoperator(A), 40, rng=0, progress=False)
     >>> bool(abs(estimate.value - np.linalg.norm(A)) < 4 * estimate.error)
     True
     """
     A = real_operator(A)
     _checked_size(A, num_products, square=False)
+    total = min(A.shape) if num_products // 2 >= min(A.shape) else num_products
+    with step_bar("Frobenius norm", progress, total) as bar:
+        return _to_arrays(_frobenius_norm(A, num_products, rng, bar))
+
+
+def _frobenius_norm(
+    A: LinearOperator, num_products: int, rng: int | np.random.Generator | None, bar: tqdm[Any]
+) -> Estimate:
     if num_products // 2 >= min(A.shape):
         narrow = A if A.shape[1] <= A.shape[0] else A.H
-        return Estimate(norm(_dense(narrow)), 0.0, "dense")
+        norm = torch.tensor(tensor_norm(_dense(narrow, bar).reshape(-1)), dtype=torch.float64)
+        return Estimate(norm, torch.zeros_like(norm), "dense")
     if num_products < _FEWEST:
-        probes = _Probes(A, _on_sphere(rng, A.shape[1], num_products))
+        probes = _Probes(A, _on_sphere(rng, A.shape[1], num_products), bar)
         return probes.root((probes.products**2).sum(0), independent=True)
-    sketch = _Sketch(A, A.H, _on_sphere(rng, A.shape[1], num_products // 2), "xtrace")
+    sketch = _Sketch(A, A.H, _on_sphere(rng, A.shape[1], num_products // 2), "xtrace", bar)
     exact = (sketch.image**2).sum()
     if sketch.covers_range:
         root = exact.sqrt()
@@ -455,9 +519,9 @@ class _Probes:
     method = "hutchinson"
     correlation = 1.0  # factor by which the standard errors are multiplied
 
-    def __init__(self, A: LinearOperator, tests: Array) -> None:
+    def __init__(self, A: LinearOperator, tests: Array, bar: tqdm[Any] | None) -> None:
         self.tests = torch.from_numpy(tests).to(device_of(A))
-        products = _finite_product(A, self.tests)
+        products = _finite_product(A, self.tests, bar)
         self.unit = math.frexp(float(products.abs().max()))[1] if products.numel() else 0
         self.products = _times_power_of_two(products, -self.unit)
         largest = float(torch.linalg.vector_norm(self.products, dim=0).max())
@@ -478,10 +542,9 @@ class _Probes:
         spread = squares.std() / len(squares) ** 0.5 if independent else squares.std()
         return self.estimate(root, torch.where(root > 0, spread / (2 * root), 0.0))
 
-    def estimate(self, value: Any, error: Any) -> Estimate:
-        """Create an estimate from a scaled value and a scaled error, multiplied by the power of two."""
-        numbers = (value, error.clamp(min=self.rounding))
-        value, error = (np.ldexp(number.cpu().numpy(), self.unit)[()] for number in numbers)
+    def estimate(self, value: Tensor, error: Tensor) -> Estimate:
+        """Create an estimate of tensors from a scaled value and a scaled error, multiplied by the power of two."""
+        value, error = (_times_power_of_two(part, self.unit) for part in (value, error.clamp(min=self.rounding)))
         return Estimate(value, error, self.method)
 
 
@@ -511,8 +574,10 @@ class _Sketch(_Probes):
 
     correlation = _CORRELATION
 
-    def __init__(self, A: LinearOperator, adjoint: LinearOperator, tests: Array, method: str) -> None:
-        super().__init__(A, tests)
+    def __init__(
+        self, A: LinearOperator, adjoint: LinearOperator, tests: Array, method: str, bar: tqdm[Any] | None
+    ) -> None:
+        super().__init__(A, tests, bar)
         self.method = method
         self.Q, self._R = torch.linalg.qr(self.products)
         # The singular values of R show the rank: if A has only a few nonzero rows, many vectors of signs have equal
@@ -524,7 +589,7 @@ class _Sketch(_Probes):
         if self.covers_range:
             self.Q = self.Q @ U[:, kept]
             self.dropped = float(torch.linalg.vector_norm(sizes[~kept, None] * Vh[~kept], dim=0).max())
-        image = _finite_product(adjoint, self.Q) if self.Q.numel() else self.tests.new_zeros(A.shape[1], 0)
+        image = _finite_product(adjoint, self.Q, bar) if self.Q.numel() else self.tests.new_zeros(A.shape[1], 0)
         self.image = _times_power_of_two(image, -self.unit)
         if not self.covers_range:
             S = torch.linalg.solve_triangular(self._R, torch.eye(len(sizes)).to(self._R), upper=True).T
@@ -559,17 +624,24 @@ def _on_sphere(rng: int | np.random.Generator | None, size: int, count: int) -> 
     return np.asarray(tests * (size**0.5 / np.linalg.norm(tests, axis=0)))
 
 
-def _dense(A: LinearOperator) -> Array:
-    """Form the matrix as a float64 array."""
-    identity = torch.eye(A.shape[1], dtype=torch.float64).to(device_of(A))
-    return np.asarray(_finite_product(A, identity).cpu().numpy())
+def _dense(A: LinearOperator, bar: tqdm[Any] | None) -> Tensor:
+    """Form the matrix as a float64 tensor on the device of `A`."""
+    return _finite_product(A, torch.eye(A.shape[1], dtype=torch.float64).to(device_of(A)), bar)
 
 
-def _finite_product(A: LinearOperator, X: Tensor) -> Tensor:
+def _finite_product(A: LinearOperator, X: Tensor, bar: tqdm[Any] | None) -> Tensor:
     product: Tensor = multiply(A, X.T).T.double()
+    if bar is not None:
+        bar.update(X.shape[1])
     if not product.isfinite().all():
         raise ValueError("a product with A is not finite")
     return product
+
+
+def _to_arrays(estimate: Estimate) -> Estimate:
+    """Convert an estimate of tensors to floats or arrays."""
+    value, error = (number.cpu().numpy()[()] for number in estimate)
+    return Estimate(value, error, estimate.method)
 
 
 def _times_power_of_two(tensor: Tensor, exponent: int) -> Tensor:
