@@ -1,11 +1,19 @@
 """Compare damped solves for 1, 10 and 50 right-hand sides: products, seconds and true residuals.
 
 Run ``python -m pip install -e ".[bench]" && python benchmarks/solves.py``; it writes ``benchmarks/results/solves.json``
-and takes about two hours on two cores. The matrix is the Gauss-Newton matrix, with a damping of 1e-4 of its largest
+and takes about 12 minutes on two cores. The matrix is the Gauss-Newton matrix, with a damping of 1e-4 of its largest
 eigenvalue and a relative residual of 1e-6 in float64, or 1e-3 and 1e-5 in float32 (``--dtype float32``), which single
 precision can reach. Every package multiplies with its own matrix. The residuals are computed in float64 by code of this
-folder; a solution with a larger residual than requested is reported, but was not found in comparable time. On a GPU:
-``--device cuda --out benchmarks/results/solves-gpu.json``.
+folder; a solution with a larger residual than requested is reported, but was not found in comparable time.
+
+No contender takes much longer than ``--limit`` seconds for one result. If a loop over single columns reaches the limit,
+its products and seconds are those of the solved columns, times the number of all columns divided by the number of
+solved columns, which is reported as "columns solved". A contender that solves all columns together fails at the limit.
+
+By default, the CNN and the GPT of the other benchmarks have less data or fewer parameters, because a product with the
+full GPT takes most of a second in float64 and a solve hundreds of products. For the full models, for example on a GPU:
+``--model "CNN 32x32" --model "GPT 4 layers, d = 128" --limit 3000 --device cuda --out
+benchmarks/results/solves-gpu.json``.
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ import copy
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +34,23 @@ from curvlinops import GGNLinearOperator as TheirGGN
 from curvlinops._torch_base import PyTorchLinearOperator
 from environment import environment
 from linear_operator.utils.linear_cg import linear_cg
-from models import PEER_PROBLEMS, on_device
+from models import GPT, PEER_PROBLEMS, cnn, on_device
+from models import problem as random_problem
 from reference import exact, finish
 from scipy.sparse.linalg import LinearOperator, cg, eigsh
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvop import GGNLinearOperator, problems, solve
+from curvop import GGNLinearOperator, SolveResult, problems, solve
 from curvop.preconditioner import nystrom
 
 RESULTS = Path(__file__).resolve().parent / "results" / "solves.json"
-MODELS = {
+DEFAULT = {
     "digits, trained": problems.digits,
-    **{name: PEER_PROBLEMS[name] for name in ("CNN 32x32", "GPT 4 layers, d = 128")},
+    "CNN 32x32, 16 images": lambda: random_problem(cnn(), (3, 32, 32), 16, 1),
+    "GPT 2 layers, d = 16": lambda: random_problem(GPT(width=16, length=16, depth=2), (16,), 4, 1, tokens=65),
 }
+MODELS = DEFAULT | {name: PEER_PROBLEMS[name] for name in ("CNN 32x32", "GPT 4 layers, d = 128")}
 #: Damping in units of the largest eigenvalue, and the relative residual.
 SETTINGS = {"float64": (1e-4, 1e-6), "float32": (1e-3, 1e-5)}
 RANK = 100  # of the preconditioner
@@ -47,29 +58,63 @@ MOST = 2000  # steps of each solver
 #: With its default `eps` of 1e-10, which is added to curvatures, `linear_cg` does not reach 1e-6 on the digits.
 THEIR_OPTIONS = {"max_iter": MOST, "max_tridiag_iter": 0, "eps": 1e-30}
 
-#: Maps (problem, damping, rtol, B) to a solution and the number of columns that were multiplied.
-Contender = Callable[[dict[str, Any], float, float, Tensor], tuple[Any, int]]
+
+class Clock:
+    """The time limit of one contender."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self._begun = limit, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._begun
+
+    def check(self, products: int) -> None:
+        """Raise a `TimeoutError` if the limit is reached."""
+        if self.seconds > self.limit:
+            raise TimeoutError(f"not solved within {self.limit:g} s and {products} products")
+
+    def until_late(self, columns: Iterable[Any]) -> Iterator[Any]:
+        """Yield the columns until the limit is reached, but at least one."""
+        for column in columns:
+            yield column
+            if self.seconds > self.limit:
+                return
 
 
-def curvop(problem: dict[str, Any], damping: float, rtol: float, B: Tensor) -> tuple[Tensor, int]:
+#: Maps (problem, damping, rtol, B, clock) to the solutions for the first columns of B, and the number of columns that
+#: were multiplied.
+Contender = Callable[[dict[str, Any], float, float, Tensor, Clock], tuple[Any, int]]
+
+
+def curvop(problem: dict[str, Any], damping: float, rtol: float, B: Tensor, clock: Clock) -> tuple[Tensor, int]:
     A = GGNLinearOperator(**problem)
-    result = solve(A, B, damping, rtol=rtol, maxiter=MOST, progress=False)
-    return result.solution, A.num_products
+    return finished(solve(A, B, damping, rtol=rtol, maxiter=MOST, seconds=clock.limit, progress=False)), A.num_products
 
 
-def curvop_nystrom(problem: dict[str, Any], damping: float, rtol: float, B: Tensor) -> tuple[Tensor, int]:
+def curvop_nystrom(problem: dict[str, Any], damping: float, rtol: float, B: Tensor, clock: Clock) -> tuple[Tensor, int]:
     A = GGNLinearOperator(**problem)
+    options = {"rtol": rtol, "maxiter": MOST, "seconds": clock.limit, "progress": False}
     M = nystrom(A, min(RANK, A.shape[0]), damping, rng=0)
-    return solve(A, B, damping, rtol=rtol, preconditioner=M, maxiter=MOST, progress=False).solution, A.num_products
+    return finished(solve(A, B, damping, preconditioner=M, **options)), A.num_products
 
 
-def curvop_singles(problem: dict[str, Any], damping: float, rtol: float, B: Tensor) -> tuple[Tensor, int]:
+def curvop_singles(problem: dict[str, Any], damping: float, rtol: float, B: Tensor, clock: Clock) -> tuple[Tensor, int]:
     A = GGNLinearOperator(**problem)
     options = {"rtol": rtol, "maxiter": MOST, "progress": False}
-    return torch.stack([solve(A, b, damping, **options).solution for b in B.T], 1), A.num_products
+    columns = [solve(A, b, damping, **options).solution for b in clock.until_late(B.T)]
+    return torch.stack(columns, 1), A.num_products
 
 
-def scipy_cg(problem: dict[str, Any], damping: float, rtol: float, B: Tensor) -> tuple[np.ndarray, int]:
+def finished(result: SolveResult) -> Tensor:
+    """Return the solution, or raise a `TimeoutError` if the time ran out."""
+    if result.status == "seconds":
+        raise TimeoutError(str(result))
+    return result.solution
+
+
+def scipy_cg(problem: dict[str, Any], damping: float, rtol: float, B: Tensor, clock: Clock) -> tuple[np.ndarray, int]:
     """Solve for one column after another, with the products of curvlinops."""
     A, count = theirs(problem).to_scipy(), 0
 
@@ -79,24 +124,29 @@ def scipy_cg(problem: dict[str, Any], damping: float, rtol: float, B: Tensor) ->
         return A @ x + damping * x
 
     operator = LinearOperator(A.shape, matvec=multiply, dtype=np.float64)
-    columns = [cg(operator, b, rtol=rtol, maxiter=MOST)[0] for b in B.numpy(force=True).astype(np.float64).T]
-    return np.stack(columns, 1), count
+    sides = clock.until_late(B.numpy(force=True).astype(np.float64).T)
+    return np.stack([cg(operator, b, rtol=rtol, maxiter=MOST)[0] for b in sides], 1), count
 
 
-def linear_operator_cg(problem: dict[str, Any], damping: float, rtol: float, B: Tensor) -> tuple[Tensor, int]:
+def linear_operator_cg(
+    problem: dict[str, Any], damping: float, rtol: float, B: Tensor, clock: Clock
+) -> tuple[Tensor, int]:
     """All columns advance together, each in its own Krylov space."""
     A, count = theirs(problem), 0
 
     def multiply(X: Tensor) -> Tensor:
         nonlocal count
+        clock.check(count)
         count += X.shape[1]
         return A @ X + damping * X
 
     return linear_cg(multiply, B, tolerance=rtol, **THEIR_OPTIONS), count
 
 
-def curvlinops_inverse(problem: dict[str, Any], damping: float, rtol: float, B: Tensor) -> tuple[Tensor, int]:
-    A = Damped(theirs(problem), damping)
+def curvlinops_inverse(
+    problem: dict[str, Any], damping: float, rtol: float, B: Tensor, clock: Clock
+) -> tuple[Tensor, int]:
+    A = Damped(theirs(problem), damping, clock)
     return CGInverseLinearOperator(A, tolerance=rtol, **THEIR_OPTIONS) @ B, A.count
 
 
@@ -105,9 +155,9 @@ class Damped(PyTorchLinearOperator):
 
     SELF_ADJOINT = True
 
-    def __init__(self, A: PyTorchLinearOperator, damping: float) -> None:
+    def __init__(self, A: PyTorchLinearOperator, damping: float, clock: Clock) -> None:
         super().__init__(A._in_shape, A._out_shape)
-        self._A, self._damping, self.count = A, damping, 0
+        self._A, self._damping, self._clock, self.count = A, damping, clock, 0
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +170,7 @@ class Damped(PyTorchLinearOperator):
         return self._A.dtype
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        self._clock.check(self.count)
         self.count += X[0].shape[-1]
         kept = [x.clone() for x in X]
         return [product + self._damping * x for product, x in zip(self._A._matmat(X), kept, strict=True)]
@@ -168,16 +219,23 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for count in options.columns:
         for contender in options.contender or CONTENDERS:
             finish()
-            begun = time.perf_counter()
+            clock = Clock(options.limit)
             try:
-                X, products = CONTENDERS[contender](problem, damping, rtol, B[:, :count])
+                X, products = CONTENDERS[contender](problem, damping, rtol, B[:, :count], clock)
             except Exception as error:  # what a peer cannot do is a result, too
                 result = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
             else:
                 finish()
-                seconds = time.perf_counter() - begun
-                largest_residual = float(residuals(problem, X, B[:, :count], damping).max())
-                result = {"products": products, "seconds": seconds, "residual": largest_residual}
+                seconds, solved = clock.seconds, X.shape[1]
+                largest_residual = float(residuals(problem, X, B[:, :solved], damping).max())
+                factor = count / solved
+                result = {
+                    "products": round(products * factor),
+                    "seconds": seconds * factor,
+                    "columns solved": solved,
+                    "residual": largest_residual,
+                    "reached": largest_residual <= 1.01 * rtol,
+                }
             found["by"].setdefault(f"{count} columns", {})[contender] = result
             print(name, count, contender, json.dumps(result), flush=True)
     return found
@@ -190,6 +248,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, nargs="+", default=[1, 10, 50], help="right-hand sides; 1 10 50")
     parser.add_argument("--dtype", choices=SETTINGS, default="float64", help="of the models; float64")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the models are; cpu")
+    parser.add_argument("--limit", type=float, default=30.0, metavar="SECONDS", help="for each result; 30")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results; benchmarks/results/solves.json")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -198,10 +257,11 @@ def main() -> None:
         "environment": environment(options.device),
         "dtype": options.dtype,
         "preconditioner's rank": RANK,
+        "limit in seconds": options.limit,
         "models": {},
     }
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        for name in options.model or MODELS:
+        for name in options.model or DEFAULT:
             results["models"][name] = measure(name, options)
             options.out.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -304,6 +304,28 @@ class TestPrecision:
         assert result.products.sum() < 2 * reachable.products.sum()
         assert result.residual.max() < 1e-3
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("count", [1, 10])
+    def test_float32_digits(self, count: int) -> None:
+        problem = digits()
+        dense = GGNLinearOperator(**problem).to_dense()
+        largest = np.linalg.eigvalsh(dense)[-1]
+        model, data = problem["model"].float(), [(X.float(), y) for X, y in problem["data"]]
+        arguments = problem | {"params": dict(model.named_parameters()), "data": data}
+        G, b = GGNLinearOperator(**arguments), sides(len(dense), count).astype(np.float32)
+        # Single precision suffices for this tolerance, and takes as many products as double precision.
+        result = solve(G, torch.from_numpy(b), 1e-3 * largest, rtol=1e-5, progress=False)
+        assert result.converged.all()
+        exact = solve(dense, b, 1e-3 * largest, rtol=1e-5, progress=False)
+        assert result.products.sum() <= 1.05 * exact.products.sum()
+        assert true_residuals(dense, result.solution.double().numpy(), b, 1e-3 * largest).max() <= 1.3e-5
+        # Below, the attained residual is reported after a few more products than double precision takes for it.
+        for fraction, rtol in ((1e-3, 1e-7), (1e-4, 1e-6), (1e-5, 1e-6)):
+            result = quietly(G, torch.from_numpy(b), fraction * largest, rtol=rtol)
+            assert result.status == "precision"
+            exact = solve(dense, b, fraction * largest, rtol=result.residual.max(), progress=False)
+            assert result.products.sum() <= 1.15 * exact.products.sum() + count
+
 
 def scipy_columns(A, b: np.ndarray, damping: float, rtol: float) -> int:
     """Return the number of products that SciPy's cg takes, one column after another."""
@@ -358,6 +380,9 @@ class TestShared:
             assert result.converged.all()
             assert true_residuals(dense, result.solution.numpy(), b[:, :count], damping).max() <= 1.01e-6
             assert result.products.sum() <= most * single * count / 10
+            # The fractions of single solves of this package, which keep their residuals orthogonal, too.
+            own = count * solve(A, b[:, 0], damping, rtol=1e-6, progress=False).products
+            assert result.products.sum() <= (most + 0.01) * own
 
     @pytest.mark.parametrize("preconditioned", [False, *slow(True)])
     @pytest.mark.parametrize("case", HARD)

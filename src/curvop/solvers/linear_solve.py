@@ -140,6 +140,10 @@ def solve(
 
     Notes
     -----
+    The residual of a solution is at most that of the initial guess. Conjugate gradients decreases the error, but not
+    always the residual. If `maxiter` or `seconds` stops the solver while a residual is larger than at the start, the
+    solution is the point with the smallest residual on the line between the initial guess and the current solution.
+
     The systems are solved by the method of block conjugate gradients [1]_ [2]_. This method minimizes the error of
     every column over one Krylov space that contains the residuals of all columns. For a single column, it is the method
     of conjugate gradients [3]_. A step takes one block product with at most K columns. The block becomes narrower if
