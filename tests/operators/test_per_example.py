@@ -138,7 +138,7 @@ class TestTerms:
     def test_a_prediction_without_dimensions_is_one_example(self) -> None:
         problem = loss_problem("mse")
         model = lambda p, X: torch.func.functional_call(problem.model, p, (X,)).square().sum()  # noqa: E731
-        data = [(X, torch.ones(())) for X, _ in problem.data]
+        data = [(X, torch.ones((), dtype=torch.float64)) for X, _ in problem.data]
         G = gradients(Problem(model, nn.functional.mse_loss, data, problem.params))
         rows = []
         for X, _ in data:
