@@ -51,7 +51,7 @@ from curvop.spectrum.gauss_quadrature import (
     number_of_rules,
     recurrences,
 )
-from curvop.spectrum.lanczos import Lanczos, basis_dtype, device_of, gauss_rules, resolution, runs_at_once
+from curvop.spectrum.lanczos import Lanczos, device_of, gauss_rules, product_dtype, resolution, runs_at_once
 from curvop.storage.fingerprint import fingerprint
 from curvop.storage.result_files import load_arrays, save_arrays
 
@@ -102,15 +102,15 @@ def density(
         checkpoint records these eigenvalues once all k are found.
     memory : int, optional
         Number of bytes for the Lanczos bases and the deflated eigenvectors; half of the free memory by default. Each
-        probe needs about 8 N m bytes (4 N m if `A` is float32). Each deflated eigenvector needs 8 N bytes (12 N if `A`
-        is float32). If the bases of all probes do not fit, the probes are processed in groups.
+        probe needs about 8 N m bytes (4 N m if the products are in single precision). Each deflated eigenvector needs
+        8 N bytes (12 N in single precision). If the bases of all probes do not fit, the probes are processed in groups.
     checkpoint : str or path, optional
         Directory in which every step is recorded. A later call with the same seed continues from the last recorded step
         after a run was killed, and extends a finished density if it asks for more steps or probes. With fewer steps or
         probes, it uses a part of the records. If the products are bitwise reproducible, the result of a continued run
         is bitwise identical to that of an uninterrupted run. The products of curvop's operators are bitwise
         reproducible if their argument ``columns`` is a fixed number, for example 1. The directory holds 8 N bytes (4 N
-        if `A` is float32) for each step of each probe, in the file ``steps.records``. You may delete this file if you
+        in single precision) for each step of each probe, in the file ``steps.records``. You may delete this file if you
         need no more steps. It is deleted if it takes more space than is free on the disk.
     seconds : float, optional
         Time limit. A run that reaches the limit returns a result with fewer steps or probes, but with at least one
@@ -155,8 +155,9 @@ def density(
     quadrature with m nodes, which is exact for polynomials up to degree 2 m - 1. The cost is K m products. Each step
     advances all probes with one block product.
 
-    The Lanczos process runs in float64, or in float32 if `A` is float32. Float32 halves the memory and the time. The
-    basis vectors are kept orthogonal, so that no outlier appears more than once.
+    The Lanczos process runs in float64, or in float32 if the products with `A` are accurate to single precision only.
+    Float32 halves the memory and the time. The basis vectors are kept orthogonal to the square root of machine epsilon,
+    so that no outlier appears more than once, and the nodes are as accurate as the products.
 
     The Wasserstein distance between the density and the spectrum decreases as 1 / m with the number of steps, and as
     :math:`1 / \sqrt{K N}` with the number of probes (Chen, Trogdon, Ubaru, 2021).
@@ -843,8 +844,8 @@ def _memory_for_bases(A: LinearOperator, count: int, memory: int | None) -> int:
     The eigenvectors are stored in float64. If the bases are in float32, the eigenvectors are also stored in float32.
     """
     available = available_bytes(device_of(A), memory)
-    precise = basis_dtype(A) == torch.float64
-    needed: int = count * A.shape[0] * (8 if precise else 8 + basis_dtype(A).itemsize)
+    precise = product_dtype(A) == torch.float64
+    needed: int = count * A.shape[0] * (8 if precise else 8 + product_dtype(A).itemsize)
     what = f"the deflated eigenspace, {count} vectors of {A.shape[0]:,} numbers,"
     check_fits(needed, available, what, "reduce deflate")
     return available - needed

@@ -6,9 +6,13 @@ independent, but each step computes the products for all runs in one block produ
 the device of the operator. On the CPU, these tensors share memory with NumPy arrays.
 
 In exact arithmetic the basis is orthogonal, but rounding destroys the orthogonality. `OrthogonalityBound` bounds the
-inner products of a new vector with the earlier vectors. If the bound exceeds 300 times machine precision, the inner
-products are computed, and the new vector is orthogonalized if necessary. Otherwise, the step does not read the whole
-basis. This saves time in most steps.
+inner products of a new vector with the earlier vectors. If the bound exceeds the square root of the precision of the
+products, the inner products are computed, and the new vector is orthogonalized if necessary. Otherwise, the step does
+not read the whole basis. This saves time in most steps.
+
+With this loss of orthogonality, the tridiagonal matrix still agrees with the projection of A onto the span of the basis
+up to the precision of the products (Simon, 1984, theorem 5). The eigenvalues of the tridiagonal matrix and the first
+entries of its eigenvectors are therefore as accurate as those of a basis that is orthogonal to machine precision.
 
 References
 ----------
@@ -40,7 +44,6 @@ from curvop.spectrum.norms import column_norms, row_dots, row_norms
 __all__ = [
     "Lanczos",
     "OrthogonalityBound",
-    "basis_dtype",
     "bytes_of_run",
     "device_of",
     "gauss_rules",
@@ -56,10 +59,10 @@ Array = NDArray[Any]
 
 _SECTION = 16384  # largest number of terms that the CPU sums sequentially in the precision of the basis
 
-# Thresholds of `OrthogonalityBound`, in units of machine precision. _LOOK: bound above which the inner products of a
-# vector with the basis are computed. _CLEAN: computed loss of orthogonality above which the vector is orthogonalized.
-# _FRESH: loss of orthogonality in a vector that was just orthogonalized.
-_LOOK, _CLEAN, _FRESH = 300.0, 30.0, 10.0
+# Thresholds of `OrthogonalityBound`. _CLEAN: computed loss of orthogonality above which a vector is orthogonalized,
+# relative to the largest allowed loss. _FRESH: loss of orthogonality in a vector that was just orthogonalized, in units
+# of the machine precision of the basis.
+_CLEAN, _FRESH = 0.1, 10.0
 _FIRST_STEPS = 3  # number of first steps that always compute the loss, to measure rounding errors in the products
 
 
@@ -79,14 +82,18 @@ class Lanczos:
     deflated : Tensor, shape (D, N), optional
         Orthonormal eigenvectors of `A`. All Lanczos vectors are kept orthogonal to these eigenvectors. The starting
         vectors must already be orthogonal to the eigenvectors.
+    limit : float, optional
+        Largest allowed loss of orthogonality: the norm of the inner products of a new vector with all earlier vectors.
+        The default is the square root of the precision of the products, which suffices for the tridiagonal matrices.
 
     Attributes
     ----------
     basis : Tensor, shape (K, num_steps + 1, N)
-        Lanczos vectors of each run as orthonormal rows, followed by rows of zeros. The dtype is float32 if `A` is
-        float32, and float64 otherwise. Float32 halves the memory and the time. The inner products of different rows are
-        below 300 times machine precision: 4e-5 for float32, 7e-14 for float64. If the products with `A` are noisy, the
-        inner products may be larger (see `OrthogonalityBound`).
+        Lanczos vectors of each run as orthonormal rows, followed by rows of zeros. The dtype is float32 if the
+        products with `A` are accurate to single precision only, and float64 otherwise. Float32 halves the memory and
+        the time. The inner products of different rows are below `limit`, by default 3.5e-4 for float32 and 1.5e-8 for
+        float64. If the products become noisier during a run, the inner products may be larger (see
+        `OrthogonalityBound`).
     alphas, betas : ndarray, shape (K, num_steps)
         Diagonals and off-diagonals of the tridiagonal matrices. The last entry of ``betas`` for each run is the norm of
         its residual.
@@ -94,16 +101,20 @@ class Lanczos:
         Number of steps of each run.
     """
 
-    def __init__(self, A: Any, starts: Tensor, num_steps: int, deflated: Tensor | None = None) -> None:
-        count, size = starts.shape
+    def __init__(
+        self, A: Any, starts: Tensor, num_steps: int, deflated: Tensor | None = None, limit: float | None = None
+    ) -> None:
+        (count, size), dtype = starts.shape, product_dtype(A)
         self._A = A
-        self._deflated = None if deflated is None else deflated.to(basis_dtype(A))
-        self.basis = _zeros((count, num_steps + 1, size), basis_dtype(A), starts.device)
+        self._deflated = None if deflated is None else deflated.to(dtype)
+        self.basis = _zeros((count, num_steps + 1, size), dtype, starts.device)
         self.basis[:, 0] = starts / torch.linalg.vector_norm(starts, dim=1, keepdim=True, dtype=torch.float64)
         self.alphas, self.betas = np.zeros((count, num_steps)), np.zeros((count, num_steps))
         self.lengths = np.zeros(count, dtype=np.int64)
         self._eps = torch.finfo(self.basis.dtype).eps
-        self._bound = OrthogonalityBound(count, self._eps)
+        self._bound = OrthogonalityBound(
+            count, self._eps, math.sqrt(max(self._eps, product_precision(A))) if limit is None else limit
+        )
         self._scale = 0.0  # estimated norm of the matrix; residuals that are tiny relative to it count as zero
         self._running = np.ones(count, dtype=bool)
 
@@ -187,8 +198,8 @@ class Lanczos:
         if not measured.any():
             return alphas, norms
         overlaps = _overlaps(basis, W)
-        losses = column_norms(overlaps.double().cpu().numpy().T) / units
-        cleaned = self._bound.needs_cleaning(group, at + 1, bounds, losses, measured)
+        losses = _losses(overlaps, units)
+        cleaned = self._bound.needs_cleaning(group, at + 1, bounds, losses, units, measured)
         while cleaned.any():
             if not cleaned.all():
                 overlaps *= self._column(cleaned)
@@ -197,10 +208,12 @@ class Lanczos:
             self._deflate(W)
             before, norms = norms, row_norms(W)
             # Repeat if the norm decreased by half or more: rounding errors are then large relative to the remaining
-            # vector.
-            cleaned &= (norms <= 0.5 * before) & (norms > self._eps * np.abs(alphas))
+            # vector. Also repeat after a large loss: a part of it remains, because the basis is not exactly orthogonal.
+            repeated = (norms <= 0.5 * before) | self._bound.remains(losses)
+            cleaned &= repeated & (norms > self._eps * np.abs(alphas))
             if cleaned.any():
                 overlaps = _overlaps(basis, W)
+                losses = _losses(overlaps, np.where(norms > 0, norms, 1.0))
         return alphas, norms
 
     def _column(self, numbers: Array) -> Tensor:
@@ -234,26 +247,30 @@ class OrthogonalityBound:
     step computes the inner product of the new vector with one vector of the basis. Noise that is orthogonal to this
     basis vector is not detected, and may cause a larger loss of orthogonality.
 
-    Simon (1984) bounds each inner product separately, and allows values up to the square root of the precision. Here,
-    the norm of the vector of inner products is bounded, and kept below 300 times the precision.
+    Simon (1984) bounds each inner product separately. This class computes an upper bound for the norm of the vector of
+    inner products, which takes fewer operations.
 
     Parameters
     ----------
     count : int
         Number of runs.
     eps : float
-        Precision of the basis.
+        Machine epsilon of the basis.
+    limit : float
+        Largest allowed loss of orthogonality. The square root of the precision of the products suffices for a
+        tridiagonal matrix that is as accurate as the products (Simon, 1984).
 
     Attributes
     ----------
     state : ndarray, shape (count, 4)
         State of each run in four columns: the bound for the second to last vector, the bound for the last vector, the
-        loss that rounding leaves in a vector that was orthogonalized, and 1 if the next vector must be orthogonalized.
+        norm of the rounding errors of a product within the span of the basis, and 1 if the next vector must be
+        orthogonalized.
     """
 
-    def __init__(self, count: int, eps: float) -> None:
-        self._eps = eps
-        self.state = np.tile([0.0, 0.0, _FRESH * eps, 0.0], (count, 1))
+    def __init__(self, count: int, eps: float, limit: float) -> None:
+        self._fresh, self._limit = _FRESH * eps, limit
+        self.state = np.zeros((count, 4))
 
     def predict(self, group: slice, alphas: Array, betas: Array, norms: Array) -> Array:
         """Return bounds of shape (g,) for the loss of orthogonality in the next vector of each run, after j steps.
@@ -267,12 +284,12 @@ class OrthogonalityBound:
         norms : ndarray, shape (g,)
             Norms of the next vectors before normalization.
         """
-        before, last, fresh, _ = self.state[group].T
+        before, last, errors, _ = self.state[group].T
         alphas, betas = alphas / norms[:, None], betas / norms[:, None]  # LAPACK squares them
         low, high = np.transpose([_ends(*entries) for entries in zip(alphas, betas, strict=True)])
         spread = np.maximum(high - alphas[:, -1], alphas[:, -1] - low)
         coupling = betas[:, -1] if betas.shape[1] else np.zeros(len(norms))
-        bounds: Array = spread * last + coupling * before + fresh
+        bounds: Array = spread * last + coupling * before + np.maximum(errors / norms, self._fresh)
         return bounds
 
     def is_low(self, group: slice, steps: int, bounds: Array, samples: Array) -> Array:
@@ -292,13 +309,23 @@ class OrthogonalityBound:
             Inner product of each next vector with one vector of its basis. A sample that exceeds its bound shows that
             the products with the operator have become less accurate, which the recurrence does not detect.
         """
-        _, last, fresh, due = self.state[group].T
-        low = (steps > _FIRST_STEPS) & (due == 0) & (samples <= bounds) & (bounds <= _LOOK * self._eps)
-        updated = np.stack([last, bounds, fresh, due], axis=1)
+        _, last, errors, due = self.state[group].T
+        low = (steps > _FIRST_STEPS) & (due == 0) & (samples <= bounds) & (bounds <= self._limit)
+        updated = np.stack([last, bounds, errors, due], axis=1)
         self.state[group] = np.where(low[:, None], updated, self.state[group])
         return np.asarray(low)
 
-    def needs_cleaning(self, group: slice, steps: int, bounds: Array, losses: Array, measured: Array) -> Array:
+    def remains(self, losses: Array) -> Array:
+        """Return True for vectors that are not orthogonal to rounding errors after they were orthogonalized once.
+
+        The basis is orthogonal up to the limit. A vector with the loss l therefore has at most the loss ``limit * l``
+        after it was orthogonalized against this basis.
+        """
+        return np.asarray(losses * self._limit > self._fresh)
+
+    def needs_cleaning(
+        self, group: slice, steps: int, bounds: Array, losses: Array, norms: Array, measured: Array
+    ) -> Array:
         """Return a boolean array of shape (g,) that is True for runs whose next vector must be orthogonalized.
 
         Parameters
@@ -312,21 +339,28 @@ class OrthogonalityBound:
         losses : ndarray, shape (g,)
             Loss of orthogonality of each run: the norm of the inner products of its next vector with its basis. This
             method records the losses.
+        norms : ndarray, shape (g,)
+            Norms of the next vectors before normalization.
         measured : ndarray of bool, shape (g,)
             True for runs whose ``losses`` were computed. The state of the other runs is not changed.
         """
-        _, last, fresh, due = self.state[group].T
+        _, last, errors, due = self.state[group].T
         first = steps <= _FIRST_STEPS
-        inexact = first | (losses > bounds)  # products with A are less accurate than machine precision
-        fresh = np.where(inexact, np.maximum(fresh, losses), fresh)
-        clean = first | (due > 0) | (losses > _CLEAN * self._eps)
+        inexact = first | (losses > bounds)  # products with A are less accurate than the recurrence assumes
+        errors = np.where(inexact, np.maximum(errors, losses * norms), errors)
+        clean = first | (due > 0) | (losses > _CLEAN * self._limit)
         # Clean two consecutive vectors, because each vector depends on the loss of the two vectors before it.
         due = clean & (not first) & (due == 0)
-        updated = np.stack(
-            [np.maximum(last, fresh), np.where(clean, fresh, np.maximum(losses, fresh)), fresh, due], axis=1
-        )
+        left = np.where(clean, self._fresh, np.maximum(losses, self._fresh))
+        updated = np.stack([last, left, errors, due], axis=1)
         self.state[group] = np.where(measured[:, None], updated, self.state[group])
         return np.asarray(clean & measured)
+
+
+def _losses(overlaps: Tensor, norms: Array) -> Array:
+    """Return the losses of orthogonality ``(g,)`` from the overlaps ``(g, m)`` and the norms ``(g,)`` of vectors."""
+    losses: Array = column_norms(overlaps.double().cpu().numpy().T) / norms
+    return losses
 
 
 def _ends(alphas: Array, betas: Array) -> tuple[float, float]:
@@ -412,11 +446,6 @@ def multiply(A: Any, rows: Tensor) -> Tensor:
     return aligned(torch.from_numpy(array).to(torch.promote_types(rows.dtype, torch.float32)))
 
 
-def basis_dtype(A: Any) -> torch.dtype:
-    """Return the dtype of the Lanczos basis: float32 if `A` is float32, float64 otherwise."""
-    return torch.float32 if A.dtype == np.float32 else torch.float64
-
-
 def product_dtype(A: Any) -> torch.dtype:
     """Return float32 if products with `A` are accurate to single precision only, and float64 otherwise."""
     single = A.dtype == np.float32 or getattr(A, "epsilon", 0.0) > torch.finfo(torch.float64).eps
@@ -439,7 +468,7 @@ def resolution(A: Any) -> float:
 
 def bytes_of_run(A: Any, num_steps: int) -> int:
     """Return the number of bytes that one run needs for its basis and for the temporary vectors of a step."""
-    return int(basis_dtype(A).itemsize * A.shape[0] * (num_steps + 6))
+    return int(product_dtype(A).itemsize * A.shape[0] * (num_steps + 6))
 
 
 def runs_at_once(A: Any, count: int, num_steps: int, memory: int | None, start: str = "probe") -> int:

@@ -27,8 +27,8 @@ from curvop.operators.validation import integer, real_scalar
 from curvop.spectrum.counting import deadline_after, symmetric_operator
 from curvop.spectrum.lanczos import (
     Lanczos,
-    basis_dtype,
     device_of,
+    product_dtype,
     product_precision,
     rounding_left,
     runs_at_once,
@@ -44,6 +44,7 @@ _EPS = float(np.finfo(np.float64).eps)
 _SQRT_EPS = _EPS**0.5  # relative step of finite differences of f
 _ROUNDING = 10.0  # rounding errors of the products, in units of machine precision times the norm of A
 _MIN_STEPS = 5  # before the first check, because the Ritz values of the first steps may be far from eigenvalues
+_LOSS = 300  # largest allowed loss of orthogonality of the basis, in units of its machine epsilon
 _STEPS_PER_CHECK = 10  # the error is estimated each time the number of steps has grown by a tenth
 _SAMPLES = 256  # minimum number of points between the Ritz values at which the error is estimated
 _SECTION = 1024  # number of these points that are processed at a time
@@ -381,12 +382,14 @@ class _Run:
 
     def __init__(self, A: LinearOperator, function: _Function, rows: Tensor, num_steps: int, rtol: float) -> None:
         self._function, self._num_steps, self._rtol, self._size = function, num_steps, rtol, A.shape[0]
-        self._eps, self._basis = product_precision(A), basis_dtype(A)
+        self._eps, self._basis = product_precision(A), product_dtype(A)
         self._norms = row_norms(rows)
         zero = self._norms == 0
         scaled = rows / torch.from_numpy(np.where(zero, 1.0, self._norms)).to(rows.device)[:, None]
         scaled[torch.from_numpy(zero)] = 1.0  # the Lanczos process needs nonzero vectors, even for runs without steps
-        self._lanczos = Lanczos(A, scaled, num_steps)
+        # The vectors themselves are summed here, so their errors count, and not only those of the tridiagonal matrix.
+        limit = _LOSS * float(torch.finfo(self._basis).eps)
+        self._lanczos = Lanczos(A, scaled, num_steps, limit=limit)
         self._lanczos.stop(zero)
         self._next_check = _MIN_STEPS
         self._coefficients = [np.zeros(0)] * len(rows)

@@ -10,7 +10,7 @@ from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from curvop.spectrum.certificate import is_asymmetric
-from curvop.spectrum.lanczos import basis_dtype, device_of, multiply, product_precision
+from curvop.spectrum.lanczos import device_of, multiply, product_dtype, product_precision
 from curvop.spectrum.norms import norm, row_dots, row_norms
 
 __all__ = ["check_symmetry"]
@@ -79,7 +79,7 @@ def _asymmetry_of_products(A: LinearOperator) -> tuple[float, float]:
     U = np.random.default_rng(0).standard_normal((2, size))
     U /= np.linalg.norm(U, axis=1, keepdims=True)
     length = float(np.linalg.norm(U[0] + U[1]))
-    rows = torch.from_numpy(np.vstack([U, (U[0] + U[1]) / length])).to(device_of(A), basis_dtype(A))
+    rows = torch.from_numpy(np.vstack([U, (U[0] + U[1]) / length])).to(device_of(A), product_dtype(A))
     products = multiply(A, rows).double()
     typical = float(np.linalg.norm(row_norms(products[:2]))) / 2**0.5
     mixed = row_dots(rows[:2].double(), products[:2].flip(0)).tolist()
