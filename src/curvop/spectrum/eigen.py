@@ -9,7 +9,7 @@ lists the four methods:
 - ``lobpcg``: LOBPCG, implemented by ``scipy.sparse.linalg.lobpcg`` (Knyazev, "Toward the optimal preconditioned
   eigensolver: locally optimal block preconditioned conjugate gradient method", SIAM J. Sci. Comput. 23(2), 2001,
   doi:10.1137/S1064827500366124).
-- ``lanczos``: thick-restart Lanczos, implemented in this module with PyTorch tensors (Wu, Simon, "Thick-restart Lanczos
+- ``lanczos``: thick-restart Lanczos, implemented in `curvop.spectrum.thick_restart` (Wu, Simon, "Thick-restart Lanczos
   method for large symmetric eigenvalue problems", SIAM J. Matrix Anal. Appl. 22(2), 2000,
   doi:10.1137/S0895479898334605).
 - ``dense``: N products form the matrix, and ``numpy.linalg.eigh`` computes all its eigenvalues.
@@ -29,7 +29,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, lobpcg
 from scipy.sparse.linalg import eigsh as scipy_eigsh
-from torch import Tensor
 
 from curvop.operators.gram import GramLinearOperator
 from curvop.operators.progress import step_bar
@@ -38,10 +37,11 @@ from curvop.operators.validation import available_bytes, check_fits, integer, ra
 from curvop.spectrum.certificate import NUM_PRODUCTS, WHICH, Certificate, certify_within, measure_noise
 from curvop.spectrum.counting import CountedOperator, TimedOperator, TimeUpError, deadline_after, symmetric_operator
 from curvop.spectrum.eigen_result import NO_TIME, EigenResult
-from curvop.spectrum.lanczos import device_of, rounding_left
+from curvop.spectrum.lanczos import device_of
 from curvop.spectrum.missed_search import search_missed
-from curvop.spectrum.norms import binary_exponent, tensor_norm
+from curvop.spectrum.norms import binary_exponent
 from curvop.spectrum.smaller_side import UNSUITABLE, fits, lifted, smaller_side, solve_formed
+from curvop.spectrum.thick_restart import thick_restart
 
 __all__ = ["EigenResult", "eigsh", "without_verdicts"]
 
@@ -562,7 +562,7 @@ def _lanczos(problem: _Problem) -> _Eigenpairs:
     def select(values: Array, count: int) -> Array:
         return _select(values, problem.which, count)
 
-    values, vectors, num_converged, timed_out = _thick_restart(
+    values, vectors, num_converged, timed_out = thick_restart(
         problem.A.multiply_rows,
         aligned(torch.from_numpy(start)).to(problem.A.device),
         problem.k,
@@ -596,107 +596,6 @@ _METHODS: dict[str, Callable[[_Problem], _Eigenpairs]] = {
     "lanczos": _lanczos,
     "dense": _dense,
 }
-
-
-def _thick_restart(
-    multiply: Callable[[Tensor], Tensor],
-    start: Tensor,
-    k: int,
-    basis: int,
-    tol: float,
-    maxiter: int,
-    select: Callable[[Array, int], Array],
-) -> tuple[Array, Tensor, int, bool]:
-    r"""Find eigenpairs of a symmetric operator by thick-restart Lanczos (Wu, Simon, 2000).
-
-    The basis :math:`V` grows until it has `basis` vectors. A restart then keeps only the best Ritz vectors and the last
-    residual vector. Entries of the projected matrix :math:`V^\top A V` whose exact values are known, for example zeros,
-    are set to the exact values. If these entries were computed from inexact products, their errors would prevent
-    convergence to a small `tol`.
-
-    Parameters
-    ----------
-    multiply : callable
-        Takes a row vector of shape ``(1, N)`` and returns its product with the operator. If `multiply` raises a
-        ``TimeUpError``, the iteration stops and returns the Ritz pairs of the current basis.
-    start : Tensor, shape (N,)
-        The starting vector. The basis has the same dtype and device.
-    k : int
-        The number of eigenvalues.
-    basis : int
-        The number of basis vectors, ``k < basis < N``.
-    tol : float
-        The relative accuracy of the eigenvalues; 0 means machine precision. The stopping criterion is that of ARPACK.
-    maxiter : int
-        The maximum number of restarts.
-    select : callable
-        ``select(values, count)`` takes ascending values and returns the indices of the `count` most wanted values.
-
-    Returns
-    -------
-    values : ndarray, shape (n,)
-        The eigenvalues. n is k, or less if time ran out before the basis had k vectors.
-    vectors : Tensor, shape (n, N)
-        The eigenvectors as rows.
-    num_converged : int
-        The number of eigenpairs that satisfy `tol`.
-    timed_out : bool
-        Whether time ran out.
-    """
-    size, eps = len(start), float(torch.finfo(start.dtype).eps)
-    V = torch.empty(basis + 1, size, dtype=start.dtype, device=start.device)
-    V[0] = start / tensor_norm(start)
-    H = np.zeros((basis + 1, basis + 1))
-    generator = torch.Generator().manual_seed(0)
-    kept, scale, timed_out = 0, 0.0, False
-    while True:
-        count = basis
-        for step in range(kept, basis):
-            try:
-                w = multiply(V[step : step + 1])[0].to(start.dtype)
-            except TimeUpError:
-                count, timed_out = step, True
-                break
-            H[step, step] = float(_orthogonalize(V[: step + 1], w)[step])
-            beta = tensor_norm(w)
-            scale = max(scale, abs(H[step, step]) + beta)
-            if beta <= rounding_left(start.dtype, size) * scale:  # an invariant subspace: continue with a random vector
-                beta = 0.0
-                w = torch.randn(size, generator=generator, dtype=start.dtype).to(start.device)
-                _orthogonalize(V[: step + 1], w)
-            V[step + 1] = w / tensor_norm(w)
-            H[step, step + 1] = H[step + 1, step] = beta
-        values, S = np.linalg.eigh(H[:count, :count])
-        wanted = select(values, min(k, count))
-        coupling = H[count, :count] @ S  # components of A times the Ritz vectors along the next basis vector
-        residuals = np.abs(coupling[wanted])
-        converged = residuals <= max(tol, eps) * np.maximum(np.abs(values[wanted]), eps ** (2 / 3) * scale)
-        maxiter -= 1
-        if timed_out or converged.all() or maxiter <= 0:
-            return values[wanted], _combine(V[:count], S[:, wanted]), int(converged.sum()), timed_out
-        # Also keep half of the other Ritz vectors, because they speed up the convergence after the restart.
-        kept = min(k + (basis - k) // 2, basis - 1)
-        best = select(values, kept)
-        V[:kept] = _combine(V[:basis], S[:, best])
-        V[kept] = V[basis]
-        H[:] = 0
-        H[np.diag_indices(kept)] = values[best]
-        H[kept, :kept] = H[:kept, kept] = coupling[best]
-
-
-def _orthogonalize(V: Tensor, w: Tensor) -> Tensor:
-    """Orthogonalize `w` in place against the rows of `V`, in two passes. Return the sum of both coefficient vectors."""
-    total = torch.zeros(len(V), dtype=V.dtype, device=V.device)
-    for _ in range(2):
-        coefficients = V @ w
-        w.addmv_(V.T, coefficients, alpha=-1.0)
-        total += coefficients
-    return total
-
-
-def _combine(V: Tensor, coefficients: Array) -> Tensor:
-    """Return the linear combinations ``coefficients.T @ V`` of the rows of `V`, as a tensor."""
-    return torch.from_numpy(np.ascontiguousarray(coefficients.T)).to(V.device, V.dtype) @ V
 
 
 def _fit_basis(problem: _Problem, basis: int, owner: str, copies: float) -> tuple[int, str]:
