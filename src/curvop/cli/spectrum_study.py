@@ -346,15 +346,16 @@ def _steps(
 def _eigenvalues(results: StudyResults, A: LinearOperator, which: str, k: int, limit: float) -> _Outcome:
     """Compute up to `k` eigenvalues at one end of the spectrum, within the time limit.
 
-    The method is the same with and without a deadline, so that a resumed study finds its products in the journal. If
-    the step has run before, the better result is kept.
+    The method is the same with and without a deadline, so that a resumed study finds its products in the journal. The
+    journals of earlier versions contain products with single vectors. If the step has run before, the better result is
+    kept.
     """
     k = min(k, results.rows)
     before = next((end for end in results.ends if end.which == which), None)
     answered = _num_answered(A)
 
     def run(B: LinearOperator, seconds: float | None) -> EigenResult:
-        return eigsh(B, k, which, method="lanczos", seconds=seconds, side="parameters")
+        return eigsh(B, k, which, method="lanczos", block=1, seconds=seconds, side="parameters")
 
     result = None
     with contextlib.suppress(TimeoutError), without_verdicts():  # a small matrix is formed: no partial result

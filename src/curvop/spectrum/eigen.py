@@ -50,6 +50,7 @@ Array = NDArray[Any]
 _SEARCH, _MIN_SEARCH = 60, 5  # Lanczos steps of a search; in less than 5, it cannot rule out missed eigenvalues
 _MAX_RESTARTS = 1000  # SciPy's default of 10 N restarts is impractical for large N
 _MIN_ARPACK_BASIS = 30  # SciPy's default of 20 vectors takes twice as many products for clustered eigenvalues
+_LANCZOS_BLOCK = 2  # default block size
 _MIN_LANCZOS_BASIS = 40  # Hessian of `digits`, which="SA": 652 products with 40 vectors, 1,187 with 30
 _ARPACK_ATTEMPTS = 3
 _DENSE_SIZE = 2000  # up to this many rows, forming the matrix is a good replacement for LOBPCG
@@ -67,6 +68,7 @@ def eigsh(
     tol: float = 0.0,
     maxiter: int | None = None,
     ncv: int | None = None,
+    block: int | None = None,
     v0: Any = None,
     rng: int | np.random.Generator | None = 0,
     memory: int | None = None,
@@ -116,12 +118,17 @@ def eigsh(
         The maximum number of restarts ('arpack' and 'lanczos') or iterations ('lobpcg'). The default is
         ``min(1000, 10 * N)``.
     ncv : int, optional
-        The number of basis vectors of 'arpack' and 'lanczos', greater than k. The default is ``max(2 * k + 1, 30)``
-        for 'arpack' and ``max(2 * k + 1, 40)`` for 'lanczos'. If that many vectors do not fit into `memory`, the
-        default is the largest number that fits.
+        The number of basis vectors of 'arpack' and 'lanczos', greater than k (for 'lanczos', at least ``k + block``).
+        The default is ``max(2 * k + 1, 30)`` for 'arpack'. For 'lanczos', it is ``max(2 * k + 1, k + 2 * block, 40)``,
+        rounded up to a multiple of `block`. If that many vectors do not fit into `memory`, the default is the largest
+        number that fits.
+    block : int, optional
+        The number of vectors of each block product, for 'lanczos' only. The default is 2, or 1 if `ncv` is ``k + 1``.
+        With `block` vectors, the solver finds eigenvalues of multiplicity up to `block` directly, and clusters faster
+        than with one vector. Spectra of simple eigenvalues take fewer products with 1.
     v0 : array_like, shape (N,), optional
-        The starting vector. The default is a random vector. 'lobpcg' uses `v0` as the first vector of its starting
-        block.
+        The starting vector. The default is a random vector. 'lobpcg' and 'lanczos' use `v0` as the first vector of
+        their starting block. The other vectors of the block are random.
     rng : int, numpy.random.Generator or None, optional
         The seed or generator for all random vectors. Runs with the same seed give the same result.
     memory : int, optional
@@ -223,10 +230,10 @@ def eigsh(
         warnings.warn("method='device' is now method='lanczos'", DeprecationWarning, stacklevel=2)
         method = "lanczos"
     A = symmetric_operator(A)
-    k, start = _validate(A, k, which, method, tol, maxiter, ncv, v0)
+    k, start = _validate(A, k, which, method, tol, maxiter, ncv, block, v0)
     generator = random_generator(rng)
     request = _Request(
-        k, which, method, tol, maxiter, ncv, start, generator, memory, certificate, seconds, until, progress
+        k, which, method, tol, maxiter, ncv, block, start, generator, memory, certificate, seconds, until, progress
     )
     gram = smaller_side(A, side, k, which, start is not None)
     if gram is None:
@@ -256,7 +263,7 @@ def without_verdicts() -> Iterator[None]:
 
 
 def _validate(
-    A: LinearOperator, k: Any, which: Any, method: Any, tol: Any, maxiter: Any, ncv: Any, v0: Any
+    A: LinearOperator, k: Any, which: Any, method: Any, tol: Any, maxiter: Any, ncv: Any, block: Any, v0: Any
 ) -> tuple[int, Array | None]:
     """Validate the arguments of `eigsh`. Return k as an int, and v0 as an array or None."""
     size = A.shape[0]
@@ -282,6 +289,13 @@ def _validate(
         integer("maxiter", maxiter, 1)
     if ncv is not None and not (k < integer("ncv", ncv, 1) <= size or k == ncv == size):
         raise ValueError(f"ncv is {ncv}, but must be greater than k = {k} and at most {size}")
+    if block is not None:
+        if method != "lanczos":
+            own = " (lobpcg uses blocks of k + 2 vectors)" if method == "lobpcg" else ""
+            raise ValueError(f"block is {block!r}, but method={method!r} does not take it{own}: use method='lanczos'")
+        integer("block", block, 1)
+        if ncv is not None and ncv < min(k + block, size):
+            raise ValueError(f"ncv is {ncv}, but must be at least k + block = {k + block}: use a larger ncv")
     if v0 is None:
         return k, None
     start = np.asarray(v0)
@@ -302,6 +316,7 @@ class _Request:
     tol: float
     maxiter: int | None
     ncv: int | None
+    block: int | None
     v0: Array | None
     rng: np.random.Generator
     memory: int | None
@@ -552,27 +567,32 @@ def _lobpcg(problem: _Problem) -> _Eigenpairs:
 
 
 def _lanczos(problem: _Problem) -> _Eigenpairs:
-    """Run thick-restart Lanczos. The basis is stored on the device of the operator."""
-    basis = problem.ncv or min(problem.size, max(2 * problem.k + 1, _MIN_LANCZOS_BASIS))
-    if basis >= problem.size:
+    """Run thick-restart block Lanczos. The basis is stored on the device of the operator."""
+    size, k = problem.size, problem.k
+    block = problem.block or (_LANCZOS_BLOCK if problem.ncv is None else min(_LANCZOS_BLOCK, problem.ncv - k))
+    default = -(-max(2 * k + 1, k + 2 * block, _MIN_LANCZOS_BASIS) // block) * block
+    basis = problem.ncv or min(size, default)
+    if basis >= size:
         return _dense(problem, "the basis would have spanned the whole space")
-    basis, note = _fit_basis(problem, basis, "the Lanczos", 1.5)  # a restart allocates a second basis of half the size
-    start = np.array(problem.random_start() if problem.v0 is None else problem.v0, dtype=problem.A.dtype)
+    basis, note = _fit_basis(problem, basis, "the Lanczos", 1.5, block)  # a restart allocates half of a second basis
+    first = problem.random_start() if problem.v0 is None else problem.v0
+    starts = np.vstack([first[None], problem.random_start(block - 1).T]).astype(problem.A.dtype, copy=False)
 
     def select(values: Array, count: int) -> Array:
         return _select(values, problem.which, count)
 
-    values, vectors, num_converged, timed_out = thick_restart(
+    pairs = thick_restart(
         problem.A.multiply_rows,
-        aligned(torch.from_numpy(start)).to(problem.A.device),
-        problem.k,
+        aligned(torch.from_numpy(starts)).to(problem.A.device),
+        k,
         basis,
         problem.tol,
         problem.max_restarts,
         select,
     )
-    note = note if values.any() or timed_out else "the matrix is zero"
-    return _Eigenpairs(values, vectors.T.cpu().numpy(), num_converged, "lanczos", note, timed_out)
+    note = note if pairs.values.any() or pairs.timed_out else "the matrix is zero"
+    vectors = pairs.vectors.T.cpu().numpy()
+    return _Eigenpairs(pairs.values, vectors, pairs.num_converged, "lanczos", note, pairs.timed_out)
 
 
 def _dense(problem: _Problem, note: str = "") -> _Eigenpairs:
@@ -598,20 +618,20 @@ _METHODS: dict[str, Callable[[_Problem], _Eigenpairs]] = {
 }
 
 
-def _fit_basis(problem: _Problem, basis: int, owner: str, copies: float) -> tuple[int, str]:
+def _fit_basis(problem: _Problem, basis: int, owner: str, copies: float, block: int = 1) -> tuple[int, str]:
     """Return the number of basis vectors to use, and a note.
 
     If the default number of vectors does not fit into memory, the number is reduced, and the note states this.
     Otherwise, the note is empty. A number chosen by the user is not reduced. The solver is assumed to need memory for
-    `copies` vectors per basis vector and for ``k + 4`` other vectors.
+    `copies` vectors per basis vector, and for ``k + 1 + 3 * block`` other vectors.
 
     Raises
     ------
     MemoryError
         If the basis does not fit.
     """
-    vector, note, others = problem.size * problem.A.dtype.itemsize, "", problem.k + 4
-    fitting = max(problem.k + 2, int((problem.available // vector - others) / copies))
+    vector, note, others = problem.size * problem.A.dtype.itemsize, "", problem.k + 1 + 3 * block
+    fitting = max(problem.k + 1 + block, int((problem.available // vector - others) / copies))
     if problem.ncv is None and fitting < basis:
         basis, note = fitting, f"ncv was reduced to {fitting} to fit into memory"
     check_fits(

@@ -1,7 +1,20 @@
-"""Thick-restart Lanczos with PyTorch tensors, on the device of the operator (Wu, Simon, 2000)."""
+r"""Thick-restart block Lanczos with PyTorch tensors, on the device of the operator.
+
+`KrylovBasis` holds orthonormal rows :math:`V`, a symmetric matrix :math:`H`, and a block of further orthonormal rows
+:math:`Q` with :math:`A V^\top = V^\top H + Q^\top B`. Each step multiplies A with the block Q and appends Q to V.
+`thick_restart` runs steps until the basis is full, and then restarts from the best Ritz vectors and the block Q, which
+again satisfy such a relation (Wu, Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM
+J. Matrix Anal. Appl. 22(2), 2000, doi:10.1137/S0895479898334605).
+
+In exact arithmetic, the Krylov space of b starting vectors contains at most b eigenvectors of a multiple eigenvalue.
+Only rounding errors bring in further eigenvectors, often too late. Small random blocks also help if the eigenvalues of
+a cluster are close but distinct, even if the cluster has more than b eigenvalues ("A structural bound for cluster
+robustness of randomized small-block Lanczos", 2025, arXiv:2507.10144).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,109 +25,241 @@ from torch import Tensor
 
 from curvop.spectrum.counting import TimeUpError
 from curvop.spectrum.lanczos import rounding_left
-from curvop.spectrum.norms import tensor_norm
+from curvop.spectrum.norms import column_norms, row_norms, tensor_norm
 
-__all__ = ["thick_restart"]
+__all__ = ["KrylovBasis", "RitzPairs", "thick_restart"]
 
 Array = NDArray[Any]
+
+_CANCELLED = 0.1  # a vector whose norm shrinks by this factor within its block is orthogonalized to the basis again
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RitzPairs:
+    """The result of `thick_restart`.
+
+    Attributes
+    ----------
+    values : ndarray, shape (n,)
+        The eigenvalues. n is k, or less if time ran out before the basis had k vectors.
+    vectors : Tensor, shape (n, N)
+        The eigenvectors as rows.
+    num_converged : int
+        The number of eigenpairs that satisfy the tolerance.
+    timed_out : bool
+        Whether time ran out.
+    """
+
+    values: Array
+    vectors: Tensor
+    num_converged: int
+    timed_out: bool
 
 
 def thick_restart(
     multiply: Callable[[Tensor], Tensor],
-    start: Tensor,
+    starts: Tensor,
     k: int,
     basis: int,
     tol: float,
     maxiter: int,
     select: Callable[[Array, int], Array],
-) -> tuple[Array, Tensor, int, bool]:
-    r"""Find eigenpairs of a symmetric operator by thick-restart Lanczos (Wu, Simon, 2000).
-
-    The basis :math:`V` grows until it has `basis` vectors. A restart then keeps only the best Ritz vectors and the last
-    residual vector. Entries of the projected matrix :math:`V^\top A V` whose exact values are known, for example zeros,
-    are set to the exact values. If these entries were computed from inexact products, their errors would prevent
-    convergence to a small `tol`.
+    deflated: Tensor | None = None,
+) -> RitzPairs:
+    """Find eigenpairs of a symmetric operator by thick-restart block Lanczos.
 
     Parameters
     ----------
     multiply : callable
-        Takes a row vector of shape ``(1, N)`` and returns its product with the operator. If `multiply` raises a
+        Takes rows of shape ``(b, N)`` and returns their products with the operator. If `multiply` raises a
         ``TimeUpError``, the iteration stops and returns the Ritz pairs of the current basis.
-    start : Tensor, shape (N,)
-        The starting vector. The basis has the same dtype and device.
+    starts : Tensor, shape (b, N)
+        The starting block. The basis has the same dtype and device.
     k : int
         The number of eigenvalues.
     basis : int
-        The number of basis vectors, ``k < basis < N``.
+        The maximum number of basis vectors, from ``k + b`` to ``N - 1``.
     tol : float
         The relative accuracy of the eigenvalues; 0 means machine precision. The stopping criterion is that of ARPACK.
     maxiter : int
         The maximum number of restarts.
     select : callable
         ``select(values, count)`` takes ascending values and returns the indices of the `count` most wanted values.
+    deflated : Tensor, shape (D, N), optional
+        Orthonormal rows. All basis vectors are kept orthogonal to these rows, so that the result has eigenpairs of the
+        operator restricted to their orthogonal complement.
 
     Returns
     -------
-    values : ndarray, shape (n,)
-        The eigenvalues. n is k, or less if time ran out before the basis had k vectors.
-    vectors : Tensor, shape (n, N)
-        The eigenvectors as rows.
-    num_converged : int
-        The number of eigenpairs that satisfy `tol`.
-    timed_out : bool
-        Whether time ran out.
+    RitzPairs
     """
-    size, eps = len(start), float(torch.finfo(start.dtype).eps)
-    V = torch.empty(basis + 1, size, dtype=start.dtype, device=start.device)
-    V[0] = start / tensor_norm(start)
-    H = np.zeros((basis + 1, basis + 1))
-    generator = torch.Generator().manual_seed(0)
-    kept, scale, timed_out = 0, 0.0, False
+    eps = float(torch.finfo(starts.dtype).eps)
+    krylov = KrylovBasis(multiply, starts, basis, deflated)
+    # A restart also keeps half of the other Ritz vectors, because they speed up the convergence after the restart.
+    # The rest of the basis is a multiple of the block size.
+    kept = basis - krylov.width * max(1, (basis - k - (basis - k) // 2) // krylov.width)
+    timed_out = False
     while True:
-        count = basis
-        for step in range(kept, basis):
-            try:
-                w = multiply(V[step : step + 1])[0].to(start.dtype)
-            except TimeUpError:
-                count, timed_out = step, True
-                break
-            H[step, step] = float(_orthogonalize(V[: step + 1], w)[step])
-            beta = tensor_norm(w)
-            scale = max(scale, abs(H[step, step]) + beta)
-            if beta <= rounding_left(start.dtype, size) * scale:  # an invariant subspace: continue with a random vector
-                beta = 0.0
-                w = torch.randn(size, generator=generator, dtype=start.dtype).to(start.device)
-                _orthogonalize(V[: step + 1], w)
-            V[step + 1] = w / tensor_norm(w)
-            H[step, step + 1] = H[step + 1, step] = beta
-        values, S = np.linalg.eigh(H[:count, :count])
-        wanted = select(values, min(k, count))
-        coupling = H[count, :count] @ S  # components of A times the Ritz vectors along the next basis vector
-        residuals = np.abs(coupling[wanted])
-        converged = residuals <= max(tol, eps) * np.maximum(np.abs(values[wanted]), eps ** (2 / 3) * scale)
+        try:
+            krylov.fill()
+        except TimeUpError:
+            timed_out = True
+        values, S = np.linalg.eigh(krylov.projected)
+        wanted = select(values, min(k, krylov.count))
+        coupling = krylov.coupling @ S  # components of A times the Ritz vectors along the next block
+        residuals = column_norms(coupling[:, wanted])
+        floor = eps ** (2 / 3) * krylov.scale
+        converged = residuals <= max(tol, eps) * np.maximum(np.abs(values[wanted]), floor)
         maxiter -= 1
         if timed_out or converged.all() or maxiter <= 0:
-            return values[wanted], _combine(V[:count], S[:, wanted]), int(converged.sum()), timed_out
-        # Also keep half of the other Ritz vectors, because they speed up the convergence after the restart.
-        kept = min(k + (basis - k) // 2, basis - 1)
+            return RitzPairs(values[wanted], krylov.combine(S[:, wanted]), int(converged.sum()), timed_out)
         best = select(values, kept)
-        V[:kept] = _combine(V[:basis], S[:, best])
-        V[kept] = V[basis]
-        H[:] = 0
-        H[np.diag_indices(kept)] = values[best]
-        H[kept, :kept] = H[:kept, kept] = coupling[best]
+        krylov.restart(values[best], S[:, best])
 
 
-def _orthogonalize(V: Tensor, w: Tensor) -> Tensor:
-    """Orthogonalize `w` in place against the rows of `V`, in two passes. Return the sum of both coefficient vectors."""
-    total = torch.zeros(len(V), dtype=V.dtype, device=V.device)
+class KrylovBasis:
+    r"""An orthonormal basis that grows by one block per step, and the projection of a symmetric operator A onto it.
+
+    Entries of the projected matrix whose exact values are known, for example zeros, are set to the exact values. If
+    these entries were computed from inexact products, their errors would prevent convergence to a small tolerance.
+
+    Each block is orthonormalized by a Gram-Schmidt process that takes the vector of the largest norm first. If the norm
+    of the remaining vectors is a rounding error, the block is rank deficient. The remaining vectors are then replaced
+    by random vectors, and their coupling to the basis is set to zero.
+
+    Parameters
+    ----------
+    multiply, starts, deflated
+        See `thick_restart`.
+    size : int
+        The maximum number of basis vectors.
+
+    Attributes
+    ----------
+    width : int
+        The number of vectors of a block, b.
+    count : int
+        The number of basis vectors.
+    scale : float
+        An estimate of the norm of A. Smaller numbers are considered zero if their ratio to it is a rounding error.
+    """
+
+    def __init__(
+        self, multiply: Callable[[Tensor], Tensor], starts: Tensor, size: int, deflated: Tensor | None = None
+    ) -> None:
+        self.width, length = starts.shape
+        self.count, self.scale = 0, 0.0
+        self._multiply, self._size = multiply, size
+        self._locked = 0 if deflated is None else len(deflated)
+        self._rows = torch.empty(
+            self._locked + size + self.width, length, dtype=starts.dtype, device=starts.device
+        )  # the deflated vectors, the basis, and the next block
+        self._rounding = rounding_left(starts.dtype, length)
+        self._H = np.zeros((size + self.width, size + self.width))
+        self._generator = torch.Generator().manual_seed(0)
+        starts = starts.clone()
+        if deflated is not None:
+            self._rows[: self._locked] = deflated
+            _orthogonalize(self._rows[: self._locked], starts)
+        self._append_orthonormalized(starts, 0.0)
+
+    @property
+    def vectors(self) -> Tensor:
+        """The basis vectors as rows, of shape ``(count, N)``."""
+        return self._rows[self._locked : self._locked + self.count]
+
+    @property
+    def block(self) -> Tensor:
+        """The next block as rows, of shape ``(b, N)``."""
+        start = self._locked + self.count
+        return self._rows[start : start + self.width]
+
+    @property
+    def projected(self) -> Array:
+        """The projection of A onto the basis, of shape ``(count, count)``."""
+        return self._H[: self.count, : self.count]
+
+    @property
+    def coupling(self) -> Array:
+        """The components of A times the basis vectors along the next block, of shape ``(b, count)``."""
+        return self._H[self.count : self.count + self.width, : self.count]
+
+    def fill(self) -> None:
+        """Take steps until there is no room for another block."""
+        while self.count + self.width <= self._size:
+            self.step()
+
+    def step(self) -> None:
+        """Multiply A with the next block, append this block to the basis, and compute a new block."""
+        W = self._multiply(self.block).to(self._rows.dtype)
+        start, stop = self.count, self.count + self.width
+        coefficients = _orthogonalize(self._rows[: self._locked + stop], W)[:, self._locked + start :]
+        own = coefficients.cpu().numpy().astype(np.float64)
+        norms = row_norms(W)
+        self.scale = max(self.scale, float((np.abs(np.diag(own)) + norms).max()))
+        self._H[start:stop, start:stop] = (own + own.T) / 2
+        self.count = stop
+        coupling = self._append_orthonormalized(W, self._rounding * self.scale)
+        self._H[stop : stop + self.width, start:stop] = coupling
+        self._H[start:stop, stop : stop + self.width] = coupling.T
+
+    def restart(self, values: Array, S: Array) -> None:
+        """Replace the basis by Ritz vectors, given by their Ritz values and coefficients S ``(count, kept)``."""
+        kept, coupling, block = len(values), self.coupling @ S, self.block.clone()
+        self._rows[self._locked : self._locked + kept] = self.combine(S)
+        self.count = kept
+        self.block[:] = block
+        self._H[:] = 0
+        self._H[np.diag_indices(kept)] = values
+        self._H[kept : kept + self.width, :kept] = coupling
+        self._H[:kept, kept : kept + self.width] = coupling.T
+
+    def combine(self, coefficients: Array) -> Tensor:
+        """Return linear combinations of the basis vectors, as rows, for coefficients of shape ``(count, n)``."""
+        weights = torch.from_numpy(np.ascontiguousarray(coefficients.T))
+        return weights.to(self._rows.device, self._rows.dtype) @ self.vectors
+
+    def _append_orthonormalized(self, W: Tensor, tiny: float) -> Array:
+        """Store an orthonormal basis Q of the rows of W as the next block. Return ``Q @ W.T``, of shape ``(b, b)``.
+
+        W is overwritten. Its rows must be orthogonal to the basis. Norms of up to `tiny` are considered zero.
+        """
+        start = self._locked + self.count
+        coupling, left = np.zeros((self.width, self.width)), list(range(self.width))
+        norms = row_norms(W)
+        first_norms = norms.copy()
+        for index in range(self.width):
+            before, row = self._rows[: start + index], left.pop(int(np.argmax(norms[left])))
+            w, length = W[row], float(norms[row])
+            if tiny < length < _CANCELLED * first_norms[row]:
+                _orthogonalize(before, W[row : row + 1])
+                length = tensor_norm(w)
+            if length <= tiny:
+                length = 0.0
+                w = torch.randn(len(w), generator=self._generator, dtype=w.dtype).to(w.device)
+                _orthogonalize(before, w[None])
+            q = torch.div(w, length or tensor_norm(w), out=self._rows[start + index])
+            coupling[index, row] = length
+            if left:
+                along = W[left] @ q
+                W[left] -= along[:, None] * q
+                coupling[index, left] = np.where(norms[left] > tiny, along.cpu().numpy(), 0.0)
+                norms[left] = row_norms(W[left])
+        return coupling
+
+
+def _orthogonalize(V: Tensor, W: Tensor) -> Tensor:
+    """Orthogonalize the rows of W ``(b, N)`` in place against the rows of V ``(m, N)``, in two passes.
+
+    Return the sum of the coefficients of both passes, of shape ``(b, m)``.
+    """
+    total = torch.zeros(len(W), len(V), dtype=V.dtype, device=V.device)
     for _ in range(2):
-        coefficients = V @ w
-        w.addmv_(V.T, coefficients, alpha=-1.0)
+        if len(W) == 1:  # rounded as in earlier versions, whose journals record the products with these vectors
+            coefficients = (V @ W[0])[None]
+            W[0].addmv_(V.T, coefficients[0], alpha=-1.0)
+        else:
+            coefficients = W @ V.T
+            W.addmm_(coefficients, V, alpha=-1.0)
         total += coefficients
     return total
-
-
-def _combine(V: Tensor, coefficients: Array) -> Tensor:
-    """Return the linear combinations ``coefficients.T @ V`` of the rows of `V`, as a tensor."""
-    return torch.from_numpy(np.ascontiguousarray(coefficients.T)).to(V.device, V.dtype) @ V
