@@ -572,7 +572,7 @@ def _lanczos(problem: _Problem) -> _Eigenpairs:
     block = problem.block or (_LANCZOS_BLOCK if problem.ncv is None else min(_LANCZOS_BLOCK, problem.ncv - k))
     default = -(-max(2 * k + 1, k + 2 * block, _MIN_LANCZOS_BASIS) // block) * block
     basis = problem.ncv or min(size, default)
-    if basis >= size:
+    if basis + block > size:
         return _dense(problem, "the basis would have spanned the whole space")
     basis, note = _fit_basis(problem, basis, "the Lanczos", 1.5, block)  # a restart allocates half of a second basis
     first = problem.random_start() if problem.v0 is None else problem.v0

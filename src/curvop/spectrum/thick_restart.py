@@ -65,6 +65,7 @@ def thick_restart(
     maxiter: int,
     select: Callable[[Array, int], Array],
     deflated: Tensor | None = None,
+    interval: int | None = None,
 ) -> RitzPairs:
     """Find eigenpairs of a symmetric operator by thick-restart block Lanczos.
 
@@ -78,7 +79,7 @@ def thick_restart(
     k : int
         The number of eigenvalues.
     basis : int
-        The maximum number of basis vectors, from ``k + b`` to ``N - 1``.
+        The maximum number of basis vectors, from ``k + b`` to ``N - b``.
     tol : float
         The relative accuracy of the eigenvalues; 0 means machine precision. The stopping criterion is that of ARPACK.
     maxiter : int
@@ -88,6 +89,10 @@ def thick_restart(
     deflated : Tensor, shape (D, N), optional
         Orthonormal rows. All basis vectors are kept orthogonal to these rows, so that the result has eigenpairs of the
         operator restricted to their orthogonal complement.
+    interval : int, optional
+        The number of products between two checks for convergence. By default, there is one check before each restart.
+        Late checks take more products, but leave rounding errors more time to bring in the eigenvectors of multiple
+        eigenvalues.
 
     Returns
     -------
@@ -101,7 +106,7 @@ def thick_restart(
     timed_out = False
     while True:
         try:
-            krylov.fill()
+            krylov.grow(basis if interval is None else min(basis, krylov.count + interval))
         except TimeUpError:
             timed_out = True
         values, S = np.linalg.eigh(krylov.projected)
@@ -110,11 +115,13 @@ def thick_restart(
         residuals = column_norms(coupling[:, wanted])
         floor = eps ** (2 / 3) * krylov.scale
         converged = residuals <= max(tol, eps) * np.maximum(np.abs(values[wanted]), floor)
-        maxiter -= 1
+        full = krylov.count + krylov.width > basis
+        maxiter -= full
         if timed_out or converged.all() or maxiter <= 0:
             return RitzPairs(values[wanted], krylov.combine(S[:, wanted]), int(converged.sum()), timed_out)
-        best = select(values, kept)
-        krylov.restart(values[best], S[:, best])
+        if full:
+            best = select(values, kept)
+            krylov.restart(values[best], S[:, best])
 
 
 class KrylovBasis:
@@ -149,7 +156,7 @@ class KrylovBasis:
     ) -> None:
         self.width, length = starts.shape
         self.count, self.scale = 0, 0.0
-        self._multiply, self._size = multiply, size
+        self._multiply = multiply
         self._locked = 0 if deflated is None else len(deflated)
         self._rows = torch.empty(
             self._locked + size + self.width, length, dtype=starts.dtype, device=starts.device
@@ -184,9 +191,9 @@ class KrylovBasis:
         """The components of A times the basis vectors along the next block, of shape ``(b, count)``."""
         return self._H[self.count : self.count + self.width, : self.count]
 
-    def fill(self) -> None:
-        """Take steps until there is no room for another block."""
-        while self.count + self.width <= self._size:
+    def grow(self, count: int) -> None:
+        """Take steps as long as the basis has at most `count` vectors."""
+        while self.count + self.width <= count:
             self.step()
 
     def step(self) -> None:
