@@ -167,6 +167,18 @@ area(
     ("a tolerance in words", lambda: spectrum.eigsh(DENSE, 1, tol="low"), TypeError, "tol is a str"),
     ("a basis that is too small", lambda: spectrum.eigsh(DENSE, 2, ncv=1), ValueError, "ncv is 1"),
     (
+        "a block for another method",
+        lambda: spectrum.eigsh(DENSE, 1, method="lobpcg", block=2),
+        ValueError,
+        "block is 2, but method='lobpcg' does not take it",
+    ),
+    (
+        "a basis that is too small for the block",
+        lambda: spectrum.eigsh(DENSE, 1, method="lanczos", ncv=3, block=3),
+        ValueError,
+        "ncv is 3, but must be at least k + block = 4",
+    ),
+    (
         "a starting vector of another length",
         lambda: spectrum.eigsh(DENSE, 1, v0=np.ones(3)),
         ValueError,

@@ -280,10 +280,10 @@ class TestSearch:
                 lambda x, B=B: B @ x, given, (-np.inf, last), 1e-10, most, np.random.default_rng(1), tol=1e-4
             )
             if values[order[1]] > last + 1e-9:
-                assert abs(found.vector @ others) == pytest.approx(1, abs=1e-6)
-                assert found.beyond == pytest.approx(found.vector @ B @ found.vector, rel=1e-12)
+                assert abs(found.vectors[:, 0] @ others) == pytest.approx(1, abs=1e-6)
+                assert found.beyond == pytest.approx(found.vectors[:, 0] @ B @ found.vectors[:, 0], rel=1e-12)
             else:
-                assert found.vector is None
+                assert found.vectors is None
 
     def test_a_gap_ends_the_search(self, clustered) -> None:
         A, w, V = clustered

@@ -5,11 +5,12 @@
 - `matched_bounds` and `quadratic_estimates` compute error bounds and error estimates for the eigenvalues from the
   residuals of the eigenvectors.
 - `curvop.spectrum.missed_search` looks for eigenvalues that a solver missed.
-- `measure_noise` measures the accuracy and the symmetry of the products.
+- `curvop.spectrum.noise.measure_noise` measures the accuracy and the symmetry of the products.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import decimal
 import math
@@ -23,19 +24,18 @@ from curvop.operators.progress import step_bar
 from curvop.operators.validation import integer, random_generator, real_scalar
 from curvop.spectrum.counting import CountedOperator, TimeUpError, symmetric_operator
 from curvop.spectrum.missed_search import SearchResult, remaining_range, search_missed
-from curvop.spectrum.norms import binary_exponent, column_norms, norm
+from curvop.spectrum.noise import NUM_PRODUCTS, Noise, is_asymmetric, measure_noise
+from curvop.spectrum.norms import binary_exponent, column_norms
 
 __all__ = [
-    "NUM_PRODUCTS",
     "WHICH",
     "Certificate",
-    "Noise",
+    "Evidence",
+    "Repair",
     "certificate_from",
     "certify",
     "certify_within",
-    "is_asymmetric",
     "matched_bounds",
-    "measure_noise",
     "quadratic_estimates",
     "with_ranges",
 ]
@@ -45,17 +45,8 @@ Array = NDArray[Any]
 WHICH = ("LA", "SA", "LM", "SM", "BE")
 """SciPy's values of the argument `which`."""
 
-_EPS = float(np.finfo(np.float64).eps)
 _SEARCH_ROUNDING = 2e-14  # rounding error of the Ritz values of a search, relative to the norm of A
 _REMEDY = "call certify(..., thorough=True)"  # for a search that was too short
-
-_PROBES, _SINGLE_PRODUCTS = 4, 4
-NUM_PRODUCTS = _PROBES + _SINGLE_PRODUCTS
-"""The maximum number of products that `measure_noise` takes."""
-
-# Rounding errors make products both nonlinear and asymmetric. The asymmetry can be a few times larger than the
-# nonlinearity. An asymmetry below 1e-10 is harmless.
-_SYMMETRY_PER_NOISE, _HARMLESS_ASYMMETRY = 10.0, 1e-10
 
 
 def certify(
@@ -172,7 +163,7 @@ def certify(
             f"thorough is {thorough!r}, but must be True or False: pass search= for the number of steps of the search"
         )
     steps = search, math.inf if thorough else search
-    return certify_within(A, values, vectors, which, tol, steps, rng, progress)
+    return certify_within(A, values, vectors, which, tol, steps, rng, progress)[0]
 
 
 def certify_within(
@@ -184,8 +175,9 @@ def certify_within(
     steps: tuple[int, float],
     rng: int | np.random.Generator | None,
     progress: bool,
-) -> Certificate:
-    """Certify eigenpairs like `certify`, with a limit for the products of a thorough search.
+    repair: Repair | None = None,
+) -> tuple[Certificate, Evidence | None]:
+    """Certify eigenpairs like `certify`, but limit a thorough search, and repair the eigenpairs if one is missing.
 
     Parameters
     ----------
@@ -194,18 +186,36 @@ def certify_within(
     steps : (int, float)
         The argument `search` of `certify`, and the maximum number of products in the search. If this number is
         infinite, the search is thorough.
+    repair : callable, optional
+        ``repair(A, evidence, found)`` takes the counted operator, the measurements of the eigenpairs, and the result of
+        a search that found a missed eigenvalue. It returns the measurements of better eigenpairs, for which the search
+        is repeated, or None to keep the eigenpairs. By default, the eigenpairs are not repaired.
+
+    Returns
+    -------
+    certificate : Certificate
+    repaired : Evidence or None
+        The certified eigenpairs if they were repaired. None if the given eigenpairs were certified.
     """
     A = symmetric_operator(A)
     w, V = _validate(A.shape[0], values, vectors, which, tol, steps[0])
     unusable = ~(np.isfinite(w) & np.isfinite(V).all(axis=0) & V.any(axis=0))
     if unusable.any() or len(w) == 0:
-        return _rejected(unusable, which, tol)
+        return _rejected(unusable, which, tol), None
     total = len(w) + NUM_PRODUCTS + (0 if remaining_range(w, which) is None else min(steps[0], A.shape[0] - len(w)))
     with step_bar("certify", progress, total) as bar:
-        counted = CountedOperator(A, bar, np.float64)
-        certificate = _certificate(counted, w, V, which, tol, steps, random_generator(rng))
-        bar.total = certificate.products  # the search may have taken fewer or more products
-        return certificate
+        counted, generator = CountedOperator(A, bar, np.float64), random_generator(rng)
+        evidence, repaired = _measured(counted, w, V, generator), None
+        while True:
+            certificate, found = _certificate(counted, evidence, which, tol, steps, generator)
+            if repair is None or found is None or found.beyond is None:
+                break
+            better = repair(counted, evidence, found)
+            if better is None:
+                break
+            evidence = repaired = better
+        bar.total = counted.products  # the search may have taken fewer or more products
+        return dataclasses.replace(certificate, products=counted.products), repaired
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -459,22 +469,10 @@ def _rejected(unusable: Array, which: str | None, tol: float) -> Certificate:
     return Certificate(residuals, bounds, bounds.copy(), nan, nan, nan, 0.0, nan, 0, None, None, 0, which, tol)
 
 
-def _certificate(
-    A: CountedOperator,
-    w: Array,
-    V: Array,
-    which: str | None,
-    tol: float,
-    steps: tuple[int, float],
-    rng: np.random.Generator,
-) -> Certificate:
-    """Compute the certificate of `certify_within` for validated arguments. `V` is normalized in place.
-
-    For `steps`, see `certify_within`.
-    """
+def _measured(A: CountedOperator, w: Array, V: Array, rng: np.random.Generator) -> Evidence:
+    """Multiply A with the vectors, which are normalized in place, and measure the noise of the products."""
     lengths = column_norms(V)
     V /= lengths
-    gram = V.T @ V
     AV = A.matmat(V)
     noise = measure_noise(A, V, AV, rng)
     # Divide by a power of two, which is exact, so that squares neither underflow nor overflow.
@@ -483,19 +481,77 @@ def _certificate(
     quotients = np.einsum("ij,ij->j", V, AV)
     R = AV  # the residuals overwrite the products
     R -= V * w
+    return Evidence(w, V, lengths, R, quotients, noise, exponent)
+
+
+def _certificate(
+    A: CountedOperator,
+    evidence: Evidence,
+    which: str | None,
+    tol: float,
+    steps: tuple[int, float],
+    rng: np.random.Generator,
+) -> tuple[Certificate, SearchResult | None]:
+    """Compute a certificate from measurements and a search. Also return the result of the search, if there was one.
+
+    For `steps`, see `certify_within`.
+    """
+    V, R, exponent, found = evidence.vectors, evidence.residuals, evidence.exponent, None
 
     def search(ends: tuple[float, float], tolerance: float) -> SearchResult | None:
-        limits = {"most": steps[1], "tol": tol, "norm": float(np.ldexp(noise.norm, -exponent))}
-        try:
-            return search_missed(lambda x: np.ldexp(A.dot(x), -exponent), V, ends, tolerance, steps[0], rng, **limits)
-        except TimeUpError:
-            return None
+        nonlocal found
+        limits = {"most": steps[1], "tol": tol, "norm": float(np.ldexp(evidence.noise.norm, -exponent))}
+        with contextlib.suppress(TimeUpError):
+            found = search_missed(lambda x: np.ldexp(A.dot(x), -exponent), V, ends, tolerance, steps[0], rng, **limits)
+        return found
 
-    orthogonality = float(np.abs(gram * np.outer(lengths, lengths) - np.eye(len(w))).max())
+    gram, lengths = V.T @ V, evidence.lengths
+    orthogonality = float(np.abs(gram * np.outer(lengths, lengths) - np.eye(len(gram))).max())
     certificate = certificate_from(
-        w, gram, R.T @ R, quotients, noise, search, exponent=exponent, size=len(V), which=which, tol=tol
+        evidence.values,
+        gram,
+        R.T @ R,
+        evidence.quotients,
+        evidence.noise,
+        search,
+        exponent=exponent,
+        size=len(V),
+        which=which,
+        tol=tol,
     )
-    return dataclasses.replace(certificate, orthogonality=orthogonality, products=A.products)
+    return dataclasses.replace(certificate, orthogonality=orthogonality), found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evidence:
+    """The measurements of k eigenpairs. Values, residuals and quotients are divided by ``2 ** exponent``.
+
+    Attributes
+    ----------
+    values : ndarray, shape (k,)
+    vectors : ndarray, shape (N, k)
+        The approximate eigenvectors, divided by their norms.
+    lengths : ndarray, shape (k,)
+        The norms of the given vectors.
+    residuals : ndarray, shape (N, k)
+        ``A @ vectors - vectors * values``.
+    quotients : ndarray, shape (k,)
+        The Rayleigh quotients of the vectors.
+    noise : Noise
+        The errors of the products, not divided by ``2 ** exponent``.
+    exponent : int
+    """
+
+    values: Array
+    vectors: Array
+    lengths: Array
+    residuals: Array
+    quotients: Array
+    noise: Noise
+    exponent: int
+
+
+Repair = Callable[[CountedOperator, Evidence, SearchResult], Evidence | None]
 
 
 def certificate_from(
@@ -725,93 +781,3 @@ def quadratic_estimates(
         if gap > 0:
             estimates[index] = min(bounds[index], shift + square / gap + noise)
     return estimates
-
-
-# The accuracy and symmetry of products.
-
-
-@dataclasses.dataclass(frozen=True)
-class Noise:
-    """The measured errors of products with an operator.
-
-    Attributes
-    ----------
-    relative : float
-        The largest measured error of a product, relative to the norm of the product.
-    error : float
-        The assumed error (in the Euclidean norm) of a product with an eigenvector of norm 1: twice the largest measured
-        error, plus a rounding error.
-    symmetry : float
-        An estimate of ``||A - A'|| / ||A||``.
-    skew : float
-        An estimate of ``||(A - A') x||`` for a vector x of norm 1.
-    norm : float
-        The largest norm of a measured product with a vector of norm 1.
-    """
-
-    relative: float
-    error: float
-    symmetry: float
-    skew: float
-    norm: float
-
-
-def is_asymmetric(symmetry: float, relative: float) -> bool:
-    """Return True if the relative asymmetry exceeds both 1e-10 and 10 times the relative noise of the products."""
-    return symmetry > max(_SYMMETRY_PER_NOISE * relative, _HARMLESS_ASYMMETRY)
-
-
-def measure_noise(A: CountedOperator, V: Array, AV: Array, rng: np.random.Generator) -> Noise:
-    """Measure the errors of products with random vectors and with random combinations of eigenvectors.
-
-    Random vectors test the whole operator, but have only small components along the dominant eigenvectors. The errors
-    of products with eigenvectors are therefore measured separately.
-
-    Parameters
-    ----------
-    A : CountedOperator, shape (N, N)
-        The operator, with float64 products.
-    V, AV : ndarray, shape (N, k)
-        The eigenvectors, of norm 1, and the products ``A @ V``.
-    rng : numpy.random.Generator
-        The generator for the random vectors.
-    """
-    size = len(V)
-    X = rng.standard_normal((size, min(_PROBES, size)))
-    X /= np.linalg.norm(X, axis=0)
-    AX = A.matmat(X)
-    norms = column_norms(AX)
-    typical, largest = _rms(norms), float(max(norms.max(), column_norms(AV).max()))
-
-    repeated = norm(A.matvec(X[:, 0]) - AX[:, 0])
-    random_error = max(repeated, _linearity_error(A, X, AX, rng))
-    eigenvector_error = max(_linearity_error(A, V, AV, rng) for _ in range(2))
-
-    # For random vectors x of norm 1, the root mean square of sqrt(N) |g' x| is |g|.
-    eigenvector_skew = math.sqrt(size) * _rms(AV.T @ X - V.T @ AX)
-    mixed = X.T @ AX
-    random_skew = math.sqrt(size) * _rms((mixed - mixed.T)[np.triu_indices(len(mixed), 1)])
-    return Noise(
-        relative=max(_ratio(random_error, typical), _ratio(eigenvector_error, largest)),
-        error=2 * max(random_error, eigenvector_error) + _EPS * largest,
-        symmetry=max(_ratio(random_skew, typical), _ratio(eigenvector_skew, largest)),
-        skew=max(random_skew, eigenvector_skew),
-        norm=largest,
-    )
-
-
-def _linearity_error(A: CountedOperator, X: Array, AX: Array, rng: np.random.Generator) -> float:
-    """Return the norm of ``A (X c) - (A X) c`` for a random c of norm 1."""
-    weights = rng.standard_normal((X.shape[1], 1))
-    weights /= np.linalg.norm(weights)
-    return norm(A.matvec((X @ weights)[:, 0]) - (AX @ weights)[:, 0])
-
-
-def _rms(array: Array) -> float:
-    """Return the root mean square of the entries, or 0 for an empty array."""
-    return norm(array) / math.sqrt(array.size) if array.size else 0.0
-
-
-def _ratio(part: float, whole: float) -> float:
-    """Return ``part / whole``, or 0 if `whole` is 0."""
-    return part / whole if whole > 0 else 0.0

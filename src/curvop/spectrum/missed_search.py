@@ -12,6 +12,7 @@ vector.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -48,11 +49,16 @@ class SearchResult:
         With a probability of at least 0.999, all eigenvalues that the solver did not compute lie in ``[lower, upper]``.
         A bound is infinite after too few Lanczos steps, or if this end of the spectrum is not searched.
     beyond : float or None
-        The Rayleigh quotient of `vector`. It lies outside the limits of the search, which proves that an eigenvalue was
-        missed. None if no missed eigenvalue was found.
-    vector : ndarray, shape (N,), or None
-        A vector of norm 1 that is orthogonal to the computed eigenvectors. It approximates the eigenvector of a missed
-        eigenvalue. None if no missed eigenvalue was found.
+        The Rayleigh quotient of one of the `vectors`. It lies outside the limits of the search, which proves that an
+        eigenvalue was missed. None if no missed eigenvalue was found.
+    limits : (float, float)
+        The limits of the search, including the tolerance.
+    vectors : ndarray, shape (N, m), or None
+        Orthonormal vectors that are orthogonal to the computed eigenvectors, and whose Rayleigh quotients lie outside
+        of `limits`. They approximate eigenvectors of missed eigenvalues. A dense eigensolver finds the eigenvectors of
+        all missed eigenvalues, and Lanczos finds one. None if no missed eigenvalue was found.
+    products : ndarray, shape (N, m), or None
+        The products of the operator with `vectors`.
     """
 
     low: float
@@ -60,7 +66,9 @@ class SearchResult:
     lower: float
     upper: float
     beyond: float | None = None
-    vector: Array | None = None
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    vectors: Array | None = None
+    products: Array | None = None
 
 
 def remaining_range(values: Array, which: str | None) -> tuple[float, float] | None:
@@ -200,28 +208,28 @@ def search_missed(
             if not time_up and left <= min(_DENSE, most - step):
                 return _search_densely(multiply, Q, inner)
             break
-    value = vector = None
     if excess > 0:
-        try:
-            value, vector = lanczos.ritz_vector(end)
-        except TimeUpError:
-            value = None
-        if value is not None and inner[0] <= value <= inner[1]:
-            value = vector = None  # noise in the products caused the outlying Ritz value
-    return SearchResult(low, high, lower, upper, value, vector)
+        with contextlib.suppress(TimeUpError):
+            vector, product = lanczos.ritz_vector(end)
+            value = float(vector @ product)
+            if not inner[0] <= value <= inner[1]:  # otherwise, noise in the products caused the outlying Ritz value
+                return SearchResult(low, high, lower, upper, value, inner, vector[:, None], product[:, None])
+    return SearchResult(low, high, lower, upper)
 
 
 def _search_densely(multiply: Multiply, Q: Array, limits: tuple[float, float]) -> SearchResult:
     """Search by computing all eigenvalues of A restricted to the orthogonal complement of Q."""
     count = Q.shape[1]
     complement = np.linalg.qr(Q, mode="complete")[0][:, count:]
-    compression = complement.T @ multiply(complement)
-    values, vectors = np.linalg.eigh((compression + compression.T) / 2)
+    products = multiply(complement)
+    compression = complement.T @ products
+    values, S = np.linalg.eigh((compression + compression.T) / 2)
     low, high = float(values[0]), float(values[-1])
     end, excess = _furthest_outside(low, high, limits)
     if excess <= 0:
         return SearchResult(low, high, low, high)
-    return SearchResult(low, high, low, high, (low, high)[end], complement @ vectors[:, end])
+    S = S[:, (values < limits[0]) | (values > limits[1])]
+    return SearchResult(low, high, low, high, (low, high)[end], limits, complement @ S, products @ S)
 
 
 def _furthest_outside(low: float, high: float, limits: tuple[float, float]) -> tuple[int, float]:
@@ -309,8 +317,8 @@ class _ProjectedLanczos:
         upper = _upper_bound(alphas, betas, values[-1], component) if math.isfinite(limits[1]) else math.inf
         return lower, upper
 
-    def ritz_vector(self, end: int) -> tuple[float, Array]:
-        """Return the Ritz vector for the smallest (end=0) or largest (end=-1) Ritz value, and its Rayleigh quotient.
+    def ritz_vector(self, end: int) -> tuple[Array, Array]:
+        """Return the Ritz vector for the smallest (end=0) or largest (end=-1) Ritz value, and its product with A.
 
         The recurrence is repeated to form the Ritz vector.
         """
@@ -324,7 +332,7 @@ class _ProjectedLanczos:
             total += weight * self._q
         total = _project(self._Q, total)
         total /= np.linalg.norm(total)
-        return float(total @ self._multiply(total)), total
+        return total, self._multiply(total)
 
     def _next(self, product: Array, alpha: float, beta: float) -> Array:
         """Return the next Lanczos vector before normalization."""

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from curvop.operators.engine_operator import UNTRUSTED
 from curvop.operators.gram import GramLinearOperator, NotFactorableError
-from curvop.spectrum.certificate import Certificate, Noise, certificate_from
+from curvop.spectrum.certificate import Certificate, certificate_from
 from curvop.spectrum.counting import CountedOperator
 from curvop.spectrum.missed_search import SearchResult
+from curvop.spectrum.noise import Noise
 from curvop.spectrum.norms import norm
 
 __all__ = ["SIDES", "UNSUITABLE", "Formed", "fits", "lifted", "smaller_side", "solve_formed"]

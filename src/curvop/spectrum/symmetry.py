@@ -9,8 +9,8 @@ import torch
 from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
-from curvop.spectrum.certificate import is_asymmetric
 from curvop.spectrum.lanczos import device_of, multiply, product_dtype, product_precision
+from curvop.spectrum.noise import is_asymmetric
 from curvop.spectrum.norms import norm, row_dots, row_norms
 
 __all__ = ["check_symmetry"]
