@@ -362,7 +362,7 @@ class TestTime:
         A = Slow(matrix(eigenvalues), stall=stall, clock=clock)
         with pytest.warns(RuntimeWarning, match="time was up"):
             result = eigsh(A, 4, method="lanczos", seconds=0.45)
-        assert A.products == result.products == stall + stall % 2  # the products are computed in blocks of two
+        assert A.products == result.products == stall
         assert result.certificate is None
         assert result.note == "no certificate, as time was up"
         assert len(result.values) == min(result.products, 4)
@@ -449,7 +449,7 @@ class TestTime:
 
 
 class TestMemory:
-    @pytest.mark.parametrize(("method", "vectors"), [("arpack", 2 * 12 + 5 + 4), ("lanczos", 18 + 5 + 7)])
+    @pytest.mark.parametrize(("method", "vectors"), [("arpack", 2 * 12 + 5 + 4), ("lanczos", 18 + 5 + 4)])
     def test_the_basis_is_reduced_to_fit(self, method: str, vectors: int) -> None:
         A = matrix(np.linspace(0, 1, 300) ** 8)
         result = eigsh(A, 5, method=method, memory=300 * 8 * vectors)

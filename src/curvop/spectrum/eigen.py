@@ -52,7 +52,6 @@ Array = NDArray[Any]
 _SEARCH, _MIN_SEARCH = 60, 5  # Lanczos steps of a search; in less than 5, it cannot rule out missed eigenvalues
 _MAX_RESTARTS = 1000  # SciPy's default of 10 N restarts is impractical for large N
 _MIN_ARPACK_BASIS = 30  # SciPy's default of 20 vectors takes twice as many products for clustered eigenvalues
-_LANCZOS_BLOCK = 2  # default block size
 _MIN_LANCZOS_BASIS = 40  # Hessian of `digits`, which="SA": 652 products with 40 vectors, 1,187 with 30
 _ARPACK_ATTEMPTS = 3
 _DENSE_SIZE = 2000  # up to this many rows, forming the matrix is a good replacement for LOBPCG
@@ -107,8 +106,7 @@ def eigsh(
           ``k + 2`` single products, for example if the data are slow to read or a single product does not keep the
           device busy.
         - 'lanczos' is thick-restart block Lanczos, for all values of `which` except 'SM'. The basis stays on the device
-          of the operator, so only the final eigenvectors are copied from a GPU to the host. With ``block=1``, it takes
-          about as many products as 'arpack'.
+          of the operator, so only the final eigenvectors are copied from a GPU to the host.
         - 'dense' forms the matrix from N products and computes all its eigenvalues. The other methods switch to 'dense'
           if the matrix is so small that an iteration would not be cheaper.
     tol : float, optional
@@ -126,9 +124,10 @@ def eigsh(
         rounded up to a multiple of `block`. If that many vectors do not fit into `memory`, the default is the largest
         number that fits.
     block : int, optional
-        The number of vectors of each block product, for 'lanczos' only. The default is 2, or 1 if `ncv` is ``k + 1``.
-        A block of b vectors finds eigenvalues of multiplicity up to b without the help of rounding errors. For simple
-        eigenvalues of neural networks, 2 takes up to 1.8 times as many products as 1.
+        The number of vectors of each block product, for 'lanczos' only. The default is 1, which takes about as many
+        products as 'arpack'. A block of b vectors finds eigenvalues of multiplicity up to b without the help of
+        rounding errors, but 2 takes up to 1.8 times as many products as 1. Use a larger block if many eigenvalues are
+        multiple, or if a block product is much cheaper than single products.
     v0 : array_like, shape (N,), optional
         The starting vector. The default is a random vector. 'lobpcg' and 'lanczos' use `v0` as the first vector of
         their starting block. The other vectors of the block are random.
@@ -586,7 +585,7 @@ def _lobpcg(problem: _Problem) -> _Eigenpairs:
 def _lanczos(problem: _Problem) -> _Eigenpairs:
     """Run thick-restart block Lanczos. The basis is stored on the device of the operator."""
     size, k = problem.size, problem.k
-    block = problem.block or (_LANCZOS_BLOCK if problem.ncv is None else min(_LANCZOS_BLOCK, problem.ncv - k))
+    block = problem.block or 1
     default = -(-max(2 * k + 1, k + 2 * block, _MIN_LANCZOS_BASIS) // block) * block
     basis = problem.ncv or min(size, default)
     if basis + block > size:
