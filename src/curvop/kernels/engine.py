@@ -465,7 +465,7 @@ class Columns:
         self._times.clear()
 
     def shrink(self) -> bool:
-        """Reduce the largest size of a chunk of columns. Return False if this size was already 1."""
+        """Reduce the maximum number of columns per chunk. Return False if this number was already 1."""
         largest = self._sizes[-1]
         self._sizes = self._sizes[:-1] or (max(1, largest // 2),)
         return largest > 1

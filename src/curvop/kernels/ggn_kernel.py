@@ -98,7 +98,7 @@ class OutputHessian(abc.ABC):
 
 
 class GGNLikeKernel(Kernel):
-    r"""Linearize batches for products with a block of :math:`J^\top M J`; subclasses define `M`."""
+    r"""Linearize the model on each batch, for products with a block of :math:`J^\top M J`. Subclasses define `M`."""
 
     symmetric = True
     objective: ModelObjective
@@ -260,7 +260,7 @@ class _GGNLikeLinearization(GraphLinearization):
 
 
 class GGNKernel(GGNLikeKernel):
-    """Linearize batches for products with a block of the generalized Gauss-Newton matrix."""
+    """Linearize the model on each batch, for products with a block of the generalized Gauss-Newton matrix."""
 
     def output_hessian(
         self, outputs: list[Tensor], y: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]

@@ -344,7 +344,7 @@ class _Places:
     def state(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return a list of the buffers and other tensors of the modules, without parameters and duplicates.
 
-        Tensors that are not buffers are included only if they do not belong to an autograd graph.
+        All buffers are included. Other tensors are included unless they belong to an autograd graph.
         """
         buffers = (buffer for part in self._parts for _, buffer in part._buffers.items() if buffer is not None)
         state = {id(tensor): tensor for tensor in buffers}

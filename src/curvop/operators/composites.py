@@ -243,7 +243,7 @@ def entries(layout: ParameterLayout | None, names: Names | None) -> Any:
 
 
 def restricted_layouts(A: ParameterVectors, rows: Names | None, cols: Names | None) -> Layouts:
-    """Return the layouts ``(rows, cols)`` of the block of A with the named row and column parameters."""
+    """Return the layouts ``(rows, cols)`` of a block of A, given the names of its row and column parameters."""
     row_layout, col_layout = A._row_and_column_layouts
 
     def cut(layout: ParameterLayout | None, names: Names | None) -> ParameterLayout | None:

@@ -321,9 +321,10 @@ def _significant(coefficients: Array, removed: Array) -> tuple[Tensor, Array]:
 
 
 def _precondition(system: DampedSystem, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return (Q', M Q', F), where M is the preconditioner, ``Q = F.T @ Q'`` and :math:`Q' M Q'^\top = I`.
+    """Orthonormalize the rows of Q in the inner product of the preconditioner M, a symmetric matrix.
 
-    Directions in which M is zero up to rounding are removed.
+    Return ``(P, P @ M, F)`` with ``Q = F.T @ P`` and ``P @ M @ P.T = I``. Directions in which M is zero up to
+    rounding are removed.
     """
     if system.precondition is None:
         return Q, Q, torch.eye(len(Q), dtype=Q.dtype, device=Q.device)

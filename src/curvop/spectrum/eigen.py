@@ -147,9 +147,9 @@ def eigsh(
         The time limit in seconds. There is no limit by default. The clock is checked before each product (in block
         products, before every 16 columns), and a product that has started is completed. If time runs out, 'lanczos'
         returns its current eigenpairs, and 'lobpcg' returns the eigenpairs of its last convergence check (one every 40
-        iterations). 'arpack' and 'dense' have no partial results and raise a ``TimeoutError``. 'lanczos' and 'lobpcg'
-        reserve time for error bounds, unless `seconds` is too short for their ``k + 8`` products. If no time is left
-        for error bounds, the result has no certificate.
+        iterations). 'arpack' and 'dense' have no partial results and raise a ``TimeoutError``. Error bounds
+        take ``k + 8`` products. 'lanczos' and 'lobpcg' reserve time for these products, unless `seconds` is too short
+        for them. If no time is left for error bounds, the result has no certificate.
     side : {'auto', 'parameters', 'examples'}, optional
         Which of the two matrices ``A = S.T @ S`` and ``S @ S.T`` is solved. They have the same non-zero eigenvalues,
         and the result always contains eigenvectors of A.
