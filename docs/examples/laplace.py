@@ -141,7 +141,7 @@ for left, right, images in ((*axes[:2], upright), (*axes[2:], turned)):
     image = images[chosen : chosen + 1]
     trained, sampled = predict(image)
     mean, (low, high) = sampled[:, 0].mean(0), np.quantile(sampled[:, 0].numpy(), (0.1, 0.9), axis=0)
-    left.imshow(image.reshape(8, 8), cmap="gray_r")
+    left.imshow(image.reshape(8, 8).numpy(), cmap="gray_r")
     left.set_axis_off()
     right.bar(range(10), trained[0], color="tab:blue", alpha=0.5, label="network")
     right.vlines(range(10), low, high, color="black", linewidth=1)

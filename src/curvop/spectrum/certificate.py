@@ -244,7 +244,7 @@ class Certificate:
         and ``a A x + b A y``.
     symmetry : float
         An estimate of ``||A - A'|| / ||A||`` from the differences ``x' A y - y' A x``, where y is random and x is
-        random or an eigenvector. A value of the order of `noise` is harmless.
+        random or an eigenvector. A value of the order of ``noise`` is harmless.
     norm : float
         A lower bound for the norm of A: the largest absolute Ritz value, or the largest computed ``||A x||`` with
         ``||x|| = 1`` if this norm is larger.
@@ -275,8 +275,8 @@ class Certificate:
     innermost : ndarray, shape (2,), or None
         The range ``(low, high)`` that would contain all other eigenvalues if none was missed: for 'LA' up to the
         smallest given value, for 'SA' from the largest given value on, for 'LM' between plus and minus the smallest
-        magnitude, and for 'BE' between the two innermost values. The search is inconclusive between `innermost` and
-        `remaining`. None if `remaining` is None.
+        magnitude, and for 'BE' between the two innermost values. The search is inconclusive between ``innermost`` and
+        ``remaining``. None if ``remaining`` is None.
 
     See Also
     --------
