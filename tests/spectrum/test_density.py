@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -82,6 +83,14 @@ class TestSpectra:
         np.testing.assert_allclose(found.atoms, [-7, -4, 5, 6], rtol=1e-12)
         dataclasses.replace(found, atoms=found.atoms[[0, 3, 2, 1]]).save(tmp_path / "old.npz")
         np.testing.assert_array_equal(SpectralDensity.load(tmp_path / "old.npz").atoms, found.atoms)
+
+    def test_atoms_of_earlier_versions_are_sorted(self) -> None:
+        """Pickles of earlier versions hold the atoms from the largest magnitude to the smallest."""
+        found = quietly(np.diag(np.r_[np.linspace(-1, 1, 30), -9.0, 8.0, 7.0]), num_steps=5, deflate=3)
+        old = SpectralDensity.__new__(SpectralDensity)
+        old.__setstate__(vars(found) | {"atoms": found.atoms[[0, 2, 1]]})
+        np.testing.assert_array_equal(old.atoms, found.atoms)
+        assert str(pickle.loads(pickle.dumps(old))) == str(found)
 
     def test_outliers_are_counted_once(self) -> None:
         found = quietly(matrix(SPECTRA["clusters and outliers"]), num_probes=4, num_steps=60, rng=0)

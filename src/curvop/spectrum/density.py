@@ -344,6 +344,13 @@ class SpectralDensity:
     recurrences: Array = dataclasses.field(default_factory=lambda: np.zeros((0, 2, 0)))
     resolution: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.__dict__["atoms"] = np.sort(self.atoms)  # earlier versions saved another order
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
     @property
     def exact(self) -> bool:
         """True if all eigenvalues are known exactly. All estimates are then exact up to rounding."""
@@ -725,7 +732,6 @@ class SpectralDensity:
             The density.
         """
         kinds: dict[str, Any] = {"size": int, "num_products": int, "complete": bool, "resolution": float}
-        kinds["atoms"] = np.sort  # earlier versions saved another order
         return cls(**{name: kinds.get(name, np.asarray)(arrays[name]) for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
