@@ -123,7 +123,10 @@ class EigenResult:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.__post_init__()  # earlier versions pickled the eigenpairs in another order
+        # Earlier versions pickled the eigenpairs in another order, and certificates without some attributes.
+        if self.certificate is not None:
+            self.__dict__["certificate"] = with_ranges(self.certificate, self.values)
+        self.__post_init__()
 
     def __iter__(self) -> Iterator[Array]:
         """Yield `values` and `vectors`, so that a result can be unpacked like that of SciPy's ``eigsh``."""
