@@ -605,7 +605,7 @@ def test_a_study_with_fewer_steps_uses_a_part_of_the_density(run, spec, tmp_path
     assert again["products"] == 0
     np.testing.assert_allclose(figures(again["density"]), figures(fresh["density"]), rtol=1e-8, atol=1e-10)
     assert again["notes"] == [
-        "density: 2 probes of 5 steps, as requested; on disk are up to 8 probes and 22 steps (--probes, --steps)"
+        "density: 2 probes of 5 steps, as requested; the folder has up to 8 probes and 22 steps (--probes, --steps)"
     ]
     assert {file: file.read_bytes() for file in files} == files
     assert json.loads(run(spec, "--k", 1, "--out", out, "--resume", "--json")[1])["products"] == 0

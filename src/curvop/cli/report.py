@@ -307,8 +307,8 @@ def eigs_report(result: Result, options: argparse.Namespace) -> Iterator[str]:
 def eigs_json(options: argparse.Namespace, results: Sequence[Any], seconds: float) -> dict[str, Any]:
     """Return the results of ``curvop eigs`` as a JSON serializable dictionary.
 
-    The eigenvalues of all ends are in ascending order together, and their residuals have the same order. Singular
-    values are in descending order.
+    The eigenvalues of all ends are sorted together in ascending order, and their residuals have the same order.
+    Singular values are in descending order.
     """
     setup, spectrum, dense, *solves = results
     arrays = {name: array.tolist() for name, array in spectrum.arrays.items() if "vectors" not in name}

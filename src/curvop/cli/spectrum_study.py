@@ -55,7 +55,7 @@ _ENDING_SECONDS, _ENDING_SHARE = 0.5, 0.02  # at least this time is reserved, fo
 
 @dataclasses.dataclass
 class _Outcome:
-    """What a step has left.
+    """The outcome of a step.
 
     Attributes
     ----------
@@ -162,7 +162,8 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, start: 
     -----
     Each step gets a share of the time until the deadline. Time that a step does not need goes to the later steps. When
     all steps have had their shares, the steps that are not finished continue with the time that is left, the most
-    wanted first. For this purpose, a study without an output folder records its products in a temporary folder.
+    wanted first. For this purpose, a study without an output folder records its products in a temporary folder. If the
+    density could fill more than a quarter of the free disk space there, the study ends after the last step instead.
 
     Computations in progress are not interrupted. The study can therefore exceed the deadline for three reasons:
 
@@ -441,8 +442,8 @@ def _density(results: StudyResults, A: Any, options: argparse.Namespace, folder:
         recorded = recorded_density(checkpoint)
         if recorded[0] > options.probes or recorded[1] > options.steps:
             results.notes.append(
-                f"density: {probes} probes of {steps} steps, as requested; on disk are up to {recorded[0]} probes and "
-                f"{recorded[1]} steps (--probes, --steps)"
+                f"density: {probes} probes of {steps} steps, as requested; the folder has up to {recorded[0]} "
+                f"probes and {recorded[1]} steps (--probes, --steps)"
             )
     return outcome
 
