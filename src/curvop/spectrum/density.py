@@ -344,12 +344,8 @@ class SpectralDensity:
     recurrences: Array = dataclasses.field(default_factory=lambda: np.zeros((0, 2, 0)))
     resolution: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.__dict__["atoms"] = np.sort(self.atoms)  # earlier versions saved another order
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__post_init__()
+        self.__dict__.update(state, atoms=np.sort(state["atoms"]))  # earlier versions pickled another order
 
     @property
     def exact(self) -> bool:
@@ -732,6 +728,7 @@ class SpectralDensity:
             The density.
         """
         kinds: dict[str, Any] = {"size": int, "num_products": int, "complete": bool, "resolution": float}
+        kinds["atoms"] = np.sort  # earlier versions saved another order
         return cls(**{name: kinds.get(name, np.asarray)(arrays[name]) for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
@@ -850,8 +847,7 @@ def _memory_for_bases(A: LinearOperator, count: int, memory: int | None) -> int:
     The eigenvectors are stored in float64. If the bases are in float32, the eigenvectors are also stored in float32.
     """
     available = available_bytes(device_of(A), memory)
-    precise = product_dtype(A) == torch.float64
-    needed: int = count * A.shape[0] * (8 if precise else 8 + product_dtype(A).itemsize)
+    needed: int = count * A.shape[0] * (8 if product_dtype(A) == torch.float64 else 8 + 4)
     what = f"the deflated eigenspace, {count} vectors of {A.shape[0]:,} numbers,"
     check_fits(needed, available, what, "reduce deflate")
     return available - needed
@@ -873,8 +869,7 @@ def _sums_of_weights(probes: torch.Tensor) -> Array:
 
     A probe in the deflated space is zero up to rounding. Its sum is 0, and it is replaced by an arbitrary vector.
     """
-    size = probes.shape[1]
-    squares = (probes**2).sum(1).cpu().numpy()
+    size, squares = probes.shape[1], (probes**2).sum(1).cpu().numpy()
     negligible = squares <= 1e-20 * size
     squares[negligible] = 0
     if negligible.any():
