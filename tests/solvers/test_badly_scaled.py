@@ -85,6 +85,11 @@ class TestScales:
         b = np.random.default_rng(3).standard_normal((20, count)) * np.sqrt(diagonal)[:, None]
         assert quietly(A, b, preconditioner=np.diag(1 / diagonal)).solver == "minres"
 
+    def test_a_matrix_whose_squares_overflow_is_not_called_singular(self) -> None:
+        A = 1e200 * matrix(np.linspace(1, 10, 20))
+        with pytest.raises(ValueError, match="entries of A are too large for float64 arithmetic"):
+            solve(A, np.ones(20), 0.0, progress=False)
+
 
 class TestIllConditionedPreconditioners:
     """The true residual decides: residuals that have lost their orthogonality are not made small artificially."""

@@ -173,6 +173,8 @@ def block_cg(
         finite, positive, is_accurate, ratio = host[:4]
         if not finite:
             raise NotFiniteError
+        if np.isinf(ratio):
+            raise ValueError("the entries of A are too large for float64 arithmetic: scale A and damping")
         system.scale = max(system.scale, float(ratio) ** 0.5)
         if not positive:
             verdict, curvature = _examine(system, S, P, curvatures, norm * inner, columns)
