@@ -85,6 +85,21 @@ class TestScales:
         b = np.random.default_rng(3).standard_normal((20, count)) * np.sqrt(diagonal)[:, None]
         assert quietly(A, b, preconditioner=np.diag(1 / diagonal)).solver == "minres"
 
+    def test_no_column_takes_more_than_maxiter_steps(self) -> None:
+        # The block stagnates, and its columns are continued one by one with the steps that are left.
+        rng = np.random.default_rng(12)
+        D, Q = 10 ** rng.uniform(-6, 6, 23), np.linalg.qr(rng.standard_normal((23, 23)))[0]
+        A, b = D[:, None] * ((Q * np.logspace(-2, 0, 23)) @ Q.T) * D, rng.standard_normal((23, 8))
+        changes, before = np.zeros(8, int), np.zeros((23, 8))
+
+        def count(x: np.ndarray) -> None:
+            nonlocal before
+            changes[(x != before).any(0)] += 1
+            before = x
+
+        quietly((A + A.T) / 2, b, maxiter=27, callback=count)
+        assert changes.max() <= 27
+
     def test_a_matrix_whose_squares_overflow_is_not_called_singular(self) -> None:
         A = 1e200 * matrix(np.linspace(1, 10, 20))
         with pytest.raises(ValueError, match="entries of A are too large for float64 arithmetic"):

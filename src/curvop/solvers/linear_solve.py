@@ -100,8 +100,9 @@ def solve(
         `curvop.preconditioner.nystrom`. A callable receives columns ``(N, K)`` and returns the products in the same
         shape. The columns are a tensor if `b` consists of tensors, and an array otherwise.
     maxiter : int, optional
-        The maximum number of steps. A step takes at most one product for each column. A few additional products are
-        needed to compute the residuals. The default is the smaller of ``10 * N`` and 1000.
+        The maximum number of steps for each column. A step takes at most one product for each column. A few additional
+        products are needed to compute the residuals. If the damped matrix is nearly singular, a step takes up to two
+        more products. The default is the smaller of ``10 * N`` and 1000.
     x0 : same type and shape as `b`, optional
         The initial guess. An initial guess costs one product for each column. By default, the solver starts from zero.
     seconds : float, optional
@@ -488,7 +489,7 @@ class _Group:
         the matrix, for example if the diagonal is between 1e-20 and 1e20. Columns that no longer improve are therefore
         continued one by one, as long as this helps.
         """
-        self._improve(np.flatnonzero(self.residual > self._rtol), max_steps)
+        max_steps = self._improve(np.flatnonzero(self.residual > self._rtol), max_steps)
         stuck = [i for i, status in enumerate(self.status) if status == "stagnation"]
         for i in stuck if len(self.status) > 1 else []:
             if self.solver == "minres" or self._system.low_precision:
@@ -498,8 +499,8 @@ class _Group:
             if self.residual[i] > max(0.5 * before, self._rtol):
                 break
 
-    def _improve(self, active: Array, max_steps: int) -> None:
-        """Run solvers for the active columns together."""
+    def _improve(self, active: Array, max_steps: int) -> int:
+        """Run solvers for the active columns together. Return the number of steps that are left."""
         for i in active:
             self.status[i] = "rtol"
         for number in range(_MAX_RUNS):
@@ -511,6 +512,7 @@ class _Group:
             active = self._accept(active, X, residuals, end, number)
         for i in active:
             self.status[i] = "stagnation"
+        return max_steps
 
     def _accept(self, active: Array, X: Tensor, R: Tensor, end: BlockRun, number: int) -> Array:
         """Keep the solutions that are better than the previous ones. Return the columns to restart."""
