@@ -68,8 +68,8 @@ class InverseLinearOperator(CompositeLinearOperator):
     preconditioner : LinearOperator, matrix, Tensor or callable, shape (N, N), optional
         Positive definite approximation of the inverse, for example from `curvop.preconditioner.nystrom`.
     maxiter : int, optional
-        Maximum number of steps. A step takes at most one product with A for each column. The default is the smaller of
-        ``10 * N`` and 1000.
+        Maximum number of steps for each column. A step takes at most one product with A for each column, or up to two
+        more if the damped matrix is nearly singular. The default is the smaller of ``10 * N`` and 1000.
     on_failure : {'raise', 'warn'}, default 'raise'
         Whether a solve that did not converge raises a `NotConvergedError`, or issues a warning and returns the best
         solution.
