@@ -332,6 +332,39 @@ def test_a_progress_bar_counts_the_products(estimator, num_products: int, monkey
     assert sum(counts) == A.columns == min(num_products, 60)
 
 
+@pytest.mark.parametrize("num_products", [7, 20])
+def test_a_progress_bar_ends_complete(estimator, num_products: int, monkeypatch) -> None:
+    # An odd number of products is rounded down, and a matrix of rank 3 needs only three products in the second block.
+    bars = []
+    monkeypatch.setattr("tqdm.tqdm.close", lambda bar: bars.append((bar.n, bar.total)))
+    A = np.diag(np.r_[1.0, 2.0, 3.0, np.zeros(57)] if num_products == 20 else np.linspace(0.0, 1.0, 60))
+    estimator(aslinearoperator(A), num_products, rng=0)
+    count = 6 if num_products == 7 else 13
+    assert bars[0] == (count, count)
+
+
+def test_errors_of_dense_estimates_include_rounding(estimator) -> None:
+    A = matrix(np.linspace(0.1, 1.0, 60)).astype(np.float32)
+
+    class Rounded(LinearOperator):
+        """A float32 matrix whose products are computed in single precision, also for float64 vectors."""
+
+        def __init__(self) -> None:
+            super().__init__(np.float32, A.shape)
+
+        def _matmat(self, X):
+            return A @ X.astype(np.float32) * np.float32(1 + 1e-7)
+
+        def _adjoint(self):
+            return self
+
+    estimate = estimator(Rounded(), 120)
+    assert estimate.method == "dense"
+    distance = np.abs(estimate.value - EXACT[estimator](A.astype(np.float64)))
+    assert np.all(distance <= 2 * estimate.error)
+    assert np.all(estimate.error < 1e-5)
+
+
 class Counted(LinearOperator):
     """A symmetric matrix that counts the columns that are multiplied."""
 

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import integer, random_generator, real_operator
-from curvop.spectrum.lanczos import device_of, multiply, product_dtype
-from curvop.spectrum.norms import column_norms, tensor_norm
+from curvop.spectrum.lanczos import device_of, multiply, product_precision
+from curvop.spectrum.norms import column_norms, row_norms, tensor_norm
 
 __all__ = [
     "BoundedEstimate",
@@ -92,7 +92,7 @@ def trace(
     num_products : int, optional
         Number of products, at least 2. With 6 or more products, an odd number is rounded down to an even number. The
         estimate needs memory for about 4 N num_products numbers on the device of the operator. With N or more products,
-        the whole matrix is formed and its trace is exact.
+        the whole matrix is formed and its trace is exact up to rounding.
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are uniform on the sphere. The same seed gives the same vectors on
         every device.
@@ -158,7 +158,7 @@ def trace(
     A = real_operator(A)
     size = _checked_size(A, num_products)
     with step_bar("trace", progress, min(num_products, size)) as bar:
-        return _to_arrays(_trace(A, size, num_products, rng, bar))
+        return _finished(_trace(A, size, num_products, rng, bar), bar)
 
 
 def _trace(
@@ -166,7 +166,7 @@ def _trace(
 ) -> Estimate:
     if num_products >= size:
         entries = _dense(A, bar).diagonal()
-        return Estimate(entries.sum(), _EPS * entries.abs().sum(), "dense")
+        return Estimate(entries.sum(), product_precision(A) * entries.abs().sum(), "dense")
     if num_products < _FEWEST:
         probes = _Probes(A, _on_sphere(rng, size, num_products), bar)
         return probes.mean((probes.tests * probes.products).sum(0))
@@ -204,7 +204,7 @@ def diagonal(
         Number of products, at least 2. With 6 or more products, an odd number is rounded down to an even number. The
         estimate needs memory for about 4 N num_products numbers on the device of the operator. With 6 or more products,
         the estimate is exact up to rounding if ``num_products / 2`` exceeds the rank of `A` by a few. With N or more
-        products, the whole matrix is formed and its diagonal is exact.
+        products, the whole matrix is formed and its diagonal is exact up to rounding.
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are random signs. The same seed gives the same vectors on every
         device.
@@ -260,7 +260,7 @@ def diagonal(
     A = real_operator(A)
     size = _checked_size(A, num_products)
     with step_bar("diagonal", progress, min(num_products, size)) as bar:
-        return _to_arrays(estimate_diagonal(A, num_products, rng, bar))
+        return _finished(estimate_diagonal(A, num_products, rng, bar), bar)
 
 
 def estimate_diagonal(
@@ -272,8 +272,9 @@ def estimate_diagonal(
     """
     size = A.shape[0]
     if num_products >= size:
-        entries = _dense(A, bar).diagonal().clone()
-        return Estimate(entries, torch.zeros_like(entries), "dense")
+        matrix = _dense(A, bar)
+        errors = torch.from_numpy(product_precision(A) * row_norms(matrix.T.contiguous())).to(matrix)
+        return Estimate(matrix.diagonal().clone(), errors, "dense")
     generator, few = random_generator(rng), num_products < _FEWEST
     signs = generator.choice(np.array([-1.0, 1.0]), (size, num_products if few else num_products // 2))
     if few:
@@ -308,7 +309,8 @@ def frobenius_norm(
         Real operator with an adjoint (``rmatvec`` or ``rmatmat``).
     num_products : int, optional
         Number of products, at least 2. With 6 or more products, half of them are products with the adjoint, and an odd
-        number is rounded down to an even number. With 2 min(M, N) or more products, the norm is exact.
+        number is rounded down to an even number. With 2 min(M, N) or more products, the norm is exact up to
+        rounding.
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are uniform on the sphere. The same seed gives the same vectors on
         every device.
@@ -367,7 +369,7 @@ def frobenius_norm(
     _checked_size(A, num_products, square=False)
     total = min(A.shape) if num_products // 2 >= min(A.shape) else num_products
     with step_bar("Frobenius norm", progress, total) as bar:
-        return _to_arrays(_frobenius_norm(A, num_products, rng, bar))
+        return _finished(_frobenius_norm(A, num_products, rng, bar), bar)
 
 
 def _frobenius_norm(
@@ -376,7 +378,7 @@ def _frobenius_norm(
     if num_products // 2 >= min(A.shape):
         narrow = A if A.shape[1] <= A.shape[0] else A.H
         norm = torch.tensor(tensor_norm(_dense(narrow, bar).reshape(-1)), dtype=torch.float64)
-        return Estimate(norm, torch.zeros_like(norm), "dense")
+        return Estimate(norm, product_precision(A) * norm, "dense")
     if num_products < _FEWEST:
         probes = _Probes(A, _on_sphere(rng, A.shape[1], num_products), bar)
         return probes.root((probes.products**2).sum(0), independent=True)
@@ -525,7 +527,7 @@ class _Probes:
         self.unit = math.frexp(float(products.abs().max()))[1] if products.numel() else 0
         self.products = _times_power_of_two(products, -self.unit)
         largest = float(torch.linalg.vector_norm(self.products, dim=0).max())
-        self.rounding = torch.finfo(product_dtype(A)).eps * largest
+        self.rounding = product_precision(A) * largest
 
     def mean(self, samples: Tensor) -> Estimate:
         """Return the mean of scaled samples ``(..., r)``, one sample for each test vector, with its error."""
@@ -638,8 +640,9 @@ def _finite_product(A: LinearOperator, X: Tensor, bar: tqdm[Any] | None) -> Tens
     return product
 
 
-def _to_arrays(estimate: Estimate) -> Estimate:
-    """Convert an estimate of tensors to floats or arrays."""
+def _finished(estimate: Estimate, bar: tqdm[Any]) -> Estimate:
+    """Convert an estimate of tensors to floats or arrays, and complete the progress bar."""
+    bar.total = bar.n  # fewer products than expected if their number was odd, or if the rank of A is small
     value, error = (number.cpu().numpy()[()] for number in estimate)
     return Estimate(value, error, estimate.method)
 
