@@ -383,6 +383,22 @@ class TestCovered:
         assert fine.products > coarse.products
         assert not certify(A, w[:3], V[:, :3], which="LA", search=60).ok
 
+    @pytest.mark.parametrize("distance", [1e-10, 1e-11, 1e-12, 1e-13])
+    @pytest.mark.parametrize("size", [400, 4000])
+    def test_an_exhausted_search_does_not_tell_close_eigenvalues_apart(self, size: int, distance: float) -> None:
+        """The Krylov space of a matrix with two eigenvalues is exhausted after two steps, up to rounding errors."""
+        eigenvalues = np.ones(size)
+        eigenvalues[-2:] = 1 + distance, 2
+        found = certify(aslinearoperator(diags_array(eigenvalues)), [1.0, 2.0], np.eye(size)[:, [0, -1]], which="LA")
+        assert found.missed is not None or found.remaining[1] >= 1 + distance
+
+    def test_a_thorough_search_stops_if_it_is_exhausted(self) -> None:
+        eigenvalues = np.r_[np.ones(1499), 2.0]
+        A, vectors = aslinearoperator(diags_array(eigenvalues)), np.eye(1500)[:, [0, -1]]
+        found = certify(A, [1.0, 2.0], vectors, which="LA", thorough=True)
+        assert found.ok
+        assert found.products < 20
+
     def test_a_search_that_is_too_short_to_show_anything(self, clustered) -> None:
         A, w, V = clustered
         found = certify(A, w[:3], V[:, :3], which="LA", search=1)

@@ -87,8 +87,9 @@ def certify(
         rule out missed eigenvalues. If an eigenvalue seems to be missed, the search repeats its steps to confirm this.
     thorough : bool, optional
         Whether to continue the search after `search` steps until it confirms a missed eigenvalue, or rules out missed
-        eigenvalues further than ``tol * norm`` beyond the given ones. The number of products depends on the spectrum.
-        It is at most ``2 * (N - k)``, and usually less than the number of products that the solver takes.
+        eigenvalues beyond the given ones, up to the distance that the attribute ``ok`` of the certificate allows. The
+        number of products depends on the spectrum. It is at most ``2 * (N - k)``, and usually less than the number of
+        products that the solver takes.
     rng : int, numpy.random.Generator or None, optional
         The seed or generator for the random vectors. If the solver drew its starting vector from a seeded generator,
         pass a different seed here, so that the search starts from a different vector.
@@ -306,8 +307,9 @@ class Certificate:
 
         The checks require finite eigenpairs, bounds of at most ``tol * norm``, vectors that are orthonormal up to
         `tol`, and a symmetric operator. If `which` makes a claim that can be searched, the search must not have found a
-        missed eigenvalue, and must rule out missed eigenvalues further than ``tol * norm`` beyond the given ones. The
-        given eigenvalues are then the requested ones, up to errors of ``tol * norm``.
+        missed eigenvalue, and must rule out missed eigenvalues beyond the given ones at a distance of more than ``tol *
+        norm`` or twice the largest bound, whichever is larger. The given eigenvalues are then the requested ones, up to
+        errors of at most ``2 * tol * norm``.
         """
         return not self._problems()
 

@@ -200,7 +200,7 @@ def search_missed(
         end, excess = _furthest_outside(low, high, inner)
         scale = max(abs(low), abs(high), norm)
         settled = errors[end] <= max(tolerance, 1e-6 * max(abs(low), abs(high)))
-        goal = tolerance if step < steps else max(tolerance, tol * scale)
+        goal = tolerance if step < steps and not lanczos.exhausted else max(tolerance, tol * scale)
         closed = limits[0] - goal <= lower and upper <= limits[1] + goal
         if closed or (excess > 0 and settled):
             break
@@ -241,14 +241,15 @@ def _furthest_outside(low: float, high: float, limits: tuple[float, float]) -> t
     return (0, limits[0] - low) if limits[0] - low > high - limits[1] else (-1, high - limits[1])
 
 
-def _upper_bound(alphas: Array, betas: Array, top: float, component: float) -> float:
+def _upper_bound(alphas: Array, betas: Array, top: float, component: float, norm: float) -> float:
     r"""Return an upper bound for the largest eigenvalue, or infinity if there is none yet.
 
     The bound holds if the component of the starting vector along the eigenvector is at least `component`. The Lanczos
-    polynomials are evaluated at increasing distances from the largest Ritz value `top`. With :math:`d_j = \beta_j
-    p_j(t) / p_{j-1}(t)`, their recurrence is :math:`d_j = t - \alpha_j - \beta_{j-1}^2 / d_{j-1}`.
+    polynomials are evaluated at increasing distances from the largest Ritz value `top`. The largest distance is at
+    least ten times `norm`, the largest norm of a product. With :math:`d_j = \beta_j p_j(t) / p_{j-1}(t)`, their
+    recurrence is :math:`d_j = t - \alpha_j - \beta_{j-1}^2 / d_{j-1}`.
     """
-    t = top + _DISTANCES * (np.abs(alphas).max() + 2 * betas.max())
+    t = top + _DISTANCES * max(np.abs(alphas).max() + 2 * betas.max(), norm)
     log_p, largest, pivot = np.zeros_like(t), np.zeros_like(t), np.full_like(t, np.inf)
     previous = 0.0
     beyond = np.ones(len(t), dtype=bool)  # not below the largest Ritz value, up to rounding errors
@@ -310,11 +311,15 @@ class _ProjectedLanczos:
     def bounds(self, limits: tuple[float, float], component: float) -> tuple[float, float]:
         """Return bounds for the eigenvalues at the ends with finite limits (see `_upper_bound`)."""
         values = self._eigh()[0]
-        if self.exhausted:
+        if not self._betas[-1]:
             return float(values[0]), float(values[-1])
-        alphas, betas = np.array(self._alphas), np.array(self._betas)
-        lower = -_upper_bound(-alphas, betas, -values[0], component) if math.isfinite(limits[0]) else -math.inf
-        upper = _upper_bound(alphas, betas, values[-1], component) if math.isfinite(limits[1]) else math.inf
+        # If the space is exhausted, the last norm consists of rounding errors. Eigenvalues that differ by less than
+        # these errors have not been told apart, so the Ritz values themselves are no bounds.
+        alphas, betas = np.array(self._alphas), np.maximum(self._betas, _EPS * self._norm)
+        lower = (
+            -_upper_bound(-alphas, betas, -values[0], component, self._norm) if math.isfinite(limits[0]) else -math.inf
+        )
+        upper = _upper_bound(alphas, betas, values[-1], component, self._norm) if math.isfinite(limits[1]) else math.inf
         return lower, upper
 
     def ritz_vector(self, end: int) -> tuple[Array, Array]:
