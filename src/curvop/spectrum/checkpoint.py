@@ -132,15 +132,15 @@ class Checkpoint:
             complete = complete and (length >= num_steps or 0 < length < matrix.shape[1])
         return matrices, lengths, complete
 
-    def finish_group(self, group: slice, *arrays: Array) -> None:
-        """Record the results of a group of probes: nodes, weights, lengths and tridiagonal matrices.
+    def finish_group(self, group: slice, lengths: Array, matrices: Array) -> None:
+        """Record the results of a group of probes: the numbers of steps and the tridiagonal matrices.
 
         The steps of the group are kept, so that a later run can take more steps. If they take more space than is free
         on the disk, they are deleted.
         """
         if self._results is None:
             return
-        self._results.append(b"%s %d" % (_GROUP, group.start), *arrays)
+        self._results.append(b"%s %d" % (_GROUP, group.start), lengths, matrices)
         steps = self._step_file()
         if steps.num_bytes > shutil.disk_usage(self._directory).free:
             steps.close()
@@ -225,7 +225,7 @@ def _finished_groups(file: RecordFile) -> Iterator[tuple[int, Array, Array]]:
     """Yield the first probe, the lengths and the tridiagonal matrices of each recorded group of probes."""
     for key, offset in file:
         if key.startswith(_GROUP):
-            _, _, lengths, matrices = file.read(offset)
+            *_, lengths, matrices = file.read(offset)  # earlier versions also recorded nodes and weights
             yield int(key.split()[1]), lengths, matrices
 
 

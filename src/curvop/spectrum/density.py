@@ -235,8 +235,7 @@ def density(
                 if finished or run.lengths.sum() > steps.sum():
                     found, steps = np.stack([run.alphas, run.betas], axis=1), run.lengths
                 if finished:
-                    nodes, weights = run.quadrature()
-                    record.finish_group(group, nodes, weights * shares[group, None], steps, found)
+                    record.finish_group(group, steps, found)
             else:
                 bar.update(int(steps.sum()))
             matrices[group], lengths[group], complete = found, steps, complete and finished

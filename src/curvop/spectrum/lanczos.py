@@ -224,10 +224,6 @@ class Lanczos:
         if self._deflated is not None:
             W.addmm_(W @ self._deflated.T, self._deflated, alpha=-1)
 
-    def quadrature(self) -> tuple[Array, Array]:
-        """Return the nodes and the weights of each run's Gauss quadrature (see `gauss_rules`)."""
-        return gauss_rules(self.alphas, self.betas, self.lengths)
-
 
 class OrthogonalityBound:
     r"""Bounds for the loss of orthogonality in Lanczos runs. The bounds decide when to orthogonalize a new vector.
