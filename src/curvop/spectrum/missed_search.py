@@ -196,11 +196,11 @@ def search_missed(
         next_check = step + max(_CHECK_INTERVAL, step // 10)
         values, errors = lanczos.ritz()
         low, high = float(values[0]), float(values[-1])
-        lower, upper = lanczos.bounds(limits, component)
+        lower, upper = lanczos.bounds(low, high, limits, component)
         end, excess = _furthest_outside(low, high, inner)
-        scale = max(abs(low), abs(high), norm)
-        settled = errors[end] <= max(tolerance, 1e-6 * max(abs(low), abs(high)))
-        goal = tolerance if step < steps and not lanczos.exhausted else max(tolerance, tol * scale)
+        scale = max(abs(low), abs(high))
+        settled = errors[end] <= max(tolerance, 1e-6 * scale)
+        goal = tolerance if step < steps and not lanczos.exhausted else max(tolerance, tol * max(scale, norm))
         closed = limits[0] - goal <= lower and upper <= limits[1] + goal
         if closed or (excess > 0 and settled):
             break
@@ -308,18 +308,18 @@ class _ProjectedLanczos:
         values, vectors = self._eigh()
         return values, self._betas[-1] * np.abs(vectors[-1])
 
-    def bounds(self, limits: tuple[float, float], component: float) -> tuple[float, float]:
-        """Return bounds for the eigenvalues at the ends with finite limits (see `_upper_bound`)."""
-        values = self._eigh()[0]
+    def bounds(self, low: float, high: float, limits: tuple[float, float], component: float) -> tuple[float, float]:
+        """Return bounds for the eigenvalues at the ends with finite limits (see `_upper_bound`).
+
+        `low` and `high` are the smallest and the largest Ritz value.
+        """
         if not self._betas[-1]:
-            return float(values[0]), float(values[-1])
+            return low, high
         # If the space is exhausted, the last norm consists of rounding errors. Eigenvalues that differ by less than
         # these errors have not been told apart, so the Ritz values themselves are no bounds.
         alphas, betas = np.array(self._alphas), np.maximum(self._betas, _EPS * self._norm)
-        lower = (
-            -_upper_bound(-alphas, betas, -values[0], component, self._norm) if math.isfinite(limits[0]) else -math.inf
-        )
-        upper = _upper_bound(alphas, betas, values[-1], component, self._norm) if math.isfinite(limits[1]) else math.inf
+        lower = -_upper_bound(-alphas, betas, -low, component, self._norm) if math.isfinite(limits[0]) else -math.inf
+        upper = _upper_bound(alphas, betas, high, component, self._norm) if math.isfinite(limits[1]) else math.inf
         return lower, upper
 
     def ritz_vector(self, end: int) -> tuple[Array, Array]:
