@@ -60,7 +60,7 @@ class _Outcome:
     Attributes
     ----------
     undone : str
-        Message about what was not finished by the time limit, or an empty string.
+        Message about the work that the time limit left unfinished, or an empty string.
     improvable : bool
         Whether the step can use more time.
     reused : int
@@ -367,16 +367,14 @@ def _eigenvalues(results: StudyResults, A: LinearOperator, which: str, k: int, l
             [*(end for end in results.ends if end is not before), result], key=lambda end: list(ENDS).index(end.which)
         )
         before = result
-    outcome = _Outcome(reused=_num_answered(A) - answered)
+    # A result is not ok either if the search for missed eigenvalues was left out or cut short.
+    outcome = _Outcome(improvable=before is None or not before.ok, reused=_num_answered(A) - answered)
     if before is None:
         outcome.undone = f"eigenvalues {which}: not done by the deadline"
     elif before.timed_out and not before.converged:
         outcome.undone = f"eigenvalues {which}: {before.num_converged} of {k} converged by the deadline"
     elif before.certificate is None:
         outcome.undone = f"eigenvalues {which}: not certified by the deadline"
-    # More time also helps if the search for missed eigenvalues was left out or cut short.
-    searched = before is not None and before.certificate is not None and before.certificate.resolution is not None
-    outcome.improvable = bool(outcome.undone) or not (searched and before is not None and before.ok)
     return outcome
 
 
