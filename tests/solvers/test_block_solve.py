@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import slow
-from matrices import matrix
+from matrices import CountingMatrix, matrix
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg
 from torch import nn
@@ -47,25 +47,6 @@ def quietly(A, b, damping, **options):
 def true_residuals(A: np.ndarray, x: np.ndarray, b: np.ndarray, damping: float) -> np.ndarray:
     norms = np.linalg.norm(b, axis=0)
     return np.linalg.norm(b - A @ x - damping * x, axis=0) / np.where(norms > 0, norms, 1)
-
-
-class Counting(LinearOperator):
-    """A matrix that counts the columns that are multiplied."""
-
-    def __init__(self, A: np.ndarray) -> None:
-        super().__init__(A.dtype, A.shape)
-        self.A, self.columns = A, 0
-
-    def _matmat(self, X):
-        self.columns += X.shape[1]
-        return self.A @ X
-
-    def _matvec(self, x):
-        self.columns += 1
-        return self.A @ x
-
-    def _adjoint(self):
-        return self
 
 
 class TestAgainstDenseSolutions:
@@ -134,20 +115,20 @@ class TestAgainstDenseSolutions:
 
 class TestDegenerateColumns:
     def test_zero_and_dependent_columns(self) -> None:
-        A, B = Counting(matrix(np.logspace(-3, 1, 60))), sides(60, 3)
+        A, B = CountingMatrix(matrix(np.logspace(-3, 1, 60))), sides(60, 3)
         b = np.c_[np.zeros(60), B, B @ [1.0, -2.0, 3.0], 1e-9 * B[:, 0], B[:, 1]]
         result = solve(A, b, 1e-3, rtol=1e-10, progress=False)
         assert result.converged.all()
         assert true_residuals(A.A, result.solution, b, 1e-3).max() <= 1.1e-10
         assert not result.solution[:, 0].any()
         assert (result.products[0], result.residual[0]) == (0, 0.0)
-        independent = Counting(A.A)
+        independent = CountingMatrix(A.A)
         solve(independent, B, 1e-3, rtol=1e-10, progress=False)
         assert A.columns <= independent.columns + 2 * 6  # the residuals of two runs
 
     def test_a_column_that_converges_at_once_stops_costing(self) -> None:
         values = np.logspace(-3, 1, 80)
-        A = Counting(np.diag(values))
+        A = CountingMatrix(np.diag(values))
         b = np.c_[np.eye(80)[:, :5], np.ones(80)]  # five eigenvectors, and a sum of all
         result = solve(A, b, 1e-3, rtol=1e-8, progress=False)
         assert result.converged.all()
@@ -267,7 +248,7 @@ class TestOptions:
 
     def test_the_products_are_those_of_the_operator(self) -> None:
         for values in (np.logspace(-3, 1, 60), np.linspace(-1, 1, 60)):
-            A = Counting(matrix(values))
+            A = CountingMatrix(matrix(values))
             result = quietly(A, sides(60, 7), 1e-3, rtol=1e-9)
             assert result.products.sum() == A.columns
             assert result.products.dtype == np.int64
@@ -329,7 +310,7 @@ class TestPrecision:
 
 def scipy_columns(A, b: np.ndarray, damping: float, rtol: float) -> int:
     """Return the number of products that SciPy's cg takes, one column after another."""
-    counting = Counting(A)
+    counting = CountingMatrix(A)
     for column in b.T:
         cg(counting + damping * aslinearoperator(np.eye(len(b))), column, rtol=rtol)
     return counting.columns

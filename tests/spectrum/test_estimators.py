@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matrices import matrix
+from matrices import CountingMatrix, matrix
 from scipy.sparse import diags_array
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from scipy.stats import t as student
@@ -327,7 +327,7 @@ def test_bad_input(estimator) -> None:
 def test_a_progress_bar_counts_the_products(estimator, num_products: int, monkeypatch) -> None:
     counts: list[int] = []
     monkeypatch.setattr("tqdm.tqdm.update", lambda bar, count=1: counts.append(count))
-    A = Counted(np.diag(np.linspace(0.0, 1.0, 60)))
+    A = CountingMatrix(np.diag(np.linspace(0.0, 1.0, 60)))
     estimator(A, num_products, rng=0, progress=True)
     assert sum(counts) == A.columns == min(num_products, 60)
 
@@ -363,22 +363,3 @@ def test_errors_of_dense_estimates_include_rounding(estimator) -> None:
     distance = np.abs(estimate.value - EXACT[estimator](A.astype(np.float64)))
     assert np.all(distance <= 2 * estimate.error)
     assert np.all(estimate.error < 1e-5)
-
-
-class Counted(LinearOperator):
-    """A symmetric matrix that counts the columns that are multiplied."""
-
-    def __init__(self, A: np.ndarray) -> None:
-        super().__init__(A.dtype, A.shape)
-        self.A, self.columns = A, 0
-
-    def _matmat(self, X):
-        self.columns += X.shape[1]
-        return self.A @ X
-
-    def _matvec(self, x):
-        self.columns += 1
-        return self.A @ x
-
-    def _adjoint(self):
-        return self
