@@ -18,7 +18,7 @@ implementation differs from O'Leary's method as follows:
 4. A matrix is called singular only relative to the rounding errors of its products. The curvatures along the search
    directions are first compared with a norm of the matrix, in the inner product of the preconditioner. If they are
    smaller than the rounding errors that this norm allows, two products measure the rounding errors. Badly
-   scaled matrices are therefore told apart from singular ones: the products of a diagonal matrix with entries from
+   scaled matrices are therefore distinguished from singular ones: the products of a diagonal matrix with entries from
    1e-20 to 1e20 have small errors in every component, and those of a singular dense matrix do not.
 5. All right-hand sides stay in one block. Single recurrences in lockstep never took fewer products in
    ``tests/solvers/test_block_solve.py``: 24 and 24 for two columns of a well-conditioned matrix, 78 and 78 for two
@@ -260,7 +260,7 @@ class _History:
         self._bases = grown
 
     def clean(self, rows: Tensor) -> Tensor:
-        """Orthogonalize rows against all bases, in place. Return what was subtracted from the rows."""
+        """Orthogonalize rows against all bases, in place. Return the vectors that were subtracted from the rows."""
         if not self._count:
             return torch.zeros_like(rows)
         Q, Z = self._bases[0][: self._count], self._bases[-1][: self._count]

@@ -365,8 +365,8 @@ class Certificate:
             )
         elif self.resolution == np.inf:
             problems.append(f"the search for missed eigenvalues was too short to show anything: {_REMEDY}")
-        elif self.resolution is not None and self.resolution > max(self._unresolved, self.tol * self.norm):
-            unclear = [end.between for end in self._ends() if end.width > max(self._unresolved, self.tol * self.norm)]
+        elif self.resolution is not None and self.resolution > self._allowed:
+            unclear = [end.between for end in self._ends() if end.width > self._allowed]
             problems.append(f"{self._search_summary()}, but {' and '.join(unclear)} this search cannot tell: {_REMEDY}")
         elif self.resolution is None and self.which not in (None, "SM") and not problems:
             problems.append(f"there was no time to search for missed eigenvalues: {_REMEDY}")
@@ -376,6 +376,11 @@ class Certificate:
     def _unresolved(self) -> float:
         """The distance that no search resolves, because of the errors of the eigenpairs and of the products."""
         return 2 * float(self.bounds.max()) + _SEARCH_ROUNDING * self.norm
+
+    @property
+    def _allowed(self) -> float:
+        """The largest distance beyond the given eigenvalues at which an eigenvalue may be missing if `ok` is True."""
+        return max(self._unresolved, self.tol * self.norm)
 
     def _search_summary(self) -> str:
         """Describe the result of the search as a phrase for `verdict`."""
@@ -410,7 +415,7 @@ class _End:
     between : str
         Where the search is inconclusive.
     width : float
-        The width of the range where the search is inconclusive.
+        The width of the range in which the search is inconclusive.
     """
 
     beyond: str
