@@ -138,6 +138,33 @@ def densities(name: str = "density") -> str:
     return table(head, lines)
 
 
+SOLVERS = {
+    "curvop": "curvop",
+    "SciPy cg, curvlinops": "SciPy's cg, column by column",
+    "linear_operator CG, curvlinops": "linear_operator's CG",
+    "curvlinops CGInverseLinearOperator": "curvlinops' inverse",
+}
+
+
+def solved(result: dict[str, Any]) -> str:
+    """Return the seconds and the products of a solve as text, and the residual if it is too large."""
+    if "failed" in result:
+        return "not solved"
+    seconds = f"{result['seconds']:.2g}" if result["seconds"] < 10 else f"{result['seconds']:.0f}"
+    missed = "" if result["reached"] else f", residual {result['residual']:.1e}"
+    return f"{seconds}\N{NO-BREAK SPACE}s ({result['products']:,} products{missed})"
+
+
+def solves() -> str:
+    """Tabulate the seconds and products of damped solves."""
+    lines = [
+        [model, columns.partition(" ")[0], *(solved(by[solver]) for solver in SOLVERS)]
+        for model, row in results("solves")["models"].items()
+        for columns, by in row["by"].items()
+    ]
+    return table(["model", "right-hand sides", *SOLVERS.values()], lines)
+
+
 def density_goals() -> list[list[str]]:
     """Return the rows of the goals for densities: 2.5 times curvlinops, and 15 % for the recurrence."""
     models = list(results("density")["models"].values())
@@ -198,6 +225,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "Gauss-Newton": lambda: times("Gauss-Newton", "curvature"),
     "empirical Fisher": lambda: times("empirical Fisher", "curvature"),
     "density": densities,
+    "solves": solves,
     "product on a GPU": lambda: times("product", "peers-gpu"),
     "density on a GPU": lambda: densities("density-gpu"),
     "peaks": peaks,
@@ -238,6 +266,14 @@ def _density() -> str:
     return f"{measured['probes']} probes of {measured['steps']} steps"
 
 
+def _solves() -> str:
+    measured = results("solves")
+    [rtol] = {row["rtol"] for row in measured["models"].values()}
+    dampings = [row["damping"] / row["largest eigenvalue"] for row in measured["models"].values()]
+    damping = f"{statistics.median(dampings):.0e} times the largest eigenvalue"
+    return f"a damping of {damping}, a relative residual of {rtol:.0e} and models in {measured['dtype']}"
+
+
 def _gpu() -> str:
     about = results("peers-gpu")["environment"]
     versions = (f"{name} {about[name.lower()]}" for name in ("CUDA", "Python", "torch", "SciPy"))
@@ -257,6 +293,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "their error": lambda: f"{error('product', 'curvlinops to_scipy', 'GPT 4 layers, d = 128'):.0e}",
     "our error": lambda: f"{error('product', 'curvop', 'GPT 4 layers, d = 128'):.0e}",
     "density setting": _density,
+    "solves setting": _solves,
     "gpu": _gpu,
     "product ratio on a GPU": lambda: f"{ratio(_PRODUCT, _THEIRS, name='peers-gpu'):.0f}",
     "gradients on a GPU": lambda: f"{ratio('one product in gradients', 'curvop / gradient', name='peers-gpu'):.2f}",
