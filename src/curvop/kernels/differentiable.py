@@ -300,7 +300,7 @@ class _Convolution(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         x, weight = ctx.saved_tensors
-        return *_backward(grad, x, weight, ctx.settings, ctx.needs_input_grad[:3]), None
+        return *_backward(grad, x, weight, ctx.settings, _needed(ctx)), None
 
 
 class _Gradient(torch.autograd.Function):
@@ -321,7 +321,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, x, weight = ctx.saved_tensors
-        by_grad, by_x, by_weight = ctx.needs_input_grad[:3]
+        by_grad, by_x, by_weight = _needed(ctx)
         first = None
         if by_grad:
             if v is not None:
@@ -338,6 +338,26 @@ class _Gradient(torch.autograd.Function):
         if any(wanted):
             second = _backward(grad, x if u is None else u, weight if v is None else v, ctx.settings, wanted)
         return first, *second[:2], None, None
+
+
+def _needed(ctx: Any) -> tuple[bool, bool, bool]:
+    """Return whether the running backward pass needs the derivatives with respect to the first three arguments.
+
+    The attribute ``ctx.needs_input_grad`` only tells whether an argument requires grad. A backward pass needs fewer
+    derivatives if it is for some of the leaves only. For example, a Jacobian-vector product differentiates `_Gradient`
+    with respect to the cotangent, but not with respect to the image and the weights, although both require grad.
+    """
+    wanted: list[bool] = list(ctx.needs_input_grad[:3])
+    for index, (node, _) in enumerate(ctx.next_functions[:3]):  # a missing bias has no entry, but it is the last one
+        # Torch cannot tell whether it needs the gradient of a leaf, hence `_no_leaf`.
+        if wanted[index] and node.name() != "torch::autograd::AccumulateGrad":
+            wanted[index] = torch._C._will_engine_execute_node(node)
+    return wanted[0], wanted[1], wanted[2]
+
+
+def _no_leaf(tensor: Tensor | None) -> Tensor | None:
+    """Return a view of the tensor if the tensor is a leaf that requires grad, or else the tensor itself."""
+    return tensor.view_as(tensor) if tensor is not None and tensor.requires_grad and tensor.is_leaf else tensor
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
@@ -375,6 +395,7 @@ def _convolve(function: Callable[..., Any], dimensions: int, names: Sequence[str
     )
     x, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", tensors)
     settings = (stride, padding, dilation, names is _TRANSPOSED, output_padding, arguments["groups"])
+    x, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", map(_no_leaf, (x, weight, bias)))
     return _forward(x, weight, bias, settings)
 
 
