@@ -357,6 +357,7 @@ def test_finished_blocks_are_shown_without_being_asked_for(run, spec, tmp_path) 
     assert json.loads(asked)["blocks"] == json.loads(first)["blocks"]
 
 
+@pytest.mark.slow
 def test_no_deadline_takes_away_what_is_on_disk(run, spec, tmp_path) -> None:
     out = tmp_path / "study"
     _, first, _ = run(spec, "--k", 2, "--blocks", "--out", out, "--json")
@@ -432,6 +433,7 @@ def test_what_the_report_says_is_no_warning(run, slow, monkeypatch) -> None:
     assert "error" not in err
 
 
+@pytest.mark.default_cases("error0*")
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -595,6 +597,7 @@ def test_a_study_is_extended(run, slow, tmp_path, monkeypatch) -> None:
     assert "density: continued, 30 products on disk" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_study_with_fewer_steps_uses_a_part_of_the_density(run, spec, tmp_path) -> None:
     out, few = tmp_path / "study", ("--k", 1, "--probes", 2, "--steps", 5)
     run(spec, "--k", 1, "--out", out)

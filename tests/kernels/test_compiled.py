@@ -71,7 +71,7 @@ class TestPrograms:
         np.testing.assert_allclose(H @ np.eye(P), hessian(problem, "autograd") @ np.eye(P), rtol=1e-10, atol=1e-13)
         assert H._engine.kernel.seconds == seconds
 
-    @pytest.mark.slow_cases("0")
+    @pytest.mark.slow
     @pytest.mark.parametrize("cache", [0, 3000])
     def test_serve_whatever_is_kept(self, compiled, cache) -> None:
         problem, H = compiled

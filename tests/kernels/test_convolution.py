@@ -45,7 +45,7 @@ def tensors(name: str) -> list[Tensor]:
     return [torch.randn(shape, requires_grad=True) for shape in CASES[name][1]]
 
 
-@pytest.mark.slow_cases("dilated groups", "strided", "a remainder*")
+@pytest.mark.default_cases("one dimension", "three dimensions", "transposed", "no batch")
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives_against_finite_differences(name: str) -> None:
     function, _ = CASES[name]

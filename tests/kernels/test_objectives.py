@@ -117,7 +117,7 @@ MATRICES = {
 
 @pytest.mark.parametrize("name", CHOSEN)
 class TestHuggingFace:
-    @pytest.mark.default_cases("HessianLinearOperator-bert", "GGNLinearOperator-gpt2")
+    @pytest.mark.default_cases("GGNLinearOperator-gpt2")
     @pytest.mark.parametrize("operator", MATRICES)
     def test_ragged_batches_have_the_matrix_of_one_padded_batch(self, name: str, operator: Any) -> None:
         problem = padded(name)

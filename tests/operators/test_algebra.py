@@ -160,6 +160,7 @@ EXPRESSIONS: dict[str, tuple[Callable[[], LinearOperator], np.ndarray, bool]] = 
 
 
 class TestExpressions:
+    @pytest.mark.default_cases("H + G", "H @ G", "J.T @ J", "D @ H @ D", "-H / 2", "A + A.T", "damped product")
     @pytest.mark.parametrize("name", EXPRESSIONS)
     def test_products_and_parts(self, name: str) -> None:
         make, dense, symmetric = EXPRESSIONS[name]
@@ -170,6 +171,7 @@ class TestExpressions:
         check_parts(A, dense)
         close(A.to_dense(), dense)
 
+    @pytest.mark.default_cases("H + G", "H @ G", "H [*][*] 3", "J.T @ J", "D @ H @ D", "block diagonal + G")
     @pytest.mark.parametrize("name", EXPRESSIONS)
     def test_they_pickle(self, name: str) -> None:
         make, dense, symmetric = EXPRESSIONS[name]
@@ -871,9 +873,16 @@ def check_expression(data: Any) -> None:
         close(principal.to_dense(), part, scale * max(1.0, np.abs(dense).max()))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_random_expressions(data: Any) -> None:
+    check_expression(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_more_random_expressions(data: Any) -> None:
     check_expression(data)
 
 

@@ -48,7 +48,9 @@ def dense_of(A) -> np.ndarray:
 
 
 class TestEmpirical:
-    @pytest.mark.default_cases("*-unequal")
+    @pytest.mark.default_cases(
+        "mse-unequal", "ce-*-unequal", "bce-weights-unequal", "callable-unequal", "subclass-unequal"
+    )
     @pytest.mark.parametrize("batching", ["one", "unequal", *nightly("singles")])  # run by default in test_hessian.py
     @pytest.mark.parametrize("loss", LOSSES)
     def test_every_loss_however_the_data_is_cut(self, loss: str, batching: str) -> None:
@@ -72,6 +74,7 @@ class TestEmpirical:
     def test_every_architecture(self, name: str) -> None:
         assert_ef(architecture_problem(name), diagonal=name not in RECURRENT)
 
+    @pytest.mark.slow
     def test_the_compiled_engine(self) -> None:
         problem = loss_problem("ce-everything", "one")
         close(dense_of(ef(problem, engine="compiled", columns=1)), dense_of(ef(problem)))

@@ -48,6 +48,7 @@ def test_a_density_stays_orthogonal(unit: int) -> None:
         np.testing.assert_allclose((basis @ basis.T).numpy(), np.eye(SIZE - 1), atol=np.finfo(float).eps ** 0.5)
 
 
+@pytest.mark.default_cases("2^-990-20-*", "2^700-40-trace", "2^990-120-*")
 @pytest.mark.parametrize("estimate", [spectrum.trace, spectrum.diagonal, spectrum.frobenius_norm])
 @pytest.mark.parametrize("products", [20, 40, 2 * SIZE])
 def test_an_estimate_is_the_same_in_other_units(unit: int, estimate: Any, products: int) -> None:
@@ -56,6 +57,7 @@ def test_an_estimate_is_the_same_in_other_units(unit: int, estimate: Any, produc
     np.testing.assert_allclose(np.ldexp(other.error, -unit), one.error, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.default_cases("2^-990-*", "2^990-*")
 @pytest.mark.parametrize("method", ["lanczos", "lobpcg", "dense"])
 def test_eigenvalues_are_the_same_in_other_units(unit: int, method: str) -> None:
     result = spectrum.eigsh(scaled(unit), 3, method=method, progress=False)

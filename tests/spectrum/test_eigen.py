@@ -328,6 +328,7 @@ class Slow(LinearOperator):
 
 
 class TestTime:
+    @pytest.mark.default_cases("BE")
     @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
     def test_lanczos_returns_certified_current_eigenpairs(self, which: str) -> None:
         values = np.linspace(-1, 1, 4000) ** 3

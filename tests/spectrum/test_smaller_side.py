@@ -59,6 +59,7 @@ def assert_eigenpairs(A: Any, result: EigenResult, values: np.ndarray) -> None:
 
 
 class TestFormed:
+    @pytest.mark.default_cases("*-7-LA", "ef-20-*", "damped-1-LM")
     @pytest.mark.parametrize("which", ["LA", "LM"])
     @pytest.mark.parametrize("k", [1, 7, N])
     @pytest.mark.parametrize("matrix", MATRICES)

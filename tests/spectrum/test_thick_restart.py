@@ -99,6 +99,7 @@ class TestRelation:
 
 
 class TestEigenvalues:
+    @pytest.mark.default_cases("*-1", "*-2", "BE-6")
     @pytest.mark.parametrize("block", [1, 2, 3, 4, 5, 6])
     @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
     def test_against_dense_eigenvalues(self, block: int, which: str) -> None:
