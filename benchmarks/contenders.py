@@ -20,15 +20,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import curvop as curvop_package
 from curvop import HessianLinearOperator
 
-__all__ = ["CONTENDERS", "WORK", "Contender", "Work"]
+__all__ = ["CONTENDERS", "WORK", "Contender", "Work", "curvlinops_operator"]
 
 Problem = dict[str, Any]
 
 WHOLE = ("product", "nothing kept", "block of 8", "dense")
+BLOCKS = ("last layer", "off diagonal", "slice")
+GGN = ("Gauss-Newton", "Gauss-Newton, block of 8")
 #: Products with other matrices than the Hessian, by the names of their operators.
 OTHERS = {"Gauss-Newton": "GGNLinearOperator", "empirical Fisher": "EFLinearOperator"}
-BLOCKS = ("last layer", "off diagonal", "slice")
-WORK = ("product", "nothing kept", "block of 8", "last layer", "off diagonal", "slice", "dense", "eigsh", *OTHERS)
+WORK = ("product", "nothing kept", "block of 8", *BLOCKS, "dense", "eigsh", *GGN, "empirical Fisher")
 
 
 @dataclass
@@ -48,9 +49,15 @@ class Work:
         """The dtype of the vectors, also of those that an eigensolver keeps."""
         return self.vectors.dtype
 
+    @property
+    def matrix(self) -> str:
+        """The name of the matrix."""
+        name = self.kind.partition(",")[0]
+        return name if name in OTHERS else "Hessian"
+
     def operator(self, package: Any) -> Any:
-        """Return the operator of the matrix, which has the same name in both packages."""
-        return getattr(package, OTHERS.get(self.kind, "HessianLinearOperator"))
+        """Return the operator of the matrix, which has the same name in curvop and in curvlinops."""
+        return getattr(package, OTHERS.get(self.matrix, "HessianLinearOperator"))
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,23 @@ def curvlinops_eager(problem: Problem, work: Work) -> Any:
 
 
 def curvlinops_compiled(problem: Problem, work: Work) -> Any:
-    return curvlinops_operator(problem, work, compiled=True).to_scipy().__matmul__
+    H = curvlinops_operator(problem, work, compiled=True).to_scipy(work.dtype)
+    return H if work.kind == "eigsh" else H.__matmul__
+
+
+# hessian-eigenthings. It averages over batches, so all batches must have the same size, as they have here.
+
+
+def eigenthings(problem: Problem, work: Work) -> Any:
+    import hessian_eigenthings as package
+
+    model, loss_function, data = problem["model"], problem["loss_function"], problem["data"]
+    if work.matrix == "Gauss-Newton":
+        loss_of_output = package.supervised_loss_of_output(loss_function)
+        A = package.GGNOperator(model, data, package.supervised_forward, loss_of_output)
+    else:
+        A = package.HessianOperator(model, data, package.supervised_loss(loss_function))
+    return for_scipy(by_column(problem, A.matvec), work)
 
 
 # PyHessian. It works on the gradients that the model's parameters hold, hence a copy of the model.
@@ -177,10 +200,8 @@ def pyhessian_single(problem: Problem, work: Work) -> Any:
     from pyhessian.utils import hessian_vector_product
 
     H = hessian(copy.deepcopy(problem["model"]), problem["loss_function"], data=joined(problem), cuda=on_gpu(problem))
-    multiply = by_column(problem, lambda parts: hessian_vector_product(H.gradsH, H.params, parts))
-    if work.kind != "eigsh":
-        return multiply
-    return LinearOperator(2 * work.vectors.shape, matvec=multiply, dtype=work.dtype)
+    multiply = in_parts(problem, lambda parts: hessian_vector_product(H.gradsH, H.params, parts))
+    return for_scipy(by_column(problem, multiply), work)
 
 
 def pyhessian_loader(problem: Problem, work: Work) -> Any:
@@ -188,23 +209,39 @@ def pyhessian_loader(problem: Problem, work: Work) -> Any:
 
     model, loss_function, data = copy.deepcopy(problem["model"]), problem["loss_function"], problem["data"]
     H = hessian(model, loss_function, dataloader=data, cuda=on_gpu(problem))
-    return by_column(problem, lambda parts: H.dataloader_hv_product(parts)[1])
+    return by_column(problem, in_parts(problem, lambda parts: H.dataloader_hv_product(parts)[1]))
 
 
 def on_gpu(problem: Problem) -> bool:
     return next(iter(problem["params"].values())).is_cuda
 
 
-def by_column(problem: Problem, product: Callable[[list[Tensor]], Sequence[Tensor]]) -> Callable[..., np.ndarray]:
+def in_parts(problem: Problem, product: Callable[[list[Tensor]], Sequence[Tensor]]) -> Callable[[Tensor], Tensor]:
+    """Return a function of vectors that calls `product` with one tensor for each parameter."""
     params = list(problem["params"].values())
 
-    def one(vector: np.ndarray) -> np.ndarray:
-        pieces = tensor_like(problem, vector).split([param.numel() for param in params])
+    def multiply(vector: Tensor) -> Tensor:
+        pieces = vector.split([param.numel() for param in params])
         parts = [piece.view_as(param) for piece, param in zip(pieces, params, strict=True)]
-        joined = torch.cat([part.reshape(-1) for part in product(parts)])
-        return joined.numpy(force=True).astype(vector.dtype, copy=False)
+        return torch.cat([part.reshape(-1) for part in product(parts)])
+
+    return multiply
+
+
+def by_column(problem: Problem, multiply: Callable[[Tensor], Tensor]) -> Callable[..., np.ndarray]:
+    """Return a function of NumPy vectors, which calls `multiply` for one vector after another."""
+
+    def one(vector: np.ndarray) -> np.ndarray:
+        return multiply(tensor_like(problem, vector)).numpy(force=True).astype(vector.dtype, copy=False)
 
     return lambda x: one(x) if x.ndim == 1 else np.stack([one(column) for column in x.T.copy()], 1)
+
+
+def for_scipy(multiply: Callable[..., np.ndarray], work: Work) -> Any:
+    """Return the function, or for an eigensolver an operator that calls it."""
+    if work.kind != "eigsh":
+        return multiply
+    return LinearOperator(2 * work.vectors.shape, matvec=multiply, dtype=work.dtype)
 
 
 # torch alone.
@@ -259,9 +296,9 @@ def own(engine: str) -> dict[str, Contender]:
         return Contender(lambda problem, work: build(problem, work, engine), kinds, yardstick, compiled)
 
     return {
-        name: contender(curvop, *WHOLE, *BLOCKS, "eigsh", *OTHERS),
+        name: contender(curvop, *WHOLE, *BLOCKS, "eigsh", *GGN, "empirical Fisher"),
         f"{name}, tensors": contender(curvop_tensors, "product", "block of 8"),
-        f"{name}, one batch": contender(curvop_one_batch, "product"),
+        f"{name}, one batch": contender(curvop_one_batch, "product", "block of 8", "eigsh"),
         f"{name}, restricted": contender(curvop_restricted, "slice"),
         f"{name}, whole": contender(curvop_whole, "off diagonal", yardstick=True),
     }
@@ -270,11 +307,12 @@ def own(engine: str) -> dict[str, Contender]:
 CONTENDERS: dict[str, Contender] = {
     **own("autograd"),
     **own("compiled"),
-    "curvlinops to_scipy": Contender(curvlinops_scipy, [*WHOLE, *BLOCKS, "eigsh", *OTHERS]),
+    "curvlinops to_scipy": Contender(curvlinops_scipy, [*WHOLE, *BLOCKS, "eigsh", *GGN, "empirical Fisher"]),
     "curvlinops eager": Contender(curvlinops_eager, WHOLE),
-    "curvlinops compiled": Contender(curvlinops_compiled, ["product", "block of 8"], compiled=True),
+    "curvlinops compiled": Contender(curvlinops_compiled, ["product", "block of 8", "eigsh", *GGN], compiled=True),
+    "eigenthings": Contender(eigenthings, [*WHOLE, "eigsh", *GGN]),
     "PyHessian single": Contender(pyhessian_single, ["product", "block of 8", "dense", "eigsh"]),
     "PyHessian loader": Contender(pyhessian_loader, WHOLE),
     "by hand": Contender(by_hand, [*WHOLE, *BLOCKS]),
-    "gradient": Contender(gradient, ["product", *OTHERS], yardstick=True),
+    "gradient": Contender(gradient, ["product", "Gauss-Newton", "empirical Fisher"], yardstick=True),
 }

@@ -1,7 +1,8 @@
-"""What a benchmark was run on, and how much of its memory something took."""
+"""What a benchmark runs on, in which precision, and how much memory something took."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import os
@@ -18,12 +19,30 @@ import torch
 from curvop import __version__
 from curvop.kernels.memory import peak_rise
 
-__all__ = ["environment", "peak_mb"]
+__all__ = ["add_device_options", "environment", "peak_mb", "set_tf32"]
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options ``--device`` and ``--tf32``."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of the models (default: cpu)")
+    text = "allow TF32 on a GPU in matrix products and convolutions (default: full single precision everywhere)"
+    parser.add_argument("--tf32", action="store_true", help=text)
+
+
+def set_tf32(allowed: bool) -> None:
+    """Allow or forbid TF32 in matrix products and convolutions, for all packages alike.
+
+    By default, PyTorch allows TF32 in the convolutions of cuDNN, whose relative errors are then about 1e-3.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Return versions, the commit and the machine, as JSON takes them."""
-    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device == "cuda" else {}
+    gpu = {}
+    if device == "cuda":
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "tf32": tf32}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "curvop": __version__,

@@ -1,15 +1,18 @@
 """Compare this package and its peers: the same work, in turns, with the error beside every time.
 
 Run ``python -m pip install -e ".[bench]" && python benchmarks/peers.py``; it writes ``benchmarks/results/peers.json``
-and ``peers.md``, and takes about an hour. Every pair of a model and a kind of work has a process of its own, in which
-the contenders take turns; a time is the median of its runs, an error is relative to double backward in float64, and
-what is wrong is not timed. Peak memory is that of a process that does nothing but build one contender and multiply.
-On a GPU: ``--device cuda --out benchmarks/results/peers-gpu``, with ``--larger 32`` for batches that fill it.
+and ``peers.md``, and takes about two hours. ``--quick`` measures only what the goals against the fastest peer need, in
+about 20 minutes on two cores. Every pair of a model and a kind of work has a process of its own, in which the
+contenders take turns; a time is the median of its runs, an error is relative to double backward in float64, and what is
+wrong is not timed. Peak memory is that of a process that does nothing but build one contender and multiply. On a GPU:
+``--device cuda --out benchmarks/results/peers-gpu``, with ``--larger 32`` for batches that fill it, and ``--tf32`` to
+allow TF32 for everybody.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -21,15 +24,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from contenders import CONTENDERS, WORK, Work
-from environment import environment, peak_mb
-from goals import GOALS, reached
+from environment import add_device_options, environment, peak_mb, set_tf32
+from goals import AHEAD, GOALS, PEERS, reached
 from models import PEER_PROBLEMS, on_device
 from reference import exact, finish, flops, medians, on_device_ms
 from scipy.sparse.linalg import eigsh
@@ -39,21 +42,34 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 RESULTS = Path(__file__).resolve().parent / "results"
 #: Beyond this relative error a product is wrong in float32, however fast; an eigenpair's residual is judged by `TOL`.
 WRONG = 1e-5
+WRONG_TF32 = 1e-2
 TOL = 1e-3
 GIB = 2**30
+#: What takes more than `LONG` seconds runs only `FEW` times.
+LONG, FEW = 10.0, 3
 #: Models of which a product and its peak are measured, by these contenders.
 LARGE = ("GPT-2 124M",)
-LARGE_CONTENDERS = ("curvop", "curvop compiled", "curvlinops to_scipy", "PyHessian single", "by hand", "gradient")
+LARGE_CONTENDERS = (
+    *("curvop", "curvop compiled", "curvlinops to_scipy"),
+    *("eigenthings", "PyHessian single", "by hand", "gradient"),
+)
+#: What ``--quick`` leaves: the goals against the fastest peer, without what takes many minutes.
+QUICK_WORK = (*AHEAD, "eigsh")
+QUICK_CONTENDERS = ("curvop", "curvop compiled", *PEERS, "gradient")
+QUICK_LEFT_OUT = (*((model, "product") for model in LARGE), ("ResNet-18 64x64, eval", "eigsh"))
+PACKAGES = ("curvlinops-for-pytorch", "hessian-eigenthings", "PyHessian")
 #: Entries from which vectors are float32: in float64, to read and write them would be a good part of a product.
 MANY = 10**7
 TINY = ("tutorial MLP 7-5-5-3",)
-#: What would take many minutes more, to compile or to run.
+#: What would take many minutes more, to compile or to run: the Hessian of curvlinops is wrong for the GPT, and products
+#: with the ResNet are faster with other peers.
 LEFT_OUT = {
-    ("ResNet-18 64x64, eval", "block of 8"): ("curvlinops compiled",),
     ("GPT 4 layers, d = 128", "block of 8"): ("curvlinops compiled",),
+    ("GPT 4 layers, d = 128", "eigsh"): ("curvlinops compiled", "curvop compiled, one batch"),
+    ("ResNet-18 64x64, eval", "block of 8"): ("curvop compiled, one batch",),
     ("ResNet-18 64x64, eval", "off diagonal"): ("curvop compiled", "curvop compiled, whole"),
     ("ResNet-18 64x64, eval", "slice"): ("curvop compiled", "curvop compiled, restricted"),
-    ("ResNet-18 64x64, eval", "eigsh"): ("curvop compiled", "PyHessian single"),
+    ("ResNet-18 64x64, eval", "eigsh"): ("curvop compiled, one batch", "curvlinops compiled", "PyHessian single"),
 }
 #: What the peak of memory is measured of: in a table's words, the kind of work and the contender.
 PEAKS = {
@@ -104,7 +120,7 @@ def work_of(kind: str, problem: Problem) -> Work:
     width = sum(problem["params"][name].numel() for name in cols or problem["params"])
     if kind == "dense":
         return Work(kind, rows, cols, np.eye(width))
-    shape = (width, 8) if kind == "block of 8" else (width,)
+    shape = (width, 8) if kind.endswith("block of 8") else (width,)
     dtype = np.float32 if width > MANY else np.float64
     return Work(kind, rows, cols, np.random.default_rng(0).standard_normal(shape).astype(dtype, copy=False))
 
@@ -133,7 +149,8 @@ def measure(model: str, kind: str, options: argparse.Namespace) -> dict[str, Any
     problem = problem_of(model, options)
     work = work_of(kind, problem)
     solving = kind == "eigsh"
-    reference = None if solving else exact(problem, work.vectors, work.rows, work.cols, kind)
+    reference = None if solving else exact(problem, work.vectors, work.rows, work.cols, work.matrix)
+    wrong = TOL if solving else WRONG_TF32 if options.tf32 else WRONG
     results: dict[str, dict[str, Any]] = {}
     tasks: dict[str, Callable[[], Any]] = {}
     for name in competing(model, kind, options.only):
@@ -152,7 +169,7 @@ def measure(model: str, kind: str, options: argparse.Namespace) -> dict[str, Any
             continue
         if solving:
             results[name]["values"] = value[0].tolist()
-        if contender.yardstick or results[name]["error"] < (TOL if solving else WRONG):
+        if contender.yardstick or results[name]["error"] < wrong:
             tasks[name] = run_of(contender, built, problem, work)
     for name, (taken, runs) in timed(tasks, options.runs, options.room).items():
         device = {"device_ms": on_device_ms(tasks[name], runs)} if options.device == "cuda" else {}
@@ -174,7 +191,7 @@ def run_of(contender: Any, built: Any, problem: Problem, work: Work) -> Callable
 
 
 def timed(tasks: dict[str, Callable[[], Any]], least: int, room: float) -> dict[str, tuple[float, int]]:
-    """Return the median milliseconds and the number of runs of each task: more than `least` where there is room."""
+    """Return the median milliseconds and the number of runs of each task: more than `least` if there is room."""
     start, taken = time.perf_counter(), 1e-9
     for task in tasks.values():
         task()
@@ -182,7 +199,7 @@ def timed(tasks: dict[str, Callable[[], Any]], least: int, room: float) -> dict[
         taken = time.perf_counter() - start
         if least * taken > room:
             break
-    runs = max(least, min(300, int(room / taken)))
+    runs = max(min(least, FEW) if taken > LONG else least, min(300, int(room / taken)))
     found = medians(*tasks.values(), repeats=runs, warm=0, fair=True)
     return {name: (taken, runs) for name, taken in zip(tasks, found, strict=True)}
 
@@ -204,7 +221,7 @@ def peak_of(model: str, kind: str, options: argparse.Namespace) -> float:
 def child(options: argparse.Namespace, *what: str) -> Any:
     """Run this file in a process of its own; return what it found, or why it found nothing."""
     passed = [f"--{name}={getattr(options, name)}" for name in ("runs", "room", "memory", "device", "larger")]
-    passed += [f"--only={name}" for name in options.only or ()]
+    passed += [f"--only={name}" for name in options.only or ()] + ["--tf32"] * options.tf32
     command = [sys.executable, __file__, "--child", *passed, *what]
     # SciPy's BLAS on one thread: its others would wait actively, on the cores that torch computes on.
     own = os.environ | {"OPENBLAS_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})
@@ -225,7 +242,7 @@ def in_child(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     if options.device == "cpu":  # an error in here, not the end of the machine
         resource.setrlimit(resource.RLIMIT_DATA, (int(options.memory * GIB),) * 2)
-    torch.backends.cudnn.allow_tf32 = False  # as wrong as 1e-3
+    set_tf32(options.tf32)
     [model], [kind] = options.model, options.work
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         result = peak_of(model, kind, options) if options.peak else measure(model, kind, options)
@@ -244,6 +261,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", choices=list(CONTENDERS), action="append", help="only this contender; can be repeated"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="only what the goals against the fastest peer need, without peak memory"
+    )
     parser.add_argument("--runs", type=int, default=7, help="minimum number of runs (default: 7)")
     parser.add_argument(
         "--room",
@@ -251,14 +271,14 @@ def arguments() -> argparse.Namespace:
         default=3.0,
         help="add runs until the contenders have run for this many seconds (default: 3)",
     )
-    parser.add_argument("--limit", type=float, default=1200.0, help="seconds that one process may take (default: 1200)")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one process may take (default: 1800)")
     parser.add_argument(
         "--memory",
         type=float,
         default=0.6 * memory,
         help="memory limit of one process in GiB, on a CPU only (default: 60 %% of the memory)",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of the models (default: cpu)")
+    add_device_options(parser)
     parser.add_argument("--larger", type=int, default=1, help="enlarge the batches by this factor (default: 1)")
     parser.add_argument(
         "--out",
@@ -277,12 +297,16 @@ def main() -> None:
         in_child(options)
         return
     start = time.perf_counter()
-    peers = {name: version(name) for name in ("curvlinops-for-pytorch", "PyHessian")}
+    set_tf32(options.tf32)
+    if options.quick:
+        options.work, options.only = options.work or QUICK_WORK, options.only or QUICK_CONTENDERS
     command = shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]])
-    about = environment(options.device) | {"peers": peers, "command": command}
+    about = environment(options.device) | {"tf32": options.tf32, "peers": versions(), "command": command}
     rows, peaks = [], []
     for model in options.model or PEER_PROBLEMS:
-        for kind in [kind for kind in kinds_of(model) if kind in (options.work or WORK)]:
+        for kind in kinds_of(model):
+            if kind not in (options.work or WORK) or (options.quick and (model, kind) in QUICK_LEFT_OUT):
+                continue
             began = time.perf_counter()
             row = {"model": model, "work": kind} | child(options, "--model", model, "--work", kind)
             row["seconds"] = time.perf_counter() - began
@@ -301,11 +325,20 @@ def main() -> None:
             write(options.out, about, time.perf_counter() - start, rows, peaks)
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of the peers that are installed."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def write(out: Path, about: dict[str, Any], seconds: float, rows: list[Any], peaks: list[Any]) -> None:
     results = {
         "environment": about,
         "seconds": seconds,
-        "wrong": WRONG,
+        "wrong": WRONG_TF32 if about["tf32"] else WRONG,
         "wrong_eigenpairs": TOL,
         "left_out": [f"{model}, {kind}: {', '.join(names)}" for (model, kind), names in LEFT_OUT.items()],
         "goals": [goal for goal in (reached(goal, rows) for goal in GOALS) if goal["models"]],
