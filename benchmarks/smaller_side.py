@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import environment
+from environment import add_device_options, environment, set_tf32
 from models import cnn, on_device, problem, resnet18
 from reference import finish
 from scipy.sparse.linalg import eigsh as scipy_eigsh
@@ -102,11 +102,11 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=512, help="of ResNet-18; 512")
     parser.add_argument("--steps", type=int, default=64, help="of Lanczos; 64")
     parser.add_argument("--repeats", type=int, default=3, help="runs of ours; 3")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the models are; cpu")
+    add_device_options(parser)
     parser.add_argument("--out", type=Path, default=RESULTS, help="results; benchmarks/results/smaller_side.json")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.backends.cudnn.allow_tf32 = False  # as wrong as 1e-3
+    set_tf32(options.tf32)
     results = {
         "environment": environment(options.device),
         "spectrum": {str(dtype).removeprefix("torch."): spectrum(options, dtype) for dtype in DTYPES},

@@ -32,7 +32,7 @@ import torch
 from curvlinops import CGInverseLinearOperator
 from curvlinops import GGNLinearOperator as TheirGGN
 from curvlinops._torch_base import PyTorchLinearOperator
-from environment import environment
+from environment import add_device_options, environment, set_tf32
 from linear_operator.utils.linear_cg import linear_cg
 from models import GPT, PEER_PROBLEMS, cnn, on_device
 from models import problem as random_problem
@@ -247,14 +247,15 @@ def main() -> None:
     parser.add_argument("--contender", choices=CONTENDERS, action="append", help="only this; may be repeated")
     parser.add_argument("--columns", type=int, nargs="+", default=[1, 10, 50], help="right-hand sides; 1 10 50")
     parser.add_argument("--dtype", choices=SETTINGS, default="float64", help="of the models; float64")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the models are; cpu")
+    add_device_options(parser)
     parser.add_argument("--limit", type=float, default=30.0, metavar="SECONDS", help="for each result; 30")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results; benchmarks/results/solves.json")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.backends.cudnn.allow_tf32 = False  # as wrong as 1e-3
+    set_tf32(options.tf32)
     results: dict[str, Any] = {
         "environment": environment(options.device),
+        "tf32": options.tf32,
         "dtype": options.dtype,
         "preconditioner's rank": RANK,
         "limit in seconds": options.limit,

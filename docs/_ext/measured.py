@@ -1,24 +1,44 @@
 """Insert measured results into the pages: tables by the directive ``measured``, single figures by substitutions.
 
-All values are read from the files in ``benchmarks/results`` when the site is built.
+All values are read from the files in ``benchmarks/results`` when the site is built. Goals are those of
+``benchmarks/goals.py``, and are judged by the times in these files.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+from goals import GOALS, reached  # noqa: E402
+
 __all__ = ["FIGURES", "TABLES", "setup", "substitutions"]
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = BENCHMARKS / "results"
 
 
 def results(name: str) -> Any:
     """Return the results of a benchmark."""
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def peer_rows(name: str = "peers") -> list[dict[str, Any]]:
+    """Return the rows of a comparison with the peers.
+
+    A comparison may lack the products with other matrices than the Hessian, which ``curvature.json`` then has.
+    """
+    rows = list(results(name)["rows"])
+    if name == "peers" and (RESULTS / "curvature.json").exists():
+        kinds = {row["work"] for row in rows}
+        rows += [row for row in results("curvature")["rows"] if row["work"] not in kinds]
+    return rows
 
 
 def table(head: list[str], lines: Iterable[list[str]]) -> str:
@@ -52,18 +72,53 @@ CONTENDERS = {
     "curvop compiled": "curvop, compiled",
     "curvlinops to_scipy": "curvlinops",
     "curvlinops compiled": "curvlinops, compiled by hand",
+    "eigenthings": "hessian-eigenthings",
     "PyHessian loader": "PyHessian, all batches",
     "by hand": "double backward by hand",
     "gradient": "a gradient",
 }
 
 
-def times(work: str, name: str = "peers", contenders: dict[str, str] = CONTENDERS) -> str:
-    """Tabulate the times of one kind of work, with one row for each model."""
-    rows = [row for row in results(name)["rows"] if row["work"] == work and "by" in row]
+#: Contenders that do the work in another form, and the form of ``curvop`` to compare them with.
+COUNTERPARTS = {"PyHessian single": "curvop, one batch", "curvlinops eager": "curvop, tensors"}
+NAMES = CONTENDERS | {"PyHessian single": "PyHessian, one batch", "curvlinops eager": "curvlinops, tensors"}
+
+
+def times(*works: str, name: str = "peers", contenders: dict[str, str] = CONTENDERS) -> str:
+    """Tabulate the times of one kind of work, with one row for each model, or of several kinds."""
+    rows = [row for row in peer_rows(name) if row["work"] in works and "by" in row]
     measured = [key for key in contenders if any(key in row["by"] for row in rows)]
-    lines = [[row["model"], f"{row['P']:,}", *(cell(row["by"].get(key)) for key in measured)] for row in rows]
-    return table(["model", "parameters", *(contenders[key] for key in measured)], lines)
+    lines = [
+        [row["work"]] * (len(works) > 1)
+        + [row["model"], f"{row['P']:,}", *(cell(row["by"].get(key)) for key in measured)]
+        for row in rows
+    ]
+    head = ["work"] * (len(works) > 1) + ["model", "parameters", *(contenders[key] for key in measured)]
+    return table(head, lines)
+
+
+def faster() -> str:
+    """Tabulate the work in which another contender is faster than the default engine, with the fastest contender."""
+    lines = []
+    for row in peer_rows():
+        found = [(gain, *rest) for gain, *rest in others(row) if gain > 1]
+        if found:
+            gain, name, counterpart = max(found)
+            compiled = row["by"].get(counterpart.replace("curvop", "curvop compiled"))
+            cells = [cell(row["by"][name]), cell(row["by"][counterpart]), cell(compiled), f"{gain:.2f}"]
+            lines.append([row["work"], row["model"], NAMES[name], *cells])
+    head = ["work", "model", "fastest", "its time", "curvop", "curvop, compiled", "ratio"]
+    return table(head, lines or [["none"] + [""] * (len(head) - 1)])
+
+
+def others(row: dict[str, Any]) -> Iterator[tuple[float, str, str]]:
+    """Yield the ratio of the default engine's time to another contender's, the contender, and what it competes with."""
+    by = {name: own for name, own in row.get("by", {}).items() if "ms" in own}
+    for name in by.keys() & (NAMES.keys() - {"curvop", "curvop compiled", "gradient"}):
+        counterpart = COUNTERPARTS.get(name, "curvop")
+        counterpart = counterpart if counterpart in by else "curvop"
+        if counterpart in by:
+            yield by[counterpart]["ms"] / by[name]["ms"], name, counterpart
 
 
 def peaks() -> str:
@@ -118,23 +173,31 @@ def large() -> str:
     return table(head, lines)
 
 
+DENSITIES = {
+    "autograd": "curvop",
+    "compiled": "curvop, compiled",
+    "curvlinops": "curvlinops",
+    "curvlinops compiled": "curvlinops, compiled by hand",
+    "eigenthings": "hessian-eigenthings",
+}
+
+
 def densities(name: str = "density") -> str:
     """Tabulate the times of spectral densities, with the same number of probes and steps."""
-    heads = {"autograd": "curvop", "compiled": "curvop, compiled", "curvlinops": "curvlinops"}
     models = results(name)["models"]
-    measured = [key for key in heads if all(key in row["seconds"] for row in models.values())]
+    measured = [key for key in DENSITIES if any(key in row["seconds"] for row in models.values())]
     lines = [
         [
             model,
             f"{row['P']:,}",
             str(row.get("steps", results(name)["steps"])),
-            *(f"{row['seconds'][key]:.2g}\N{NO-BREAK SPACE}s" for key in measured),
-            f"{row['ratio to curvlinops']['autograd']:.1f}",
+            *(density_cell(row, key) for key in measured),
+            f"{density_ratio(row, 'autograd'):.1f}",
             f"{row['recurrence / products']:.0%}",
         ]
         for model, row in models.items()
     ]
-    head = ["model", "parameters", "steps", *(heads[key] for key in measured), "ratio", "recurrence / products"]
+    head = ["model", "parameters", "steps", *(DENSITIES[key] for key in measured), "ratio", "recurrence / products"]
     return table(head, lines)
 
 
@@ -165,26 +228,35 @@ def solves() -> str:
     return table(["model", "right-hand sides", *SOLVERS.values()], lines)
 
 
+def density_cell(row: dict[str, Any], key: str) -> str:
+    """Return the time of a density as text, or the reason why there is none."""
+    if key in row["seconds"]:
+        return f"{row['seconds'][key]:.2g}\N{NO-BREAK SPACE}s"
+    if key in row.get("failed", {}):
+        return "failed"
+    return f"wrong ({row['errors'][key]:.0e})" if key in row.get("errors", {}) else ""
+
+
+def density_ratio(row: dict[str, Any], engine: str) -> float:
+    """Return the time of the fastest peer's density divided by that of this package's."""
+    peers = [row["seconds"][key] for key in DENSITIES if key not in ("autograd", "compiled") and key in row["seconds"]]
+    return float(min(peers) / row["seconds"][engine])
+
+
 def density_goals() -> list[list[str]]:
-    """Return the rows of the goals for densities: 2.5 times curvlinops, and 15 % for the recurrence."""
+    """Return the rows of the goals for densities: 2 times the fastest peer, and 15 % for the recurrence."""
     models = list(results("density")["models"].values())
-    rows = [
-        (
-            "a density against curvlinops'",
-            f"curvlinops / curvop{'' if engine == 'autograd' else ' ' + engine}",
-            "at least 2.5 (worst model)",
-            [row["ratio to curvlinops"][engine] for row in models],
-            min,
-        )
-        for engine in models[0]["ratio to curvlinops"]
-    ]
-    shares = [row["recurrence / products"] for row in models]
-    rows.append(("the recurrence of a density", "recurrence / products", "at most 0.15 (worst model)", shares, max))
     lines = []
-    for goal, quantity, target, figures, worst in rows:
-        reached = worst(figures) >= 2.5 if worst is min else worst(figures) <= 0.15
-        mean = statistics.geometric_mean(figures)
-        lines.append([goal, quantity, target, f"{mean:.3g}", f"{worst(figures):.3g}", "yes" if reached else "no"])
+    for engine in ("autograd", "compiled"):
+        ratios = [density_ratio(row, engine) for row in models if engine in row["seconds"]]
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            figures = [f"{mean:.3g}", f"{min(ratios):.3g}", "yes" if mean >= 2 else "no"]
+            ratio = f"fastest peer / {DENSITIES[engine].replace(',', '')}"
+            lines.append(["a density against the fastest peer", ratio, "at least 2 (geometric mean)", *figures])
+    shares = [row["recurrence / products"] for row in models]
+    figures = [f"{statistics.geometric_mean(shares):.3g}", f"{max(shares):.3g}", "yes" if max(shares) <= 0.15 else "no"]
+    lines.append(["the recurrence of a density", "recurrence / products", "at most 0.15 (worst model)", *figures])
     return lines
 
 
@@ -206,40 +278,146 @@ def distributed() -> str:
 def goals() -> str:
     """Tabulate every goal, reached or not."""
     lines = []
-    for name in ("peers", "curvature"):
-        for goal in results(name)["goals"]:
-            if goal["geometric_mean"] is None:
-                continue
-            target = f"{'at most' if goal['at_most'] else 'at least'} {goal['target']:g} ({goal['judged']})"
-            figures = [f"{goal[key]:.3g}" for key in ("geometric_mean", "worst")]
-            lines.append([goal["goal"], goal["ratio"], target, *figures, "yes" if goal["reached"] else "no"])
+    for goal in (reached(goal, peer_rows()) for goal in GOALS):
+        if goal["geometric_mean"] is None:
+            continue
+        target = f"{'at most' if goal['at_most'] else 'at least'} {goal['target']:g} ({goal['judged']})"
+        figures = [f"{goal[key]:.3g}" for key in ("geometric_mean", "worst")]
+        lines.append([goal["goal"], goal["ratio"], target, *figures, "yes" if goal["reached"] else "no"])
     lines += density_goals()
     return table(["goal", "ratio of times", "target", "geometric mean", "worst", "reached"], lines)
+
+
+# The page that helps to choose settings.
+
+
+def row_of(model: str, work: str) -> dict[str, Any]:
+    """Return the contenders' results for a model and a kind of work, or an empty dict."""
+    rows = [row for row in peer_rows() if (row["model"], row["work"]) == (model, work)]
+    return rows[0].get("by", {}) if rows else {}
+
+
+def time_of(model: str, work: str, contender: str = "curvop") -> float:
+    """Return a time in milliseconds, or NaN if there is none."""
+    return float(row_of(model, work).get(contender, {}).get("ms", math.nan))
+
+
+def models() -> list[str]:
+    """Return the models whose products were measured."""
+    return [row["model"] for row in peer_rows() if row["work"] == "product" and "ms" in row["by"].get("curvop", {})]
+
+
+def gain_of_compiling(model: str) -> float:
+    """Return the time of a product divided by the time of a compiled product."""
+    return time_of(model, "product") / time_of(model, "product", "curvop compiled")
+
+
+def compile_seconds(model: str) -> float:
+    """Return how much longer the first product takes if products are compiled."""
+    by = row_of(model, "product")
+    return float(by.get("curvop compiled", {}).get("first_s", math.nan) - by["curvop"]["first_s"])
+
+
+def products_to_compile(model: str) -> float:
+    """Return the number of products after which compilation has saved as much time as it took.
+
+    The number is infinite if compiled products are slower, and NaN if there is none.
+    """
+    saved = time_of(model, "product") - time_of(model, "product", "curvop compiled")
+    return math.inf if saved <= 0 else compile_seconds(model) / (saved / 1e3)
+
+
+def cost_of_no_cache(model: str) -> float:
+    """Return the time of a product with nothing cached divided by that of a product with everything cached."""
+    return time_of(model, "nothing kept") / time_of(model, "product")
+
+
+def gain_of_columns(model: str) -> float:
+    """Return the time of a product divided by the time per column of a block of 8."""
+    return 8 * time_of(model, "product") / time_of(model, "block of 8")
+
+
+def choices() -> str:
+    """Tabulate what compilation, the cache and blocks change, with one row for each model."""
+    lines = []
+    for model in models():
+        pays, spent = products_to_compile(model), compile_seconds(model)
+        lines.append(
+            [
+                model,
+                cell(row_of(model, "product")["curvop"]),
+                factor(gain_of_compiling(model)),
+                "" if math.isnan(spent) else f"{spent:.0f}\N{NO-BREAK SPACE}s",
+                "never" if pays == math.inf else "" if math.isnan(pays) else f"{float(f'{pays:.2g}'):,.0f}",
+                factor(cost_of_no_cache(model)),
+                factor(gain_of_columns(model)),
+            ]
+        )
+    head = [
+        *("model", "product", "gain if compiled", "compile time", "products until it pays"),
+        *("cost if nothing is cached", "gain per column of a block of 8"),
+    ]
+    return table(head, lines)
+
+
+def factor(value: float) -> str:
+    """Return a ratio as text, or an empty text for NaN."""
+    return "" if math.isnan(value) else f"{value:.2f}"
+
+
+def mean_of(quantity: Callable[[str], float]) -> str:
+    """Return the geometric mean over the models for which the quantity was measured."""
+    return f"{statistics.geometric_mean(value for value in map(quantity, models()) if not math.isnan(value)):.1f}"
+
+
+def extreme(choose: Callable[[Iterable[float]], float], quantity: Callable[[str], float]) -> str:
+    """Return the smallest or the largest value of a quantity over the models for which it was measured."""
+    return f"{choose(value for value in map(quantity, models()) if not math.isnan(value)):.2g}"
+
+
+def _products_to_compile() -> str:
+    counts = [count for count in map(products_to_compile, models()) if math.isfinite(count)]
+    smallest, largest = (f"{float(f'{count:.1g}'):,.0f}" for count in (min(counts), max(counts)))
+    return f"{smallest} to {largest}"
+
+
+def _least_gain_of_compiling() -> str:
+    return min((gain, model) for model in models() if not math.isnan(gain := gain_of_compiling(model)))[1]
+
+
+def _half_cached() -> str:
+    rows = results("budget")["rows"]
+    times = {(row["model"], row["share"]): row["ms"] for row in rows}
+    ratios = [times[model, 0.5] / times[model, 1.0] for model, share in times if share == 1.0]
+    return f"{statistics.geometric_mean(ratios):.1f}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "product": lambda: times("product"),
     "one batch": lambda: times("product", contenders=ONE_BATCH),
+    "blocks of columns": lambda: times("block of 8", "Gauss-Newton, block of 8"),
     "last layer": lambda: times("last layer"),
     "eigsh": lambda: times("eigsh"),
-    "Gauss-Newton": lambda: times("Gauss-Newton", "curvature"),
-    "empirical Fisher": lambda: times("empirical Fisher", "curvature"),
+    "Gauss-Newton": lambda: times("Gauss-Newton"),
+    "empirical Fisher": lambda: times("empirical Fisher"),
+    "faster": faster,
     "density": densities,
     "solves": solves,
-    "product on a GPU": lambda: times("product", "peers-gpu"),
+    "product on a GPU": lambda: times("product", name="peers-gpu"),
     "density on a GPU": lambda: densities("density-gpu"),
     "peaks": peaks,
     "budget": budget,
     "large": large,
     "goals": goals,
     "distributed": distributed,
+    "choices": choices,
 }
 
 
 def ratio(goal: str, of: str, key: str = "geometric_mean", name: str = "peers") -> float:
     """Return the measured ratio of times of a goal."""
-    [value] = {row[key] for row in results(name)["goals"] if (row["goal"], row["ratio"]) == (goal, of)}
-    return float(value)
+    found = next(one for one in GOALS if (one.what, one.ratio) == (goal, of))
+    return float(reached(found, peer_rows(name))[key])
 
 
 def error(work: str, contender: str, model: str) -> float:
@@ -250,7 +428,11 @@ def error(work: str, contender: str, model: str) -> float:
 
 _LAST_LAYER = "the last layer's block against curvlinops' submatrix"
 _SINGLE = "one product against PyHessian's retained single batch"
-_PRODUCT, _THEIRS = "one product against curvlinops to_scipy()", "curvlinops to_scipy / curvop"
+_PRODUCT, _GGN = (
+    "one product against the fastest peer",
+    "one product of the Gauss-Newton matrix against the fastest peer",
+)
+_BLOCK, _PEER = "a block of 8 against the fastest peer", "fastest peer / curvop"
 
 
 def _environment() -> str:
@@ -282,10 +464,13 @@ def _gpu() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "environment": _environment,
-    "product ratio": lambda: f"{ratio(_PRODUCT, _THEIRS):.1f}",
-    "product ratio, compiled": lambda: f"{ratio(_PRODUCT, _THEIRS + ' compiled'):.1f}",
-    "product worst": lambda: f"{ratio(_PRODUCT, _THEIRS, 'worst'):.1f}",
-    "last layer ratio": lambda: f"{ratio(_LAST_LAYER, _THEIRS):.0f}",
+    "product ratio": lambda: f"{ratio(_PRODUCT, _PEER):.1f}",
+    "product ratio, compiled": lambda: f"{ratio(_PRODUCT, _PEER + ' compiled'):.1f}",
+    "product worst": lambda: f"{ratio(_PRODUCT, _PEER, 'worst'):.1f}",
+    "Gauss-Newton ratio": lambda: f"{ratio(_GGN, _PEER):.1f}",
+    "block ratio": lambda: f"{ratio(_BLOCK, _PEER):.1f}",
+    "block ratio, compiled": lambda: f"{ratio(_BLOCK, _PEER + ' compiled'):.1f}",
+    "last layer ratio": lambda: f"{ratio(_LAST_LAYER, 'curvlinops to_scipy / curvop'):.0f}",
     "PyHessian ratio": lambda: f"{ratio(_SINGLE, 'PyHessian single / curvop, one batch'):.2f}",
     "gradients": lambda: f"{ratio('one product in gradients', 'curvop / gradient'):.2f}",
     "wrong": lambda: f"{results('peers')['wrong']:g}",
@@ -295,8 +480,16 @@ FIGURES: dict[str, Callable[[], str]] = {
     "density setting": _density,
     "solves setting": _solves,
     "gpu": _gpu,
-    "product ratio on a GPU": lambda: f"{ratio(_PRODUCT, _THEIRS, name='peers-gpu'):.0f}",
+    "product ratio on a GPU": lambda: f"{ratio(_PRODUCT, _PEER, name='peers-gpu'):.0f}",
     "gradients on a GPU": lambda: f"{ratio('one product in gradients', 'curvop / gradient', name='peers-gpu'):.2f}",
+    "compiled gain": lambda: mean_of(gain_of_compiling),
+    "compiled gain, smallest": lambda: extreme(min, gain_of_compiling),
+    "compiled gain, smallest, model": _least_gain_of_compiling,
+    "products to compile": _products_to_compile,
+    "no cache": lambda: mean_of(cost_of_no_cache),
+    "half cached": _half_cached,
+    "column gain": lambda: extreme(max, gain_of_columns),
+    "column gain, smallest": lambda: extreme(min, gain_of_columns),
 }
 
 
