@@ -127,7 +127,9 @@ def model_findings(inspection: Any) -> Iterator[Finding]:
     text = f"the parameters are {inspection.dtype}"
     if inspection.coarsest != inspection.dtype:
         text += f", and parts of the loss are computed in {inspection.coarsest}"
-    yield _precision(f"{text}; epsilon {inspection.eps:.1e}", inspection.eps)
+    if inspection.cause:
+        text += f"; {inspection.cause}"
+    yield _precision(f"{text}; epsilon {inspection.eps:.1e}", inspection.eps, inspection.remedy)
     random = inspection.change > inspection.eps**0.5  # above this limit, products raise an error
     first, second = inspection.losses
     if not math.isfinite(first + second):  # NaN is no sign of randomness; the product's error names the cause
@@ -200,7 +202,7 @@ def distributed_findings(operators: Sequence[DistributedLinearOperator]) -> Iter
     The findings describe the precision of distributed operators, and state what was not checked.
     """
     for operator in operators:
-        text = f"epsilon {operator.epsilon:.1e}, from the parameters of rank 0 and autocast"
+        text = f"epsilon {operator.epsilon:.1e}, from the parameters and the settings of rank 0"
         yield _precision(text, operator.epsilon)
     if operators:
         text = "the check covers the algebra, not the model and data of the ranks: check each rank's own operator, too"
@@ -209,8 +211,8 @@ def distributed_findings(operators: Sequence[DistributedLinearOperator]) -> Iter
     yield Finding("model", NOT_APPLICABLE, text)
 
 
-def _precision(text: str, eps: float) -> Finding:
-    remedy = (
+def _precision(text: str, eps: float, remedy: str = "") -> Finding:
+    remedy = remedy or (
         "compute products outside of torch.autocast and without TF32 (torch.set_float32_matmul_precision, cudnn), and "
         "with a model that does not cast to a lower precision"
     )

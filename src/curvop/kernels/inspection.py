@@ -14,6 +14,7 @@ from curvop.kernels.batches import leaves
 from curvop.kernels.changes import Fingerprint
 from curvop.kernels.objective import Objective
 from curvop.kernels.objective_checks import BATCHING_REMEDY, batchwise_modules, random_modules
+from curvop.kernels.precision import Precision
 
 __all__ = ["Inspection", "inspect"]
 
@@ -53,6 +54,8 @@ class Inspection:
         The dtype with the lowest precision among the parameters and all intermediate results that depend on them.
     eps : float
         Machine epsilon of the lowest precision that a product uses.
+    cause, remedy : str
+        What lowers the precision below that of the dtypes, and how to change it. Empty strings if nothing does.
     random : list of str
         Descriptions of the modules in which dropout is active.
     batchwise : list of str
@@ -82,6 +85,8 @@ class Inspection:
     dtype: str
     coarsest: str
     eps: float
+    cause: str
+    remedy: str
     random: list[str]
     batchwise: list[str]
     batches: int
@@ -105,7 +110,7 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
     passes: list[list[tuple[float, float]]] = [[], []]
     totals = objective.totals()
     batches: list[list[list[float | None]]] = [[], []]
-    eps, dtypes = 0.0, _DtypeRecorder()
+    lowest, dtypes = Precision(0.0), _DtypeRecorder()
     with objective.slow_backends():
         for number in range(2):
             for index, batch in objective.batches():
@@ -115,11 +120,12 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
                 if number == 1:  # `verify_batching` compares two batches of the last pass
                     totals.add(loss.value, loss.weight, *values.values())
                 passes[number].append((loss.weight, float(loss.value) if loss.weight else 0.0))
-                eps = max(eps, objective.epsilon(loss.value))
+                lowest = max(lowest, objective.precision(loss.value), key=lambda precision: precision.epsilon)
                 if number == 0 and unreached and loss.weight:
                     reached = zip(names, loss.gradient([values[name] for name in names]), strict=True)
                     unreached -= {name for name, part in reached if part is not None}
     coarsest = max({objective.dtype, *dtypes.seen}, key=lambda dtype: torch.finfo(dtype).eps)
+    lowest = max(lowest, Precision(torch.finfo(coarsest).eps), key=lambda precision: precision.epsilon)
     with objective.slow_backends():
         objective.checks.verify_batching(objective, totals)
     objective.checks.warn_once(objective, len(batches[0]), aloud=False)  # `check` reports these problems itself
@@ -140,7 +146,9 @@ def inspect(objective: Objective, names: Sequence[str]) -> Inspection:
     return Inspection(
         dtype=str(objective.dtype).removeprefix("torch."),
         coarsest=str(coarsest).removeprefix("torch."),
-        eps=max(eps, torch.finfo(coarsest).eps),
+        eps=lowest.epsilon,
+        cause=lowest.cause,
+        remedy=lowest.remedy,
         random=random_modules(objective.modules),
         batchwise=batchwise_modules(objective.modules),
         batches=len(batches[0]),

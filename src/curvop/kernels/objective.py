@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.backends import cuda, cudnn
 
 from curvop.kernels.batches import Feed, at_batch, batch_size_of, numbered_errors, on_device
 from curvop.kernels.batches import leaves as leaves_of
@@ -37,7 +36,8 @@ from curvop.kernels.guard import Guard, modules_of, own_batch, parts_of, replace
 from curvop.kernels.losses import check_loss, checked_weight, loss_reduction
 from curvop.kernels.objective_checks import FirstPassChecks, suspects
 from curvop.kernels.parameters import check_callable, checked_params
-from curvop.kernels.passes import Totals, precision
+from curvop.kernels.passes import Totals
+from curvop.kernels.precision import Precision, float32_settings, lowest_precision
 
 __all__ = [
     "BatchLoss",
@@ -48,9 +48,6 @@ __all__ = [
     "Objective",
     "PartWeights",
 ]
-
-# The machine epsilon of NVIDIA's TF32 format, which has a mantissa of 10 bits.
-_TF32_EPSILON = 2.0**-10
 
 T = TypeVar("T")
 
@@ -399,20 +396,21 @@ class Objective(abc.ABC):
         return found
 
     def epsilon(self, loss: Tensor) -> float:
-        """Return the machine epsilon of the lowest precision that a product uses.
+        """Return the machine epsilon of the lowest precision that a product uses; see `precision`."""
+        return self.precision(loss).epsilon
 
-        The result is the largest machine epsilon of the dtypes of the parameters and of the loss. The autocast dtype
-        and TF32 are included if they are enabled.
+    def precision(self, loss: Tensor) -> Precision:
+        """Return the lowest precision that a product uses.
+
+        The dtypes of the parameters and of the loss, the autocast dtype, and PyTorch's settings for float32 matrix
+        products and convolutions are taken into account.
         """
-        eps = precision(loss, *self.params.values())
-        if (autocast := self.autocast()) is not None:
-            eps = max(eps, torch.finfo(autocast).eps)
-        if any(value.is_cuda and value.dtype == torch.float32 for value in self.params.values()):
-            parts = parts_of(self.modules)
-            convolves = not parts or any(isinstance(part, nn.modules.conv._ConvNd | nn.RNNBase) for part in parts)
-            if _allows_tf32(cuda.matmul) or (convolves and _allows_tf32(cudnn)):
-                eps = max(eps, _TF32_EPSILON)
-        return eps
+        return lowest_precision(loss, self.params.values(), self.autocast(), self._may_convolve)
+
+    def _may_convolve(self) -> bool:
+        """Return False only if the modules are known and have no convolutions and no recurrent layers."""
+        parts = parts_of(self.modules)
+        return not parts or any(isinstance(part, nn.modules.conv._ConvNd | nn.RNNBase) for part in parts)
 
     def changed(self, what: str, then: float, now: Any) -> str:
         """Return the error message for a quantity, such as a loss, that changed between two passes.
@@ -524,8 +522,8 @@ class Objective(abc.ABC):
             self._part_weights = None
 
     def mode(self) -> tuple[object, ...]:
-        """Return a tuple of the autocast dtype and all module settings that affect the output; see `settings_of`."""
-        return self.autocast(), *settings_of(self.modules)
+        """Return a tuple of all settings that affect the output; see `settings_of` and `float32_settings`."""
+        return self.autocast(), float32_settings(self.device), *settings_of(self.modules)
 
     def autocast(self) -> torch.dtype | None:
         """Return the autocast dtype for the device of the parameters, or None if autocast is disabled."""
@@ -537,7 +535,8 @@ class Objective(abc.ABC):
 
         The tuples returned before and after a change are not equal. Each call reads all parameters once.
         """
-        return len(self), self._part_weights is None, self.autocast(), *self._changes.token()
+        settings = self.autocast(), float32_settings(self.device)
+        return len(self), self._part_weights is None, *settings, *self._changes.token()
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors in `params`, and all parameters and buffers of the modules.
@@ -562,13 +561,6 @@ class Objective(abc.ABC):
                 "of a mean-reduced loss are weighted by their sizes: pass batch_weight=, a function of the batch"
             )
         return divisor
-
-
-def _allows_tf32(backend: Any) -> bool:
-    try:
-        return bool(backend.allow_tf32)
-    except RuntimeError:  # raised if a program mixes PyTorch's old and new TF32 settings
-        return True
 
 
 def _require_grad(originals: Mapping[str, Sequence[Tensor]]) -> None:

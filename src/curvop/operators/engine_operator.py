@@ -31,6 +31,7 @@ from curvop.kernels.kernel import Kernel
 from curvop.kernels.memory import Budget, out_of_memory, peak_rise
 from curvop.kernels.objective_fingerprint import digest, objective_parts, objective_state
 from curvop.kernels.parameters import Layout
+from curvop.kernels.precision import Precision
 from curvop.kernels.reference import Route, other_routes
 from curvop.operators.base import Rows, TensorLinearOperator
 from curvop.operators.progress import Progress
@@ -114,10 +115,14 @@ class EngineLinearOperator(TensorLinearOperator):
     def epsilon(self) -> float:
         """Machine epsilon of the lowest precision used in a product.
 
-        The value is derived from the dtype of the parameters and from the autocast and TF32 settings, without a pass
-        over the data. Call `inspect` to also detect dtype conversions in the model and the loss function.
+        The value is derived from the dtype of the parameters, from autocast, and from PyTorch's settings that allow
+        TF32 or bfloat16 in float32 matrix products and convolutions, without a pass over the data. Call `inspect` to
+        also detect dtype conversions in the model and the loss function.
         """
-        return self._objective.epsilon(next(iter(self._objective.params.values())))
+        return self._precision().epsilon
+
+    def _precision(self) -> Precision:
+        return self._objective.precision(next(iter(self._objective.params.values())))
 
     def cost(self, repeats: int = 5) -> Cost:
         """Measure the time and memory of one product.
@@ -152,7 +157,9 @@ class EngineLinearOperator(TensorLinearOperator):
         product, gradient = medians(
             [lambda: seconds(lambda: self._apply(vector)), self._plain_gradient_seconds], repeats
         )
-        return Cost(product, product / gradient, *self._engine.kept(), peak, self._engine.kernel.seconds)
+        lowest = self._precision()
+        reduced = f"{lowest.cause} (epsilon {lowest.epsilon:.1e}): {lowest.remedy}" if lowest.cause else ""
+        return Cost(product, product / gradient, *self._engine.kept(), peak, self._engine.kernel.seconds, reduced)
 
     def fingerprint(self, data: bool = True) -> dict[str, str]:
         """Return a dict of digests of all inputs that determine the matrix.
@@ -405,6 +412,9 @@ class Cost:
         included. The value is None if the amount is unknown.
     compile_seconds : float
         Time in seconds spent on compilation so far. The time is 0 for the autograd engine.
+    reduced_precision : str
+        What lowers the precision of products below that of the parameters, such as TF32 on a GPU, and how to compute in
+        full precision. An empty string if nothing does.
 
     Notes
     -----
@@ -433,6 +443,7 @@ class Cost:
     kept_share: float
     peak_bytes: int | None
     compile_seconds: float
+    reduced_precision: str = ""
 
     def __str__(self) -> str:
         if not self.kept_share:
@@ -443,9 +454,10 @@ class Cost:
             share = "all"
         peak = "" if self.peak_bytes is None else f"; {self.peak_bytes / 1e6:.1f} MB more at the peak"
         compiled = f"; compiled in {self.compile_seconds:.1f} s" if self.compile_seconds else ""
+        reduced = f"; {self.reduced_precision}" if self.reduced_precision else ""
         return (
             f"one product: {self.seconds * 1e3:.3g} ms ({self.gradients:.1f} gradients); "
-            f"{share} batches cached, {self.kept_bytes / 1e6:.1f} MB{peak}{compiled}"
+            f"{share} batches cached, {self.kept_bytes / 1e6:.1f} MB{peak}{compiled}{reduced}"
         )
 
 
