@@ -109,8 +109,9 @@ def main() -> None:
                 f"{row['ms']:7.1f} ms a product, difference to all kept {row['difference']:.1e}",
                 flush=True,
             )
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"environment": about, "tf32": options.tf32, "rows": rows}, indent=2) + "\n")
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            results = {"environment": about, "tf32": options.tf32, "rows": rows}
+            options.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -323,6 +323,7 @@ def main() -> None:
             peaks.append({"model": model, "peak_mb": found})
             print(f"{model}, peak MB: {found}", flush=True)
             write(options.out, about, time.perf_counter() - start, rows, peaks)
+    sys.exit(any("failed" in row for row in rows))
 
 
 def versions() -> dict[str, str]:
