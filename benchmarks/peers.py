@@ -169,12 +169,15 @@ def measure(model: str, kind: str, options: argparse.Namespace) -> dict[str, Any
             continue
         if solving:
             results[name]["values"] = value[0].tolist()
-        if contender.yardstick or results[name]["error"] < wrong:
-            tasks[name] = run_of(contender, built, problem, work)
+        tasks[name] = run_of(contender, built, problem, work)
+    # Rounding errors can decide on which side of zero the input of a ReLU lies. They then change a product of any
+    # contender by much more than epsilon: 7e-5 for ResNet-18, if the images change by 1e-6.
+    wrong = max(wrong, 2 * results.get("by hand", {}).get("error", 0.0))
+    tasks = {name: task for name, task in tasks.items() if results[name].get("error", 0.0) < wrong}
     for name, (taken, runs) in timed(tasks, options.runs, options.room).items():
         device = {"device_ms": on_device_ms(tasks[name], runs)} if options.device == "cuda" else {}
         results[name] |= {"ms": taken, "runs": runs, **device}
-    found = {"P": sum(value.numel() for value in problem["params"].values()), "by": results}
+    found = {"P": sum(value.numel() for value in problem["params"].values()), "wrong": wrong, "by": results}
     if kind == "product":
         if len(problem["data"]) == 1:
             results |= {f"{name}, one batch": results[name] for name in results if name.startswith("curvop")}

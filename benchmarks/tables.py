@@ -87,7 +87,8 @@ Ratios of median times; what was wrong or failed has no time and is left out of 
 
 Median milliseconds, and in parentheses the error relative to double backward in float64 (Gauss-Newton and empirical \
 Fisher: to forward and reverse mode). "wrong": above \
-{results["wrong"]:g} (eigenpairs, whose error is their residual: {results["wrong_eigenpairs"]:g}), not timed. \
+{results["wrong"]:g} and above twice the error of double backward by hand (eigenpairs, whose error is their residual: \
+above {results["wrong_eigenpairs"]:g}), not timed. \
 "gradient" and "whole" are yardsticks, not judged. "eigsh" takes the operator's construction in, but no compilation. \
 Vectors are float32 from 10 million entries on, float64 below. SciPy's BLAS has one thread. \
 Left out: {"; ".join(results["left_out"])}.
