@@ -2,7 +2,7 @@
 
 Run ``python -m pip install -e ".[bench]" && python benchmarks/peers.py``; it writes ``benchmarks/results/peers.json``
 and ``peers.md``, and takes about two hours. ``--quick`` measures only what the goals against the fastest peer need, in
-about 20 minutes on two cores. Every pair of a model and a kind of work has a process of its own, in which the
+about 25 minutes on two cores. Every pair of a model and a kind of work has a process of its own, in which the
 contenders take turns; a time is the median of its runs, an error is relative to double backward in float64, and what is
 wrong is not timed. Peak memory is that of a process that does nothing but build one contender and multiply. On a GPU:
 ``--device cuda --out benchmarks/results/peers-gpu``, with ``--larger 32`` for batches that fill it, and ``--tf32`` to
@@ -56,7 +56,10 @@ LARGE_CONTENDERS = (
 #: What ``--quick`` leaves: the goals against the fastest peer, without what takes many minutes.
 QUICK_WORK = (*AHEAD, "eigsh")
 QUICK_CONTENDERS = ("curvop", "curvop compiled", *PEERS, "gradient")
-QUICK_LEFT_OUT = (*((model, "product") for model in LARGE), ("ResNet-18 64x64, eval", "eigsh"))
+QUICK_LEFT_OUT = (
+    *((model, "product") for model in LARGE),
+    *((model, "eigsh") for model in ("GPT 4 layers, d = 128", "ResNet-18 64x64, eval")),
+)
 PACKAGES = ("curvlinops-for-pytorch", "hessian-eigenthings", "PyHessian")
 #: Entries from which vectors are float32: in float64, to read and write them would be a good part of a product.
 MANY = 10**7
@@ -267,7 +270,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="only what the goals against the fastest peer need, without peak memory"
     )
-    parser.add_argument("--runs", type=int, default=7, help="minimum number of runs (default: 7)")
+    parser.add_argument("--runs", type=int, help="minimum number of runs (default: 7, or 3 with --quick)")
     parser.add_argument(
         "--room",
         type=float,
@@ -291,7 +294,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--peak", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.runs = options.runs or (FEW if options.quick else 7)
+    return options
 
 
 def main() -> None:
