@@ -268,7 +268,7 @@ class Engine:
         self._first = None
 
     def _first_pass(self, state: tuple[object, ...]) -> Iterator[Linearization]:
-        keep_freed_memory()
+        keep_freed_memory(max(self.kernel.rows.size, self.kernel.cols.size) * self._objective.dtype.itemsize)
         first = Pass(state, leaves=self._objective.leaves({*self.kernel.rows.names, *self.kernel.cols.names}))
         caching = self._cache_enabled and self._budget.open(self._objective.device)
         for index, batch in self._objective.batches():

@@ -45,6 +45,9 @@ _OUT_OF_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 
+# Number of bytes of freed memory that glibc keeps.
+_kept = 2**29
+
 # The constants M_TRIM_THRESHOLD and M_MMAP_THRESHOLD from glibc's <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
@@ -80,19 +83,27 @@ def free_unused(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def keep_freed_memory() -> None:
-    """Make glibc keep up to half a gigabyte of freed memory for reuse instead of returning it to the system.
+def keep_freed_memory(size: int = 0) -> None:
+    """Make glibc keep freed memory for reuse instead of returning it to the system.
 
     By default, glibc returns large blocks and the top of its heap to the system. Each page that is requested again
     costs a page fault, and page faults take a third of the time of some products. Settings in the environment
     (``GLIBC_TUNABLES``, ``MALLOC_..._``; see ``man mallopt``) take precedence. Other C libraries are not affected.
+
+    Parameters
+    ----------
+    size : int
+        The size of a vector in bytes. A product allocates several vectors, so glibc keeps up to four times this size,
+        but at least half a gigabyte and at most two gigabytes. The limit of an earlier call is never lowered.
     """
+    global _kept  # a setting of the process
+    _kept = max(_kept, min(4 * size, 2**31 - 1))
     if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(_c_library(), "mallopt", None)
     if mallopt is not None:
         for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            mallopt(option, 2**29)
+            mallopt(option, _kept)
 
 
 def _c_library() -> Any:
