@@ -63,7 +63,7 @@ def write_diagonal(kernel: GGNLikeKernel, names: Sequence[str], out: Tensor) -> 
             if z.isnan().any():  # infinity may come from a mask
                 raise NonFiniteProductError(describe("the prediction"))
             extra = kernel.extra(index, prediction, batch, loss.y)
-            output_hessian = kernel.output_hessian([z], loss.y, extra, functools.partial(loss.gradient, [z]))
+            output_hessian = kernel.output_hessian([z], extra, loss)
             eigenvalues, vectors = _decompose(output_hessian, z, describe)
             _check_gradient(kernel, names, batch, z, describe)
             X = objective.inputs(batch)

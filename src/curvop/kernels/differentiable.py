@@ -361,13 +361,13 @@ def _no_leaf(tensor: Tensor | None) -> Tensor | None:
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
-    if _backward_only(x, weight, bias):
+    if backward_only(x, weight, bias):
         return _Convolution.apply(x, weight, bias, settings)  # type: ignore[no-any-return,no-untyped-call]
     return torch.convolution(x, weight, bias, *settings)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, settings: _Settings, wanted: tuple[bool, bool, bool]) -> _Parts:
-    if _backward_only(grad, x, weight):
+    if backward_only(grad, x, weight):
         return _Gradient.apply(grad, x, weight, settings, wanted)  # type: ignore[no-any-return,no-untyped-call]
     return _gradient(grad, x, weight, settings, wanted)
 
@@ -416,7 +416,7 @@ def _applies(dimensions: int, *tensors: Tensor | None) -> bool:
     device = present[0].device.type
     return (
         present[0].ndim == dimensions + 2
-        and _backward_only(*tensors)
+        and backward_only(*tensors)
         and any(tensor.requires_grad for tensor in present)
         and not any(tensor.is_complex() for tensor in present)
         and device != "meta"
@@ -424,7 +424,7 @@ def _applies(dimensions: int, *tensors: Tensor | None) -> bool:
     )
 
 
-def _backward_only(*tensors: Tensor | None) -> bool:
+def backward_only(*tensors: Tensor | None) -> bool:
     """Return True if grad mode is on, and neither ``torch.func`` nor forward mode is active.
 
     Both ``torch.func`` transforms and forward mode need torch's own derivative rules.

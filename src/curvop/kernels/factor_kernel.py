@@ -14,7 +14,7 @@ transpose of `S` takes one backward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, Parts, cut_o
 from curvop.kernels.jacobian_kernel import JacobianKernel, RowMap
 from curvop.kernels.losses import Examples
 from curvop.kernels.model_objective import ModelObjective
-from curvop.kernels.objective import Buffers
+from curvop.kernels.objective import BatchLoss, Buffers
 
 __all__ = ["UNKNOWN_ITEMS", "FactorKernel", "PerExampleKernel", "example_counts", "item_count", "row_counts"]
 
@@ -78,23 +78,13 @@ class FactorKernel(JacobianKernel):
         return self._matrix.buffers(leaves, index, batch)
 
     def row_map(
-        self,
-        outputs: list[Tensor],
-        pair: tuple[Any, Any],
-        extra: Mapping[str, Tensor],
-        derivative: Callable[[bool], Parts],
+        self, outputs: list[Tensor], pair: tuple[Any, Any], extra: Mapping[str, Tensor], loss: BatchLoss
     ) -> RowMap:
         """Return the map ``w -> R' w`` from the tangent of the prediction to the rows of one batch."""
-        derivatives: list[Parts] = []
-
-        def recorded(create_graph: bool) -> Parts:
-            derivatives.append(derivative(create_graph))
-            return derivatives[-1]
-
-        output_hessian = self._matrix.output_hessian(outputs, pair[1], extra, recorded)
+        output_hessian = self._matrix.output_hessian(outputs, extra, loss)
         if isinstance(output_hessian, OuterProducts):
             return output_hessian
-        return _square_root(output_hessian, Examples(self.objective.loss_function), outputs, derivatives[-1])
+        return _square_root(output_hessian, Examples(self.objective.loss_function), outputs)
 
 
 class PerExampleKernel(FactorKernel):
@@ -123,14 +113,10 @@ class PerExampleKernel(FactorKernel):
         return 1.0
 
     def row_map(
-        self,
-        outputs: list[Tensor],
-        pair: tuple[Any, Any],
-        extra: Mapping[str, Tensor],
-        derivative: Callable[[bool], Parts],
+        self, outputs: list[Tensor], pair: tuple[Any, Any], extra: Mapping[str, Tensor], loss: BatchLoss
     ) -> RowMap:
         """Return the map from the tangent of the prediction to the directional derivative of each example's loss."""
-        row_map = super().row_map(outputs, pair, extra, derivative)
+        row_map = super().row_map(outputs, pair, extra, loss)
         count = item_count(outputs, pair, row_map.count) if self.by_item else row_map.count
         if count is None:
             raise ValueError(UNKNOWN_ITEMS)
@@ -146,19 +132,18 @@ def _check_entries(entries: int) -> None:
         )
 
 
-def _square_root(
-    output_hessian: OutputHessian, examples: Examples, outputs: list[Tensor], derivative: Parts
-) -> OuterProducts:
+def _square_root(output_hessian: OutputHessian, examples: Examples, outputs: list[Tensor]) -> OuterProducts:
     """Write the block of `M` for each example as ``R R'``, where `R` is the symmetric square root of the block.
 
     Unlike other square roots, the symmetric square root depends continuously on `M`. An operator and its transpose
     evaluate the model separately, so their maps `M` may differ by rounding errors. Because of the continuity, their
     square roots `R` also differ only by rounding errors.
     """
-    used = [index for index, part in enumerate(derivative) if part is not None]
+    used = output_hessian.used
     shapes = [outputs[index].shape for index in used]
     if not used or not outputs[used[0]].numel():
-        return OuterProducts(examples, outputs, [derivative] * used_terms(examples, outputs, derivative)[1])
+        empty = [output.detach() if index in used else None for index, output in enumerate(outputs)]
+        return OuterProducts(examples, outputs, [empty] * used_terms(examples, outputs, empty)[1])
     count, entries = examples.terms(shapes)
     _check_entries(entries)
     some = outputs[used[0]]

@@ -8,17 +8,19 @@ to the cotangent of the prediction, and one backward pass multiplies this cotang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, Parts, cut_off, outputs_of
+from curvop.kernels.cross_entropy import outer_product
+from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, Parts, can_overwrite, cut_off, outputs_of
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.jacobian_kernel import RowMap
 from curvop.kernels.losses import Examples, Likelihood
 from curvop.kernels.model_objective import ModelObjective
+from curvop.kernels.objective import BatchLoss
 from curvop.kernels.parameters import ParameterLayout
 
 __all__ = ["EmpiricalFisherKernel", "OuterProducts", "SampledFisherKernel", "gradient_sum", "used_terms"]
@@ -50,15 +52,18 @@ class EmpiricalFisherKernel(GGNLikeKernel):
         return 1
 
     def output_hessian(
-        self, outputs: list[Tensor], y: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self, outputs: list[Tensor], extra: Mapping[str, Tensor], loss: BatchLoss, memory: Parts = (None,)
     ) -> OutputHessian:
         """Return the block-diagonal map `M`.
 
         The block of each example is ``r r' / d``, where the loss is ``1 / d`` times a sum over the examples.
         """
-        parts = [None if part is None else part.detach() for part in derivative(False)]
-        scaled = [None if part is None else part * extra["scale"].to(part.dtype) for part in parts]
-        return OuterProducts(self._examples, outputs, [scaled])
+        if loss.weight and loss.closed_form is not None and memory[0] is not None:
+            derivative: Parts = [loss.closed_form.first(memory[0])]
+        else:
+            derivative = loss.gradient(outputs)
+        parts = [None if part is None else part.detach() for part in derivative]
+        return OuterProducts(self._examples, outputs, [parts], extra["scale"])
 
 
 class SampledFisherKernel(GGNLikeKernel):
@@ -96,13 +101,17 @@ class SampledFisherKernel(GGNLikeKernel):
         return self._samples
 
     def output_hessian(
-        self, outputs: list[Tensor], y: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self, outputs: list[Tensor], extra: Mapping[str, Tensor], loss: BatchLoss, memory: Parts = (None,)
     ) -> OutputHessian:
         """Return the block-diagonal map `M`. The block of an example is the mean of ``r r'`` over its draws."""
         [z] = outputs
         with torch.no_grad():
-            draws = [self._likelihood.derivative(z, y, noise, extra) for noise in extra["noise"]]
-            return OuterProducts(self._examples, outputs, [[draw * self._samples**-0.5] for draw in draws])
+            free = [memory[0], *[None] * self._samples]
+            draws = [
+                [self._likelihood.derivative(z, loss.y, noise, extra, out)]
+                for noise, out in zip(extra["noise"], free, strict=False)
+            ]
+            return OuterProducts(self._examples, outputs, draws, self._samples**-0.5)
 
     def extra(self, index: int, prediction: Any, batch: Any, y: Any) -> dict[str, Tensor]:
         """Return the random numbers for the draws of batch number `index`.
@@ -172,6 +181,8 @@ class OuterProducts(OutputHessian, RowMap):
     factors : sequence of lists of Tensor or None
         For each of the s vectors, the entries of `r` for all examples, as one tensor for each output. None stands for
         a tensor of zeros.
+    scale : float or Tensor
+        A number by which all vectors `r` are multiplied.
 
     Attributes
     ----------
@@ -179,8 +190,10 @@ class OuterProducts(OutputHessian, RowMap):
         The number of columns of `R`, which is ``n * s`` for n examples.
     """
 
-    def __init__(self, examples: Examples, outputs: Sequence[Tensor], factors: Sequence[Parts]) -> None:
-        self._examples = examples
+    def __init__(
+        self, examples: Examples, outputs: Sequence[Tensor], factors: Sequence[Parts], scale: Tensor | float = 1.0
+    ) -> None:
+        self._examples, self._scale = examples, scale
         self._outputs = len(outputs)
         self._used = [index for index, part in enumerate(factors[0]) if part is not None]
         self._shapes = [outputs[index].shape for index in self._used]
@@ -189,12 +202,15 @@ class OuterProducts(OutputHessian, RowMap):
         flat = [examples.flatten([parts[index] for index in self._used], self._shapes) for parts in factors]
         self.tensors = [part for part in flat if part is not None]
 
-    def __call__(self, vectors: Parts, batched: bool = False) -> Parts:
+    def __call__(self, vectors: Parts, batched: bool = False, intact: Sequence[Tensor] | None = None) -> Parts:
         """Return ``M w``."""
         flat = self._flat(vectors)
         if flat is None:
             return [None] * self._outputs
-        return self._restored([factor * (factor * flat).sum(-1, keepdim=True) for factor in self.tensors])
+        out = flat if intact is not None and can_overwrite(flat, intact) else torch.empty_like(flat)
+        for own, result in zip(flat, out, strict=True) if batched else [(flat, out)]:
+            outer_product(self.tensors, self._scale**2, own, result)
+        return self._restored(out)
 
     def rows(self, tangents: Parts) -> Tensor | None:
         """Return ``R' w``, a tensor of shape (..., n * s), or None if all entries are zero.
@@ -204,7 +220,7 @@ class OuterProducts(OutputHessian, RowMap):
         flat = self._flat(tangents)
         if flat is None:
             return None
-        products = torch.stack([(factor * flat).sum(-1) for factor in self.tensors], -1)
+        products = torch.stack([(factor * flat).sum(-1) for factor in self.tensors], -1) * self._scale
         return products.reshape(*products.shape[:-2], -1)
 
     def cotangents(self, rows: Tensor) -> Parts:
@@ -214,18 +230,15 @@ class OuterProducts(OutputHessian, RowMap):
         """
         if not self.tensors:
             return [None] * self._outputs
-        weights = rows.reshape(*rows.shape[:-1], -1, len(self.tensors), 1).unbind(-2)
-        return self._restored([factor * weight for factor, weight in zip(self.tensors, weights, strict=True)])
+        weights = (rows * self._scale).reshape(*rows.shape[:-1], -1, len(self.tensors), 1).unbind(-2)
+        products = [factor * weight for factor, weight in zip(self.tensors, weights, strict=True)]
+        return self._restored(products[0] if len(products) == 1 else torch.stack(products).sum(0))
 
     def _flat(self, vectors: Parts) -> Tensor | None:
         return self._examples.flatten([vectors[index] for index in self._used], self._shapes)
 
-    def _restored(self, products: list[Tensor]) -> Parts:
-        """Add tensors of shape (..., n, m), and divide the sum into one tensor for each output.
-
-        None stands for a tensor of zeros.
-        """
-        total = products[0] if len(products) == 1 else torch.stack(products).sum(0)
+    def _restored(self, total: Tensor) -> Parts:
+        """Divide a tensor of shape (..., n, m) into one tensor for each output. None stands for a tensor of zeros."""
         restored: list[Tensor | None] = [None] * self._outputs
         parts = self._examples.restore(total, self._shapes)
         for index, part, dtype in zip(self._used, parts, self._dtypes, strict=True):

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from curvop.kernels.batches import map_leaves, signature
+from curvop.kernels.cross_entropy import SoftmaxHessian
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
 from curvop.kernels.model_objective import ModelObjective
-from curvop.kernels.objective import Buffers
+from curvop.kernels.objective import BatchLoss, Buffers
 
-__all__ = ["JVP", "GGNKernel", "GGNLikeKernel", "OutputHessian", "Parts", "cut_off", "outputs_of"]
+__all__ = ["JVP", "GGNKernel", "GGNLikeKernel", "OutputHessian", "Parts", "can_overwrite", "cut_off", "outputs_of"]
 
 Parts = Sequence[Tensor | None]
 
@@ -44,6 +45,15 @@ class JVP:
         `u` without zero entries. In exact arithmetic, both derivatives are equal. However, if a backward pass takes the
         logarithm of `u`, it can only be differentiated at a `u` without zero entries. If a backward pass clips `u`, it
         can only be differentiated at zero.
+
+    Attributes
+    ----------
+    roots : list of Node
+        Roots of the autograd graph that the map retains.
+    memory : list of Tensor or None
+        For each output, the vector `u`, which the map retains but does not read any more, or None. It may be
+        overwritten. This saves as much memory as the output occupies. The vector is None unless the output is a matrix
+        product. The derivative of the backward pass of a matrix product with respect to `u` does not read `u`.
     """
 
     def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor], at_zero: bool = True) -> None:
@@ -62,10 +72,24 @@ class JVP:
             )
         self._map = LinearMap(pulled, seeds).check_differentiable()
         self.roots = self._map.roots
+        # The attribute `data` has its own version counter. Autograd does not detect that it is overwritten.
+        self.memory = [seed.data if _is_product(output) else None for seed, output in zip(seeds, outputs, strict=True)]
 
     def __call__(self, vectors: Sequence[Tensor], batched: bool = False) -> Parts:
         """Return ``J v`` for one vector, or for several vectors at once if `batched` is True."""
         return self._map(vectors, batched)
+
+
+def _is_product(output: Tensor) -> bool:
+    """Return True if `output` is the result of a matrix product, as are the logits of most language models."""
+    node = output.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    return type(output) is Tensor and node is not None and node.name() in _PRODUCTS
+
+
+_VIEWS = {f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T")}
+_PRODUCTS = {"MmBackward0", "AddmmBackward0"}
 
 
 def _without_zeros(output: Tensor) -> Tensor:
@@ -83,17 +107,27 @@ class OutputHessian(abc.ABC):
         Roots of the autograd graph that the map retains.
     tensors : list of Tensor
         Tensors that the map retains in addition to the graph.
+    used : list of int
+        The indices of the tensors of the prediction on which the loss depends.
     """
 
     roots: Sequence[Any] = ()
     tensors: Sequence[Tensor] = ()
+    used: Sequence[int] = (0,)
 
     @abc.abstractmethod
-    def __call__(self, vectors: Parts, batched: bool = False) -> Parts:
+    def __call__(self, vectors: Parts, batched: bool = False, intact: Sequence[Tensor] | None = None) -> Parts:
         """Return ``M w``.
 
-        For each floating-point tensor of the prediction, `vectors` contains a tensor of the same shape, or None in
-        place of a zero tensor. If `batched` is True, all tensors in `vectors` have an additional first dimension.
+        Parameters
+        ----------
+        vectors : sequence of Tensor or None
+            For each floating-point tensor of the prediction, a tensor of the same shape, or None in place of a zero
+            tensor.
+        batched : bool
+            If True, all tensors in `vectors` have an additional first dimension.
+        intact : sequence of Tensor, optional
+            If given, `vectors` may be overwritten, except tensors that share memory with a tensor in `intact`.
         """
 
 
@@ -121,7 +155,7 @@ class GGNLikeKernel(Kernel):
 
     @abc.abstractmethod
     def output_hessian(
-        self, outputs: list[Tensor], y: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self, outputs: list[Tensor], extra: Mapping[str, Tensor], loss: BatchLoss, memory: Parts = (None,)
     ) -> OutputHessian:
         """Return `M` for one batch.
 
@@ -129,13 +163,14 @@ class GGNLikeKernel(Kernel):
         ----------
         outputs : list of Tensor
             The floating-point tensors of the prediction, which are leaves that require grad.
-        y : Any
-            The targets of the batch.
         extra : dict of str to Tensor
             The tensors that the method `extra` returns for this batch. If `product` calls `output_hessian`, the
             dict also contains the tensors of the loss function.
-        derivative : callable
-            ``derivative(create_graph)`` returns the derivative of the loss with respect to `outputs`.
+        loss : BatchLoss
+            The loss as a function of `outputs`, with the targets of the batch.
+        memory : sequence of Tensor or None
+            Tensors with the shapes of the outputs that may be overwritten, and retained by the result. None if there is
+            no such tensor.
         """
 
     def num_factors(self, entries: int) -> int:
@@ -170,13 +205,12 @@ class GGNLikeKernel(Kernel):
         """Return the linearization of batch number `index`."""
         prediction, cut, parts, loss = self.objective.split(leaves, index, batch, cut_off)
         outputs, extra = outputs_of(prediction), self.extra(index, cut, batch, loss.y)
-        output_hessian = self.output_hessian(
-            parts, loss.y, extra, lambda create_graph: loss.gradient(parts, create_graph)
-        )
-        if loss.weight:
-            self.check_curvature(output_hessian, parts)
+        # The Jacobian-vector product comes first: its temporary tensors are then freed before `M` is computed.
         jvp = JVP(outputs, self.cols.of(leaves), self._at_zero)
         vjp = LinearMap(outputs, self.rows.of(leaves))
+        output_hessian = self.output_hessian(parts, extra, loss, jvp.memory)
+        if loss.weight:
+            self.check_curvature(output_hessian, parts)
         return _GGNLikeLinearization(loss.value, loss.weight, jvp, output_hessian, vjp)
 
     def product(
@@ -188,12 +222,8 @@ class GGNLikeKernel(Kernel):
     ) -> tuple[Tensor, Any, Parts]:
         """Return ``(loss, prediction, product)`` for a batch; ``product`` is the batch's matrix times `tangents`."""
         prediction, parts, loss, y = self.objective.traced_split(leaves, buffers, batch, cut_off)
-        outputs = outputs_of(prediction)
-
-        def derivative(create_graph: bool) -> Parts:
-            return torch.autograd.grad(loss, parts, create_graph=create_graph, allow_unused=True)
-
-        output_hessian = self.output_hessian(parts, y, buffers["loss"] | buffers.get("extra", {}), derivative)
+        outputs, extra = outputs_of(prediction), buffers["loss"] | buffers.get("extra", {})
+        output_hessian = self.output_hessian(parts, extra, BatchLoss(loss, 1.0, loss, y=y))
         jvp = JVP(outputs, self.cols.of(leaves), self._at_zero)
         vjp = LinearMap(outputs, self.rows.of(leaves))
         return loss, prediction, vjp(output_hessian(jvp(tangents)))
@@ -256,21 +286,23 @@ class _GGNLikeLinearization(GraphLinearization):
         self._jvp, self._output_hessian, self._vjp = jvp, output_hessian, vjp
 
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Parts:
-        return self._vjp(self._output_hessian(self._jvp(tangents, batched), batched), batched)
+        return self._vjp(self._output_hessian(self._jvp(tangents, batched), batched, tangents), batched)
 
 
 class GGNKernel(GGNLikeKernel):
     """Linearize the model on each batch, for products with a block of the generalized Gauss-Newton matrix."""
 
     def output_hessian(
-        self, outputs: list[Tensor], y: Any, extra: Mapping[str, Tensor], derivative: Callable[[bool], Parts]
+        self, outputs: list[Tensor], extra: Mapping[str, Tensor], loss: BatchLoss, memory: Parts = (None,)
     ) -> OutputHessian:
         """Return the Hessian of the loss with respect to the prediction."""
-        return _LossHessian(derivative(True), outputs)
+        if loss.weight and loss.closed_form is not None and loss.closed_form.second is not None:
+            return _CrossEntropyHessian(loss.closed_form.second(memory[0]), loss.closed_form.axis)
+        return _LossHessian(loss.gradient(outputs, create_graph=True), outputs)
 
     def check_curvature(self, output_hessian: OutputHessian, outputs: list[Tensor]) -> None:
         """Record whether any loss so far has a nonzero second derivative with respect to the prediction."""
-        if not self.objective.checks.curved:
+        if not self.objective.checks.curved and self.objective.assumes_curvature():
             probes = [torch.linspace(1, 2, part.numel()).cos().to(part).view_as(part) for part in outputs]
             self.objective.checks.curved = any(part is not None and bool(part.any()) for part in output_hessian(probes))
 
@@ -279,6 +311,34 @@ class _LossHessian(OutputHessian):
     def __init__(self, derivative: Parts, outputs: list[Tensor]) -> None:
         self._map = LinearMap(derivative, outputs).check_differentiable()
         self.roots = self._map.roots
+        self.used = [index for index, part in enumerate(derivative) if part is not None]
 
-    def __call__(self, vectors: Parts, batched: bool = False) -> Parts:
+    def __call__(self, vectors: Parts, batched: bool = False, intact: Sequence[Tensor] | None = None) -> Parts:
         return self._map(vectors, batched)
+
+
+class _CrossEntropyHessian(OutputHessian):
+    def __init__(self, hessian: SoftmaxHessian, axis: int) -> None:
+        self._hessian, self._axis = hessian, axis
+        self.tensors = [hessian.p, hessian.weights]
+
+    def __call__(self, vectors: Parts, batched: bool = False, intact: Sequence[Tensor] | None = None) -> Parts:
+        [vector] = vectors
+        if vector is None:
+            return [None]
+        out = vector if intact is not None and can_overwrite(vector, intact) else torch.empty_like(vector)
+        w, product = (part.movedim(self._axis + batched, -1) for part in (vector, out))
+        for own, result in zip(w, product, strict=True) if batched else [(w, product)]:
+            self._hessian.multiply(own, result)
+        return [out]
+
+
+def can_overwrite(tensor: Tensor, intact: Sequence[Tensor]) -> bool:
+    """Return True if a Jacobian-vector product can be overwritten without changing the vectors `intact`.
+
+    The product depends linearly on the vectors. A product that shares memory with any other tensor is therefore zero,
+    and the maps that overwrite it do not change a zero.
+    """
+    given = {part.untyped_storage().data_ptr() for part in intact}
+    expanded = 0 in tensor.stride()
+    return not expanded and tensor.untyped_storage().data_ptr() not in given

@@ -160,11 +160,7 @@ class JacobianKernel(Kernel):
         return restricted
 
     def row_map(
-        self,
-        outputs: list[Tensor],
-        pair: tuple[Any, Any],
-        extra: Mapping[str, Tensor],
-        derivative: Callable[[bool], Parts],
+        self, outputs: list[Tensor], pair: tuple[Any, Any], extra: Mapping[str, Tensor], loss: BatchLoss
     ) -> RowMap:
         """Return the map from the tangent of the prediction to the rows of one batch.
 
@@ -199,12 +195,8 @@ class JacobianKernel(Kernel):
         ``product`` is the matrix of the batch, or its transpose, multiplied by `tangents`.
         """
         prediction, parts, loss, y = self.objective.traced_split(leaves, buffers, batch, cut_off)
-
-        def derivative(create_graph: bool) -> Parts:
-            return torch.autograd.grad(loss, parts, create_graph=create_graph, allow_unused=True)
-
-        pair = self.objective.inputs(batch), y
-        row_map = self.row_map(parts, pair, buffers["loss"] | buffers.get("extra", {}), derivative)
+        extra, batch_loss = buffers["loss"] | buffers.get("extra", {}), BatchLoss(loss, 1.0, loss, y=y)
+        row_map = self.row_map(parts, (self.objective.inputs(batch), y), extra, batch_loss)
         return loss, prediction, self._linearization(row_map, outputs_of(prediction), leaves, loss, 1.0).apply(tangents)
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
@@ -216,7 +208,7 @@ class JacobianKernel(Kernel):
         """Return ``(prediction, row_map, loss)`` for batch number `index`."""
         prediction, cut, parts, loss = self.objective.split(leaves, index, batch, cut_off)
         extra, pair = self.extra(index, cut, batch, loss.y), (self.objective.inputs(batch), loss.y)
-        row_map = self.row_map(parts, pair, extra, lambda create_graph: loss.gradient(parts, create_graph))
+        row_map = self.row_map(parts, pair, extra, loss)
         if index >= len(self._sizes) or self._sizes[index] != row_map.count:
             raise ValueError(f"batch {index} has {row_map.count} {self.row_name}s: {_CHANGED}")
         return prediction, row_map, loss

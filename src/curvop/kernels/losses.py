@@ -61,6 +61,7 @@ References
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -71,8 +72,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curvop.kernels.batches import batch_size
+from curvop.kernels.cross_entropy import SoftmaxHessian, chunks, draw_classes, hard_residual
 
 __all__ = [
+    "ClosedForm",
     "Divisor",
     "Examples",
     "Likelihood",
@@ -87,6 +90,7 @@ __all__ = [
     "loss_kind",
     "loss_reduction",
     "loss_setting",
+    "loss_value",
 ]
 
 #: A function ``(prediction, X, y) -> w_b`` that returns the divisor of a batch, or None if it is unknown.
@@ -262,15 +266,65 @@ def checked_weight(value: Any, index: int) -> float:
 
 # Closed-form derivatives.
 
-#: A function ``(prediction, y, divisor) -> r``. The result ``r`` is the derivative of the loss with respect to the
-#: prediction, and can be differentiated again. If no closed form applies to the arguments, ``r`` is None, and autograd
-#: must differentiate the loss.
-LossDerivative = Callable[[Any, Any, float | None], Tensor | None]
+
+@dataclasses.dataclass
+class ClosedForm:
+    """Derivatives of a loss with respect to the prediction `z`, computed without differentiating the loss.
+
+    Attributes
+    ----------
+    first : callable
+        ``first(None)`` returns the first derivative, a tensor that can be differentiated with respect to `z`. With a
+        tensor `out`, ``first(out)`` may return the derivative in the memory of `out`. It can then not be
+        differentiated.
+    second : callable, optional
+        ``second(out)`` returns the second derivative of the cross-entropy at `z`, for logits with the classes on the
+        axis `axis`. If `out` is a tensor, the result uses its memory. None for other losses, whose first derivative is
+        cheap to differentiate.
+    axis : int
+    """
+
+    first: Callable[[Tensor | None], Tensor]
+    second: Callable[[Tensor | None], SoftmaxHessian] | None = None
+    axis: int = -1
+
+
+#: A function ``(prediction, y, divisor) -> closed_form``. If no closed form applies to the arguments, the result is
+#: None, and autograd must differentiate the loss.
+LossDerivative = Callable[[Any, Any, float | None], ClosedForm | None]
 Setting = Callable[[str, Any], Any]
+
+#: The settings of the loss functions that have a closed form, with their defaults.
+_SETTINGS: dict[str, Any] = {"weight": None, "pos_weight": None, "ignore_index": -100, "label_smoothing": 0.0}
+_CLASS_SETTINGS = ("weight", "ignore_index", "label_smoothing")
+
+
+def loss_value(loss_function: Callable[..., Any], prediction: Any, y: Any) -> Any:
+    """Return ``loss_function(prediction, y)``, and save memory if the loss is the cross-entropy of large logits."""
+    if (
+        loss_kind(loss_function) is not nn.CrossEntropyLoss
+        or _is_customised(loss_function)
+        or not (type(prediction) is Tensor and type(y) is Tensor)
+        or prediction.ndim < 2
+    ):
+        return loss_function(prediction, y)
+    logits = prediction.movedim(1, -1)
+    targets = y.movedim(1, -1) if y.shape == prediction.shape else y
+    if targets.shape not in (logits.shape, logits.shape[:-1]) or len(parts := list(chunks(logits))) == 1:
+        return loss_function(prediction, y)
+    settings = {name: loss_setting(loss_function, name, _SETTINGS[name]) for name in _CLASS_SETTINGS}
+    losses = []
+    for at in parts:
+        own, aims = logits[at].flatten(0, -2), targets[at]
+        aims = aims.flatten() if aims.ndim < logits[at].ndim else aims.flatten(0, -2)
+        losses.append(functional.cross_entropy(own, aims, reduction="sum", **settings))
+    divisor = loss_divisor(loss_function)(prediction, None, y)
+    total = torch.stack(losses)
+    return (total.double().sum() / (divisor or math.nan)).to(total.dtype)
 
 
 def loss_derivative(loss_function: Callable[..., Any]) -> LossDerivative | None:
-    """Return a function that computes the derivative of `loss_function` in closed form, or None."""
+    """Return a function that computes the derivatives of `loss_function` in closed form, or None."""
     kind = loss_kind(loss_function)
     if kind not in _CLOSED_FORMS or _is_customised(loss_function):
         return None
@@ -280,13 +334,7 @@ def loss_derivative(loss_function: Callable[..., Any]) -> LossDerivative | None:
 def _is_customised(loss_function: Any) -> bool:
     """Return True if a loss function has hooks, a ``forward`` that replaces PyTorch's, or unknown keywords."""
     if isinstance(loss_function, functools.partial):
-        return not set(loss_function.keywords) <= {
-            "reduction",
-            "weight",
-            "pos_weight",
-            "ignore_index",
-            "label_smoothing",
-        }
+        return not set(loss_function.keywords) <= {"reduction", *_SETTINGS}
     if isinstance(loss_function, nn.Module):
         return bool(
             loss_function._forward_hooks
@@ -299,29 +347,73 @@ def _is_customised(loss_function: Any) -> bool:
 
 
 def _closed_form(
-    form: Callable[[Setting, Tensor, Tensor, float], Tensor | None],
+    form: Callable[[Setting, Tensor, Tensor, float], ClosedForm | None],
     setting: Setting,
     prediction: Any,
     y: Any,
     divisor: float | None,
-) -> Tensor | None:
+) -> ClosedForm | None:
     plain = type(prediction) is Tensor and type(y) is Tensor and prediction.is_floating_point()
     if not plain or not divisor:
         return None
     if y.is_floating_point() and (y.shape, y.dtype) != (prediction.shape, prediction.dtype):
         return None
-    derivative = form(setting, prediction, y.detach(), divisor)
-    return None if derivative is None else derivative.to(prediction.dtype)
+    # Read the settings now, because the derivatives are computed later, when tensors of the loss function that were
+    # replaced for this evaluation are put back.
+    settings = {name: setting(name, default) for name, default in _SETTINGS.items()}
+    if any(isinstance(value, Tensor) and value.requires_grad for value in settings.values()):
+        return None
+    return form(lambda name, default: settings[name], prediction, y.detach(), divisor)
 
 
-def _cross_entropy(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> Tensor:
+def _cross_entropy(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> ClosedForm:
     axis = min(1, z.ndim - 1)
-    weight, smoothing = setting("weight", None), setting("label_smoothing", 0.0)
-    if not y.is_floating_point() and not smoothing:
-        return _hard_cross_entropy(weight, setting("ignore_index", -100), z, y.long().unsqueeze(axis), divisor)
-    targets = class_targets(setting, z, y)[0].detach() / divisor
-    derivative: Tensor = z.softmax(axis) * targets.sum(axis, keepdim=True) - targets
-    return derivative
+    index, weights, _ = row_weights(setting, z, y)
+    weights = weights / divisor
+    logits = z.movedim(axis, -1)
+
+    def rows(out: Tensor | None) -> Tensor | None:
+        return None if out is None else out.movedim(axis, -1)
+
+    def first(out: Tensor | None) -> Tensor:
+        if index is not None and not setting("label_smoothing", 0.0):
+            return hard_residual(logits, index, weights, rows(out)).movedim(-1, axis)
+        targets = class_targets(setting, z, y)[0].detach() / divisor
+        return (z.softmax(axis) * targets.sum(axis, keepdim=True) - targets).to(z.dtype)
+
+    return ClosedForm(first, lambda out: SoftmaxHessian(logits, weights, rows(out)), axis)
+
+
+def row_weights(setting: Setting, z: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor, Any]:
+    """Return ``(index, weights, divisor)`` for cross-entropy with the logits `z` and the targets `y`.
+
+    Returns
+    -------
+    index : Tensor of int64 or None
+        The target classes, with 0 for ignored targets. The classes of `z` are replaced by one entry on the last axis.
+        None if the targets are probabilities.
+    weights : Tensor
+        The sum of the targets ``T`` of each row (see `class_targets`), in the shape of `index`, at least in single
+        precision.
+    divisor : Tensor or float
+        The divisor of the mean.
+    """
+    axis = min(1, z.ndim - 1)
+    weight, smoothing, classes = setting("weight", None), setting("label_smoothing", 0.0), z.shape[axis]
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    weight = None if weight is None else weight.detach().to(dtype)
+    spread = smoothing if weight is None else smoothing / classes * weight.sum()
+    if y.is_floating_point():
+        rows = y.movedim(axis, -1)
+        sums = torch.empty((*rows.shape[:-1], 1), dtype=dtype, device=z.device)
+        for at in chunks(rows):
+            own = rows[at].to(dtype)
+            sums[at] = (own if weight is None else own * weight).sum(-1, keepdim=True)
+        return None, sums * (1 - smoothing) + spread, z.numel() / classes
+    counted = (y != setting("ignore_index", -100)).unsqueeze(-1)
+    index, counted = torch.where(counted, y.long().unsqueeze(-1), 0), counted.to(dtype)
+    weights = counted if weight is None else counted * weight[index]
+    return index, weights * (1 - smoothing) + counted * spread if smoothing else weights, weights.sum()
 
 
 def class_targets(setting: Setting, z: Tensor, y: Tensor) -> tuple[Tensor, Any]:
@@ -344,35 +436,28 @@ def class_targets(setting: Setting, z: Tensor, y: Tensor) -> tuple[Tensor, Any]:
     return targets, divisor
 
 
-def _hard_cross_entropy(weight: Tensor | None, ignore: int, z: Tensor, y: Tensor, divisor: float) -> Tensor:
-    axis = min(1, z.ndim - 1)
-    counted = y != ignore
-    index = torch.where(counted, y, 0)
-    scales = counted.to(z.dtype) / divisor if weight is None else counted * weight[index] / divisor
-    uniform = weight is None and bool(counted.all())
-    derivative = z.softmax(axis) * (1 / divisor if uniform else scales)
-    with torch.no_grad():  # the targets do not depend on the prediction, so no graph and no one-hot matrix are needed
-        return derivative.scatter_add_(axis, index, -scales)
-
-
-def _binary_cross_entropy(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> Tensor | None:
+def _binary_cross_entropy(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> ClosedForm | None:
     if not y.is_floating_point():
         return None
     weight: Tensor | None = setting("weight", None)
     pos_weight: Tensor | None = setting("pos_weight", None)
-    scale = 1 / divisor if weight is None else weight / divisor
-    if pos_weight is None:
-        return (z.sigmoid() - y) * scale
-    return z.sigmoid() * ((1 - y + pos_weight * y) * scale) - pos_weight * y * scale
+
+    def first(out: Tensor | None) -> Tensor:
+        scale = 1 / divisor if weight is None else weight / divisor
+        if pos_weight is None:
+            return ((z.sigmoid() - y) * scale).to(z.dtype)
+        return (z.sigmoid() * ((1 - y + pos_weight * y) * scale) - pos_weight * y * scale).to(z.dtype)
+
+    return ClosedForm(first)
 
 
-def _squared_error(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> Tensor | None:
+def _squared_error(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> ClosedForm | None:
     if not y.is_floating_point() or setting("weight", None) is not None:
         return None
-    return (z - y) * (2 / divisor)
+    return ClosedForm(lambda out: (z - y) * (2 / divisor))
 
 
-_CLOSED_FORMS: dict[type[nn.Module] | None, Callable[[Setting, Tensor, Tensor, float], Tensor | None]] = {
+_CLOSED_FORMS: dict[type[nn.Module] | None, Callable[[Setting, Tensor, Tensor, float], ClosedForm | None]] = {
     nn.BCEWithLogitsLoss: _binary_cross_entropy,
     nn.CrossEntropyLoss: _cross_entropy,
     nn.MSELoss: _squared_error,
@@ -421,7 +506,9 @@ class Likelihood:
             shape = torch.Size([*shape[:axis], 1, *shape[axis + 1 :]])
         return torch.rand(draws, *shape, generator=generator, dtype=torch.float64)
 
-    def derivative(self, z: Tensor, y: Tensor, noise: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def derivative(
+        self, z: Tensor, y: Tensor, noise: Tensor, tensors: Mapping[str, Tensor], out: Tensor | None = None
+    ) -> Tensor:
         """Return `r`, the derivative of the loss for a randomly drawn target; see the module docstring.
 
         Parameters
@@ -433,31 +520,29 @@ class Likelihood:
             method `noise` returns.
         tensors : dict of str to Tensor
             Tensors that replace settings of the loss, such as its class weights.
+        out : Tensor, optional
+            A tensor with the shape of `z`. The result may use its memory.
         """
 
         def setting(name: str, default: Any) -> Any:
             return tensors[name] if name in tensors else self._setting(name, default)
 
-        return _DRAWS[self._kind](setting, z, y, noise)
+        return _DRAWS[self._kind](setting, z, y, noise, out)
 
 
 def _scaled(setting: Setting, scale: Any, divisor: Any) -> Any:
     return scale if setting("reduction", "mean") == "sum" else scale / divisor
 
 
-def _drawn_class(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+def _drawn_class(setting: Setting, z: Tensor, y: Tensor, noise: Tensor, out: Tensor | None) -> Tensor:
     axis = min(1, z.ndim - 1)
-    targets, divisor = class_targets(setting, z, y)
-    scale = _scaled(setting, targets.sum(axis, keepdim=True), divisor)
-    p = z.softmax(axis)
-    # Use double precision. In a lower precision many classes would have the same cumulative probability as the class
-    # before, and would never be drawn.
-    drawn = (z.double().softmax(axis).cumsum(axis) < noise).sum(axis, keepdim=True).clamp(max=z.shape[axis] - 1)
-    derivative: Tensor = (p - torch.zeros_like(p).scatter(axis, drawn, 1.0)) * scale.sqrt()
-    return derivative
+    _, weights, divisor = row_weights(setting, z, y)
+    scale = _scaled(setting, weights, divisor).sqrt()
+    rows = None if out is None else out.movedim(axis, -1)
+    return draw_classes(z.movedim(axis, -1), noise.movedim(axis, -1), scale, rows).movedim(-1, axis)
 
 
-def _drawn_binary(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+def _drawn_binary(setting: Setting, z: Tensor, y: Tensor, noise: Tensor, out: Tensor | None) -> Tensor:
     scale = torch.ones_like(z)
     if (pos_weight := setting("pos_weight", None)) is not None:
         scale = 1 - y + pos_weight * y
@@ -468,11 +553,11 @@ def _drawn_binary(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tens
     return derivative
 
 
-def _drawn_normal(setting: Setting, z: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+def _drawn_normal(setting: Setting, z: Tensor, y: Tensor, noise: Tensor, out: Tensor | None) -> Tensor:
     return noise.to(z.dtype) * math.sqrt(_scaled(setting, 2.0, z.numel()))
 
 
-_DRAWS: dict[type[nn.Module] | None, Callable[[Setting, Tensor, Tensor, Tensor], Tensor]] = {
+_DRAWS: dict[type[nn.Module] | None, Callable[[Setting, Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
     nn.BCEWithLogitsLoss: _drawn_binary,
     nn.CrossEntropyLoss: _drawn_class,
     nn.MSELoss: _drawn_normal,

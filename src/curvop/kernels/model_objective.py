@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from curvop.kernels.batches import at_batch
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.guard import modules_of, own_batch, replaced
-from curvop.kernels.losses import check_classes, loss_derivative, loss_divisor, loss_kind, loss_reduction
+from curvop.kernels.losses import (
+    check_classes,
+    loss_derivative,
+    loss_divisor,
+    loss_kind,
+    loss_reduction,
+    loss_value,
+)
 from curvop.kernels.memory import out_of_memory
 from curvop.kernels.objective import BatchLoss, BatchWeight, Buffers, EvaluatedLoss, Evaluation, Objective
 from curvop.kernels.objective_checks import reached
@@ -211,10 +218,10 @@ class ModelObjective(Objective):
         check_classes(self.loss_function, prediction)
         if self._derivative is not None:
             with torch.no_grad():
-                loss, divisor = self.loss_function(prediction, y), self._divisor(prediction, X, y)
-            derivative = self._derivative(prediction, y, divisor)
-            if derivative is not None:
-                return loss, divisor, prediction, derivative
+                loss, divisor = loss_value(self.loss_function, prediction, y), self._divisor(prediction, X, y)
+            closed_form = self._derivative(prediction, y, divisor)
+            if closed_form is not None:
+                return loss, divisor, prediction, closed_form
         loss = self.loss_function(prediction, y)
         with torch.no_grad():
             return loss, self._divisor(prediction, X, y), loss, None

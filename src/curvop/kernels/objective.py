@@ -33,7 +33,7 @@ from curvop.kernels.changes import ChangeDetector, Fingerprint, Generators, sett
 from curvop.kernels.differentiable import Evaluator, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
 from curvop.kernels.guard import Guard, modules_of, own_batch, parts_of, replaced
-from curvop.kernels.losses import check_loss, checked_weight, loss_reduction
+from curvop.kernels.losses import ClosedForm, check_loss, checked_weight, loss_reduction
 from curvop.kernels.objective_checks import FirstPassChecks, suspects
 from curvop.kernels.parameters import check_callable, checked_params
 from curvop.kernels.passes import Totals
@@ -54,9 +54,9 @@ T = TypeVar("T")
 
 #: A function ``(leaves, batch) -> result``.
 Evaluation = Callable[[Mapping[str, Tensor], Any], T]
-#: ``(loss, divisor, output, derivative)``. The divisor is the number by which the loss function divides the sum over
-#: the batch, or None if this number is unknown. For ``output`` and ``derivative`` see `BatchLoss`.
-EvaluatedLoss = tuple[Tensor, float | None, Tensor, Tensor | None]
+#: ``(loss, divisor, output, closed_form)``. The divisor is the number by which the loss function divides the sum over
+#: the batch, or None if this number is unknown. For ``output`` and ``closed_form`` see `BatchLoss`.
+EvaluatedLoss = tuple[Tensor, float | None, Tensor, ClosedForm | None]
 #: A function ``batch -> w_b`` that returns the weight of a batch. The batch is on the device of the parameters.
 BatchWeight = Callable[[Any], float]
 #: The constant tensors of the model and the loss function: ``{"model": {name: tensor}, "loss": {name: tensor}}``.
@@ -74,9 +74,9 @@ class BatchLoss:
     weight : float
         The batch's weight ``w_b``.
     output : Tensor
-        The tensor at which backpropagation starts: the loss, or the prediction if `derivative` is given.
-    derivative : Tensor or None
-        The derivative of the loss with respect to `output`, or None if `output` is the loss itself.
+        The tensor at which backpropagation starts: the loss, or the prediction if `closed_form` is given.
+    closed_form : ClosedForm or None
+        The derivatives of the loss with respect to `output`, or None if `output` is the loss itself.
     y : Any
         The targets of the batch, if the objective has targets.
     """
@@ -84,7 +84,7 @@ class BatchLoss:
     value: Tensor
     weight: float
     output: Tensor
-    derivative: Tensor | None
+    closed_form: ClosedForm | None = None
     y: Any = None
 
     def gradient(self, params: Sequence[Tensor], create_graph: bool = False) -> Sequence[Tensor | None]:
@@ -95,7 +95,8 @@ class BatchLoss:
         """
         if not self.weight or not self.output.requires_grad:
             return [None] * len(params)
-        return torch.autograd.grad(self.output, params, self.derivative, create_graph=create_graph, allow_unused=True)
+        seed = None if self.closed_form is None else self.closed_form.first(None)
+        return torch.autograd.grad(self.output, params, seed, create_graph=create_graph, allow_unused=True)
 
 
 @dataclasses.dataclass
@@ -195,7 +196,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
-        """Return ``(loss, divisor, output, derivative)`` for a batch; see `EvaluatedLoss`."""
+        """Return ``(loss, divisor, output, closed_form)`` for a batch; see `EvaluatedLoss`."""
 
     @abc.abstractmethod
     def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
@@ -477,9 +478,9 @@ class Objective(abc.ABC):
         return self._batch_loss(evaluated, index, batch)
 
     def _batch_loss(self, evaluated: EvaluatedLoss, index: int, batch: Any) -> BatchLoss:
-        loss, divisor, output, derivative = evaluated
+        loss, divisor, output, closed_form = evaluated
         check_loss(loss, index)
-        return BatchLoss(loss.detach(), self._weight(index, batch, divisor), output, derivative)
+        return BatchLoss(loss.detach(), self._weight(index, batch, divisor), output, closed_form)
 
     def weight(self, prediction: Any, index: int, batch: Any) -> float:
         """Return the weight ``w_b`` of batch number `index`.
