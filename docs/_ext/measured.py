@@ -173,6 +173,21 @@ def large() -> str:
     return table(head, lines)
 
 
+def vocabulary() -> str:
+    """Tabulate the peak memory of products with the logits of a large vocabulary."""
+    lines = [
+        [
+            row["matrix"],
+            f"{row['rows']:,} x {row['classes']:,}",
+            mb(row["logits_mb"]),
+            mb(row["peak_mb"]),
+            f"{row['peak_in_logits']:.1f}",
+        ]
+        for row in results("vocabulary")["rows"]
+    ]
+    return table(["matrix", "logits", "memory of the logits", "peak", "in units of the logits"], lines)
+
+
 DENSITIES = {
     "autograd": "curvop",
     "compiled": "curvop, compiled",
@@ -408,6 +423,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peaks": peaks,
     "budget": budget,
     "large": large,
+    "vocabulary": vocabulary,
     "goals": goals,
     "distributed": distributed,
     "choices": choices,

@@ -32,7 +32,6 @@ from curvop.kernels.memory import (
     keep_freed_memory,
     measured,
     out_of_memory,
-    tensor_bytes,
 )
 from curvop.kernels.passes import REORDERED, DataReorderedError, Pass, precision, same
 
@@ -333,10 +332,12 @@ class Engine:
             return self._bytes[key], None
         self.kernel.prepare(point, index, batch)
         try:
-            linearization, count = measured(lambda: self._linearize(point, index, batch), self._objective.tensors())
+            linearization, count = measured(
+                lambda: self._linearize(point, index, batch), self._objective.tensors(), lambda made: made.tensors
+            )
         except RuntimeError:
             return None, None
-        self._bytes[key] = count = count + tensor_bytes(linearization.tensors, self._objective.tensors())
+        self._bytes[key] = count
         return count, float(linearization.loss)
 
     def _locate_non_finite(self, vectors: Tensor) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.kernels.cross_entropy import outer_product
+from curvop.kernels.cross_entropy import is_small, outer_product
 from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, Parts, can_overwrite, cut_off, outputs_of
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.jacobian_kernel import RowMap
@@ -193,7 +193,7 @@ class OuterProducts(OutputHessian, RowMap):
     def __init__(
         self, examples: Examples, outputs: Sequence[Tensor], factors: Sequence[Parts], scale: Tensor | float = 1.0
     ) -> None:
-        self._examples, self._scale = examples, scale
+        self._examples, self._scale, self._weight = examples, scale, scale**2
         self._outputs = len(outputs)
         self._used = [index for index, part in enumerate(factors[0]) if part is not None]
         self._shapes = [outputs[index].shape for index in self._used]
@@ -207,9 +207,12 @@ class OuterProducts(OutputHessian, RowMap):
         flat = self._flat(vectors)
         if flat is None:
             return [None] * self._outputs
+        if is_small(flat):
+            parts = [factor * ((factor * flat).sum(-1, keepdim=True) * self._weight) for factor in self.tensors]
+            return self._restored(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
         out = flat if intact is not None and can_overwrite(flat, intact) else torch.empty_like(flat)
         for own, result in zip(flat, out, strict=True) if batched else [(flat, out)]:
-            outer_product(self.tensors, self._scale**2, own, result)
+            outer_product(self.tensors, self._weight, own, result)
         return self._restored(out)
 
     def rows(self, tangents: Parts) -> Tensor | None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from curvop.kernels.batches import map_leaves, signature
-from curvop.kernels.cross_entropy import SoftmaxHessian
+from curvop.kernels.cross_entropy import SoftmaxHessian, is_small
 from curvop.kernels.graph import LinearMap
 from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
 from curvop.kernels.model_objective import ModelObjective
@@ -326,6 +326,8 @@ class _CrossEntropyHessian(OutputHessian):
         [vector] = vectors
         if vector is None:
             return [None]
+        if is_small(vector):
+            return [self._hessian.product(vector.movedim(self._axis + batched, -1)).movedim(-1, self._axis + batched)]
         out = vector if intact is not None and can_overwrite(vector, intact) else torch.empty_like(vector)
         w, product = (part.movedim(self._axis + batched, -1) for part in (vector, out))
         for own, result in zip(w, product, strict=True) if batched else [(w, product)]:

@@ -9,9 +9,10 @@ smaller, and often if the loss function ignores padding or has class weights.
 the size of the logits (the log-softmax, its gradient, and the gradient of the loss) and runs seven operations per
 product. A closed form of the derivative :math:`r(z) = \partial \ell / \partial z` costs less. The gradient with respect
 to the parameters is :math:`J_z^\top r(z)`. Autograd then only needs to differentiate :math:`r`, which contains at most
-one softmax. The table lists the derivatives ([1]_, eq. 4.109 and 4.91). Here :math:`D` is the divisor, and :math:`w` is
-the tensor of weights of the entries. The targets :math:`T` are one-hot vectors, smoothed one-hot vectors or
-probabilities, multiplied by the class weights:
+one softmax. For the second derivative of the cross-entropy, see `curvop.kernels.cross_entropy`. The table lists the
+derivatives ([1]_, eq. 4.109 and 4.91). Here :math:`D` is the divisor, and :math:`w` is the tensor of weights of the
+entries. The targets :math:`T` are one-hot vectors, smoothed one-hot vectors or probabilities, multiplied by the class
+weights:
 
 =============================  =============================================================================
 ``CrossEntropyLoss``           :math:`r = (\mathrm{softmax}(z) \sum_c T_c - T) / D`

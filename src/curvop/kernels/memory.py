@@ -45,11 +45,12 @@ _OUT_OF_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 
-# Number of bytes of freed memory that glibc keeps.
-_kept = 2**29
-
 # The constants M_TRIM_THRESHOLD and M_MMAP_THRESHOLD from glibc's <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+# The trim threshold for which glibc never returns the top of its heap.
+_NEVER = -1
+# Not empty if this process keeps all freed memory.
+_keeps_all: list[bool] = []
 
 
 def free_bytes(device: torch.device) -> int:
@@ -93,17 +94,19 @@ def keep_freed_memory(size: int = 0) -> None:
     Parameters
     ----------
     size : int
-        The size of a vector in bytes. A product allocates several vectors, so glibc keeps up to four times this size,
-        but at least half a gigabyte and at most two gigabytes. The limit of an earlier call is never lowered.
+        The size of a vector in bytes. Up to half a gigabyte of freed memory is kept. If a vector is larger than an
+        eighth of a gigabyte, all freed memory is kept, because a product allocates several vectors. The calls of a
+        process never reduce the amount.
     """
-    global _kept  # a setting of the process
-    _kept = max(_kept, min(4 * size, 2**31 - 1))
     if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(_c_library(), "mallopt", None)
-    if mallopt is not None:
-        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            mallopt(option, _kept)
+    if mallopt is None:
+        return
+    if size > 2**27:
+        _keeps_all.append(True)
+    mallopt(_TRIM_THRESHOLD, _NEVER if _keeps_all else 2**29)
+    mallopt(_MMAP_THRESHOLD, 2**31 - 1 if _keeps_all else 2**29)
 
 
 def _c_library() -> Any:
@@ -144,8 +147,10 @@ class _Saved:
         self.tensor = tensor
 
 
-def measured(make: Callable[[], T], shared: Iterable[Tensor]) -> tuple[T, int]:
-    """Call ``make()`` and measure the memory that the autograd graph of the result retains.
+def measured(
+    make: Callable[[], T], shared: Iterable[Tensor], tensors: Callable[[T], Iterable[Tensor]] = lambda result: ()
+) -> tuple[T, int]:
+    """Call ``make()`` and measure the memory that the result retains: its autograd graph, and ``tensors(result)``.
 
     Return ``(result, count)``, where ``count`` is the number of retained bytes. The tensors in `shared` are not
     counted. Use ``result`` only for measurements, because its graph contains saved-tensor hooks. These hooks are called
@@ -167,7 +172,7 @@ def measured(make: Callable[[], T], shared: Iterable[Tensor]) -> tuple[T, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         graph = make()
-    return graph, tensor_bytes((saved.tensor for saved in alive), shared)
+    return graph, tensor_bytes((*(saved.tensor for saved in alive), *tensors(graph)), shared)
 
 
 def graph_bytes(roots: Iterable[Node], shared: Iterable[Tensor]) -> int:
