@@ -273,3 +273,23 @@ def test_products_need_two_tensors_of_the_size_of_the_logits() -> None:
     goals = {"Hessian": 3.3, "GGN": 2.3, "EF": 2.4, "sampled": 2.8}
     assert len(peaks) == 8
     assert all(peak <= goals[name.split()[0]] for name, peak in peaks.items()), peaks
+
+
+def test_a_hook_that_reads_the_gradient_of_the_logits() -> None:
+    """The retained vector, at which the backward pass is differentiated, must then stay zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3).double()
+        X, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(0, 3, (6,))
+    params = dict(model.named_parameters())
+
+    def clipped(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        z = torch.func.functional_call(model, params, (X,))
+        z.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+        return z
+
+    products = []
+    for predict in (clipped, model):
+        G = GGNLinearOperator(predict, nn.CrossEntropyLoss(), params, [(X, y)])
+        products.append(G @ (1e-3 * np.ones(15)))
+    np.testing.assert_allclose(*products, rtol=1e-12)

@@ -81,8 +81,11 @@ class JVP:
 
 
 def _is_product(output: Tensor) -> bool:
-    """Return True if `output` is the result of a matrix product, as are the logits of most language models."""
-    node = output.grad_fn
+    """Return True if `output` is the result of a matrix product, as are the logits of most language models.
+
+    Return False if the user's code has registered a hook for the gradient, because a hook may read `u`.
+    """
+    node = None if output._backward_hooks else output.grad_fn
     while node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]
     return type(output) is Tensor and node is not None and node.name() in _PRODUCTS

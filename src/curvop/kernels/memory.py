@@ -103,7 +103,7 @@ def keep_freed_memory(size: int = 0) -> None:
     mallopt = getattr(_c_library(), "mallopt", None)
     if mallopt is None:
         return
-    if size > 2**27:
+    if size > 2**27 and not _keeps_all:
         _keeps_all.append(True)
     mallopt(_TRIM_THRESHOLD, _NEVER if _keeps_all else 2**29)
     mallopt(_MMAP_THRESHOLD, 2**31 - 1 if _keeps_all else 2**29)
