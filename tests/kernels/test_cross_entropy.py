@@ -275,7 +275,8 @@ def test_products_need_two_tensors_of_the_size_of_the_logits() -> None:
     assert all(peak <= goals[name.split()[0]] for name, peak in peaks.items()), peaks
 
 
-def test_a_hook_that_reads_the_gradient_of_the_logits() -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_hook_that_reads_the_gradient_of_the_logits(turned: bool) -> None:
     """The retained vector, at which the backward pass is differentiated, must then stay zero."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -283,13 +284,15 @@ def test_a_hook_that_reads_the_gradient_of_the_logits() -> None:
         X, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(0, 3, (6,))
     params = dict(model.named_parameters())
 
-    def clipped(params: dict[str, Tensor], X: Tensor) -> Tensor:
+    def scores(params: dict[str, Tensor], X: Tensor, clipped: bool) -> Tensor:
         z = torch.func.functional_call(model, params, (X,))
-        z.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
-        return z
+        if clipped:
+            z.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+        return z.T[None] if turned else z
 
     products = []
-    for predict in (clipped, model):
-        G = GGNLinearOperator(predict, nn.CrossEntropyLoss(), params, [(X, y)])
+    for clipped in (True, False):
+        data = [(X, y[None] if turned else y)]
+        G = GGNLinearOperator(functools.partial(scores, clipped=clipped), nn.CrossEntropyLoss(), params, data)
         products.append(G @ (1e-3 * np.ones(15)))
     np.testing.assert_allclose(*products, rtol=1e-12)

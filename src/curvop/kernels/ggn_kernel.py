@@ -85,7 +85,8 @@ def _is_product(output: Tensor) -> bool:
 
     Return False if the user's code has registered a hook for the gradient, because a hook may read `u`.
     """
-    node = None if output._backward_hooks else output.grad_fn
+    hooked = any(tensor is not None and tensor._backward_hooks for tensor in (output, output._base))
+    node = None if hooked else output.grad_fn
     while node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]
     return type(output) is Tensor and node is not None and node.name() in _PRODUCTS
