@@ -102,33 +102,46 @@ class Evaluator:
 
     def __init__(self) -> None:
         self.elementary_norms = False
+        self._used_elementary_norms = False
+        self._differentiated = False
 
-    def __call__(self, function: Callable[[], T]) -> T:
-        """Return ``function()``, evaluated while `TwiceDifferentiable` replaces some of torch's functions.
+    def __call__(self, function: Callable[..., T], *args: Any) -> T:
+        """Return ``function(*args)``, evaluated while `TwiceDifferentiable` replaces some of torch's functions.
 
-        If the result contains a derivative of a fused normalization, call the function again with normalizations
-        computed by elementary operations.
+        Afterwards, pass the result to the method `accepts`.
+        """
+        self._used_elementary_norms = self.elementary_norms
+        with torch.enable_grad(), TwiceDifferentiable(self.elementary_norms) as mode:
+            result = function(*args)
+        self.elementary_norms, self._differentiated = mode.elementary_norms, mode.differentiated
+        return result
+
+    def accepts(self, result: Any, searched: bool) -> bool:
+        """Return False if the last evaluation must be repeated because `result`, its result, cannot be differentiated.
+
+        This is the case if `result` contains a derivative of a fused normalization. In the next evaluation,
+        normalizations are computed by elementary operations. If `searched` is True, earlier results contained no such
+        derivative, and the graph of `result` is only searched if the evaluation called ``torch.autograd.grad``.
 
         Raises
         ------
         RuntimeError
-            If the result of the second call still contains a derivative of a fused normalization. For example, the
-            operations of a scripted module cannot be replaced.
+            If the result contains a derivative of a fused normalization although normalizations were computed by
+            elementary operations. For example, the operations of a scripted module cannot be replaced.
         """
-        with torch.enable_grad(), TwiceDifferentiable(self.elementary_norms) as mode:
-            result = function()
+        if searched and not self._differentiated:
+            return True
         roots = [leaf.grad_fn for leaf in leaves(result) if leaf.grad_fn is not None]
         fused = next((node.name() for node in nodes(roots) if _is_derivative_of_norm(node)), None)
         if fused is None:
-            self.elementary_norms = mode.elementary_norms
-            return result
-        if self.elementary_norms:
+            return True
+        if self._used_elementary_norms:
             raise RuntimeError(
                 f"the model or the loss contains a derivative of a fused normalization ({fused}), which torch "
                 "differentiates wrongly (pytorch#186256): write it with elementary operations (mean, var, rsqrt)"
             )
         self.elementary_norms = True
-        return self(function)
+        return False
 
 
 class ReplacementMode(TorchFunctionMode):
@@ -157,11 +170,17 @@ class TwiceDifferentiable(ReplacementMode):
     elementary_norms : bool
         Whether to compute normalizations with elementary operations. The mode sets its attribute ``elementary_norms``
         to True when a normalization is called inside a ``torch.func`` or forward-mode derivative.
+
+    Attributes
+    ----------
+    differentiated : bool
+        Whether ``torch.autograd.grad`` or ``Tensor.backward`` was called. Functions of ``torch.func`` call the former.
     """
 
     def __init__(self, elementary_norms: bool = False) -> None:
         super().__init__()
         self.elementary_norms = elementary_norms
+        self.differentiated = False
 
     def __enter__(self) -> Self:
         """Enter the mode."""
@@ -181,7 +200,21 @@ class TwiceDifferentiable(ReplacementMode):
         if func in NORMS and (self.elementary_norms or _in_derivative()):
             self.elementary_norms = True
             return NORMS[func]
+        if func in _DERIVATIVES:
+            self.differentiated = True
         return _REPLACEMENTS.get(func, func)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call the replacement of `func`."""
+        if func in _HANDLED:
+            func = self.replacement(func)
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class ElementaryNorms(ReplacementMode):
@@ -476,3 +509,6 @@ STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.scaled_dot_product_attention: _attention,
 }
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {**STAND_INS, **CONVOLUTIONS}
+_DERIVATIVES = {torch.autograd.grad, Tensor.backward}
+#: The functions for which `TwiceDifferentiable` does more than call the function.
+_HANDLED = {*_REPLACEMENTS, *NORMS, *_DERIVATIVES}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import itertools
+import operator
 import threading
 import types
 from collections import defaultdict, deque
@@ -22,6 +24,7 @@ __all__ = [
     "Guard",
     "ModuleFinder",
     "ModuleFoundError",
+    "Record",
     "modules_of",
     "own_batch",
     "parts_of",
@@ -47,6 +50,9 @@ class Guard:
 
     State inside other objects is not restored.
 
+    Before a run, the guard records the attributes of all modules. Within the context manager `keeping_record`, later
+    runs use the same record until an attribute changes. A run then compares attributes only by identity.
+
     If a run modifies a buffer, another tensor of the modules or a tensor of a batch, all later runs use copies of the
     buffers, of the other tensors and of the batches. The code then never reads values that its earlier runs have
     written, and retained graphs do not refer to the user's tensors.
@@ -65,7 +71,35 @@ class Guard:
 
     def __init__(self, modules: Sequence[nn.Module], params: Sequence[Tensor] = ()) -> None:
         self._modules, self._params = modules, params
+        self._record: Record | None = None
+        self._keeps_record = False
         self.writes = False
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_record": None, "_keeps_record": False}
+
+    @contextlib.contextmanager
+    def keeping_record(self) -> Iterator[None]:
+        """Within a ``with`` block, record the attributes of the modules only if they have changed since the last run.
+
+        At the end of the block, the record is discarded, because it keeps tensors in memory.
+        """
+        outer = self._keeps_record
+        self._keeps_record = True
+        try:
+            yield
+        finally:
+            self._keeps_record = outer
+            if not outer:
+                self._record = None
+
+    def record(self) -> Record:
+        """Return a record of the current attributes of the modules."""
+        record = self._record
+        if record is None or not record.places.are_unchanged():
+            record = Record(self._modules, self._params)
+            self._record = record if self._keeps_record else None
+        return record
 
     def run(
         self,
@@ -74,6 +108,7 @@ class Guard:
         replacements: Replacements | None = None,
         *,
         hold: bool = True,
+        record: Record | None = None,
     ) -> T:
         """Return ``function(batch)`` and undo the side effects of the function.
 
@@ -90,42 +125,39 @@ class Guard:
         hold : bool
             If True, the parameters that are not replaced have ``requires_grad=False`` while the function runs. The
             argument has no effect if `replacements` is None.
+        record : Record, optional
+            The result of the method `record`. Pass the record if no other code has run since the call of this method.
         """
         swaps, hold = dict(replacements or {}), hold and replacements is not None
-        result, wrote = self._watched(function, batch, swaps, hold)
-        return self._watched(function, batch, swaps, hold)[0] if wrote else result
+        result, wrote = self._watched(function, batch, swaps, hold, record or self.record())
+        return self._watched(function, batch, swaps, hold, self.record())[0] if wrote else result
 
     def _watched(
-        self, function: Callable[[Any], T], batch: Any, swaps: dict[int, Tensor], hold: bool
+        self, function: Callable[[Any], T], batch: Any, swaps: dict[int, Tensor], hold: bool, record: Record
     ) -> tuple[T, bool]:
         """Return ``(result, wrote)``: ``function(batch)``, and whether the function modified the original tensors."""
-        parts = parts_of(self._modules)
-        places = _Places(parts)
-        parameters = list({id(value): value for value in (*places.parameters(), *self._params)}.values())
-        state, inputs = places.state(parameters), list(leaves(batch))
+        places, parameters = record.places, record.parameters
+        state, inputs = record.state(), list(leaves(batch))
         flags = [(tensor, tensor.requires_grad) for tensor in (*parameters, *state, *inputs)]
-        # Modules in training mode are expected to write to their buffers.
-        training = any(
-            part.training and any(buffer is not None for _, buffer in part._buffers.items()) for part in parts
-        )
-        copied = state if self.writes or training else _sharing_memory(filter(_is_delicate, state), state)
+        copied = state if self.writes or record.is_training else _sharing_memory(filter(_is_delicate, state), state)
         # Values are saved in every run, because writes may depend on the batch.
         saved = _saved(state, by_value=True) + ([] if self.writes else _saved(inputs))
         own = own_batch(batch, copies=self.writes)
         # Tensors created in inference mode are copied as well, because autograd cannot save them.
         copies = _copies([*copied, *(value for value in parameters if value.is_inference())])
         swaps = copies | swaps
+        slots = places.slots_of(swaps)
         constant = [value for value in parameters if value.requires_grad and value.is_leaf and id(value) not in swaps]
         wrote = [False]
 
         def put_back() -> None:
-            places.put_back()
+            places.put_back(slots)
             wrote[0] |= _restore(saved)
             _put_back_flags(flags)
 
         try:
             try:
-                places.replace(swaps)
+                places.replace(slots)
                 _hold_constant(constant if hold else [])
                 result = function(own)
             finally:
@@ -287,14 +319,15 @@ def replaced(modules: Sequence[nn.Module], replacements: Replacements) -> Iterat
     In contrast to `Guard.run`, this function does not restore the values of tensors that the code modifies.
     """
     places = _Places(parts_of(modules))
+    slots = places.slots_of(replacements)
     try:
         try:
-            places.replace(replacements)
+            places.replace(slots)
             yield
         finally:
-            places.put_back()
+            places.put_back(slots)
     except BaseException:  # Ctrl-C may have interrupted put_back
-        places.put_back()
+        places.put_back(slots)
         raise
 
 
@@ -303,11 +336,54 @@ def parts_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return list(dict.fromkeys(part for module in modules for part in module.modules()))
 
 
+class Record:
+    """The attributes of modules, and lists that are derived from these attributes.
+
+    Attributes
+    ----------
+    places : _Places
+        The attributes of the modules.
+    parameters : list of Tensor
+        The parameters of the modules and of the objective, without duplicates.
+    is_training : bool
+        Whether a module with a buffer is in training mode. Such modules are expected to write to their buffers.
+    derived : Any
+        Any object that the user of the record computes from the attributes of the modules, and reuses as long as the
+        record is valid. Initially None.
+    """
+
+    derived: Any = None
+
+    def __init__(self, modules: Iterable[nn.Module], params: Iterable[Tensor]) -> None:
+        parts = parts_of(modules)
+        self.places = _Places(parts)
+        own = (value for part in parts for _, value in part._parameters.items() if value is not None)
+        self.parameters = list({id(value): value for value in (*own, *params)}.values())
+        self.is_training = any(
+            part.training and any(buffer is not None for _, buffer in part._buffers.items()) for part in parts
+        )
+        parameters = {id(value) for value in self.parameters}
+        buffers = {id(buffer): buffer for part in parts for _, buffer in part._buffers.items() if buffer is not None}
+        self._buffers = [buffer for key, buffer in buffers.items() if key not in parameters]
+        others = {id(tensor): tensor for tensor in self.places.tensors() if not _is_no_state(tensor)}
+        self._others = [tensor for key, tensor in others.items() if key not in parameters and key not in buffers]
+
+    def state(self) -> list[Tensor]:
+        """Return a list of the buffers and other tensors of the modules, without parameters and duplicates.
+
+        All buffers are included. Other tensors are included unless they belong to an autograd graph.
+        """
+        return [*self._buffers, *(tensor for tensor in self._others if tensor.grad_fn is None)]
+
+
+#: A place in a container: the container, a key or an index, the recorded value, and the value that replaces it.
+_Slot = tuple[Any, Any, Any, Any]
+
+
 class _Places:
     """A record of the attributes of modules, including the contents of nested lists, dicts, sets, deques and tuples."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
-        self._parts = parts
         self._saved: list[tuple[Any, Any]] = []  # containers and copies of their contents
         self._with_tensors: list[tuple[Any, Any]] = []  # the entries of _saved that may contain tensors
         seen: set[int] = set()
@@ -335,45 +411,79 @@ class _Places:
             self._saved.append((container, dict(container.items()) if _is_mapping(container) else values))
             if inner or any(isinstance(value, Tensor) for value in values):
                 self._with_tensors.append(self._saved[-1])
+        self._find_slots()
+        self._remember_identities()
 
-    def parameters(self) -> Iterator[Tensor]:
-        """Yield the parameters of the modules."""
-        for part in self._parts:
-            yield from (value for _, value in part._parameters.items() if value is not None)
-
-    def state(self, parameters: Iterable[Tensor]) -> list[Tensor]:
-        """Return a list of the buffers and other tensors of the modules, without parameters and duplicates.
-
-        All buffers are included. Other tensors are included unless they belong to an autograd graph.
-        """
-        buffers = (buffer for part in self._parts for _, buffer in part._buffers.items() if buffer is not None)
-        state = {id(tensor): tensor for tensor in buffers}
-        for container, values in self._with_tensors:
-            for value in values.values() if isinstance(values, dict) else values:
-                for tensor in _tensors(value) if isinstance(value, Tensor | tuple) else ():
-                    if tensor.grad_fn is None and not _is_no_state(tensor) and container is not self._cache:
-                        state[id(tensor)] = tensor
-        for parameter in parameters:
-            state.pop(id(parameter), None)
-        return list(state.values())
-
-    def replace(self, replacements: Replacements) -> None:
-        """Replace tensors in all recorded containers except sets, and clear the cache of parametrizations."""
-        self._cache.clear()
-        for container, contents in self._with_tensors if replacements else ():
+    def _find_slots(self) -> None:
+        """Record where tensors are, and where tuples of tensors are, in all containers except sets."""
+        self._slots: dict[int, list[tuple[Any, Any, Tensor]]] = defaultdict(list)
+        self._tuple_slots: list[tuple[Any, Any, Any]] = []
+        for container, contents in self._with_tensors:
             if isinstance(container, set):
                 continue
-            slots = contents.items() if _is_mapping(container) else enumerate(contents)
-            for slot, value in slots:
-                if id(value) in replacements:
-                    container[slot] = replacements[id(value)]
-                elif type(value) is tuple and (other := _rebuilt(value, replacements)) is not value:
-                    container[slot] = other
+            for slot, value in contents.items() if _is_mapping(container) else enumerate(contents):
+                if isinstance(value, Tensor):
+                    self._slots[id(value)].append((container, slot, value))
+                elif type(value) is tuple and any(True for _ in _tensors(value)):
+                    self._tuple_slots.append((container, slot, value))
 
-    def put_back(self) -> None:
-        """Restore the recorded contents of all containers."""
-        for container, contents in self._saved:
-            _fill(container, contents)
+    def _remember_identities(self) -> None:
+        """Prepare `are_unchanged`, which compares all recorded contents in a few calls of C functions."""
+        self._dicts = [container for container, _ in self._saved if isinstance(container, dict)]
+        self._sequences = [container for container, _ in self._saved if isinstance(container, list | deque | set)]
+        self._others = [
+            (container, contents)
+            for container, contents in self._saved
+            if not isinstance(container, dict | list | deque | set)
+        ]
+        self._sizes = [*map(len, self._dicts), *map(len, self._sequences)]
+        self._contents = [*_chained(self._dicts), *_chained(map(_VALUES, self._dicts)), *_chained(self._sequences)]
+
+    def are_unchanged(self) -> bool:
+        """Return True if all containers have the recorded contents, in the recorded order."""
+        if [*map(len, self._dicts), *map(len, self._sequences)] != self._sizes or self._cache is not parametrize._cache:
+            return False
+        now = itertools.chain(_chained(self._dicts), _chained(map(_VALUES, self._dicts)), _chained(self._sequences))
+        if not all(map(operator.is_, now, self._contents)):
+            return False
+        return all(
+            len(container) == len(contents) and all(container[name] is value for name, value in contents.items())
+            for container, contents in self._others
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors in all containers except the cache of parametrizations."""
+        for container, values in self._with_tensors:
+            for value in values.values() if isinstance(values, dict) else values:
+                if isinstance(value, Tensor | tuple) and container is not self._cache:
+                    yield from _tensors(value)
+
+    def slots_of(self, replacements: Replacements) -> list[_Slot]:
+        """Return a list of the places of tensors in `replacements`, with the replacements."""
+        found: list[_Slot] = [(*place, new) for old, new in replacements.items() for place in self._slots.get(old, ())]
+        for container, slot, value in self._tuple_slots if replacements else ():
+            if (other := _rebuilt(value, replacements)) is not value:
+                found.append((container, slot, value, other))
+        return found
+
+    def replace(self, slots: Iterable[_Slot]) -> None:
+        """Replace the values in the given places, and clear the cache of parametrizations."""
+        self._cache.clear()
+        for container, slot, _, new in slots:
+            container[slot] = new
+
+    def put_back(self, slots: Iterable[_Slot]) -> None:
+        """Restore the recorded contents of all containers after `replace`."""
+        with contextlib.suppress(Exception):  # for example if the code has removed entries from a list
+            for container, slot, old, _ in slots:
+                container[slot] = old
+        if not self.are_unchanged():
+            for container, contents in self._saved:
+                _fill(container, contents)
+
+
+_VALUES = operator.methodcaller("values")
+_chained = itertools.chain.from_iterable
 
 
 #: Attributes that PyTorch sets in every module for internal use. Their contents are not saved, because user code has no

@@ -22,7 +22,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.changes import ChangeDetector, Fingerprint, Generators, settings_of
 from curvop.kernels.differentiable import Evaluator, slow_backends
 from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
-from curvop.kernels.guard import Guard, modules_of, own_batch, parts_of, replaced
+from curvop.kernels.guard import Guard, Record, modules_of, own_batch, parts_of, replaced
 from curvop.kernels.losses import ClosedForm, check_loss, checked_weight, loss_reduction
 from curvop.kernels.objective_checks import FirstPassChecks, suspects
 from curvop.kernels.parameters import check_callable, checked_params
@@ -238,7 +238,7 @@ class Objective(abc.ABC):
         between passes, and `conclude` detects the change.
         """
         index = -1
-        with contextlib.nullcontext() if self._feed is not None else self._reading():
+        with self.guard.keeping_record(), contextlib.nullcontext() if self._feed is not None else self._reading():
             if self._feed is not None:
                 batches = self._checked_batches(self._feed)
             else:
@@ -347,32 +347,47 @@ class Objective(abc.ABC):
         parameter directly instead of the leaf that replaces the parameter.
         """
 
-        def run(leaves: Mapping[str, Tensor], keeps_flags: bool) -> T:
-            return self._run_once(function, leaves, batch, what, keeps_flags)
+        def run(leaves: Mapping[str, Tensor], keeps_flags: bool, record: Record | None = None) -> T:
+            return self._run_once(function, leaves, batch, what, keeps_flags, record or self.guard.record())
 
         with arrays_explained(batch):
             self.checks.begin_search(what)
-            if self.checks.flags_matter is None:
+            record: Record | None = self.guard.record()
+            if self.checks.flags_matter is None and _flags_differ(leaves, self._seams(record).others):
+                record = None  # the following line runs the user's code
                 self.checks.compare_flags(self, run, leaves)
                 if self.checks.flags_matter:
                     for leaf in leaves.values():
                         leaf.requires_grad_()
-            return run(leaves, bool(self.checks.flags_matter))
+            return run(leaves, bool(self.checks.flags_matter), record)
 
     def _run_once(
-        self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str, keeps_flags: bool
+        self,
+        function: Evaluation[T],
+        leaves: Mapping[str, Tensor],
+        batch: Any,
+        what: str,
+        keeps_flags: bool,
+        record: Record,
     ) -> T:
-        originals = {} if self.checks.is_searched(what) else self.originals()
+        searched = self.checks.is_searched(what)
+        originals = {} if searched else self._seams(record).originals
 
         def run(own: Any) -> T:
             _require_grad(originals)
-            result = function(leaves, own)
+            result = self.evaluator(function, leaves, own)
             if originals:
                 self._check_result(result, leaves)
                 self.checks.search(self, result, originals, leaves)
             return result
 
-        return self.evaluator(lambda: self.guard.run(run, batch, self.replacements(leaves), hold=not keeps_flags))
+        while True:
+            replacements = self._replacements(leaves, record)
+            with torch.enable_grad():  # copies of a batch keep its graph
+                result = self.guard.run(run, batch, replacements, hold=not keeps_flags, record=record)
+            if self.evaluator.accepts(result, searched):
+                return result
+            record = self.guard.record()
 
     def _check_result(self, result: Any, leaves: Mapping[str, Tensor]) -> None:  # noqa: B027  # most accept any
         """Raise an error if `result` depends on `leaves` in a way that the objective does not support."""
@@ -387,8 +402,18 @@ class Objective(abc.ABC):
 
     def replacements(self, leaves: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Return a dict that maps the ``id`` of each tensor to be replaced to the tensor that replaces it."""
-        originals = self.originals()
-        found = {id(original): leaf for name, leaf in leaves.items() for original in originals[name]}
+        return self._replacements(leaves, self.guard.record())
+
+    def _seams(self, record: Record) -> _Seams:
+        """Return the places at which the user's code reads parameters. The result is kept with the record."""
+        if record.derived is None:
+            originals = self.originals()
+            names = {id(tensor): name for name, tensors in originals.items() for tensor in tensors}
+            record.derived = _Seams(originals, names, [value for value in record.parameters if id(value) not in names])
+        return cast("_Seams", record.derived)
+
+    def _replacements(self, leaves: Mapping[str, Tensor], record: Record) -> dict[int, Tensor]:
+        found = {key: leaves[name] for key, name in self._seams(record).names.items() if name in leaves}
         if self._renormalized:  # an embedding with `max_norm` modifies its weight in the forward pass
             weights: list[Any] = [
                 part.weight for part in parts_of(self.modules) if getattr(part, "max_norm", None) is not None
@@ -562,6 +587,29 @@ class Objective(abc.ABC):
                 "of a mean-reduced loss are weighted by their sizes: pass batch_weight=, a function of the batch"
             )
         return divisor
+
+
+class _Seams(NamedTuple):
+    """The tensors through which the user's code reads parameters.
+
+    Attributes
+    ----------
+    originals : dict of str to list of Tensor
+        The result of `Objective.originals`.
+    names : dict of int to str
+        Maps the ``id`` of each tensor in `originals` to its name.
+    others : list of Tensor
+        The parameters of the modules that are not in `originals`.
+    """
+
+    originals: dict[str, list[Tensor]]
+    names: dict[int, str]
+    others: list[Tensor]
+
+
+def _flags_differ(leaves: Mapping[str, Tensor], others: Iterable[Tensor]) -> bool:
+    """Return True unless all `leaves` require grad, and all other parameters are constants."""
+    return not all(leaf.requires_grad for leaf in leaves.values()) or any(value.requires_grad for value in others)
 
 
 def _require_grad(originals: Mapping[str, Sequence[Tensor]]) -> None:

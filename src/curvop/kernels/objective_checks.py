@@ -152,7 +152,7 @@ class FirstPassChecks:
         In the first evaluation, the leaves of all parameters require grad. In the second evaluation, `leaves` keep
         their flags, and all other parameters are constants. If the results agree, `flags_matter` becomes False, and
         later evaluations use the flags of the second evaluation. Autograd then saves nothing for layers before the
-        selected parameters. If the flags of both evaluations would be equal, `flags_matter` stays None.
+        selected parameters. Call this method only if the flags of the two evaluations differ.
 
         Parameters
         ----------
@@ -162,12 +162,7 @@ class FirstPassChecks:
             are not replaced by `leaves` keep their ``requires_grad`` flags. Otherwise, these parameters are constants.
         leaves : dict of str to Tensor
         """
-        others = {id(value): value for module in objective.modules for value in module.parameters()}
-        for tensor in (tensor for tensors in objective.originals().values() for tensor in tensors):
-            others.pop(id(tensor), None)
         selected = [name for name, leaf in leaves.items() if leaf.requires_grad]
-        if len(selected) == len(leaves) and not any(value.requires_grad for value in others.values()):
-            return
         all_leaves = objective.leaves(objective.params)
         with_all = run(all_leaves, True)
         try:
