@@ -6,7 +6,6 @@ dimension, and split batches into examples.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -57,6 +56,8 @@ def map_leaves(function: Callable[[Any], Any], tree: Any, is_leaf: Callable[[Any
     """
     if is_leaf(tree):
         return function(tree)
+    if type(tree) in (tuple, list):  # the most frequent case; checks for mappings are slow
+        return type(tree)([map_leaves(function, value, is_leaf) for value in tree])
     if isinstance(tree, MutableMapping):
         mapped = copy.copy(tree)
         for key, value in tree.items():
@@ -78,6 +79,8 @@ def to_device(tree: Any, device: torch.device) -> Any:
     """
 
     def move(part: Any) -> Any:
+        if type(part) is Tensor and part.device == device and not part.is_inference():
+            return part
         if not isinstance(part, Tensor):
             return part.to(device)
         if part.is_meta and device.type != "meta":
@@ -88,7 +91,11 @@ def to_device(tree: Any, device: torch.device) -> Any:
         # Autograd cannot save a tensor created in inference mode, but it can save a clone of the tensor.
         return moved.clone() if moved.is_inference() else moved
 
-    return map_leaves(move, tree, lambda part: hasattr(part, "to") and not isinstance(part, Mapping))
+    return map_leaves(move, tree, lambda part: isinstance(part, Tensor) or _moves_itself(part))
+
+
+def _moves_itself(part: Any) -> bool:
+    return hasattr(part, "to") and not isinstance(part, Mapping)
 
 
 def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
@@ -178,16 +185,20 @@ def _candidate_sizes(part: Any) -> set[int]:
     return {len(part)} | _common_sizes(part)
 
 
-@contextlib.contextmanager
-def at_batch(index: int) -> Iterator[None]:
+class at_batch:  # noqa: N801  # used like a function
     """Within a ``with`` block, add a note with the number of the batch to every exception that is raised."""
-    try:
-        yield
-    except Exception as error:
-        note = f"This was at batch {index} of data."
-        if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
-        raise
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception):
+            note = f"This was at batch {self._index} of data."
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
 
 
 def numbered_errors(batches: Iterable[Any]) -> Iterator[Any]:
@@ -195,12 +206,14 @@ def numbered_errors(batches: Iterable[Any]) -> Iterator[Any]:
     index, iterator = 0, iter(batches)
     while True:
         with at_batch(index):
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
+            batch = next(iterator, _END)
+        if batch is _END:
+            return
         yield batch
         index += 1
+
+
+_END = object()
 
 
 # Functions that join batches along the first dimension, and that split a batch into examples.

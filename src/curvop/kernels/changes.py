@@ -53,6 +53,8 @@ class ChangeDetector:
         self._children: list[nn.Module | None] | None = None
         self._tensors: list[Tensor | None] = []  # strong references, so that no new tensor gets the id of an old one
         self._versions: list[object] = []
+        self._memory: list[Tensor] | None = None
+        self._counters: list[int] = []
         self._params_fingerprint, self._buffers_fingerprint = Fingerprint([]), Fingerprint([])
         self._batches: list[Any] = []
         self._data_version = 0
@@ -79,9 +81,11 @@ class ChangeDetector:
         if children != self._children:  # a layer was replaced, added or removed
             self._parts = parts_of(self._modules)
             flags, self._children, tensors = self._walk()
-        versions = [_version(tensor) for tensor in tensors]
-        if versions != self._versions:
-            self._update(tensors, versions)
+        if not self._are_unwritten(tensors):
+            versions = [_version(tensor) for tensor in tensors]
+            if versions != self._versions:
+                self._update(tensors, versions)
+            self._prepare_comparison()
         if isinstance(self._data, list | tuple):
             same = len(self._data) == len(self._batches) and all(map(operator.is_, self._data, self._batches))
             if not same:
@@ -90,11 +94,36 @@ class ChangeDetector:
         return (
             flags,
             self._children,
-            versions,
+            self._versions,
             self._data_version,
             self._params_fingerprint(),
             self._buffers_fingerprint.finite(),
         )
+
+    def _prepare_comparison(self) -> None:
+        """Prepare `_are_unwritten`. Tensors that are not strided or have no version counter are not supported."""
+        present = [tensor for tensor in self._tensors if tensor is not None]
+        self._memory = None
+        if all(tensor.layout == torch.strided and not tensor.is_inference() for tensor in present):
+            self._memory = [tensor.detach() for tensor in present]
+            self._counters = [tensor._version for tensor in present]
+
+    def _are_unwritten(self, tensors: list[Tensor | None]) -> bool:
+        """Return True if `tensors` are the recorded tensors, with the recorded memory and version counters.
+
+        This comparison is faster than that of the results of `_version`.
+        """
+        if self._memory is None or len(tensors) != len(self._tensors):
+            return False
+        present = [tensor for tensor in tensors if tensor is not None]
+        try:
+            return (
+                all(map(operator.is_, tensors, self._tensors))
+                and [tensor._version for tensor in present] == self._counters
+                and all(map(Tensor.is_set_to, present, self._memory))
+            )
+        except RuntimeError:  # a tensor was moved to another device, or converted to another dtype
+            return False
 
     def _walk(self) -> tuple[list[bool], list[nn.Module | None], list[Tensor | None]]:
         """Return three lists ``(flags, children, tensors)``.
@@ -166,7 +195,7 @@ class Fingerprint:
                 continue
             if tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float64):
                 flat = tensor.detach().view(-1)
-                if len(flat) < _SECTION:
+                if flat.numel() < _SECTION:
                     self._small[flat.dtype, flat.device].append(flat)
                 else:
                     self._rows += _sections(flat)
@@ -214,11 +243,12 @@ def settings_of(modules: Iterable[nn.Module]) -> list[object]:
 
 def _sections(flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     numbers = _numbers(flat.dtype, flat.device)
-    whole = len(flat) // _SECTION * _SECTION
+    size = flat.numel()
+    whole = size // _SECTION * _SECTION
     if whole:
         yield flat[:whole].view(-1, _SECTION), numbers
-    if whole < len(flat):
-        yield flat[whole:].view(1, -1), numbers[: len(flat) - whole]
+    if whole < size:
+        yield flat[whole:].view(1, -1), numbers[: size - whole]
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -277,7 +307,8 @@ def random_state(devices: Iterable[torch.device]) -> Tensor:
 
     The tensor changes with every random draw.
     """
-    return torch.cat([state.cpu() for state in _states(device for device in devices if device.type == "cuda").values()])
+    states = [state.cpu() for state in _states(device for device in devices if device.type == "cuda").values()]
+    return states[0] if len(states) == 1 else torch.cat(states)
 
 
 def _states(gpus: Iterable[torch.device]) -> dict[torch.device, Tensor]:

@@ -108,10 +108,10 @@ class Evaluator:
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
         """Return ``function(*args)``, evaluated while `TwiceDifferentiable` replaces some of torch's functions.
 
-        Afterwards, pass the result to the method `accepts`.
+        Call this method only where grad mode is enabled. Afterwards, pass the result to the method `accepts`.
         """
         self._used_elementary_norms = self.elementary_norms
-        with torch.enable_grad(), TwiceDifferentiable(self.elementary_norms) as mode:
+        with TwiceDifferentiable(self.elementary_norms) as mode:
             result = function(*args)
         self.elementary_norms, self._differentiated = mode.elementary_norms, mode.differentiated
         return result

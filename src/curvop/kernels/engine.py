@@ -138,7 +138,7 @@ class Engine:
         """Return ``(size, fraction)``: the size of the cache in bytes, and the fraction of batches in the cache."""
         if self._first is None:
             return 0, 0.0
-        return self._first.bytes, len(self._first.kept) / len(self._first.losses)
+        return self._first.bytes, len(self._first.kept) / len(self._first.weights)
 
     def _checked_sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
         self._sum(vectors, out, tick)
@@ -161,7 +161,8 @@ class Engine:
 
     def _sum_by_batch(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> Generator[None]:
         """Write the sum over the batches into `out`, and yield after each batch."""
-        steps, done = len(self._objective) * len(vectors), 0
+        count = vectors.shape[0]  # Tensor.__len__ is slower
+        steps, done = 0 if tick is None else len(self._objective) * count, 0
         chunks: dict[tuple[int, int, bool], tuple[list[Tensor], list[Tensor]]] = {}
         weights: list[float] = []
         unit = 0.0
@@ -175,7 +176,7 @@ class Engine:
             share = scale / unit if unit else 0.0
             if self.kernel.by_batch:
                 chunks.clear()
-            for start, stop in self._columns.chunks(len(vectors), self._columns_that_fit, self._clock):
+            for start, stop in self._columns.chunks(count, self._columns_that_fit, self._clock):
                 chunk = start, stop, linearization.whole
                 if chunk not in chunks:
                     which = start if stop == start + 1 else slice(start, stop)
@@ -188,7 +189,7 @@ class Engine:
                 elif separate_rows:
                     set_sums(totals, [None] * len(totals), share)
                 done += stop - start
-                if tick is not None and steps:
+                if steps and tick is not None:
                     tick(done / steps)
             del linearization  # frees the graph of this batch before the next graph is built
             yield
@@ -258,7 +259,7 @@ class Engine:
         if self._first is None:
             self._multi_device = len(self._objective.devices) > 1
             return self._first_pass(state)
-        if len(self._first.kept) == len(self._first.losses):
+        if len(self._first.kept) == len(self._first.weights):
             return iter(self._first.kept.values())
         return self._next_pass(self._first)
 
@@ -272,9 +273,9 @@ class Engine:
         caching = self._cache_enabled and self._budget.open(self._objective.device)
         for index, batch in self._objective.batches():
             count, loss = self._measure(first.leaves, index, batch) if caching else (None, None)
-            before = random_state(self._objective.devices)
+            before = random_state(self._objective.devices) if loss is None else None
             linearization = self._linearize(first.leaves, index, batch)
-            if loss is None and not torch.equal(random_state(self._objective.devices), before):
+            if before is not None and not torch.equal(random_state(self._objective.devices), before):
                 loss = float(linearization.loss)  # random numbers were drawn: does the loss depend on them?
                 del linearization
                 linearization = self._linearize(first.leaves, index, batch)
@@ -291,10 +292,13 @@ class Engine:
                     if not self._multi_device:
                         cached = self._recorder.recordable(linearization, self.kernel, count)
                     first.keep(index, cached, batch, count)
-                first.fingerprints.append(Fingerprint.of_data(leaves(batch)))
+                if not self._objective.ordered:
+                    first.fingerprints.append(Fingerprint.of_data(leaves(batch)))
             first.record(linearization)
             yield linearization
             del linearization
+        if 0 < len(first.kept) < len(first.weights) and self._objective.ordered:
+            first.fingerprints = [Fingerprint.of_data(leaves(batch)) for batch in self._objective.listed_batches()]
         self._objective.conclude(first, kept=bool(first.kept))
         self._first = first
         self.first_passes += 1
@@ -308,7 +312,7 @@ class Engine:
                 raise DataReorderedError
             linearization = first.kept.get(index)
             if linearization is None:
-                linearization = self._linearize(first.leaves, index, batch)
+                linearization = self._linearize(first.leaves, index, batch, is_checked=True)
             this.record(linearization)
             yield linearization
             del linearization
@@ -316,7 +320,10 @@ class Engine:
         if difference is not None:
             raise NonDeterministicObjectiveError(self._objective.changed(*difference))
 
-    def _linearize(self, point: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
+    def _linearize(
+        self, point: Mapping[str, Tensor], index: int, batch: Any, *, is_checked: bool = False
+    ) -> Linearization:
+        self.kernel.is_checked = is_checked
         with at_batch(index):
             return self.kernel.linearize(point, index, batch)
 
@@ -509,14 +516,21 @@ def set_sums(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], shar
     for total, cotangent in zip(totals, cotangents, strict=True):
         if cotangent is None:
             total.zero_()
-        else:
-            total.copy_(cotangent)
-            if share != 1:
-                total.mul_(share)
+    present, parts = _present(totals, cotangents)
+    if parts:
+        torch._foreach_copy_(present, parts)
+        if share != 1:
+            torch._foreach_mul_(present, share)
 
 
 def add_sums(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], share: float) -> None:
     """Add the cotangents of one batch, multiplied by `share`, to `totals`."""
-    for total, cotangent in zip(totals, cotangents, strict=True):
-        if cotangent is not None:
-            total.add_(cotangent, alpha=share)
+    present, parts = _present(totals, cotangents)
+    if parts:
+        torch._foreach_add_(present, parts, alpha=share)
+
+
+def _present(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the cotangents that are not None, and the corresponding entries of `totals`."""
+    pairs = [(total, part) for total, part in zip(totals, cotangents, strict=True) if part is not None]
+    return [total for total, _ in pairs], [part for _, part in pairs]

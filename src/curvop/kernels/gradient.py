@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvop.kernels.engine import add_sums
 from curvop.kernels.errors import NonFiniteProductError, not_finite
 from curvop.kernels.objective import Objective
 from curvop.kernels.parameters import ParameterLayout
@@ -29,23 +30,29 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
     """
     leaves = objective.leaves(names)
     layout = ParameterLayout(objective.params, names)
-    parts = layout.split(out.zero_())
-    totals, sums = objective.totals(), []
+    parts, selected = layout.split(out.zero_()), [leaves[name] for name in names]
+    totals = objective.totals()
     with objective.slow_backends():
         for index, batch in objective.batches():
-            loss = objective.evaluate(leaves, index, batch)
+            loss = objective.evaluate_for_gradient(leaves, index, batch)
             totals.add(loss.value, loss.weight, *leaves.values())
-            for part, value in zip(parts, loss.gradient([leaves[name] for name in names]), strict=True):
-                if value is not None:
-                    part.add_(value.to(part.device), alpha=loss.weight)
-            # NaN and infinity propagate through a sum. The sums are read later, because reading a sum makes the host
-            # wait for the GPU.
-            sums.append(out.sum())
-        _check(out, layout, sums, totals.losses, totals.weights)
+            add_sums(parts, _moved(loss.gradient(selected), parts), loss.weight)
+            del loss  # frees the graph of this batch before the next graph is built
+        # NaN and infinity propagate through sums. A sum of finite entries may overflow.
+        if not math.isfinite(out.sum().item() + sum(totals.losses)) and not (
+            torch.isfinite(out).all() and math.isfinite(sum(totals.losses))
+        ):
+            raise NonFiniteProductError(_locate_non_finite(objective, leaves, layout))
         objective.conclude(totals)
     divisor = objective.divisor(totals.weights)
     out.div_(divisor)
     return math.fsum(totals.losses) / divisor
+
+
+def _moved(gradient: Sequence[Tensor | None], parts: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Move each tensor of a gradient to the device of the corresponding entry of `parts`."""
+    pairs = zip(gradient, parts, strict=True)
+    return [value if value is None or value.device == part.device else value.to(part.device) for value, part in pairs]
 
 
 def plain_gradient_seconds(objective: Objective, names: Sequence[str]) -> float:
@@ -75,24 +82,18 @@ def plain_gradient_seconds(objective: Objective, names: Sequence[str]) -> float:
         )
 
 
-def _check(
-    out: Tensor, layout: ParameterLayout, sums: Sequence[Tensor], losses: Sequence[float], weights: Sequence[float]
-) -> None:
-    """Raise a NonFiniteProductError if the gradient or the loss of a batch is not finite; name the first such batch.
+def _locate_non_finite(objective: Objective, leaves: Mapping[str, Tensor], layout: ParameterLayout) -> str:
+    """Return an error message that names the first batch whose gradient or loss is not finite.
 
-    Parameters
-    ----------
-    out : Tensor, shape (N,)
-    layout : ParameterLayout
-    sums : sequence of Tensor
-        The sum of the entries of `out` after each batch.
-    losses, weights : sequence of float
-        The weighted loss and the weight of each batch.
+    To find the batch, the gradient and the loss of each batch are computed again.
     """
-    labels = [layout.label(index) for index, part in enumerate(layout.split(out)) if not part.isfinite().all()]
-    gradient_spoilt = ~torch.stack(list(sums)).isfinite() if labels else [False] * len(losses)
-    for index, (loss, weight) in enumerate(zip(losses, weights, strict=True)):
-        if gradient_spoilt[index]:
-            raise NonFiniteProductError(not_finite("gradient", index, loss / (weight or 1.0), labels[0]))
-        if not math.isfinite(loss):
-            raise NonFiniteProductError(not_finite("loss", index, loss / (weight or 1.0), "its value"))
+    selected = [leaves[name] for name in layout.names]
+    for index, batch in objective.batches():
+        loss = objective.evaluate_for_gradient(leaves, index, batch)
+        value = float(loss.value) if loss.weight else 0.0
+        for number, part in enumerate(loss.gradient(selected)):
+            if part is not None and not part.isfinite().all():
+                return not_finite("gradient", index, value, layout.label(number))
+        if not math.isfinite(value):
+            return not_finite("loss", index, value, "its value")
+    return "the gradient is not finite: the gradient of each batch is finite, but their sum overflows"

@@ -139,15 +139,22 @@ class Guard:
         places, parameters = record.places, record.parameters
         state, inputs = record.state(), list(leaves(batch))
         flags = [(tensor, tensor.requires_grad) for tensor in (*parameters, *state, *inputs)]
-        copied = state if self.writes or record.is_training else _sharing_memory(filter(_is_delicate, state), state)
+        copied = state
+        if state and not (self.writes or record.is_training):
+            copied = _sharing_memory(filter(_is_delicate, state), state)
         # Values are saved in every run, because writes may depend on the batch.
         saved = _saved(state, by_value=True) + ([] if self.writes else _saved(inputs))
         own = own_batch(batch, copies=self.writes)
         # Tensors created in inference mode are copied as well, because autograd cannot save them.
-        copies = _copies([*copied, *(value for value in parameters if value.is_inference())])
-        swaps = copies | swaps
+        copied = copied + [value for value in parameters if value.is_inference()]
+        if copied:
+            swaps = _copies(copied) | swaps
         slots = places.slots_of(swaps)
-        constant = [value for value in parameters if value.requires_grad and value.is_leaf and id(value) not in swaps]
+        constant = [
+            value
+            for value in (parameters if hold else ())
+            if id(value) not in swaps and value.requires_grad and value.is_leaf
+        ]
         wrote = [False]
 
         def put_back() -> None:
@@ -158,7 +165,7 @@ class Guard:
         try:
             try:
                 places.replace(slots)
-                _hold_constant(constant if hold else [])
+                _hold_constant(constant)
                 result = function(own)
             finally:
                 put_back()
@@ -412,7 +419,7 @@ class _Places:
             if inner or any(isinstance(value, Tensor) for value in values):
                 self._with_tensors.append(self._saved[-1])
         self._find_slots()
-        self._remember_identities()
+        self._prepare_comparison()
 
     def _find_slots(self) -> None:
         """Record where tensors are, and where tuples of tensors are, in all containers except sets."""
@@ -427,29 +434,52 @@ class _Places:
                 elif type(value) is tuple and any(True for _ in _tensors(value)):
                     self._tuple_slots.append((container, slot, value))
 
-    def _remember_identities(self) -> None:
-        """Prepare `are_unchanged`, which compares all recorded contents in a few calls of C functions."""
-        self._dicts = [container for container, _ in self._saved if isinstance(container, dict)]
+    def _prepare_comparison(self) -> None:
+        """Prepare `are_unchanged`, which compares all contents in a few calls of C functions.
+
+        Comparing dicts with ``==`` is much faster than comparing their values one by one by identity, because ``==``
+        compares the identity of two values first. All values are also compared by identity, except strings and the
+        attributes that PyTorch sets in every module.
+        """
+        dicts = [(container, contents) for container, contents in self._saved if isinstance(container, dict)]
+        self._dicts, self._copies = [container for container, _ in dicts], [contents for _, contents in dicts]
+        self._keys = [*_chained(self._dicts)]
+        places = [
+            (container, key, value)
+            for container, contents in dicts
+            for key, value in contents.items()
+            if not (isinstance(value, str) or key in _HOOKS)
+        ]
+        self._owners = [container for container, _, _ in places]
+        self._names = [key for _, key, _ in places]
+        self._values = [value for _, _, value in places]
         self._sequences = [container for container, _ in self._saved if isinstance(container, list | deque | set)]
+        self._sizes = [*map(len, self._sequences)]
+        self._items = [*_chained(self._sequences)]
         self._others = [
             (container, contents)
             for container, contents in self._saved
             if not isinstance(container, dict | list | deque | set)
         ]
-        self._sizes = [*map(len, self._dicts), *map(len, self._sequences)]
-        self._contents = [*_chained(self._dicts), *_chained(map(_VALUES, self._dicts)), *_chained(self._sequences)]
 
     def are_unchanged(self) -> bool:
         """Return True if all containers have the recorded contents, in the recorded order."""
-        if [*map(len, self._dicts), *map(len, self._sequences)] != self._sizes or self._cache is not parametrize._cache:
+        try:
+            return (
+                self._cache is parametrize._cache
+                and self._dicts == self._copies
+                and [*_chained(self._dicts)] == self._keys
+                and all(map(operator.is_, map(operator.getitem, self._owners, self._names), self._values))
+                and [*map(len, self._sequences)] == self._sizes
+                and all(map(operator.is_, _chained(self._sequences), self._items))
+                and all(
+                    len(container) == len(contents)
+                    and all(container[name] is value for name, value in contents.items())
+                    for container, contents in self._others
+                )
+            )
+        except Exception:  # values that were replaced cannot be compared, such as tensors
             return False
-        now = itertools.chain(_chained(self._dicts), _chained(map(_VALUES, self._dicts)), _chained(self._sequences))
-        if not all(map(operator.is_, now, self._contents)):
-            return False
-        return all(
-            len(container) == len(contents) and all(container[name] is value for name, value in contents.items())
-            for container, contents in self._others
-        )
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors in all containers except the cache of parametrizations."""
@@ -482,7 +512,6 @@ class _Places:
                 _fill(container, contents)
 
 
-_VALUES = operator.methodcaller("values")
 _chained = itertools.chain.from_iterable
 
 
@@ -566,9 +595,12 @@ class _Saved:
         counter, which misses writes to ``tensor.data``.
     """
 
+    __slots__ = ("_by_value", "_copy", "_memory", "_strided", "_tensor", "_version")
+
     def __init__(self, tensor: Tensor, by_value: bool) -> None:
-        self._tensor, self._version, self._copy = tensor, tensor._version, tensor.detach().clone()
+        self._tensor, self._version = tensor, tensor._version
         self._memory = tensor.detach()  # the original memory, which `tensor.data = other` would replace
+        self._copy = self._memory.clone()
         self._strided = tensor.layout == torch.strided and not tensor.is_nested
         self._by_value = by_value and self._strided and tensor.dtype in _COMPARABLE
 

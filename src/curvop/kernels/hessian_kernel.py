@@ -48,7 +48,8 @@ class HessianKernel(Kernel):
         """Return a linearization of batch number `index` that retains the graph of the gradient."""
         loss = self.objective.evaluate(leaves, index, batch)
         gradient = loss.gradient(self.cols.of(leaves), create_graph=True)
-        return _RetainedGraph(loss, LinearMap(gradient, self.rows.of(leaves)).check_differentiable())
+        product = LinearMap(gradient, self.rows.of(leaves))
+        return _RetainedGraph(loss, product if self.is_checked else product.check_differentiable())
 
 
 class _RetainedGraph(GraphLinearization):

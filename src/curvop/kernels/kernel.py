@@ -101,6 +101,9 @@ class Kernel(abc.ABC):
     compiled = False
     #: The engine tries to multiply several columns at once only if a column takes at most this time, in seconds.
     worth_batching: float = math.inf
+    #: Whether an earlier pass over the same batches, in the same state of the objective, has checked that all gradients
+    #: can be differentiated. The engine sets this attribute.
+    is_checked = False
 
     def __init__(self, objective: Objective, rows: Sequence[str], cols: Sequence[str]) -> None:
         self.objective = objective

@@ -203,8 +203,8 @@ def _element_divisor(prediction: Tensor, X: Any, y: Tensor) -> float:
 def _class_divisor(setting: Callable[[str, Any], Any], prediction: Tensor, X: Any, y: Tensor) -> float:
     if y.is_floating_point():  # class probabilities: torch divides by the number of positions, even with class weights
         return prediction.numel() / prediction.shape[min(1, prediction.ndim - 1)]
-    weight, counted = setting("weight", None), y[y != setting("ignore_index", -100)]
-    return float(counted.numel()) if weight is None else weight[counted].double().sum().item()
+    weight, counted = setting("weight", None), y != setting("ignore_index", -100)
+    return float(counted.count_nonzero().item()) if weight is None else weight[y[counted]].double().sum().item()
 
 
 def loss_kind(loss_function: Callable[..., Any]) -> type[nn.Module] | None:

@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -190,21 +191,25 @@ class ModelObjective(Objective):
         with self._evaluating(self._apart):
             return self._criterion(self._predict(leaves, X), X, y)
 
+    def _loss_for_gradient(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
+        X, y = self.pair(batch)
+        with self._evaluating(self._apart):
+            return self._autograd_criterion(self._predict(leaves, X), X, y)
+
     def _prediction(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         with self._evaluating(self._apart):
             return self._predict(leaves, self.inputs(batch))
 
-    @contextlib.contextmanager
-    def _evaluating(self, apart: bool) -> Iterator[None]:
+    def _evaluating(self, apart: bool) -> AbstractContextManager[None]:
         """If `apart` is True, make gradient checkpointing raise an error while the context is active.
 
         PyTorch recomputes checkpointed layers with the model's own parameters. If derivatives are taken with respect to
         other tensors (`apart` is True), the recomputed layers would be wrong.
         """
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # the user's hooks, if any
-        disabled = apart and hooks is None and self._recomputes()
-        with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES) if disabled else contextlib.nullcontext():
-            yield
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) if apart else None  # the user's hooks, if any
+        if apart and hooks is None and self._recomputes():
+            return torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTES)
+        return contextlib.nullcontext()
 
     def _recomputes(self) -> bool:
         """Return True if checkpointed layers would be recomputed with parameters other than the leaves."""
@@ -215,15 +220,21 @@ class ModelObjective(Objective):
             raise TypeError(f"data must yield pairs (X, y), such as [(X, y)], but it yielded a {type(batch).__name__}")
 
     def _criterion(self, prediction: Any, X: Any, y: Any) -> EvaluatedLoss:
-        check_classes(self.loss_function, prediction)
         if self._derivative is not None:
-            with torch.no_grad():
-                loss, divisor = loss_value(self.loss_function, prediction, y), self._divisor(prediction, X, y)
-            closed_form = self._derivative(prediction, y, divisor)
+            with _without_mode(prediction, X, y):
+                check_classes(self.loss_function, prediction)
+                with torch.no_grad():
+                    loss, divisor = loss_value(self.loss_function, prediction, y), self._divisor(prediction, X, y)
+                closed_form = self._derivative(prediction, y, divisor)
             if closed_form is not None:
                 return loss, divisor, prediction, closed_form
+        return self._autograd_criterion(prediction, X, y)
+
+    def _autograd_criterion(self, prediction: Any, X: Any, y: Any) -> EvaluatedLoss:
+        with _without_mode(prediction):
+            check_classes(self.loss_function, prediction)
         loss = self.loss_function(prediction, y)
-        with torch.no_grad():
+        with _without_mode(prediction, X, y), torch.no_grad():
             return loss, self._divisor(prediction, X, y), loss, None
 
     def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
@@ -496,6 +507,17 @@ class _Split(NamedTuple):
     parts: list[Tensor]
     loss: EvaluatedLoss
     y: Any
+
+
+def _without_mode(*values: Any) -> AbstractContextManager[None]:
+    """Return a context manager that disables the function mode of the evaluator.
+
+    Within the mode, reading a property of a tensor takes as long as an operation. The mode is not disabled if `values`
+    contain anything but plain tensors, or if the user has enabled another mode.
+    """
+    if all(type(value) is Tensor for value in values) and torch._C._len_torch_function_stack() == 1:
+        return torch._C.DisableTorchFunction()
+    return contextlib.nullcontext()
 
 
 def _detached(parameter: Tensor) -> Tensor:

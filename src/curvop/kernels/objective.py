@@ -198,6 +198,13 @@ class Objective(abc.ABC):
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
         """Return ``(loss, divisor, output, closed_form)`` for a batch; see `EvaluatedLoss`."""
 
+    def _loss_for_gradient(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
+        """Return the same as `_loss`, for a loss that is differentiated only once.
+
+        A closed form of the derivative saves time only if the derivative is differentiated as well.
+        """
+        return self._loss(leaves, batch)
+
     @abc.abstractmethod
     def plain_loss(self, leaves: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Return the loss of a batch by calling the user's code, without checks or closed-form derivatives.
@@ -248,6 +255,10 @@ class Objective(abc.ABC):
                 yield index, batch
         if index < 0 and self._part_weights is None:
             raise ValueError("data is empty: it yields no batch, pass at least one")
+
+    def listed_batches(self) -> Iterator[Any]:
+        """Yield every batch of a list or tuple after moving it to the device of the parameters."""
+        return on_device(self.data, self.device)
 
     def unchecked_batches(self) -> Iterator[Any]:
         """Yield every batch after moving it to the device of the parameters, without checking the batch.
@@ -352,13 +363,13 @@ class Objective(abc.ABC):
 
         with arrays_explained(batch):
             self.checks.begin_search(what)
-            record: Record | None = self.guard.record()
+            record = self.guard.record()
             if self.checks.flags_matter is None and _flags_differ(leaves, self._seams(record).others):
-                record = None  # the following line runs the user's code
                 self.checks.compare_flags(self, run, leaves)
                 if self.checks.flags_matter:
                     for leaf in leaves.values():
                         leaf.requires_grad_()
+                record = self.guard.record()
             return run(leaves, bool(self.checks.flags_matter), record)
 
     def _run_once(
@@ -383,7 +394,7 @@ class Objective(abc.ABC):
 
         while True:
             replacements = self._replacements(leaves, record)
-            with torch.enable_grad():  # copies of a batch keep its graph
+            with torch.enable_grad():
                 result = self.guard.run(run, batch, replacements, hold=not keeps_flags, record=record)
             if self.evaluator.accepts(result, searched):
                 return result
@@ -500,6 +511,12 @@ class Objective(abc.ABC):
         """
         with at_batch(index):
             evaluated = self._run(self._loss, leaves, batch, "loss")
+        return self._batch_loss(evaluated, index, batch)
+
+    def evaluate_for_gradient(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> BatchLoss:
+        """Return the same as `evaluate`, for a loss that is differentiated only once."""
+        with at_batch(index):
+            evaluated = self._run(self._loss_for_gradient, leaves, batch, "loss for a gradient")
         return self._batch_loss(evaluated, index, batch)
 
     def _batch_loss(self, evaluated: EvaluatedLoss, index: int, batch: Any) -> BatchLoss:

@@ -38,8 +38,6 @@ class Totals:
         The state of the objective during the pass; see `curvop.kernels.objective.Objective.state`.
     weights : list of float
         The weight of each batch.
-    losses : list of float
-        For each batch, the product of its loss and its weight.
     eps : float
         The largest machine epsilon among the dtypes of the losses and the parameters.
     watched : list
@@ -49,13 +47,25 @@ class Totals:
 
     state: tuple[object, ...]
     weights: list[float] = dataclasses.field(default_factory=list)
-    losses: list[float] = dataclasses.field(default_factory=list)
     eps: float = 0.0
     watched: list[tuple[weakref.ref[Tensor], int]] = dataclasses.field(default_factory=list)
+    _losses: list[float] = dataclasses.field(default_factory=list)
+    _on_gpu: list[Tensor] = dataclasses.field(default_factory=list)
+    _dtypes: set[torch.dtype] = dataclasses.field(default_factory=set)
+
+    @property
+    def losses(self) -> list[float]:
+        """For each batch, the product of its loss and its weight. Losses on a GPU are transferred at the first use."""
+        if self._on_gpu:
+            values = torch.stack(self._on_gpu).tolist()
+            weights = self.weights[len(self._losses) :]
+            self._losses += [weight * loss if weight else 0.0 for weight, loss in zip(weights, values, strict=True)]
+            self._on_gpu = []
+        return self._losses
 
     def alone(self) -> Totals:
         """Return a `Totals` object with the same losses and weights, but without references to linearizations."""
-        return Totals(self.state, self.weights, self.losses, self.eps, self.watched)
+        return Totals(self.state, self.weights, self.eps, self.watched, self.losses)
 
     def add(self, loss: Tensor, weight: float, *params: Tensor) -> None:
         """Record the loss and the weight of a batch.
@@ -63,9 +73,16 @@ class Totals:
         If the weight is 0, the loss is recorded as 0, because it may be undefined (0/0 if all targets of the batch are
         ignored).
         """
-        self.weights.append(weight)
-        self.losses.append(weight * float(loss) if weight else 0.0)
-        self.eps = max(self.eps, precision(loss, *params))
+        if loss.is_cuda and len({loss.device, *(other.device for other in self._on_gpu[-1:])}) == 1:
+            self._on_gpu.append(loss.double())  # reading the number would make the host wait for the GPU
+            self.weights.append(weight)
+        else:
+            losses = self.losses
+            self.weights.append(weight)
+            losses.append(weight * float(loss) if weight else 0.0)
+        if loss.dtype not in self._dtypes:
+            self._dtypes.add(loss.dtype)
+            self.eps = max(self.eps, precision(loss, *params))
 
     def differs(self, later: Totals, ordered: bool) -> tuple[str, float, float] | None:
         """Compare the losses and the weights of this pass with those of a later pass.

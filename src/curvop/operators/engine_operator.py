@@ -306,7 +306,7 @@ class EngineLinearOperator(TensorLinearOperator):
     def _apply(self, rows: Rows) -> Rows:
         with torch.inference_mode(False):
             vectors, products = self._vectors_and_products(rows)
-            with self._settings.progress.counting(len(vectors)) as tick:
+            with self._settings.progress.counting(vectors.shape[0]) as tick:
                 self._engine.apply(vectors, products, tick)
             return self._delivered(products, rows)
 
@@ -318,7 +318,7 @@ class EngineLinearOperator(TensorLinearOperator):
     def _moved_tensor(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         device, dtype = self._objective.device, torch.promote_types(rows.dtype, self._objective.dtype)
         vectors = aligned(rows.to(device, self._objective.dtype).contiguous())
-        return vectors, torch.empty(len(rows), self.shape[0], device=device, dtype=dtype)
+        return vectors, torch.empty(rows.shape[0], self.shape[0], device=device, dtype=dtype)
 
     def _moved_array(self, rows: NDArray[Any]) -> tuple[Tensor, Tensor]:
         device, dtype = self._objective.device, self._product_dtype(rows.dtype)
