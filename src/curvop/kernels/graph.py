@@ -76,13 +76,12 @@ class LinearMap:
         `vectors` has one entry for each output, and the returned sequence has one entry for each input. An entry is a
         tensor, or None in place of a zero tensor.
         """
-        positions, edges = self._positions, self._edges
-        if any(vectors[index] is None for index in positions):
-            positions = [index for index in positions if vectors[index] is not None]
-            edges = tuple(edge for index, edge in zip(self._positions, edges, strict=True) if index in positions)
+        given = [vectors[index] for index in self._positions]  # lists are faster than generators
+        seeds, edges = tuple([vector for vector in given if vector is not None]), self._edges
+        if len(seeds) < len(edges):
+            edges = tuple(edge for edge, vector in zip(edges, given, strict=True) if vector is not None)
         if not edges:
             return [None] * len(self._inputs)
-        seeds = tuple(cast("Tensor", vectors[index]) for index in positions)
         if not batched:
             return _run(edges, self._inputs, seeds)
         return torch.autograd.grad(
