@@ -370,3 +370,20 @@ class TestWhatIsStillSeen:
         )
         with pytest.raises(ArithmeticError, match="the gradient of each batch is finite, but their sum overflows"):
             A.gradient_and_loss()
+
+
+def test_sparse_gradients() -> None:
+    @seeded
+    def made() -> tuple[nn.Module, list[Any]]:
+        layers = nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Tanh(), nn.Linear(6, 2)
+        return nn.Sequential(*layers), cut(torch.randint(0, 5, (8, 2)), torch.randn(8, 2), (4, 4))
+
+    model, data = made()
+    A = HessianLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
+    gradient, _ = A.gradient_and_loss()
+    matrix = A @ np.eye(A.shape[1])
+    model[0].sparse = False
+    loss = sum(F.mse_loss(model(X), y) for X, y in data) / 2
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    close(gradient, torch.cat([part.reshape(-1) for part in expected]).numpy())
+    close(matrix, by_hand(model, F.mse_loss, data))

@@ -531,6 +531,8 @@ def add_sums(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None], shar
 
 
 def _present(totals: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the cotangents that are not None, and the corresponding entries of `totals`."""
+    """Return the entries of `totals` whose cotangents are not None, and these cotangents as dense tensors."""
     pairs = [(total, part) for total, part in zip(totals, cotangents, strict=True) if part is not None]
-    return [total for total, _ in pairs], [part for _, part in pairs]
+    # Sparse tensors, such as the gradients of a sparse embedding, cannot be copied to dense tensors.
+    dense = [part if part.layout == torch.strided else part.to_dense() for _, part in pairs]
+    return [total for total, _ in pairs], dense

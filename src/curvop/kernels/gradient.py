@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvop.kernels.engine import add_sums
+from curvop.kernels.engine import add_sums, set_sums
 from curvop.kernels.errors import NonFiniteProductError, not_finite
 from curvop.kernels.objective import Objective
 from curvop.kernels.parameters import ParameterLayout
@@ -30,14 +30,18 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
     """
     leaves = objective.leaves(names)
     layout = ParameterLayout(objective.params, names)
-    parts, selected = layout.split(out.zero_()), [leaves[name] for name in names]
-    totals = objective.totals()
+    parts, selected = layout.split(out), [leaves[name] for name in names]
+    totals, unit = objective.totals(), 0.0
     with objective.slow_backends():
         for index, batch in objective.batches():
             loss = objective.evaluate_for_gradient(leaves, index, batch)
             totals.add(loss.value, loss.weight, *leaves.values())
-            add_sums(parts, _moved(loss.gradient(selected), parts), loss.weight)
+            add = add_sums if unit else set_sums  # overwriting is cheaper than adding to zero
+            unit = unit or loss.weight  # equal weights need no multiplication
+            add(parts, _moved(loss.gradient(selected), parts), loss.weight / (unit or 1.0))
             del loss  # frees the graph of this batch before the next graph is built
+        if not unit:
+            out.zero_()
         # NaN and infinity propagate through sums. A sum of finite entries may overflow.
         if not math.isfinite(out.sum().item() + sum(totals.losses)) and not (
             torch.isfinite(out).all() and math.isfinite(sum(totals.losses))
@@ -45,7 +49,8 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
             raise NonFiniteProductError(_locate_non_finite(objective, leaves, layout))
         objective.conclude(totals)
     divisor = objective.divisor(totals.weights)
-    out.div_(divisor)
+    if (rest := divisor / (unit or 1.0)) != 1:
+        out.div_(rest)
     return math.fsum(totals.losses) / divisor
 
 

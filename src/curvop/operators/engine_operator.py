@@ -256,7 +256,7 @@ class EngineLinearOperator(TensorLinearOperator):
         """Return (gradient, loss). The gradient is with respect to the parameters in ``_parameters()``."""
         layout = self._parameters()
         with torch.inference_mode(False):
-            gradient = torch.zeros(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
+            gradient = torch.empty(layout.size, dtype=TORCH_DTYPES[self.dtype], device=self._objective.device)
             return gradient, self._retry_on_out_of_memory(
                 lambda: gradient_and_loss(self._objective, layout.names, gradient)
             )
