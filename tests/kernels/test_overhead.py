@@ -387,3 +387,13 @@ def test_sparse_gradients() -> None:
     expected = torch.autograd.grad(loss, list(model.parameters()))
     close(gradient, torch.cat([part.reshape(-1) for part in expected]).numpy())
     close(matrix, by_hand(model, F.mse_loss, data))
+
+
+def test_gradients_for_small_and_large_predictions_agree(monkeypatch: Any) -> None:
+    model, data, params = classification(3)
+    A = HessianLinearOperator(model, nn.CrossEntropyLoss(), params, data)
+    loss = sum(F.cross_entropy(model(X), y) for X, y in data) / 3
+    expected = torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, list(model.parameters()))]).numpy()
+    close(A.gradient_and_loss()[0], expected)
+    monkeypatch.setattr("curvop.kernels.model_objective._LARGE", 1)
+    close(A.gradient_and_loss()[0], expected)

@@ -41,6 +41,8 @@ T = TypeVar("T")
 Cut = Callable[[Any], tuple[Any, list[Tensor]]]
 
 _SETTINGS = (bool, int, float, str)
+#: If a prediction has at least this many entries, gradients also use a closed form, which saves memory.
+_LARGE = 2**18
 _RECOMPUTES = (
     "the model recomputes layers in the backward pass (gradient checkpointing), but torch then uses the model's own "
     "parameters in place of params: pass the model's own, which must require grad, or turn checkpointing off"
@@ -194,7 +196,10 @@ class ModelObjective(Objective):
     def _loss_for_gradient(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
         X, y = self.pair(batch)
         with self._evaluating(self._apart):
-            return self._autograd_criterion(self._predict(leaves, X), X, y)
+            prediction = self._predict(leaves, X)
+            with _without_mode(prediction):
+                large = isinstance(prediction, Tensor) and prediction.numel() >= _LARGE
+            return (self._criterion if large else self._autograd_criterion)(prediction, X, y)
 
     def _prediction(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         with self._evaluating(self._apart):

@@ -201,7 +201,7 @@ class Objective(abc.ABC):
     def _loss_for_gradient(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
         """Return the same as `_loss`, for a loss that is differentiated only once.
 
-        A closed form of the derivative saves time only if the derivative is differentiated as well.
+        If predictions are small, a closed form of the derivative saves time only if the derivative is differentiated.
         """
         return self._loss(leaves, batch)
 
