@@ -125,7 +125,7 @@ class TestCounts:
                 sys.setprofile(None)
             return count[0]
 
-        assert (calls(8) - calls(4)) / 4 <= {"product": 180, "gradient": 150}[work]
+        assert (calls(8) - calls(4)) / 4 <= {"product": 200, "gradient": 150}[work]
 
 
 def test_kept_batches_of_a_list_are_not_fingerprinted(monkeypatch: Any) -> None:
