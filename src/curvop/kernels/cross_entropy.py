@@ -70,6 +70,21 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _results(out: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """Yield ``(at, result)`` for each chunk of `out`.
+
+    Here `at` are the indices of the chunk, and `result` is a tensor for its entries, at least in single precision. When
+    the next chunk is requested, the entries have been written to `out`.
+    """
+    wide = _wide(out.dtype)
+    for at in chunks(out):
+        own = out[at]
+        result = own if own.dtype == wide else torch.empty_like(own, dtype=wide)
+        yield at, result
+        if result is not own:
+            own.copy_(result)
+
+
 class SoftmaxHessian:
     """The second derivative of the cross-entropy, the linear map ``w -> s (p * w - p (p . w))`` of each row.
 
@@ -101,15 +116,11 @@ class SoftmaxHessian:
 
     def multiply(self, w: Tensor, out: Tensor) -> None:
         """Write the product with `w` into `out`, which may be `w` itself. Both have the shape of the logits."""
-        wide = _wide(w.dtype)
-        for at in chunks(self.p):
-            p, result = self.p[at].to(wide), out[at]
-            product = result if result.dtype == wide else torch.empty_like(p)
+        for at, product in _results(out):
+            p = self.p[at].to(product.dtype)
             torch.mul(p, w[at], out=product)
             inner = product.sum(-1, keepdim=True)
             product.addcmul_(p, inner, value=-1).mul_(self.weights[at])
-            if product is not result:
-                result.copy_(product)
 
 
 def hard_residual(z: Tensor, index: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
@@ -163,17 +174,14 @@ class _Residual(torch.autograd.Function):
             return _general(scaled, inverse, grad), None, None
         if torch._C._functorch.is_legacy_batchedtensor(grad):
             return _general(residual.scatter(-1, index, targets.to(residual.dtype)), inverse, grad), None, None
-        out, wide = torch.empty_like(grad), _wide(grad.dtype)
-        for at in chunks(residual):
-            own, seed, result, place = residual[at].to(wide), grad[at].to(wide), out[at], index[at]
-            product = result if result.dtype == wide else torch.empty_like(own)
+        out = torch.empty_like(grad)
+        for at, product in _results(out):
+            own, seed, place = residual[at].to(product.dtype), grad[at].to(product.dtype), index[at]
             torch.mul(own, seed, out=product)
             seed = seed.gather(-1, place)
             product.scatter_(-1, place, targets[at] * seed)
             inner = product.sum(-1, keepdim=True).mul_(inverse[at])
             product.addcmul_(own, inner, value=-1).scatter_(-1, place, targets[at] * (seed - inner))
-            if product is not result:
-                result.copy_(product)
         return out, None, None
 
 
@@ -229,13 +237,9 @@ def outer_product(factors: Sequence[Tensor], weight: Tensor | float, w: Tensor, 
         A number.
     w, out : Tensor, shape (n, m)
     """
-    wide = _wide(w.dtype)
-    for at in chunks(w):
-        own, result = w[at].to(wide), out[at]
+    for at, product in _results(out):
+        own = w[at].to(product.dtype)
         inner = [(factor[at] * own).sum(-1, keepdim=True) * weight for factor in factors]
-        product = result if result.dtype == wide else torch.empty_like(own)
         torch.mul(factors[0][at], inner[0], out=product)
         for factor, number in zip(factors[1:], inner[1:], strict=True):
             product.addcmul_(factor[at], number)
-        if product is not result:
-            result.copy_(product)

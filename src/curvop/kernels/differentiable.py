@@ -159,7 +159,8 @@ class ReplacementMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call the replacement of `func`."""
-        return self.replacement(func)(*args, **(kwargs or {}))
+        func = self.replacement(func)
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class TwiceDifferentiable(ReplacementMode):
@@ -197,24 +198,14 @@ class TwiceDifferentiable(ReplacementMode):
 
     def replacement(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function to call in place of `func`, or `func` itself."""
+        if func not in _HANDLED:
+            return func
         if func in NORMS and (self.elementary_norms or _in_derivative()):
             self.elementary_norms = True
             return NORMS[func]
         if func in _DERIVATIVES:
             self.differentiated = True
         return _REPLACEMENTS.get(func, func)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call the replacement of `func`."""
-        if func in _HANDLED:
-            func = self.replacement(func)
-        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class ElementaryNorms(ReplacementMode):
@@ -426,9 +417,8 @@ def _convolve(function: Callable[..., Any], dimensions: int, names: Sequence[str
     stride, padding, dilation, output_padding = (
         _per_dimension(dimensions, arguments[name]) for name in ("stride", "padding", "dilation", "output_padding")
     )
-    x, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", tensors)
     settings = (stride, padding, dilation, names is _TRANSPOSED, output_padding, arguments["groups"])
-    x, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", map(_no_leaf, (x, weight, bias)))
+    x, weight, bias = cast("tuple[Tensor, Tensor, Tensor | None]", map(_no_leaf, tensors))
     return _forward(x, weight, bias, settings)
 
 
