@@ -375,6 +375,19 @@ def choices() -> str:
     return table(head, lines)
 
 
+def columns() -> str:
+    """Tabulate the time per column by the number of columns, with one row for each model and matrix."""
+    found = results("blocks")["results"]
+    counts = sorted({row["columns"] for own in found for row in own["rows"]})
+    lines = []
+    for own in found:
+        by_count = {row["columns"]: row["by"]["curvop autograd"] for row in own["rows"]}
+        single = cell({"ms": own["single_ms"]})
+        gains = [factor(own["single_ms"] / by_count[n]["ms_per_column"]) if n in by_count else "" for n in counts[1:]]
+        lines.append([own["model"], own["matrix"], single, *gains])
+    return table(["model", "matrix", "product", *(f"gain, {n} columns" for n in counts[1:])], lines)
+
+
 def factor(value: float) -> str:
     """Return a ratio as text, or an empty text for NaN."""
     return "" if math.isnan(value) else f"{value:.2f}"
@@ -427,6 +440,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "goals": goals,
     "distributed": distributed,
     "choices": choices,
+    "columns": columns,
 }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from curvop import HessianLinearOperator
-from curvop.kernels.engine import Columns
+from curvop.kernels import engine
+from curvop.kernels.engine import Columns, set_sums
 
 P = 43
 
@@ -23,15 +27,25 @@ def hessian(problem: Problem, **options) -> HessianLinearOperator:
 class Clock:
     """A simulated machine on which a chunk of columns takes a given time."""
 
-    def __init__(self, seconds: dict[int, float]) -> None:
+    def __init__(self, seconds: Callable[[int], float]) -> None:
         self.seconds, self.now = seconds, 0.0
 
     def run(self, columns: Columns, count: int, room: int = 10**9) -> list[int]:
         sizes = []
         for start, stop in columns.chunks(count, lambda: room, lambda: self.now):
             sizes.append(stop - start)
-            self.now += self.seconds[stop - start]
+            self.now += self.seconds(stop - start)
         return sizes
+
+
+def small(size: int) -> float:
+    """Return the time of a chunk if a call costs as much as two columns."""
+    return 2.0 + size if size > 1 else 2.5
+
+
+def large(size: int) -> float:
+    """Return the time of a chunk if batching makes columns slower."""
+    return 1.5 * size if size > 1 else 1.0
 
 
 class TestChunks:
@@ -50,24 +64,55 @@ class TestChunks:
             assert all(stop - start <= max(1, room) for start, stop in bounds)
 
     def test_the_cheapest_size_is_found_and_stays(self) -> None:
-        clock, columns = Clock({1: 1.0, 8: 4.0, 64: 16.0}), Columns("auto")
-        clock.run(columns, 200)
+        clock, columns = Clock(small), Columns("auto")
+        for _ in range(3):
+            clock.run(columns, 200)
         assert clock.run(columns, 200) == [64, 64, 64, 8]
-        assert clock.run(columns, 20) == [8, 8, 1, 1, 1, 1]
 
-    def test_no_larger_size_is_tried_where_batching_does_not_pay(self) -> None:
-        clock, columns = Clock({1: 1.0, 8: 12.0}), Columns("auto")
-        assert clock.run(columns, 100)[:7] == [1, 1, 1, 8, 8, 8, 1]
+    @pytest.mark.parametrize("count", [2, 3, 5, 7, 8, 9, 20, 33, 64])
+    def test_a_block_of_any_number_of_columns_becomes_one_chunk(self, count) -> None:
+        clock, columns = Clock(small), Columns("auto")
+        for _ in range(9):
+            clock.run(columns, count)
+        assert clock.run(columns, count) == [count]
+
+    @pytest.mark.parametrize("count", [2, 8, 20, 100])
+    def test_blocks_are_not_slower_than_single_columns(self, count) -> None:
+        clock, columns = Clock(large), Columns("auto")
+        for _ in range(9):
+            clock.run(columns, count)
+        assert clock.run(columns, count) == [1] * count
+
+    def test_a_size_is_used_only_while_it_is_the_fastest(self) -> None:
+        """From 9 columns on, the tensors of a chunk do not fit into the cache."""
+        clock, columns = Clock(lambda size: small(size) * (1 + 2 * (size > 8))), Columns("auto")
+        for _ in range(9):
+            clock.run(columns, 100)
+        assert clock.run(columns, 100) == [8] * 12 + [4]
+        for _ in range(9):
+            clock.run(columns, 20)
+        assert clock.run(columns, 20) == [8, 8, 4]
+
+    def test_no_larger_size_is_tried_if_batching_does_not_pay(self) -> None:
+        clock, columns = Clock(large), Columns("auto")
+        assert clock.run(columns, 100) == [1] * 4 + [8] * 4 + [1] * 64
         assert clock.run(columns, 100) == [1] * 100
+        assert clock.run(columns, 5) == [1] * 5  # 8 columns at once were slower, so 5 are not tried
 
-    def test_no_larger_size_is_tried_where_columns_take_long(self) -> None:
-        clock, columns = Clock({1: 1.0, 8: 4.0}), Columns("auto", worth=0.4)
+    def test_no_larger_size_is_tried_if_columns_take_long(self) -> None:
+        clock, columns = Clock(small), Columns("auto", worth=2.4)
         assert clock.run(columns, 20) == [1] * 20
-        clock, columns = Clock({1: 1.0, 8: 4.0}), Columns("auto", worth=1.0)
-        assert clock.run(columns, 20) == [1, 1, 1, 8, 8, 1]
+        clock, columns = Clock(small), Columns("auto", worth=2.5)
+        assert clock.run(columns, 20)[:5] == [1, 1, 1, 1, 8]
+
+    def test_single_columns_are_kept_if_larger_chunks_are_hardly_faster(self) -> None:
+        clock, columns = Clock(lambda size: size * (1.0 if size == 1 else 0.97)), Columns("auto")
+        for _ in range(9):
+            clock.run(columns, 8)
+        assert clock.run(columns, 8) == [1] * 8
 
     def test_single_columns_are_not_timed(self) -> None:
-        clock, columns = Clock({1: 1.0}), Columns("auto")
+        clock, columns = Clock(large), Columns("auto")
         assert clock.run(columns, 1) == [1]
         assert not columns._times
 
@@ -138,3 +183,28 @@ def test_scalar_parameters() -> None:
     expected = [[20.0, 2.0, 6.0], [2.0, 2.0, 0.0], [6.0, 0.0, 2.0]]
     np.testing.assert_allclose(H @ np.eye(3), expected, rtol=1e-12)
     np.testing.assert_allclose(H @ np.eye(3)[:, 0], expected[0], rtol=1e-12)
+
+
+def test_times_that_will_shrink_are_disregarded() -> None:
+    """The first chunks of a size are slow, and the caller says so."""
+    clock, columns = Clock(small), Columns("auto")
+    slow = 6
+    for start, stop in columns.chunks(600, lambda: 10**9, lambda: clock.now):
+        columns.disregard = stop > start + 1 and slow > 0
+        slow -= columns.disregard
+        clock.now += 100.0 if columns.disregard else small(stop - start)
+    assert clock.run(columns, 64) == [64]
+
+
+def test_the_time_for_adding_products_does_not_count(monkeypatch) -> None:
+    """The first products are written to new memory, which is slow, and would make single columns look slow."""
+
+    def slow(totals, cotangents, share) -> None:
+        time.sleep(0.05)
+        set_sums(totals, cotangents, share)
+
+    monkeypatch.setattr(engine, "set_sums", slow)
+    H = hessian(loss_problem("ce"))
+    H @ np.eye(P)[:, :4]
+    assert len(H._engine._columns._times[1]) == 4
+    assert max(H._engine._columns._times[1][1:]) < 0.04

@@ -68,7 +68,8 @@ class TestPrograms:
         with torch.no_grad():
             problem.model[0].weight.mul_(-0.5)
             problem.loss_function.weight[0] = 5.0
-        np.testing.assert_allclose(H @ np.eye(P), hessian(problem, "autograd") @ np.eye(P), rtol=1e-10, atol=1e-13)
+        for x in np.eye(P)[:4]:
+            np.testing.assert_allclose(H @ x, hessian(problem, "autograd") @ x, rtol=1e-10, atol=1e-13)
         assert H._engine.kernel.seconds == seconds
 
     @pytest.mark.slow

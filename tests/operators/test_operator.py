@@ -350,8 +350,10 @@ class TestInvariants:
 
     @settings(max_examples=20, deadline=None)
     @given(X=hnp.arrays(np.float64, (P, 4), elements=st.floats(-1e3, 1e3, width=32)))
-    def test_matmat_is_the_stacked_matvecs(self, H, X) -> None:
-        assert (np.stack([H @ x for x in X.T], axis=1) == (H @ X)).all()
+    def test_matmat_is_the_stacked_matvecs(self, H, dense, X) -> None:
+        """Columns that are multiplied at once differ from single products by rounding errors."""
+        scale = 1e-12 * np.linalg.norm(dense) * (np.linalg.norm(X) + 1)
+        np.testing.assert_allclose(H @ X, np.stack([H @ x for x in X.T], axis=1), rtol=0, atol=scale)
 
 
 class TestBookkeeping:

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -28,8 +28,9 @@ from curvop.kernels.losses import check_loss
 from curvop.kernels.objective import Buffers
 from curvop.kernels.parameters import Layout
 from curvop.kernels.passes import precision, same
+from curvop.kernels.recorded import agree
 
-__all__ = ["CompiledKernel", "Program", "agree", "compile_product"]
+__all__ = ["CompiledKernel", "Program", "compile_product"]
 
 # Largest number of programs for one shape of batch. If more programs are needed, a setting of the model probably
 # changes with every batch.
@@ -304,7 +305,7 @@ class Program:
     def apply_many(self, residuals: Sequence[Tensor], vectors: Tensor) -> Tensor:
         """Multiply the matrix by K vectors, which are the rows of `vectors`, a tensor of shape ``(K, N)``.
 
-        Compile a program for K vectors, unless a program for K or more vectors exists.
+        Compile a program for K vectors, rounded up to a multiple of 8, unless a program for K to 2 K vectors exists.
 
         Raises
         ------
@@ -312,7 +313,8 @@ class Program:
             If an operation cannot be batched, or if the compiled products differ from products with single vectors.
         """
         count = len(vectors)
-        size = min((size for size in self._many if size >= count), default=count)
+        # Columns are padded with zeros rather than compiling a program for every number of columns.
+        size = min((size for size in self._many if count <= size <= 2 * count), default=-(-count // 8) * 8)
         padded = _padded(vectors, size)
         with torch.no_grad():
             if size not in self._many:
@@ -327,39 +329,6 @@ class Program:
                 self._many[size] = program
                 self.seconds += time.perf_counter() - began
             return self._many[size](*residuals, padded)[0][:count]
-
-
-def agree(
-    product: Sequence[Tensor | None], reference: Sequence[Tensor | None], thirds: Sequence[Tensor | None] = ()
-) -> bool:
-    """Return True if, for each parameter, two products are equal up to rounding errors.
-
-    Parameters
-    ----------
-    product, reference : sequence of Tensor or None
-        One tensor for each parameter, or None in place of a zero tensor.
-    thirds : sequence of Tensor or None, optional
-        The product of the same matrix with a third of the vector, computed in the same way as `reference`. Three times
-        this product differs from `reference` only by rounding errors, so the difference is an estimate of these errors.
-    """
-    thirds = thirds or reference
-    rounding = [
-        0.0 if part is None or third is None or third is part else float(torch.linalg.vector_norm(3 * third - part))
-        for part, third in zip(reference, thirds, strict=True)
-    ]
-    total = sum((float(torch.linalg.vector_norm(part)) for part in reference if part is not None), 0.0)
-    for part, expected, noise in zip(product, reference, rounding, strict=True):
-        if part is None and expected is None:
-            continue
-        known = cast("Tensor", expected if part is None else part)
-        eps = torch.finfo(known.dtype).eps
-        difference = known if part is None or expected is None else part - expected
-        size = 0.0 if expected is None else float(torch.linalg.vector_norm(expected))
-        # If a norm is NaN, the comparison below is False, and the products count as equal. The engine reports NaN and
-        # infinity itself.
-        if float(torch.linalg.vector_norm(difference)) > eps**0.5 * size + 100 * (eps * (total + eps) + noise):
-            return False
-    return True
 
 
 def compile_product(product: Product, inputs: Sequence[Tensor], vector: Tensor, cols: Layout, rows: Layout) -> Program:

@@ -38,6 +38,10 @@ from curvop.kernels.passes import REORDERED, DataReorderedError, Pass, precision
 __all__ = ["Columns", "Engine", "add_sums", "apply_in_one_pass", "set_sums"]
 
 
+#: A function ``(totals, cotangents, share)`` that adds the cotangents of one batch to `totals`; see `add_sums`.
+Add = Callable[[Sequence[Tensor], Sequence[Tensor | None], float], None]
+
+
 class Engine:
     """Compute products of a curvature matrix with vectors by summing over the batches, within a memory budget.
 
@@ -68,6 +72,7 @@ class Engine:
         self._recorder = Recorder(kernel.compiled)
         self._warned_of_memory = False
         self._bytes: dict[object, int] = {}  # size of a linearization, by dtype and shapes of the batch
+        self._untimed = 0.0  # seconds spent on work whose time says nothing about the speed of later products
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_first": None}  # graphs cannot be pickled; the next product rebuilds them
@@ -185,7 +190,7 @@ class Engine:
                 if share:
                     # Do not assign the products to a variable, which would keep them in memory during the next
                     # iteration.
-                    add(totals, self._colocate(totals, self._multiply(linearization, tangents, stop - start)), share)
+                    self._add(add, totals, self._multiply(linearization, tangents, stop - start), share)
                 elif separate_rows:
                     set_sums(totals, [None] * len(totals), share)
                 done += stop - start
@@ -222,16 +227,24 @@ class Engine:
     def _multiply(self, linearization: Linearization, tangents: list[Tensor], count: int) -> Sequence[Tensor | None]:
         if count == 1:
             return linearization.apply(tangents)
+        before = linearization.seconds
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "There is a performance drop")  # `Columns` measures the speed
-                return linearization.apply_many(tangents)
+            return linearization.apply_many(tangents)
         except RuntimeError as error:  # no `apply_many`, or an operation has no batching rule
             if out_of_memory(error):
                 raise
             self._columns.one_by_one()
+        finally:
+            self._untimed += linearization.seconds - before
+            self._columns.disregard = not linearization.is_settled
         products = zip(*(linearization.apply(column) for column in zip(*tangents, strict=True)), strict=True)
         return [None if parts[0] is None else torch.stack(cast("tuple[Tensor, ...]", parts)) for parts in products]
+
+    def _add(self, add: Add, totals: list[Tensor], products: Sequence[Tensor | None], share: float) -> None:
+        """Add the products of one batch to `totals`. The first batch writes to memory that may never have been used."""
+        began = time.perf_counter()
+        add(totals, self._colocate(totals, products), share)
+        self._untimed += time.perf_counter() - began
 
     def _columns_that_fit(self) -> int:
         """Estimate how many columns can be processed at once within the rest of the memory budget.
@@ -243,10 +256,10 @@ class Engine:
         return int(min(self._budget.left / largest, 2**31)) if largest else 1
 
     def _clock(self) -> float:
-        """Synchronize the device and return the current time in seconds, minus the time spent on compilation."""
+        """Synchronize the device and return the time in seconds, without time for set-up and for adding products."""
         if self._objective.device.type == "cuda":
             torch.cuda.synchronize(self._objective.device)
-        return time.perf_counter() - self.kernel.seconds
+        return time.perf_counter() - self.kernel.seconds - self._untimed
 
     def _linearizations(self) -> Iterator[Linearization]:
         """Return an iterator over the linearizations of all batches.
@@ -288,6 +301,7 @@ class Engine:
                 if count is None:
                     count = graph_bytes(linearization.roots, self._objective.tensors())
                 if self._budget.take(count, first):
+                    linearization.keep(at_once=self._columns.fixed)
                     cached = linearization
                     if not self._multi_device:
                         cached = self._recorder.recordable(linearization, self.kernel, count)
@@ -418,15 +432,19 @@ def apply_in_one_pass(
 
 _SIZES = (1, 8, 64)
 # Number of timed chunks per size. The shortest time is used, because other programs can only slow down a chunk.
-_TIMED_CHUNKS = 3
+_TIMED_CHUNKS = 4
+# Several columns are processed at once if this takes less than this fraction of the time. Measured times vary.
+_GAIN = 0.95
+# Largest number of chunks per size whose times are disregarded.
+_DISREGARDED_CHUNKS = 32
 
 
 class Columns:
     """Divide the columns of a product into chunks of the fastest size.
 
     All columns of a chunk are processed by one batched operation. Batching is faster if the operations are small, and
-    slower if the operations are large. To find the fastest size, the first chunks are timed, starting with the smallest
-    size. Larger sizes are tried as long as each size takes less time per column than the previous one.
+    slower if the operations are large. To find the fastest size, the first chunks are timed, starting with single
+    columns. At most 8 columns, and then at most 64 columns, are tried as long as a column takes less time than before.
 
     Parameters
     ----------
@@ -434,12 +452,22 @@ class Columns:
         Number of columns per chunk (1 disables batching), or ``'auto'`` to choose the number by timing.
     worth : float
         Larger sizes are tried only if a column takes at most this time, in seconds.
+
+    Attributes
+    ----------
+    fixed : bool
+        Whether the number of columns per chunk is given.
+    disregard : bool
+        Set this attribute to True to disregard the time of the current chunk, because later chunks will be faster.
     """
 
     def __init__(self, setting: int | str, worth: float = math.inf) -> None:
+        self.fixed = setting != "auto"
         self._worth = worth
         self._sizes: tuple[int, ...] = _SIZES if setting == "auto" else (int(setting),)
-        self._times: dict[int, list[float]] = defaultdict(list)  # seconds per column, by size
+        self._times: dict[int, list[float]] = defaultdict(list)  # seconds per column, by the size of the chunk
+        self._disregarded: dict[int, int] = defaultdict(int)  # number of disregarded chunks, by size
+        self.disregard = False
 
     def chunks(self, count: int, room: Callable[[], int], clock: Callable[[], float]) -> Iterator[tuple[int, int]]:
         """Divide `count` columns into chunks, and yield the bounds ``(start, stop)`` of each chunk.
@@ -461,11 +489,14 @@ class Columns:
         while start < count:
             left = count - start
             size = min(self._size(left, most), left)
-            measuring = left > 1 and size in self._sizes and not self._known(size)
+            measuring = left > 1 and len(self._sizes) > 1 and not self._known(size)
             began = clock() if measuring else 0.0
             yield start, start + size
-            if measuring:
+            if measuring and self.disregard and self._disregarded[size] < _DISREGARDED_CHUNKS:
+                self._disregarded[size] += 1
+            elif measuring:
                 self._times[size].append((clock() - began) / size)
+            self.disregard = False
             start += size
 
     def forget(self) -> None:
@@ -486,15 +517,30 @@ class Columns:
         if len(self._sizes) == 1:
             return max(1, min(self._sizes[0], room))
         best = 1
-        for size in self._sizes:
-            if size > min(left, room):
+        for limit in self._sizes:
+            size = min(limit, left, room)
+            if size < best:
                 break
             if not self._known(size):
-                return size if size == 1 or self._seconds(best) <= self._worth else best
-            if self._seconds(size) > self._seconds(best):
+                return size if self._worth_trying(size, limit, best) else best
+            gain = _GAIN if size > best == 1 else 1.0
+            if self._seconds(size) > gain * self._seconds(best):
                 break
             best = size
-        return best
+        return max(1, best)
+
+    def _worth_trying(self, size: int, limit: int, best: int) -> bool:
+        """Return whether to time chunks of `size` columns, if chunks of `best` columns are the fastest so far.
+
+        A larger chunk, of at most `limit` columns, shares its set-up among more columns. If such a chunk is hardly
+        faster than single columns, the chunk of `size` columns is not tried.
+        """
+        if size == 1:
+            return True
+        larger = [other for other in self._times if size < other <= limit and self._known(other)]
+        return self._seconds(best) <= self._worth and all(
+            self._seconds(other) <= _GAIN * self._seconds(1) for other in larger
+        )
 
     def _known(self, size: int) -> bool:
         return len(self._times[size]) == _TIMED_CHUNKS

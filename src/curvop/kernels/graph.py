@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
@@ -84,9 +86,21 @@ class LinearMap:
             return [None] * len(self._inputs)
         if not batched:
             return _run(edges, self._inputs, seeds)
-        return torch.autograd.grad(
-            edges, self._inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
+        with _no_batching_warnings():
+            return torch.autograd.grad(
+                edges, self._inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+
+
+@contextlib.contextmanager
+def _no_batching_warnings() -> Iterator[None]:
+    """Within a ``with`` block, hide the warning that an operation is slow for several vectors at once.
+
+    The engine measures whether single vectors are faster.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield
 
 
 def _message(error: Node) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.autograd.graph import Node
 
 from curvop.kernels.objective import Buffers, Objective
 from curvop.kernels.parameters import Layout, ParameterLayout
+from curvop.kernels.recorded import RecordedProducts
 
 __all__ = ["GraphLinearization", "Kernel", "Linearization"]
 
@@ -44,6 +46,23 @@ class Linearization(abc.ABC):
         self.roots = roots
         self.tensors = tensors
 
+    @property
+    def seconds(self) -> float:
+        """Time spent on preparing products with several vectors, in seconds."""
+        return 0.0
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether later products with several vectors take no less time than the last one."""
+        return True
+
+    def keep(self, at_once: bool) -> None:  # noqa: B027  # optional
+        """Prepare products with several vectors, because the linearization is cached.
+
+        If `at_once` is True, prepare them in the first such product, so that all such products are computed in the same
+        way. If `at_once` is False, prepare them if this is likely to save time.
+        """
+
     @abc.abstractmethod
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Apply the matrix to one vector.
@@ -67,17 +86,42 @@ class Linearization(abc.ABC):
 class GraphLinearization(Linearization):
     """A linearization that runs the same autograd graphs for one vector or for several vectors at once."""
 
+    def __init__(self, loss: Tensor, weight: float, roots: Sequence[Node] = (), tensors: Sequence[Tensor] = ()) -> None:
+        super().__init__(loss, weight, roots, tensors)
+        self._recorded: RecordedProducts | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on recording products, in seconds."""
+        return 0.0 if self._recorded is None else self._recorded.seconds
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last products were computed by a recorded program, or nothing will be recorded."""
+        return self._recorded is None or self._recorded.is_settled
+
+    def keep(self, at_once: bool) -> None:
+        """Record the operations of a product, at once or later, because the linearization is cached."""
+        self._recorded = RecordedProducts(at_once)
+
     @abc.abstractmethod
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
         """Apply the matrix. If `batched` is True, tangents and cotangents have an additional first dimension."""
 
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Apply the matrix to one vector."""
-        return self._apply(tangents, batched=False)
+        if self._recorded is None:
+            return self._apply(tangents, batched=False)
+        began = time.perf_counter()
+        product = self._apply(tangents, batched=False)
+        self._recorded.spent += time.perf_counter() - began
+        return product
 
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Apply the matrix to several vectors at once."""
-        return self._apply(tangents, batched=True)
+        if self._recorded is None:
+            return self._apply(tangents, batched=True)
+        return self._recorded(self._apply, self.roots, tangents)
 
 
 class Kernel(abc.ABC):

@@ -35,7 +35,7 @@ from curvop.kernels.precision import Precision
 from curvop.kernels.reference import Route, other_routes
 from curvop.operators.base import Rows, TensorLinearOperator
 from curvop.operators.progress import Progress
-from curvop.operators.transfer import Staging, aligned
+from curvop.operators.transfer import Staging, aligned, packed
 from curvop.operators.validation import available_bytes, integer
 
 __all__ = [
@@ -317,16 +317,22 @@ class EngineLinearOperator(TensorLinearOperator):
 
     def _moved_tensor(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         device, dtype = self._objective.device, torch.promote_types(rows.dtype, self._objective.dtype)
-        vectors = aligned(rows.to(device, self._objective.dtype).contiguous())
+        if rows.device.type == device.type == "cpu":
+            vectors = packed(rows, self._objective.dtype)
+        else:
+            vectors = aligned(rows.to(device, self._objective.dtype).contiguous())
         return vectors, torch.empty(rows.shape[0], self.shape[0], device=device, dtype=dtype)
 
     def _moved_array(self, rows: NDArray[Any]) -> tuple[Tensor, Tensor]:
         device, dtype = self._objective.device, self._product_dtype(rows.dtype)
-        # torch.from_numpy requires one of these dtypes, and contiguous and writeable memory.
-        if not (rows.dtype in TORCH_DTYPES and rows.flags.c_contiguous and rows.flags.writeable):
+        # torch.from_numpy requires one of these dtypes, and memory that is aligned and writeable, without negative
+        # strides. `Staging` also requires contiguous memory.
+        on_cpu = device.type == "cpu"
+        usable = rows.dtype in TORCH_DTYPES and rows.flags.writeable and rows.flags.aligned
+        if not (usable and (rows.flags.c_contiguous or (on_cpu and rows.flags.f_contiguous))):
             rows = np.require(rows, _staging_dtype(self._objective.dtype), ["C", "W"])
-        if device.type == "cpu":  # unlike NumPy, torch converts the dtype on all cores
-            vectors = aligned(torch.from_numpy(rows).to(self._objective.dtype))
+        if on_cpu:  # unlike NumPy, torch converts the dtype on all cores
+            vectors = packed(torch.from_numpy(rows), self._objective.dtype)
             return vectors, torch.from_numpy(np.empty((len(rows), self.shape[0]), dtype=dtype))
         vectors = self._staging.to_device(rows, device, self._objective.dtype)
         return vectors, torch.empty(len(rows), self.shape[0], device=device, dtype=TORCH_DTYPES[dtype])

@@ -1,0 +1,331 @@
+"""Recorded programs: the same products as the graph's, and no program for what cannot be recorded."""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES, architecture_problem
+from cases import Problem, loss_problem, mlp
+from torch import Tensor, nn
+
+from curvop import EFLinearOperator, GGNLinearOperator, HessianLinearOperator, JacobianLinearOperator
+from curvop.kernels import recorded
+from curvop.kernels.graph import LinearMap
+from curvop.testing.functorch_reference import functorch_ggn, functorch_hessian
+
+P = 43
+COMPLEX = torch.complex(torch.ones(3), torch.ones(3))
+
+
+@pytest.fixture
+def runs(monkeypatch) -> dict[str, int]:
+    """Count the runs of recorded programs, the graph's own products with several vectors, and programs given up."""
+    counts = {"program": 0, "graph": 0, "gave up": 0}
+    call, run = recorded._Program.__call__, recorded.RecordedProducts._run
+
+    def counted_call(self, tensors):
+        counts["program"] += 1
+        return call(self, tensors)
+
+    def counted_run(self, *arguments):
+        products = run(self, *arguments)
+        counts["graph"] += products is None
+        counts["gave up"] += self._gave_up
+        return products
+
+    monkeypatch.setattr(recorded._Program, "__call__", counted_call)
+    monkeypatch.setattr(recorded.RecordedProducts, "_run", counted_run)
+    return counts
+
+
+def built(cls, problem: Problem, **options):
+    return cls(problem.model, problem.loss_function, problem.params, problem.data, **{"columns": 8, **options})
+
+
+def assert_blocks(A, dense: np.ndarray, counts: tuple[int, ...] = (2, 3, 8)) -> None:
+    """Multiply blocks of all counts and orders often enough that programs are recorded, verified and used."""
+    for count in counts:
+        for seed in range(4):
+            X = np.random.default_rng(seed).standard_normal((dense.shape[1], count))
+            scale = 1e-10 * np.linalg.norm(dense) * np.linalg.norm(X)
+            for block in (X, np.asfortranarray(X), torch.from_numpy(X)):
+                np.testing.assert_allclose(A @ block, dense @ X, rtol=0, atol=scale)
+
+
+@pytest.mark.parametrize("loss", ["mse", "ce-everything", "bce-weights", "huber"])
+@pytest.mark.parametrize(
+    ("cls", "reference"), [(HessianLinearOperator, functorch_hessian), (GGNLinearOperator, functorch_ggn)]
+)
+def test_products_are_those_of_the_dense_matrix(cls, reference, loss, runs) -> None:
+    problem = loss_problem(loss)
+    dense = reference(problem.model, problem.loss_function, problem.params, problem.data).numpy()
+    assert_blocks(built(cls, problem), dense)
+    assert runs["program"] > 0
+    assert not runs["gave up"]
+
+
+@pytest.mark.default_cases("conv", "layer-norm", "attention-fused", "embedding", "gru")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name) -> None:
+    problem = architecture_problem(name)
+    H = built(HessianLinearOperator, problem)
+    X = np.random.default_rng(0).standard_normal((H.shape[1], 3))
+    expected = np.stack([H @ x for x in X.T], 1)
+    for _ in range(4):
+        np.testing.assert_allclose(H @ X, expected, rtol=0, atol=1e-11 * np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("cls", [EFLinearOperator, JacobianLinearOperator])
+def test_rectangular_maps_and_other_weights(cls, runs) -> None:
+    problem = loss_problem("ce", "one")
+    arguments = (problem.model, problem.params, problem.data) if cls is JacobianLinearOperator else None
+    A = cls(*arguments, columns=8) if arguments else built(cls, problem)
+    dense = np.stack([A @ e for e in np.eye(A.shape[1])], 1)
+    assert_blocks(A, dense)
+    assert_blocks(A.T, dense.T)
+    assert runs["program"] > 0
+
+
+def test_a_block_takes_one_run_of_a_program_per_batch(runs) -> None:
+    problem = loss_problem("ce")
+    H, X = built(HessianLinearOperator, problem), np.eye(P)[:, :8]
+    for _ in range(3):  # record the product, record the program, verify the program
+        H @ X
+    runs.update(program=0, graph=0)
+    H @ X
+    assert runs == {"program": len(problem.data), "graph": 0, "gave up": 0}
+
+
+@pytest.mark.parametrize("seconds_per_node", [1e-12, 1e6])
+def test_nothing_is_recorded_before_products_have_taken_as_long_as_recording(
+    runs, monkeypatch, seconds_per_node
+) -> None:
+    monkeypatch.setattr(recorded, "_SECONDS_PER_NODE", seconds_per_node)
+    H = built(HessianLinearOperator, loss_problem("ce"), columns="auto")
+    for _ in range(5):
+        H @ np.eye(P)
+    assert (runs["program"] > 0) == (seconds_per_node < 1)
+    assert runs["graph"] > 0
+
+
+class Counted(torch.autograd.Function):
+    """The square of a tensor. The backward pass counts its calls."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        Counted.calls += 1
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def test_a_backward_pass_of_the_user_runs_in_every_product(runs) -> None:
+    """Its effects other than the tensors that it returns would be lost if its operations were recorded."""
+    theta = torch.randn(6, dtype=torch.float64)
+    data = [(torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64))]
+    H = HessianLinearOperator(lambda p, X: Counted.apply(X @ p["t"]), nn.MSELoss(), {"t": theta}, data, columns=4)
+    for _ in range(4):
+        before = Counted.calls
+        H @ np.eye(6)[:, :4]
+        assert Counted.calls > before
+    assert runs["program"] == 0
+
+
+def test_nothing_is_recorded_if_nothing_is_kept(runs) -> None:
+    H = built(HessianLinearOperator, loss_problem("ce"), cache=0)
+    for _ in range(5):
+        H @ np.eye(P)
+    assert runs == {"program": 0, "graph": 0, "gave up": 0}
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_with_a_fixed_number_of_columns_all_products_of_a_block_are_equal(count) -> None:
+    X = np.random.default_rng(0).standard_normal((P, count))
+    H = built(HessianLinearOperator, loss_problem("ce"))
+    first = H @ X
+    for _ in range(4):
+        assert np.array_equal(H @ X, first)
+
+
+class Twice(torch.autograd.Function):
+    """Twice the input, with a backward that modifies a temporary tensor."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone().mul_(2)
+
+
+def test_a_function_that_modifies_temporary_tensors() -> None:
+    torch.manual_seed(0)
+    model, loss_function = mlp().double(), nn.MSELoss()
+    X, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    params = dict(model.named_parameters())
+    H = HessianLinearOperator(
+        lambda params, X: Twice.apply(torch.func.functional_call(model, params, (X,))),
+        *(loss_function, params, [(X, y)]),
+        columns=8,
+    )
+    dense = functorch_hessian(nn.Sequential(model, Scaled()), loss_function, params_of(model), [(X, y)])
+    assert_blocks(H, dense.numpy())
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def params_of(model: nn.Module) -> dict[str, Tensor]:
+    return {f"0.{name}": value for name, value in model.named_parameters()}
+
+
+def test_operations_that_torch_batches_wrongly_are_not_used(runs) -> None:
+    """The rule of vmap for the derivative of cdist is wrong."""
+    torch.manual_seed(0)
+    points, X = torch.randn(4, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    params = {"points": points.clone().requires_grad_()}
+    J = JacobianLinearOperator(lambda params, X: torch.cdist(params["points"], X), params, [(X, X)], columns=8)
+    dense = torch.autograd.functional.jacobian(lambda points: torch.cdist(points, X), points).reshape(20, 12)
+    assert_blocks(J.T, dense.T.numpy())
+    assert runs["gave up"]
+    assert not runs["program"]
+
+
+def test_a_constant_that_changes_raises_the_error_of_autograd(runs) -> None:
+    scale = torch.full((5,), 2.0, dtype=torch.float64)
+    theta = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    gradient = torch.autograd.grad((theta.pow(4) * scale).sum(), theta, create_graph=True)
+    product, products = LinearMap(gradient, [theta]), recorded.RecordedProducts(at_once=True)
+    tangents = [torch.eye(5, dtype=torch.float64)[:3]]
+    for _ in range(4):
+        assert torch.equal(products(product, product.roots, tangents)[0], 24 * tangents[0])
+    assert runs == {"program": 2, "graph": 0, "gave up": 0}
+    with torch.no_grad():
+        theta.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        products(product, product.roots, tangents)
+
+
+def test_parameters_that_change_are_recorded_again() -> None:
+    problem = loss_problem("mse")
+    H = built(HessianLinearOperator, problem)
+    for _ in range(4):
+        H @ np.eye(P)[:, :8]
+    with torch.no_grad():
+        for param in problem.params.values():
+            param.mul_(0.5)
+    dense = functorch_hessian(problem.model, problem.loss_function, problem.params, problem.data).numpy()
+    assert_blocks(H, dense)
+
+
+class TestRecorder:
+    def record(self, function, *tensors: Tensor):
+        return recorded._Program.record(lambda parts: function(*parts), tensors)
+
+    def functions(self, program) -> list[object]:
+        return [function for function, *_ in program._function._steps]
+
+    def test_transpositions_cancel_and_views_of_constants_are_computed_once(self) -> None:
+        constant, x = torch.randn(3, 4), torch.randn(2, 3)
+        program, _ = self.record(lambda x: [x.t().t() @ constant.t().t(), None], x)
+        assert self.functions(program) == [torch.mm]
+        x = torch.randn(2, 3)
+        result, nothing = program([x])
+        assert nothing is None
+        assert torch.equal(result, x @ constant)
+
+    def test_results_that_are_not_read_are_not_computed(self) -> None:
+        program, _ = self.record(lambda x: [(x.exp(), x.sin())[1]], torch.ones(3))
+        assert self.functions(program) == [torch.ops.aten.sin.default]
+
+    def test_arguments_of_all_kinds(self) -> None:
+        """No argument, one, several, a list of tensors, and keywords."""
+        constant = torch.randn(3)
+
+        def function(x):
+            zeros = torch.zeros([])
+            rows = torch.cat([x, constant, x.neg()]).view(3, 3)
+            return [rows.sum(0, dtype=torch.float64) + zeros, torch.clamp(rows, max=0.5)]
+
+        program, _ = self.record(function, torch.ones(3))
+        for x in torch.randn(2, 3):
+            for found, expected in zip(program([x]), function(x), strict=True):
+                assert torch.equal(found, expected)
+
+    def test_temporary_tensors_of_a_program_are_freed(self, monkeypatch) -> None:
+        """At most two of ten temporary tensors exist at the same time."""
+        alive, most = weakref.WeakSet(), []
+
+        def watched(x, factor):
+            alive.add(result := x * factor)
+            most.append(len(alive))
+            return result
+
+        def function(x):
+            for _ in range(10):
+                x = x * 2
+            return [x]
+
+        monkeypatch.setitem(recorded._FUNCTIONS, torch.ops.aten.mul.Tensor, watched)
+        program, _ = self.record(function, torch.ones(3))
+        program([torch.ones(3)])
+        assert most == [1] + [2] * 9
+
+    def test_modified_temporary_tensors(self) -> None:
+        def function(x):
+            y = x * 2
+            view = y.t()
+            y.add_(1)
+            return [view.mul_(3).t() + y]
+
+        program, _ = self.record(function, torch.ones(2, 3))
+        x = torch.randn(2, 3)
+        assert torch.equal(program([x])[0], function(x)[0])
+
+    def test_modified_tensors_without_views_are_replaced_by_new_tensors(self, capfd) -> None:
+        """Torch cannot add a batch of tensors to a single tensor in place, and it has no rule for addcmul_."""
+        constant = torch.randn(3)
+        program, _ = self.record(lambda x: [torch.zeros(3).add_(x).addcmul_(x, constant).mul_(2)], torch.ones(3))
+        X = torch.randn(5, 3)
+        assert torch.equal(program.batched([X])[0], torch.addcmul(X, X, constant) * 2)
+        assert not capfd.readouterr().err
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x: [x.add_(1)],
+            lambda x: [x.split(1)[0].add_(1)],
+            lambda x: [x + torch.rand(3)],
+            lambda x: [x * float(x.sum())],
+            lambda x: [x[x > 0]],
+            lambda x: [(x * 2).view(1, 3).t_()],
+            lambda x: [x * COMPLEX],
+        ],
+        ids=["argument", "view of an argument", "random", "value", "mask", "layout", "complex"],
+    )
+    def test_what_cannot_be_recorded(self, function) -> None:
+        with pytest.raises(recorded._NotRecordableError):
+            self.record(function, torch.ones(3))
+
+    def test_temporary_tensors_are_freed(self) -> None:
+        freed: list[int] = []
+
+        def function(x):
+            for number in range(10):
+                x = x * 2
+                weakref.finalize(x, freed.append, number)
+                assert len(freed) == number
+            return [x]
+
+        self.record(function, torch.ones(3))
