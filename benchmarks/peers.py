@@ -2,11 +2,11 @@
 
 Run ``python -m pip install -e ".[bench]" && python benchmarks/peers.py``; it writes ``benchmarks/results/peers.json``
 and ``peers.md``, and takes about two hours. ``--quick`` measures only what the goals against the fastest peer need, in
-about 25 minutes on two cores. Every pair of a model and a kind of work has a process of its own, in which the
-contenders take turns; a time is the median of its runs, an error is relative to double backward in float64, and what is
-wrong is not timed. Peak memory is that of a process that does nothing but build one contender and multiply. On a GPU:
-``--device cuda --out benchmarks/results/peers-gpu``, with ``--larger 32`` for batches that fill it, and ``--tf32`` to
-allow TF32 for everybody.
+about 25 minutes on two cores, and writes ``fastest.json`` and ``fastest.md``. Every pair of a model and a kind of work
+has a process of its own, in which the contenders take turns; a time is the median of its runs, an error is relative to
+double backward in float64, and what is wrong is not timed. Peak memory is that of a process that does nothing but build
+one contender and multiply. On a GPU: ``--device cuda --out benchmarks/results/peers-gpu``, with ``--larger 32`` for
+batches that fill it, and ``--tf32`` to allow TF32 for everybody.
 """
 
 from __future__ import annotations
@@ -289,13 +289,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=RESULTS / "peers",
-        help="path of the results, without .json and .md (default: benchmarks/results/peers)",
+        help="path of the results, without .json and .md (default: benchmarks/results/peers, or fastest with --quick)",
     )
     parser.add_argument("--peak", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.runs = options.runs or (FEW if options.quick else 7)
+    options.out = options.out or RESULTS / ("fastest" if options.quick else "peers")
     return options
 
 

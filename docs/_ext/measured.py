@@ -17,7 +17,7 @@ from typing import Any
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from goals import GOALS, reached  # noqa: E402
+from goals import GOALS, Goal, reached  # noqa: E402
 
 __all__ = ["FIGURES", "TABLES", "setup", "substitutions"]
 
@@ -39,6 +39,22 @@ def peer_rows(name: str = "peers") -> list[dict[str, Any]]:
         kinds = {row["work"] for row in rows}
         rows += [row for row in results("curvature")["rows"] if row["work"] not in kinds]
     return rows
+
+
+def newest_rows() -> list[dict[str, Any]]:
+    """Return the rows of ``fastest.json``, and those rows of ``peers.json`` that ``fastest.json`` does not replace.
+
+    ``fastest.json`` is recorded more often, but has fewer contenders and kinds of work.
+    """
+    rows = results("fastest")["rows"]
+    replaced = {(row["model"], row["work"]) for row in rows}
+    return rows + [row for row in peer_rows() if (row["model"], row["work"]) not in replaced]
+
+
+def judged(goal: Goal) -> dict[str, Any]:
+    """Return the goal and its ratios, from the newest rows if they contain both contenders."""
+    found = reached(goal, newest_rows())
+    return reached(goal, peer_rows()) if found["geometric_mean"] is None else found
 
 
 def table(head: list[str], lines: Iterable[list[str]]) -> str:
@@ -86,7 +102,8 @@ NAMES = CONTENDERS | {"PyHessian single": "PyHessian, one batch", "curvlinops ea
 
 def times(*works: str, name: str = "peers", contenders: dict[str, str] = CONTENDERS) -> str:
     """Tabulate the times of one kind of work, with one row for each model, or of several kinds."""
-    rows = [row for row in peer_rows(name) if row["work"] in works and "by" in row]
+    rows = newest_rows() if name == "peers" and contenders is CONTENDERS else peer_rows(name)
+    rows = [row for row in rows if row["work"] in works and "by" in row]
     measured = [key for key in contenders if any(key in row["by"] for row in rows)]
     lines = [
         [row["work"]] * (len(works) > 1)
@@ -100,7 +117,7 @@ def times(*works: str, name: str = "peers", contenders: dict[str, str] = CONTEND
 def faster() -> str:
     """Tabulate the work in which another contender is faster than the default engine, with the fastest contender."""
     lines = []
-    for row in peer_rows():
+    for row in newest_rows():
         found = [(gain, *rest) for gain, *rest in others(row) if gain > 1]
         if found:
             gain, name, counterpart = max(found)
@@ -293,7 +310,7 @@ def distributed() -> str:
 def goals() -> str:
     """Tabulate every goal, reached or not."""
     lines = []
-    for goal in (reached(goal, peer_rows()) for goal in GOALS):
+    for goal in map(judged, GOALS):
         if goal["geometric_mean"] is None:
             continue
         target = f"{'at most' if goal['at_most'] else 'at least'} {goal['target']:g} ({goal['judged']})"
@@ -306,20 +323,20 @@ def goals() -> str:
 # The page that helps to choose settings.
 
 
-def row_of(model: str, work: str) -> dict[str, Any]:
+def row_of(model: str, work: str, rows: Iterable[dict[str, Any]] | None = None) -> dict[str, Any]:
     """Return the contenders' results for a model and a kind of work, or an empty dict."""
-    rows = [row for row in peer_rows() if (row["model"], row["work"]) == (model, work)]
-    return rows[0].get("by", {}) if rows else {}
+    rows = newest_rows() if rows is None else rows
+    return next((row.get("by", {}) for row in rows if (row["model"], row["work"]) == (model, work)), {})
 
 
-def time_of(model: str, work: str, contender: str = "curvop") -> float:
+def time_of(model: str, work: str, contender: str = "curvop", rows: Iterable[dict[str, Any]] | None = None) -> float:
     """Return a time in milliseconds, or NaN if there is none."""
-    return float(row_of(model, work).get(contender, {}).get("ms", math.nan))
+    return float(row_of(model, work, rows).get(contender, {}).get("ms", math.nan))
 
 
 def models() -> list[str]:
     """Return the models whose products were measured."""
-    return [row["model"] for row in peer_rows() if row["work"] == "product" and "ms" in row["by"].get("curvop", {})]
+    return [row["model"] for row in newest_rows() if row["work"] == "product" and "ms" in row["by"].get("curvop", {})]
 
 
 def gain_of_compiling(model: str) -> float:
@@ -344,7 +361,8 @@ def products_to_compile(model: str) -> float:
 
 def cost_of_no_cache(model: str) -> float:
     """Return the time of a product with nothing cached divided by that of a product with everything cached."""
-    return time_of(model, "nothing kept") / time_of(model, "product")
+    rows = peer_rows()  # measured in one run
+    return time_of(model, "nothing kept", rows=rows) / time_of(model, "product", rows=rows)
 
 
 def gain_of_columns(model: str) -> float:
@@ -447,7 +465,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def ratio(goal: str, of: str, key: str = "geometric_mean", name: str = "peers") -> float:
     """Return the measured ratio of times of a goal."""
     found = next(one for one in GOALS if (one.what, one.ratio) == (goal, of))
-    return float(reached(found, peer_rows(name))[key])
+    return float((judged(found) if name == "peers" else reached(found, peer_rows(name)))[key])
 
 
 def error(work: str, contender: str, model: str) -> float:
