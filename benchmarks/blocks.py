@@ -35,7 +35,7 @@ WRONG = 1e-5
 #: Blocks of more columns are left out if the vectors of a block would have more entries.
 MOST_ENTRIES = 2 * 10**8
 #: Calls before the timed ones: operators choose the number of columns that they multiply at once, and record products.
-WARM_UP = 4
+WARM_UP = 10
 
 
 def measure(model: str, matrix: str, options: argparse.Namespace) -> dict[str, Any]:

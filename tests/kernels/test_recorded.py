@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from curvop import EFLinearOperator, GGNLinearOperator, HessianLinearOperator, JacobianLinearOperator
 from curvop.kernels import recorded
+from curvop.kernels.engine import Engine
 from curvop.kernels.graph import LinearMap
 from curvop.testing.functorch_reference import functorch_ggn, functorch_hessian
 
@@ -39,6 +41,20 @@ def runs(monkeypatch) -> dict[str, int]:
     monkeypatch.setattr(recorded._Program, "__call__", counted_call)
     monkeypatch.setattr(recorded.RecordedProducts, "_run", counted_run)
     return counts
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch) -> None:
+    """Record products from the second block on, also if the number of columns is given."""
+    init = Engine.__init__
+
+    def records(self, *arguments, **options) -> None:
+        init(self, *arguments, **options)
+        self._records = True
+
+    monkeypatch.setattr(Engine, "__init__", records)
+    monkeypatch.setattr(recorded, "_SECONDS_PER_NODE", 0.0)
+    monkeypatch.setattr(recorded, "_PRODUCTS", 1e-9)
 
 
 def built(cls, problem: Problem, **options):
@@ -69,13 +85,14 @@ def test_products_are_those_of_the_dense_matrix(cls, reference, loss, runs) -> N
 
 @pytest.mark.default_cases("conv", "layer-norm", "attention-fused", "embedding", "gru")
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architectures(name) -> None:
+def test_architectures(name, runs) -> None:
     problem = architecture_problem(name)
     H = built(HessianLinearOperator, problem)
     X = np.random.default_rng(0).standard_normal((H.shape[1], 3))
     expected = np.stack([H @ x for x in X.T], 1)
-    for _ in range(4):
+    for _ in range(5):
         np.testing.assert_allclose(H @ X, expected, rtol=0, atol=1e-11 * np.linalg.norm(expected))
+    assert runs["program"] > 0
 
 
 @pytest.mark.parametrize("cls", [EFLinearOperator, JacobianLinearOperator])
@@ -92,7 +109,7 @@ def test_rectangular_maps_and_other_weights(cls, runs) -> None:
 def test_a_block_takes_one_run_of_a_program_per_batch(runs) -> None:
     problem = loss_problem("ce")
     H, X = built(HessianLinearOperator, problem), np.eye(P)[:, :8]
-    for _ in range(3):  # record the product, record the program, verify the program
+    for _ in range(4):  # use the graph, record the product, record the program, verify the program
         H @ X
     runs.update(program=0, graph=0)
     H @ X
@@ -139,20 +156,55 @@ def test_a_backward_pass_of_the_user_runs_in_every_product(runs) -> None:
     assert runs["program"] == 0
 
 
+def test_nothing_is_recorded_if_the_number_of_columns_is_given(runs, monkeypatch) -> None:
+    """Block products are then bitwise reproducible, also if other products were computed before."""
+    monkeypatch.undo()
+    problem, X = loss_problem("ce"), np.random.default_rng(0).standard_normal((P, 8))
+    H = HessianLinearOperator(problem.model, problem.loss_function, problem.params, problem.data, columns=8)
+    first = H @ X
+    for _ in range(30):
+        assert np.array_equal(H @ X, first)
+    assert all(linearization._recorded is None for linearization in H._engine._first.kept.values())
+
+
+@pytest.mark.parametrize("fails", ["record", "batched"])
+def test_too_little_memory_for_recording(runs, monkeypatch, fails) -> None:
+    """The graph computes the products, and the operator neither shrinks its cache nor its chunks."""
+
+    def out_of_memory(*arguments):
+        raise MemoryError("injected")
+
+    problem = loss_problem("ce")
+    H = built(HessianLinearOperator, problem)
+    X = np.eye(P)[:, :8]
+    expected = H @ X
+    monkeypatch.setattr(recorded._Program, fails, out_of_memory)
+    for _ in range(4):
+        np.testing.assert_allclose(H @ X, expected, rtol=1e-12, atol=1e-15)
+    assert runs["gave up"]
+    assert H._engine.kept()[1] == 1
+    assert H._engine._columns._sizes == (8,)
+
+
+def test_a_program_keeps_no_graph_of_its_operations(runs) -> None:
+    """The nodes of a graph take a hundred times as much memory as the steps of a program."""
+
+    def graphs() -> set[int]:
+        gc.collect()
+        return {id(thing) for thing in gc.get_objects() if type(thing) is torch.fx.Graph}
+
+    before, H = graphs(), built(HessianLinearOperator, loss_problem("ce"))
+    for _ in range(5):
+        H @ np.eye(P)[:, :8]
+    assert runs["program"] > 0
+    assert graphs() <= before
+
+
 def test_nothing_is_recorded_if_nothing_is_kept(runs) -> None:
     H = built(HessianLinearOperator, loss_problem("ce"), cache=0)
     for _ in range(5):
         H @ np.eye(P)
     assert runs == {"program": 0, "graph": 0, "gave up": 0}
-
-
-@pytest.mark.parametrize("count", [2, 8])
-def test_with_a_fixed_number_of_columns_all_products_of_a_block_are_equal(count) -> None:
-    X = np.random.default_rng(0).standard_normal((P, count))
-    H = built(HessianLinearOperator, loss_problem("ce"))
-    first = H @ X
-    for _ in range(4):
-        assert np.array_equal(H @ X, first)
 
 
 class Twice(torch.autograd.Function):
@@ -206,27 +258,29 @@ def test_a_constant_that_changes_raises_the_error_of_autograd(runs) -> None:
     scale = torch.full((5,), 2.0, dtype=torch.float64)
     theta = torch.ones(5, dtype=torch.float64, requires_grad=True)
     gradient = torch.autograd.grad((theta.pow(4) * scale).sum(), theta, create_graph=True)
-    product, products = LinearMap(gradient, [theta]), recorded.RecordedProducts(at_once=True)
+    product, products = LinearMap(gradient, [theta]), recorded.RecordedProducts()
     tangents = [torch.eye(5, dtype=torch.float64)[:3]]
-    for _ in range(4):
+    for _ in range(6):
         assert torch.equal(products(product, product.roots, tangents)[0], 24 * tangents[0])
-    assert runs == {"program": 2, "graph": 0, "gave up": 0}
+    assert runs["program"] > 0
     with torch.no_grad():
         theta.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         products(product, product.roots, tangents)
 
 
-def test_parameters_that_change_are_recorded_again() -> None:
+def test_parameters_that_change_are_recorded_again(runs) -> None:
     problem = loss_problem("mse")
     H = built(HessianLinearOperator, problem)
-    for _ in range(4):
+    for _ in range(5):
         H @ np.eye(P)[:, :8]
     with torch.no_grad():
         for param in problem.params.values():
             param.mul_(0.5)
+    runs.update(program=0)
     dense = functorch_hessian(problem.model, problem.loss_function, problem.params, problem.data).numpy()
     assert_blocks(H, dense)
+    assert runs["program"] > 0
 
 
 class TestRecorder:
@@ -248,6 +302,24 @@ class TestRecorder:
     def test_results_that_are_not_read_are_not_computed(self) -> None:
         program, _ = self.record(lambda x: [(x.exp(), x.sin())[1]], torch.ones(3))
         assert self.functions(program) == [torch.ops.aten.sin.default]
+
+    def test_sizes_without_entries(self) -> None:
+        program, _ = self.record(lambda x: [x.view(1).view([]) * 2], torch.ones([]))
+        assert torch.equal(program([torch.tensor(3.0)])[0], torch.tensor(6.0))
+
+    def test_indices(self) -> None:
+        index = torch.tensor([2, 0])
+        program, _ = self.record(lambda x: [x[:, index]], torch.ones(2, 3))
+        x = torch.randn(2, 3)
+        assert torch.equal(program([x])[0], x[:, index])
+
+    def test_comparisons_in_place_keep_their_dtype(self) -> None:
+        def function(x):
+            return [(x * 1).gt_(0).div_(3) * x]
+
+        x = torch.randn(5, dtype=torch.float64)
+        program, _ = self.record(function, torch.ones(5, dtype=torch.float64))
+        assert torch.equal(program([x])[0], function(x)[0])
 
     def test_arguments_of_all_kinds(self) -> None:
         """No argument, one, several, a list of tensors, and keywords."""

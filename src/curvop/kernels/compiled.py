@@ -305,7 +305,8 @@ class Program:
     def apply_many(self, residuals: Sequence[Tensor], vectors: Tensor) -> Tensor:
         """Multiply the matrix by K vectors, which are the rows of `vectors`, a tensor of shape ``(K, N)``.
 
-        Compile a program for K vectors, rounded up to a multiple of 8, unless a program for K to 2 K vectors exists.
+        Compile a program for K vectors, unless a program for K to 2 K vectors exists. If K is larger than 4, it is
+        rounded up to a multiple of 8.
 
         Raises
         ------
@@ -314,7 +315,8 @@ class Program:
         """
         count = len(vectors)
         # Columns are padded with zeros rather than compiling a program for every number of columns.
-        size = min((size for size in self._many if count <= size <= 2 * count), default=-(-count // 8) * 8)
+        rounded = count if count <= 4 else -(-count // 8) * 8
+        size = min((size for size in self._many if count <= size <= 2 * count), default=rounded)
         padded = _padded(vectors, size)
         with torch.no_grad():
             if size not in self._many:

@@ -72,6 +72,7 @@ class Engine:
         self._recorder = Recorder(kernel.compiled)
         self._warned_of_memory = False
         self._bytes: dict[object, int] = {}  # size of a linearization, by dtype and shapes of the batch
+        self._records = columns == "auto"  # recorded products differ from others by rounding errors
         self._untimed = 0.0  # seconds spent on work whose time says nothing about the speed of later products
 
     def __getstate__(self) -> dict[str, object]:
@@ -301,7 +302,8 @@ class Engine:
                 if count is None:
                     count = graph_bytes(linearization.roots, self._objective.tensors())
                 if self._budget.take(count, first):
-                    linearization.keep(at_once=self._columns.fixed)
+                    if self._records:
+                        linearization.keep()
                     cached = linearization
                     if not self._multi_device:
                         cached = self._recorder.recordable(linearization, self.kernel, count)
@@ -455,14 +457,11 @@ class Columns:
 
     Attributes
     ----------
-    fixed : bool
-        Whether the number of columns per chunk is given.
     disregard : bool
         Set this attribute to True to disregard the time of the current chunk, because later chunks will be faster.
     """
 
     def __init__(self, setting: int | str, worth: float = math.inf) -> None:
-        self.fixed = setting != "auto"
         self._worth = worth
         self._sizes: tuple[int, ...] = _SIZES if setting == "auto" else (int(setting),)
         self._times: dict[int, list[float]] = defaultdict(list)  # seconds per column, by the size of the chunk

@@ -56,12 +56,8 @@ class Linearization(abc.ABC):
         """Whether later products with several vectors take no less time than the last one."""
         return True
 
-    def keep(self, at_once: bool) -> None:  # noqa: B027  # optional
-        """Prepare products with several vectors, because the linearization is cached.
-
-        If `at_once` is True, prepare them in the first such product, so that all such products are computed in the same
-        way. If `at_once` is False, prepare them if this is likely to save time.
-        """
+    def keep(self) -> None:  # noqa: B027  # optional
+        """Prepare products with several vectors as soon as this is likely to save time, because the batch is cached."""
 
     @abc.abstractmethod
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -100,9 +96,9 @@ class GraphLinearization(Linearization):
         """Whether the last products were computed by a recorded program, or nothing will be recorded."""
         return self._recorded is None or self._recorded.is_settled
 
-    def keep(self, at_once: bool) -> None:
-        """Record the operations of a product, at once or later, because the linearization is cached."""
-        self._recorded = RecordedProducts(at_once)
+    def keep(self) -> None:
+        """Record the operations of a product as soon as this is likely to save time."""
+        self._recorded = RecordedProducts()
 
     @abc.abstractmethod
     def _apply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
@@ -114,7 +110,7 @@ class GraphLinearization(Linearization):
             return self._apply(tangents, batched=False)
         began = time.perf_counter()
         product = self._apply(tangents, batched=False)
-        self._recorded.spent += time.perf_counter() - began
+        self._recorded.count(time.perf_counter() - began)
         return product
 
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:

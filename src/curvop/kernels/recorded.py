@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from curvop.kernels.graph import nodes
-from curvop.kernels.memory import out_of_memory
 
 __all__ = ["Parts", "RecordedProducts", "agree"]
 
@@ -36,8 +35,11 @@ Apply = Callable[[Sequence[Tensor], bool], Parts]
 # Approximate time to record a program, in seconds for each node of the autograd graph.
 _SECONDS_PER_NODE = 1e-4
 
+# Number of products of the graph that take as long as the products with which a program is recorded and verified.
+_PRODUCTS = 7
+
 # Largest number of programs for one linearization. Each program is for another number of vectors.
-_MAX_PROGRAMS = 8
+_MAX_PROGRAMS = 4
 
 
 class RecordedProducts:
@@ -51,20 +53,28 @@ class RecordedProducts:
     ----------
     spent : float
         Time that the products have taken so far, in seconds.
+    fastest : float
+        Time of the fastest product of the graph, in seconds.
     seconds : float
         Time that recording has taken so far, in seconds.
     is_settled : bool
         Whether more products like the last ones will take no less time, because their program has been recorded.
     """
 
-    def __init__(self, at_once: bool) -> None:
-        self.spent = math.inf if at_once else 0.0
+    def __init__(self) -> None:
+        self.spent = 0.0
+        self.fastest = math.inf
         self.seconds = 0.0
         self.is_settled = False
-        self._cost = 0.0
+        self._nodes = 0
         self._gave_up = False
         self._single: _Program | None = None
         self._programs: dict[object, _Program] = {}
+
+    def count(self, seconds: float) -> None:
+        """Note the time of a product of the graph."""
+        self.spent += seconds
+        self.fastest = min(self.fastest, seconds)
 
     def __call__(self, apply: Apply, roots: Sequence[Node], tangents: Sequence[Tensor]) -> Parts:
         """Return the products with several vectors.
@@ -85,16 +95,25 @@ class RecordedProducts:
         self.is_settled = self.is_settled or self._gave_up
         if products is None:
             products = apply(tangents, True)
+            self.fastest = min(self.fastest, time.perf_counter() - self.seconds - began)
         self.spent += time.perf_counter() - self.seconds - began
         return products
 
+    @property
+    def _cost(self) -> float:
+        """Approximate time to record and verify a program, in seconds."""
+        return _SECONDS_PER_NODE * self._nodes + _PRODUCTS * self.fastest
+
     def _run(self, apply: Apply, roots: Sequence[Node], tangents: Sequence[Tensor]) -> Parts | None:
         """Return the products, computed by a recorded program, or None if there is no program yet."""
-        if not self._cost:
+        if not self._nodes:
             graph = list(nodes(roots))
-            self._cost = _SECONDS_PER_NODE * len(graph)
+            self._nodes = len(graph)
             self._gave_up = tangents[0].device.type != "cpu" or any(map(_runs_user_code, graph))
-        if self.spent < self._cost or self._gave_up or torch.is_autocast_enabled("cpu"):
+        if self._gave_up or torch.is_autocast_enabled("cpu"):
+            self.is_settled = True
+            return None
+        if self.spent < self._cost:
             return None
         layout = tuple((part.shape, part.stride()) for part in tangents)
         program = self._programs.get(layout)
@@ -104,9 +123,8 @@ class RecordedProducts:
                     return self._record(apply, layout, tangents)
                 self.is_settled = program.verified
                 return program(tangents) if program.verified else self._verified(apply, program, tangents)
-        except Exception as error:  # if the graph itself causes the error, `apply` raises it again
-            if out_of_memory(error):
-                raise
+        except Exception:  # if the graph itself causes the error, `apply` raises it again
+            pass
         self._gave_up = True
         self._single = None
         self._programs.clear()
@@ -121,9 +139,7 @@ class RecordedProducts:
             # Compare with another vector, and also check that torch batches the operations correctly.
             pairs = single.batched([torch.stack(parts) for parts in zip(first, second, strict=True)])
             for number, vector in enumerate((first, second)):
-                found = [None if pair is None else pair[number] for pair in pairs]
-                if not agree(found, apply(vector, False), apply([part / 3 for part in vector], False)):
-                    raise _NotRecordableError("the products differ")
+                _check(apply, vector, [None if pair is None else pair[number] for pair in pairs])
             self._single = single
             self.seconds += time.perf_counter() - began
         elif len(self._programs) == _MAX_PROGRAMS:
@@ -140,11 +156,16 @@ class RecordedProducts:
         weights = torch.linspace(1, 2, len(tangents[0]), dtype=tangents[0].dtype)
         found = [None if part is None else torch.tensordot(weights, part, 1) for part in products]
         total = [torch.tensordot(weights, part, 1) for part in tangents]
-        if not agree(found, apply(total, False), apply([part / 3 for part in total], False)):
-            raise _NotRecordableError("the products differ")
+        _check(apply, total, found)
         program.verified = True
         self.seconds += time.perf_counter() - began
         return products
+
+
+def _check(apply: Apply, vector: Sequence[Tensor], found: Parts) -> None:
+    """Raise an error unless the graph computes the same product with a vector."""
+    if not agree(found, apply(vector, False), apply([part / 3 for part in vector], False)):
+        raise _NotRecordableError("the products differ")
 
 
 def agree(
@@ -245,8 +266,10 @@ class _Program:
         run = torch.func.vmap(lambda *parts: tuple(self._function(*constants, *parts)))
         if not self._positions:
             return [None] * self._parts
+        # warnings.filterwarnings does not hide this warning. Torch cannot tell whether it is enabled, but this is the
+        # default.
         warn: Callable[[bool], None] = cast("Any", torch._C._functorch)._set_vmap_fallback_warning_enabled
-        warn(False)  # warnings.filterwarnings does not hide this warning, which torch prints itself
+        warn(False)
         try:
             return self._spread(run(*tensors))
         finally:
@@ -287,7 +310,7 @@ class _Recorder(TorchDispatchMode):
         is_alias = any(part.alias_info is not None for part in func._schema.returns) and isinstance(args[0], Tensor)
         if func._schema.is_mutable:
             self._check_writes(func, args, kwargs)
-        if _UNSUPPORTED & set(func.tags):
+        if _UNSUPPORTED & set(func.tags) and not (func is _aten.index.Tensor and _has_integers(args[1])):
             raise _NotRecordableError(f"{func} cannot be recorded")
         if any(isinstance(argument, Tensor) for argument in kwargs.values()):
             raise _NotRecordableError(f"{func} has keyword arguments that are tensors")
@@ -362,6 +385,14 @@ class _Recorder(TorchDispatchMode):
         self._views.setdefault(_view_key(root, tensor), node)
 
 
+def _has_integers(indices: Sequence[Tensor | None]) -> bool:
+    """Return True if the shape of a selection does not depend on the values of its indices."""
+    return all(part is None or part.dtype not in (torch.bool, torch.uint8) for part in indices)
+
+
+# In-place operations that keep the dtype of their tensor. The new tensor would be of dtype bool.
+_BOOLEAN = {"eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "logical_not"}
+
 _UNSUPPORTED = {
     torch.Tag.nondeterministic_seeded,
     torch.Tag.data_dependent_output,
@@ -403,25 +434,26 @@ class _Steps:
     def __init__(self, graph: fx.Graph) -> None:
         self._template: list[Any] = []  # the initial contents of all places
         self._steps: list[_Step] = []
-        self._places: dict[fx.Node, int] = {}
         self._inputs = 0
+        known: dict[fx.Node, int] = {}  # for each node, the place of its result
         last: dict[fx.Node, int] = {}  # for each node, the number of its last reader
         nodes = list(graph.nodes)
         for number, node in enumerate(nodes):
             last.update(dict.fromkeys(node.all_input_nodes, number))
         for number, node in enumerate(nodes):
             if node.op == "placeholder":
-                self._places[node] = self._new_place(None)
+                known[node] = self._new_place(None)
                 self._inputs += 1
             elif node.op == "output":
-                self._results = [self._places[result] for result in node.args[0]]
+                self._results = [known[result] for result in node.args[0]]
             else:
                 function = _FUNCTIONS.get(node.target, node.target)
                 # Single sizes are read faster than a list of sizes.
-                arguments = (node.args[0], *node.args[1]) if function in (Tensor.view, Tensor.expand) else node.args
-                places = [self._place_of(argument) for argument in arguments]
-                self._places[node] = place = self._new_place(None)
-                unused = [self._places[read] for read in node.all_input_nodes if last[read] == number]
+                flat = function in (Tensor.view, Tensor.expand) and node.args[1]
+                arguments = (node.args[0], *node.args[1]) if flat else node.args
+                places = [self._place_of(argument, known) for argument in arguments]
+                known[node] = place = self._new_place(None)
+                unused = [known[read] for read in node.all_input_nodes if last[read] == number]
                 function = functools.partial(function, **node.kwargs) if node.kwargs else function
                 self._steps.append((function, _getter(places), place, unused))
 
@@ -438,14 +470,14 @@ class _Steps:
         self._template.append(value)
         return len(self._template) - 1
 
-    def _place_of(self, argument: Any) -> int:
+    def _place_of(self, argument: Any, known: Mapping[fx.Node, int]) -> int:
         """Return the place of an argument of an operation. An additional step forms a list that contains tensors."""
         if isinstance(argument, fx.Node):
-            return self._places[argument]
+            return known[argument]
         if not (isinstance(argument, list | tuple) and any(isinstance(part, fx.Node) for part in argument)):
             # Torch reads tuples faster than the lists of a graph.
             return self._new_place(tuple(argument) if isinstance(argument, list) else argument)
-        parts = [self._place_of(part) for part in argument]
+        parts = [self._place_of(part, known) for part in argument]
         place = self._new_place(None)
         self._steps.append((_as_list, _getter(parts), place, []))
         return place
@@ -472,6 +504,8 @@ def _functional(func: Any) -> Any:
     Torch can batch more operations of this kind than in-place operations.
     """
     name = func._schema.name.removeprefix("aten::").removesuffix("_")
+    if name in _BOOLEAN:
+        return None
     found = getattr(getattr(_aten, name, None), func._overloadname, None)
     return None if found is None or found._schema.is_mutable else found
 
