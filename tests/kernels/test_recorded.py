@@ -92,7 +92,8 @@ def test_architectures(name, runs) -> None:
     expected = np.stack([H @ x for x in X.T], 1)
     for _ in range(5):
         np.testing.assert_allclose(H @ X, expected, rtol=0, atol=1e-11 * np.linalg.norm(expected))
-    assert runs["program"] > 0
+    # The memory layout of some tensors depends on the number of vectors, so torch cannot view them as recorded.
+    assert (runs["program"] > 0) == (name not in ("group-norm-silu", "instance-norm"))
 
 
 @pytest.mark.parametrize("cls", [EFLinearOperator, JacobianLinearOperator])
