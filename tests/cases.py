@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvop.kernels import recorded
+from curvop.kernels.engine import Engine
+
 Pair = namedtuple("Pair", ["left", "right"])
 
 
@@ -225,3 +228,16 @@ def inputs(kind: str) -> Any:
 @seeded
 def input_problem(kind: str) -> Problem:
     return Problem(FromTree(), nn.MSELoss(), cut(inputs(kind), torch.randn(N, 3), (6, 3)))
+
+
+def record_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record products from the second block on, also if the number of columns is given."""
+    init = Engine.__init__
+
+    def records(self: Engine, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        self._records = True
+
+    monkeypatch.setattr(Engine, "__init__", records)
+    monkeypatch.setattr(recorded, "_SECONDS_PER_NODE", 0.0)
+    monkeypatch.setattr(recorded, "_PRODUCTS", 1e-9)

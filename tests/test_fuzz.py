@@ -1,12 +1,14 @@
 """Random small problems, handed over in every way, against matrices computed by routes of their own in float64.
 
 50 cases of one family by default, 150 more of the others in the tier ``slow``, 2,000 and compiled ones in ``nightly``.
+Products are recorded in 50 more cases in ``slow``, and 150 in ``nightly``.
 The nightly ones draw other cases in each run: ``CURVOP_FUZZ_SEED`` repeats one. Operations of torch are compared with
 finite differences one after another.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import seeded
+from cases import record_at_once, seeded
 from fuzz_models import LAYERS, Case, Problem, cases
 from fuzz_oracle import Differences, Oracle
 from hypothesis import HealthCheck, given, seed, settings
@@ -31,6 +33,7 @@ from curvop import (
     HessianLinearOperator,
     JacobianLinearOperator,
 )
+from curvop.kernels import recorded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:reduction.*divides:UserWarning"),  # torch says so of its own loss
@@ -59,14 +62,16 @@ KINDS = {
 }
 
 
-def run(kind: str, profile: str, at_least: int, engine: str = "autograd", start: int | None = None) -> None:
-    """Check cases of this kind of input, and that so many were checked."""
+def run(
+    kind: str, profile: str, at_least: int, engine: str = "autograd", start: int | None = None, **changes: Any
+) -> None:
+    """Check cases of this kind of input, with some of their attributes changed, and that so many were checked."""
     checked = []
 
     @settings(settings.get_profile(profile))
     @given(cases(kind, engine))
     def check(case: Case) -> None:
-        assert_right(case)
+        assert_right(dataclasses.replace(case, **changes))
         checked.append(case)
 
     (check if start is None else seed(start)(check))()
@@ -77,6 +82,17 @@ def run(kind: str, profile: str, at_least: int, engine: str = "autograd", start:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_random_problems(kind: str) -> None:
     run(kind, "fuzz-ci", at_least=50)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "vector" else pytest.mark.nightly) for kind in LAYERS]
+)
+def test_random_problems_with_recorded_products(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_at_once(monkeypatch)
+    runs, call = [], recorded._Program.__call__
+    monkeypatch.setattr(recorded._Program, "__call__", lambda *arguments: runs.append(1) or call(*arguments))
+    run(kind, "fuzz-ci", at_least=50, columns=2, cache="auto")
+    assert len(runs) > 50
 
 
 @pytest.mark.nightly

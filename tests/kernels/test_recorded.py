@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, architecture_problem
-from cases import Problem, loss_problem, mlp
+from cases import Problem, loss_problem, mlp, record_at_once
 from torch import Tensor, nn
 
 from curvop import EFLinearOperator, GGNLinearOperator, HessianLinearOperator, JacobianLinearOperator
 from curvop.kernels import recorded
-from curvop.kernels.engine import Engine
 from curvop.kernels.graph import LinearMap
 from curvop.testing.functorch_reference import functorch_ggn, functorch_hessian
 
@@ -45,16 +44,7 @@ def runs(monkeypatch) -> dict[str, int]:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch) -> None:
-    """Record products from the second block on, also if the number of columns is given."""
-    init = Engine.__init__
-
-    def records(self, *arguments, **options) -> None:
-        init(self, *arguments, **options)
-        self._records = True
-
-    monkeypatch.setattr(Engine, "__init__", records)
-    monkeypatch.setattr(recorded, "_SECONDS_PER_NODE", 0.0)
-    monkeypatch.setattr(recorded, "_PRODUCTS", 1e-9)
+    record_at_once(monkeypatch)
 
 
 def built(cls, problem: Problem, **options):
