@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
@@ -86,21 +85,11 @@ class LinearMap:
             return [None] * len(self._inputs)
         if not batched:
             return _run(edges, self._inputs, seeds)
-        with _no_batching_warnings():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")  # the engine measures the speed
             return torch.autograd.grad(
                 edges, self._inputs, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
             )
-
-
-@contextlib.contextmanager
-def _no_batching_warnings() -> Iterator[None]:
-    """Within a ``with`` block, hide the warning that an operation is slow for several vectors at once.
-
-    The engine measures whether single vectors are faster.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        yield
 
 
 def _message(error: Node) -> str:

@@ -90,9 +90,7 @@ class RecordedProducts:
             One tensor for each parameter, with an additional first dimension.
         """
         began = time.perf_counter() - self.seconds
-        self.is_settled = False
-        products = None if self._gave_up else self._run(apply, roots, tangents)
-        self.is_settled = self.is_settled or self._gave_up
+        products = self._run(apply, roots, tangents)
         if products is None:
             products = apply(tangents, True)
             self.fastest = min(self.fastest, time.perf_counter() - self.seconds - began)
@@ -110,10 +108,8 @@ class RecordedProducts:
             graph = list(nodes(roots))
             self._nodes = len(graph)
             self._gave_up = tangents[0].device.type != "cpu" or any(map(_runs_user_code, graph))
-        if self._gave_up or torch.is_autocast_enabled("cpu"):
-            self.is_settled = True
-            return None
-        if self.spent < self._cost:
+        self.is_settled = self._gave_up or torch.is_autocast_enabled("cpu")
+        if self.is_settled or self.spent < self._cost:
             return None
         layout = tuple((part.shape, part.stride()) for part in tangents)
         program = self._programs.get(layout)
@@ -125,7 +121,7 @@ class RecordedProducts:
                 return program(tangents) if program.verified else self._verified(apply, program, tangents)
         except Exception:  # if the graph itself causes the error, `apply` raises it again
             pass
-        self._gave_up = True
+        self._gave_up = self.is_settled = True
         self._single = None
         self._programs.clear()
         return None
