@@ -86,10 +86,10 @@ def resident() -> float:
 class TestMemoryIsFlat:
     """A vector here takes 64 kilobytes, twice the allowed rise of memory for each product.
 
-    Objects that are created once raise the memory at first; a leak raises it in each third of the run.
+    Objects that are created once raise the memory now and then; a leak raises it in each part of the run.
     """
 
-    COUNT, WIDTH = 240, 1000
+    COUNT, WIDTH, PARTS = 240, 1000, 8
 
     @pytest.mark.slow
     @pytest.mark.parametrize("cache", [0, "auto"])
@@ -149,19 +149,19 @@ class TestMemoryIsFlat:
         self.flat(use, count // 2)
 
     def flat(self, use: Callable[[], None], count: int) -> None:
-        """Assert that memory and the number of Python's blocks do not grow in every third of the calls of `use`."""
+        """Assert that memory and the number of Python's blocks do not grow in every part of the calls of `use`."""
         for _ in range(30):
             use()
-        third = count // 3
+        part = count // self.PARTS
         rises, blocks = [], []
-        for _ in range(3):
+        for _ in range(self.PARTS):
             before, then = resident(), sys.getallocatedblocks()
-            for _ in range(third):
+            for _ in range(part):
                 use()
             rises.append(resident() - before)
             blocks.append(sys.getallocatedblocks() - then)
-        assert min(rises) < 0.03 * third, rises
-        assert min(blocks) < third, blocks
+        assert min(rises) < 0.03 * part, rises
+        assert min(blocks) < part, blocks
 
 
 USES: dict[str, Callable[[Any, Path], Any]] = {
