@@ -15,9 +15,9 @@ from typing import Any
 
 from curvop.operators.version import __version__
 from curvop.spectrum.blocks import BlockStudy
-from curvop.spectrum.density import SpectralDensity
 from curvop.spectrum.eigen import EigenResult
 from curvop.spectrum.estimators import BoundedEstimate, Estimate
+from curvop.spectrum.spectral_density import SpectralDensity
 from curvop.storage.fingerprint import listed
 from curvop.storage.result_files import FORMAT, appearing
 

@@ -6,10 +6,11 @@ package. `frobenius_norm` also takes rectangular operators.
 
 from curvop.spectrum.blocks import BlockStudy, blocks
 from curvop.spectrum.certificate import Certificate, certify
-from curvop.spectrum.density import SpectralDensity, density
+from curvop.spectrum.density import density
 from curvop.spectrum.eigen import EigenResult, eigsh
 from curvop.spectrum.estimators import BoundedEstimate, Estimate, diagonal, frobenius_norm, trace
 from curvop.spectrum.matrix_functions import ApplyResult, apply
+from curvop.spectrum.spectral_density import SpectralDensity
 from curvop.spectrum.track import Tracker, track
 
 __all__ = [

@@ -26,9 +26,10 @@ from curvop.operators.progress import step_bar
 from curvop.operators.validation import available_bytes, integer, random_generator
 from curvop.spectrum.checkpoint import make_directory, open_record_file
 from curvop.spectrum.counting import TimeUpError, deadline_after
-from curvop.spectrum.density import SpectralDensity, density
+from curvop.spectrum.density import density
 from curvop.spectrum.estimators import Estimate
 from curvop.spectrum.lanczos import resolution
+from curvop.spectrum.spectral_density import SpectralDensity
 from curvop.spectrum.symmetry import check_symmetry
 from curvop.storage.fingerprint import fingerprint, listed
 from curvop.storage.records import RecordFile

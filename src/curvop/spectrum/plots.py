@@ -8,7 +8,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from curvop.spectrum.blocks import BlockStudy
-    from curvop.spectrum.density import SpectralDensity
+    from curvop.spectrum.spectral_density import SpectralDensity
     from curvop.spectrum.track import Tracker
 
 __all__ = ["axes_or_new", "blocks_size", "plot_blocks", "plot_density", "plot_track"]
