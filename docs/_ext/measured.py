@@ -100,9 +100,12 @@ COUNTERPARTS = {"PyHessian single": "curvop, one batch", "curvlinops eager": "cu
 NAMES = CONTENDERS | {"PyHessian single": "PyHessian, one batch", "curvlinops eager": "curvlinops, tensors"}
 
 
-def times(*works: str, name: str = "peers", contenders: dict[str, str] = CONTENDERS) -> str:
-    """Tabulate the times of one kind of work, with one row for each model, or of several kinds."""
-    rows = newest_rows() if name == "peers" and contenders is CONTENDERS else peer_rows(name)
+def times(*works: str, name: str | None = None, contenders: dict[str, str] = CONTENDERS) -> str:
+    """Tabulate the times of one kind of work, with one row for each model, or of several kinds.
+
+    The rows are those of the results file `name`, or the newest of each work.
+    """
+    rows = newest_rows() if name is None else peer_rows(name)
     rows = [row for row in rows if row["work"] in works and "by" in row]
     measured = [key for key in contenders if any(key in row["by"] for row in rows)]
     lines = [
@@ -440,7 +443,7 @@ def _half_cached() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "product": lambda: times("product"),
-    "one batch": lambda: times("product", contenders=ONE_BATCH),
+    "one batch": lambda: times("product", name="peers", contenders=ONE_BATCH),
     "blocks of columns": lambda: times("block of 8", "Gauss-Newton, block of 8"),
     "last layer": lambda: times("last layer"),
     "eigsh": lambda: times("eigsh"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, architecture_problem
-from cases import Problem, loss_problem, mlp, record_at_once
+from cases import Problem, loss_problem, record_at_once
 from torch import Tensor, nn
 
 from curvop import EFLinearOperator, GGNLinearOperator, HessianLinearOperator, JacobianLinearOperator
@@ -196,41 +196,6 @@ def test_nothing_is_recorded_if_nothing_is_kept(runs) -> None:
     for _ in range(5):
         H @ np.eye(P)
     assert runs == {"program": 0, "graph": 0, "gave up": 0}
-
-
-class Twice(torch.autograd.Function):
-    """Twice the input, with a backward that modifies a temporary tensor."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.clone().mul_(2)
-
-
-def test_a_function_that_modifies_temporary_tensors() -> None:
-    torch.manual_seed(0)
-    model, loss_function = mlp().double(), nn.MSELoss()
-    X, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
-    params = dict(model.named_parameters())
-    H = HessianLinearOperator(
-        lambda params, X: Twice.apply(torch.func.functional_call(model, params, (X,))),
-        *(loss_function, params, [(X, y)]),
-        columns=8,
-    )
-    dense = functorch_hessian(nn.Sequential(model, Scaled()), loss_function, params_of(model), [(X, y)])
-    assert_blocks(H, dense.numpy())
-
-
-class Scaled(nn.Module):
-    def forward(self, x):
-        return 2 * x
-
-
-def params_of(model: nn.Module) -> dict[str, Tensor]:
-    return {f"0.{name}": value for name, value in model.named_parameters()}
 
 
 def test_operations_that_torch_batches_wrongly_are_not_used(runs) -> None:

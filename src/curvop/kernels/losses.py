@@ -379,7 +379,7 @@ def _cross_entropy(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> Cl
     def first(out: Tensor | None) -> Tensor:
         if index is not None and not setting("label_smoothing", 0.0):
             return hard_residual(logits, index, weights, rows(out)).movedim(-1, axis)
-        targets = class_targets(setting, z, y)[0].detach() / divisor
+        targets = class_targets(setting, z, y).detach() / divisor
         return (z.softmax(axis) * targets.sum(axis, keepdim=True) - targets).to(z.dtype)
 
     return ClosedForm(first, lambda out: SoftmaxHessian(logits, weights, rows(out)), axis)
@@ -417,13 +417,13 @@ def row_weights(setting: Setting, z: Tensor, y: Tensor) -> tuple[Tensor | None, 
     return index, weights * (1 - smoothing) + counted * spread if smoothing else weights, weights.sum()
 
 
-def class_targets(setting: Setting, z: Tensor, y: Tensor) -> tuple[Tensor, Any]:
-    """Return ``(T, divisor)`` for cross-entropy, where the targets ``T`` have the shape of the prediction `z`."""
+def class_targets(setting: Setting, z: Tensor, y: Tensor) -> Tensor:
+    """Return the targets ``T`` of cross-entropy, in the shape of the prediction `z`."""
     axis = min(1, z.ndim - 1)
     weight, smoothing, classes = setting("weight", None), setting("label_smoothing", 0.0), z.shape[axis]
-    divisor: Any
+    targets: Tensor
     if y.is_floating_point():
-        targets, divisor = y * (1 - smoothing) + smoothing / classes, z.numel() / classes
+        targets = y * (1 - smoothing) + smoothing / classes
     else:
         counted = (y != setting("ignore_index", -100)).unsqueeze(axis)
         index = torch.where(counted, y.long().unsqueeze(axis), 0)
@@ -431,10 +431,7 @@ def class_targets(setting: Setting, z: Tensor, y: Tensor) -> tuple[Tensor, Any]:
             axis, index, torch.full_like(index, 1 - smoothing, dtype=z.dtype)
         )
         targets = targets * counted
-        divisor = counted.sum() if weight is None else (weight[index] * counted).sum()
-    if weight is not None:
-        targets = targets * weight.view(-1, *[1] * (z.ndim - 1 - axis))
-    return targets, divisor
+    return targets if weight is None else targets * weight.view(-1, *[1] * (z.ndim - 1 - axis))
 
 
 def _binary_cross_entropy(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> ClosedForm | None:
