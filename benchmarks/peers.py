@@ -6,7 +6,8 @@ about 25 minutes on two cores, and writes ``fastest.json`` and ``fastest.md``. E
 has a process of its own, in which the contenders take turns; a time is the median of its runs, an error is relative to
 double backward in float64, and what is wrong is not timed. Peak memory is that of a process that does nothing but build
 one contender and multiply. On a GPU: ``--device cuda --out benchmarks/results/peers-gpu``, with ``--larger 32`` for
-batches that fill it, and ``--tf32`` to allow TF32 for everybody.
+batches that fill it, and ``--tf32`` to allow TF32 for everybody. ``--add`` keeps the results of earlier runs that this
+run does not repeat, so that a file can be recorded in parts.
 """
 
 from __future__ import annotations
@@ -268,7 +269,10 @@ def arguments() -> argparse.Namespace:
         "--only", choices=list(CONTENDERS), action="append", help="only this contender; can be repeated"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="only what the goals against the fastest peer need, without peak memory"
+        "--quick",
+        action="store_true",
+        help="only what the goals against the fastest peer need, without peak memory; without what takes many minutes, "
+        "unless --model names it",
     )
     parser.add_argument("--runs", type=int, help="minimum number of runs (default: 7, or 3 with --quick)")
     parser.add_argument(
@@ -285,6 +289,7 @@ def arguments() -> argparse.Namespace:
         help="memory limit of one process in GiB, on a CPU only (default: 60 %% of the memory)",
     )
     add_device_options(parser)
+    parser.add_argument("--add", action="store_true", help="keep the results of the file that this run does not repeat")
     parser.add_argument("--larger", type=int, default=1, help="enlarge the batches by this factor (default: 1)")
     parser.add_argument(
         "--out",
@@ -310,16 +315,22 @@ def main() -> None:
         options.work, options.only = options.work or QUICK_WORK, options.only or QUICK_CONTENDERS
     command = shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]])
     about = environment(options.device) | {"tf32": options.tf32, "peers": versions(), "command": command}
-    rows, peaks = [], []
+    rows, peaks, earlier = [], [], 0.0
+    if options.add:
+        found = json.loads(options.out.with_suffix(".json").read_text())
+        rows, peaks, earlier = found["rows"], found["peaks"], found["seconds"]
+        for row in rows:
+            row.setdefault("recorded", f"{found['environment']['date']}, commit {found['environment']['commit']}")
     for model in options.model or PEER_PROBLEMS:
         for kind in kinds_of(model):
-            if kind not in (options.work or WORK) or (options.quick and (model, kind) in QUICK_LEFT_OUT):
+            left_out = options.quick and not options.model and (model, kind) in QUICK_LEFT_OUT
+            if kind not in (options.work or WORK) or left_out:
                 continue
             began = time.perf_counter()
             row = {"model": model, "work": kind} | child(options, "--model", model, "--work", kind)
             row["seconds"] = time.perf_counter() - began
-            rows.append(row)
-            write(options.out, about, time.perf_counter() - start, rows, peaks)
+            rows = sorted([*(other for other in rows if not same(other, row)), row], key=position)
+            write(options.out, about, earlier + time.perf_counter() - start, rows, peaks)
             cells = [row["failed"]] if "failed" in row else [f"{name} {cell(own)}" for name, own in row["by"].items()]
             print(f"{model}, {kind} [{row['seconds']:.0f} s]: " + "; ".join(cells), flush=True)
         if not options.work:
@@ -328,10 +339,19 @@ def main() -> None:
                 for label, (kind, name) in PEAKS.items()
                 if name in competing(model, "product", options.only)
             }
-            peaks.append({"model": model, "peak_mb": found})
+            peaks = [*(other for other in peaks if other["model"] != model), {"model": model, "peak_mb": found}]
             print(f"{model}, peak MB: {found}", flush=True)
-            write(options.out, about, time.perf_counter() - start, rows, peaks)
+            write(options.out, about, earlier + time.perf_counter() - start, rows, peaks)
     sys.exit(any("failed" in row for row in rows))
+
+
+def same(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    return (row["model"], row["work"]) == (other["model"], other["work"])
+
+
+def position(row: dict[str, Any]) -> tuple[int, int]:
+    """Return the place of a row in the tables: by model, then by the kind of work."""
+    return list(PEER_PROBLEMS).index(row["model"]), list(WORK).index(row["work"])
 
 
 def versions() -> dict[str, str]:

@@ -68,6 +68,15 @@ def failures(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n" if lines else "None.\n"
 
 
+def earlier(rows: list[dict[str, Any]]) -> str:
+    """Name the rows of earlier runs, if any."""
+    runs: dict[str, list[str]] = {}
+    for row in rows:
+        if "recorded" in row:
+            runs.setdefault(row["recorded"], []).append(f"{row['work']} ({row['model']})")
+    return "".join(f"\nOf an earlier run, {run}: {', '.join(which)}.\n" for run, which in runs.items())
+
+
 def document(results: dict[str, Any]) -> str:
     about = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in about["peers"].items())
@@ -77,7 +86,7 @@ Written by `{about["command"]}` on {about["date"]}, commit {about["commit"]}: \
 {about["gpu"] + " beside " if "gpu" in about else ""}{about["processor"]}, \
 {about["threads"]} threads, Python {about["python"]}, torch {about["torch"]}, SciPy {about["scipy"]}, {versions}; \
 {results["seconds"] / 60:.0f} minutes.
-
+{earlier(results["rows"])}
 ## Goals
 
 Ratios of median times; what was wrong or failed has no time and is left out of the mean.
