@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import time
 import warnings
@@ -42,7 +43,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvop import GGNLinearOperator, SolveResult, problems, solve
-from curvop.preconditioner import nystrom
+from curvop.preconditioner import kfac, nystrom
 
 RESULTS = Path(__file__).resolve().parent / "results" / "solves.json"
 DEFAULT = {
@@ -97,6 +98,15 @@ def curvop_nystrom(problem: dict[str, Any], damping: float, rtol: float, B: Tens
     A = GGNLinearOperator(**problem)
     options = {"rtol": rtol, "maxiter": MOST, "seconds": clock.limit, "progress": False}
     M = nystrom(A, min(RANK, A.shape[0]), damping, rng=0)
+    return finished(solve(A, B, damping, preconditioner=M, **options)), A.num_products
+
+
+def curvop_kfac(
+    problem: dict[str, Any], damping: float, rtol: float, B: Tensor, clock: Clock, ekfac: bool = False
+) -> tuple[Tensor, int]:
+    A = GGNLinearOperator(**problem)
+    options = {"rtol": rtol, "maxiter": MOST, "seconds": clock.limit, "progress": False}
+    M = kfac(A, damping, ekfac)
     return finished(solve(A, B, damping, preconditioner=M, **options)), A.num_products
 
 
@@ -185,6 +195,8 @@ def theirs(problem: dict[str, Any]) -> PyTorchLinearOperator:
 CONTENDERS: dict[str, Contender] = {
     "curvop": curvop,
     "curvop, nystrom": curvop_nystrom,
+    "curvop, KFAC": curvop_kfac,
+    "curvop, EKFAC": functools.partial(curvop_kfac, ekfac=True),
     "curvop, single solves": curvop_singles,
     "SciPy cg, curvlinops": scipy_cg,
     "linear_operator CG, curvlinops": linear_operator_cg,

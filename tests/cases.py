@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvop import EKFACLinearOperator, KFACLinearOperator
 from curvop.kernels import recorded
 from curvop.kernels.engine import Engine
 
@@ -69,6 +70,23 @@ def seeded(function: Any) -> Any:
 def mlp(inputs: int = 4, outputs: int = 3) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, 5), nn.Tanh(), nn.Linear(5, outputs))
 
+
+class Constructed:
+    """An approximation that is constructed in each product, as its constructor calls the model and reads the data."""
+
+    def __init__(self, kind: Any, model: Any, loss_function: Any, params: Any, data: Any, **options: Any) -> None:
+        self._build = functools.partial(kind, model, loss_function, params, data)  # the options are those of products
+        self.shape = (sum(value.numel() for value in params.values()),) * 2
+
+    def __matmul__(self, X: Any) -> Any:
+        return self._build() @ X
+
+
+#: KFAC and EKFAC, for tests of what products leave behind.
+APPROXIMATIONS = {
+    "kfac": functools.partial(Constructed, KFACLinearOperator),
+    "ekfac": functools.partial(Constructed, EKFACLinearOperator),
+}
 
 N = 9
 BATCHINGS = {"one": (9,), "unequal": (6, 3), "singles": (1,) * 9}

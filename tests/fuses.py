@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from cases import seeded
+from cases import APPROXIMATIONS, seeded
 from torch import Tensor, nn
 
 from curvop import (
@@ -25,6 +25,7 @@ KINDS = {
     "ef": EFLinearOperator,
     "covariance": GradientCovarianceLinearOperator,
     "jacobian": JacobianLinearOperator,
+    **APPROXIMATIONS,
 }
 
 
@@ -88,6 +89,8 @@ def made(kind: str, fuse: Fuse, options: dict[str, Any]) -> tuple[nn.Module, lis
     )
     model[6].eval()
     model[4].requires_grad_(False)
+    if kind == "ekfac":  # it needs the gradient of each data item
+        model[1].eval()
     for index, value in enumerate(model.parameters()):
         value.grad = torch.full_like(value, index) if index % 2 and value.requires_grad else None
     data = [(torch.randn(size, 3), torch.randn(size, 2)) for size in (4, 3)]

@@ -77,3 +77,76 @@ def test_the_peers_multiply_with_the_same_matrix(kind: str) -> None:
     for name in named:
         product = CONTENDERS[name].build(own, work)(work.vectors)
         assert np.linalg.norm(product - expected) < WRONG * np.linalg.norm(expected), name
+
+
+class TestPreconditioning:
+    @pytest.fixture
+    def small(self) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)).double()
+        data = [(torch.randn(30, 5).double(), torch.randint(3, (30,)))]
+        params = dict(model.named_parameters())
+        return {"model": model, "loss_function": torch.nn.CrossEntropyLoss(), "params": params, "data": data}
+
+    def test_the_counts_are_those_of_textbook_conjugate_gradients(self, small) -> None:
+        from preconditioning import RTOL, measure
+
+        from curvop import EKFACLinearOperator, KFACLinearOperator
+        from curvop.testing.functorch_reference import functorch_ggn
+
+        found = measure(lambda: small, (1e-2,), (1, 2))
+        G = np.asarray(functorch_ggn(**small))
+        largest = np.linalg.eigvalsh(G)[-1]
+        assert found["largest eigenvalue"] == pytest.approx(largest, rel=1e-2)
+        damping = 1e-2 * found["largest eigenvalue"] * np.eye(len(G))
+        layers = np.eye(2)[np.repeat([0, 1], [24, 15])]
+        inverses = {
+            "none": np.eye(len(G)),
+            "KFAC": np.linalg.inv(KFACLinearOperator(**small).to_dense() + damping),
+            "EKFAC": np.linalg.inv(EKFACLinearOperator(**small).to_dense() + damping),
+            "exact blocks": np.linalg.inv(G * (layers @ layers.T) + damping),
+            "nystrom": np.linalg.inv(G + damping),  # the rank is that of the matrix
+            "KFAC, low rank": np.linalg.inv(G + damping),
+        }
+        counts = found["solves"]["0.01"]["1"]
+        b = np.random.default_rng(0).standard_normal((len(G), 1))[:, 0]
+        for name, inverse in inverses.items():
+            assert counts[name]["converged"]
+            assert abs(counts[name]["products"] - 1 - textbook(G + damping, inverse, b, RTOL)) <= 1, name
+        constructions = {name: row["construction"] for name, row in counts.items()}
+        assert [constructions[name] for name in inverses] == [0, 0, 0, 39, 39, 78]
+        assert set(found["solves"]["0.01"]["2"]) == {*inverses, "auto"}
+        assert found["lobpcg"]["0.01"]["KFAC"]["converged"]
+
+    def test_the_automatic_choice_is_counted_with_its_construction(self, small) -> None:
+        from preconditioning import measure_solves
+
+        from curvop import GGNLinearOperator
+
+        G = GGNLinearOperator(**small)
+        [row] = measure_solves(G, 1e-3, {"auto": ("auto", 0)}, 300).values()
+        assert row["converged"]
+        assert G.num_products == row["products"] + row["construction"]
+        assert "products per column" in row["took"]
+
+
+def textbook(A: np.ndarray, inverse: np.ndarray, b: np.ndarray, rtol: float) -> int:
+    """Return the number of steps of preconditioned conjugate gradients (Saad, 2003, algorithm 9.1).
+
+    Residuals are made orthogonal to all earlier ones, so that rounding errors do not delay convergence.
+    """
+    x, r = np.zeros_like(b), b
+    z = inverse @ r
+    p, steps, earlier = z, 0, []
+    while np.linalg.norm(r) > rtol * np.linalg.norm(b):
+        Ap = A @ p
+        alpha = r @ z / (p @ Ap)
+        x, new = x + alpha * p, r - alpha * Ap
+        earlier.append((r, z))
+        for _ in range(2):
+            for r_i, z_i in earlier:
+                new = new - r_i * (z_i @ new) / (z_i @ r_i)
+        z_new = inverse @ new
+        p = z_new + (new @ z_new) / (r @ z) * p
+        r, z, steps = new, z_new, steps + 1
+    return steps

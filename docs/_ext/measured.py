@@ -310,6 +310,55 @@ def distributed() -> str:
     return table(["product", "one rank", f"{measured['ranks']} ranks", "gain", "difference"], lines)
 
 
+def kronecker_rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield the work, the model and the results of each measurement of KFAC. There are none before the first run."""
+    models = results("kfac")["models"] if (RESULTS / "kfac.json").exists() else {}
+    works = dict.fromkeys(work for row in models.values() for work in row)
+    for work in works:
+        for model, row in models.items():
+            if "by" in row.get(work, {}):
+                yield work, model, row[work]
+
+
+def kronecker() -> str:
+    """Tabulate the times and errors of KFAC and EKFAC."""
+    contenders = "curvop", "curvlinops", "kronfluence"
+    lines = []
+    for work, model, found in kronecker_rows():
+        cells = []
+        for name in contenders:
+            own = found["by"].get(name)
+            shown = cell(own)
+            cells.append(f"{shown} ({own['error']:.0e})" if own and {"ms", "error"} <= own.keys() else shown)
+        value = found.get("fastest peer / curvop")
+        lines.append([work, model, *cells, "" if value is None else f"{value:.2f}"])
+    head = ["work", "model", *contenders, "ratio"]
+    return table(head, lines or [["none"] + [""] * (len(head) - 1)])
+
+
+def kronecker_ratios(kind: str) -> list[float]:
+    """Return the times of the fastest other package, divided by those of this package, for all work of one kind."""
+    found = [row for work, _, row in kronecker_rows() if work.replace(",", " ").split()[0] == kind]
+    return [row["fastest peer / curvop"] for row in found if "fastest peer / curvop" in row]
+
+
+def kronecker_figure(kind: str, summary: Callable[[list[float]], float]) -> str:
+    """Return a summary of the ratios of one kind of work as text."""
+    found = kronecker_ratios(kind)
+    return f"{summary(found):.2f}" if found else "an unknown number of"
+
+
+def kronecker_goals() -> list[list[str]]:
+    """Return the rows of the goals for KFAC."""
+    lines = []
+    for kind, target in (results("kfac")["goals"] if (RESULTS / "kfac.json").exists() else {}).items():
+        if found := kronecker_ratios(kind):
+            mean, least = statistics.geometric_mean(found), min(found)
+            cells = [f"at least {target:g} (worst)", f"{mean:.3g}", f"{least:.3g}", "yes" if least >= target else "no"]
+            lines.append([f"KFAC, {kind}, against the fastest peer", "fastest peer / curvop", *cells])
+    return lines
+
+
 def goals() -> str:
     """Tabulate every goal, reached or not."""
     lines = []
@@ -319,7 +368,7 @@ def goals() -> str:
         target = f"{'at most' if goal['at_most'] else 'at least'} {goal['target']:g} ({goal['judged']})"
         figures = [f"{goal[key]:.3g}" for key in ("geometric_mean", "worst")]
         lines.append([goal["goal"], goal["ratio"], target, *figures, "yes" if goal["reached"] else "no"])
-    lines += density_goals()
+    lines += density_goals() + kronecker_goals()
     return table(["goal", "ratio of times", "target", "geometric mean", "worst", "reached"], lines)
 
 
@@ -441,6 +490,62 @@ def _half_cached() -> str:
     return f"{statistics.geometric_mean(ratios):.1f}"
 
 
+def _count(row: dict[str, Any], constructed: bool = False) -> str:
+    """Return a number of products as text, and the number of products that constructed the preconditioner."""
+    found = f"{row['products']:,}" + (f" + {row['construction']:,}" if constructed else "")
+    return found if row["converged"] else f"> {found}"
+
+
+def _solve_rows() -> Iterator[tuple[str, str, int, dict[str, Any]]]:
+    """Yield the model, the damping, the number of right-hand sides and the counts of each setting."""
+    for model, case in results("preconditioning")["cases"].items():
+        for damping, by_columns in case["solves"].items():
+            for columns, rows in by_columns.items():
+                yield model, f"{float(damping):.0e}", int(columns), rows
+
+
+def _automatic(row: dict[str, Any]) -> str:
+    """Return all products of a solve with ``preconditioner="auto"``, and the preconditioner that it took."""
+    return f"{row['products'] + row['construction']:,} ({row['took'].partition(';')[0].partition(',')[0]})"
+
+
+def preconditioning() -> str:
+    """Tabulate the products of solves with each preconditioner."""
+    names = ("none", "KFAC", "EKFAC", "exact blocks", "nystrom", "KFAC, low rank")
+    lines = [
+        [
+            *(model, damping, str(columns)),
+            *(_count(rows[name], name in names[4:]) for name in names),
+            _automatic(rows["auto"]),
+        ]
+        for model, damping, columns, rows in _solve_rows()
+        if "KFAC" in rows
+    ]
+    return table(["model", "damping", "right-hand sides", *names, '"auto"'], lines)
+
+
+def automatic() -> str:
+    """Tabulate the products of solves with several blocks of columns."""
+    names = ("none", "EKFAC", "nystrom")
+    lines = [
+        [model, damping, *(_count(rows[name], name == "nystrom") for name in names), _automatic(rows["auto"])]
+        for model, damping, _, rows in _solve_rows()
+        if "KFAC" not in rows
+    ]
+    return table(["model", "damping", *names, '"auto"'], lines)
+
+
+def smallest() -> str:
+    """Tabulate the products of searches for the smallest eigenvalues."""
+    names = ("none", "KFAC")
+    lines = [
+        [model, f"{float(damping):.0e}", *(_count(rows[name]) for name in names)]
+        for model, case in results("preconditioning")["cases"].items()
+        for damping, rows in case["lobpcg"].items()
+    ]
+    return table(["model", "damping", *names], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "product": lambda: times("product"),
     "one batch": lambda: times("product", name="peers", contenders=ONE_BATCH),
@@ -452,6 +557,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "faster": faster,
     "density": densities,
     "solves": solves,
+    "preconditioning": preconditioning,
+    "automatic choice": automatic,
+    "smallest eigenvalues": smallest,
     "product on a GPU": lambda: times("product", name="peers-gpu"),
     "density on a GPU": lambda: densities("density-gpu"),
     "peaks": peaks,
@@ -459,6 +567,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "large": large,
     "vocabulary": vocabulary,
     "goals": goals,
+    "Kronecker factors": kronecker,
     "distributed": distributed,
     "choices": choices,
     "columns": columns,
@@ -513,6 +622,62 @@ def _gpu() -> str:
     return ", ".join([about["gpu"], *versions])
 
 
+def _solves_of(layers: str) -> list[dict[str, Any]]:
+    """Return the counts of all solves with all preconditioners, for models with 'one', 'several' or 'any' layers."""
+    return [
+        rows
+        for model, *_, rows in _solve_rows()
+        if "KFAC" in rows and layers in ("any", "one" if model.startswith("wide layer") else "several")
+    ]
+
+
+def _wins(name: str, *, other: str = "none", layers: str = "any", constructed: bool = False) -> str:
+    """Return in how many of the solves a preconditioner takes fewer products than another one, as text."""
+    products = [
+        [row[key]["products"] + constructed * row[key]["construction"] for key in (name, other)]
+        for row in _solves_of(layers)
+    ]
+    return f"{sum(own < others for own, others in products)} of {len(products)}"
+
+
+def _ratio_of_products(name: str, layers: str) -> str:
+    """Return the geometric mean of the products with a preconditioner, relative to those without one."""
+    ratios = [rows[name]["products"] / rows["none"]["products"] for rows in _solves_of(layers)]
+    return f"{statistics.geometric_mean(ratios):.1f}"
+
+
+def _automatic_share(choose: Callable[[Iterable[float]], float]) -> str:
+    """Return the extreme share of the products of "auto" in those without a preconditioner, for several blocks."""
+    found = [rows for *_, rows in _solve_rows() if "KFAC" not in rows]
+    shares = [(rows["auto"]["products"] + rows["auto"]["construction"]) / rows["none"]["products"] for rows in found]
+    return f"{choose(shares):.1%}"
+
+
+def _kfac_solve(model: str, name: str) -> str:
+    """Return the products of a solve for one right-hand side with the smallest damping."""
+    by_damping = results("preconditioning")["cases"][model]["solves"]
+    return _count(by_damping[min(by_damping, key=float)]["1"][name])
+
+
+def _preconditioning() -> str:
+    measured = results("preconditioning")
+    return (
+        f"models in float64, dampings in units of the largest eigenvalue, a relative residual of {measured['rtol']:.0e}"
+        f" and a rank of {measured['rank']}"
+    )
+
+
+def _search_wins() -> str:
+    """Return in how many searches for the smallest eigenvalues KFAC converges with fewer products, as text."""
+    found = [rows for case in results("preconditioning")["cases"].values() for rows in case["lobpcg"].values()]
+    wins = sum(
+        rows["KFAC"]["converged"]
+        and not (rows["none"]["converged"] and rows["none"]["products"] <= rows["KFAC"]["products"])
+        for rows in found
+    )
+    return f"{wins} of {len(found)}"
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "environment": _environment,
     "product ratio": lambda: f"{ratio(_PRODUCT, _PEER):.1f}",
@@ -525,6 +690,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "PyHessian ratio": lambda: f"{ratio(_SINGLE, 'PyHessian single / curvop, one batch'):.2f}",
     "gradients": lambda: f"{ratio('one product in gradients', 'curvop / gradient'):.2f}",
     "wrong": lambda: f"{results('peers')['wrong']:g}",
+    "factor ratio": lambda: kronecker_figure("factors", statistics.geometric_mean),
+    "factor worst": lambda: kronecker_figure("factors", min),
+    "factor product ratio": lambda: kronecker_figure("product", statistics.geometric_mean),
+    "factor inverse ratio": lambda: kronecker_figure("inverse", statistics.geometric_mean),
     "wrong eigenpairs": lambda: f"{results('peers')['wrong_eigenpairs']:g}",
     "their error": lambda: f"{error('product', 'curvlinops to_scipy', 'GPT 4 layers, d = 128'):.0e}",
     "our error": lambda: f"{error('product', 'curvop', 'GPT 4 layers, d = 128'):.0e}",
@@ -539,6 +708,28 @@ FIGURES: dict[str, Callable[[], str]] = {
     "products to compile": _products_to_compile,
     "no cache": lambda: mean_of(cost_of_no_cache),
     "half cached": _half_cached,
+    "KFAC wins": lambda: _wins("KFAC"),
+    "KFAC wins, several layers": lambda: _wins("KFAC", layers="several"),
+    "EKFAC wins, several layers": lambda: _wins("EKFAC", layers="several"),
+    "exact blocks win, several layers": lambda: _wins("exact blocks", layers="several"),
+    "KFAC ratio, several layers": lambda: _ratio_of_products("KFAC", "several"),
+    "auto, most": lambda: _automatic_share(max),
+    "auto, least": lambda: _automatic_share(min),
+    "nystrom wins": lambda: _wins("nystrom"),
+    "nystrom wins, constructed": lambda: _wins("nystrom", constructed=True),
+    "low rank wins": lambda: _wins("KFAC, low rank", other="nystrom"),
+    "low rank wins, one layer": lambda: _wins("KFAC, low rank", other="nystrom", layers="one").partition(" ")[0],
+    "low rank beats KFAC": lambda: _wins("KFAC, low rank", other="KFAC"),
+    "preconditioning setting": _preconditioning,
+    "wide layer, none": lambda: _kfac_solve("wide layer, untrained", "none"),
+    "wide layer, KFAC": lambda: _kfac_solve("wide layer, untrained", "KFAC"),
+    "wide layer, trained, none": lambda: _kfac_solve("wide layer, trained", "none"),
+    "wide layer, trained, KFAC": lambda: _kfac_solve("wide layer, trained", "KFAC"),
+    "digits, none": lambda: _kfac_solve("MLP, trained", "none"),
+    "digits, KFAC": lambda: _kfac_solve("MLP, trained", "KFAC"),
+    "digits, exact blocks": lambda: _kfac_solve("MLP, trained", "exact blocks"),
+    "digits, nystrom": lambda: _kfac_solve("MLP, trained", "nystrom"),
+    "searches won": _search_wins,
     "column gain": lambda: extreme(max, gain_of_columns),
     "column gain, smallest": lambda: extreme(min, gain_of_columns),
 }

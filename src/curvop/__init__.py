@@ -60,6 +60,7 @@ the whole matrix::
 
 from curvop import distributed, huggingface, preconditioner, spectrum
 from curvop.checks.check_report import CheckReport
+from curvop.checks.compare import Comparison, compare
 from curvop.checks.operator_checks import check
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.target_loss import TargetLoss
@@ -70,12 +71,14 @@ from curvop.operators.ggn import GGNLinearOperator
 from curvop.operators.gram import GramLinearOperator
 from curvop.operators.hessian import HessianLinearOperator
 from curvop.operators.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
+from curvop.operators.kfac import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
 from curvop.operators.per_example import PerExampleGradientLinearOperator
 from curvop.operators.selection import select
 from curvop.operators.submatrix_operator import SubmatrixLinearOperator
 from curvop.operators.version import __version__ as __version__
 from curvop.solvers.inverse import InverseLinearOperator, NotConvergedError
 from curvop.solvers.linear_solve import SolveResult, solve
+from curvop.storage import kronecker_files as kronecker_files  # defines `save` and `load` of KFAC matrices
 from curvop.storage.journal import JournaledLinearOperator
 from curvop.testing.comparison import allclose_report
 from curvop.testing.functorch_reference import functorch_hessian
@@ -83,9 +86,11 @@ from curvop.testing.functorch_reference import functorch_hessian
 __all__ = [
     "BlockDiagonalLinearOperator",
     "CheckReport",
+    "Comparison",
     "DampedLinearOperator",
     "DiagonalLinearOperator",
     "EFLinearOperator",
+    "EKFACLinearOperator",
     "FisherLinearOperator",
     "GGNLinearOperator",
     "GradientCovarianceLinearOperator",
@@ -94,6 +99,8 @@ __all__ = [
     "InverseLinearOperator",
     "JacobianLinearOperator",
     "JournaledLinearOperator",
+    "KFACLinearOperator",
+    "KFOCLinearOperator",
     "NonDeterministicObjectiveError",
     "NonFiniteProductError",
     "NotConvergedError",
@@ -104,6 +111,7 @@ __all__ = [
     "TransposedJacobianLinearOperator",
     "allclose_report",
     "check",
+    "compare",
     "distributed",
     "functorch_hessian",
     "huggingface",

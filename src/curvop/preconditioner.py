@@ -1,5 +1,5 @@
 """Preconditioners for damped linear solves."""
 
-from curvop.solvers.preconditioners import NystromPreconditioner, jacobi, nystrom
+from curvop.solvers.preconditioners import NystromPreconditioner, jacobi, kfac, nystrom
 
-__all__ = ["NystromPreconditioner", "jacobi", "nystrom"]
+__all__ = ["NystromPreconditioner", "jacobi", "kfac", "nystrom"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 from typing import Any
 
@@ -19,12 +20,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from curvop import (
     CheckReport,
     EFLinearOperator,
+    EKFACLinearOperator,
     FisherLinearOperator,
     GGNLinearOperator,
     GradientCovarianceLinearOperator,
     HessianLinearOperator,
     JacobianLinearOperator,
     JournaledLinearOperator,
+    KFACLinearOperator,
     check,
 )
 
@@ -501,6 +504,30 @@ class Attention(nn.Module):
         return self.o((weights @ self.v(X)).mean(1))
 
 
+class TestApproximations:
+    @pytest.mark.parametrize("kind", [KFACLinearOperator, EKFACLinearOperator])
+    def test_the_error_is_part_of_the_report(self, kind: Any) -> None:
+        problem = loss_problem("ce")
+        K = kind(problem.model, problem.loss_function, problem.params, problem.data)
+        report = check(K, num_probes=2, rng=0)
+        assert report.ok
+        finding = report["approximation"]
+        exact, dense = K.exact @ np.eye(K.shape[0]), K @ np.eye(K.shape[0])
+        value = np.linalg.norm(dense - exact) / np.linalg.norm(exact)
+        shown = re.search(r"relative error (\S+) \+- (\S+) ", finding.text)
+        assert float(shown[1]) == pytest.approx(finding.value, rel=1e-2)
+        assert abs(finding.value - value) <= 4 * float(shown[2]) < 0.4 * value
+        assert report["forward mode"].status == report["finite differences"].status == "ok"
+        assert report["dropout"].status == "ok"
+
+    def test_faults_of_the_model_are_found(self) -> None:
+        problem = normalized((6, 3))
+        params = {name: value for name, value in problem.params.items() if not name.startswith("1.")}
+        with pytest.warns(RuntimeWarning, match="normalizes each of the 2 batches"):
+            K = KFACLinearOperator(problem.model, problem.loss_function, params, problem.data)
+        assert check(K, rng=0)["batch normalisation"].status == "warning"
+
+
 class TestBlocksThatAreZeroUpToRounding:
     @pytest.mark.default_cases("hessian-*", "ggn-dtype0")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -720,3 +747,16 @@ class TestBadInput:
         problem = Problem(mlp().double(), nn.MSELoss(), [])
         with pytest.raises(ValueError, match="data is empty"):
             check(operator(problem))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [lambda K: K.inverse(1e-2), lambda K: K.block("0.weight"), lambda K: K.damped(1e-2), lambda K: K.sqrt()],
+    ids=["inverse", "block", "damped", "square root"],
+)
+def test_matrices_of_float32_factors_are_sound(part) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    data = [(torch.randn(20, 4), torch.randint(3, (20,)))]
+    K = KFACLinearOperator(model, torch.nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+    assert check(part(K), progress=False).ok

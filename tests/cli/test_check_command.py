@@ -70,6 +70,14 @@ def test_digits(run) -> None:
     assert out.endswith("sound: 16 checks passed\n")
 
 
+@pytest.mark.parametrize("matrix", ["kfac", "ekfac"])
+def test_approximations(run, spec, matrix: str) -> None:
+    code, out, _ = run(spec("sound"), "--matrix", matrix)
+    assert code == 0
+    assert out.startswith(f"{matrix.upper()} of the Gauss-Newton matrix of ")
+    assert "of the approximation (Frobenius norm)" in out
+
+
 @pytest.mark.parametrize("matrix", ["hessian", "ggn", "ef", "fisher", "jacobian"])
 @pytest.mark.parametrize("block", [[], ["--block", "2.weight", "--block", "0.bias"]])
 def test_every_matrix(run, spec, matrix: str, block: list[str]) -> None:

@@ -750,6 +750,26 @@ class TestSolve:
         assert "Nystrom of rank 50, 50 products" in out
         assert "products" in err
 
+    @pytest.mark.parametrize("name", ["kfac", "ekfac"])
+    def test_a_preconditioner_is_shown_with_its_error(self, run, spec, name):
+        arguments = ("solve", spec("small"), "--matrix", "ggn", "--preconditioner", name)
+        code, out, _ = run(*arguments)
+        assert code == 0
+        shown = re.search(rf"preconditioner +{name.upper()}, relative error (0\.\d+) \+- \S+ \(from 16 products\)", out)
+        code, out, _ = run(*arguments, "--json")
+        result = json.loads(out)
+        assert (code, result["converged"], result["preconditioner"]) == (0, True, name)
+        problem = load(spec("small"))
+        K = {"kfac": curvop.KFACLinearOperator, "ekfac": curvop.EKFACLinearOperator}[name](**problem).to_dense()
+        G = curvop.GGNLinearOperator(**problem).to_dense()
+        error = result["preconditioner_error"]
+        expected = np.linalg.norm(K - G) / np.linalg.norm(G)
+        assert abs(error["value"] - expected) < 5 * error["error"] < 0.5 * expected
+        assert float(shown[1]) == pytest.approx(error["value"], abs=1e-3)
+        assert error["products"] == 16
+        code, out, _ = run(*arguments, "--block", "2.weight", "--json")
+        assert (code, json.loads(out)["N"]) == (0, 8)
+
     def test_the_solution_is_a_newton_step(self, run, spec, tmp_path):
         file = tmp_path / "step.npz"
         code, out, _ = run("solve", spec("small"), "--damping", "5", "--rtol", "1e-12", "--out", file, "--json")
@@ -800,6 +820,9 @@ class TestSolve:
             (["--seconds", "soon"], "argument --seconds: 'soon' is not a duration > 0"),
             (["--out", "step.txt"], "does not end in .npz"),
             (["--block", "2.weigth"], "--block"),
+            (["--preconditioner", "kfac"], "argument --preconditioner: needs --matrix ggn, ef or fisher"),
+            (["--matrix", "ggn", "--preconditioner", "kfac", "--rank", "5"], "cannot be combined with --rank"),
+            (["--matrix", "ggn", "--preconditioner", "kfac", "--damping", "0"], "--preconditioner: the damping is 0"),
         ],
     )
     def test_bad_arguments(self, run, spec, arguments, message):

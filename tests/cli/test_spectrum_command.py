@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from test_cli import PROBLEMS
 
+from curvop import EKFACLinearOperator, KFACLinearOperator
 from curvop.cli.main import main
 from curvop.cli.spectrum_study import _Schedule
 from curvop.examples.functorch import functorch_ggn, functorch_hessian
@@ -43,6 +44,69 @@ def run(capsys: pytest.CaptureFixture[str]):
         return code, captured.out, captured.err
 
     return command
+
+
+@pytest.mark.parametrize("block", [[], ["--block", "2.weight", "--block", "2.bias"]], ids=["whole", "block"])
+@pytest.mark.parametrize(("matrix", "kind"), [("kfac", KFACLinearOperator), ("ekfac", EKFACLinearOperator)])
+def test_approximations_are_compared_with_the_exact_matrix(run, spec, tmp_path, matrix, kind, block) -> None:
+    out = tmp_path / "study"
+    code, text, _ = run(spec, "--matrix", matrix, "--k", 3, "--out", out, "--json", *block)
+    found, problem = json.loads(text), load(spec)
+    K = kind(**problem)
+    rows = slice(K.params_slices["2.weight"].start, None) if block else slice(None)
+    dense, exact = (np.asarray(A)[rows, rows] for A in (K.to_dense(), functorch_ggn(**problem)))
+    assert code == 0
+    assert found["title"] == f"{matrix.upper()} of the Gauss-Newton matrix"
+    np.testing.assert_allclose(found["ends"][0]["values"], np.linalg.eigvalsh(dense)[-3:], atol=1e-12)
+    assert found["trace"] == {"value": pytest.approx(np.trace(dense), rel=1e-12), "error": 0}
+    assert found["frobenius_norm"] == {"value": pytest.approx(np.linalg.norm(dense), rel=1e-12), "error": 0}
+    density = SpectralDensity.load(out / "density.npz")
+    np.testing.assert_allclose(density.atoms, np.linalg.eigvalsh(dense), atol=1e-12)
+    vectors = EigenResult.load(out / "eigenpairs_LA.npz").vectors
+    np.testing.assert_allclose(dense @ vectors, vectors * found["ends"][0]["values"], atol=1e-12)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-12)
+    error = np.linalg.norm(dense - exact) / np.linalg.norm(exact)
+    value, uncertainty = found["comparison"]["whole"]["error"]
+    assert abs(value - error) <= max(4 * uncertainty, 1e-9)
+    assert "Comparison with the exact matrix" in (out / "report.html").read_text()
+    code, again, _ = run(spec, "--matrix", matrix, "--k", 3, "--out", out, "--resume", *block)
+    assert code == 0
+    assert "comparison with the exact matrix" in again
+
+
+@pytest.mark.parametrize(("matrix", "kind"), [("kfac", KFACLinearOperator), ("ekfac", EKFACLinearOperator)])
+def test_the_block_table_of_an_approximation_shows_the_error_of_each_block(run, spec, tmp_path, matrix, kind) -> None:
+    out = tmp_path / "study"
+    code, text, _ = run(spec, "--matrix", matrix, "--blocks", "--out", out)
+    problem = load(spec)
+    K, G = (np.asarray(A) for A in (kind(**problem).to_dense(), functorch_ggn(**problem)))
+    found = json.loads((out / "spectrum.json").read_text())["blocks"]
+    layers = {"0": slice(0, 16), "2": slice(16, 26)}
+    assert code == 0
+    assert list(found) == list(layers)
+    table = text[text.index("block ") :].splitlines()
+    assert table[0].endswith("relative error")
+    for line, (name, rows) in zip(table[1:], layers.items(), strict=False):
+        own, exact = K[rows, rows], G[rows, rows]
+        error = found[name]["error"]
+        expected = np.linalg.norm(own - exact) / np.linalg.norm(exact)
+        assert abs(error["value"] - expected) <= max(4 * error["error"], 1e-9)
+        assert float(line.partition("+-")[0].split()[-1]) == pytest.approx(error["value"], rel=0.02)
+        assert found[name]["trace"] == pytest.approx(np.trace(own), rel=1e-12)
+        assert found[name]["norm"] == pytest.approx(np.linalg.norm(own), rel=1e-12)
+        assert found[name]["largest"] == pytest.approx(np.linalg.eigvalsh(own)[-1], rel=1e-12)
+    assert "<th>relative error</th>" in (out / "report.html").read_text().partition("Comparison with")[0]
+
+
+def test_a_block_without_closed_forms_is_estimated(run, spec) -> None:
+    """A weight of a layer whose weight and bias form one eigenvalue-corrected block has no closed form."""
+    code, out, _ = run(spec, "--matrix", "ekfac", "--block", "2.weight", "--k", 2, "--blocks", "--json")
+    found = json.loads(out)
+    values = np.linalg.eigvalsh(np.asarray(EKFACLinearOperator(**load(spec)).block(["2.weight"]).to_dense()))
+    assert code == 0
+    np.testing.assert_allclose(found["ends"][0]["values"], values[-2:], atol=1e-12)
+    assert found["trace"]["value"] == pytest.approx(values.sum())
+    assert "error" in found["blocks"]["2.weight"]
 
 
 def test_the_figures_are_those_of_the_dense_matrix(run, spec) -> None:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cases import loss_problem
+from cases import APPROXIMATIONS, loss_problem
 from limited_memory import assert_less_is_kept_and_the_product_is_right
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -197,6 +197,50 @@ def test_nan_from_one_batch_is_named(operator, cache) -> None:
         A @ np.ones(A.shape[1])
     data[1][0].copy_(whole)
     np.testing.assert_allclose(A @ np.eye(A.shape[1]), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", APPROXIMATIONS)
+class TestApproximations:
+    """Their constructors read the data once or twice."""
+
+    def test_a_loader_that_fails_says_at_which_batch(self, kind: str) -> None:
+        model, examples, loader = problem()
+        A = APPROXIMATIONS[kind](model, nn.MSELoss(), dict(model.named_parameters()), loader)
+        expected = A @ np.eye(A.shape[1])
+        examples.broken = 9
+        with pytest.raises(OSError, match="example 9 cannot be read") as raised:
+            A @ np.eye(A.shape[1])
+        assert raised.value.__notes__ == ["This was at batch 2 of data."]
+        examples.broken = -1
+        np.testing.assert_allclose(A @ np.eye(A.shape[1]), expected, rtol=1e-12, atol=1e-15)
+
+    def test_a_corrupt_batch_is_named(self, kind: str) -> None:
+        model, _, loader = problem()
+        data = list(loader)
+        data[1] = (torch.randn(4, 5).double(), data[1][1])
+        A = APPROXIMATIONS[kind](model, nn.MSELoss(), dict(model.named_parameters()), data)
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes") as raised:
+            A @ np.ones(A.shape[1])
+        assert raised.value.__notes__ == ["This was at batch 1 of data."]
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_values_that_are_not_finite_raise_an_error(self, kind: str, value: float) -> None:
+        case = loss_problem("mse")
+        data = [(X.clone(), y) for X, y in case.data]
+        data[1][0][0] = value
+        A = APPROXIMATIONS[kind](case.model, case.loss_function, case.params, data)
+        with pytest.raises(NonFiniteProductError, match="not finite"):
+            A @ np.ones(A.shape[1])
+
+    def test_memory_that_runs_out_leaves_the_model_usable(self, kind: str) -> None:
+        model = Heavy(MemoryError())
+        data = [(torch.randn(4, 3).double(), torch.randn(4, 2).double()) for _ in range(3)]
+        A = APPROXIMATIONS[kind](model, nn.MSELoss(), dict(model.named_parameters()), data)
+        expected = A @ np.eye(A.shape[1])
+        model.faults.left = 1
+        with pytest.raises(MemoryError):
+            A @ np.eye(A.shape[1])
+        np.testing.assert_allclose(A @ np.eye(A.shape[1]), expected, rtol=1e-12, atol=1e-15)
 
 
 def test_nan_in_a_gradient_is_named() -> None:

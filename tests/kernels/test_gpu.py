@@ -16,9 +16,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvop import (
+    EKFACLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
     JournaledLinearOperator,
+    KFACLinearOperator,
     check,
     preconditioner,
     solve,
@@ -386,6 +388,54 @@ class TestSpectrum:
         found = density(there, checkpoint=tmp_path, **options)
         for name in ("nodes", "weights"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.filterwarnings("ignore:some parameters have no Kronecker factors")
+@pytest.mark.parametrize("kind", [KFACLinearOperator, EKFACLinearOperator])
+class TestKroneckerFactors:
+    def pair(self, kind: type[KFACLinearOperator], name: str) -> tuple[KFACLinearOperator, KFACLinearOperator]:
+        problem = architecture_problem(name)
+        model = copy.deepcopy(problem.model).cuda()
+        there = kind(model, problem.loss_function, dict(model.named_parameters()), problem.data)
+        return there, kind(problem.model, problem.loss_function, problem.params, problem.data)
+
+    @pytest.mark.parametrize("name", ["linear", "conv", "group-norm-silu", "attention-module", "tied"])
+    def test_products_and_closed_forms_are_the_cpus(self, kind: type[KFACLinearOperator], name: str) -> None:
+        there, here = self.pair(kind, name)
+        X = vectors(here, 5)
+        close(there @ X, here @ X)
+        close(there.diagonal(), here.diagonal())
+        close(there.inverse(0.1) @ X, here.inverse(0.1) @ X)
+        close(there.logdet(0.1), here.logdet(0.1))
+        block = next(iter(there.params_slices))
+        close(there.block(block).to_dense(), here.block(block).to_dense())
+
+    def test_tensors_stay_there(self, kind: type[KFACLinearOperator]) -> None:
+        there, here = self.pair(kind, "conv")
+        x = vectors(here, 1)[:, 0]
+        for A, B in ((there, here), (there.inverse(0.1), here.inverse(0.1))):
+            product = A @ torch.from_numpy(x).cuda()
+            assert product.is_cuda
+            close(product.cpu(), B @ x)
+
+    def test_updates_and_files(self, kind: type[KFACLinearOperator], tmp_path) -> None:
+        there, here = self.pair(kind, "conv")
+        batch = architecture_problem("conv").data[0]
+        for A in (there, here):
+            A.update(batch, decay=0.5)
+        X = vectors(here, 3)
+        close(there @ X, here @ X)
+        there.save(tmp_path / "factors.npz")
+        close(kind.load(tmp_path / "factors.npz") @ X, here @ X)
+
+    def test_solves(self, kind: type[KFACLinearOperator]) -> None:
+        there, _ = self.pair(kind, "conv")
+        G, b = there.exact, vectors(there, 2)
+        M = preconditioner.kfac(G, 0.1, ekfac=kind is EKFACLinearOperator)
+        found = solve(G, b, 0.1, preconditioner=M, rtol=1e-12, progress=False)
+        assert found.converged.all()
+        n = len(b)
+        close(found.solution, np.linalg.solve(G @ np.eye(n) + 0.1 * np.eye(n), b))
 
 
 class TestAround:

@@ -16,15 +16,18 @@ from torch import nn
 
 from curvop import (
     EFLinearOperator,
+    EKFACLinearOperator,
     FisherLinearOperator,
     GGNLinearOperator,
     GradientCovarianceLinearOperator,
     HessianLinearOperator,
     JacobianLinearOperator,
     JournaledLinearOperator,
+    KFACLinearOperator,
     NonFiniteProductError,
     TransposedJacobianLinearOperator,
     check,
+    compare,
     solve,
 )
 from curvop.spectrum import density, eigsh
@@ -38,6 +41,7 @@ SYMMETRIC = {
     "covariance": GradientCovarianceLinearOperator,
 }
 OPERATORS = JACOBIANS | SYMMETRIC
+APPROXIMATIONS = {"kfac": KFACLinearOperator, "ekfac": EKFACLinearOperator}
 
 
 class Batches(list):
@@ -61,7 +65,7 @@ def made(kind: str, width: int = 5, **options: Any) -> tuple[Any, nn.Module, Bat
     params = dict(model.named_parameters())
     if kind in JACOBIANS:
         return JACOBIANS[kind](model, params, data, **options), model, data
-    return SYMMETRIC[kind](model, nn.CrossEntropyLoss(), params, data, **options), model, data
+    return (SYMMETRIC | APPROXIMATIONS)[kind](model, nn.CrossEntropyLoss(), params, data, **options), model, data
 
 
 def products(A: Any) -> None:
@@ -138,6 +142,12 @@ class TestMemoryIsFlat:
 
         self.flat(use, self.COUNT)
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", APPROXIMATIONS)
+    def test_over_hundreds_of_updates(self, kind):
+        A, _, data = made(kind, 100)
+        self.flat(lambda: A.update(data[0], 0.9), self.COUNT)
+
     def see(self, kind: str, count: int, **options: Any) -> None:
         A, *_ = made(kind, self.WIDTH, **options)
         x, y = np.ones(A.shape[1]), torch.ones(A.shape[0], dtype=torch.float64)
@@ -187,6 +197,18 @@ SYMMETRIC_USES: dict[str, Callable[[Any, Path], Any]] = {
     "eigenvalues": lambda A, path: eigsh(A, 2, progress=False),
     "a density": lambda A, path: density(A, num_probes=2, num_steps=3, checkpoint=path / "steps", progress=False),
     "a product that fails": lambda A, path: failing(A),
+}
+
+
+APPROXIMATION_USES: dict[str, Callable[[Any, Path], Any]] = {
+    "nothing": lambda A, path: None,
+    "products": lambda A, path: products(A),
+    "a block": lambda A, path: (block := A.block(["2.bias", "0.weight"]), products(block)),
+    "closed forms": lambda A, path: (A.inverse(0.1), A.sqrt(), A.eigenvalues(), A.logdet(0.1), A.factors),
+    "the exact matrix": lambda A, path: (exact := A.exact, products(exact)),
+    "an update": lambda A, path: A.update((torch.ones(2, 4).double(), torch.tensor([0, 1])), 0.5),
+    "a comparison": lambda A, path: compare(A, A.exact, num_probes=2, progress=False),
+    "a check": lambda A, path: check(A, rng=0),
 }
 
 
@@ -242,6 +264,28 @@ class TestNoCycleKeepsAnythingAlive:
     @pytest.mark.parametrize("kind", SYMMETRIC)
     def test_of_a_symmetric_operator(self, kind, use, tmp_path):
         assert self.left(kind, SYMMETRIC_USES[use], tmp_path) == []
+
+    @pytest.mark.parametrize("use", APPROXIMATION_USES)
+    @pytest.mark.parametrize("kind", APPROXIMATIONS)
+    def test_of_an_approximation(self, kind, use, tmp_path):
+        assert self.left(kind, APPROXIMATION_USES[use], tmp_path) == []
+
+    @pytest.mark.parametrize("kind", APPROXIMATIONS)
+    def test_factors_do_not_keep_the_graphs_of_batches(self, kind):
+        batches = made(kind)[2]
+        inputs = []
+
+        class Watched(nn.Linear):
+            def forward(self, X):
+                X = X * 1.0
+                inputs.append(weakref.ref(X))
+                return super().forward(X)
+
+        model = nn.Sequential(Watched(4, 3)).double()
+        A = APPROXIMATIONS[kind](model, nn.CrossEntropyLoss(), dict(model.named_parameters()), batches)
+        assert len(inputs) >= len(batches)
+        assert [reference() for reference in inputs] == [None] * len(inputs)
+        A @ np.ones(A.shape[1])
 
     def test_it_is_seen_where_one_does(self, tmp_path):
         def tie(A: Any, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Problem, cut, loss_problem, mlp, seeded
+from cases import APPROXIMATIONS, Problem, cut, loss_problem, mlp, seeded
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,7 +39,7 @@ def operator(problem: Problem, kind: str = "hessian", **options: Any) -> Any:
     given = (problem.params, problem.data)
     if kind != "jacobian":
         given = (problem.loss_function, *given)
-    return KINDS[kind](problem.model, *given, **options)
+    return (KINDS | APPROXIMATIONS)[kind](problem.model, *given, **options)
 
 
 def product(A: Any) -> np.ndarray:
@@ -298,7 +298,7 @@ class TestWhatUsersCodeWritesTo:
     @pytest.mark.parametrize(
         ("kind", "engine"),
         [
-            *itertools.product(KINDS, ["autograd"]),
+            *itertools.product([*KINDS, *APPROXIMATIONS], ["autograd"]),
             ("hessian", "compiled"),
             *(pytest.param(kind, "compiled", marks=pytest.mark.nightly) for kind in list(KINDS)[1:]),
         ],
@@ -319,7 +319,7 @@ class TestWhatUsersCodeWritesTo:
             assert all(map(torch.equal, pair, saved))
 
     @pytest.mark.parametrize("cache", ["auto", 0])
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", [*KINDS, *APPROXIMATIONS])
     def test_where_it_depends_on_the_batch(self, kind: str, cache: Any) -> None:
         problem = problem_of(Imputing().eval())
         problem.data[1][0][0, :2] = torch.nan
@@ -332,7 +332,7 @@ class TestWhatUsersCodeWritesTo:
         assert problem.model.calls == 0
 
     @pytest.mark.parametrize("cache", ["auto", 0])
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", [*KINDS, *APPROXIMATIONS])
     def test_buffers_that_a_later_batch_writes_to_makes_or_deletes(self, kind: str, cache: Any) -> None:
         problem = problem_of(Remembering().eval())
         problem.data[1][0].add_(20)
@@ -346,7 +346,7 @@ class TestWhatUsersCodeWritesTo:
         assert all(torch.equal(after[name], value) for name, value in before.items())
 
     @pytest.mark.parametrize("cache", ["auto", 0])
-    @pytest.mark.parametrize("kind", ["hessian", "ggn", "ef"])
+    @pytest.mark.parametrize("kind", ["hessian", "ggn", "ef", *APPROXIMATIONS])
     @pytest.mark.filterwarnings(
         "ignore:batches 0 and 1. evaluated as one batch:RuntimeWarning"
     )  # each has its own centre
@@ -432,7 +432,7 @@ class Attention(nn.Module):
 
 
 class TestFusedAttention:
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", [*KINDS, *APPROXIMATIONS])
     def test_the_math_backend_takes_its_place_within_the_call_only(self, kind: str) -> None:
         problem = problem_of(Attention(SDPBackend.FLASH_ATTENTION))
         plain = problem_of(Attention(None))
@@ -537,14 +537,14 @@ class Checkpointed(nn.Module):
 
 
 class TestGradientCheckpointing:
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", [*KINDS, *APPROXIMATIONS])
     def test_with_the_models_own_parameters(self, kind: str) -> None:
         problem = problem_of(Checkpointed())
         plain = nn.Sequential(*problem.model.first, problem.model.last)
         expected = product(operator(Problem(plain, problem.loss_function, problem.data), kind))
         np.testing.assert_allclose(product(operator(problem, kind)), expected, rtol=1e-10, atol=1e-13)
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", [*KINDS, *APPROXIMATIONS])
     def test_with_others_it_is_refused(self, kind: str) -> None:
         """Torch would recompute with the model's own parameters, and the product would be wrong."""
         problem = problem_of(Checkpointed())

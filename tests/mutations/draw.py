@@ -6,6 +6,8 @@
 Candidates are the expressions and statements below that lie on lines which the default tests execute. Each wing has its
 share of the draws. A drawn mutation that cannot change any result (an equivalent one) is replaced by hand: delete its
 patch, note it in ``equivalent.txt``, and draw again with ``--skip``, which takes the next draw of its wing instead.
+
+The patches from number 41 on are written by hand: they change the formulas and the checks of KFAC and EKFAC.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Not part of the default run: ``python -m pip install -e ".[bench,test]" && pytho
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,3 +140,107 @@ def test_jacobians_through_norms(curvlinops: Any) -> None:
     exact = functorch_jacobian(problem.model, problem.params, problem.data).numpy()
     agree(ours(curvop.JacobianLinearOperator, problem), exact)
     agree(theirs(curvlinops.JacobianLinearOperator, problem), exact)
+
+
+class Convolutions(nn.Sequential):
+    """A convolution, and a linear layer, for three numbers in and three numbers out."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(27, 3)
+        )
+
+
+MODELS = {"mlp": mlp, "cnn": Convolutions}
+
+
+def kronecker(
+    curvlinops: Any,
+    problem: Problem,
+    fisher: str,
+    joint_bias: bool = True,
+    sharing: str = "expand",
+    ekfac: bool = False,
+) -> tuple[Any, Any]:
+    """Return the operators of both packages."""
+    prefix = "EKFAC" if ekfac else "KFAC"
+    args = problem.model, problem.loss_function
+    own = getattr(curvop, f"{prefix}LinearOperator")(
+        *args, problem.params, problem.data, fisher=fisher, sharing=sharing, joint_bias=joint_bias
+    )
+    other = getattr(curvlinops, f"{prefix}LinearOperator")(
+        *args,
+        list(problem.params.values()),
+        problem.data,
+        fisher_type=fisher,
+        kfac_approx=sharing,
+        separate_weight_and_bias=not joint_bias,
+        check_deterministic=False,
+    )
+    return own, other
+
+
+def dense(A: Any) -> np.ndarray:
+    return (A @ torch.eye(A.shape[1], dtype=torch.float64)).detach().numpy()
+
+
+class TestKroneckerFactors:
+    @pytest.mark.parametrize("joint_bias", [True, False], ids=["joint", "apart"])
+    @pytest.mark.parametrize("model", MODELS)
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    @pytest.mark.parametrize("loss", LOSSES)
+    @pytest.mark.parametrize("fisher", ["type-2", "empirical", "forward-only"])
+    def test_factors(
+        self, curvlinops: Any, fisher: str, loss: str, reduction: str, model: str, joint_bias: bool
+    ) -> None:
+        own, other = kronecker(curvlinops, problem_of(loss, reduction, MODELS[model]), fisher, joint_bias)
+        agree(dense(own), dense(other))
+        assert own.trace() == pytest.approx(float(other.trace), rel=1e-10)
+        assert own.frobenius_norm() == pytest.approx(float(other.frobenius_norm), rel=1e-10)
+
+    @pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+    def test_reduced_positions(self, curvlinops: Any, fisher: str) -> None:
+        own, other = kronecker(curvlinops, problem_of("ce", "mean", Convolutions), fisher, sharing="reduce")
+        agree(dense(own), dense(other))
+
+    @pytest.mark.parametrize("model", MODELS)
+    @pytest.mark.parametrize("fisher", ["type-2", "empirical"])
+    def test_corrected_eigenvalues(self, curvlinops: Any, fisher: str, model: str) -> None:
+        own, other = kronecker(curvlinops, problem_of("ce", "mean", MODELS[model]), fisher, ekfac=True)
+        agree(dense(own), dense(other), 1e-8)  # eigenvectors of nearly equal eigenvalues differ
+
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_sampled_targets_have_the_same_mean(self, curvlinops: Any, loss: str) -> None:
+        problem = problem_of(loss, "mean")
+        options = {"fisher": "mc", "mc_samples": 4000}
+        own = curvop.KFACLinearOperator(problem.model, problem.loss_function, problem.params, problem.data, **options)
+        _, other = kronecker(curvlinops, problem, "type-2")
+        agree(own @ np.eye(own.shape[1]), dense(other), 0.1)
+
+    @pytest.mark.parametrize(("kind", "ekfac"), [("exact", False), ("heuristic", False), ("exact", True)])
+    def test_inverses(self, curvlinops: Any, kind: str, ekfac: bool) -> None:
+        own, other = kronecker(curvlinops, problem_of("ce", "mean"), "type-2", ekfac=ekfac)
+        options = {f"use_{kind}_damping": True}
+        theirs = curvlinops.KFACInverseLinearOperator(other, damping=1e-2, **options)
+        agree(dense(own.inverse(1e-2, kind=kind)), dense(theirs), 1e-8 if ekfac else 1e-10)
+
+
+def test_factors_are_those_of_kronfluence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient factors are sums over positions, which the benchmark divides by the number of loss terms."""
+    pytest.importorskip("kronfluence")
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from kfac import Kronfluence, factor_error, kronfluence_factors
+
+    for model in MODELS.values():
+        problem = problem_of("ce", "mean", model)
+        theirs = Kronfluence({"model": problem.model.float(), "data": [(X.float(), y) for X, y in problem.data]})
+        problem = problem_of("ce", "mean", model)
+        K = curvop.KFACLinearOperator(
+            problem.model, problem.loss_function, problem.params, problem.data, fisher="empirical"
+        )
+        own = {
+            name.removesuffix(".weight"): (factors.input, factors.output)
+            for name, factors in K.factors.items()
+            if name.endswith(".weight")
+        }
+        assert factor_error(kronfluence_factors(theirs.covariances("empirical"), 9), own, "empirical") < 1e-5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +12,23 @@ import torch
 from cases import loss_problem
 from matrices import matrix, right_side
 from scipy.sparse import diags_array
-from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg
+from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, lobpcg
 
-from curvop import DiagonalLinearOperator, GGNLinearOperator
+from curvop import (
+    DiagonalLinearOperator,
+    EFLinearOperator,
+    EKFACLinearOperator,
+    FisherLinearOperator,
+    GGNLinearOperator,
+    GradientCovarianceLinearOperator,
+    HessianLinearOperator,
+    KFACLinearOperator,
+    solve,
+)
 from curvop.operators.base import TensorLinearOperator
-from curvop.preconditioner import jacobi, nystrom
+from curvop.preconditioner import jacobi, kfac, nystrom
 from curvop.solvers import preconditioners
+from curvop.testing.functorch_reference import functorch_ggn
 
 DECAYING = 2.0 ** -np.arange(0, 60)
 
@@ -237,3 +250,138 @@ def test_bad_input(make, A, damping, match) -> None:
 def test_bad_ranks(rank: int) -> None:
     with pytest.raises(ValueError, match=f"rank is {rank!r}"):
         nystrom(np.eye(2), rank, 1.0)
+
+
+class TestKfac:
+    """The inverse of the approximation of an existing operator."""
+
+    @pytest.mark.parametrize("ekfac", [True, False])
+    def test_the_inverse_of_the_damped_approximation(self, ekfac: bool) -> None:
+        problem = loss_problem("ce")
+        args = problem.model, problem.loss_function, problem.params, problem.data
+        G = GGNLinearOperator(*args)
+        M = kfac(G, 0.1, ekfac=ekfac)
+        K = (EKFACLinearOperator if ekfac else KFACLinearOperator)(*args)
+        inverse = np.linalg.inv(K @ np.eye(len(K.diagonal())) + 0.1 * np.eye(G.shape[0]))
+        np.testing.assert_allclose(M @ np.eye(G.shape[0]), inverse, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(kfac(K, 0.1) @ np.ones(G.shape[0]), M @ np.ones(G.shape[0]), rtol=1e-12)
+        b = np.random.default_rng(0).standard_normal(G.shape[0])
+        result = solve(G, b, 0.1, preconditioner=M, rtol=1e-10, progress=False)
+        np.testing.assert_allclose(G @ result.solution + 0.1 * result.solution, b, atol=1e-8)
+
+    @pytest.mark.parametrize(
+        ("operator", "fisher", "options"),
+        [
+            (GGNLinearOperator, "type-2", {}),
+            (EFLinearOperator, "empirical", {}),
+            (FisherLinearOperator, "mc", {"mc_samples": 2, "rng": 5}),
+        ],
+    )
+    def test_an_approximation_knows_its_exact_matrix(
+        self, operator: type, fisher: str, options: dict[str, int]
+    ) -> None:
+        problem = loss_problem("ce")
+        args = problem.model, problem.loss_function, problem.params, problem.data
+        A, K = operator(*args, **options), KFACLinearOperator(*args, fisher=fisher, **options)
+        x = np.random.default_rng(0).standard_normal(A.shape[0])
+        assert type(K.exact) is operator
+        np.testing.assert_allclose(K.exact @ x, A @ x, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(KFACLinearOperator.of(A) @ x, K @ x, rtol=1e-12, atol=1e-14)
+
+    def test_blocks(self) -> None:
+        problem = loss_problem("ce")
+        G = GGNLinearOperator(problem.model, problem.loss_function, problem.params, problem.data)
+        names = list(problem.params)[2:]
+        block = G.block(names)
+        K = KFACLinearOperator.of(block)
+        assert list(K.params_slices) == names
+        x = np.random.default_rng(0).standard_normal(block.shape[0])
+        np.testing.assert_allclose(K @ x, KFACLinearOperator.of(G).block(names) @ x, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(K.exact @ x, block @ x, rtol=1e-12, atol=1e-14)
+        with pytest.raises(ValueError, match="a block off the diagonal"):
+            KFACLinearOperator.of(G.block(names[:1], names[1:]))
+
+    def test_wrong_arguments(self) -> None:
+        problem = loss_problem("ce")
+        args = problem.model, problem.loss_function, problem.params, problem.data
+        for operator in (HessianLinearOperator, GradientCovarianceLinearOperator):
+            with pytest.raises(TypeError, match=f"A is a {operator.__name__}: pass a GGNLinearOperator"):
+                kfac(operator(*args), 0.1)
+        with pytest.raises(ValueError, match="damping is 0, but must be positive"):
+            kfac(GGNLinearOperator(*args), 0)
+
+    def test_warnings_point_at_the_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Parameters without Kronecker factors are listed in a warning."""
+        torch.manual_seed(0)
+        params = {"W": torch.randn(3, 4).double(), "scale": torch.ones(3).double()}
+        data = [(torch.randn(9, 4).double(), torch.randn(9, 3).double())]
+        model = lambda params, X: torch.nn.functional.linear(X, params["W"]) * params["scale"]  # noqa: E731
+        G = GGNLinearOperator(model, torch.nn.MSELoss(), params, data)
+        monkeypatch.setattr("curvop.solvers.linear_solve._MAX_BLOCK", 2)
+        b = np.random.default_rng(0).standard_normal((G.shape[0], 12))
+        for call in (
+            lambda: kfac(G, 0.1),
+            lambda: KFACLinearOperator.of(G),
+            lambda: solve(G, b, 0.1, preconditioner="auto", progress=False),
+        ):
+            with pytest.warns(RuntimeWarning, match="exact blocks: 'scale'") as caught:
+                call()
+            assert {warning.filename for warning in caught} == {__file__}
+
+
+def exact_problem() -> tuple[GGNLinearOperator, np.ndarray]:
+    """Return the Gauss-Newton matrix of one layer and the squared error, for which KFAC is exact, and its entries."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(30, 2).double()
+    X = torch.randn(100, 30).double() * torch.logspace(0, -2, 30)
+    problem = model, torch.nn.MSELoss(), dict(model.named_parameters()), [(X, torch.randn(100, 2).double())]
+    return GGNLinearOperator(*problem), functorch_ggn(*problem).numpy()
+
+
+def network_problem() -> tuple[GGNLinearOperator, np.ndarray]:
+    problem = loss_problem("ce")
+    problem = problem.model, problem.loss_function, problem.params, problem.data
+    return GGNLinearOperator(*problem), functorch_ggn(*problem).numpy()
+
+
+@pytest.mark.parametrize("make", [exact_problem, network_problem])
+class TestSolversWithKfac:
+    DAMPING = 1e-3
+
+    def test_cg_of_scipy(self, make: Callable[[], Any]) -> None:
+        G, dense = make()
+        b = np.random.default_rng(0).standard_normal(len(dense))
+        steps = []
+        for M in (None, kfac(G, self.DAMPING)):
+            norms: list[int] = []
+            x, info = cg(G.damped(self.DAMPING), b, M=M, rtol=1e-12, callback=lambda x, norms=norms: norms.append(1))
+            assert info == 0
+            np.testing.assert_allclose(dense @ x + self.DAMPING * x, b, atol=1e-9)
+            steps.append(len(norms))
+        if make is exact_problem:
+            assert steps[1] <= 2 < steps[0] / 5
+
+    def test_many_right_hand_sides(self, make: Callable[[], Any]) -> None:
+        G, dense = make()
+        B = np.random.default_rng(0).standard_normal((len(dense), 7))
+        results = [
+            solve(G, B, self.DAMPING, preconditioner=M, rtol=1e-10, progress=False)
+            for M in (None, kfac(G, self.DAMPING))
+        ]
+        expected = np.linalg.solve(dense + self.DAMPING * np.eye(len(dense)), B)
+        for result in results:
+            assert result.converged.all()
+            np.testing.assert_allclose(result.solution, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+        if make is exact_problem:
+            assert results[1].products.sum() <= 2 * 7 < results[0].products.sum() / 2
+
+    def test_the_smallest_eigenvalues_by_lobpcg(self, make: Callable[[], Any]) -> None:
+        G, dense = make()
+        A, values = G.damped(self.DAMPING), np.linalg.eigvalsh(dense) + self.DAMPING
+        X = np.random.default_rng(0).standard_normal((len(dense), 4))
+        options = {"tol": 1e-8, "largest": False}
+        found, _ = lobpcg(A, X.copy(), M=kfac(G, self.DAMPING), maxiter=40, **options)  # unconverged, it would warn
+        np.testing.assert_allclose(np.sort(found), values[:4], rtol=1e-6)
+        if make is exact_problem:
+            with pytest.warns(UserWarning, match="not reaching the requested tolerance"):
+                lobpcg(A, X.copy(), maxiter=400, **options)

@@ -20,6 +20,7 @@ from scipy.sparse.linalg import LinearOperator
 from tqdm import tqdm
 
 from curvop.checks.check_report import NOT_APPLICABLE, OK, WARNING, WRONG, CheckReport, Finding
+from curvop.checks.compare import compare
 from curvop.checks.dense_check import rounding_tolerance
 from curvop.checks.model_checks import (
     bypassed_journals,
@@ -35,8 +36,10 @@ from curvop.checks.model_checks import (
     zero_block_finding,
 )
 from curvop.operators.engine_operator import UNTRUSTED, EngineLinearOperator
+from curvop.operators.kfac import KFACLinearOperator
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import integer, random_generator
+from curvop.spectrum.lanczos import product_precision
 
 __all__ = ["check", "route_findings"]
 
@@ -45,6 +48,8 @@ Array = NDArray[Any]
 # If finite differences with two step sizes give products whose relative difference exceeds this limit, a comparison is
 # inconclusive. All wrong formulas seen so far changed a product by more than this limit.
 _INCONCLUSIVE = 1e-3
+# Number of products with each block to compare an approximation with the exact matrix.
+_COMPARED = 8
 # Step of a difference quotient, relative to the norm of the parameters. The relative error of the quotient is
 # roughly as large as the step, or larger.
 _STEP = float(np.finfo(np.float64).eps ** (1 / 3))
@@ -102,6 +107,9 @@ def check(
       are zero because the loss is linear in the prediction.
 
     If the product cannot be computed in another way for comparison, the report contains a warning.
+
+    For a `curvop.KFACLinearOperator` or `curvop.EKFACLinearOperator`, the check reports the error of the approximation,
+    which `curvop.compare` estimates. The model and the loss are those of the exact matrix, which is checked, too.
 
     For a distributed operator, the check covers only the algebra and the precision. Check the operator of each rank as
     well.
@@ -185,7 +193,7 @@ def check(
     start = time.perf_counter()
     with (
         step_bar("check", progress) as bar,
-        restored_warnings(engine_parts(A)),
+        restored_warnings(_models_of(A)),
         bypassed_journals(A),
         warnings.catch_warnings(record=True) as caught,
     ):
@@ -241,6 +249,11 @@ def route_findings(
         yield Finding("independent route", WARNING, text, remedy=_NO_ROUTE)
 
 
+def _models_of(A: LinearOperator) -> list[EngineLinearOperator]:
+    """Return the operators with a model that `A` is composed of, or the exact matrix of an approximation."""
+    return engine_parts(A.exact if isinstance(A, KFACLinearOperator) else A)
+
+
 def _empty(A: LinearOperator) -> Finding:
     return Finding("products", NOT_APPLICABLE, f"A has shape {A.shape}, and no entries")
 
@@ -252,7 +265,7 @@ class _OperatorChecks:
         self._A, self._num_probes, self._rng, self._bar = A, num_probes, rng, bar
         inexact = A.dtype is not None and A.dtype.kind in "fc"
         self._dtype = A.dtype if inexact else np.dtype(np.float64)
-        self._eps = float(np.finfo(self._dtype).eps)
+        self._eps = max(float(np.finfo(self._dtype).eps), product_precision(A))
         self._first_product: tuple[Array, Array] | None = None
         self._compared: dict[EngineLinearOperator, tuple[Array, Array, list[Any]]] = {}
         self._comparable: list[EngineLinearOperator] = []
@@ -261,7 +274,7 @@ class _OperatorChecks:
 
     def findings(self) -> Iterator[Finding]:
         """Yield findings about the model, then about the algebra of products, then about products by other methods."""
-        parts, random, reported = engine_parts(self._A), False, ""
+        parts, random, reported = _models_of(self._A), False, ""
         for part in parts:
             try:
                 inspection = part.inspect()
@@ -280,6 +293,8 @@ class _OperatorChecks:
         self._comparable = [] if random else parts
         try:
             yield from self._algebra()
+            if isinstance(self._A, KFACLinearOperator):
+                yield self._approximation(self._A)
             for part in parts:
                 yield from self._routes(part, random)
         except UNTRUSTED as error:
@@ -361,6 +376,17 @@ class _OperatorChecks:
             yield Finding("symmetry", NOT_APPLICABLE, "A is not square")
             return
         yield symmetry_finding(defect(self._product(A, U)), self._eps, noise, self_adjoint, has_adjoint)
+
+    def _approximation(self, A: KFACLinearOperator) -> Finding:
+        """Compare a Kronecker-factored approximation with the exact matrix."""
+        comparison = compare(A, A.exact, num_probes=_COMPARED, rng=self._rng, progress=False)
+        self._count(comparison.num_products)
+        whole, blocks = comparison.whole.error, comparison.diagonal.error
+        text = (
+            f"relative error {whole.value:.3g} +- {whole.error:.1g} of the approximation (Frobenius norm), and "
+            f"{blocks.value:.3g} +- {blocks.error:.1g} within the diagonal blocks; curvop.compare shows each block"
+        )
+        return Finding("approximation", OK, text, whole.value)
 
     def _routes(self, part: EngineLinearOperator, random: bool) -> Iterator[Finding]:
         if random:

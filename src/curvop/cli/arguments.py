@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from curvop.cli.problem_loading import MATRICES
+from curvop.cli.problem_loading import APPROXIMATIONS, MATRICES
 from curvop.cli.report import ENDS
 from curvop.operators.version import __version__
 
@@ -43,12 +43,14 @@ problem; 130 interrupted. If --maxiter or --seconds ends the solver, the solutio
 _SPECTRUM_DESCRIPTION = """\
 Study the spectrum of a curvature matrix. Compute the largest eigenvalues with error bounds, the spectral density, for a
 Hessian the smallest eigenvalues, and the trace and the Frobenius norm with error bars; with --blocks, also study the
-block of each parameter. With --out, save all products and results in a folder, and write report.html after each step.
-With --resume, continue the study in this folder, for example after the command was killed or reached its --deadline; if
-the folder is missing or empty, start one. With a larger --k, --steps or --probes, --resume extends the study. The
-deadline is counted from the start of the command. The steps share the time in the above order, and the time that is
-left goes to the first steps that are not finished. Some steps are not interrupted and can exceed the deadline: loading
-the problem, computing the gradient, and one product with --probes vectors. PROBLEM is the same as for 'curvop eigs'."""
+block of each parameter. With --matrix kfac or ekfac, study an approximation of the Gauss-Newton matrix: compute exact
+values from its factors, and estimate the error of each block. With --out, save all products and results in a folder,
+and write report.html after each step. With --resume, continue the study in this folder, for example after the command
+was killed or reached its --deadline; if the folder is missing or empty, start one. With a larger --k, --steps or
+--probes, --resume extends the study. The deadline is counted from the start of the command. The steps share the time in
+the above order, and the time that is left goes to the first steps that are not finished. Some steps are not interrupted
+and can exceed the deadline: loading the problem, computing the gradient, and one product with --probes vectors. PROBLEM
+is the same as for 'curvop eigs'."""
 
 _SPECTRUM_EPILOG = """\
 exit codes: 0 success; 1 an eigenvalue is not certified, or a step was not finished by the deadline; 2 invalid argument
@@ -158,6 +160,11 @@ def _parser() -> _Parser:
     solver.add_argument(
         "--rank", type=_count, help="rank of a Nystrom preconditioner, for ggn, ef and fisher (default: none)"
     )
+    solver.add_argument(
+        "--preconditioner",
+        choices=tuple(APPROXIMATIONS),
+        help="a Kronecker-factored preconditioner, for ggn, ef and fisher; its error is estimated (default: none)",
+    )
     solver.add_argument("--maxiter", type=_count, help="maximum number of steps (default: 10 N, and at most 1000)")
     solver.add_argument(
         "--seconds", type=_duration, metavar="TIME", help="time limit of the solver, for example 90s, 30m or 2h"
@@ -170,7 +177,7 @@ def _parser() -> _Parser:
         epilog=_SPECTRUM_EPILOG,
         allow_abbrev=False,
     )
-    _common(spectrum, tuple(MATRICES))
+    _common(spectrum, (*MATRICES, *APPROXIMATIONS))
     spectrum.add_argument("--k", type=_count, default=10, help="number of eigenvalues at each end (default: 10)")
     spectrum.add_argument(
         "--probes", type=_count, default=8, help="number of random vectors of the density (default: 8)"
@@ -194,7 +201,7 @@ def _parser() -> _Parser:
         epilog=_CHECK_EPILOG,
         allow_abbrev=False,
     )
-    _common(check, (*MATRICES, "jacobian"))
+    _common(check, (*MATRICES, *APPROXIMATIONS, "jacobian"))
     check.add_argument("--probes", type=_count, default=2, help="number of random vectors (default: 2)")
     return parser
 
@@ -281,6 +288,11 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("argument --which: --matrix jacobian always finds the largest singular values: leave it out")
     if options.command == "eigs" and options.which == "BE" and options.k < 2:
         raise UsageError("argument --k: must be >= 2 with --which BE")
+    if options.command == "solve" and options.preconditioner:
+        if options.matrix == "hessian":
+            raise UsageError("argument --preconditioner: needs --matrix ggn, ef or fisher")
+        if options.rank:
+            raise UsageError("argument --preconditioner: cannot be combined with --rank")
     out: Path | None = options.out
     if options.command == "spectrum":
         _check_directory(out, options.resume)

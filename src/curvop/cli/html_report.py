@@ -13,8 +13,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from curvop.checks.compare import Comparison
 from curvop.operators.version import __version__
-from curvop.spectrum.blocks import BlockStudy
+from curvop.spectrum.blocks import BlockStudy, padded
 from curvop.spectrum.eigen import EigenResult
 from curvop.spectrum.estimators import BoundedEstimate, Estimate
 from curvop.spectrum.spectral_density import SpectralDensity
@@ -56,7 +57,9 @@ class StudyResults:
     density : SpectralDensity or None
         The spectral density.
     blocks : BlockStudy or None
-        The study of each parameter's block.
+        The study of each parameter's block, or of each layer's block if the matrix is an approximation.
+    comparison : Comparison or None
+        The error of the matrix, if it is an approximation. Its blocks are those of `blocks`.
     undone : list of str
         Messages about steps that were not finished. If the attribute of a result is None, the step that computes the
         result was not finished or not requested.
@@ -82,6 +85,7 @@ class StudyResults:
     norm: Estimate | None = None
     density: SpectralDensity | None = None
     blocks: BlockStudy | None = None
+    comparison: Comparison | None = None
     undone: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     products: int = 0
@@ -104,15 +108,29 @@ class StudyResults:
         ]
         for name, estimate in (("trace", self.trace), ("Frobenius norm", self.norm)):
             if estimate is not None:
-                facts.append((name, str(estimate)))
+                exact = estimate.method == "closed form"
+                facts.append((name, f"{estimate.value:.6g} (exact)" if exact else str(estimate)))
         if self.density is not None:
             low, high = self.density.range
-            facts.append(("range of the Ritz values", f"{low:.6g} to {high:.6g}"))
+            name = "range of the eigenvalues" if self.density.exact else "range of the Ritz values"
+            facts.append((name, f"{low:.6g} to {high:.6g}"))
         cost = f"{self.products:,} in {self.seconds:.1f} s"
         facts.append(("products computed", cost))
         if self.journal_bytes is not None:
             facts.append(("product journal on disk", f"{self.journal_bytes / 1e6:.3g} MB"))
         return facts
+
+    @property
+    def block_table(self) -> list[tuple[str, ...]]:
+        """Cells of the table of blocks: headings, and one tuple of strings for each block.
+
+        If the matrix is an approximation, the last column is the relative error of each block.
+        """
+        table = [] if self.blocks is None else self.blocks.table
+        if self.comparison is None:
+            return table
+        found = {cells[0]: cells[4] for cells in self.comparison.table}
+        return [(*cells, found[cells[0]]) for cells in table]
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.facts)
@@ -120,7 +138,10 @@ class StudyResults:
         for end in self.ends:
             lines += ["", str(end)]
         if self.blocks is not None:
-            lines += ["", str(self.blocks)]
+            unfinished = [f"not studied, as time was up: {listed(self.blocks.unfinished)}"] * (not self.blocks.complete)
+            lines += ["", *padded(self.block_table), *unfinished]
+        if self.comparison is not None:
+            lines += ["", "comparison with the exact matrix", str(self.comparison)]
         return "\n".join([*lines, "", *self.notes, *(self.undone or ["all steps are complete"])])
 
     def json(self) -> dict[str, Any]:
@@ -138,7 +159,8 @@ class StudyResults:
             "frobenius_norm": _estimate_json(self.norm),
             "density": None if self.density is None else _density_json(self.density),
             "ends": [_end_json(end) for end in self.ends],
-            "blocks": None if self.blocks is None else _blocks_json(self.blocks),
+            "blocks": None if self.blocks is None else _blocks_json(self.blocks, self.comparison),
+            **({} if self.comparison is None else {"comparison": self.comparison.json()}),
         }
 
 
@@ -222,7 +244,9 @@ def _end_json(end: EigenResult) -> dict[str, Any]:
     }
 
 
-def _blocks_json(study: BlockStudy) -> dict[str, Any]:
+def _blocks_json(study: BlockStudy, comparison: Comparison | None) -> dict[str, Any]:
+    parts = [] if comparison is None else comparison.blocks
+    errors = {part.name: {"error": _estimate_json(part.error)} for part in parts}
     return {
         name: {
             "rows": density.size,
@@ -233,6 +257,7 @@ def _blocks_json(study: BlockStudy) -> dict[str, Any]:
             "trace": float(density.trace().value),
             "norm": norm,
             "density": _density_json(density),
+            **errors.get(name, {}),
         }
         for name, density, norm in zip(study.names, study.densities, study.norms.diagonal().tolist(), strict=True)
     }
@@ -293,13 +318,16 @@ def _html(results: StudyResults, pictures: dict[str, bytes]) -> str:
         parts += ["<h2>Layer by layer</h2>"]
         if study.unfinished:
             parts.append(f'<p class="bad">not studied, as time was up: {html.escape(listed(study.unfinished))}</p>')
-        head, *rows = study.table
+        head, *rows = results.block_table
         table = _table(rows, head)
         if "blocks" in pictures:
             description = "eigenvalues, trace and density of each block, and the norms of all blocks"
             parts.append(_image(pictures["blocks"], description))
             table = f"<details><summary>The same as a table</summary>\n{table}\n</details>"
         parts.append(table)
+    if results.comparison is not None:
+        head, *rows = results.comparison.table
+        parts += ["<h2>Comparison with the exact matrix</h2>", _table(rows, head)]
     parts.append(f"<footer>curvop {__version__}</footer>")
     body = "\n".join(parts)
     return (

@@ -8,11 +8,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
+from curvop.checks.compare import Comparison, compare
 from curvop.checks.dense_check import DenseCheck
 from curvop.checks.operator_checks import check
 from curvop.cli.arguments import UsageError, operator_settings, parse
 from curvop.cli.eigs_study import evaluated, singular_study, study
-from curvop.cli.problem_loading import MATRICES, ProblemError, load, wrap, wrap_jacobian
+from curvop.cli.problem_loading import (
+    APPROXIMATIONS,
+    ProblemError,
+    load,
+    title_of,
+    wrap,
+    wrap_approximation,
+    wrap_jacobian,
+)
 from curvop.cli.report import Result, eigs_json, eigs_report, num_products, param_arrays, save, solve_json, solve_report
 from curvop.cli.spectrum_study import spectrum_study
 from curvop.operators.engine_operator import UNTRUSTED
@@ -116,13 +125,19 @@ def _solve(options: argparse.Namespace) -> int:
         problem = load(options.problem)
         _, operator = wrap(problem, options.matrix, operator_settings(options), options.block, bar)
         gradient, loss = evaluated(operator)
-        M = None
+        M, comparison = None, None
+        if options.preconditioner:
+            bar.set_description_str("preconditioner")
+            try:
+                M, comparison = _approximate_inverse(operator, options)
+            except ValueError as problem_error:
+                raise ProblemError(f"--preconditioner: {one_line(problem_error)}") from problem_error
         if options.rank:
             bar.set_description_str("preconditioner")
             try:
                 M = nystrom(operator, options.rank, options.damping, rng=0)
-            except ValueError as error:
-                raise ProblemError(f"--rank {options.rank}: {one_line(error)}") from error
+            except ValueError as problem_error:
+                raise ProblemError(f"--rank {options.rank}: {one_line(problem_error)}") from problem_error
         bar.set_description_str("solve")
         with without_verdicts():
             result = solve(
@@ -138,10 +153,19 @@ def _solve(options: argparse.Namespace) -> int:
     if options.out:
         save_arrays(options.out, solution=result.solution, gradient=gradient, **param_arrays(operator.params_slices))
     if options.json:
-        print(json.dumps(solve_json(operator, result, loss, options), indent=2))
+        print(json.dumps(solve_json(operator, result, loss, comparison, options), indent=2))
     else:
-        print("\n".join(solve_report(operator, result, loss, options)))
+        print("\n".join(solve_report(operator, result, loss, comparison, options)))
     return 0 if result.converged and result.negative_curvature is None else 1
+
+
+def _approximate_inverse(operator: Any, options: argparse.Namespace) -> tuple[Any, Comparison]:
+    """Return a Kronecker-factored preconditioner, and the error of the approximation that it inverts."""
+    if not options.damping:
+        raise ValueError("the damping is 0, but must be positive: pass --damping")
+    K = APPROXIMATIONS[options.preconditioner][1].of(operator)
+    whole = {"all parameters": list(operator.params_slices)}  # one group takes fewer products than one for each block
+    return K.inverse(options.damping), compare(K, operator, groups=whole)
 
 
 def _spectrum(options: argparse.Namespace) -> int:
@@ -159,10 +183,10 @@ def _check(options: argparse.Namespace) -> int:
         problem = load(options.problem)
         settings = operator_settings(options)
         if options.matrix == "jacobian":
-            title = "Jacobian"
             _, operator = wrap_jacobian(problem, settings, options.block)
+        elif options.matrix in APPROXIMATIONS:
+            _, operator, _ = wrap_approximation(problem, options.matrix, settings, options.block)
         else:
-            title = MATRICES[options.matrix].title
             _, operator = wrap(problem, options.matrix, settings, options.block)
         try:
             report = check(operator, num_probes=options.probes, rng=0)
@@ -172,7 +196,7 @@ def _check(options: argparse.Namespace) -> int:
         arguments = {name: getattr(options, name) for name in ("problem", "matrix", "block")}
         print(json.dumps(arguments | report.json(), indent=2))
     else:
-        print(f"{title} of {options.problem}\n{report}")
+        print(f"{title_of(options.matrix)} of {options.problem}\n{report}")
     return 0 if report.ok else 1
 
 

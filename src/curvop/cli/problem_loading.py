@@ -27,9 +27,22 @@ from curvop.operators.fisher import EFLinearOperator, FisherLinearOperator
 from curvop.operators.ggn import GGNLinearOperator
 from curvop.operators.hessian import HessianLinearOperator
 from curvop.operators.jacobian import JacobianLinearOperator
+from curvop.operators.kfac import EKFACLinearOperator, KFACLinearOperator
 from curvop.testing.functorch_reference import functorch_empirical_fisher, functorch_ggn, functorch_hessian
 
-__all__ = ["MATRICES", "Matrix", "ProblemError", "digits", "last_layer", "load", "wrap", "wrap_jacobian"]
+__all__ = [
+    "APPROXIMATIONS",
+    "MATRICES",
+    "Matrix",
+    "ProblemError",
+    "digits",
+    "last_layer",
+    "load",
+    "title_of",
+    "wrap",
+    "wrap_approximation",
+    "wrap_jacobian",
+]
 
 _KEYS = ("model", "loss_function", "params", "data")
 _FORMS = "'digits', 'path/to/file.py:function' or 'package.module:function'"
@@ -289,7 +302,20 @@ MATRICES = {
     # For the likelihoods that FisherLinearOperator accepts, the Fisher matrix equals the Gauss-Newton matrix.
     "fisher": Matrix("Fisher matrix", FisherLinearOperator, functorch_ggn),
 }
-"""The choices of ``--matrix``, except ``jacobian``."""
+"""The choices of ``--matrix`` that are matrices of second derivatives or of gradients."""
+
+APPROXIMATIONS = {
+    "kfac": ("KFAC of the Gauss-Newton matrix", KFACLinearOperator),
+    "ekfac": ("EKFAC of the Gauss-Newton matrix", EKFACLinearOperator),
+}
+"""Titles and classes of the approximations that ``--matrix`` accepts."""
+
+
+def title_of(matrix: str) -> str:
+    """Return the title of a matrix in reports."""
+    if matrix == "jacobian":
+        return "Jacobian"
+    return APPROXIMATIONS[matrix][0] if matrix in APPROXIMATIONS else MATRICES[matrix].title
 
 
 def wrap(
@@ -325,6 +351,41 @@ def wrap(
     except (ValueError, TypeError) as error:
         raise ProblemError(one_line(error)) from error
     return whole, _restricted(whole, block, "rows")
+
+
+def wrap_approximation(
+    problem: dict[str, Any], matrix: str, settings: dict[str, Any], block: Sequence[str] | None
+) -> tuple[Any, Any, Any]:
+    """Create the operators for an approximation of a matrix of a problem, and for the exact matrix.
+
+    Parameters
+    ----------
+    problem : dict
+        The problem, as returned by `load`.
+    matrix : str
+        A key of `APPROXIMATIONS`.
+    settings : dict
+        ``dtype`` of the operator. Other settings are ignored.
+    block : sequence of str or None
+        Names of the parameters of the block. If None, `part` is `whole`.
+
+    Returns
+    -------
+    whole, part : LinearOperator
+        The approximation for all parameters, and for the parameters in `block`.
+    exact : EngineLinearOperator
+        The exact matrix for the parameters in `block`.
+
+    Raises
+    ------
+    ProblemError
+        If the problem is invalid or cannot be evaluated, or if `block` contains an unknown name.
+    """
+    try:
+        whole = APPROXIMATIONS[matrix][1](**problem, dtype=settings["dtype"])
+    except Exception as error:  # the constructor runs the model
+        raise ProblemError(one_line(error)) from error
+    return whole, _restricted(whole, block, "rows"), _restricted(whole.exact, block, "rows")
 
 
 def wrap_jacobian(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from curvop.checks.compare import Comparison
 from curvop.checks.dense_check import DenseCheck
 from curvop.cli.problem_loading import MATRICES
 from curvop.operators.engine_operator import Cost as ProductCost
@@ -331,23 +332,36 @@ def eigs_json(options: argparse.Namespace, results: Sequence[Any], seconds: floa
     }
 
 
-def solve_report(operator: Any, result: SolveResult, loss: float, options: argparse.Namespace) -> Iterator[str]:
-    """Yield the lines of the report of ``curvop solve``."""
+def solve_report(
+    operator: Any, result: SolveResult, loss: float, comparison: Comparison | None, options: argparse.Namespace
+) -> Iterator[str]:
+    """Yield the lines of the report of ``curvop solve``. `comparison` shows the error of the preconditioner."""
     yield f"{MATRICES[options.matrix].title} B of {options.problem}"
     yield f"  unknowns                N = {operator.shape[0]:,} ({', '.join(operator.params_slices)})"
     yield f"  loss                    {loss:.6g}"
     yield f"solve (B + {options.damping:g} I) x = g, where g is the gradient"
+    if comparison is not None:
+        (value, error), count = comparison.whole.error, comparison.num_products
+        text = f"relative error {value:.3g} +- {error:.1g} (from {count:,} products)"
+        yield f"  preconditioner          {options.preconditioner.upper()}, {text}"
     if options.rank:
         yield f"  preconditioner          Nystrom of rank {options.rank}, {options.rank} products"
     yield f"  {result.solver:<22}  {result.products:,} product{'s' * (result.products != 1)}"
     yield from _solve_lines(result, options.rtol, options.damping)
 
 
-def solve_json(operator: Any, result: SolveResult, loss: float, options: argparse.Namespace) -> dict[str, Any]:
+def solve_json(
+    operator: Any, result: SolveResult, loss: float, comparison: Comparison | None, options: argparse.Namespace
+) -> dict[str, Any]:
     """Return the results of ``curvop solve`` as a JSON serializable dictionary."""
-    arguments = {name: getattr(options, name) for name in ("problem", "matrix", "damping", "rtol", "rank")}
+    preconditioner: dict[str, Any] = {}
+    if comparison is not None:
+        value, error = comparison.whole.error
+        found = {"value": value, "error": error, "products": comparison.num_products}
+        preconditioner = {"preconditioner": options.preconditioner, "preconditioner_error": found}
     return {
-        **arguments,
+        **{name: getattr(options, name) for name in ("problem", "matrix", "damping", "rtol", "rank")},
+        **preconditioner,
         "block": list(operator.params_slices),
         "N": operator.shape[0],
         "loss": loss,
@@ -394,5 +408,5 @@ def _solve_json(solve: Solve) -> dict[str, Any]:
 
 def _solution_json(result: SolveResult) -> dict[str, Any]:
     fields = asdict(result)
-    del fields["solution"]
+    del fields["solution"], fields["preconditioner"]  # the command never chooses one by itself
     return fields

@@ -22,12 +22,15 @@ from typing import Any
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
+from curvop.checks.compare import compare
 from curvop.cli.arguments import JOURNAL, operator_settings
+from curvop.cli.closed_forms import add_closed_forms
 from curvop.cli.eigs_study import evaluated
 from curvop.cli.html_report import StudyFiles, StudyResults
-from curvop.cli.problem_loading import MATRICES, ProblemError, wrap
+from curvop.cli.problem_loading import APPROXIMATIONS, ProblemError, title_of, wrap, wrap_approximation
 from curvop.cli.report import ENDS
 from curvop.operators.error_text import describe_error, one_line
+from curvop.operators.kronecker import KroneckerFactoredLinearOperator
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import available_bytes, check_fits
 from curvop.spectrum.blocks import blocks
@@ -44,7 +47,16 @@ from curvop.storage.records import RecordFileError
 __all__ = ["spectrum_study"]
 
 _ESTIMATE_PRODUCTS = 60  # number of products for the trace; the norm takes as many
-_SHARES = {"eigenvalues LA": 4.0, "density": 3.0, "eigenvalues SA": 2.0, "trace": 0.5, "norm": 0.5, "blocks": 2.0}
+_SHARES = {
+    "closed forms": 0.0,
+    "eigenvalues LA": 4.0,
+    "density": 3.0,
+    "eigenvalues SA": 2.0,
+    "trace": 0.5,
+    "norm": 0.5,
+    "comparison": 1.0,
+    "blocks": 2.0,
+}
 """The steps in order of execution, and their shares of the time until a deadline."""
 
 # Time reserved for writing the files after a step: the smaller of the following seconds and share of the deadline. Once
@@ -165,22 +177,29 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, start: 
     wanted first. For this purpose, a study without an output folder records its products in a temporary folder. If the
     density could fill more than a quarter of the free disk space there, the study ends after the last step instead.
 
-    Computations in progress are not interrupted. The study can therefore exceed the deadline for three reasons:
+    Computations in progress are not interrupted. The study can therefore exceed the deadline for four reasons:
 
     - The loss and its gradient are always computed.
     - A Lanczos step of the density is a block product with one vector for each probe, and the first step is always
       computed.
     - Writing the files at the end may take longer than after earlier steps.
+    - The closed forms of an approximation are always computed, and its comparison with the exact matrix is not
+      interrupted.
 
     All other steps exceed their time limits by at most the time for one product, or for one block product with 16
     vectors.
     """
-    whole, A = wrap(problem, options.matrix, operator_settings(options), options.block)
+    settings = operator_settings(options)
+    if options.matrix in APPROXIMATIONS:
+        whole, A, exact = wrap_approximation(problem, options.matrix, settings, options.block)
+    else:
+        whole, A = wrap(problem, options.matrix, settings, options.block)
+        exact = A
     _check_memory(A, options)
-    gradient, loss = evaluated(A)
+    gradient, loss = evaluated(exact)
     results = StudyResults(
         problem=options.problem,
-        title=MATRICES[options.matrix].title,
+        title=title_of(options.matrix),
         rows=A.shape[0],
         parameters=whole.shape[0],
         names=list(A.params_slices),
@@ -198,7 +217,7 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, start: 
             files = None if out is None else StudyFiles(out)
             if files is not None and options.deadline is not None:
                 files.prepare()
-            steps = _steps(results, A, recorded, options, folder)
+            steps = _steps(results, A, recorded, exact, options, folder)
             schedule = _Schedule(start, options.deadline, list(steps), writes=files is not None)
             _run(results, A, steps, files, schedule, continuing=folder is not None)
             results.products, results.seconds = results.products + A.num_products, time.monotonic() - start
@@ -223,11 +242,13 @@ def _temporary_folder(A: Any, options: argparse.Namespace, stack: contextlib.Exi
 
 
 def _check_memory(A: Any, options: argparse.Namespace) -> None:
-    """Raise if the density, the trace or the norm would need more memory than is available.
+    """Raise if estimates of the density, the trace or the norm would need more memory than is available.
 
     Without this check, these steps might run out of memory hours later. `eigsh` checks its own memory when it starts.
     """
     steps, vectors = min(options.steps, A.shape[0]), 4 * _estimate_products(A)
+    if isinstance(A, KroneckerFactoredLinearOperator):
+        return
     try:
         check_fits(
             bytes_of_run(A, steps),
@@ -324,24 +345,40 @@ def _intermediate(results: StudyResults, A: Any, schedule: _Schedule, undone: li
 
 
 def _steps(
-    results: StudyResults, A: Any, recorded: LinearOperator, options: argparse.Namespace, folder: Path | None
+    results: StudyResults,
+    A: Any,
+    recorded: LinearOperator,
+    exact: Any,
+    options: argparse.Namespace,
+    folder: Path | None,
 ) -> dict[str, Step]:
-    """Return a dictionary of the requested steps in order of execution."""
+    """Return a dictionary of the requested steps in order of execution. `exact` is the matrix that `A` approximates."""
     steps: dict[str, Step] = {
         "eigenvalues LA": lambda limit: _eigenvalues(results, recorded, "LA", options.k, limit),
         "density": lambda limit: _density(results, A, options, folder, limit),
         "eigenvalues SA": lambda limit: _eigenvalues(results, recorded, "SA", min(5, options.k), limit),
         "trace": lambda limit: _estimate(results, recorded, "trace", trace, 1, limit),
         "norm": lambda limit: _estimate(results, recorded, "norm", frobenius_norm, 2, limit),
+        "comparison": lambda limit: _comparison(results, A, exact, limit),
         "blocks": lambda limit: _blocks(results, A, checkpoint, limit),
     }
+    if isinstance(A, KroneckerFactoredLinearOperator):
+        closed = {"closed forms": lambda limit: _closed_forms(results, A, options)}
+        return closed | {"comparison": steps["comparison"]}
     checkpoint = None if folder is None else folder / "blocks"
     _finished_blocks(results, A, checkpoint)
     if options.matrix != "hessian":
         del steps["eigenvalues SA"]
+    if exact is A:
+        del steps["comparison"]
     if not options.blocks:
         del steps["blocks"]
     return {name: steps[name] for name in _SHARES if name in steps}
+
+
+def _closed_forms(results: StudyResults, A: KroneckerFactoredLinearOperator, options: argparse.Namespace) -> _Outcome:
+    add_closed_forms(results, A, options)
+    return _Outcome()
 
 
 def _eigenvalues(results: StudyResults, A: LinearOperator, which: str, k: int, limit: float) -> _Outcome:
@@ -402,6 +439,16 @@ def _estimate(results: StudyResults, A: LinearOperator, name: str, estimator: An
     except TimeoutError:
         return _Outcome(f"{name}: not done by the deadline", improvable=True)
     return _Outcome(reused=_num_answered(A) - answered)
+
+
+def _comparison(results: StudyResults, A: Any, exact: Any, limit: float) -> _Outcome:
+    """Estimate the error of an approximation, unless the time limit is reached."""
+    if results.comparison is None:
+        if time.monotonic() >= limit:
+            return _Outcome("comparison: not done by the deadline", improvable=True)
+        results.comparison = compare(A, exact)
+        results.products += results.comparison.num_products
+    return _Outcome()
 
 
 def _recalled(A: LinearOperator, run: Callable[[LinearOperator, float | None], Any], limit: float) -> Any:

@@ -29,7 +29,15 @@ from curvop.kernels.losses import Examples
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchLoss, Buffers
 
-__all__ = ["UNKNOWN_ITEMS", "FactorKernel", "PerExampleKernel", "example_counts", "item_count", "row_counts"]
+__all__ = [
+    "UNKNOWN_ITEMS",
+    "FactorKernel",
+    "PerExampleKernel",
+    "example_counts",
+    "item_count",
+    "row_counts",
+    "square_root",
+]
 
 UNKNOWN_ITEMS = (
     "the data items of a batch are not known, because the number of terms of its loss is not a multiple of the size of "
@@ -84,7 +92,7 @@ class FactorKernel(JacobianKernel):
         output_hessian = self._matrix.output_hessian(outputs, extra, loss)
         if isinstance(output_hessian, OuterProducts):
             return output_hessian
-        return _square_root(output_hessian, Examples(self.objective.loss_function), outputs)
+        return square_root(output_hessian, Examples(self.objective.loss_function), outputs)
 
 
 class PerExampleKernel(FactorKernel):
@@ -123,21 +131,25 @@ class PerExampleKernel(FactorKernel):
         return row_map if count == row_map.count else _RowSums(row_map, count)
 
 
-def _check_entries(entries: int) -> None:
+def _check_entries(entries: int, remedy: str = "") -> None:
     """Raise a `NotFactorableError` if the Hessian of the loss of one example is too large for a square root."""
     if entries > _MAX_ENTRIES:
+        remedy = remedy or "use EFLinearOperator, or FisherLinearOperator(..., mc_samples=1)"
         raise NotFactorableError(
             f"an example has {entries:,} outputs, more than {_MAX_ENTRIES}, so that the square root of the loss's "
-            "Hessian is too large: use EFLinearOperator, or FisherLinearOperator(..., mc_samples=1)"
+            f"Hessian is too large: {remedy}"
         )
 
 
-def _square_root(output_hessian: OutputHessian, examples: Examples, outputs: list[Tensor]) -> OuterProducts:
+def square_root(
+    output_hessian: OutputHessian, examples: Examples, outputs: list[Tensor], remedy: str = ""
+) -> OuterProducts:
     """Write the block of `M` for each example as ``R R'``, where `R` is the symmetric square root of the block.
 
     Unlike other square roots, the symmetric square root depends continuously on `M`. An operator and its transpose
     evaluate the model separately, so their maps `M` may differ by rounding errors. Because of the continuity, their
-    square roots `R` also differ only by rounding errors.
+    square roots `R` also differ only by rounding errors. If the root does not exist, the error message ends with the
+    `remedy`. By default, the remedy is another operator.
     """
     used = output_hessian.used
     shapes = [outputs[index].shape for index in used]
@@ -145,7 +157,7 @@ def _square_root(output_hessian: OutputHessian, examples: Examples, outputs: lis
         empty = [output.detach() if index in used else None for index, output in enumerate(outputs)]
         return OuterProducts(examples, outputs, [empty] * used_terms(examples, outputs, empty)[1])
     count, entries = examples.terms(shapes)
-    _check_entries(entries)
+    _check_entries(entries, remedy)
     some = outputs[used[0]]
 
     def multiply(flat: Tensor) -> Tensor:
@@ -166,8 +178,8 @@ def _square_root(output_hessian: OutputHessian, examples: Examples, outputs: lis
     difference = multiply(probe) - torch.einsum("nij,nj->ni", blocks, probe)
     if float(difference.norm()) > eps**0.5 * float(blocks.norm() * probe.norm()):
         raise NotFactorableError(
-            "the loss couples its examples, so its Hessian has no square root per example: use the matrix itself "
-            "(for eigsh, side='parameters')"
+            "the loss couples its examples, so its Hessian has no square root per example: "
+            + (remedy or "use the matrix itself (for eigsh, side='parameters')")
         )
     values, vectors = torch.linalg.eigh(blocks.double())
     rounding = 10 * eps + entries * torch.finfo(torch.float64).eps
@@ -175,8 +187,8 @@ def _square_root(output_hessian: OutputHessian, examples: Examples, outputs: lis
     if bool((values < -rounding * sizes.amax()).any()):
         raise NotFactorableError(
             f"the Hessian of the loss with respect to the prediction is indefinite (it has the eigenvalue "
-            f"{float(values.min()):.3g}), so the matrix is not of the form S.T @ S: use the matrix itself (for eigsh, "
-            "side='parameters'), or EFLinearOperator"
+            f"{float(values.min()):.3g}), so the matrix is not of the form S.T @ S: "
+            + (remedy or "use the matrix itself (for eigsh, side='parameters'), or EFLinearOperator")
         )
     roots = torch.where(values > rounding * sizes, values, 0.0).sqrt()
     root = torch.einsum("nij,nj,nkj->nik", vectors, roots, vectors).to(some.dtype)

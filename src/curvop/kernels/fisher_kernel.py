@@ -188,18 +188,22 @@ class OuterProducts(OutputHessian, RowMap):
     ----------
     count : int
         The number of columns of `R`, which is ``n * s`` for n examples.
+    tensors : list of Tensor
+        The vectors `r` of all examples, without the factor `scale`, in s tensors of shape (n, m).
+    used_outputs : list of int
+        The indices of the outputs of which the tensors contain entries.
     """
 
     def __init__(
         self, examples: Examples, outputs: Sequence[Tensor], factors: Sequence[Parts], scale: Tensor | float = 1.0
     ) -> None:
-        self._examples, self._scale, self._weight = examples, scale, scale**2
+        self._examples, self.scale, self._weight = examples, scale, scale**2
         self._outputs = len(outputs)
-        self._used = [index for index, part in enumerate(factors[0]) if part is not None]
-        self._shapes = [outputs[index].shape for index in self._used]
-        self._dtypes = [outputs[index].dtype for index in self._used]
+        self.used_outputs = [index for index, part in enumerate(factors[0]) if part is not None]
+        self._shapes = [outputs[index].shape for index in self.used_outputs]
+        self._dtypes = [outputs[index].dtype for index in self.used_outputs]
         self.count = len(factors) * used_terms(examples, outputs, factors[0])[0]
-        flat = [examples.flatten([parts[index] for index in self._used], self._shapes) for parts in factors]
+        flat = [examples.flatten([parts[index] for index in self.used_outputs], self._shapes) for parts in factors]
         self.tensors = [part for part in flat if part is not None]
 
     def __call__(self, vectors: Parts, batched: bool = False, intact: Sequence[Tensor] | None = None) -> Parts:
@@ -223,7 +227,7 @@ class OuterProducts(OutputHessian, RowMap):
         flat = self._flat(tangents)
         if flat is None:
             return None
-        products = torch.stack([(factor * flat).sum(-1) for factor in self.tensors], -1) * self._scale
+        products = torch.stack([(factor * flat).sum(-1) for factor in self.tensors], -1) * self.scale
         return products.reshape(*products.shape[:-2], -1)
 
     def cotangents(self, rows: Tensor) -> Parts:
@@ -233,18 +237,18 @@ class OuterProducts(OutputHessian, RowMap):
         """
         if not self.tensors:
             return [None] * self._outputs
-        weights = (rows * self._scale).reshape(*rows.shape[:-1], -1, len(self.tensors), 1).unbind(-2)
+        weights = (rows * self.scale).reshape(*rows.shape[:-1], -1, len(self.tensors), 1).unbind(-2)
         products = [factor * weight for factor, weight in zip(self.tensors, weights, strict=True)]
         return self._restored(products[0] if len(products) == 1 else torch.stack(products).sum(0))
 
     def _flat(self, vectors: Parts) -> Tensor | None:
-        return self._examples.flatten([vectors[index] for index in self._used], self._shapes)
+        return self._examples.flatten([vectors[index] for index in self.used_outputs], self._shapes)
 
     def _restored(self, total: Tensor) -> Parts:
         """Divide a tensor of shape (..., n, m) into one tensor for each output. None stands for a tensor of zeros."""
         restored: list[Tensor | None] = [None] * self._outputs
         parts = self._examples.restore(total, self._shapes)
-        for index, part, dtype in zip(self._used, parts, self._dtypes, strict=True):
+        for index, part, dtype in zip(self.used_outputs, parts, self._dtypes, strict=True):
             restored[index] = part.to(dtype)
         return restored
 

@@ -113,7 +113,9 @@ class FunctionsObjective(ModelObjective):
     def _recomputes(self) -> bool:
         return bool(self.modules)
 
-    def _run(self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str) -> T:
+    def _run(
+        self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str, compares_flags: bool = True
+    ) -> T:
         """Evaluate a function as `Objective._run` does, and search for unknown modules in the first pass over the data.
 
         Unknown modules are those that `referenced_modules` cannot find, such as attributes of objects that are not
@@ -121,13 +123,13 @@ class FunctionsObjective(ModelObjective):
         the state of the module before the forward pass changes the state. Afterwards, the evaluation is repeated.
         """
         if self.checks.is_searched(what):
-            return super()._run(function, leaves, batch, what)
+            return super()._run(function, leaves, batch, what, compares_flags)
         latest: nn.Module | None = None
         for _ in range(_MAX_INTERRUPTIONS):
             finder = ModuleFinder(self.modules, self._temporary, latest)
             try:
                 with finder:
-                    result = super()._run(function, leaves, batch, what)
+                    result = super()._run(function, leaves, batch, what, compares_flags)
             except ModuleFoundError as found:
                 if finder.interrupted is not found:
                     raise
@@ -136,7 +138,7 @@ class FunctionsObjective(ModelObjective):
             else:
                 self._replace_modules(finder.temporary, None)
                 return result
-        return super()._run(function, leaves, batch, what)
+        return super()._run(function, leaves, batch, what, compares_flags)
 
     def _replace_modules(self, old: nn.Module | None, new: nn.Module | None) -> None:
         """Remove the module `old` from the known modules, and add the module `new`. Ignore a module that is None."""

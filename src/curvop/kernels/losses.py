@@ -85,6 +85,7 @@ __all__ = [
     "check_loss",
     "checked_weight",
     "class_targets",
+    "is_elementwise",
     "is_torch_loss",
     "loss_derivative",
     "loss_divisor",
@@ -224,6 +225,12 @@ def loss_kind(loss_function: Callable[..., Any]) -> type[nn.Module] | None:
         return _FUNCTIONS.get(loss_function)
     except TypeError:  # an unhashable callable is not one of torch's functions
         return None
+
+
+def is_elementwise(loss_function: Callable[..., Any]) -> bool:
+    """Return True if a loss is known to be a sum of functions of single entries of the prediction."""
+    kind = loss_kind(loss_function)
+    return kind is not None and issubclass(kind, _BY_ELEMENT)
 
 
 def is_torch_loss(loss_function: Any) -> bool:

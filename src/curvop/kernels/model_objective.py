@@ -153,9 +153,17 @@ class ModelObjective(Objective):
         return self._run(self._prediction, leaves, batch, "prediction")
 
     def split(
-        self, leaves: Mapping[str, Tensor], index: int, batch: Any, cut: Cut
+        self,
+        leaves: Mapping[str, Tensor],
+        index: int,
+        batch: Any,
+        cut: Cut,
+        recorder: AbstractContextManager[Any] | None = None,
     ) -> tuple[Any, Any, list[Tensor], BatchLoss]:
         """Evaluate the model, and evaluate the loss function on a detached copy of the prediction.
+
+        If `recorder` is given, this context manager is active while the model runs. It is entered again if the model
+        has to run again.
 
         Returns
         -------
@@ -178,12 +186,13 @@ class ModelObjective(Objective):
         def evaluate(leaves: Mapping[str, Tensor], own: Any) -> _Split:
             X, y = self.pair(own)
             with self._evaluating(self._apart):
-                prediction = self._predict(leaves, X)
+                with contextlib.nullcontext() if recorder is None else recorder:
+                    prediction = self._predict(leaves, X)
                 copy, parts = cut(prediction)
                 return _Split(prediction, copy, parts, self._criterion(copy, X, y), y)
 
         with at_batch(index):
-            prediction, copy, parts, evaluated, y = self._run(evaluate, leaves, batch, "split")
+            prediction, copy, parts, evaluated, y = self._run(evaluate, leaves, batch, "split", recorder is None)
         loss = self._batch_loss(evaluated, index, batch)
         loss.y = y
         return prediction, copy, parts, loss
@@ -348,12 +357,14 @@ class ModelObjective(Objective):
         model: nn.Module = self._model  # type: ignore[assignment]  # called for modules only
         return model.module if isinstance(model, nn.DataParallel) else model
 
-    def _run(self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str) -> T:
+    def _run(
+        self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str, compares_flags: bool = True
+    ) -> T:
         X = self.inputs(batch) if isinstance(self._model, nn.Module) else None
         if isinstance(X, Mapping) and tuple(X) not in self._calls:
             own_leaves = self.replacements(leaves)
             self.guard.run(lambda own: self._takes_keywords(self.inputs(own)), batch, own_leaves, hold=False)
-        return super()._run(function, leaves, batch, what)
+        return super()._run(function, leaves, batch, what, compares_flags)
 
     def _takes_keywords(self, X: Mapping[Any, Any]) -> bool:
         """Return True if the model is called as ``model(**X)``, and False if it is called as ``model(X)``.

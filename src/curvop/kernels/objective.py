@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +176,16 @@ class Objective(abc.ABC):
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_kept_totals": None}  # ids of tensors are invalid in another process
+
+    def with_data(self, data: Iterable[Any]) -> Self:
+        """Return the same objective for other data. Checks that this objective has passed are not repeated."""
+        other = copy.copy(self)
+        other.data, other.ordered = data, isinstance(data, list | tuple)
+        other._feed = other._order = other._part_weights = other._kept_totals = None
+        other.generators = Generators()
+        other._set_modules(self.modules)
+        other.guard.writes = self.guard.writes
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -349,13 +360,19 @@ class Objective(abc.ABC):
         self.checks.verify_batching(self, totals)
         self.checks.warn_once(self, len(totals.weights))
 
-    def _run(self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str) -> T:
+    def _run(
+        self, function: Evaluation[T], leaves: Mapping[str, Tensor], batch: Any, what: str, compares_flags: bool = True
+    ) -> T:
         """Return ``function(leaves, batch)``, evaluated with the parameters replaced by `leaves`.
 
         Afterwards, the modules and the batch are restored. `what` is a name for the result, such as ``"loss"``. In the
         first pass over the data that computes a result of this name, the autograd graph of the result is also searched
         for the user's parameters. If the graph contains one, an error is raised, because the user's code then uses a
         parameter directly instead of the leaf that replaces the parameter.
+
+        If it is not known whether the result depends on the ``requires_grad`` flags of the parameters, the function is
+        evaluated twice to find out. If `compares_flags` is False and all leaves require grad, it is evaluated once,
+        and all parameters keep their flags.
         """
 
         def run(leaves: Mapping[str, Tensor], keeps_flags: bool, record: Record | None = None) -> T:
@@ -365,10 +382,13 @@ class Objective(abc.ABC):
             self.checks.begin_search(what)
             record = self.guard.record()
             if self.checks.flags_matter is None and _flags_differ(leaves, self._seams(record).others):
-                self.checks.compare_flags(self, run, leaves)
-                if self.checks.flags_matter:
-                    for leaf in leaves.values():
-                        leaf.requires_grad_()
+                if not compares_flags and all(leaf.requires_grad for leaf in leaves.values()):
+                    return run(leaves, True, record)
+                result = self.checks.compare_flags(self, run, leaves)
+                if not self.checks.flags_matter:
+                    return cast("T", result)
+                for leaf in leaves.values():
+                    leaf.requires_grad_()
                 record = self.guard.record()
             return run(leaves, bool(self.checks.flags_matter), record)
 

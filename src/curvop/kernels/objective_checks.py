@@ -12,7 +12,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ __all__ = [
     "reached",
     "suspects",
 ]
+
+T = TypeVar("T")
 
 _ALIKE = 1e-3  # weights are not verified with losses or gradients whose relative difference is smaller
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
@@ -144,9 +146,9 @@ class FirstPassChecks:
     def compare_flags(
         self,
         objective: Objective,
-        run: Callable[[Mapping[str, Tensor], bool], Any],
+        run: Callable[[Mapping[str, Tensor], bool], T],
         leaves: Mapping[str, Tensor],
-    ) -> None:
+    ) -> T | None:
         """Set `flags_matter` by evaluating the user's code twice, with different ``requires_grad`` flags.
 
         In the first evaluation, the leaves of all parameters require grad. In the second evaluation, `leaves` keep
@@ -161,6 +163,12 @@ class FirstPassChecks:
             A function ``(leaves, keeps_flags) -> result``. If ``keeps_flags`` is True, parameters of the modules that
             are not replaced by `leaves` keep their ``requires_grad`` flags. Otherwise, these parameters are constants.
         leaves : dict of str to Tensor
+
+        Returns
+        -------
+        result or None
+            The result of the second evaluation, which later evaluations would repeat, or None if `flags_matter` is
+            True.
         """
         selected = [name for name, leaf in leaves.items() if leaf.requires_grad]
         all_leaves = objective.leaves(objective.params)
@@ -169,16 +177,17 @@ class FirstPassChecks:
             with_selected = run(leaves, False)
         except Exception:  # for example in a training loop that differentiates with respect to all parameters
             self.flags_matter = True
-            return
+            return None
         pairs = zip(leaves_of(with_all), leaves_of(with_selected), strict=True)
         if not all(_agree(*pair) for pair in pairs):
             self.flags_matter = True
-            return
+            return None
         reached_by_all, reached_by_selected = (
             reached(leaves_of(result), {name: [own[name]] for name in selected})
             for result, own in ((with_all, all_leaves), (with_selected, leaves))
         )
         self.flags_matter = reached_by_all != reached_by_selected
+        return None if self.flags_matter else with_selected
 
     def verify_batching(self, objective: Objective, totals: Totals) -> None:
         """Check that the loss of two batches evaluated as one agrees with the weights of the batches.

@@ -35,7 +35,7 @@ from curvop.kernels.precision import Precision
 from curvop.kernels.reference import Route, other_routes
 from curvop.operators.base import Rows, TensorLinearOperator
 from curvop.operators.progress import Progress
-from curvop.operators.transfer import Staging, aligned, packed
+from curvop.operators.transfer import TORCH_DTYPES, Staging, aligned, packed
 from curvop.operators.validation import available_bytes, integer
 
 __all__ = [
@@ -55,8 +55,6 @@ T = TypeVar("T")
 
 #: Exceptions that are raised if the products of an operator are not finite or not reproducible.
 UNTRUSTED = (NonDeterministicObjectiveError, NonFiniteProductError)
-
-TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,16 +323,9 @@ class EngineLinearOperator(TensorLinearOperator):
 
     def _moved_array(self, rows: NDArray[Any]) -> tuple[Tensor, Tensor]:
         device, dtype = self._objective.device, self._product_dtype(rows.dtype)
-        # torch.from_numpy requires one of these dtypes, and memory that is aligned and writeable, without negative
-        # strides. `Staging` also requires contiguous memory.
-        on_cpu = device.type == "cpu"
-        usable = rows.dtype in TORCH_DTYPES and rows.flags.writeable and rows.flags.aligned
-        if not (usable and (rows.flags.c_contiguous or (on_cpu and rows.flags.f_contiguous))):
-            rows = np.require(rows, _staging_dtype(self._objective.dtype), ["C", "W"])
-        if on_cpu:  # unlike NumPy, torch converts the dtype on all cores
-            vectors = packed(torch.from_numpy(rows), self._objective.dtype)
-            return vectors, torch.from_numpy(np.empty((len(rows), self.shape[0]), dtype=dtype))
         vectors = self._staging.to_device(rows, device, self._objective.dtype)
+        if device.type == "cpu":
+            return vectors, torch.from_numpy(np.empty((len(rows), self.shape[0]), dtype=dtype))
         return vectors, torch.empty(len(rows), self.shape[0], device=device, dtype=TORCH_DTYPES[dtype])
 
     def _delivered(self, products: Tensor, rows: Rows) -> Rows:
@@ -386,10 +377,6 @@ def products_in_one_pass(operators: Sequence[EngineLinearOperator], rows: Rows) 
                     A._counter.total += len(rows)
                     found[id(A)] = A._delivered(product, rows)
     return found
-
-
-def _staging_dtype(dtype: torch.dtype) -> Any:
-    return np.float64 if dtype == torch.float64 else np.float32  # NumPy has no bfloat16
 
 
 # Cost of a product.

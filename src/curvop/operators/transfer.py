@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["LINE", "Staging", "aligned", "packed"]
+__all__ = ["LINE", "TORCH_DTYPES", "Staging", "aligned", "packed"]
+
+TORCH_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
 # Alignment, in bytes, of the memory that torch allocates on the CPU. NumPy aligns arrays to 16 bytes only, and a slice
 # can start at any address.
@@ -58,8 +61,20 @@ class Staging:
         return {"_buffer": None}
 
     def to_device(self, array: NDArray[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Copy an array to a tensor on ``device``. The values are converted to ``dtype`` on the CPU."""
+        """Convert an array of real numbers to an aligned tensor on ``device``, which may share its memory.
+
+        The values are converted to ``dtype`` on the CPU.
+        """
+        # torch.from_numpy requires one of these dtypes, and memory that is aligned and writeable, without negative
+        # strides. Pinned memory is also contiguous.
+        on_cpu = device.type == "cpu"
+        usable = array.dtype in TORCH_DTYPES and array.flags.writeable and array.flags.aligned
+        if not (usable and (array.flags.c_contiguous or (on_cpu and array.flags.f_contiguous))):
+            wide = np.float64 if dtype == torch.float64 else np.float32  # NumPy has no bfloat16
+            array = np.require(array, wide, ["C", "W"])
         source = torch.from_numpy(array)
+        if on_cpu:  # unlike NumPy, torch converts the dtype on all cores
+            return packed(source, dtype)
         buffer = self._view(source.shape, dtype)
         if buffer is None:
             return source.to(device, dtype)

@@ -92,6 +92,15 @@ _RENAMED = {
     "progressbar": "progress",
     "batch_size_fn": "batch_weight",
     "seed": "rng",
+    "fisher_type": "fisher",
+    "kfac_approx": "sharing",
+    "separate_weight_and_bias": "joint_bias",
+}
+
+#: What to say in addition about a keyword in `_RENAMED`.
+_HINTS = {
+    "batch_size_fn": ", a function of the whole batch; the losses of torch.nn need none",
+    "separate_weight_and_bias": ", which has the opposite meaning",
 }
 
 _FISHER = "use FisherLinearOperator(..., mc_samples=, rng=) for a matrix with sampled targets"
@@ -142,8 +151,7 @@ def _callee(function: Callable[..., Any], owner: Any) -> str:
 
 def _remedy(name: str, known: list[str]) -> str:
     if _RENAMED.get(name) in known:
-        hint = ", a function of the whole batch; the losses of torch.nn need none" if name == "batch_size_fn" else ""
-        return f"pass {_RENAMED[name]}={hint}"
+        return f"pass {_RENAMED[name]}={_HINTS.get(name, '')}"
     if name in _NOT_NEEDED:
         return _NOT_NEEDED[name]
     if near := difflib.get_close_matches(name, known, n=1):

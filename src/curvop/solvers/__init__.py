@@ -1,9 +1,9 @@
 """Damped linear solves and their preconditioners."""
 
 from curvop.solvers.linear_solve import SolveResult, solve
-from curvop.solvers.preconditioners import NystromPreconditioner, jacobi, nystrom
+from curvop.solvers.preconditioners import NystromPreconditioner, jacobi, kfac, nystrom
 
-__all__ = ["NystromPreconditioner", "SolveResult", "jacobi", "nystrom", "solve"]
+__all__ = ["NystromPreconditioner", "SolveResult", "jacobi", "kfac", "nystrom", "solve"]
 
 
 def __dir__() -> list[str]:

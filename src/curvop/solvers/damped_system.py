@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvop.operators.base import TensorLinearOperator
+from curvop.operators.kfac import KFACLinearOperator
 from curvop.operators.validation import real_operator
 from curvop.spectrum.lanczos import device_of, product_dtype
 from curvop.spectrum.norms import row_norms
@@ -141,10 +142,21 @@ def row_multiplier(preconditioner: Any, shape: tuple[int, int], as_arrays: bool)
     Raises
     ------
     TypeError, ValueError
-        If the preconditioner is complex, has none of these types, or has a shape other than `shape`.
+        If the preconditioner is complex, has none of these types, or has a shape other than `shape`. Also if it is a
+        `curvop.KFACLinearOperator`, which approximates the matrix instead of its inverse.
     """
     if preconditioner is None:
         return None
+    if isinstance(preconditioner, str):
+        raise ValueError(
+            f"preconditioner is {preconditioner!r}, but must be an operator, a matrix or a callable, such as "
+            "curvop.preconditioner.kfac(A, damping); curvop.solve also accepts 'auto'"
+        )
+    if isinstance(preconditioner, KFACLinearOperator):  # conjugate gradients would end with a misleading warning
+        raise ValueError(
+            f"preconditioner is a {type(preconditioner).__name__}, which approximates the matrix and not its inverse: "
+            "pass curvop.preconditioner.kfac(A, damping), or the inverse(damping) of this operator"
+        )
     found = getattr(preconditioner, "shape", None)
     is_function = callable(preconditioner) and found is None
     if not is_function and (found is None or tuple(found) != tuple(shape)):

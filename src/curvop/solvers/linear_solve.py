@@ -33,6 +33,7 @@ from curvop.operators.validation import available_bytes, integer, real_operator
 from curvop.solvers.block_cg import BlockRun, block_cg
 from curvop.solvers.damped_system import DampedSystem, RowFunction, row_multiplier
 from curvop.solvers.minres import minres
+from curvop.solvers.preconditioner_choice import SolvedOtherwise, solve_blocks
 from curvop.solvers.right_sides import RightSides
 from curvop.spectrum.counting import deadline_after
 from curvop.spectrum.lanczos import device_of
@@ -95,10 +96,12 @@ def solve(
         The relative residual at which the solver stops. It must be between 0 and 1. For float32 models, the accuracy of
         the products limits the residual. The smallest attainable residual is about 1e-5 if the damping is a thousandth
         of the largest eigenvalue, and is inversely proportional to the damping.
-    preconditioner : LinearOperator, matrix, Tensor or callable, shape (N, N), optional
+    preconditioner : LinearOperator, matrix, Tensor or callable, shape (N, N), or 'auto', optional
         A positive definite approximation of the inverse of the damped matrix, for example from
         `curvop.preconditioner.nystrom`. A callable receives columns ``(N, K)`` and returns the products in the same
-        shape. The columns are a tensor if `b` consists of tensors, and an array otherwise.
+        shape. The columns are a tensor if `b` consists of tensors, and an array otherwise. With 'auto', the function
+        tries preconditioners and uses the best (see Notes). A trial that fails costs four products, or one block with
+        another preconditioner if there are many blocks of columns.
     maxiter : int, optional
         The maximum number of steps for each column. A step takes at most one product for each column. A few additional
         products are needed to compute the residuals. If the damped matrix is nearly singular, a step takes up to two
@@ -160,6 +163,16 @@ def solve(
     if more than 1024 vectors or half of the free memory would be needed. This orthogonalization often halves the number
     of products. After m products, it takes O(N K m) operations per step.
 
+    With ``preconditioner='auto'``, `curvop.preconditioner.kfac` is used if it is almost the inverse, and
+    `curvop.preconditioner.nystrom` is constructed if at least eight blocks of columns remain. For a Gauss-Newton or
+    Fisher matrix, three steps with the first preconditioner are tried with one column: after the first block, or after
+    16 steps if there is only one block and all parameters have Kronecker factors. The trial fails if the relative
+    residual is then above 0.01. It costs four products, and the passes over the data that compute the factors. For
+    other matrices that have the method ``diagonal``, the inverse of the diagonal is measured, too. Each of these
+    preconditioners solves one block. All other blocks are solved in the way that took the fewest products per column. A
+    preconditioner is only used if it saves a tenth of the products. ``result.preconditioner`` contains the name of the
+    preconditioner and the measurements.
+
     References
     ----------
     .. [1] D. P. O'Leary, "The block conjugate gradient algorithm and related methods", Linear Algebra Appl. 29, 1980.
@@ -209,14 +222,48 @@ def solve(
         if guess.shape != sides.shape:
             raise ValueError(f"x0 has shape {guess.shape} and b has shape {sides.shape}: pass an x0 of the shape of b")
         start = guess.rows
-    multiplier = row_multiplier(preconditioner, A.shape, sides.as_arrays)
-    restored = None if callback is None else lambda rows: callback(sides.restore(rows))
-    with step_bar("solve", progress) as bar:
-        found = solve_rows(A, sides.rows, damping, rtol, multiplier, maxiter, start, until, restored, bar)
-    result = found.result(sides)
+    if isinstance(preconditioner, str) and preconditioner == "auto":
+        if callback is not None or start is not None:
+            raise ValueError(
+                "preconditioner='auto' takes no callback and no x0: pass a preconditioner, or leave them out"
+            )
+        with step_bar("solve", progress) as bar:
+            found, text = _solve_and_choose(A, sides.rows, damping, rtol, maxiter, until, bar)
+        result = dataclasses.replace(found.result(sides), preconditioner=text)
+    else:
+        multiplier = row_multiplier(preconditioner, A.shape, sides.as_arrays)
+        restored = None if callback is None else lambda rows: callback(sides.restore(rows))
+        with step_bar("solve", progress) as bar:
+            found = solve_rows(A, sides.rows, damping, rtol, multiplier, maxiter, start, until, restored, bar)
+        result = found.result(sides)
     if text := result.problem(rtol):
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     return result
+
+
+def _solve_and_choose(
+    A: LinearOperator,
+    rows: Tensor,
+    damping: float,
+    rtol: float,
+    maxiter: int | None,
+    until: float,
+    bar: tqdm[Any],
+) -> tuple[Solutions, str]:
+    """Solve blocks of the columns with several preconditioners, and the rest with the best. Return a text, too."""
+
+    def solve_block(
+        block: Tensor,
+        multiplier: RowFunction | None,
+        steps: int | None,
+        start: Tensor | None,
+        callback: Callable[[Tensor], object] | None = None,
+    ) -> Solutions:
+        return solve_rows(A, block, damping, rtol, multiplier, steps, start, until, callback, bar)
+
+    blocks = list(rows.split(_columns_at_once(device_of(A), *rows.shape)))
+    found, text = solve_blocks(A, blocks, damping, maxiter, solve_block)
+    return functools.reduce(Solutions.joined, found), text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -252,6 +299,9 @@ class SolveResult:
         What stopped the solver: 'rtol' if all columns have converged. Otherwise, the status is that of the column with
         the largest residual: 'maxiter', 'seconds', 'precision' (the products are not precise enough for a smaller
         residual) or 'stagnation' (restarts no longer reduce the residual).
+    preconditioner : str
+        With ``preconditioner='auto'``, the name of the preconditioner and the measured numbers of products. Otherwise,
+        the text is empty.
 
     See Also
     --------
@@ -265,6 +315,7 @@ class SolveResult:
     negative_curvature: float | None
     solver: str
     status: str = ""
+    preconditioner: str = ""
 
     def problem(self, rtol: float) -> str:
         """Return a warning if the matrix is not positive definite or `rtol` is not reached, and '' otherwise.
@@ -299,7 +350,7 @@ class SolveResult:
             text += f"; the damped matrix is indefinite (smallest eigenvalue <= {self.negative_curvature:.3g})"
         elif self.solver == "minres":
             text += "; the damped matrix is numerically singular"
-        return text
+        return f"{text}; preconditioner: {self.preconditioner}" if self.preconditioner else text
 
 
 def check_arguments(A: LinearOperator, damping: Any, rtol: Any, maxiter: Any) -> None:
@@ -340,6 +391,19 @@ class Solutions:
     status: list[str]
     negative_curvature: float | None
     solver: str
+
+    def joined(self, other: Solutions) -> Solutions:
+        """Return the solutions of these systems, followed by those of other systems."""
+        curvatures = [part.negative_curvature for part in (self, other) if part.negative_curvature is not None]
+        return Solutions(
+            torch.cat([self.rows, other.rows]),
+            np.concatenate([self.residual, other.residual]),
+            np.concatenate([self.products, other.products]),
+            np.concatenate([self.converged, other.converged]),
+            [*self.status, *other.status],
+            min(curvatures, default=None),
+            "minres" if "minres" in (self.solver, other.solver) else "cg",
+        )
 
     def result(self, sides: RightSides) -> SolveResult:
         """Return the result for all columns of the right-hand sides."""
@@ -399,7 +463,11 @@ def solve_rows(
         columns = np.arange(first, min(first + group_size, count))
         part = slice(first, first + group_size)
         group = _Group(system, rows[part] / scales[part], X[part], columns, rtol, x0 is not None, on_step)
-        group.run(min(10 * size, _MAX_STEPS) if maxiter is None else maxiter)
+        try:
+            group.run(min(10 * size, _MAX_STEPS) if maxiter is None else maxiter)
+        except SolvedOtherwise as stop:
+            stop.products = system.products_per_column()
+            raise
         groups.append(group)
     residual = np.concatenate([group.residual for group in groups]) if groups else np.zeros(0)
     curvatures = [group.negative_curvature for group in groups if group.negative_curvature is not None]

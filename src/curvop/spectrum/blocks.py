@@ -35,7 +35,7 @@ from curvop.storage.fingerprint import fingerprint, listed
 from curvop.storage.records import RecordFile
 from curvop.storage.result_files import load_arrays, save_arrays
 
-__all__ = ["BlockStudy", "blocks"]
+__all__ = ["BlockStudy", "blocks", "padded"]
 
 Array = NDArray[Any]
 _BLOCK, _NORMS = b"block", b"norms"
@@ -346,8 +346,7 @@ class BlockStudy:
     @property
     def lines(self) -> list[str]:
         """Rows of the table as lines of text, padded to equal length."""
-        widths = [max(map(len, column)) for column in zip(*self.table, strict=True)]
-        return ["  ".join([f"{cells[0]:<{widths[0]}}", *map(str.rjust, cells[1:], widths[1:])]) for cells in self.table]
+        return padded(self.table)
 
     def __str__(self) -> str:
         if not self.unfinished:
@@ -427,6 +426,12 @@ class BlockStudy:
         ]
         norms, errors, num_products = file["norms"], file["norm_errors"], int(file["num_products"])
         return cls(names, file["sizes"], densities, norms, errors, num_products, unfinished)
+
+
+def padded(table: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the rows of a table as lines of text, padded to equal length."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join([f"{cells[0]:<{widths[0]}}", *map(str.rjust, cells[1:], widths[1:])]) for cells in table]
 
 
 def _check_time(until: float) -> None:

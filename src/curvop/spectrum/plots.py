@@ -6,26 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from curvop.operators.figures import axes_or_new
+
 if TYPE_CHECKING:
     from curvop.spectrum.blocks import BlockStudy
     from curvop.spectrum.spectral_density import SpectralDensity
     from curvop.spectrum.track import Tracker
 
-__all__ = ["axes_or_new", "blocks_size", "plot_blocks", "plot_density", "plot_track"]
+__all__ = ["blocks_size", "plot_blocks", "plot_density", "plot_track"]
 
 _FLOOR = 0.1  # lower limit of a logarithmic density axis, as a fraction of the peak height of one eigenvalue
 _LETTER_WIDTH = 0.067  # inches per letter of the table of blocks (8-point monospace font)
-
-
-def axes_or_new(ax: Any) -> Any:
-    """Return `ax`. If `ax` is None, create a figure and return its axes."""
-    if ax is not None:
-        return ax
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "curvop[plot]"') from error
-    return plt.subplots(figsize=(7, 4), layout="constrained")[1]
 
 
 def plot_density(density: SpectralDensity, ax: Any = None, log: bool = True) -> Any:

@@ -1,0 +1,142 @@
+"""Eigenvalues of Kronecker-factored matrices, with the layers to which they belong."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curvop.operators.figures import axes_or_new
+
+__all__ = ["LayerEigenvalues"]
+
+Array = NDArray[Any]
+
+_ZERO = 1e-12  # eigenvalues below this fraction of the largest one count as zero in the table
+_MAX_POINTS = 2000  # points of a line in a plot
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerEigenvalues:
+    """All eigenvalues of a block-diagonal matrix, with the layers to which they belong.
+
+    ``A.eigenvalues()`` returns this class. Print it to see a table of the layers.
+
+    Attributes
+    ----------
+    values : ndarray, shape (N,)
+        Eigenvalues in float64, in ascending order.
+    layers : tuple of str
+        Names of the layers, in the order of the parameters. If a block has a single parameter, its name is used.
+    owners : ndarray of int, shape (N,)
+        For each eigenvalue, the index of its layer in ``layers``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from curvop.operators.kronecker_spectrum import LayerEigenvalues
+    >>> found = LayerEigenvalues.of_layers({"conv": np.array([3.0, 1.0]), "fc": np.array([2.0])})
+    >>> found.values, found.owners
+    (array([1., 2., 3.]), array([0, 1, 0]))
+    >>> found.of("conv")
+    array([1., 3.])
+    """
+
+    values: Array
+    layers: tuple[str, ...]
+    owners: Array
+
+    @classmethod
+    def of_layers(cls, values: Mapping[str, Array]) -> Self:
+        """Create a result from the eigenvalues of each layer.
+
+        Parameters
+        ----------
+        values : mapping of str to ndarray
+            Eigenvalues of each layer, in any order.
+
+        Returns
+        -------
+        LayerEigenvalues
+            The eigenvalues of all layers.
+        """
+        joined = np.concatenate(list(values.values()))
+        sizes = [len(part) for part in values.values()]
+        order = np.argsort(joined, kind="stable")
+        return cls(joined[order], tuple(values), np.repeat(np.arange(len(values)), sizes)[order])
+
+    def of(self, layer: str) -> Array:
+        """Return the eigenvalues of one layer.
+
+        Parameters
+        ----------
+        layer : str
+            One of ``layers``.
+
+        Returns
+        -------
+        values : ndarray
+            Its eigenvalues in ascending order.
+
+        Raises
+        ------
+        KeyError
+            If there is no such layer.
+        """
+        if layer not in self.layers:
+            raise KeyError(f"no layer is named {layer!r}; known are {', '.join(self.layers)}")
+        values: Array = self.values[self.owners == self.layers.index(layer)]
+        return values
+
+    def __str__(self) -> str:
+        width = max(5, *map(len, self.layers))
+        lines = [f"{'layer':<{width}}{'number':>10}{'largest':>12}{'median':>12}{'smallest':>12}{'zero':>8}"]
+        for layer in self.layers:
+            values = self.of(layer)
+            zero = np.count_nonzero(values <= _ZERO * self.values[-1]) / len(values)
+            lines.append(
+                f"{layer:<{width}}{len(values):>10,}{values[-1]:>12.3g}{np.median(values):>12.3g}{values[0]:>12.3g}"
+                f"{zero:>8.0%}"
+            )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def plot(self, ax: Any = None) -> Any:
+        """Plot the eigenvalues of each layer in descending order, on logarithmic axes.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            The axes to draw on. The default is the axes of a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+            The axes.
+
+        Raises
+        ------
+        ImportError
+            If Matplotlib is not installed.
+
+        Notes
+        -----
+        Eigenvalues below 1e-12 of the largest one are zero up to rounding errors, and are not shown. For a layer
+        with more than 2000 eigenvalues, 2000 points are shown, evenly spaced on the logarithmic axis.
+        """
+        ax = axes_or_new(ax)
+        for layer in self.layers:
+            values = self.of(layer)[::-1]
+            values = values[values > _ZERO * self.values[-1]]
+            ranks = np.unique(np.geomspace(1, max(len(values), 1), _MAX_POINTS).round().astype(int))[: len(values)]
+            marker = "o" if len(values) == 1 else None
+            ax.plot(ranks, values[ranks - 1], linewidth=1.2, marker=marker, markersize=3, label=layer)
+        ax.set(xscale="log", yscale="log", xlabel="rank in the layer", ylabel="eigenvalue")
+        ax.set_title(f"{len(self.values):,} eigenvalues of {len(self.layers)} layers")
+        if len(self.layers) <= 12:
+            ax.legend(frameon=False, fontsize=8)
+        return ax
