@@ -472,8 +472,8 @@ def _rotated(vectors: Tensor, basis: Tensor | None) -> Tensor:
 
 COUPLED = (
     "the model couples the data items of a batch, or does not compute them along an axis of their own, so that the "
-    "gradient of a data item is not known: call model.eval() if the model has batch normalization, use KFAC with "
-    "sharing='expand', or pass fewer parameters"
+    "gradient of a data item is not known: call model.eval() if the model has batch normalization, use KFAC "
+    "(in preconditioner.kfac, ekfac=False) with sharing='expand', or pass fewer parameters"
 )
 
 
