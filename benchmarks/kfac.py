@@ -290,8 +290,9 @@ WORK: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "EKFAC, empirical": lambda problem: ekfac_work(problem, "empirical"),
     "EKFAC, type-2": lambda problem: ekfac_work(problem, "type-2"),
 }
-#: Eigenvectors of matrices with 4608 rows take minutes.
+#: Eigenvectors of matrices with 4608 rows take minutes. So do thousands of backward passes for each batch of the GPT.
 LONG = {("ResNet-18 64x64, eval", work) for work in WORK if work.startswith("EKFAC") or work.endswith("exact")}
+LONG.add(("GPT 4 layers, d = 128", "EKFAC, type-2"))
 
 
 def measure(problem: Mapping[str, Any], work: str, runs: int, room: float) -> dict[str, Any]:
@@ -330,7 +331,7 @@ def main() -> None:
     parser.add_argument("--work", choices=WORK, action="append", help="only this work; can be repeated")
     parser.add_argument("--runs", type=int, default=5, help="minimum number of runs (default: 5)")
     parser.add_argument("--room", type=float, default=3.0, help="seconds to fill with runs (default: 3)")
-    parser.add_argument("--long", action="store_true", help="include eigenvectors for the ResNet, which take minutes")
+    parser.add_argument("--long", action="store_true", help="include what takes many minutes")
     add_device_options(parser)
     parser.add_argument("--out", type=Path, default=RESULTS, help="results; benchmarks/results/kfac.json")
     options = parser.parse_args()
