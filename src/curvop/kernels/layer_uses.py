@@ -321,7 +321,7 @@ class UseRecorder(TorchFunctionMode):
     norms : set of str
         The parameters of normalizations.
     couples_items : bool
-        Whether a batch normalization computes statistics of the batch, so that it couples the data items.
+        Whether a batch normalization computes statistics of the batch. It then couples the data items.
     """
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
