@@ -95,7 +95,7 @@ def test_the_block_table_of_an_approximation_shows_the_error_of_each_block(run, 
         assert found[name]["trace"] == pytest.approx(np.trace(own), rel=1e-12)
         assert found[name]["norm"] == pytest.approx(np.linalg.norm(own), rel=1e-12)
         assert found[name]["largest"] == pytest.approx(np.linalg.eigvalsh(own)[-1], rel=1e-12)
-    assert "<th>relative error</th>" in (out / "report.html").read_text().partition("Comparison with")[0]
+    assert ">relative error</th>" in (out / "report.html").read_text().partition("Comparison with")[0]
 
 
 def test_a_block_without_closed_forms_is_estimated(run, spec) -> None:

@@ -20,8 +20,8 @@ from curvop.operators.parameter_operator import ParameterVectors
 from curvop.operators.progress import step_bar
 from curvop.operators.selection import parameter_groups
 from curvop.operators.submatrix_operator import SubmatrixLinearOperator
+from curvop.operators.summaries import text_lines
 from curvop.operators.validation import integer, random_generator, real_operator
-from curvop.spectrum.blocks import padded
 from curvop.spectrum.estimators import Estimate
 from curvop.spectrum.lanczos import device_of, multiply, product_precision
 
@@ -242,7 +242,7 @@ class Comparison:
     @property
     def lines(self) -> list[str]:
         """Rows of the table as lines of text, padded to equal length."""
-        return padded(self.table)
+        return text_lines(self.table)
 
     def __str__(self) -> str:
         return "\n".join(self.lines)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import html
 import importlib
-import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from curvop.checks.compare import Comparison
+from curvop.operators.summaries import html_image, html_table, rendered, text_lines
 from curvop.operators.version import __version__
-from curvop.spectrum.blocks import BlockStudy, padded
+from curvop.spectrum.blocks import BlockStudy
 from curvop.spectrum.eigen import EigenResult
 from curvop.spectrum.estimators import BoundedEstimate, Estimate
 from curvop.spectrum.spectral_density import SpectralDensity
@@ -139,7 +138,7 @@ class StudyResults:
             lines += ["", str(end)]
         if self.blocks is not None:
             unfinished = [f"not studied, as time was up: {listed(self.blocks.unfinished)}"] * (not self.blocks.complete)
-            lines += ["", *padded(self.block_table), *unfinished]
+            lines += ["", *text_lines(self.block_table), *unfinished]
         if self.comparison is not None:
             lines += ["", "comparison with the exact matrix", str(self.comparison)]
         return "\n".join([*lines, "", *self.notes, *(self.undone or ["all steps are complete"])])
@@ -200,8 +199,8 @@ class StudyFiles:
             parts[name].save(self._directory / f"{name}.npz")
         _write(self._directory / "spectrum.json", (json.dumps(results.json(), indent=2) + "\n").encode())
         for name, figure in _figures(results, changed).items():
-            self._pictures[name] = _rendered(figure, "png")
-            for kind, content in (("png", self._pictures[name]), ("svg", _rendered(figure, "svg"))):
+            self._pictures[name] = rendered(figure, "png")
+            for kind, content in (("png", self._pictures[name]), ("svg", rendered(figure, "svg"))):
                 _write(self._directory / f"{name}.{kind}", content)
         _write(self._directory / "report.html", _html(results, self._pictures).encode())
         self._written = parts
@@ -290,12 +289,6 @@ def _figures(results: StudyResults, changed: set[str]) -> dict[str, Any]:
     return figures
 
 
-def _rendered(figure: Any, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=130)
-    return buffer.getvalue()
-
-
 def _write(path: Path, content: bytes) -> None:
     with appearing(path) as temporary:
         temporary.write_bytes(content)
@@ -304,30 +297,30 @@ def _write(path: Path, content: bytes) -> None:
 def _html(results: StudyResults, pictures: dict[str, bytes]) -> str:
     """Return the report as an HTML page that contains the pictures."""
     title = html.escape(f"{results.title} of {results.problem}")
-    parts = [f"<h1>{title}</h1>", _table(results.facts)]
+    parts = [f"<h1>{title}</h1>", html_table(results.facts)]
     parts += [f"<p>{html.escape(note)}</p>" for note in results.notes]
     parts += [f'<p class="bad">{html.escape(step)}</p>' for step in results.undone]
     if "density" in pictures:
-        parts += ["<h2>Density</h2>", _image(pictures["density"], "the spectral density")]
+        parts += ["<h2>Density</h2>", html_image(pictures["density"], "png", "the spectral density")]
     for end in results.ends:
         parts.append(f"<h2>Eigenvalues, {html.escape(end.which)}</h2>")
         parts.append(f'<p class="{"good" if end.ok else "bad"}">{html.escape(end.verdict)}</p>')
-        parts.append(_table(_eigenvalue_rows(end), ("", "eigenvalue", "residual", "error bound")))
+        parts.append(html_table(_eigenvalue_rows(end), ("", "eigenvalue", "residual", "error bound")))
     if results.blocks is not None:
         study = results.blocks
         parts += ["<h2>Layer by layer</h2>"]
         if study.unfinished:
             parts.append(f'<p class="bad">not studied, as time was up: {html.escape(listed(study.unfinished))}</p>')
         head, *rows = results.block_table
-        table = _table(rows, head)
+        table = html_table(rows, head)
         if "blocks" in pictures:
             description = "eigenvalues, trace and density of each block, and the norms of all blocks"
-            parts.append(_image(pictures["blocks"], description))
+            parts.append(html_image(pictures["blocks"], "png", description))
             table = f"<details><summary>The same as a table</summary>\n{table}\n</details>"
         parts.append(table)
     if results.comparison is not None:
         head, *rows = results.comparison.table
-        parts += ["<h2>Comparison with the exact matrix</h2>", _table(rows, head)]
+        parts += ["<h2>Comparison with the exact matrix</h2>", html_table(rows, head)]
     parts.append(f"<footer>curvop {__version__}</footer>")
     body = "\n".join(parts)
     return (
@@ -344,13 +337,3 @@ def _eigenvalue_rows(end: EigenResult) -> list[tuple[str, ...]]:
             residual, bound = f"{end.certificate.residuals[index]:.1e}", f"{end.certificate.bounds[index]:.1e}"
         rows.append((str(index + 1), f"{value:.10g}", residual, bound))
     return rows
-
-
-def _table(rows: Any, head: Any = ()) -> str:
-    lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"] if head else []
-    lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
-
-
-def _image(png: bytes, text: str) -> str:
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

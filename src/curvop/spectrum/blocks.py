@@ -23,6 +23,7 @@ from scipy.linalg import eigvalsh
 
 from curvop.operators.parameter_operator import ParameterLinearOperator, ParameterVectors
 from curvop.operators.progress import step_bar
+from curvop.operators.summaries import text_lines
 from curvop.operators.validation import available_bytes, integer, random_generator
 from curvop.spectrum.checkpoint import make_directory, open_record_file
 from curvop.spectrum.counting import TimeUpError, deadline_after
@@ -35,7 +36,7 @@ from curvop.storage.fingerprint import fingerprint, listed
 from curvop.storage.records import RecordFile
 from curvop.storage.result_files import load_arrays, save_arrays
 
-__all__ = ["BlockStudy", "blocks", "padded"]
+__all__ = ["BlockStudy", "blocks"]
 
 Array = NDArray[Any]
 _BLOCK, _NORMS = b"block", b"norms"
@@ -346,7 +347,7 @@ class BlockStudy:
     @property
     def lines(self) -> list[str]:
         """Rows of the table as lines of text, padded to equal length."""
-        return padded(self.table)
+        return text_lines(self.table)
 
     def __str__(self) -> str:
         if not self.unfinished:
@@ -426,12 +427,6 @@ class BlockStudy:
         ]
         norms, errors, num_products = file["norms"], file["norm_errors"], int(file["num_products"])
         return cls(names, file["sizes"], densities, norms, errors, num_products, unfinished)
-
-
-def padded(table: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the rows of a table as lines of text, padded to equal length."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join([f"{cells[0]:<{widths[0]}}", *map(str.rjust, cells[1:], widths[1:])]) for cells in table]
 
 
 def _check_time(until: float) -> None:

@@ -1,0 +1,99 @@
+"""How results show themselves: as text in a terminal, and as a table with a picture in a notebook."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["Summary", "html_image", "html_table", "rendered", "text_lines"]
+
+Rows = Sequence[Sequence[str]]
+
+_STYLE = "border-collapse: collapse; font-variant-numeric: tabular-nums"
+
+
+class Summary:
+    """Base class of results. ``repr`` is the text that ``print`` shows, and a notebook shows a table and a picture.
+
+    A subclass defines ``__str__``. It can override the other methods below. A dataclass must be created with
+    ``repr=False``, because otherwise the decorator replaces ``__repr__``.
+    """
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """Return the summary as HTML. Jupyter calls this method."""
+        above, below = self._summary_text()
+        head, *rows = self._summary_table() or [()]
+        parts = [f"<p>{html.escape(above)}</p>" if above else "", html_table(rows, head) if rows else ""]
+        parts += [self._summary_picture(), f"<p>{html.escape(below)}</p>" if below else ""]
+        return "\n".join(part for part in parts if part)
+
+    def _summary_text(self) -> tuple[str, str]:
+        """Return the sentences above and below the table. The default is the whole text, above."""
+        return str(self), ""
+
+    def _summary_table(self) -> Rows:
+        """Return the cells of the table: the headings, then one sequence of strings for each row."""
+        return []
+
+    def _draw_summary(self, figure: Any) -> bool:
+        """Draw a picture of the result into an empty figure. Return False if there is no picture."""
+        return False
+
+    def _summary_picture(self) -> str:
+        """Return the picture as an HTML element, or '' if there is none or Matplotlib is not installed."""
+        try:
+            from matplotlib.figure import Figure  # not pyplot: a summary must not open or select a figure
+        except ImportError:
+            return ""
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        if not self._draw_summary(figure):
+            return ""
+        return html_image(rendered(figure, "svg"), "svg", f"plot of {type(self).__name__}")
+
+
+def text_lines(table: Rows) -> list[str]:
+    """Return the rows of a table as lines of text. The first column is aligned left, all others are aligned right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join([f"{cells[0]:<{widths[0]}}", *map(str.rjust, cells[1:], widths[1:])]) for cells in table]
+
+
+def html_table(rows: Rows, head: Sequence[str] = ()) -> str:
+    """Return a table as HTML. The cells are escaped."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        scope = ' scope="col"' if tag == "th" else ""
+        return f"<tr>{''.join(f'<{tag}{scope}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    top = f"<thead>{line(head, 'th')}</thead>\n" if head else ""
+    body = "\n".join(line(cells, "td") for cells in rows)
+    return f'<table style="{_STYLE}">\n{top}<tbody>\n{body}\n</tbody>\n</table>'
+
+
+def rendered(figure: Any, kind: str) -> bytes:
+    """Return a Matplotlib figure as the content of a file, for example of the kind 'png', 'svg' or 'pdf'."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=130)
+    return buffer.getvalue()
+
+
+def html_image(content: bytes, kind: str, text: str) -> str:
+    """Return a picture as an HTML element that contains the data.
+
+    Parameters
+    ----------
+    content : bytes
+        The content of the file.
+    kind : {'png', 'svg'}
+        The file format.
+    text : str
+        The description of the picture, for readers who do not see it.
+    """
+    media = {"png": "image/png", "svg": "image/svg+xml"}[kind]
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{html.escape(text)}" src="data:{media};base64,{data}">'
