@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ import torch
 from cases import cut, mlp, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvop import HessianLinearOperator, NonDeterministicObjectiveError
 from curvop.kernels import differentiable, graph, guard
@@ -280,6 +281,29 @@ class TestWhatIsStillSeen:
         A.gradient_and_loss()
         assert found(model) == before
         close(matrix, by_hand(model, F.mse_loss, data))
+
+    def test_replaced_lists_of_tensors_are_not_compared_by_operations(self) -> None:
+        """An LSTM replaces a list of its weights in ``forward``. A compiled product would contain the comparison."""
+
+        class Operations(TorchDispatchMode):
+            names: ClassVar[set[str]] = set()
+
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                self.names.add(str(func))
+                return func(*args, **(kwargs or {}))
+
+        @seeded
+        def made() -> tuple[nn.Module, list[Any]]:
+            return nn.LSTM(4, 3), [(torch.randn(5, 2, 4), torch.randn(5, 2, 3))]
+
+        def last(prediction: Any, y: Tensor) -> Tensor:
+            return F.mse_loss(prediction[0], y)
+
+        model, data = made()
+        with Operations():
+            HessianLinearOperator(model, last, dict(model.named_parameters()), data, cache=0) @ np.ones(108)
+        assert "aten.mul.Tensor" in Operations.names
+        assert not {"aten.eq.Tensor", "aten.ne.Tensor"} & Operations.names
 
     def test_a_derivative_of_a_norm_after_the_first_pass(self) -> None:
         class Smooth(nn.Module):

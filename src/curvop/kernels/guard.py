@@ -439,7 +439,8 @@ class _Places:
 
         Comparing dicts with ``==`` is much faster than comparing their values one by one by identity, because ``==``
         compares the identity of two values first. All values are also compared by identity, except strings and the
-        attributes that PyTorch sets in every module.
+        attributes that PyTorch sets in every module. Comparison by identity comes first, because ``==`` of a replaced
+        tensor is an operation of PyTorch, which would be recorded if the code is traced.
         """
         dicts = [(container, contents) for container, contents in self._saved if isinstance(container, dict)]
         self._dicts, self._copies = [container for container, _ in dicts], [contents for _, contents in dicts]
@@ -467,9 +468,9 @@ class _Places:
         try:
             return (
                 self._cache is parametrize._cache
+                and all(map(operator.is_, map(operator.getitem, self._owners, self._names), self._values))
                 and self._dicts == self._copies
                 and [*_chained(self._dicts)] == self._keys
-                and all(map(operator.is_, map(operator.getitem, self._owners, self._names), self._values))
                 and [*map(len, self._sequences)] == self._sizes
                 and all(map(operator.is_, _chained(self._sequences), self._items))
                 and all(
