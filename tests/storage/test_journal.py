@@ -27,6 +27,7 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, eigsh, lob
 from torch.utils.data import DataLoader
 
 from curvop import FisherLinearOperator, HessianLinearOperator, JacobianLinearOperator
+from curvop.operators.version import __version__
 from curvop.storage.journal import JournaledLinearOperator
 from curvop.storage.records import RecordFileError
 
@@ -283,7 +284,7 @@ class TestAnotherProblem:
                 J @ np.ones(P)
                 assert J.num_products == 0
         content = json.loads((journaled / "fingerprint.json").read_text())
-        assert [versions["curvop"] for versions in content["made_with"]] == ["0.1.0", "99.0"]
+        assert [versions["curvop"] for versions in content["made_with"]] == [__version__, "99.0"]
         assert set(os.listdir(journaled)) == {"fingerprint.json", "products.records"}
 
     def test_directories_with_other_files(self, directory, journaled) -> None:
