@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import TqdmWarning, tqdm
+
+with warnings.catch_warnings():  # a notebook without ipywidgets shows the bar as text
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm.auto import tqdm as tqdm_auto
 
 __all__ = ["Progress", "new_bar", "step_bar"]
 
@@ -16,12 +21,19 @@ _DELAY = 0.5  # seconds after which a bar is shown
 
 
 def new_bar(desc: str, **settings: Any) -> tqdm[Any]:
-    """Return a new progress bar on stderr.
+    """Return a new progress bar on stderr, or in the output of a notebook.
 
     If stderr is neither a terminal nor a notebook, the bar is updated at most every ten seconds.
     """
-    interactive = sys.stderr.isatty() or "ipykernel" in sys.modules  # stderr of a notebook is not a terminal
-    return tqdm(desc=desc, unit=" products", mininterval=0.1 if interactive else 10.0, **settings)
+    notebook = "ipykernel" in sys.modules
+    interactive = notebook or sys.stderr.isatty()
+    return tqdm_auto(
+        desc=desc,
+        unit=" products",
+        mininterval=0.1 if interactive else 10.0,
+        file=sys.stdout if notebook else None,  # notebooks show stderr as an error, on a red background
+        **settings,
+    )
 
 
 @contextlib.contextmanager

@@ -8,18 +8,20 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Summary", "html_image", "html_table", "rendered", "text_lines"]
+__all__ = ["Summary", "TableSummary", "abridged", "html_image", "html_table", "rendered", "text_lines"]
 
 Rows = Sequence[Sequence[str]]
 
+_MAX_ROWS = 20  # rows of an abridged table
 _STYLE = "border-collapse: collapse; font-variant-numeric: tabular-nums"
 
 
 class Summary:
     """Base class of results. ``repr`` is the text that ``print`` shows, and a notebook shows a table and a picture.
 
-    A subclass defines ``__str__``. It can override the other methods below. A dataclass must be created with
-    ``repr=False``, because otherwise the decorator replaces ``__repr__``.
+    A subclass defines ``__str__``, and can override the methods below. If the text contains a table, ``__str__`` and
+    `_summary_table` use the same cells. A dataclass must be created with ``repr=False``, because otherwise the
+    decorator replaces ``__repr__``.
     """
 
     def __repr__(self) -> str:
@@ -28,7 +30,7 @@ class Summary:
     def _repr_html_(self) -> str:
         """Return the summary as HTML. Jupyter calls this method."""
         above, below = self._summary_text()
-        head, *rows = self._summary_table() or [()]
+        head, *rows = self._summary_table() or [[]]
         parts = [f"<p>{html.escape(above)}</p>" if above else "", html_table(rows, head) if rows else ""]
         parts += [self._summary_picture(), f"<p>{html.escape(below)}</p>" if below else ""]
         return "\n".join(part for part in parts if part)
@@ -42,8 +44,15 @@ class Summary:
         return []
 
     def _draw_summary(self, figure: Any) -> bool:
-        """Draw a picture of the result into an empty figure. Return False if there is no picture."""
-        return False
+        """Draw a picture of the result into an empty figure. Return False if there is no picture.
+
+        The default is the plot of the method ``plot``, if the class has one.
+        """
+        plot = getattr(self, "plot", None)
+        if plot is None:
+            return False
+        plot(ax=figure.subplots())
+        return True
 
     def _summary_picture(self) -> str:
         """Return the picture as an HTML element, or '' if there is none or Matplotlib is not installed."""
@@ -57,10 +66,43 @@ class Summary:
         return html_image(rendered(figure, "svg"), "svg", f"plot of {type(self).__name__}")
 
 
+class TableSummary(Summary):
+    """Base class of results whose text is a table. A subclass defines the property `table`."""
+
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """Cells of the printed table: a tuple of headings, followed by one tuple of strings for each row."""
+        raise NotImplementedError
+
+    @property
+    def lines(self) -> list[str]:
+        """Rows of the table as lines of text, padded to equal length."""
+        return text_lines(self.table)
+
+    def __str__(self) -> str:
+        above, below = self._summary_text()
+        return "\n".join(part for part in (above, *self.lines, below) if part)
+
+    def _summary_text(self) -> tuple[str, str]:
+        return "", ""
+
+    def _summary_table(self) -> Rows:
+        return self.table
+
+
 def text_lines(table: Rows) -> list[str]:
     """Return the rows of a table as lines of text. The first column is aligned left, all others are aligned right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join([f"{cells[0]:<{widths[0]}}", *map(str.rjust, cells[1:], widths[1:])]) for cells in table]
+
+
+def abridged(table: Rows) -> list[Sequence[str]]:
+    """Return a table of headings and at most 20 rows. If there are more rows, dots replace those in the middle."""
+    head, *rows = table
+    if len(rows) <= _MAX_ROWS:
+        return [head, *rows]
+    half = _MAX_ROWS // 2
+    return [head, *rows[:half], ["..."] * len(head), *rows[-half:]]
 
 
 def html_table(rows: Rows, head: Sequence[str] = ()) -> str:

@@ -23,7 +23,7 @@ from scipy.linalg import eigvalsh
 
 from curvop.operators.parameter_operator import ParameterLinearOperator, ParameterVectors
 from curvop.operators.progress import step_bar
-from curvop.operators.summaries import text_lines
+from curvop.operators.summaries import TableSummary
 from curvop.operators.validation import available_bytes, integer, random_generator
 from curvop.spectrum.checkpoint import make_directory, open_record_file
 from curvop.spectrum.counting import TimeUpError, deadline_after
@@ -242,8 +242,8 @@ def blocks(
     return _assembled(list(members), sizes, [finished[column] for column in sorted(finished)])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class BlockStudy:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BlockStudy(TableSummary):
     """Densities of the diagonal blocks of a matrix, and norms of all blocks.
 
     The function `blocks` returns this class. ``print(study)`` shows a table of the diagonal blocks.
@@ -344,15 +344,16 @@ class BlockStudy:
             lines.append((name, f"{block.size:,}", *ends, trace, f"{norm:.4g}"))
         return lines
 
-    @property
-    def lines(self) -> list[str]:
-        """Rows of the table as lines of text, padded to equal length."""
-        return text_lines(self.table)
+    def _summary_text(self) -> tuple[str, str]:
+        return "", f"not studied, as time was up: {listed(self.unfinished)}" if self.unfinished else ""
 
-    def __str__(self) -> str:
-        if not self.unfinished:
-            return "\n".join(self.lines)
-        return "\n".join([*self.lines, f"not studied, as time was up: {listed(self.unfinished)}"])
+    def _draw_summary(self, figure: Any) -> bool:
+        from curvop.spectrum.plots import blocks_size
+
+        figure.set_size_inches(*blocks_size(self))
+        if self.names:
+            self.plot(figure=figure)
+        return bool(self.names)
 
     def plot(self, figure: Any = None) -> Any:
         """Plot the table of blocks, the density of each diagonal block, and all norms. Requires matplotlib.
