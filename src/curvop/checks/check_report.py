@@ -37,6 +37,8 @@ class Finding(Summary):
         Advice on a warning or an error. The text is empty if the status is ``'ok'`` or ``'not applicable'``.
     """
 
+    _num_text_columns = 4
+
     name: str
     status: str
     text: str = ""
@@ -105,6 +107,8 @@ class CheckReport(Summary):
     >>> report["linearity"].status
     'wrong'
     """
+
+    _num_text_columns = 4
 
     operator: str
     findings: tuple[Finding, ...]

@@ -139,7 +139,7 @@ def compare(
     num_products = sum(min(size, num_probes) for size in sizes.values())
     with step_bar("compare", progress, num_products) as bar:
         for name, parameters in members.items():
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(name, refresh=False)  # a refresh would ignore the delay of the bar
             others = [other for key, names in members.items() if key != name for other in names]
             order = [*parameters, *others]
             G, A = (_section(operator, owner, order, parameters) for operator in (exact, approximation))

@@ -40,13 +40,19 @@ def new_bar(desc: str, **settings: Any) -> tqdm[Any]:
 def step_bar(desc: str, shown: bool = True, total: int | None = None) -> Iterator[tqdm[Any]]:
     """Yield a progress bar for one computation. If ``total`` is given, the bar also shows the remaining time."""
     bar = new_bar(desc, total=total, disable=not shown, delay=_DELAY)
-    begun = time.monotonic()
+    begun, completed = time.monotonic(), False
     try:
         yield bar
+        completed = True
     finally:
         if time.monotonic() - begun > _DELAY:
             bar.delay = 0  # otherwise tqdm would not show the bar when it is closed
         bar.close()
+        widgets = getattr(bar, "container", None)
+        if widgets is not None and completed and bar.total:
+            # In a notebook, tqdm ignores a new total, and shows the bar in red if there were fewer products.
+            _, shape, _ = widgets.children
+            shape.max, shape.bar_style = bar.total, "success"
 
 
 class Progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ __all__ = ["Summary", "TableSummary", "abridged", "html_image", "html_table", "r
 Rows = Sequence[Sequence[str]]
 
 _MAX_ROWS = 20  # rows of an abridged table
+_MAX_BYTES = 300_000  # size of a picture in a notebook that consists of vectors
 _STYLE = "border-collapse: collapse; font-variant-numeric: tabular-nums"
 
 
@@ -24,6 +26,8 @@ class Summary:
     decorator replaces ``__repr__``.
     """
 
+    _num_text_columns = 1  # columns of the table that are aligned left in a notebook
+
     def __repr__(self) -> str:
         return str(self)
 
@@ -31,8 +35,12 @@ class Summary:
         """Return the summary as HTML. Jupyter calls this method."""
         above, below = self._summary_text()
         head, *rows = self._summary_table() or [[]]
-        parts = [f"<p>{html.escape(above)}</p>" if above else "", html_table(rows, head) if rows else ""]
-        parts += [self._summary_picture(), f"<p>{html.escape(below)}</p>" if below else ""]
+        parts = [
+            f"<p>{html.escape(above)}</p>" if above else "",
+            html_table(rows, head, self._num_text_columns) if rows else "",
+            self._summary_picture(),
+            f"<p>{html.escape(below)}</p>" if below else "",
+        ]
         return "\n".join(part for part in parts if part)
 
     def _summary_text(self) -> tuple[str, str]:
@@ -63,7 +71,10 @@ class Summary:
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         if not self._draw_summary(figure):
             return ""
-        return html_image(rendered(figure, "svg"), "svg", f"plot of {type(self).__name__}")
+        kind, content = "svg", rendered(figure, "svg")
+        if len(content) > _MAX_BYTES:
+            kind, content = "png", rendered(figure, "png")
+        return html_image(content, kind, f"plot of {type(self).__name__}")
 
 
 class TableSummary(Summary):
@@ -105,12 +116,14 @@ def abridged(table: Rows) -> list[Sequence[str]]:
     return [head, *rows[:half], ["..."] * len(head), *rows[-half:]]
 
 
-def html_table(rows: Rows, head: Sequence[str] = ()) -> str:
-    """Return a table as HTML. The cells are escaped."""
+def html_table(rows: Rows, head: Sequence[str] = (), num_text_columns: int = 0) -> str:
+    """Return a table as HTML. The cells are escaped. The first `num_text_columns` columns are aligned left."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         scope = ' scope="col"' if tag == "th" else ""
-        return f"<tr>{''.join(f'<{tag}{scope}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+        left = [' style="text-align: left"'] * num_text_columns
+        styled = itertools.zip_longest(left[: len(cells)], cells, fillvalue="")
+        return f"<tr>{''.join(f'<{tag}{scope}{style}>{html.escape(cell)}</{tag}>' for style, cell in styled)}</tr>"
 
     top = f"<thead>{line(head, 'th')}</thead>\n" if head else ""
     body = "\n".join(line(cells, "td") for cells in rows)

@@ -682,4 +682,4 @@ class _Group:
         self._system.measure_scale(columns)
         if curvature < -_ROUNDING * self._system.scale:
             self.negative_curvature = curvature
-            self._system.bar.set_postfix_str(f"indefinite: smallest eigenvalue <= {curvature:.3g}")
+            self._system.bar.set_postfix_str(f"indefinite: smallest eigenvalue <= {curvature:.3g}", refresh=False)

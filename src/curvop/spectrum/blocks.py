@@ -41,6 +41,7 @@ __all__ = ["BlockStudy", "blocks"]
 Array = NDArray[Any]
 _BLOCK, _NORMS = b"block", b"norms"
 _FIELDS = [field.name for field in dataclasses.fields(SpectralDensity)]
+_MAX_PICTURED = 30  # blocks in the picture of a notebook
 _SHOWN_ERROR = 1e-4  # smallest relative error that the table shows
 _COLUMNS_AT_ONCE = 4  # columns per block product that estimates norms; small because each product has N rows
 
@@ -225,7 +226,7 @@ def blocks(
             finished = {int(key.split()[1]): file.read(offset) for key, offset in file if key.startswith(_BLOCK)}
             norms = {key: file.read(offset)[0] for key, offset in file if key.startswith(_NORMS)}
         for column, name in enumerate(members):
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(name, refresh=False)  # a refresh would ignore the delay of the bar
             steps = None if directory is None else directory / f"block {column}"
             if column in finished:
                 *arrays, squares = finished[column]
@@ -350,10 +351,13 @@ class BlockStudy(TableSummary):
     def _draw_summary(self, figure: Any) -> bool:
         from curvop.spectrum.plots import blocks_size
 
-        figure.set_size_inches(*blocks_size(self))
-        if self.names:
-            self.plot(figure=figure)
-        return bool(self.names)
+        if not 0 < len(self.names) <= _MAX_PICTURED:
+            return False
+        figure.set_size_inches(7, blocks_size(self)[1])
+        self.plot(figure=figure)
+        densities = figure.axes[0]
+        densities.set_yticklabels(["block", *self.names], parse_math=False)  # instead of the table, which is above
+        return True
 
     def plot(self, figure: Any = None) -> Any:
         """Plot the table of blocks, the density of each diagonal block, and all norms. Requires matplotlib.

@@ -285,7 +285,8 @@ class Tracker(Summary):
         if not self._history:
             return text
         names, *_, latest = self._summary_table()
-        return f"{text}; latest: {', '.join(map(' '.join, zip(names, latest, strict=True)))}"
+        numbers = ", ".join(map(" = ".join, zip(names[1:], latest[1:], strict=True)))
+        return f"{text}; at step {latest[0]}: {numbers}"
 
     def _summary_table(self) -> list[Sequence[str]]:
         numbers = [f" {number}" for number in range(1, self._k + 1)] if self._k > 1 else [""]
