@@ -582,9 +582,9 @@ class TestEigenvalues:
     def test_the_table(self) -> None:
         found = LayerEigenvalues.of_layers({"fc.weight": np.array([4.0, 2.0, 0.0, 0.0]), "b": np.array([1.0])})
         assert str(found).splitlines() == [
-            "layer        number     largest      median    smallest    zero",
-            "fc.weight         4           4           1           0     50%",
-            "b                 1           1           1           1      0%",
+            "layer      number  largest  median  smallest  zero",
+            "fc.weight       4        4       1         0   50%",
+            "b               1        1       1         1    0%",
         ]
 
     def test_the_picture(self) -> None:

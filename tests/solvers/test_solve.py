@@ -136,7 +136,7 @@ class TestIndefinite:
             products += X.shape[1] if X.ndim > 1 else 1
             return A @ X
 
-        monkeypatch.setattr("tqdm.tqdm.set_postfix_str", lambda bar, text: reports.append((products, text)))
+        monkeypatch.setattr("tqdm.tqdm.set_postfix_str", lambda bar, text, refresh: reports.append((products, text)))
         operator = LinearOperator(A.shape, matvec=multiply, matmat=multiply, dtype=float)
         with pytest.warns(RuntimeWarning, match="converged.*indefinite"):
             result = quietly(operator, b.standard_normal((200, count)), damping=0.0, rtol=1e-10)

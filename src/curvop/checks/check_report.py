@@ -7,15 +7,18 @@ import math
 import textwrap
 from typing import Any
 
+from curvop.operators.summaries import Summary
+
 __all__ = ["NOT_APPLICABLE", "OK", "WARNING", "WRONG", "CheckReport", "Finding"]
 
 OK, WARNING, WRONG, NOT_APPLICABLE = "ok", "warning", "wrong", "not applicable"
 
 _MARKS = {OK: "ok", WARNING: "warning", WRONG: "WRONG", NOT_APPLICABLE: "-"}
+_HEADINGS = ("status", "check", "observation", "to do")  # of the table in a notebook
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Finding(Summary):
     """The result of one check.
 
     Attributes
@@ -34,6 +37,8 @@ class Finding:
         Advice on a warning or an error. The text is empty if the status is ``'ok'`` or ``'not applicable'``.
     """
 
+    _num_text_columns = 4
+
     name: str
     status: str
     text: str = ""
@@ -45,15 +50,31 @@ class Finding:
         if self.status in (OK, NOT_APPLICABLE):
             object.__setattr__(self, "remedy", "")
 
-    def __str__(self) -> str:
+    @property
+    def observation(self) -> str:
+        """The measured value, its limit and the text of the finding."""
         measured = ""
         if self.value is not None and self.status != NOT_APPLICABLE:
             measured = f"{self.value:.1e}" + ("" if self.limit is None else f" (at most {self.limit:.1e})")
         return "; ".join(part for part in (measured, self.text) if part)
 
+    def __str__(self) -> str:
+        remedy = f"; to do: {self.remedy}" if self.remedy else ""
+        return f"{self.name}: {self.status}; {self.observation}{remedy}".removesuffix("; ")
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class CheckReport:
+    def _summary_text(self) -> tuple[str, str]:
+        return "", ""
+
+    def _summary_table(self) -> list[tuple[str, ...]]:
+        return [_HEADINGS, self._cells]
+
+    @property
+    def _cells(self) -> tuple[str, str, str, str]:
+        return _MARKS[self.status], self.name, self.observation, self.remedy
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class CheckReport(Summary):
     """The findings of `curvop.check`.
 
     Print the report to see a table of the findings. For each problem, the table also gives advice. ``report[name]``
@@ -87,6 +108,8 @@ class CheckReport:
     'wrong'
     """
 
+    _num_text_columns = 4
+
     operator: str
     findings: tuple[Finding, ...]
     products: int
@@ -117,14 +140,20 @@ class CheckReport:
         raise KeyError(f"no finding is named {name!r}; there are {names}")
 
     def __str__(self) -> str:
-        width = max((len(finding.name) for finding in self.findings), default=0)
-        lines = [f"check of {self.operator}: {self.products} products, {self.seconds:.2f} s"]
-        for finding in self.findings:
-            start = f"  {_MARKS[finding.status]:<7}  {finding.name:<{width}}  "
-            lines += _wrapped(start, str(finding))
-            if finding.remedy:
-                lines += _wrapped(" " * len(start) + "to do: ", finding.remedy)
-        return "\n".join([*lines, self.verdict])
+        above, below = self._summary_text()
+        width, lines = max((len(finding.name) for finding in self.findings), default=0), [above]
+        for mark, name, observation, remedy in (finding._cells for finding in self.findings):
+            start = f"  {mark:<7}  {name:<{width}}  "
+            lines += _wrapped(start, observation)
+            if remedy:
+                lines += _wrapped(" " * len(start) + "to do: ", remedy)
+        return "\n".join([*lines, below])
+
+    def _summary_text(self) -> tuple[str, str]:
+        return f"check of {self.operator}: {self.products} products, {self.seconds:.2f} s", self.verdict
+
+    def _summary_table(self) -> list[tuple[str, ...]]:
+        return [_HEADINGS, *(finding._cells for finding in self.findings)]
 
     def json(self) -> dict[str, Any]:
         """Return the report as a dictionary that ``json.dumps`` accepts.

@@ -20,7 +20,7 @@ from curvop.operators.parameter_operator import ParameterVectors
 from curvop.operators.progress import step_bar
 from curvop.operators.selection import parameter_groups
 from curvop.operators.submatrix_operator import SubmatrixLinearOperator
-from curvop.operators.summaries import text_lines
+from curvop.operators.summaries import TableSummary
 from curvop.operators.validation import integer, random_generator, real_operator
 from curvop.spectrum.estimators import Estimate
 from curvop.spectrum.lanczos import device_of, multiply, product_precision
@@ -139,7 +139,7 @@ def compare(
     num_products = sum(min(size, num_probes) for size in sizes.values())
     with step_bar("compare", progress, num_products) as bar:
         for name, parameters in members.items():
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(name, refresh=False)  # a refresh would ignore the delay of the bar
             others = [other for key, names in members.items() if key != name for other in names]
             order = [*parameters, *others]
             G, A = (_section(operator, owner, order, parameters) for operator in (exact, approximation))
@@ -192,8 +192,8 @@ class PartError(NamedTuple):
     share: float
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Comparison:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Comparison(TableSummary):
     """The error of an approximation, block by block.
 
     The function `curvop.compare` returns this class. Print it to see a table. ``comparison[name]`` returns the block
@@ -238,16 +238,6 @@ class Comparison:
             norms = (_text(part.norm), _text(part.approximate_norm), _text(part.error))
             lines.append((part.name, f"{part.size:,}", *norms, f"{part.share:.1%}"))
         return lines
-
-    @property
-    def lines(self) -> list[str]:
-        """Rows of the table as lines of text, padded to equal length."""
-        return text_lines(self.table)
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
-
-    __repr__ = __str__
 
     def json(self) -> dict[str, Any]:
         """Return the comparison as a dictionary that ``json.dumps`` accepts.

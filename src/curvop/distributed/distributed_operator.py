@@ -182,6 +182,10 @@ class DistributedLinearOperator(ParameterLinearOperator):
         self._partial = partial
         self._is_adjoint = False
 
+    def _details(self) -> list[str]:
+        size = self._remote.group.size
+        return [*super()._details(), f"data of {size} rank{'s' * (size > 1)}"]
+
     @property
     def device(self) -> torch.device:
         """Device of rank 0's parameters."""

@@ -42,6 +42,7 @@ from curvop.operators.composites import (
     CompositeLinearOperator,
     NamedLinearOperator,
     alike,
+    factor_formula,
     layouts_of,
     multiply,
     name_of,
@@ -68,6 +69,9 @@ class _SumLinearOperator(CompositeLinearOperator):
         ours, theirs = layouts_of(A), layouts_of(B)
         rows, cols = (mine or other for mine, other in zip(ours, theirs, strict=True))
         super().__init__(A.shape, [A, B], (rows, cols))
+
+    def _formula(self) -> str:
+        return " + ".join(part._formula() for part in self._parts).replace("+ -", "- ")
 
     def diagonal(self) -> NDArray[Any]:
         """Return the sum of the exact diagonals of the operands."""
@@ -119,6 +123,10 @@ class _ScaledLinearOperator(CompositeLinearOperator):
     def _alpha(self) -> Any:
         return self._scalars[0]
 
+    def _formula(self) -> str:
+        scale = "-" if self._alpha == -1 else f"{self._alpha:.6g} * "
+        return f"{scale}{factor_formula(self._parts[0])}"
+
     def diagonal(self) -> NDArray[Any]:
         """Return the exact diagonal of A, multiplied by ``alpha``."""
         return cast("NDArray[Any]", self._alpha * self._parts[0].diagonal())
@@ -166,6 +174,9 @@ class _ProductLinearOperator(CompositeLinearOperator):
         rows = other if rows is None and left else rows
         cols = inner if cols is None and right else cols
         super().__init__((A.shape[0], B.shape[1]), [A, B], (rows, cols))
+
+    def _formula(self) -> str:
+        return " @ ".join(map(factor_formula, self._parts))
 
     def diagonal(self) -> NDArray[Any]:
         """Return the exact diagonal of a product in which at most one factor is not a diagonal matrix.
@@ -354,6 +365,9 @@ class DampedLinearOperator(CompositeLinearOperator):
         super().__init__(A.shape, [A, float(damping)], layouts_of(A))
         self._A = A
         self._counter = A._counter
+
+    def _formula(self) -> str:
+        return f"{self._A._formula()} + {self.damping:.6g} * I".replace("+ -", "- ")
 
     @property
     def damping(self) -> float:

@@ -102,6 +102,18 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
             # Repeat the lookup, so that the error in a property that raises an AttributeError is not hidden.
             return object.__getattribute__(self, name)
 
+    def __repr__(self) -> str:
+        details, text = ", ".join(self._details()), super().__repr__()  # SciPy's text names class, shape and dtype
+        return f"{text[:-1]}: {details}>" if details else text
+
+    def _details(self) -> list[str]:
+        """Return phrases for ``repr``. They must not depend on a pass over the data or on the values of tensors."""
+        return []
+
+    def _formula(self) -> str:
+        """Return the matrix as a formula, for ``repr`` of composite operators. The default is the name of the class."""
+        return type(self).__name__
+
     @property
     def num_products(self) -> int:
         """Number of products computed so far, including products with the adjoint.
@@ -705,6 +717,12 @@ class WrappingLinearOperator(TensorLinearOperator):
     def device(self) -> torch.device:
         """Device on which ``_A`` computes products. This is the CPU if ``_A`` is an operator of SciPy."""
         return self._A.device if isinstance(self._A, TensorLinearOperator) else super().device
+
+    def _details(self) -> list[str]:
+        rows, cols = self._A.shape
+        if not isinstance(self._A, TensorLinearOperator):
+            return [f"of a {rows}x{cols} {type(self._A).__name__}"]
+        return [f"of a {rows}x{cols} {self._A._formula()}", *self._A._details()]
 
     def _product_dtype(self, dtype: Any) -> Any:
         known = isinstance(self._A, TensorLinearOperator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ __all__ = [
     "NamedLinearOperator",
     "alike",
     "entries",
+    "factor_formula",
     "layouts_of",
     "multiply",
     "name_of",
@@ -29,6 +31,8 @@ __all__ = [
 ]
 
 Names = Sequence[str]
+
+_LONGEST_FORMULA = 120  # characters in ``repr``
 
 
 class CompositeLinearOperator(ParameterVectors):
@@ -60,6 +64,9 @@ class CompositeLinearOperator(ParameterVectors):
         for part in (*diagonals, *(part for part in reversed(self._parts) if not part._is_diagonal)):
             self._params |= getattr(part, "_params", {})  # the first operand that is not diagonal takes precedence
         self._symmetric: bool | None = None
+
+    def _details(self) -> list[str]:
+        return [textwrap.shorten(self._formula(), _LONGEST_FORMULA, placeholder=" ..."), *super()._details()]
 
     @property
     def takes_tensors(self) -> bool:
@@ -142,6 +149,9 @@ class _ScipyLinearOperator(WrappingLinearOperator):
         tensor = torch.from_numpy(product).to(rows.device)
         return tensor if tensor.is_complex() else tensor.to(rows.dtype)
 
+    def _formula(self) -> str:
+        return type(self._A).__name__
+
     def _adjoint(self) -> LinearOperator:
         adjoint = self._A.H
         return self if adjoint is self._A else _ScipyLinearOperator(adjoint)
@@ -159,6 +169,9 @@ class NamedLinearOperator(CompositeLinearOperator):
     def __init__(self, A: TensorLinearOperator, layouts: Layouts, params: Mapping[str, Tensor]) -> None:
         super().__init__(A.shape, [A], layouts)
         self._params = dict(params)
+
+    def _formula(self) -> str:
+        return self._parts[0]._formula()
 
     def diagonal(self) -> NDArray[Any]:
         """Return the exact diagonal, if the wrapped operator can compute it without products."""
@@ -213,6 +226,12 @@ def multiply(A: TensorLinearOperator, rows: Rows) -> Rows:
     if isinstance(both, Tensor):
         return torch.complex(both[:count], both[count:])
     return cast("Rows", both[:count] + 1j * both[count:])
+
+
+def factor_formula(A: TensorLinearOperator) -> str:
+    """Return the formula of an operand of a product. A sum is in parentheses."""
+    formula = A._formula()
+    return f"({formula})" if " + " in formula or " - " in formula else formula
 
 
 def name_of(A: LinearOperator) -> str:

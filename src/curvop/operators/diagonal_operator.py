@@ -253,6 +253,9 @@ class BlockDiagonalLinearOperator(CompositeLinearOperator):
         self._params = dict(params)
         return self
 
+    def _formula(self) -> str:
+        return f"diag({len(self._parts)} block{'s' * (len(self._parts) != 1)})"
+
     @property
     def _is_diagonal(self) -> bool:
         return False

@@ -35,6 +35,7 @@ from curvop.kernels.precision import Precision
 from curvop.kernels.reference import Route, other_routes
 from curvop.operators.base import Rows, TensorLinearOperator
 from curvop.operators.progress import Progress
+from curvop.operators.summaries import Summary
 from curvop.operators.transfer import TORCH_DTYPES, Staging, aligned, packed
 from curvop.operators.validation import available_bytes, integer
 
@@ -103,6 +104,13 @@ class EngineLinearOperator(TensorLinearOperator):
         self._adjoint_engine = self._engine
         if not kernel.symmetric or kernel.rows.names != kernel.cols.names:
             self._adjoint_engine = Engine(kernel.adjoint(), budget, settings.columns)
+
+    def _details(self) -> list[str]:
+        details = [*super()._details(), f"{self._settings.engine} engine"]
+        with contextlib.suppress(Exception):  # the user's class of data can raise any error
+            if batches := len(self._objective):
+                details.insert(-1, f"{batches:,} batch{'es' * (batches > 1)}")
+        return details
 
     @property
     def device(self) -> torch.device:
@@ -382,8 +390,8 @@ def products_in_one_pass(operators: Sequence[EngineLinearOperator], rows: Rows) 
 # Cost of a product.
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Cost(Summary):
     """Measured time and memory of one product with an operator, returned by ``A.cost()``.
 
     Attributes
@@ -452,6 +460,20 @@ class Cost:
             f"one product: {self.seconds * 1e3:.3g} ms ({self.gradients:.1f} gradients); "
             f"{share} batches cached, {self.kept_bytes / 1e6:.1f} MB{peak}{compiled}{reduced}"
         )
+
+    def _summary_table(self) -> list[tuple[str, ...]]:
+        peak = "unknown" if self.peak_bytes is None else f"{self.peak_bytes / 1e6:.1f} MB"
+        return [
+            ("one product", "gradients", "batches cached", "cache", "memory of a product", "compilation"),
+            (
+                f"{self.seconds * 1e3:.3g} ms",
+                f"{self.gradients:.1f}",
+                f"{self.kept_share:.0%}",
+                f"{self.kept_bytes / 1e6:.1f} MB",
+                peak,
+                f"{self.compile_seconds:.1f} s",
+            ),
+        ]
 
 
 def seconds(function: Callable[[], object]) -> float:

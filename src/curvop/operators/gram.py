@@ -204,6 +204,11 @@ class GramLinearOperator(TensorLinearOperator):
         self.shift = real_scalar("shift", shift)
         self.args = (factor, self.shift)  # SciPy's composite operators also have this attribute
 
+    def _details(self) -> list[str]:
+        rows, cols = self.factor.shape
+        shift = f" + {self.shift:.6g} * I" if self.shift else ""
+        return [f"S @ S.T{shift} with S a {rows}x{cols} {self.factor._formula()}", *self.factor._details()]
+
     @property
     def device(self) -> torch.device:
         """Device of the parameters, on which products are computed. Tensors on this device are not copied."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -103,6 +104,9 @@ class _BlocksLinearOperator(ParameterVectors):
         self._params = dict(params)
         self._rows, self._cols = layouts
         self._staging = Staging()
+
+    def _details(self) -> list[str]:
+        return [*super()._details(), f"{len(self._blocks)} block{'s' * (len(self._blocks) > 1)}"]
 
     @property
     def device(self) -> torch.device:
@@ -620,7 +624,7 @@ class _FactorsView(Mapping[str, KroneckerFactors]):
         return len(self._blocks)
 
     def __repr__(self) -> str:
-        return f"<factors of {', '.join(self._blocks)}>"
+        return textwrap.shorten(f"<factors of {', '.join(self._blocks)}", 200, placeholder=" ...") + ">"
 
 
 def checked_decay(decay: Any) -> float:

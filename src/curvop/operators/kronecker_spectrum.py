@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvop.operators.figures import axes_or_new
+from curvop.operators.summaries import TableSummary
 
 __all__ = ["LayerEigenvalues"]
 
@@ -19,8 +20,8 @@ _ZERO = 1e-12  # eigenvalues below this fraction of the largest one count as zer
 _MAX_POINTS = 2000  # points of a line in a plot
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LayerEigenvalues:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LayerEigenvalues(TableSummary):
     """All eigenvalues of a block-diagonal matrix, with the layers to which they belong.
 
     ``A.eigenvalues()`` returns this class. Print it to see a table of the layers.
@@ -91,19 +92,16 @@ class LayerEigenvalues:
         values: Array = self.values[self.owners == self.layers.index(layer)]
         return values
 
-    def __str__(self) -> str:
-        width = max(5, *map(len, self.layers))
-        lines = [f"{'layer':<{width}}{'number':>10}{'largest':>12}{'median':>12}{'smallest':>12}{'zero':>8}"]
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """Cells of the printed table: a tuple of headings, followed by one tuple of strings for each layer."""
+        lines: list[tuple[str, ...]] = [("layer", "number", "largest", "median", "smallest", "zero")]
         for layer in self.layers:
             values = self.of(layer)
             zero = np.count_nonzero(values <= _ZERO * self.values[-1]) / len(values)
-            lines.append(
-                f"{layer:<{width}}{len(values):>10,}{values[-1]:>12.3g}{np.median(values):>12.3g}{values[0]:>12.3g}"
-                f"{zero:>8.0%}"
-            )
-        return "\n".join(lines)
-
-    __repr__ = __str__
+            numbers = [f"{number:.3g}" for number in (values[-1], np.median(values), values[0])]
+            lines.append((layer, f"{len(values):,}", *numbers, f"{zero:.0%}"))
+        return lines
 
     def plot(self, ax: Any = None) -> Any:
         """Plot the eigenvalues of each layer in descending order, on logarithmic axes.

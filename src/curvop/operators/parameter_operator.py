@@ -28,6 +28,8 @@ __all__ = [
     "touched_parameters",
 ]
 
+_LONGEST_LIST = 60  # characters of the names of parameters in ``repr``
+
 #: Layouts of the rows and of the columns. None stands for an axis that does not consist of parameters.
 Layouts = tuple[ParameterLayout | None, ParameterLayout | None]
 
@@ -55,6 +57,19 @@ class ParameterVectors(TensorLinearOperator):
         ``rows`` is None if the rows of the matrix are not parameters, and ``cols`` is None if the columns are not.
         """
         raise NotImplementedError
+
+    def _details(self) -> list[str]:
+        rows, cols = self._row_and_column_layouts
+        layout = cols or rows
+        if layout is None:
+            return super()._details()
+        if rows is None or cols is None or rows.names == cols.names:
+            text = _names_text(layout.names)
+        else:
+            text = f"rows of {_names_text(rows.names)} and columns of {_names_text(cols.names)}"
+        if layout.names[0] in self._params:
+            text += f" in {str(self._params[layout.names[0]].dtype).removeprefix('torch.')}"
+        return [f"{text} on {self.device}", *super()._details()]
 
     @property
     def params_slices(self) -> dict[str, slice]:
@@ -485,6 +500,12 @@ def as_tensor(what: str, value: Any) -> Tensor:
     if tensor.is_complex():
         raise TypeError(f"{what} is complex, but parameters are real: pass its real and imaginary parts separately")
     return tensor
+
+
+def _names_text(names: Sequence[str]) -> str:
+    """Return the number of parameters, and their names if they are short."""
+    text, listed = f"{len(names)} parameter{'s' * (len(names) > 1)}", ", ".join(names)
+    return f"{text} ({listed})" if len(listed) <= _LONGEST_LIST else text
 
 
 def _shapes_text(shapes: Iterable[tuple[int, ...]]) -> str:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import TqdmWarning, tqdm
+
+with warnings.catch_warnings():  # a notebook without ipywidgets shows the bar as text
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm.auto import tqdm as tqdm_auto
 
 __all__ = ["Progress", "new_bar", "step_bar"]
 
@@ -16,25 +21,38 @@ _DELAY = 0.5  # seconds after which a bar is shown
 
 
 def new_bar(desc: str, **settings: Any) -> tqdm[Any]:
-    """Return a new progress bar on stderr.
+    """Return a new progress bar on stderr, or in the output of a notebook.
 
     If stderr is neither a terminal nor a notebook, the bar is updated at most every ten seconds.
     """
-    interactive = sys.stderr.isatty() or "ipykernel" in sys.modules  # stderr of a notebook is not a terminal
-    return tqdm(desc=desc, unit=" products", mininterval=0.1 if interactive else 10.0, **settings)
+    notebook = "ipykernel" in sys.modules
+    interactive = notebook or sys.stderr.isatty()
+    return tqdm_auto(
+        desc=desc,
+        unit=" products",
+        mininterval=0.1 if interactive else 10.0,
+        file=sys.stdout if notebook else None,  # notebooks show stderr as an error, on a red background
+        **settings,
+    )
 
 
 @contextlib.contextmanager
 def step_bar(desc: str, shown: bool = True, total: int | None = None) -> Iterator[tqdm[Any]]:
     """Yield a progress bar for one computation. If ``total`` is given, the bar also shows the remaining time."""
     bar = new_bar(desc, total=total, disable=not shown, delay=_DELAY)
-    begun = time.monotonic()
+    begun, completed = time.monotonic(), False
     try:
         yield bar
+        completed = True
     finally:
         if time.monotonic() - begun > _DELAY:
             bar.delay = 0  # otherwise tqdm would not show the bar when it is closed
         bar.close()
+        widgets = getattr(bar, "container", None)
+        if widgets is not None and completed and bar.total:
+            # In a notebook, tqdm ignores a new total, and shows the bar in red if there were fewer products.
+            _, shape, _ = widgets.children
+            shape.max, shape.bar_style = bar.total, "success"
 
 
 class Progress:

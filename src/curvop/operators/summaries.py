@@ -5,22 +5,28 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Summary", "html_image", "html_table", "rendered", "text_lines"]
+__all__ = ["Summary", "TableSummary", "abridged", "html_image", "html_table", "rendered", "text_lines"]
 
 Rows = Sequence[Sequence[str]]
 
+_MAX_ROWS = 20  # rows of an abridged table
+_MAX_BYTES = 300_000  # size of a picture in a notebook that consists of vectors
 _STYLE = "border-collapse: collapse; font-variant-numeric: tabular-nums"
 
 
 class Summary:
     """Base class of results. ``repr`` is the text that ``print`` shows, and a notebook shows a table and a picture.
 
-    A subclass defines ``__str__``. It can override the other methods below. A dataclass must be created with
-    ``repr=False``, because otherwise the decorator replaces ``__repr__``.
+    A subclass defines ``__str__``, and can override the methods below. If the text contains a table, ``__str__`` and
+    `_summary_table` use the same cells. A dataclass must be created with ``repr=False``, because otherwise the
+    decorator replaces ``__repr__``.
     """
+
+    _num_text_columns = 1  # columns of the table that are aligned left in a notebook
 
     def __repr__(self) -> str:
         return str(self)
@@ -28,9 +34,13 @@ class Summary:
     def _repr_html_(self) -> str:
         """Return the summary as HTML. Jupyter calls this method."""
         above, below = self._summary_text()
-        head, *rows = self._summary_table() or [()]
-        parts = [f"<p>{html.escape(above)}</p>" if above else "", html_table(rows, head) if rows else ""]
-        parts += [self._summary_picture(), f"<p>{html.escape(below)}</p>" if below else ""]
+        head, *rows = self._summary_table() or [[]]
+        parts = [
+            f"<p>{html.escape(above)}</p>" if above else "",
+            html_table(rows, head, self._num_text_columns) if rows else "",
+            self._summary_picture(),
+            f"<p>{html.escape(below)}</p>" if below else "",
+        ]
         return "\n".join(part for part in parts if part)
 
     def _summary_text(self) -> tuple[str, str]:
@@ -42,8 +52,15 @@ class Summary:
         return []
 
     def _draw_summary(self, figure: Any) -> bool:
-        """Draw a picture of the result into an empty figure. Return False if there is no picture."""
-        return False
+        """Draw a picture of the result into an empty figure. Return False if there is no picture.
+
+        The default is the plot of the method ``plot``, if the class has one.
+        """
+        plot = getattr(self, "plot", None)
+        if plot is None:
+            return False
+        plot(ax=figure.subplots())
+        return True
 
     def _summary_picture(self) -> str:
         """Return the picture as an HTML element, or '' if there is none or Matplotlib is not installed."""
@@ -54,7 +71,34 @@ class Summary:
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         if not self._draw_summary(figure):
             return ""
-        return html_image(rendered(figure, "svg"), "svg", f"plot of {type(self).__name__}")
+        kind, content = "svg", rendered(figure, "svg")
+        if len(content) > _MAX_BYTES:
+            kind, content = "png", rendered(figure, "png")
+        return html_image(content, kind, f"plot of {type(self).__name__}")
+
+
+class TableSummary(Summary):
+    """Base class of results whose text is a table. A subclass defines the property `table`."""
+
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """Cells of the printed table: a tuple of headings, followed by one tuple of strings for each row."""
+        raise NotImplementedError
+
+    @property
+    def lines(self) -> list[str]:
+        """Rows of the table as lines of text, padded to equal length."""
+        return text_lines(self.table)
+
+    def __str__(self) -> str:
+        above, below = self._summary_text()
+        return "\n".join(part for part in (above, *self.lines, below) if part)
+
+    def _summary_text(self) -> tuple[str, str]:
+        return "", ""
+
+    def _summary_table(self) -> Rows:
+        return self.table
 
 
 def text_lines(table: Rows) -> list[str]:
@@ -63,12 +107,23 @@ def text_lines(table: Rows) -> list[str]:
     return ["  ".join([f"{cells[0]:<{widths[0]}}", *map(str.rjust, cells[1:], widths[1:])]) for cells in table]
 
 
-def html_table(rows: Rows, head: Sequence[str] = ()) -> str:
-    """Return a table as HTML. The cells are escaped."""
+def abridged(table: Rows) -> list[Sequence[str]]:
+    """Return a table of headings and at most 20 rows. If there are more rows, dots replace those in the middle."""
+    head, *rows = table
+    if len(rows) <= _MAX_ROWS:
+        return [head, *rows]
+    half = _MAX_ROWS // 2
+    return [head, *rows[:half], ["..."] * len(head), *rows[-half:]]
+
+
+def html_table(rows: Rows, head: Sequence[str] = (), num_text_columns: int = 0) -> str:
+    """Return a table as HTML. The cells are escaped. The first `num_text_columns` columns are aligned left."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         scope = ' scope="col"' if tag == "th" else ""
-        return f"<tr>{''.join(f'<{tag}{scope}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+        left = [' style="text-align: left"'] * num_text_columns
+        styled = itertools.zip_longest(left[: len(cells)], cells, fillvalue="")
+        return f"<tr>{''.join(f'<{tag}{scope}{style}>{html.escape(cell)}</{tag}>' for style, cell in styled)}</tr>"
 
     top = f"<thead>{line(head, 'th')}</thead>\n" if head else ""
     body = "\n".join(line(cells, "td") for cells in rows)

@@ -153,6 +153,10 @@ class InverseLinearOperator(CompositeLinearOperator):
         self.last: list[SolveResult] = []
         self._is_checked = False
 
+    def _formula(self) -> str:
+        damping = f" + {self.args[1]:.6g} * I" if self.args[1] else ""
+        return f"inv({self._parts[0]._formula()}{damping})".replace("+ -", "- ")
+
     @property
     def _is_diagonal(self) -> bool:
         return False

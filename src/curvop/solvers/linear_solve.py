@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvop.operators.progress import step_bar
+from curvop.operators.summaries import Summary, abridged
 from curvop.operators.validation import available_bytes, integer, real_operator
 from curvop.solvers.block_cg import BlockRun, block_cg
 from curvop.solvers.damped_system import DampedSystem, RowFunction, row_multiplier
@@ -266,8 +267,8 @@ def _solve_and_choose(
     return functools.reduce(Solutions.joined, found), text
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SolveResult:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SolveResult(Summary):
     """The solution of ``(A + damping * I) x = b`` and its residual, returned by `solve`.
 
     ``print(result)`` shows a summary in one line. If b has shape ``(N, K)``, the attributes ``residual``, ``products``
@@ -351,6 +352,14 @@ class SolveResult:
         elif self.solver == "minres":
             text += "; the damped matrix is numerically singular"
         return f"{text}; preconditioner: {self.preconditioner}" if self.preconditioner else text
+
+    def _summary_table(self) -> list[Sequence[str]]:
+        columns = zip(*map(np.atleast_1d, (self.residual, self.products, self.converged)), strict=True)
+        rows = [
+            (str(index), f"{residual:.2e}", f"{products:,.6g}", "yes" if converged else "no")
+            for index, (residual, products, converged) in enumerate(columns)
+        ]
+        return abridged([("column", "relative residual", "products", "converged"), *rows])
 
 
 def check_arguments(A: LinearOperator, damping: Any, rtol: Any, maxiter: Any) -> None:
@@ -673,4 +682,4 @@ class _Group:
         self._system.measure_scale(columns)
         if curvature < -_ROUNDING * self._system.scale:
             self.negative_curvature = curvature
-            self._system.bar.set_postfix_str(f"indefinite: smallest eigenvalue <= {curvature:.3g}")
+            self._system.bar.set_postfix_str(f"indefinite: smallest eigenvalue <= {curvature:.3g}", refresh=False)

@@ -394,6 +394,9 @@ class NystromPreconditioner(TensorLinearOperator):
         self.construction_products = 0
         self._scales = (self._values[-1] + damping) / (self._values + damping) - 1
 
+    def _details(self) -> list[str]:
+        return [f"rank {len(self._values)}", f"damping {self.damping:.6g}", f"on {self.device}"]
+
     @property
     def vectors(self) -> NDArray[Any]:
         """The approximate eigenvectors as an array ``(N, r)``."""

@@ -23,7 +23,7 @@ from scipy.linalg import eigvalsh
 
 from curvop.operators.parameter_operator import ParameterLinearOperator, ParameterVectors
 from curvop.operators.progress import step_bar
-from curvop.operators.summaries import text_lines
+from curvop.operators.summaries import TableSummary
 from curvop.operators.validation import available_bytes, integer, random_generator
 from curvop.spectrum.checkpoint import make_directory, open_record_file
 from curvop.spectrum.counting import TimeUpError, deadline_after
@@ -41,6 +41,7 @@ __all__ = ["BlockStudy", "blocks"]
 Array = NDArray[Any]
 _BLOCK, _NORMS = b"block", b"norms"
 _FIELDS = [field.name for field in dataclasses.fields(SpectralDensity)]
+_MAX_PICTURED = 30  # blocks in the picture of a notebook
 _SHOWN_ERROR = 1e-4  # smallest relative error that the table shows
 _COLUMNS_AT_ONCE = 4  # columns per block product that estimates norms; small because each product has N rows
 
@@ -225,7 +226,7 @@ def blocks(
             finished = {int(key.split()[1]): file.read(offset) for key, offset in file if key.startswith(_BLOCK)}
             norms = {key: file.read(offset)[0] for key, offset in file if key.startswith(_NORMS)}
         for column, name in enumerate(members):
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(name, refresh=False)  # a refresh would ignore the delay of the bar
             steps = None if directory is None else directory / f"block {column}"
             if column in finished:
                 *arrays, squares = finished[column]
@@ -242,8 +243,8 @@ def blocks(
     return _assembled(list(members), sizes, [finished[column] for column in sorted(finished)])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class BlockStudy:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BlockStudy(TableSummary):
     """Densities of the diagonal blocks of a matrix, and norms of all blocks.
 
     The function `blocks` returns this class. ``print(study)`` shows a table of the diagonal blocks.
@@ -344,15 +345,19 @@ class BlockStudy:
             lines.append((name, f"{block.size:,}", *ends, trace, f"{norm:.4g}"))
         return lines
 
-    @property
-    def lines(self) -> list[str]:
-        """Rows of the table as lines of text, padded to equal length."""
-        return text_lines(self.table)
+    def _summary_text(self) -> tuple[str, str]:
+        return "", f"not studied, as time was up: {listed(self.unfinished)}" if self.unfinished else ""
 
-    def __str__(self) -> str:
-        if not self.unfinished:
-            return "\n".join(self.lines)
-        return "\n".join([*self.lines, f"not studied, as time was up: {listed(self.unfinished)}"])
+    def _draw_summary(self, figure: Any) -> bool:
+        from curvop.spectrum.plots import blocks_size
+
+        if not 0 < len(self.names) <= _MAX_PICTURED:
+            return False
+        figure.set_size_inches(7, blocks_size(self)[1])
+        self.plot(figure=figure)
+        densities = figure.axes[0]
+        densities.set_yticklabels(["block", *self.names], parse_math=False)  # instead of the table, which is above
+        return True
 
     def plot(self, figure: Any = None) -> Any:
         """Plot the table of blocks, the density of each diagonal block, and all norms. Requires matplotlib.

@@ -14,13 +14,14 @@ import contextlib
 import dataclasses
 import decimal
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from curvop.operators.progress import step_bar
+from curvop.operators.summaries import Summary, abridged
 from curvop.operators.validation import integer, random_generator, real_scalar
 from curvop.spectrum.counting import CountedOperator, TimeUpError, symmetric_operator
 from curvop.spectrum.missed_search import SearchResult, remaining_range, search_missed
@@ -219,8 +220,8 @@ def certify_within(
         return dataclasses.replace(certificate, products=counted.products), repaired
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Certificate:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Certificate(Summary):
     """Error bounds for k eigenpairs of a symmetric operator A, as returned by `certify` and `eigsh`.
 
     ``print(certificate)`` shows the `verdict`.
@@ -328,6 +329,15 @@ class Certificate:
 
     def __str__(self) -> str:
         return self.verdict
+
+    def _summary_table(self) -> list[Sequence[str]]:
+        rows = [
+            (str(index + 1), f"{residual:.1e}", f"{bound:.1e}", f"{estimate:.1e}")
+            for index, (residual, bound, estimate) in enumerate(
+                zip(self.residuals, self.bounds, self.estimates, strict=True)
+            )
+        ]
+        return abridged([("", "residual", "error <=", "estimated error"), *rows])
 
     def _problems(self) -> list[str]:
         """Return a description of each problem. The list is empty if the eigenpairs pass all checks."""

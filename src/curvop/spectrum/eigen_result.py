@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from curvop.operators.summaries import Summary, abridged, text_lines
 from curvop.spectrum.certificate import Certificate, with_ranges
 from curvop.storage.result_files import arrays_of_record, fields_of_record, load_arrays, save_arrays
 
@@ -24,7 +25,6 @@ Array = NDArray[Any]
 NO_TIME = "no certificate, as time was up"
 """The note of a result without a certificate. `EigenResult.verdict` searches for it, and saved results contain it."""
 
-_MAX_ROWS = 20  # eigenvalues that `EigenResult.__str__` prints
 _CERTIFICATE_PREFIX = "certificate_"  # names of the certificate's arrays in a saved result
 _PER_EIGENPAIR = ("residuals", "bounds", "estimates")  # arrays of a certificate with one entry per eigenpair
 _TITLES = {
@@ -36,8 +36,8 @@ _TITLES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EigenResult:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class EigenResult(Summary):
     """Eigenpairs of a symmetric operator and their certificate, as returned by `eigsh`.
 
     ``values, vectors = result`` unpacks the eigenpairs. ``print(result)`` shows a table of the eigenvalues, residuals
@@ -201,23 +201,29 @@ class EigenResult:
         return f"not converged: {len(self.values)} of {self.wanted} eigenvalues found ({remedy}){text}"
 
     def __str__(self) -> str:
-        size, count = len(self.vectors), len(self.values)
-        head = f"{count} of {self.wanted} eigenvalues ({self.which}) of a {size:,} x {size:,} matrix"
-        title = _TITLES.get(self.method, self.method)
-        lines = [f"{head}: {title}, {self.products:,} products" + (f" ({self.note})" if self.note else "")]
-        if count:
-            errors = f"{'residual':>12}{'error <=':>12}" if self.certificate else ""
-            lines.append(f"{'':>6}{'eigenvalue':>16}{errors}")
-        for index in range(count):
-            if count > _MAX_ROWS and _MAX_ROWS // 2 <= index < count - _MAX_ROWS // 2:  # the wanted end may be either
-                if index == _MAX_ROWS // 2:
-                    lines.append(f"{'...':>6}")
-                continue
-            line = f"{index + 1:>6}{self.values[index]:>16.8g}"
-            if self.certificate:
-                line += f"{self.certificate.residuals[index]:>12.1e}{self.certificate.bounds[index]:>12.1e}"
-            lines.append(line)
-        return "\n".join([*lines, self.verdict])
+        head, verdict = self._summary_text()
+        return "\n".join([head, *text_lines(self._summary_table()), verdict])
+
+    def _summary_text(self) -> tuple[str, str]:
+        size, title = len(self.vectors), _TITLES.get(self.method, self.method)
+        head = f"{len(self.values)} of {self.wanted} eigenvalues ({self.which}) of a {size:,} x {size:,} matrix"
+        note = f" ({self.note})" if self.note else ""
+        return f"{head}: {title}, {self.products:,} products{note}", self.verdict
+
+    def _summary_table(self) -> list[Sequence[str]]:
+        if not len(self.values):
+            return []
+        columns = [("eigenvalue", *(f"{value:.8g}" for value in self.values))]
+        if self.certificate:
+            columns += [
+                ("residual", *(f"{residual:.1e}" for residual in self.certificate.residuals)),
+                ("error <=", *(f"{bound:.1e}" for bound in self.certificate.bounds)),
+            ]
+        numbers = ("", *map(str, range(1, len(self.values) + 1)))
+        return abridged(list(zip(numbers, *columns, strict=True)))  # the wanted end may be either
+
+    def _draw_summary(self, figure: Any) -> bool:
+        return len(self.values) > 0 and super()._draw_summary(figure)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result to an ``.npz`` file of plain arrays.

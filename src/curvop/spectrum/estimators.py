@@ -456,7 +456,13 @@ class Estimate(_Pair):
         return float(np.asarray(self.value).item())
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(value={self.value!r}, error={self.error!r})"
+        return self._with_fields("value", "error")
+
+    def _with_fields(self, *names: str) -> str:
+        values = {name: getattr(self, name) for name in names}
+        values |= {name: value.item() for name, value in values.items() if isinstance(value, np.generic)}
+        with np.printoptions(threshold=20, edgeitems=3):  # the arrays may have one entry for each parameter
+            return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     def __str__(self) -> str:
         return f"{self.value:.6g} +- {self.error:.2g}" if np.ndim(self.value) == 0 else repr(self)
@@ -498,8 +504,7 @@ class BoundedEstimate(Estimate):
         return self.value, self.error, self.low, self.high
 
     def __repr__(self) -> str:
-        names = ("value", "error", "low", "high")
-        return f"BoundedEstimate({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+        return self._with_fields("value", "error", "low", "high")
 
 
 class _Probes:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from curvop.operators.base import unsupported_layout
 from curvop.operators.progress import step_bar
+from curvop.operators.summaries import Summary, abridged
 from curvop.operators.validation import integer, real_scalar
 from curvop.spectrum.counting import deadline_after, symmetric_operator
 from curvop.spectrum.lanczos import (
@@ -241,8 +242,8 @@ def apply(
     return result
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ApplyResult:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ApplyResult(Summary):
     """The product of a function of a matrix with one or more vectors, as returned by `apply`.
 
     ``print(result)`` shows a summary in one line.
@@ -280,6 +281,11 @@ class ApplyResult:
         else:
             text = f"estimated relative error {self.error:.2e} after {self.num_steps} steps"
         return f"{verdict}: {text}, {self.num_products:,} products"
+
+    def _summary_table(self) -> list[Sequence[str]]:
+        columns = zip(*map(np.atleast_1d, (self.error, self.num_steps)), strict=True)
+        rows = [(str(index), f"{error:.2e}", f"{steps:,}") for index, (error, steps) in enumerate(columns)]
+        return abridged([("column", "estimated relative error", "Lanczos steps"), *rows])
 
 
 class _Function:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaincinv, ndtr
 
+from curvop.operators.summaries import Summary
 from curvop.operators.validation import (
     real_scalar,
 )
@@ -39,8 +40,8 @@ _EPS = float(np.finfo(np.float64).eps)
 _MISS_PROBABILITY = 0.05  # probability that an eigenvalue lies beyond `SpectralDensity.range_errors`
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SpectralDensity:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SpectralDensity(Summary):
     r"""The spectral density of a matrix, estimated by stochastic Lanczos quadrature.
 
     The function `density` returns this class. The methods of this class estimate the fraction of eigenvalues in an
@@ -529,6 +530,12 @@ class SpectralDensity:
             f"{self.size:,} eigenvalues between about {low:.3g} and {high:.3g}, trace {self.trace()}: "
             f"{len(self.nodes)} probes of {self.num_steps} steps, {self.num_products:,} products"
         )
+
+    def _summary_table(self) -> list[tuple[str, str, str]]:
+        errors, trace = self.range_errors, self.trace()
+        ends = zip(("smallest eigenvalue", "largest eigenvalue"), self.range, errors, strict=True)
+        rows = [(name, f"{value:.4g}", f"{error:.1g}") for name, value, error in ends]
+        return [("", "estimate", "error"), *rows, ("trace", f"{trace.value:.6g}", f"{trace.error:.2g}")]
 
     def _times_size(self, mean: BoundedEstimate) -> BoundedEstimate:
         """Convert an estimate of the mean over all eigenvalues into an estimate of the sum."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from curvop.operators.summaries import Summary, abridged
 from curvop.operators.validation import integer, real_scalar
 from curvop.spectrum.counting import symmetric_operator
 from curvop.spectrum.eigen import EigenResult, eigsh, without_verdicts
@@ -168,8 +170,10 @@ def track(
     return Tracker(A, k, which, every, real_scalar("tol", tol), optimizer, positions)
 
 
-class Tracker:
+class Tracker(Summary):
     """A record of extreme eigenvalues during training, as returned by `track`.
+
+    ``print(tracker)`` shows the latest eigenvalues and the stability threshold in one line.
 
     Attributes
     ----------
@@ -273,6 +277,28 @@ class Tracker:
         if self._optimizer is None:
             return None
         return np.array([threshold for _, _, threshold in self._history], dtype=np.float64)
+
+    def __str__(self) -> str:
+        steps = f"{self._next_step:,} training step{'s' * (self._next_step != 1)}"
+        which = f"{self._k} eigenvalue{'s' * (self._k > 1)} ({self._which}) every {self._every} steps"
+        text = f"{which}: {steps}, {self.products:,} products"
+        if not self._history:
+            return text
+        names, *_, latest = self._summary_table()
+        numbers = ", ".join(map(" = ".join, zip(names[1:], latest[1:], strict=True)))
+        return f"{text}; at step {latest[0]}: {numbers}"
+
+    def _summary_table(self) -> list[Sequence[str]]:
+        numbers = [f" {number}" for number in range(1, self._k + 1)] if self._k > 1 else [""]
+        names = ["step", *(f"eigenvalue{number}" for number in numbers)]
+        rows = [[f"{step:,}", *(f"{value:.4g}" for value in values)] for step, values, _ in self._history]
+        if self._optimizer is not None:
+            names.append("stability threshold")
+            rows = [[*row, f"{threshold:.4g}"] for row, (*_, threshold) in zip(rows, self._history, strict=True)]
+        return abridged([names, *rows])
+
+    def _draw_summary(self, figure: Any) -> bool:
+        return bool(np.isfinite(self.values).any()) and super()._draw_summary(figure)
 
     def step(self) -> Array | None:
         """Count one training step, and compute the eigenvalues if the step is a multiple of ``every``.
