@@ -31,7 +31,7 @@ from curvop import (
     spectrum,
 )
 from curvop.distributed import serve
-from curvop.operators.gram import NotFactorableError
+from curvop.kernels.errors import NotFactorableError, UnknownNameError
 from curvop.storage.fingerprint import OtherProblemError
 
 
@@ -310,8 +310,8 @@ area(
     (
         "a group with a misspelt name",
         lambda: spectrum.blocks(H, groups={"a": "0.bais"}),
-        ValueError,
-        "groups['a']: no parameter is named '0.bais'",
+        UnknownNameError,
+        "groups['a']: no parameter or module is named '0.bais'",
     ),
     ("tracking every zeroth step", lambda: spectrum.track(DENSE, every=0), ValueError, "every is 0"),
     ("tracking an end that is inside", lambda: spectrum.track(DENSE, which="SM"), ValueError, "which is 'SM'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from curvop.kernels.memory import free_bytes
-from curvop.kernels.parameters import ParameterLayout, unknown_name
 
 __all__ = [
     "available_bytes",
@@ -23,7 +22,6 @@ __all__ = [
     "random_generator",
     "real_operator",
     "real_scalar",
-    "validated_names",
 ]
 
 
@@ -63,21 +61,6 @@ def real_operator(A: Any) -> LinearOperator:
             f"A has dtype {A.dtype}, but must be real: view a complex matrix as a real one of twice the size"
         )
     return A
-
-
-def validated_names(what: str, names: str | Sequence[str], layout: ParameterLayout) -> tuple[str, ...]:
-    """Convert ``names`` to a tuple of parameter names. Raise an error if a name is repeated or not in ``layout``."""
-    if not isinstance(names, Iterable):
-        raise TypeError(f"{what} is a {type(names).__name__}: pass the name of a parameter, or a sequence of names")
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if not names:
-        raise ValueError(f"{what} names no parameter: pass one or more of {', '.join(map(repr, layout.names[:10]))}")
-    for name in names:
-        if name not in layout.slices:
-            raise ValueError(unknown_name(what, name, layout.names))
-        if names.count(name) > 1:
-            raise ValueError(f"{what} names {name!r} twice: pass it once")
-    return names
 
 
 # Unknown keyword arguments of the constructors.

@@ -69,9 +69,9 @@ def blocks(
         Symmetric operator of this package whose rows and columns are parameters, for example a
         ``HessianLinearOperator`` or a sum of curvature matrices.
     groups : mapping of str to str or sequence of str, or "layers", optional
-        Maps the name of each block to the names of its parameters. By default, each parameter forms a block. With
-        "layers", the parameters of a layer, such as its weight and its bias, form a block. Parameters in no group are
-        left out.
+        Maps the name of each block to the names of its parameters or modules, or to glob patterns (see ``A.blocks``).
+        By default, each parameter forms a block. With "layers", the parameters of a layer, such as its weight and its
+        bias, form a block. Parameters in no group are left out.
     num_probes : int
         Number of probes for the density of each diagonal block.
     num_steps : int
