@@ -92,7 +92,8 @@ def test_every_matrix(run, spec, matrix: str, block: list[str]) -> None:
 def test_the_block_of_a_module(run, spec) -> None:
     names = ("--block", "2.weight", "--block", "2.bias")
     by_name, by_module = (json.loads(run(spec("sound"), *block, "--json")[1]) for block in (names, ("--block", "2")))
-    assert by_module["findings"] == by_name["findings"]
+    limits, expected = ([finding["limit"] for finding in found["findings"]] for found in (by_module, by_name))
+    assert limits == pytest.approx(expected, nan_ok=True)  # they depend on the norm of the block
     assert by_module["ok"]
 
 

@@ -20,8 +20,8 @@ from curvop.kernels.objective import BatchWeight, Objective
 from curvop.kernels.parameters import ParameterLayout
 from curvop.operators.engine_operator import EngineLinearOperator, Settings
 from curvop.operators.gram import FactorLinearOperator, GramLinearOperator
+from curvop.operators.keywords import named_keywords
 from curvop.operators.parameter_operator import ParameterLinearOperator
-from curvop.operators.validation import named_keywords
 
 __all__ = ["CurvatureLinearOperator", "GGNLikeLinearOperator"]
 

@@ -14,9 +14,9 @@ from curvop.kernels.jacobian_kernel import JacobianKernel, over_predictions, pre
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.parameters import ParameterLayout
 from curvop.operators.engine_operator import EngineLinearOperator, Settings
+from curvop.operators.keywords import named_keywords
 from curvop.operators.parameter_operator import ParameterVectors
 from curvop.operators.selection import selected_names
-from curvop.operators.validation import named_keywords
 
 __all__ = ["JacobianLikeLinearOperator", "JacobianLinearOperator", "TransposedJacobianLinearOperator"]
 

@@ -16,7 +16,7 @@ from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight
 from curvop.operators.engine_operator import Settings
 from curvop.operators.jacobian import JacobianLikeLinearOperator
-from curvop.operators.validation import named_keywords
+from curvop.operators.keywords import named_keywords
 
 __all__ = ["PerExampleGradientLinearOperator"]
 

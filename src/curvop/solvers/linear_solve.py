@@ -28,6 +28,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
+from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import available_bytes, integer, real_operator
 from curvop.solvers.block_cg import BlockRun, block_cg
@@ -61,6 +62,7 @@ _VERDICTS = {
 }
 
 
+@named_keywords
 def solve(
     A: LinearOperator,
     b: Any,

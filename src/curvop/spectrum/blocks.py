@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigvalsh
 
+from curvop.operators.keywords import named_keywords
 from curvop.operators.parameter_operator import ParameterLinearOperator, ParameterVectors
 from curvop.operators.progress import step_bar
 from curvop.operators.summaries import text_lines
@@ -45,6 +46,7 @@ _SHOWN_ERROR = 1e-4  # smallest relative error that the table shows
 _COLUMNS_AT_ONCE = 4  # columns per block product that estimates norms; small because each product has N rows
 
 
+@named_keywords
 def blocks(
     A: ParameterVectors,
     *,
