@@ -389,6 +389,11 @@ class BlockStudy:
         ----------
         path : str or path
             Name of the file.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder does not exist. Saving creates no folders.
         """
         arrays = {
             f"{index} {name}": value

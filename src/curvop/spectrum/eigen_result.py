@@ -229,6 +229,11 @@ class EigenResult:
         path : str or os.PathLike
             The file name, including its suffix. An existing file is replaced.
 
+        Raises
+        ------
+        FileNotFoundError
+            If the folder does not exist. Saving creates no folders.
+
         See Also
         --------
         load : Read a result from a file.

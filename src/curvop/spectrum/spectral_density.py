@@ -468,6 +468,11 @@ class SpectralDensity:
         ----------
         path : str or path
             Name of the file.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder does not exist. Saving creates no folders.
         """
         save_arrays(Path(path), **self.arrays)
 
