@@ -94,8 +94,8 @@ class TestBlockNames:
     @pytest.mark.parametrize(
         ("rows", "cols", "message"),
         [
-            ("0.wight", None, "rows: no parameter is named '0.wight'; did you mean '0.weight'"),
-            ("0.bias", ["2.bais"], "cols: no parameter is named '2.bais'; did you mean '2.bias'"),
+            ("0.wight", None, "rows: no parameter or module is named '0.wight'; did you mean '0.weight'"),
+            ("0.bias", ["2.bais"], "cols: no parameter or module is named '2.bais'; did you mean '2.bias'"),
             ("zzz", None, r"known are '0.weight'"),
             ([], None, "rows names no parameter"),
             (["0.bias", "0.bias"], None, "rows names '0.bias' twice"),

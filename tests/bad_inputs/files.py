@@ -134,6 +134,24 @@ def of_file(tmp: Path, function: str) -> None:
 area(
     "Files and journals",
     (
+        "a result, saved to a folder that does not exist",
+        lambda tmp: DENSITY.save(tmp / "runs" / "density.npz"),
+        FileNotFoundError,
+        "but the folder 'DIRECTORY/runs' does not exist: create it",
+    ),
+    (
+        "a result, saved to a folder in place of a file",
+        lambda tmp: DENSITY.save(tmp),
+        IsADirectoryError,
+        "path is 'DIRECTORY', a folder: pass a file in it",
+    ),
+    (
+        "a result, saved to a file in place of a folder",
+        lambda tmp: DENSITY.save(file_with(tmp, b"") / "density.npz"),
+        NotADirectoryError,
+        "'DIRECTORY/file' is a file: pass a path in a folder",
+    ),
+    (
         "a file with pickled objects",
         lambda tmp: spectrum.SpectralDensity.load(pickled(tmp)),
         ValueError,

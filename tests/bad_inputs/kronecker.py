@@ -53,6 +53,15 @@ def coupled() -> Any:
     return of(made(lambda: nn.Linear(4, 3), lambda: nn.BatchNorm1d(3)), EKFACLinearOperator)
 
 
+def of_first_rows() -> Any:
+    """Return the EKFAC of a model whose prediction lacks the last item."""
+
+    def predict(params: dict[str, Tensor], X: Tensor) -> Tensor:
+        return torch.func.functional_call(MODEL, params, (X,))[:-1]
+
+    return kfac(EKFACLinearOperator, model=predict, data=[(X, Y[:-1])], batch_weight=lambda batch: 9)
+
+
 def updated(batch: Any = DATA[0], decay: Any = 0.9) -> None:
     kfac().update(batch, decay)
 
@@ -97,6 +106,12 @@ area(
         lambda: kfac(cache=0),
         TypeError,
         "KFACLinearOperator got an unexpected keyword argument 'cache'",
+    ),
+    (
+        "data items that are not known, of EKFAC",
+        of_first_rows,
+        ValueError,
+        "make the model return the terms of an item one after the other, or use KFAC",
     ),
     (
         "a model without layers",

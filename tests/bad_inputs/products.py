@@ -36,7 +36,7 @@ from curvop import (
     PerExampleGradientLinearOperator,
     SubmatrixLinearOperator,
 )
-from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
+from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError, UnknownNameError
 
 
 def shuffled() -> Any:
@@ -276,16 +276,35 @@ area(
     (
         "a misspelt name",
         lambda: H.block("0.bias", "2.bais"),
-        ValueError,
-        "cols: no parameter is named '2.bais'; did you mean '2.bias'",
+        UnknownNameError,
+        "cols: no parameter or module is named '2.bais'; did you mean '2.bias'",
     ),
+    (
+        "a misspelt module",
+        lambda: H.block("linear0"),
+        UnknownNameError,
+        "rows: no parameter or module is named 'linear0'; known are '0.weight', '0.bias', '2.weight', '2.bias'",
+    ),
+    (
+        "a pattern that matches nothing",
+        lambda: H.block("*.wieght"),
+        UnknownNameError,
+        "rows: no parameter or module is named '*.wieght'; did you mean '2.weight' or '0.weight'",
+    ),
+    (
+        "a module and a parameter in it",
+        lambda: H.block(["0", "0.bias"]),
+        ValueError,
+        "rows names '0.bias' twice",
+    ),
+    ("blocks of modules", lambda: H.blocks("modules"), TypeError, "groups is a str"),
     ("no name", lambda: H.block([]), ValueError, "rows names no parameter"),
     ("a name twice", lambda: H.block(["0.bias"] * 2), ValueError, "rows names '0.bias' twice"),
     (
         "a misspelt name, of a Jacobian",
         lambda: JacobianLinearOperator(MODEL, PARAMS, DATA).block("0.bais"),
-        ValueError,
-        "params: no parameter is named '0.bais'; did you mean '0.bias'",
+        UnknownNameError,
+        "params: no parameter or module is named '0.bais'; did you mean '0.bias'",
     ),
     (
         "diagonal blocks of a block off the diagonal",
@@ -354,7 +373,7 @@ area(
     ("an operator as an array", lambda: np.asarray(H), TypeError, "call A.to_dense()"),
     ("a dense matrix that is too large", lambda: H.to_dense(memory=10), MemoryError, "a dense matrix of shape"),
     ("a block of a kernel", lambda: (J @ J.T).block("weight"), TypeError, "use A.submatrix(rows, cols)"),
-    ("groups with an unknown name", lambda: H.block_diagonal({"a": "wieght"}), ValueError, "groups['a']"),
+    ("groups with an unknown name", lambda: H.block_diagonal({"a": "wieght"}), UnknownNameError, "groups['a']"),
     (
         "groups that lack a parameter",
         lambda: H.block_diagonal({"a": next(iter(PARAMS))}, complete=True),

@@ -31,7 +31,7 @@ from curvop import (
     spectrum,
 )
 from curvop.distributed import serve
-from curvop.operators.gram import NotFactorableError
+from curvop.kernels.errors import NotFactorableError, UnknownNameError
 from curvop.storage.fingerprint import OtherProblemError
 
 
@@ -291,6 +291,33 @@ area(
         "damping is 0.5",
     ),
     ("a trace from one product", lambda: spectrum.trace(DENSE, 1), ValueError, "num_products is 1"),
+    (
+        "the trace with the keyword of PyHessian",
+        lambda: spectrum.trace(H, maxIter=10),
+        TypeError,
+        "pass num_probes=",
+    ),
+    ("a trace with two numbers", lambda: spectrum.trace(H, 20, num_probes=5), TypeError, "pass only one"),
+    ("a trace of no vector", lambda: spectrum.trace(H, num_probes=0), ValueError, "num_probes is 0"),
+    (
+        "a density with another name for the number of vectors",
+        lambda: spectrum.density(H, num_vecs=4),
+        TypeError,
+        "density got an unexpected keyword argument 'num_vecs': pass num_probes=",
+    ),
+    (
+        "eigenvalues with the keyword of PyHessian",
+        lambda: spectrum.eigsh(H, top_n=3),
+        TypeError,
+        "eigsh got an unexpected keyword argument 'top_n': pass k=",
+    ),
+    (
+        "eigenvalues with SciPy's return_eigenvectors",
+        lambda: spectrum.eigsh(H, return_eigenvectors=False),
+        TypeError,
+        "leave it out: values, vectors = eigsh(...) returns both",
+    ),
+    ("a solve with SciPy's M", lambda: solve(H, np.ones(43), 1.0, M=H), TypeError, "pass preconditioner="),
     ("a trace of what is not square", lambda: spectrum.trace(WIDE, 4), ValueError, "A has shape (3, 4)"),
     ("a trace of a complex matrix", lambda: spectrum.trace(COMPLEX, 4), TypeError, "A has dtype complex128"),
     ("a diagonal from half products", lambda: spectrum.diagonal(DENSE, 2.5), ValueError, "num_products is 2.5"),
@@ -310,8 +337,8 @@ area(
     (
         "a group with a misspelt name",
         lambda: spectrum.blocks(H, groups={"a": "0.bais"}),
-        ValueError,
-        "groups['a']: no parameter is named '0.bais'",
+        UnknownNameError,
+        "groups['a']: no parameter or module is named '0.bais'",
     ),
     ("tracking every zeroth step", lambda: spectrum.track(DENSE, every=0), ValueError, "every is 0"),
     ("tracking an end that is inside", lambda: spectrum.track(DENSE, which="SM"), ValueError, "which is 'SM'"),

@@ -89,6 +89,14 @@ def test_every_matrix(run, spec, matrix: str, block: list[str]) -> None:
     assert {finding["status"] for finding in parsed["findings"]} == {"ok", "not applicable"}
 
 
+def test_the_block_of_a_module(run, spec) -> None:
+    names = ("--block", "2.weight", "--block", "2.bias")
+    by_name, by_module = (json.loads(run(spec("sound"), *block, "--json")[1]) for block in (names, ("--block", "2")))
+    limits, expected = ([finding["limit"] for finding in found["findings"]] for found in (by_module, by_name))
+    assert limits == pytest.approx(expected, nan_ok=True)  # they depend on the norm of the block
+    assert by_module["ok"]
+
+
 def test_settings(run, spec) -> None:
     code, out, _ = run(spec("sound"), "--dtype", "float32", "--probes", "4", "--json")
     parsed = json.loads(out)
@@ -117,8 +125,14 @@ def test_what_a_problem_prints_does_not_mix_with_json(run, spec) -> None:
         ("empty", [], "the problem cannot be evaluated: ValueError: data is empty"),
         ("fails", [], "the problem cannot be evaluated: RuntimeError: no second floor in this house (/"),
         ("nowhere", [], "no function 'nowhere'"),
-        ("sound", ["--block", "2.wieght"], "--block: no parameter is named '2.wieght'; did you mean '2.weight'"),
-        ("sound", ["--matrix", "jacobian", "--block", "2.wieght"], "--block: no parameter is named '2.wieght'"),
+        (
+            *("sound", ["--block", "2.wieght"]),
+            "--block: no parameter or module is named '2.wieght'; did you mean '2.weight'",
+        ),
+        (
+            *("sound", ["--matrix", "jacobian", "--block", "2.wieght"]),
+            "--block: no parameter or module is named '2.wieght'",
+        ),
         ("sound", ["--probes", "0"], "argument --probes: must be >= 1"),
         ("sound", ["--matrix", "hesian"], "argument --matrix: invalid choice"),
         ("sound", ["--out", "file.npz"], "unrecognized arguments: --out"),

@@ -618,7 +618,10 @@ class TestBadArguments:
             ("smal", [], "(did you mean 'small'?)"),
             ("small", ["--k", "26"], "--k = 26 is too large: eigsh finds at most N - 1 eigenvalues, and here N = 26"),
             ("small", ["--k", "2", "--block", "2.bias"], "--k = 2 is too large"),
-            ("small", ["--block", "0.weigth"], "--block: no parameter is named '0.weigth'; did you mean '0.weight'"),
+            (
+                *("small", ["--block", "0.weigth"]),
+                "--block: no parameter or module is named '0.weigth'; did you mean '0.weight'",
+            ),
             ("small", ["--block", "2.bias", "--block", "2.bias"], "--block: names '2.bias' twice"),
             ("fails_at_once", [], "the problem cannot be evaluated: RuntimeError: no second floor in this house ("),
             ("not_finite", [], "the problem cannot be evaluated: NonFiniteProductError"),
@@ -735,7 +738,7 @@ class TestMatrices:
         [
             (["--which", "LA"], "leave it out"),
             (["--k", "100"], "is too large: the Jacobian is"),
-            (["--block", "nothing"], "--block: no parameter is named 'nothing'"),
+            (["--block", "nothing"], "--block: no parameter or module is named 'nothing'"),
         ],
     )
     def test_what_a_jacobian_does_not_have(self, run, spec, options, said):

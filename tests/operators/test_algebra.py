@@ -366,7 +366,7 @@ class TestBlockDiagonal:
         [
             ({}, ValueError, "groups is empty"),
             ("rows", TypeError, "groups is a str"),
-            ({"a": "3.weight"}, ValueError, r"groups\['a'\]: no parameter is named '3.weight'; did you mean"),
+            ({"a": "3.weight"}, ValueError, r"groups\['a'\]: no parameter or module is named '3.weight'; did you mean"),
             ({"a": ["0.bias"], "b": "0.bias"}, ValueError, "groups has '0.bias' twice"),
             ({"a": []}, ValueError, r"groups\['a'\] names no parameter"),
         ],

@@ -217,6 +217,21 @@ def test_a_layer_without_positions_in_a_batch() -> None:
         KFACLinearOperator(model, CE, params_of(model), data, sharing="reduce")
 
 
+@pytest.mark.parametrize(("kind", "sharing"), [(EKFACLinearOperator, "expand"), (KFACLinearOperator, "reduce")])
+def test_the_remedy_for_unknown_data_items_works(kind: type[KFACLinearOperator], sharing: str) -> None:
+    class Shortened(nn.Linear):
+        def forward(self, X: Tensor) -> Tensor:
+            return super().forward(X)[:-1]
+
+    model = Shortened(3, 2)
+    arguments = (model, CE, params_of(model), [(torch.randn(5, 3), torch.randint(2, (4,)))])
+    with pytest.raises(ValueError, match="data items of a batch are not known") as caught:
+        kind(*arguments, batch_weight=lambda batch: 4, sharing=sharing)
+    assert "use KFAC (in preconditioner.kfac, ekfac=False) with sharing='expand'" in str(caught.value)
+    assert "examples=" not in str(caught.value)
+    assert KFACLinearOperator(*arguments, batch_weight=lambda batch: 4, sharing="expand").shape == (8, 8)
+
+
 class Coordinates(nn.Module):
     """All data items share the outputs of a layer that is applied to the coordinates of the positions."""
 

@@ -242,8 +242,9 @@ class TestItems:
             gradients(odd, examples="items")
         G = gradients(odd)
         assert G.shape == (7, 43)
-        with pytest.raises(ValueError, match="data items of a batch are not known"):
+        with pytest.raises(ValueError, match="data items of a batch are not known") as caught:
             _ = G.items
+        assert "examples=" not in str(caught.value)  # which is 'terms' here
 
 
 class TestOperator:

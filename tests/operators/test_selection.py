@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from curvop import GGNLinearOperator, select
+from curvop import (
+    BlockDiagonalLinearOperator,
+    DiagonalLinearOperator,
+    EFLinearOperator,
+    EKFACLinearOperator,
+    FisherLinearOperator,
+    GGNLinearOperator,
+    GradientCovarianceLinearOperator,
+    HessianLinearOperator,
+    JacobianLinearOperator,
+    KFACLinearOperator,
+    KFOCLinearOperator,
+    PerExampleGradientLinearOperator,
+    select,
+)
 
 
 class Net(nn.Module):
@@ -36,6 +53,11 @@ def test_globs(net) -> None:
         *("scale", "layers.1.0.weight", "layers.1.1.weight")
     ]
     assert list(select(net, "layers.[0].?.bias")) == ["layers.0.0.bias", "layers.0.1.bias"]
+
+
+def test_modules(net) -> None:
+    assert select(net, "layers.1") == select(net, "layers.1.*")
+    assert list(select(net, "layers", exclude=["layers.0", "*bias"])) == ["layers.1.0.weight", "layers.1.1.weight"]
 
 
 def test_types(net) -> None:
@@ -101,3 +123,162 @@ def test_types_that_are_none(types) -> None:
 
 def test_a_list_of_types() -> None:
     assert list(select(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)), types=[nn.LayerNorm])) == ["1.weight", "1.bias"]
+
+
+class Classifier(nn.Module):
+    """Two layers with tied weights, nested modules, and a parameter of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(3, 3)
+        self.fc10 = nn.Linear(3, 3)
+        self.fc10.weight = self.fc1.weight
+        self.scale = nn.Parameter(torch.ones(()))
+        self.body = nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.Tanh(), nn.Linear(2, 2)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.body(self.fc10(self.fc1(x).tanh()).tanh())
+
+
+torch.manual_seed(0)
+CLASSIFIER = Classifier().double()
+PARAMS = dict(CLASSIFIER.named_parameters())
+DATA = [(torch.randn(6, 3).double(), torch.randint(2, (6,)))]
+LOSS = nn.CrossEntropyLoss()
+FC1 = ["fc1.weight", "fc1.bias"]
+
+
+def sequential() -> dict[str, Any]:
+    """Return the arguments of an operator of a model whose layers are Kronecker-factored."""
+    model = nn.Sequential()
+    model.add_module("fc1", nn.Linear(3, 3))
+    model.add_module("act", nn.Tanh())
+    model.add_module("fc2", nn.Linear(3, 2))
+    model.double()
+    return {"model": model, "loss_function": LOSS, "params": dict(model.named_parameters()), "data": DATA}
+
+
+H = HessianLinearOperator(CLASSIFIER, LOSS, PARAMS, DATA)
+G = GGNLinearOperator(CLASSIFIER, LOSS, PARAMS, DATA)
+J = JacobianLinearOperator(CLASSIFIER, PARAMS, DATA)
+OPERATORS = {
+    "Hessian": H,
+    "GGN": G,
+    "empirical Fisher": EFLinearOperator(CLASSIFIER, LOSS, PARAMS, DATA),
+    "Fisher": FisherLinearOperator(CLASSIFIER, LOSS, PARAMS, DATA),
+    "gradient covariance": GradientCovarianceLinearOperator(CLASSIFIER, LOSS, PARAMS, DATA),
+    "Jacobian": J,
+    "transposed Jacobian": J.T,
+    "per-example gradients": PerExampleGradientLinearOperator(CLASSIFIER, LOSS, PARAMS, DATA),
+    "sum": H + G,
+    "difference of a multiple": H - 2 * G,
+    "product": G @ H,
+    "damped": H.damped(0.1),
+    "named block": (H @ G).block(["body", "fc1"]),
+    "diagonal": DiagonalLinearOperator({name: torch.ones_like(value) for name, value in PARAMS.items()}, PARAMS),
+    "block-diagonal": H.block_diagonal("layers"),
+    "blocks of others": BlockDiagonalLinearOperator(list(H.blocks())),
+    "KFAC": KFACLinearOperator(**sequential()),
+    "EKFAC": EKFACLinearOperator(**sequential()),
+    "KFOC": KFOCLinearOperator(**sequential()),
+}
+
+
+class TestBlocksByName:
+    @pytest.mark.parametrize("name", OPERATORS)
+    def test_a_module_a_pattern_and_a_selection_are_the_same_block(self, name: str) -> None:
+        A = OPERATORS[name]
+        model = CLASSIFIER if "body.0.weight" in A.params_slices else sequential()["model"]
+        exact = A.block(FC1)
+        assert 12 in exact.shape
+        for names in ("fc1", "fc1.*", ["fc1"], ["fc1.w*", "fc1.b*"], select(model, "fc1"), iter(FC1)):
+            block = A.block(names)
+            assert list(block.params_slices) == FC1
+            np.testing.assert_allclose(block.to_dense(), exact.to_dense())
+
+    def test_off_the_diagonal(self) -> None:
+        C = H.block("fc1.bias", "body")
+        np.testing.assert_array_equal(
+            C.to_dense(), H.block("fc1.bias", [name for name in PARAMS if name.startswith("body")]).to_dense()
+        )
+        assert list(C.params_slices) == ["body.0.weight", "body.0.bias", "body.1.1.weight", "body.1.1.bias"]
+
+    def test_a_module_does_not_include_others_whose_names_begin_alike(self) -> None:
+        assert list(H.block("fc1").params_slices) == FC1
+        assert list(H.block("fc1*").params_slices) == [*FC1, "fc10.bias"]
+
+    def test_a_tied_parameter_is_found_by_any_name_in_a_selection(self) -> None:
+        assert list(H.block(select(CLASSIFIER, "fc10")).params_slices) == ["fc1.weight", "fc10.bias"]
+        assert list((H + G).block(select(CLASSIFIER, "fc10.weight")).params_slices) == ["fc1.weight"]
+
+    def test_a_parameter_wins_over_a_module_of_the_same_name(self) -> None:
+        params = {"a": torch.ones(2).double(), "a.b": torch.ones(3).double()}
+        A = HessianLinearOperator.from_objective(
+            lambda p, x: (p["a"].sum() * p["a.b"].sum() * x).sum(), params, [torch.ones(1).double()]
+        )
+        assert list(A.block("a").params_slices) == ["a"]
+        assert list(A.block("a.*").params_slices) == ["a.b"]
+        assert A.parameter_groups("layers") == {"a": ["a"], "a.*": ["a.b"]}
+
+    def test_names_with_brackets_are_no_patterns(self) -> None:
+        model = nn.ModuleDict({"a[0]": nn.Linear(2, 1), "a0": nn.Linear(2, 1)})
+        assert list(select(model, "a[0]")) == ["a[0].weight", "a[0].bias"]
+        assert list(select(model, "a[0].bias")) == ["a[0].bias"]
+
+    @pytest.mark.parametrize("name", OPERATORS)
+    def test_unknown_names(self, name: str) -> None:
+        A = OPERATORS[name]
+        with pytest.raises(KeyError) as caught:
+            A.block("fc")
+        assert isinstance(caught.value, ValueError)
+        message = str(caught.value)
+        assert "no parameter or module is named 'fc'; did you mean 'fc" in message
+        assert "'fc1'" in message
+        assert message.endswith("(A.params_slices lists the names)")
+        with pytest.raises(KeyError, match=r"named '\*\.weigth'; did you mean .*'fc1\.weight'"):
+            A.block(["fc1.bias", "*.weigth"])
+
+    def test_the_same_parameter_twice(self) -> None:
+        with pytest.raises(ValueError, match=r"rows names 'fc1\.bias' twice"):
+            H.block(["fc1", "*.bias"])
+
+
+class TestBlocksByModule:
+    def test_layers(self) -> None:
+        """Of nested modules, a root parameter, and tied weights, which belong to the name that they have in H."""
+        groups = {
+            "scale": ["scale"],
+            "fc1": FC1,
+            "fc10": ["fc10.bias"],
+            "body.0": ["body.0.weight", "body.0.bias"],
+            "body.1.1": ["body.1.1.weight", "body.1.1.bias"],
+        }
+        assert H.parameter_groups("layers") == groups
+        blocks = dict(zip(groups, H.blocks("layers"), strict=True))
+        for name, block in blocks.items():
+            np.testing.assert_array_equal(block.to_dense(), H.block(groups[name]).to_dense())
+        assert sum(block.shape[0] for block in blocks.values()) == H.shape[0]
+
+    def test_by_default_each_parameter(self) -> None:
+        assert [list(block.params_slices) for block in H.blocks()] == [[name] for name in PARAMS]
+
+    def test_groups_of_modules_and_patterns(self) -> None:
+        groups = {"input": ["fc1", "fc10"], "body": "body", "rest": "sc*"}
+        blocks = list(H.blocks(groups))
+        assert [list(block.params_slices) for block in blocks] == [
+            [*FC1, "fc10.bias"],
+            [name for name in PARAMS if name.startswith("body")],
+            ["scale"],
+        ]
+        for block, part in zip(blocks, H.block_diagonal(groups).blocks(groups), strict=True):
+            np.testing.assert_allclose(block.to_dense(), part.to_dense())
+
+    @pytest.mark.parametrize("name", ["Jacobian", "transposed Jacobian", "sum", "KFAC", "per-example gradients"])
+    def test_of_other_operators(self, name: str) -> None:
+        A = OPERATORS[name]
+        for block, names in zip(A.blocks("layers"), A.parameter_groups("layers").values(), strict=True):
+            assert list(block.params_slices) == names
+
+    def test_a_parameter_in_two_groups(self) -> None:
+        with pytest.raises(ValueError, match=r"groups has 'fc1\.bias' twice"):
+            H.blocks({"first": "fc1", "biases": "*.bias"})

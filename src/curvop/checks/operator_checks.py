@@ -36,6 +36,7 @@ from curvop.checks.model_checks import (
     zero_block_finding,
 )
 from curvop.operators.engine_operator import UNTRUSTED, EngineLinearOperator
+from curvop.operators.keywords import named_keywords
 from curvop.operators.kfac import KFACLinearOperator
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import integer, random_generator
@@ -77,6 +78,7 @@ _NO_ROUTE = (
 )
 
 
+@named_keywords
 def check(
     A: LinearOperator,
     *,

@@ -228,7 +228,10 @@ def _common(command: argparse.ArgumentParser, matrices: tuple[str, ...]) -> None
         "(default: auto, the fastest number in a measurement)",
     )
     command.add_argument(
-        "--block", metavar="NAME", action="append", help="restrict the matrix to this parameter; can be repeated"
+        "--block",
+        metavar="NAME",
+        action="append",
+        help="restrict the matrix to this parameter, or to the parameters of this module; can be repeated",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of the report")
 

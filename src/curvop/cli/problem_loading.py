@@ -28,6 +28,7 @@ from curvop.operators.ggn import GGNLinearOperator
 from curvop.operators.hessian import HessianLinearOperator
 from curvop.operators.jacobian import JacobianLinearOperator
 from curvop.operators.kfac import EKFACLinearOperator, KFACLinearOperator
+from curvop.operators.selection import LISTING
 from curvop.testing.functorch_reference import functorch_empirical_fisher, functorch_ggn, functorch_hessian
 
 __all__ = [
@@ -427,11 +428,13 @@ def _restricted(whole: Any, block: Sequence[str] | None, argument: str) -> Any:
     """Return a block of an operator, or the whole operator if `block` is None.
 
     Error messages of ``whole.block`` begin with `argument`, the name of its own argument. In these messages,
-    ``--block`` replaces the name.
+    ``--block`` replaces the name. The messages of unknown names end with `LISTING`, which is omitted.
     """
     if block is None:
         return whole
     try:
         return whole.block(block)
     except ValueError as error:
-        raise ProblemError(f"--block: {str(error).removeprefix(argument).lstrip(': ')}") from error
+        raise ProblemError(
+            f"--block: {str(error).removeprefix(argument).removesuffix(LISTING).lstrip(': ')}"
+        ) from error

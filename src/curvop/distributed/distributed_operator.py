@@ -10,7 +10,7 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -211,16 +211,17 @@ class DistributedLinearOperator(ParameterLinearOperator):
             "operator that each rank passes to serve, before the block; within the block, time a product"
         )
 
-    def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
+    def block(self, rows: str | Iterable[str], cols: str | Iterable[str] | None = None) -> Self:
         """Return the block of the matrix for the given parameters.
 
         Products with the block differentiate with respect to these parameters only.
 
         Parameters
         ----------
-        rows : str or sequence of str
-            Names of the row parameters, in the order of the rows of the block.
-        cols : str or sequence of str, optional
+        rows : str or iterable of str
+            Names of the row parameters, in the order of the rows of the block. As in the blocks of other operators, the
+            names of modules, glob patterns, and the dict that `curvop.select` returns are also accepted.
+        cols : str or iterable of str, optional
             Names of the column parameters, in the order of the columns of the block. Default: `rows`.
 
         Returns
@@ -229,8 +230,10 @@ class DistributedLinearOperator(ParameterLinearOperator):
 
         Raises
         ------
+        KeyError
+            If a name is unknown. The error is also a ``ValueError``.
         ValueError
-            If a name is unknown or repeated, or if no name is passed.
+            If a parameter is selected twice, or if no name is passed.
         """
         local = self._partial.A.block(rows, cols)
         return type(self)(self._remote.block(local._rows.names, local._cols.names), PartialSum(local))

@@ -10,6 +10,7 @@ __all__ = [
     "NonDeterministicObjectiveError",
     "NonFiniteProductError",
     "NotFactorableError",
+    "UnknownNameError",
     "arrays_explained",
     "first_line",
     "not_finite",
@@ -47,6 +48,18 @@ class NotFactorableError(ValueError):
 
     Examples are Hessians, and Gauss-Newton matrices of losses that are not convex in the prediction.
     """
+
+
+class UnknownNameError(KeyError, ValueError):
+    """Raised if a name selects no parameter of an operator.
+
+    It is a ``KeyError``, because parameters are selected by name, and a ``ValueError``, because earlier versions raised
+    one.
+    """
+
+    def __str__(self) -> str:
+        """Return the message without the quotes that ``KeyError`` adds."""
+        return str(self.args[0])
 
 
 def not_finite(what: str, index: int, loss: float, where: str) -> str:

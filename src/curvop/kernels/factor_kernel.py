@@ -31,6 +31,8 @@ from curvop.kernels.objective import BatchLoss, Buffers
 
 __all__ = [
     "UNKNOWN_ITEMS",
+    "UNKNOWN_ROWS",
+    "UNKNOWN_UNITS",
     "FactorKernel",
     "PerExampleKernel",
     "example_counts",
@@ -41,8 +43,14 @@ __all__ = [
 
 UNKNOWN_ITEMS = (
     "the data items of a batch are not known, because the number of terms of its loss is not a multiple of the size of "
-    "its first axis: pass examples='terms', or make the model return the terms of an item one after the other"
+    "its first axis: make the model return the terms of an item one after the other"
 )
+
+#: Error message of an operator with one row per data item, which could have one row per term instead.
+UNKNOWN_ROWS = f"{UNKNOWN_ITEMS}, or pass examples='terms'"
+
+#: Error message of Kronecker factors that need the gradient of each data item.
+UNKNOWN_UNITS = f"{UNKNOWN_ITEMS}, or use KFAC (in preconditioner.kfac, ekfac=False) with sharing='expand'"
 
 #: Largest supported number of outputs per example. With c outputs, the Hessian of an example's loss has c * c entries.
 _MAX_ENTRIES = 256
@@ -127,7 +135,7 @@ class PerExampleKernel(FactorKernel):
         row_map = super().row_map(outputs, pair, extra, loss)
         count = item_count(outputs, pair, row_map.count) if self.by_item else row_map.count
         if count is None:
-            raise ValueError(UNKNOWN_ITEMS)
+            raise ValueError(UNKNOWN_ROWS)
         return row_map if count == row_map.count else _RowSums(row_map, count)
 
 

@@ -46,7 +46,7 @@ from torch.autograd.graph import get_gradient_edge
 from curvop.kernels.batches import batch_size, leaves
 from curvop.kernels.changes import random_state
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
-from curvop.kernels.factor_kernel import UNKNOWN_ITEMS, item_count
+from curvop.kernels.factor_kernel import UNKNOWN_UNITS, item_count
 from curvop.kernels.ggn_kernel import GGNLikeKernel, Parts, cut_off, outputs_of
 from curvop.kernels.kronecker_factors import BlockLayout
 from curvop.kernels.layer_factors import (
@@ -246,7 +246,7 @@ class _Probe:
         """
         counts = self._batch.items()
         if not counts:
-            raise ValueError(UNKNOWN_ITEMS)
+            raise ValueError(UNKNOWN_UNITS)
         for count in counts:
             options = self.options(count, uses)
             if all(options):
@@ -699,7 +699,7 @@ class _Pass:
         probe = _Probe(batch, columns, uses)
         positions, length, _ = self._units(batch, probe, columns)
         if positions is None:
-            raise ValueError(COUPLED if batch.items() else UNKNOWN_ITEMS)
+            raise ValueError(COUPLED if batch.items() else UNKNOWN_UNITS)
         probe.forget()
         cache: dict[Any, Any] = {}
         for column in range(columns.count):

@@ -20,8 +20,8 @@ from curvop.kernels.objective import BatchWeight, Objective
 from curvop.kernels.parameters import ParameterLayout
 from curvop.operators.engine_operator import EngineLinearOperator, Settings
 from curvop.operators.gram import FactorLinearOperator, GramLinearOperator
+from curvop.operators.keywords import named_keywords
 from curvop.operators.parameter_operator import ParameterLinearOperator
-from curvop.operators.validation import named_keywords, validated_names
 
 __all__ = ["CurvatureLinearOperator", "GGNLikeLinearOperator"]
 
@@ -173,14 +173,16 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
         ParameterLinearOperator.__init__(self, settings.dtype, objective.params, *layouts)
         self._set_up_engines(self._kernel(objective, rows, cols), settings)
 
-    def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
+    def block(self, rows: str | Iterable[str], cols: str | Iterable[str] | None = None) -> Self:
         """Return the block of the matrix for the given parameters, as an operator of the same class.
 
         Parameters
         ----------
-        rows : str or sequence of str
-            Names of the row parameters, in the order of the block.
-        cols : str or sequence of str, optional
+        rows : str or iterable of str
+            Names of the row parameters, in the order of the block. The name of a module, such as ``"fc1"``, stands for
+            all its parameters. A glob pattern, such as ``"fc1.*"`` or ``"*.bias"``, stands for all parameters that it
+            matches. The dict that `curvop.select` returns is also accepted.
+        cols : str or iterable of str, optional
             Names of the column parameters. The default is ``rows``, which gives a symmetric block.
 
         Returns
@@ -191,8 +193,10 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
 
         Raises
         ------
+        KeyError
+            If a name is unknown (the message suggests similar names). The error is also a ``ValueError``.
         ValueError
-            If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
+            If a parameter is selected twice, or if no name is given.
 
         See Also
         --------
@@ -206,9 +210,8 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
         """
         block = type(self).__new__(type(self))
         block._kernel = self._kernel
-        row_names = validated_names("rows", rows, self._rows)
-        col_names = validated_names("cols", rows if cols is None else cols, self._cols)
-        block._setup(self._objective, self._settings, row_names, col_names)
+        names = self._block_names(rows, cols, self._rows, self._cols)
+        block._setup(self._objective, self._settings, *names)
         return block
 
     def gradient_and_loss(self) -> tuple[NDArray[Any], float]:

@@ -25,8 +25,9 @@ from curvop.operators.base import Rows
 from curvop.operators.curvature_operator import GGNLikeLinearOperator
 from curvop.operators.engine_operator import Settings
 from curvop.operators.gram import GramLinearOperator
+from curvop.operators.keywords import named_keywords
 from curvop.operators.transfer import aligned
-from curvop.operators.validation import named_keywords, random_generator
+from curvop.operators.validation import random_generator
 
 __all__ = ["EFLinearOperator", "FisherLinearOperator", "GradientCovarianceLinearOperator"]
 

@@ -12,7 +12,7 @@ from curvop.kernels.hessian_kernel import HessianKernel
 from curvop.kernels.objective import BatchWeight, CallableObjective
 from curvop.operators.curvature_operator import CurvatureLinearOperator
 from curvop.operators.engine_operator import Settings
-from curvop.operators.validation import named_keywords
+from curvop.operators.keywords import named_keywords
 
 __all__ = ["HessianLinearOperator"]
 

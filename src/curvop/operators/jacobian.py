@@ -14,8 +14,9 @@ from curvop.kernels.jacobian_kernel import JacobianKernel, over_predictions, pre
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.parameters import ParameterLayout
 from curvop.operators.engine_operator import EngineLinearOperator, Settings
+from curvop.operators.keywords import named_keywords
 from curvop.operators.parameter_operator import ParameterVectors
-from curvop.operators.validation import named_keywords, validated_names
+from curvop.operators.selection import selected_names
 
 __all__ = ["JacobianLikeLinearOperator", "JacobianLinearOperator", "TransposedJacobianLinearOperator"]
 
@@ -41,13 +42,14 @@ class JacobianLikeLinearOperator(ParameterVectors, EngineLinearOperator):
     def _row_and_column_layouts(self) -> tuple[ParameterLayout | None, ParameterLayout | None]:
         return (self._names, None) if self._is_transpose else (None, self._names)
 
-    def block(self, params: str | Sequence[str]) -> Self:  # type: ignore[override]  # one axis has parameters
+    def block(self, params: str | Iterable[str]) -> Self:  # type: ignore[override]  # one axis has parameters
         """Return the columns of the matrix, or the rows of its transpose, for the given parameters.
 
         Parameters
         ----------
-        params : str or sequence of str
-            Names of parameters, in the order of the block.
+        params : str or iterable of str
+            Names of parameters, in the order of the block. The name of a module stands for all its parameters, and a
+            glob pattern for all parameters that it matches. The dict that `curvop.select` returns is also accepted.
 
         Returns
         -------
@@ -56,11 +58,13 @@ class JacobianLikeLinearOperator(ParameterVectors, EngineLinearOperator):
 
         Raises
         ------
+        KeyError
+            If a name is unknown (the message suggests similar names). The error is also a ``ValueError``.
         ValueError
-            If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
+            If a parameter is selected twice, or if no name is given.
         """
         block = copy.copy(self)
-        names = validated_names("params", params, self._names)
+        names = selected_names("params", params, self._names.slices, self._params)
         block._setup(self._untransposed.restricted(names), self._settings)
         return block
 

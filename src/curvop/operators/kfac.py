@@ -26,9 +26,10 @@ from curvop.operators.curvature_operator import GGNLikeLinearOperator
 from curvop.operators.engine_operator import Settings
 from curvop.operators.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
 from curvop.operators.ggn import GGNLinearOperator
+from curvop.operators.keywords import named_keywords
 from curvop.operators.kronecker import KroneckerFactoredLinearOperator, checked_decay
 from curvop.operators.kronecker_blocks import Block, EigenBlock, KroneckerBlock
-from curvop.operators.validation import integer, named_keywords, random_generator
+from curvop.operators.validation import integer, random_generator
 
 __all__ = ["EKFACLinearOperator", "KFACLinearOperator", "KFOCLinearOperator"]
 

@@ -496,6 +496,11 @@ class KroneckerFactoredLinearOperator(_BlocksLinearOperator):
         path : str or path-like
             Name of the file, including its suffix. An existing file is replaced.
 
+        Raises
+        ------
+        FileNotFoundError
+            If the folder does not exist. Saving creates no folders.
+
         See Also
         --------
         load : Read a matrix from a file.

@@ -14,8 +14,7 @@ from torch import Tensor
 from curvop.kernels.errors import NotFactorableError
 from curvop.kernels.parameters import ParameterLayout, unknown_name
 from curvop.operators.base import Composites, ProductCounter, Rows, TensorLinearOperator
-from curvop.operators.selection import parameter_groups
-from curvop.operators.validation import validated_names
+from curvop.operators.selection import parameter_groups, selected_names
 
 if TYPE_CHECKING:
     from curvop.operators.gram import GramLinearOperator
@@ -154,15 +153,17 @@ class ParameterVectors(TensorLinearOperator):
         vector = as_tensor("vector", vector).to(like.device, like.dtype, copy=True)
         return self._split_by_parameter(self._layout, vector)
 
-    def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> TensorLinearOperator:
+    def block(self, rows: str | Iterable[str], cols: str | Iterable[str] | None = None) -> TensorLinearOperator:
         """Return the block of the matrix for the given parameters.
 
         Parameters
         ----------
-        rows : str or sequence of str
-            Names of the row parameters, in the order of the block. If only the rows or only the columns of the matrix
-            are parameters, these are the names of the parameters to keep.
-        cols : str or sequence of str, optional
+        rows : str or iterable of str
+            Names of the row parameters, in the order of the block. The name of a module, such as ``"fc1"``, stands for
+            all its parameters. A glob pattern, such as ``"fc1.*"`` or ``"*.bias"``, stands for all parameters that it
+            matches. The dict that `curvop.select` returns is also accepted. If only the rows or only the columns of
+            the matrix are parameters, these are the parameters to keep.
+        cols : str or iterable of str, optional
             Names of the column parameters. The default is ``rows``.
 
         Returns
@@ -173,38 +174,80 @@ class ParameterVectors(TensorLinearOperator):
 
         Raises
         ------
+        KeyError
+            If a name is unknown (the message suggests similar names). The error is also a ``ValueError``.
         ValueError
-            If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
+            If a parameter is selected twice, or if no name is given.
         TypeError
             If neither the rows nor the columns of the matrix are parameters. In this case, use ``A.submatrix``. The
             error is also raised if only one axis has parameters and ``cols`` is passed.
         """
         row_layout, col_layout = self._row_and_column_layouts
         if row_layout is not None and col_layout is not None:
-            row_names = validated_names("rows", rows, row_layout)
-            return self._restricted(row_names, validated_names("cols", rows if cols is None else cols, col_layout))
-        names = validated_names("rows", rows, self._layout)
+            return self._restricted(*self._block_names(rows, cols, row_layout, col_layout))
+        names = selected_names("rows", rows, self._layout.slices, self._params)
         if cols is not None:
             raise TypeError("A has parameters along one axis only: pass their names only, without cols")
         return self._restricted(names, None) if col_layout is None else self._restricted(None, names)
 
-    def blocks(self) -> Iterator[TensorLinearOperator]:
-        """Iterate over the blocks of the individual parameters, which are diagonal blocks if A is square.
+    def _block_names(
+        self,
+        rows: str | Iterable[str],
+        cols: str | Iterable[str] | None,
+        row_layout: ParameterLayout,
+        col_layout: ParameterLayout,
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of the row and the column parameters that the arguments of `block` select."""
+        row_names = selected_names("rows", rows, row_layout.slices, self._params)
+        return row_names, selected_names("cols", row_names if cols is None else cols, col_layout.slices, self._params)
+
+    def blocks(self, groups: str | Mapping[str, str | Sequence[str]] | None = None) -> Iterator[TensorLinearOperator]:
+        """Iterate over the blocks of the parameters, layers or groups, which are diagonal blocks if A is square.
+
+        ``A.parameter_groups(groups)`` returns the names of the blocks in the same order.
+
+        Parameters
+        ----------
+        groups : mapping of str to str or sequence of str, or "layers", optional
+            Maps the name of each block to the names of its parameters or modules, or to glob patterns. By default, each
+            parameter forms a block. With "layers", the parameters that belong directly to a module, such as the weight
+            and the bias of a linear layer, form a block. A parameter that belongs directly to the model forms a
+            separate block. A tied parameter belongs to the module whose name it has in A.
 
         Yields
         ------
         LinearOperator
-            ``A.block(name)`` for each parameter, in the order of the columns.
+            ``A.block(names)`` for each group, in the order of the groups. By default, and with "layers", this is the
+            order of the columns.
 
         Raises
         ------
         ValueError
-            If the rows and columns are different parameters.
+            If the rows and columns are different parameters, or if a name is unknown or repeated.
+        TypeError
+            If ``groups`` is neither a mapping nor "layers".
+
+        See Also
+        --------
+        block_diagonal : All these blocks as one operator.
+        curvop.spectrum.blocks : Spectra of all diagonal blocks.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from curvop import HessianLinearOperator
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        >>> data = [(torch.randn(20, 3), torch.randn(20, 1))]
+        >>> H = HessianLinearOperator(model, torch.nn.MSELoss(), dict(model.named_parameters()), data)
+        >>> for name, block in zip(H.parameter_groups("layers"), H.blocks("layers")):
+        ...     print(name, block.shape)
+        0 (16, 16)
+        2 (5, 5)
         """
         rows, cols = self._row_and_column_layouts
         if rows is not None and cols is not None and set(rows.names) != set(cols.names):
             raise ValueError("A has different row and column parameters, and so no diagonal blocks: use A.block")
-        return map(self.block, self._layout.names)
+        return map(self.block, self.parameter_groups(groups).values())
 
     def block_diagonal(
         self, groups: str | Mapping[str, str | Sequence[str]] | None = None, *, complete: bool = False
@@ -216,9 +259,9 @@ class ParameterVectors(TensorLinearOperator):
         Parameters
         ----------
         groups : mapping of str to str or sequence of str, or "layers", optional
-            Maps the name of each diagonal block to the names of its parameters. By default, each parameter forms a
-            block. With "layers", the parameters of a layer, such as its weight and its bias, form a block. The rows and
-            columns of parameters that are in no group are zero.
+            Maps the name of each diagonal block to the names of its parameters or modules, or to glob patterns; see
+            `blocks`. By default, each parameter forms a block. With "layers", the parameters of a layer, such as its
+            weight and its bias, form a block. The rows and columns of parameters that are in no group are zero.
         complete : bool, default False
             Whether to raise an error if a parameter is in no group.
 
@@ -316,10 +359,7 @@ class ParameterVectors(TensorLinearOperator):
         TypeError, ValueError
             If ``groups`` is invalid, or if a name is unknown or repeated.
         """
-        members = parameter_groups(self._layout.names, groups, complete)
-        for name, names in members.items():
-            validated_names(f"groups[{name!r}]", names, self._layout)
-        return members
+        return parameter_groups(self._layout.names, groups, complete)
 
     def _restricted(self, rows: Sequence[str] | None, cols: Sequence[str] | None) -> TensorLinearOperator:
         """Return the block of the named parameters. None selects all rows or all columns."""
@@ -449,14 +489,16 @@ class ParameterLinearOperator(ParameterVectors):
     def _row_and_column_layouts(self) -> tuple[ParameterLayout, ParameterLayout]:
         return self._rows, self._cols
 
-    def block(self, rows: str | Sequence[str], cols: str | Sequence[str] | None = None) -> Self:
+    def block(self, rows: str | Iterable[str], cols: str | Iterable[str] | None = None) -> Self:
         """Return the block of the matrix for the given parameters, as an operator of the same class.
 
         Parameters
         ----------
-        rows : str or sequence of str
-            Names of the row parameters, in the order of the block.
-        cols : str or sequence of str, optional
+        rows : str or iterable of str
+            Names of the row parameters, in the order of the block. The name of a module, such as ``"fc1"``, stands for
+            all its parameters. A glob pattern, such as ``"fc1.*"`` or ``"*.bias"``, stands for all parameters that it
+            matches. The dict that `curvop.select` returns is also accepted.
+        cols : str or iterable of str, optional
             Names of the column parameters. The default is ``rows``.
 
         Returns
@@ -466,8 +508,10 @@ class ParameterLinearOperator(ParameterVectors):
 
         Raises
         ------
+        KeyError
+            If a name is unknown (the message suggests similar names). The error is also a ``ValueError``.
         ValueError
-            If a name is unknown (the message suggests similar names), if a name is repeated, or if no name is given.
+            If a parameter is selected twice, or if no name is given.
         """
         raise NotImplementedError
 

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from curvop.kernels.factor_kernel import UNKNOWN_ITEMS, PerExampleKernel, example_counts
+from curvop.kernels.factor_kernel import UNKNOWN_ITEMS, UNKNOWN_ROWS, PerExampleKernel, example_counts
 from curvop.kernels.functions_objective import FunctionsObjective
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight
 from curvop.operators.engine_operator import Settings
 from curvop.operators.jacobian import JacobianLikeLinearOperator
-from curvop.operators.validation import named_keywords
+from curvop.operators.keywords import named_keywords
 
 __all__ = ["PerExampleGradientLinearOperator"]
 
@@ -253,7 +253,7 @@ class PerExampleGradientLinearOperator(JacobianLikeLinearOperator):
             self._counts = example_counts(objective)
         self._by_item = by_item = examples == "items"
         if by_item and any(items is None for _, items in self._counts):
-            raise ValueError(UNKNOWN_ITEMS)
+            raise ValueError(UNKNOWN_ROWS)
         sizes = [count[by_item] or 0 for count in self._counts]
         self._setup(PerExampleKernel(objective, list(objective.params), sizes, by_item), settings)
 

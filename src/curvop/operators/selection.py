@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["parameter_groups", "select"]
+from curvop.kernels.errors import UnknownNameError
+
+__all__ = ["LISTING", "parameter_groups", "select", "selected_names"]
+
+#: End of the message of an `UnknownNameError`.
+LISTING = " (A.params_slices lists the names)"
 
 
 def select(
@@ -20,19 +25,21 @@ def select(
 ) -> dict[str, nn.Parameter]:
     """Return a dict of the parameters of a model that match name patterns and layer types.
 
-    Pass the dict as ``params`` to an operator, or its keys to ``A.block``. If you need only one block of a matrix, it
-    is cheapest to select the parameters before you construct the operator. If you need several blocks, use ``A.block``.
+    Pass the dict as ``params`` to an operator, or to ``A.block``. If you need only one block of a matrix, it is
+    cheapest to select the parameters before you construct the operator. If you need several blocks, use ``A.block``,
+    which also accepts names and patterns.
 
     Parameters
     ----------
     model : nn.Module
         Model that owns the parameters.
     patterns : str or iterable of str, default "*"
-        Case-sensitive glob patterns for the names in ``model.named_parameters()``. ``*`` matches any number of
+        Names of parameters, names of modules, or case-sensitive glob patterns for the names in
+        ``model.named_parameters()``. A module stands for all its parameters. In a pattern, ``*`` matches any number of
         characters, including dots. ``?`` matches one character, and ``[01]`` matches one of the characters in brackets.
         A parameter is selected if its name matches at least one pattern.
     exclude : str or iterable of str, default ()
-        Glob patterns of the parameters to exclude.
+        Names or patterns of the parameters to exclude.
     types : type of nn.Module, or iterable of types, optional
         Layer types, such as ``nn.Linear`` or ``(nn.Conv2d, nn.Linear)``. Only parameters that belong directly to a
         layer of one of these types are selected. If a weight has a parametrization
@@ -47,8 +54,8 @@ def select(
     Raises
     ------
     ValueError
-        If a pattern matches no name (the message suggests similar names), if no layer has one of the given types, or if
-        no parameter is selected.
+        If a name or pattern matches no parameter (the message suggests similar names), if no layer has one of the given
+        types, or if no parameter is selected.
     TypeError
         If ``model`` is not a module, if ``types`` contains an object that is not a module type, or if a pattern is not
         a string.
@@ -103,8 +110,8 @@ def _as_patterns(what: str, patterns: str | Iterable[str]) -> list[str]:
     return as_list
 
 
-def _matching(what: str, pattern: str, names: Iterable[str]) -> set[str]:
-    matching = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+def _matching(what: str, pattern: str, names: Collection[str]) -> list[str]:
+    matching = _matches(pattern, names)
     if not matching:
         near = difflib.get_close_matches(pattern, list(names), n=3, cutoff=0.3)
         raise ValueError(
@@ -112,6 +119,14 @@ def _matching(what: str, pattern: str, names: Iterable[str]) -> set[str]:
             + (f"; the nearest are {', '.join(map(repr, near))}" if near else _available(list(names)))
         )
     return matching
+
+
+def _matches(pattern: str, names: Collection[str]) -> list[str]:
+    """Return the name that equals a pattern, otherwise the names in the module of this name, or that match the glob."""
+    if pattern in names:
+        return [pattern]
+    inside = [name for name in names if name.startswith(f"{pattern}.")]
+    return inside or [name for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 
 def _available(names: list[str]) -> str:
@@ -131,20 +146,78 @@ def _names_in_layers(model: nn.Module, types: type[nn.Module] | Iterable[type[nn
     return {f"{prefix}.{name}".lstrip(".") for prefix, part in owners.items() for name in part._parameters}
 
 
+def selected_names(
+    what: str, selected: str | Iterable[str], known: Collection[str], params: Mapping[str, Tensor] | None = None
+) -> tuple[str, ...]:
+    """Convert names of parameters, names of modules, and glob patterns to a tuple of names of parameters.
+
+    A name in ``known`` selects this parameter, even if it is also the name of a module. The name of a module selects
+    all parameters in it, and a pattern selects all parameters that it matches, both in the order of ``known``.
+
+    Parameters
+    ----------
+    what : str
+        Name of the argument in error messages.
+    selected : str or iterable of str
+        Names and patterns. In a dict of names to parameters, such as `select` returns, a tied parameter may have any of
+        its names.
+    known : collection of str
+        Names of the parameters of the operator.
+    params : mapping of str to Tensor, optional
+        Parameters of the operator, for tied parameters.
+
+    Raises
+    ------
+    UnknownNameError
+        If a name or pattern selects no parameter.
+    ValueError
+        If no parameter is selected, or if one is selected twice.
+    TypeError
+        If ``selected`` is not iterable.
+    """
+    if not isinstance(selected, Iterable):
+        raise TypeError(f"{what} is a {type(selected).__name__}: pass the name of a parameter, or a sequence of names")
+    names: dict[str, None] = {}
+    for pattern in (selected,) if isinstance(selected, str) else selected:
+        matches = _matches(pattern, known) if isinstance(pattern, str) else []
+        if not matches and isinstance(selected, Mapping) and params is not None:
+            matches = [name for name in known if params.get(name) is selected[pattern]]
+        if not matches:
+            raise UnknownNameError(_unknown(what, pattern, known))
+        if repeated := [name for name in matches if name in names]:
+            raise ValueError(f"{what} names {repeated[0]!r} twice: pass it once")
+        names.update(dict.fromkeys(matches))
+    if not names:
+        raise ValueError(f"{what} names no parameter: pass one or more of {', '.join(map(repr, [*known][:10]))}")
+    return tuple(names)
+
+
+def _unknown(what: str, pattern: object, known: Collection[str]) -> str:
+    modules = {name[:end] for name in known for end, character in enumerate(name) if character == "."}
+    near = difflib.get_close_matches(str(pattern), [*known, *sorted(modules)], n=3, cutoff=0.4)
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(map(repr, [*known][:10]))}"
+    )
+    return f"{what}: no parameter or module is named {pattern!r}; {hint}{LISTING}"
+
+
 def parameter_groups(
     names: Sequence[str], groups: str | Mapping[str, str | Sequence[str]] | None, complete: bool = False
 ) -> dict[str, list[str]]:
-    """Check groups of parameters, and return a dict that maps the name of each group to a list of parameter names.
+    """Return a dict that maps the name of each group to a list of parameter names.
 
     Parameters
     ----------
     names : sequence of str
         Names of all parameters.
     groups : mapping of str to str or sequence of str, or "layers", optional
-        By default, each parameter forms a group. With "layers", the parameters of a layer form a group.
+        Names of parameters or modules, or glob patterns. By default, each parameter forms a group. With "layers", the
+        parameters that belong directly to a module form a group with the name of the module. A parameter that belongs
+        directly to the model forms a separate group.
     complete : bool, default False
         Whether to raise a ``ValueError`` if a parameter is in no group.
     """
+    known = dict.fromkeys(names)
     if groups is None:
         return {name: [name] for name in names}
     if groups == "layers":
@@ -153,7 +226,8 @@ def parameter_groups(
             layer, parametrized, _ = name.partition(".parametrizations.")
             if not parametrized:
                 layer, _, _ = name.rpartition(".")
-            layers.setdefault(layer or name, []).append(name)
+            layer = f"{layer}.*" if layer in known else layer or name  # a parameter may have the name of a module
+            layers.setdefault(layer, []).append(name)
         return layers
     if not isinstance(groups, Mapping):
         raise TypeError(
@@ -161,11 +235,8 @@ def parameter_groups(
         )
     if not groups:
         raise ValueError("groups is empty: name parameters, or omit groups to make each parameter a block")
-    for name, parameters in groups.items():
-        if not isinstance(parameters, Iterable):
-            raise TypeError(f"groups[{name!r}] is a {type(parameters).__name__}: pass one name or several")
     members = {
-        name: [parameters] if isinstance(parameters, str) else list(parameters) for name, parameters in groups.items()
+        name: list(selected_names(f"groups[{name!r}]", parameters, known)) for name, parameters in groups.items()
     }
     flat = [name for parameters in members.values() for name in parameters]
     if repeated := [name for name in flat if flat.count(name) > 1]:

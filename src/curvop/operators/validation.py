@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from curvop.kernels.memory import free_bytes
-from curvop.kernels.parameters import ParameterLayout, unknown_name
 
 __all__ = [
     "available_bytes",
     "check_fits",
     "integer",
-    "named_keywords",
     "random_generator",
     "real_operator",
     "real_scalar",
-    "validated_names",
 ]
 
 
@@ -63,100 +56,6 @@ def real_operator(A: Any) -> LinearOperator:
             f"A has dtype {A.dtype}, but must be real: view a complex matrix as a real one of twice the size"
         )
     return A
-
-
-def validated_names(what: str, names: str | Sequence[str], layout: ParameterLayout) -> tuple[str, ...]:
-    """Convert ``names`` to a tuple of parameter names. Raise an error if a name is repeated or not in ``layout``."""
-    if not isinstance(names, Iterable):
-        raise TypeError(f"{what} is a {type(names).__name__}: pass the name of a parameter, or a sequence of names")
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if not names:
-        raise ValueError(f"{what} names no parameter: pass one or more of {', '.join(map(repr, layout.names[:10]))}")
-    for name in names:
-        if name not in layout.slices:
-            raise ValueError(unknown_name(what, name, layout.names))
-        if names.count(name) > 1:
-            raise ValueError(f"{what} names {name!r} twice: pass it once")
-    return names
-
-
-# Unknown keyword arguments of the constructors.
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-#: Maps keywords of curvlinops' constructors to the keywords of this package that have the same meaning.
-_RENAMED = {
-    "model_func": "model",
-    "loss_func": "loss_function",
-    "progressbar": "progress",
-    "batch_size_fn": "batch_weight",
-    "seed": "rng",
-    "fisher_type": "fisher",
-    "kfac_approx": "sharing",
-    "separate_weight_and_bias": "joint_bias",
-}
-
-#: What to say in addition about a keyword in `_RENAMED`.
-_HINTS = {
-    "batch_size_fn": ", a function of the whole batch; the losses of torch.nn need none",
-    "separate_weight_and_bias": ", which has the opposite meaning",
-}
-
-_FISHER = "use FisherLinearOperator(..., mc_samples=, rng=) for a matrix with sampled targets"
-
-#: Advice for each keyword of curvlinops that has no equivalent in this package.
-_NOT_NEEDED = {
-    "batch_size_fn": "leave it out: nothing is weighted here",
-    "num_data": "leave it out: batches are weighted by the loss's own divisor",
-    "num_per_example_loss_terms": "leave it out: batches are weighted by the loss's own divisor",
-    "check_deterministic": "leave it out: products check this at no extra cost, and curvop.check(A) checks more",
-    "block_sizes": "use A.block(names) for one block, or A.blocks() for the blocks of all parameters",
-    "fisher_type": "use GGNLinearOperator, EFLinearOperator or FisherLinearOperator",
-    "mc_samples": _FISHER,
-    "seed": _FISHER,
-}
-
-
-def named_keywords(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a constructor so that wrong arguments raise helpful errors. The signature is unchanged.
-
-    If an argument is wrong, the error message names the class that the user called. Python's own message would name the
-    class that defines ``__init__``, which may be a base class. For an unknown keyword, the message suggests the most
-    similar keyword. For a keyword of curvlinops, the message explains what to use instead.
-    """
-    signature = inspect.signature(function)
-    known = [name for name in signature.parameters if name not in ("self", "cls")]
-
-    @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(
-                    f"{_callee(function, args[0])} got an unexpected keyword argument {name!r}: {_remedy(name, known)}"
-                )
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{_callee(function, args[0])}: {error}; pass {', '.join(known)}") from None
-        return function(*args, **kwargs)
-
-    return checked
-
-
-def _callee(function: Callable[..., Any], owner: Any) -> str:
-    """Return the name of the class or class method that the user called."""
-    return f"{owner.__name__}.{function.__name__}" if isinstance(owner, type) else type(owner).__name__
-
-
-def _remedy(name: str, known: list[str]) -> str:
-    if _RENAMED.get(name) in known:
-        return f"pass {_RENAMED[name]}={_HINTS.get(name, '')}"
-    if name in _NOT_NEEDED:
-        return _NOT_NEEDED[name]
-    if near := difflib.get_close_matches(name, known, n=1):
-        return f"did you mean {near[0]}=?"
-    return f"known are {', '.join(known)}"
 
 
 # Memory checks.

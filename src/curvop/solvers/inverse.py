@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvop.operators.base import Rows, TensorLinearOperator
 from curvop.operators.composites import CompositeLinearOperator, layouts_of
+from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import real_operator, real_scalar
 from curvop.solvers.damped_system import row_multiplier
@@ -126,6 +127,7 @@ class InverseLinearOperator(CompositeLinearOperator):
     True
     """
 
+    @named_keywords
     def __init__(
         self,
         A: LinearOperator,

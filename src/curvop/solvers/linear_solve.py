@@ -28,6 +28,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
+from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
 from curvop.operators.summaries import Summary, abridged
 from curvop.operators.validation import available_bytes, integer, real_operator
@@ -62,6 +63,7 @@ _VERDICTS = {
 }
 
 
+@named_keywords
 def solve(
     A: LinearOperator,
     b: Any,

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigvalsh
 
+from curvop.operators.keywords import named_keywords
 from curvop.operators.parameter_operator import ParameterLinearOperator, ParameterVectors
 from curvop.operators.progress import step_bar
 from curvop.operators.summaries import TableSummary
@@ -46,6 +47,7 @@ _SHOWN_ERROR = 1e-4  # smallest relative error that the table shows
 _COLUMNS_AT_ONCE = 4  # columns per block product that estimates norms; small because each product has N rows
 
 
+@named_keywords
 def blocks(
     A: ParameterVectors,
     *,
@@ -70,9 +72,9 @@ def blocks(
         Symmetric operator of this package whose rows and columns are parameters, for example a
         ``HessianLinearOperator`` or a sum of curvature matrices.
     groups : mapping of str to str or sequence of str, or "layers", optional
-        Maps the name of each block to the names of its parameters. By default, each parameter forms a block. With
-        "layers", the parameters of a layer, such as its weight and its bias, form a block. Parameters in no group are
-        left out.
+        Maps the name of each block to the names of its parameters or modules, or to glob patterns (see ``A.blocks``).
+        By default, each parameter forms a block. With "layers", the parameters of a layer, such as its weight and its
+        bias, form a block. Parameters in no group are left out.
     num_probes : int
         Number of probes for the density of each diagonal block.
     num_steps : int
@@ -392,6 +394,11 @@ class BlockStudy(TableSummary):
         ----------
         path : str or path
             Name of the file.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder does not exist. Saving creates no folders.
         """
         arrays = {
             f"{index} {name}": value

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
 from curvop.operators.summaries import Summary, abridged
 from curvop.operators.validation import integer, random_generator, real_scalar
@@ -50,6 +51,7 @@ _SEARCH_ROUNDING = 2e-14  # rounding error of the Ritz values of a search, relat
 _REMEDY = "call certify(..., thorough=True)"  # for a search that was too short
 
 
+@named_keywords
 def certify(
     A: Any,
     values: Any,

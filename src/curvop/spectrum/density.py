@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import (
     available_bytes,
@@ -47,6 +48,7 @@ _EPS = float(np.finfo(np.float64).eps)
 _MISS_PROBABILITY = 0.05  # probability that an eigenvalue lies beyond `SpectralDensity.range_errors`
 
 
+@named_keywords
 def density(
     A: LinearOperator,
     num_probes: int = 8,

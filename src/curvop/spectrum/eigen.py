@@ -31,6 +31,7 @@ from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 from scipy.sparse.linalg import eigsh as scipy_eigsh
 
 from curvop.operators.gram import GramLinearOperator
+from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
 from curvop.operators.transfer import aligned
 from curvop.operators.validation import available_bytes, check_fits, integer, random_generator, real_scalar
@@ -60,6 +61,7 @@ _LOBPCG_CHUNK = 40  # LOBPCG iterations between two convergence checks
 _LOBPCG_BLOCKS = 16  # peak memory of LOBPCG in blocks of vectors (measured)
 
 
+@named_keywords
 def eigsh(
     A: Any,
     k: int = 6,

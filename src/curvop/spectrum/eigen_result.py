@@ -235,6 +235,11 @@ class EigenResult(Summary):
         path : str or os.PathLike
             The file name, including its suffix. An existing file is replaced.
 
+        Raises
+        ------
+        FileNotFoundError
+            If the folder does not exist. Saving creates no folders.
+
         See Also
         --------
         load : Read a result from a file.

@@ -27,6 +27,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
+from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import integer, random_generator, real_operator
 from curvop.spectrum.lanczos import device_of, multiply, product_precision
@@ -46,6 +47,7 @@ __all__ = [
 Array = NDArray[Any]
 
 _EPS = float(np.finfo(np.float64).eps)
+_NUM_PRODUCTS = 60  # default of the argument num_products
 
 # Smallest number of products for which XTrace, XDiag, and their variant for norms are used. The table shows the ratio
 # of the root mean square errors of XTrace and Hutchinson for 2 to 10 products and 300 eigenvalues (400 runs):
@@ -72,11 +74,13 @@ _FEWEST = 6
 _CORRELATION = 1.5
 
 
+@named_keywords
 def trace(
     A: LinearOperator,
-    num_products: int = 60,
+    num_products: int = _NUM_PRODUCTS,
     rng: int | np.random.Generator | None = None,
     *,
+    num_probes: int | None = None,
     progress: bool = True,
 ) -> Estimate:
     r"""Estimate the trace of a symmetric operator by XTrace.
@@ -96,6 +100,9 @@ def trace(
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are uniform on the sphere. The same seed gives the same vectors on
         every device.
+    num_probes : int, optional
+        Number of test vectors, in place of `num_products`. Each test vector takes two products, so that this is the
+        same as ``num_products = 2 * num_probes``.
     progress : bool, optional
         Whether to show a progress bar that counts the products.
 
@@ -156,6 +163,7 @@ def trace(
     (True, 'xtrace')
     """
     A = real_operator(A)
+    num_products = _budget(num_products, num_probes)
     size = _checked_size(A, num_products)
     with step_bar("trace", progress, min(num_products, size)) as bar:
         return _finished(_trace(A, size, num_products, rng, bar), bar)
@@ -184,11 +192,13 @@ def _trace(
     return sketch.mean(exact + scales * (projected * image).sum(0))
 
 
+@named_keywords
 def diagonal(
     A: LinearOperator,
-    num_products: int = 60,
+    num_products: int = _NUM_PRODUCTS,
     rng: int | np.random.Generator | None = None,
     *,
+    num_probes: int | None = None,
     progress: bool = True,
 ) -> Estimate:
     """Estimate the diagonal of a symmetric operator by XDiag.
@@ -208,6 +218,9 @@ def diagonal(
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are random signs. The same seed gives the same vectors on every
         device.
+    num_probes : int, optional
+        Number of test vectors, in place of `num_products`. Each test vector takes two products, so that this is the
+        same as ``num_products = 2 * num_probes``.
     progress : bool, optional
         Whether to show a progress bar that counts the products.
 
@@ -258,6 +271,7 @@ def diagonal(
     True
     """
     A = real_operator(A)
+    num_products = _budget(num_products, num_probes)
     size = _checked_size(A, num_products)
     with step_bar("diagonal", progress, min(num_products, size)) as bar:
         return _finished(estimate_diagonal(A, num_products, rng, bar), bar)
@@ -291,11 +305,13 @@ def estimate_diagonal(
     return sketch.mean(exact[:, None] + sketch.tests * residuals - QS * (sketch.image @ sketch.S))
 
 
+@named_keywords
 def frobenius_norm(
     A: LinearOperator,
-    num_products: int = 60,
+    num_products: int = _NUM_PRODUCTS,
     rng: int | np.random.Generator | None = None,
     *,
+    num_probes: int | None = None,
     progress: bool = True,
 ) -> Estimate:
     r"""Estimate the Frobenius norm of an operator of any shape.
@@ -314,6 +330,9 @@ def frobenius_norm(
     rng : int or numpy.random.Generator, optional
         Seed or generator of the test vectors, which are uniform on the sphere. The same seed gives the same vectors on
         every device.
+    num_probes : int, optional
+        Number of test vectors, in place of `num_products`. Each test vector takes two products, so that this is the
+        same as ``num_products = 2 * num_probes``.
     progress : bool, optional
         Whether to show a progress bar that counts the products.
 
@@ -366,6 +385,7 @@ def frobenius_norm(
     True
     """
     A = real_operator(A)
+    num_products = _budget(num_products, num_probes)
     _checked_size(A, num_products, square=False)
     total = min(A.shape) if num_products // 2 >= min(A.shape) else num_products
     with step_bar("Frobenius norm", progress, total) as bar:
@@ -615,6 +635,15 @@ class _Sketch(_Probes):
         inner = self.Q.T @ self.tests
         coefficients = self.S * (self.S * inner).sum(0) - inner
         return self.tests + self.Q @ coefficients, self.products + self.image @ coefficients
+
+
+def _budget(num_products: int, num_probes: int | None) -> int:
+    """Return the number of products, given the arguments for the number of products and of test vectors."""
+    if num_probes is None:
+        return num_products
+    if num_products != _NUM_PRODUCTS:
+        raise TypeError(f"num_products is {num_products} and num_probes is {num_probes}: pass only one")
+    return 2 * integer("num_probes", num_probes, 1)
 
 
 def _checked_size(A: LinearOperator, num_products: int, square: bool = True) -> int:

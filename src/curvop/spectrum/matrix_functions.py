@@ -22,6 +22,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvop.operators.base import unsupported_layout
+from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
 from curvop.operators.summaries import Summary, abridged
 from curvop.operators.validation import integer, real_scalar
@@ -60,6 +61,7 @@ _NAMED: dict[str, tuple[Callable[[Array], Any], str]] = {
 }
 
 
+@named_keywords
 def apply(
     A: Any,
     f: str | Callable[[Array], Any],

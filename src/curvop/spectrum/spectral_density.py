@@ -469,6 +469,11 @@ class SpectralDensity(Summary):
         ----------
         path : str or path
             Name of the file.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder does not exist. Saving creates no folders.
         """
         save_arrays(Path(path), **self.arrays)
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from curvop.operators.keywords import named_keywords
 from curvop.operators.summaries import Summary, abridged
 from curvop.operators.validation import integer, real_scalar
 from curvop.spectrum.counting import symmetric_operator
@@ -30,6 +31,7 @@ Array = NDArray[Any]
 _MIN_WARM_BASIS = 8  # a good starting vector allows a smaller basis than the default of `eigsh`
 
 
+@named_keywords
 def track(
     A: LinearOperator,
     k: int = 1,

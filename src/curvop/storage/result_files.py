@@ -33,6 +33,8 @@ def save_arrays(path: Path, **arrays: Array) -> None:
     ------
     TypeError
         If an array contains Python objects, which would have to be pickled.
+    FileNotFoundError, NotADirectoryError, IsADirectoryError
+        If the folder of `path` does not exist or is a file, or if `path` is a folder.
     """
     # Reject object arrays here, because `np.savez` of NumPy 2.0 has no `allow_pickle` argument and would pickle them.
     checked: dict[str, Any] = {name: np.asarray(array) for name, array in {"format": FORMAT, **arrays}.items()}
@@ -80,7 +82,23 @@ def load_arrays(path: str | os.PathLike[str], fields: Iterable[str], writer: str
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path. If the ``with`` block succeeds, rename this file to `path`. Otherwise, delete it."""
+    """Yield a temporary path. If the ``with`` block succeeds, rename this file to `path`. Otherwise, delete it.
+
+    Raises
+    ------
+    FileNotFoundError, NotADirectoryError, IsADirectoryError
+        If the folder of `path` does not exist or is a file, or if `path` is a folder.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise IsADirectoryError(f"path is {str(path)!r}, a folder: pass a file in it, such as {str(path / 'x.npz')!r}")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"path is {str(path)!r}, but {str(folder)!r} is a file: pass a path in a folder")
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"path is {str(path)!r}, but the folder {str(folder)!r} does not exist: create it, for example with "
+            f"os.makedirs({str(folder)!r}), or pass a path in another folder"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
