@@ -154,7 +154,7 @@ def in_reference() -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    [curvop, curvop.distributed, curvop.preconditioner, curvop.spectrum, curvop.utils, functorch],
+    [curvop, curvop.callbacks, curvop.distributed, curvop.preconditioner, curvop.spectrum, curvop.utils, functorch],
     ids=lambda module: module.__name__,
 )
 def test_every_public_name_is_in_the_reference(module: Any) -> None:

@@ -15,7 +15,18 @@ SOURCE = Path(curvop.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 #: From the ground up. A wing imports itself and wings before it.
-WINGS = ("kernels", "operators", "storage", "spectrum", "solvers", "distributed", "testing", "checks", "cli")
+WINGS = (
+    "kernels",
+    "operators",
+    "storage",
+    "spectrum",
+    "callbacks",
+    "solvers",
+    "distributed",
+    "testing",
+    "checks",
+    "cli",
+)
 
 #: What scripts import by path. These modules hold names of other modules only.
 REEXPORTS = {"submatrix", "utils", "problems", "preconditioner", "huggingface", "examples", "examples.functorch"}

@@ -58,7 +58,7 @@ the whole matrix::
     True
 """
 
-from curvop import distributed, huggingface, preconditioner, spectrum
+from curvop import callbacks, distributed, huggingface, preconditioner, spectrum
 from curvop.checks.check_report import CheckReport
 from curvop.checks.compare import Comparison, compare
 from curvop.checks.operator_checks import check
@@ -110,6 +110,7 @@ __all__ = [
     "TargetLoss",
     "TransposedJacobianLinearOperator",
     "allclose_report",
+    "callbacks",
     "check",
     "compare",
     "distributed",

@@ -187,3 +187,153 @@ def test_trackers_of_version_0_1_0_can_be_unpickled() -> None:
 def test_bad_input(options, match) -> None:
     with pytest.raises(ValueError, match=match):
         track(None, **options)
+
+
+class TestNumbers:
+    """`Tracker.step` with the step numbers of a trainer."""
+
+    def test_they_select_the_computations(self) -> None:
+        tracker = track(np.diag(np.arange(1.0, 31.0)), every=5)
+        for number in (0, 3, 5, 10, 12, 20):
+            assert (tracker.step(number) is None) == (number in (3, 12))
+        assert tracker.steps.tolist() == [0, 5, 10, 20]
+        for _ in range(5):
+            tracker.step()
+        assert tracker.steps.tolist() == [0, 5, 10, 20, 25]  # unnumbered calls go on from the last number
+
+    def test_a_multiple_that_is_passed_over_is_made_up_for(self) -> None:
+        tracker = track(np.diag(np.arange(1.0, 31.0)), every=5)
+        for number in range(0, 24, 2):  # as with two optimizers, if each counts its steps
+            tracker.step(number)
+        assert tracker.steps.tolist() == [0, 6, 10, 16, 20]
+
+    def test_they_must_grow(self) -> None:
+        tracker = track(np.diag(np.arange(1.0, 31.0)), every=5)
+        tracker.step(5)
+        for number in (5, 2, 7.0, True):
+            with pytest.raises(ValueError, match=f"number is {number}, but must be an integer >= 6"):
+                tracker.step(number)
+        assert tracker.steps.tolist() == [5]
+
+
+class TestFiles:
+    """`Tracker.save` and `Tracker.load`."""
+
+    @pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+    def test_a_loaded_tracker_goes_on_as_if_never_interrupted(self, which: str, tmp_path) -> None:
+        A = np.diag(np.r_[-9.0, np.linspace(-1, 1, 38), 8.0])
+        whole, first = (track(A, 2, every=3, which=which, tol=1e-8) for _ in range(2))
+        for _ in range(11):
+            whole.step()
+        for _ in range(5):
+            first.step()
+        first.save(tmp_path / "tracker.npz")
+        again = Tracker.load(tmp_path / "tracker.npz", A)
+        for _ in range(6):
+            again.step()
+        assert again.steps.tolist() == whole.steps.tolist() == [0, 3, 6, 9]
+        np.testing.assert_array_equal(again.values, whole.values)
+        np.testing.assert_array_equal(again.vectors, whole.vectors)
+        assert again.products == whole.products
+        assert again.latest == whole.latest
+        assert again.thresholds is None
+
+    def test_without_vectors_the_file_is_small_and_the_next_start_random(self, tmp_path) -> None:
+        A = np.diag(np.r_[np.linspace(0, 1, 500), 1.1])
+        tracker = track(A, every=1)
+        tracker.step()
+        for name, vectors in (("with", True), ("without", False)):
+            tracker.save(tmp_path / name, vectors=vectors)
+        sizes = [(tmp_path / name).stat().st_size for name in ("with", "without")]
+        assert sizes[0] > sizes[1] + 8 * 501
+        warm, cold = (Tracker.load(tmp_path / name, A) for name in ("with", "without"))
+        assert cold.vectors is None
+        warm.step()
+        cold.step()
+        assert warm.products < cold.products
+        np.testing.assert_allclose(cold.values, [[1.1], [1.1]], rtol=1e-2)
+
+    def test_the_record_can_be_read_without_the_operator(self, tmp_path) -> None:
+        tracker, _, _ = train(0.2, 11, k=2, every=5)
+        tracker.save(tmp_path / "tracker.npz")
+        record = Tracker.load(tmp_path / "tracker.npz")
+        assert record.steps.tolist() == [0, 5, 10]
+        np.testing.assert_array_equal(record.largest, tracker.largest)
+        with np.load(tmp_path / "tracker.npz", allow_pickle=False) as file:
+            np.testing.assert_array_equal(file["values"], tracker.values)
+        with pytest.raises(ValueError, match=r"loaded without an operator: pass it as A to Tracker\.load"):
+            record.step(15)
+        assert record.steps.tolist() == [0, 5, 10]
+
+    def test_thresholds_and_failed_steps_are_kept(self, tmp_path) -> None:
+        torch.manual_seed(0)
+        X, y = torch.randn(20, 3).double(), torch.randn(20, 1).double()
+        model = nn.Linear(3, 1).double()
+        H = HessianLinearOperator(model, nn.MSELoss(), model.parameters(), [(X, y)])
+        adam = torch.optim.Adam(model.parameters())
+        tracker = track(H, every=1, optimizer=adam)
+        for _ in range(2):
+            tracker.step()
+            model.zero_grad()
+            nn.functional.mse_loss(model(X), y).backward()
+            adam.step()
+        tracker.save(tmp_path / "tracker.npz")
+        record = Tracker.load(tmp_path / "tracker.npz")
+        assert np.isnan(record.values[0]).all()
+        np.testing.assert_array_equal(record.values, tracker.values)
+        np.testing.assert_allclose(record.thresholds, [38.0, 38.0])
+        again = Tracker.load(tmp_path / "tracker.npz", H, optimizer=adam)
+        again.step()
+        assert again.thresholds.tolist() == pytest.approx([38.0] * 3)
+        with pytest.raises(ValueError, match=r"was saved with an optimizer: pass optimizer="):
+            Tracker.load(tmp_path / "tracker.npz", H)
+        with pytest.raises(ValueError, match="optimizer is given without A"):
+            Tracker.load(tmp_path / "tracker.npz", optimizer=adam)
+
+    def test_a_record_of_another_matrix_is_refused(self, tmp_path) -> None:
+        tracker = track(np.eye(5))
+        tracker.save(tmp_path / "empty.npz")
+        assert Tracker.load(tmp_path / "empty.npz").values.shape == (0, 1)
+        with pytest.raises(ValueError, match=r"A has shape \(6, 6\), but .* shape \(5, 5\)"):
+            Tracker.load(tmp_path / "empty.npz", np.eye(6))
+        eigsh(np.eye(5), 1, "LA", progress=False).save(tmp_path / "eigsh.npz")
+        with pytest.raises(ValueError, match=r"was not written by Tracker.save"):
+            Tracker.load(tmp_path / "eigsh.npz")
+
+
+class TestFrames:
+    """`Tracker.to_frame` and `Tracker.latest`."""
+
+    @pytest.mark.parametrize(
+        ("which", "expected"),
+        [
+            ("LA", {"largest_1": 8.0, "largest_2": 1.0}),
+            ("SA", {"smallest_1": -9.0, "smallest_2": -1.0}),
+            ("LM", {"largest_magnitude_1": -9.0, "largest_magnitude_2": 8.0}),
+        ],
+    )
+    def test_columns_run_from_the_outermost_eigenvalue_inwards(self, which: str, expected: dict[str, float]) -> None:
+        tracker = track(np.diag(np.r_[-9.0, np.linspace(-1, 1, 38), 8.0]), 2, every=5, which=which, tol=1e-10)
+        assert tracker.latest == {}
+        assert tracker.to_frame().shape == (0, 2)
+        for _ in range(6):
+            tracker.step()
+        frame = tracker.to_frame()
+        assert frame.index.name == "step"
+        assert frame.index.tolist() == [0, 5]
+        assert frame.loc[5].to_dict() == pytest.approx(expected, rel=1e-9)
+        assert tracker.latest == frame.loc[5].to_dict()
+
+    def test_the_threshold_is_the_last_column(self) -> None:
+        model = nn.Linear(3, 1).double()
+        data = [(torch.randn(20, 3).double(), torch.randn(20, 1).double())]
+        H = HessianLinearOperator(model, nn.MSELoss(), model.parameters(), data)
+        tracker = track(H, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+        tracker.step()
+        assert tracker.to_frame().columns.tolist() == ["largest_1", "threshold"]
+        assert tracker.latest["threshold"] == 2.0
+
+    def test_without_pandas_the_error_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "pandas", None)
+        with pytest.raises(ImportError, match="to_frame needs pandas: pip install pandas"):
+            track(np.eye(4)).to_frame()

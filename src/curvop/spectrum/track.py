@@ -6,9 +6,11 @@ With an optimizer, `track` computes eigenvalues of the preconditioned matrix (se
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -23,11 +25,19 @@ from curvop.spectrum.eigen import EigenResult, eigsh, without_verdicts
 from curvop.spectrum.eigen_result import eigenvalue_at_end
 from curvop.spectrum.optimizers import Positions, check_optimizer, preconditioned
 from curvop.spectrum.symmetry import check_symmetry
+from curvop.storage.result_files import load_arrays, save_arrays
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 __all__ = ["Tracker", "track"]
 
 Array = NDArray[Any]
 
+#: The arrays of a saved tracker. There may also be ``thresholds`` and ``vectors``.
+_FIELDS = ("steps", "values", "which", "every", "tol", "size", "products", "next_step")
+#: The names of the eigenvalues that `Tracker.to_frame` and `Tracker.latest` number from the outermost one inwards.
+_COLUMNS = {"LA": "largest", "SA": "smallest", "LM": "largest_magnitude"}
 _MIN_WARM_BASIS = 8  # a good starting vector allows a smaller basis than the default of `eigsh`
 
 
@@ -44,8 +54,9 @@ def track(
     r"""Track extreme eigenvalues during training.
 
     Call ``tracker.step()`` once per step of your training loop. With an optimizer, the tracker follows the eigenvalues
-    that determine whether the optimizer is stable, together with the stability threshold. To compute eigenvalues with
-    error bounds for fixed parameters, use `eigsh` instead.
+    that determine whether the optimizer is stable, together with the stability threshold. If a trainer of Hugging Face
+    or Lightning runs the loop, use `curvop.callbacks`. To compute eigenvalues with error bounds for fixed parameters,
+    use `eigsh` instead.
 
     Parameters
     ----------
@@ -71,7 +82,7 @@ def track(
     -------
     Tracker
         The tracker. The attributes ``steps``, ``values``, ``largest`` and ``smallest`` contain the results, and the
-        method ``plot`` draws them.
+        method ``plot`` draws them. The methods ``save`` and ``to_frame`` export them.
 
     Raises
     ------
@@ -82,6 +93,8 @@ def track(
     See Also
     --------
     eigsh : Compute and certify eigenvalues once.
+    curvop.callbacks.TransformersTracking : Track the model of a Hugging Face trainer.
+    curvop.callbacks.LightningTracking : Track the model of a Lightning trainer.
 
     Notes
     -----
@@ -195,6 +208,28 @@ class Tracker(Summary):
     See Also
     --------
     track : Create a tracker.
+
+    Examples
+    --------
+    Save the record, and continue it later from the next step:
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from curvop import spectrum
+    >>> A = np.diag(np.arange(1.0, 31.0))
+    >>> tracker = spectrum.track(A, k=2, every=5)
+    >>> for _ in range(8):
+    ...     _ = tracker.step()
+    >>> directory = tempfile.TemporaryDirectory()
+    >>> path = Path(directory.name) / "sharpness.npz"
+    >>> tracker.save(path)
+    >>> again = spectrum.Tracker.load(path, A)
+    >>> for _ in range(8):
+    ...     _ = again.step()
+    >>> again.steps
+    array([ 0,  5, 10, 15])
+    >>> directory.cleanup()
     """
 
     def __init__(
@@ -209,6 +244,7 @@ class Tracker(Summary):
     ) -> None:
         self._A, self._k, self._which, self._every, self._tol = A, k, which, every, tol
         self._optimizer, self._positions = optimizer, positions
+        self._has_thresholds = optimizer is not None
         self._checked = False  # whether the symmetry of A has been checked
         self._next_step = 0
         self._history: list[tuple[int, Array, float]] = []  # step, eigenvalues, and threshold (NaN without optimizer)
@@ -219,6 +255,7 @@ class Tracker(Summary):
         # Version 0.1.0 had no optimizers, and pickled pairs of steps and eigenvalues.
         history = [(*entry, math.nan)[:3] for entry in state["_history"]]
         missing = {"_optimizer": None, "_positions": None, "_checked": True}
+        missing["_has_thresholds"] = state.get("_optimizer") is not None
         self.__dict__.update(missing | state | {"_history": history})
         # Earlier versions sorted the eigenvalues from the outermost one inwards.
         latest = next((values for _, values, _ in reversed(history) if not np.isnan(values).any()), None)
@@ -276,7 +313,7 @@ class Tracker(Summary):
     @property
     def thresholds(self) -> Array | None:
         """The stability threshold at each step in `steps`, as an array of shape ``(n,)``. None without an optimizer."""
-        if self._optimizer is None:
+        if not self._has_thresholds:
             return None
         return np.array([threshold for _, _, threshold in self._history], dtype=np.float64)
 
@@ -291,23 +328,47 @@ class Tracker(Summary):
         return f"{text}; at step {latest[0]}: {numbers}"
 
     def _summary_table(self) -> list[Sequence[str]]:
-        numbers = [f" {number}" for number in range(1, self._k + 1)] if self._k > 1 else [""]
-        names = ["step", *(f"eigenvalue{number}" for number in numbers)]
-        rows = [[f"{step:,}", *(f"{value:.4g}" for value in values)] for step, values, _ in self._history]
-        if self._optimizer is not None:
-            names.append("stability threshold")
-            rows = [[*row, f"{threshold:.4g}"] for row, (*_, threshold) in zip(rows, self._history, strict=True)]
-        return abridged([names, *rows])
+        columns, rows = self._table()
+        cells = [[f"{step:,}", *(f"{value:.4g}" for value in row)] for step, row in zip(self.steps, rows, strict=True)]
+        return abridged([["step", *(name.replace("_", " ") for name in columns)], *cells])
 
     def _draw_summary(self, figure: Any) -> bool:
         return bool(np.isfinite(self.values).any()) and super()._draw_summary(figure)
 
-    def step(self) -> Array | None:
+    @property
+    def latest(self) -> dict[str, float]:
+        """The latest row of `to_frame`, as a dict for a logger. It is empty before the first computation.
+
+        The entries are the k eigenvalues, from the outermost one inwards, and the threshold if the tracker has an
+        optimizer. For 'LA', the eigenvalues are called ``largest_1``, ``largest_2``, and so on. For 'SA' and 'LM', they
+        are called ``smallest_1`` and ``largest_magnitude_1``.
+        """
+        columns, rows = self._table()
+        return dict(zip(columns, rows[-1].tolist(), strict=True)) if len(rows) else {}
+
+    def _table(self) -> tuple[list[str], Array]:
+        """Return names of columns, and one row per step: eigenvalues from the outermost one inwards, and thresholds."""
+        values = self.values
+        keys = {"LA": -values, "SA": values, "LM": -np.abs(values)}[self._which]
+        rows = np.take_along_axis(values, np.argsort(keys, axis=1, kind="stable"), axis=1)
+        columns = [f"{_COLUMNS[self._which]}_{number}" for number in range(1, self._k + 1)]
+        if (thresholds := self.thresholds) is None:
+            return columns, rows
+        return [*columns, "threshold"], np.column_stack([rows, thresholds])
+
+    def step(self, number: int | None = None) -> Array | None:
         """Count one training step, and compute the eigenvalues if the step is a multiple of ``every``.
 
-        The first call counts as step 0. With an optimizer, the eigenvalues belong to the current parameters and the
-        current second moments. Before the first step of the optimizer, there are no second moments, and the eigenvalues
-        are NaN (except for SGD).
+        By default, the first call counts as step 0, and each call counts one more step. With an optimizer, the
+        eigenvalues belong to the current parameters and the current second moments. Before the first step of the
+        optimizer, there are no second moments, and the eigenvalues are NaN (except for SGD).
+
+        Parameters
+        ----------
+        number : int, optional
+            The number of this step, for example the step number of a trainer that was resumed. It must be greater than
+            the number of the previous step. If calls leave out numbers, the eigenvalues are computed in the first call
+            that reaches or passes a multiple of ``every``.
 
         Returns
         -------
@@ -318,18 +379,20 @@ class Tracker(Summary):
         Raises
         ------
         ValueError
-            If the operator is not symmetric. If the optimizer has second moments of only some of the parameters, or no
-            longer has all parameters. If the optimizer has settings for which there is no stability threshold or no
-            positive preconditioner.
+            If `number` is not an integer, or is not greater than the number of the previous step. If the tracker was
+            loaded without an operator. If the operator is not symmetric. If the optimizer has second moments of only
+            some of the parameters, or no longer has all parameters. If the optimizer has settings for which there is no
+            stability threshold or no positive preconditioner.
 
         Warns
         -----
         RuntimeWarning
             If the eigenvalues do not converge.
         """
-        step = self._next_step
-        self._next_step += 1
-        if step % self._every:
+        step = self._next_step if number is None else integer("number", number, self._next_step)
+        due = self._is_due(step)
+        self._next_step = step + 1
+        if not due:
             return None
         if not self._checked:
             self.products += check_symmetry(self._A)
@@ -347,6 +410,15 @@ class Tracker(Summary):
                 warnings.warn(f"step {step}: the eigenvalues did not converge", RuntimeWarning, stacklevel=2)
         self._history.append((step, values, threshold))
         return values
+
+    def _is_due(self, step: int) -> bool:
+        """Return True if `step` is a multiple of ``every``, or if a multiple was passed over since the last step."""
+        return step // self._every != (self._next_step - 1) // self._every
+
+    def _resume(self, step: int, history: list[tuple[int, Array, float]]) -> None:
+        """Start at `step`, with the record of an earlier tracker up to this step, or after it if the record has it."""
+        self._history = [entry for entry in history if entry[0] <= step]
+        self._next_step = max([step, *(entry[0] + 1 for entry in self._history)])
 
     def _search(self, A: LinearOperator, start: Array | None) -> EigenResult:
         """Run `eigsh` without a certificate.
@@ -369,6 +441,138 @@ class Tracker(Summary):
             )
         self.products += result.products
         return result
+
+    def to_frame(self) -> DataFrame:
+        """Return the record as a pandas DataFrame, with one row per computation. This method requires pandas.
+
+        Returns
+        -------
+        pandas.DataFrame
+            The index ``step`` contains the training steps. The columns contain the eigenvalues from the outermost one
+            inwards (the opposite of the order of `values` for 'LA'). They are called ``largest_1``, ``largest_2``, and
+            so on for 'LA', ``smallest_1`` for 'SA', and ``largest_magnitude_1`` for 'LM'. The column ``threshold``
+            contains the stability threshold, if the tracker has an optimizer.
+
+        Raises
+        ------
+        ImportError
+            If pandas is not installed.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from curvop import spectrum
+        >>> tracker = spectrum.track(np.diag(np.arange(1.0, 31.0)), k=2, every=5)
+        >>> for _ in range(8):
+        ...     _ = tracker.step()
+        >>> tracker.to_frame().round(3)  # doctest: +NORMALIZE_WHITESPACE
+              largest_1  largest_2
+        step
+        0          30.0       29.0
+        5          30.0       29.0
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("to_frame needs pandas: pip install pandas") from error
+        columns, rows = self._table()
+        return pd.DataFrame(rows, index=pd.Index(self.steps, name="step"), columns=columns)
+
+    def save(self, path: str | os.PathLike[str], *, vectors: bool = True) -> None:
+        """Write the record to an ``.npz`` file of plain arrays.
+
+        The file does not contain the operator and the optimizer. An interrupted save leaves no partial file at `path`.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The file name, including its suffix. An existing file is replaced.
+        vectors : bool, optional
+            Whether to save the latest eigenvectors, which take 8 * k * N bytes. A loaded tracker starts its next
+            computation from these vectors. Without them, it starts from a random vector, and takes more products.
+
+        See Also
+        --------
+        load : Read a record from a file.
+        """
+        save_arrays(Path(path), **self._arrays(vectors))
+
+    def _arrays(self, vectors: bool) -> dict[str, Array]:
+        arrays = {"steps": self.steps, "values": self.values, "which": self._which, "every": self._every}
+        arrays |= {"tol": self._tol, "size": self._A.shape[0], "products": self.products, "next_step": self._next_step}
+        if (thresholds := self.thresholds) is not None:
+            arrays["thresholds"] = thresholds
+        if vectors and self.vectors is not None:
+            arrays["vectors"] = self.vectors
+        return {name: np.asarray(value) for name, value in arrays.items()}
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        A: LinearOperator | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Self:
+        """Read a record that `save` wrote.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The file name.
+        A : LinearOperator, shape (N, N), optional
+            The operator with which the tracker continues. The next call of `step` then counts the step after the last
+            step of the record. If `A` is left out, the tracker only shows the record.
+        optimizer : torch.optim.SGD, Adam, AdamW or RMSprop, optional
+            The optimizer with which the tracker continues. Pass it if `A` is given and the saved tracker had one.
+
+        Returns
+        -------
+        Tracker
+            The tracker, with the settings of the saved tracker.
+
+        Raises
+        ------
+        ValueError
+            If the file was not written by `save`. If `A` does not have the size of the saved tracker's operator. If
+            only one of the saved tracker and the loaded tracker has an optimizer.
+        TypeError, ValueError
+            If `A` or the optimizer is invalid, as for `track`.
+
+        See Also
+        --------
+        save : Write a record to a file.
+        """
+        return cls._from_arrays(load_arrays(path, _FIELDS, "Tracker.save"), os.fspath(path), A, optimizer)
+
+    @classmethod
+    def _from_arrays(
+        cls, arrays: dict[str, Array], source: str, A: Any, optimizer: torch.optim.Optimizer | None
+    ) -> Self:
+        size, thresholds = int(arrays["size"]), arrays.get("thresholds")
+        positions = None
+        if A is not None:
+            A = symmetric_operator(A)
+            positions = None if optimizer is None else check_optimizer(A, optimizer)
+            if A.shape[0] != size:
+                raise ValueError(
+                    f"A has shape {A.shape}, but the tracker in {source} followed a matrix of shape {(size, size)}: "
+                    "pass the operator of the same parameters"
+                )
+        elif optimizer is not None:
+            raise ValueError("optimizer is given without A: pass the operator with which the tracker continues as A")
+        if A is not None and (optimizer is None) != (thresholds is None):
+            word, remedy = ("without", "leave optimizer out") if thresholds is None else ("with", "pass optimizer=")
+            raise ValueError(f"the tracker in {source} was saved {word} an optimizer: {remedy}")
+        settings = (arrays["values"].shape[1], str(arrays["which"]), int(arrays["every"]), float(arrays["tol"]))
+        tracker = cls(_NoOperator(size) if A is None else A, *settings, optimizer, positions)
+        tracker._has_thresholds = thresholds is not None
+        tracker._checked = A is None
+        limits = np.full(len(arrays["steps"]), np.nan) if thresholds is None else thresholds
+        tracker._history = list(zip(arrays["steps"].tolist(), arrays["values"], limits.tolist(), strict=True))
+        tracker.products, tracker._next_step = int(arrays["products"]), int(arrays["next_step"])
+        tracker.vectors = arrays.get("vectors")
+        return tracker
 
     def plot(self, ax: Any = None, learning_rate: float | None = None) -> Any:
         """Plot the eigenvalues against the training steps.
@@ -398,3 +602,13 @@ class Tracker(Summary):
         from curvop.spectrum.plots import plot_track
 
         return plot_track(self, ax, learning_rate)
+
+
+class _NoOperator(LinearOperator):  # type: ignore[misc]
+    """The operator of a tracker that was loaded without one. It has a shape, but no products."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(np.float64, (size, size))
+
+    def _matvec(self, x: Array) -> Array:
+        raise ValueError("the tracker was loaded without an operator: pass it as A to Tracker.load to continue")
