@@ -93,8 +93,8 @@ def plot_density(
         limits = [_FLOOR * single, 3 * max(upper.max(), single)]
         if ax.has_data() and ax.get_yscale() == "log":
             limits.extend(ax.get_ylim())
+        ax.set_ylim(min(limits), max(limits))  # before the scale changes, as limits <= 0 would cause a warning
         ax.set_yscale("log")
-        ax.set_ylim(min(limits), max(limits))
     style = line_properties(ax, {"color": color, **properties}, linewidth=1.2)
     name = f"{density.size:,} eigenvalues" if label is None else label
     ax.plot(grid, value, label=_entry(name, f"sigma = {sigma:.3g}"), **style)
