@@ -48,7 +48,7 @@ plt.show()
 # ---------------------------
 #
 # Each result of ``eigsh`` is a row of ticks. The error bars are the bounds of the certificate. With a loose tolerance,
-# some of them are visible. By default, they are narrower than a tick.
+# the bars of two eigenvalues are visible. By default, the bars are narrower than a tick.
 
 loose = spectrum.eigsh(H, 8, "LA", method="lobpcg", tol=0.3, progress=False)
 tight = spectrum.eigsh(H, 8, "LA", progress=False)
@@ -68,9 +68,9 @@ plt.show()
 # A scree plot
 # ------------
 #
-# With ``kind="scree"``, the magnitudes are plotted against their index. The open circles are negative eigenvalues: the
-# Hessian has 15 of them with a magnitude of about 0.002, much smaller than the positive ones. With ``log=False``, the
-# plot shows the values themselves.
+# With ``kind="scree"``, the magnitudes are plotted against their index. The open circles are negative eigenvalues.
+# Their magnitudes are about 0.002, much smaller than the 15 largest eigenvalues. With ``log=False``, the plot shows the
+# values themselves.
 
 ends = spectrum.eigsh(H, 30, "BE", progress=False)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")

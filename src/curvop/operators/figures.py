@@ -63,8 +63,8 @@ def axes_or_new(ax: Any, properties: Mapping[str, Any] | None = None, height: fl
         raise ImportError('plots need matplotlib: pip install "curvop[plot]"') from error
     if ax is not None and not isinstance(ax, Axes):
         raise TypeError(
-            f"ax is a {type(ax).__name__}, but must be a single Matplotlib Axes, for example axes[0] of "
-            "figure, axes = plt.subplots(1, 2): pass all other arguments by name"
+            f"ax is a {type(ax).__name__}, but must be a single Matplotlib Axes: pass for example axes[0] if "
+            "axes is an array, and pass all other arguments by name"
         )
     try:
         Line2D([], [], **(properties or {}))
@@ -95,8 +95,7 @@ def _colors(ax: Any) -> list[str]:
 def line_properties(ax: Any, properties: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     """Return the properties of a line: those of the user, then `defaults`, then the next color of the palette.
 
-    Short names are replaced, for example ``lw`` by ``linewidth``, so that they override the defaults. The color None
-    means the next color.
+    Short names are replaced by the long ones, for example ``lw`` by ``linewidth``. The color None means the next color.
     """
     from matplotlib.cbook import normalize_kwargs
     from matplotlib.lines import Line2D
@@ -116,7 +115,7 @@ def free_row(ax: Any) -> float:
 
 
 def add_legend(ax: Any, *notes: str) -> None:
-    """Update the legend, so that it has one entry for each label on the axes.
+    """Update the legend. It has one entry for each label on the axes.
 
     Parameters
     ----------

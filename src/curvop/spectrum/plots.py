@@ -95,6 +95,9 @@ def plot_density(
             limits.extend(ax.get_ylim())
         ax.set_ylim(min(limits), max(limits))  # before the scale changes, as limits <= 0 would cause a warning
         ax.set_yscale("log")
+        lower, upper = (
+            np.maximum(edge, 1e-3 * min(limits)) for edge in (lower, upper)
+        )  # no point is far below the axes
     style = line_properties(ax, {"color": color, **properties}, linewidth=1.2)
     name = f"{density.size:,} eigenvalues" if label is None else label
     ax.plot(grid, value, label=_entry(name, f"sigma = {sigma:.3g}"), **style)
@@ -144,7 +147,7 @@ def plot_eigenvalues(
         The axes to draw on. The default is the axes of a new figure.
     kind : {'spectrum', 'scree'}, optional
         With 'spectrum', each eigenvalue is a tick at its place on the horizontal axis. The ticks form a row below the
-        upper edge, so the plot can be added to that of a density. Each further result gets a row of its own. With
+        upper edge, so the plot can be added to that of a density. Each further result gets a new row. With
         'scree', the eigenvalues are plotted against their index, from the largest down.
     log : bool, optional
         Whether a scree plot shows magnitudes on a logarithmic axis. Negative eigenvalues are then open circles, and
