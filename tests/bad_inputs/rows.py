@@ -69,6 +69,7 @@ def first_product(**changed: Any) -> Any:
 
 H = hessian()
 DENSITY = spectrum.density(DENSE, rng=0, progress=False)
+PAIRS = spectrum.eigsh(DENSE, 2, progress=False)
 
 
 def replaced(name: str, value: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from bad_inputs.rows import (
     DENSITY,
     INDEFINITE,
     MODEL,
+    PAIRS,
     PARAMS,
     WIDE,
     H,
@@ -376,6 +377,15 @@ area(
     ("tracking what is no matrix", lambda: spectrum.track(3), TypeError, "A is a int"),
     ("checking what is no operator", lambda: check(np.eye(3)), TypeError, "A is a ndarray"),
     ("checking without probes", lambda: check(DENSE, num_probes=0), ValueError, "num_probes is 0"),
+)
+area(
+    "Plots",
+    ("a density without a width", lambda: DENSITY.plot(sigma=0), ValueError, "sigma is 0"),
+    ("a kind in the place of the axes", lambda: PAIRS.plot("scree"), TypeError, "ax is a str"),
+    ("all axes of a figure", lambda: DENSITY.plot(np.zeros(2)), TypeError, "ax is a ndarray"),
+    ("an unknown kind", lambda: PAIRS.plot(kind="histogram"), ValueError, "kind is 'histogram'"),
+    ("an unknown property", lambda: DENSITY.plot(line_width=2), TypeError, "line_width"),
+    ("a negative rate", lambda: spectrum.track(DENSE).plot(learning_rate=-1), ValueError, "learning_rate is -1"),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from curvop.operators.figures import axes_or_new
+from curvop.operators.figures import add_legend, axes_or_new, line_properties, next_linestyle
 from curvop.operators.summaries import TableSummary
 
 __all__ = ["LayerEigenvalues"]
@@ -103,13 +103,21 @@ class LayerEigenvalues(TableSummary):
             lines.append((layer, f"{len(values):,}", *numbers, f"{zero:.0%}"))
         return lines
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: Any = None, *, label: str | None = None, color: Any = None, **properties: Any) -> Any:
         """Plot the eigenvalues of each layer in descending order, on logarithmic axes.
 
         Parameters
         ----------
         ax : matplotlib.axes.Axes, optional
             The axes to draw on. The default is the axes of a new figure.
+        label : str, optional
+            The name of the matrix, which the legend puts before the names of the layers. Pass it if you plot several
+            matrices on the same axes.
+        color : color, optional
+            One color for all layers, which then differ in the style of their lines. By default, each layer has its own
+            color from a palette for color-blind readers.
+        **properties
+            Properties of the lines, each a `matplotlib.lines.Line2D`, for example ``linewidth=2``.
 
         Returns
         -------
@@ -120,21 +128,26 @@ class LayerEigenvalues(TableSummary):
         ------
         ImportError
             If Matplotlib is not installed.
+        TypeError, ValueError
+            If `ax` is not a Matplotlib Axes, or if a property is invalid.
 
         Notes
         -----
         Eigenvalues below 1e-12 of the largest one are zero up to rounding errors, and are not shown. For a layer
-        with more than 2000 eigenvalues, 2000 points are shown, evenly spaced on the logarithmic axis.
+        with more than 2000 eigenvalues, 2000 points are shown, evenly spaced on the logarithmic axis. If the axes have
+        more than 12 lines, there is no legend.
         """
-        ax = axes_or_new(ax)
+        properties = {"color": color, **properties}
+        ax = axes_or_new(ax, properties)
+        before = "" if label is None else f"{label}: "
         for layer in self.layers:
             values = self.of(layer)[::-1]
             values = values[values > _ZERO * self.values[-1]]
             ranks = np.unique(np.geomspace(1, max(len(values), 1), _MAX_POINTS).round().astype(int))[: len(values)]
             marker = "o" if len(values) == 1 else None
-            ax.plot(ranks, values[ranks - 1], linewidth=1.2, marker=marker, markersize=3, label=layer)
+            style = line_properties(ax, properties, linewidth=1.2, marker=marker, markersize=3)
+            style = {"linestyle": next_linestyle(ax, style["color"])} | style
+            ax.plot(ranks, values[ranks - 1], label=f"{before}{layer}", **style)
         ax.set(xscale="log", yscale="log", xlabel="rank in the layer", ylabel="eigenvalue")
-        ax.set_title(f"{len(self.values):,} eigenvalues of {len(self.layers)} layers")
-        if len(self.layers) <= 12:
-            ax.legend(frameon=False, fontsize=8)
+        add_legend(ax)
         return ax

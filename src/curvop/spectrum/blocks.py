@@ -361,13 +361,19 @@ class BlockStudy(TableSummary):
         densities.set_yticklabels(["block", *self.names], parse_math=False)  # instead of the table, which is above
         return True
 
-    def plot(self, figure: Any = None) -> Any:
+    def plot(self, figure: Any = None, *, label: str | None = None, color: Any = None, **properties: Any) -> Any:
         """Plot the table of blocks, the density of each diagonal block, and all norms. Requires matplotlib.
 
         Parameters
         ----------
         figure : matplotlib.figure.Figure, optional
             Empty figure to draw into. By default, a new figure of suitable size is created.
+        label : str, optional
+            Title of the figure. By default, there is none.
+        color : color, optional
+            Color of the densities, gray by default.
+        **properties
+            Properties of the dots at the extreme eigenvalues, each row of dots a `matplotlib.lines.Line2D`.
 
         Returns
         -------
@@ -378,12 +384,44 @@ class BlockStudy(TableSummary):
         ------
         ImportError
             If matplotlib is not installed.
-        ValueError
-            If no block is finished.
+        TypeError, ValueError
+            If no block is finished, or if a property is invalid.
+
+        See Also
+        --------
+        plot_norms : Plot only the norms, on given axes.
         """
         from curvop.spectrum.plots import plot_blocks
 
-        return plot_blocks(self, figure)
+        return plot_blocks(self, figure, label=label, color=color, **properties)
+
+    def plot_norms(self, ax: Any = None, *, label: str | None = None, **properties: Any) -> Any:
+        """Plot the norms of all blocks as an image with a logarithmic color scale. Requires matplotlib.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            Axes to draw into. By default, a new figure is created.
+        label : str, optional
+            Title of the axes, "Frobenius norms of the blocks" by default.
+        **properties
+            Properties of the `matplotlib.image.AxesImage`, for example ``cmap="cividis"``.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+            The axes that contain the plot.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        TypeError, ValueError
+            If no block is finished, or if `ax` is not a Matplotlib Axes.
+        """
+        from curvop.spectrum.plots import plot_norms
+
+        return plot_norms(self, ax, label=label, **properties)
 
     def save(self, path: str | Path) -> None:
         """Save the study to an ``.npz`` file.

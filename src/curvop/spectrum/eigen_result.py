@@ -225,6 +225,54 @@ class EigenResult(Summary):
     def _draw_summary(self, figure: Any) -> bool:
         return len(self.values) > 0 and super()._draw_summary(figure)
 
+    def plot(
+        self,
+        ax: Any = None,
+        kind: str = "spectrum",
+        *,
+        log: bool = True,
+        label: str | None = None,
+        color: Any = None,
+        **properties: Any,
+    ) -> Any:
+        """Plot the eigenvalues with the bounds of the certificate as error bars. Requires Matplotlib.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            The axes to draw on. The default is the axes of a new figure.
+        kind : {'spectrum', 'scree'}, optional
+            With 'spectrum', each eigenvalue is a tick at its place on the horizontal axis. The ticks form a row below
+            the upper edge, so the plot can be added to that of a density. With 'scree', the eigenvalues are plotted
+            against their index, from the largest down.
+        log : bool, optional
+            Whether a scree plot shows magnitudes on a logarithmic axis. Negative eigenvalues are then open circles, and
+            zeros are not shown. If False, a scree plot shows the values. A spectrum ignores this argument.
+        label : str, optional
+            The name of the result in the legend. The default is the number of eigenvalues and `which`.
+        color : color, optional
+            The color of the markers and the error bars. The default is the next color of a palette for color-blind
+            readers.
+        **properties
+            Properties of the line that draws the markers, a `matplotlib.lines.Line2D`, for example ``linestyle="-"``.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+            The axes.
+
+        Raises
+        ------
+        ImportError
+            If Matplotlib is not installed.
+        TypeError, ValueError
+            If `kind` is unknown, if the result contains no eigenvalues, if `ax` is not a Matplotlib Axes, or if a
+            property is invalid.
+        """
+        from curvop.spectrum.plots import plot_eigenvalues
+
+        return plot_eigenvalues(self, ax, kind, log=log, label=label, color=color, **properties)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result to an ``.npz`` file of plain arrays.
 

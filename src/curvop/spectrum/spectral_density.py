@@ -430,8 +430,19 @@ class SpectralDensity(Summary):
             raise ValueError(f"shares is {shares}, but must be between 0 and 1")
         return self._shares.quantile(shares, self.range)
 
-    def plot(self, ax: Any = None, log: bool = True) -> Any:
-        """Plot the density with its error band, and the atoms as lines. Requires matplotlib.
+    def plot(
+        self,
+        ax: Any = None,
+        log: bool = True,
+        *,
+        label: str | None = None,
+        color: Any = None,
+        sigma: float | None = None,
+        **properties: Any,
+    ) -> Any:
+        """Plot the density with its error band, and the atoms as ticks at the upper edge. Requires matplotlib.
+
+        To compare densities, plot them on the same axes with different labels.
 
         Parameters
         ----------
@@ -440,6 +451,15 @@ class SpectralDensity(Summary):
         log : bool
             If True, use a logarithmic axis for the density, so that single eigenvalues are visible next to thousands of
             others.
+        label : str, optional
+            Name of the density in the legend, the number of its eigenvalues by default.
+        color : color, optional
+            Color of the curve, its band and the ticks. By default, the next color of a palette for color-blind readers.
+        sigma : float, optional
+            Standard deviation of the normal distributions that replace the nodes, as in `pdf`, in the units of the
+            eigenvalues.
+        **properties
+            Properties of the curve, a `matplotlib.lines.Line2D`, for example ``linestyle="--"``.
 
         Returns
         -------
@@ -450,15 +470,17 @@ class SpectralDensity(Summary):
         ------
         ImportError
             If matplotlib is not installed.
+        TypeError, ValueError
+            If ``sigma`` is not a positive number, if `ax` is not a Matplotlib Axes, or if a property is invalid.
 
         Notes
         -----
-        If the error band is as wide as the peaks are high, the peaks show single nodes. To see the shape of the
-        spectrum, compute the density with more steps, or plot `pdf` with a larger ``sigma``.
+        The band is the error of `pdf`. If the error band is as wide as the peaks are high, the peaks show single nodes.
+        To see the shape of the spectrum, compute the density with more steps, or pass a larger ``sigma``.
         """
         from curvop.spectrum.plots import plot_density
 
-        return plot_density(self, ax, log)
+        return plot_density(self, ax, log, label=label, color=color, sigma=sigma, **properties)
 
     def save(self, path: str | Path) -> None:
         """Save the density to an ``.npz`` file.

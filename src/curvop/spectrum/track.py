@@ -574,20 +574,36 @@ class Tracker(Summary):
         tracker.vectors = arrays.get("vectors")
         return tracker
 
-    def plot(self, ax: Any = None, learning_rate: float | None = None) -> Any:
-        """Plot the eigenvalues against the training steps.
+    def plot(
+        self,
+        ax: Any = None,
+        learning_rate: float | None = None,
+        *,
+        label: str | None = None,
+        color: Any = None,
+        **properties: Any,
+    ) -> Any:
+        """Plot the eigenvalues against the training steps, with the stability threshold as a dashed line.
 
-        With an optimizer, a dashed line shows the stability threshold, unless the tracker follows the smallest
-        eigenvalues (``which="SA"``). This method requires Matplotlib.
+        The legend calls the largest eigenvalue the sharpness. With an optimizer, the threshold is that of the
+        optimizer. It is not drawn if the tracker follows the smallest eigenvalues (``which="SA"``). This method
+        requires Matplotlib.
 
         Parameters
         ----------
         ax : matplotlib.axes.Axes, optional
             The axes to draw on. The default is the axes of a new figure.
         learning_rate : float, optional
-            The learning rate of gradient descent. If given, a dashed line shows ``2 / learning_rate``. Gradient descent
-            becomes unstable if the sharpness exceeds this value. Do not pass a learning rate if the tracker has an
+            The learning rate of gradient descent, whose stability threshold is ``2 / learning_rate``. Gradient descent
+            becomes unstable if the sharpness exceeds this threshold. Do not pass a learning rate if the tracker has an
             optimizer.
+        label : str, optional
+            The name of the tracker, which the legend puts before the names of the lines. Pass it if you plot several
+            trackers on the same axes.
+        color : color, optional
+            The color of all lines of this tracker. The default is the next color of a palette for color-blind readers.
+        **properties
+            Properties of the lines of the eigenvalues, each a `matplotlib.lines.Line2D`, for example ``linewidth=2``.
 
         Returns
         -------
@@ -596,14 +612,15 @@ class Tracker(Summary):
 
         Raises
         ------
-        ValueError
-            If `learning_rate` is given and the tracker has an optimizer.
+        ImportError
+            If Matplotlib is not installed.
+        TypeError, ValueError
+            If `learning_rate` is given and the tracker has an optimizer, if `learning_rate` is not a positive number,
+            if `ax` is not a Matplotlib Axes, or if a property is invalid.
         """
         from curvop.spectrum.plots import plot_track
 
-        return plot_track(self, ax, learning_rate)
-
-
+        return plot_track(self, ax, learning_rate, label=label, color=color, **properties)
 class _NoOperator(LinearOperator):  # type: ignore[misc]
     """The operator of a tracker that was loaded without one. It has a shape, but no products."""
 
