@@ -115,6 +115,19 @@ def needing(path):
     pass
 
 number = 3
+
+class Shuffled:
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        batches = [(torch.ones(2, 3), torch.ones(2, 1)), (torch.zeros(2, 3), torch.ones(2, 1))]
+        return iter(batches[:: (-1) ** self.passes])
+
+def shuffled():
+    def model(params, X):
+        return X @ params["weight"].T
+    return dict(model=model, loss_function=nn.MSELoss(), params=dict(weight=torch.ones(1, 3)), data=Shuffled())
 """
 
 
@@ -129,6 +142,11 @@ def command(*arguments: str) -> None:
 def of_file(tmp: Path, function: str) -> None:
     (tmp / "problem.py").write_text(PROBLEM)
     command("eigs", f"{tmp / 'problem.py'}:{function}")
+
+
+def study_of_file(tmp: Path, function: str) -> None:
+    (tmp / "problem.py").write_text(PROBLEM)
+    command("spectrum", f"{tmp / 'problem.py'}:{function}", "--out", f"{tmp / 'study'}")
 
 
 area(
@@ -280,5 +298,35 @@ area(
         lambda: command("spectrum", "digits", "--deadline", "-5"),
         CommandError,
         "argument --deadline",
+    ),
+    (
+        "a device that is not there",
+        lambda: command("eigs", "digits", "--device", "cuda:64"),
+        CommandError,
+        "argument --device: 'cuda:64' is not available",
+    ),
+    (
+        "a device that is none",
+        lambda: command("solve", "digits", "--device", "gpu"),
+        CommandError,
+        "argument --device: 'gpu' is not a device",
+    ),
+    (
+        "no restart",
+        lambda: command("eigs", "digits", "--maxiter", "0"),
+        CommandError,
+        "argument --maxiter: must be >= 1",
+    ),
+    (
+        "a time in words",
+        lambda: command("eigs", "digits", "--seconds", "soon"),
+        CommandError,
+        "argument --seconds: 'soon' is not a duration",
+    ),
+    (
+        "data in another order in each pass",
+        lambda tmp: study_of_file(tmp, "shuffled"),
+        CommandError,
+        "data yields different batches in two passes (batches 0 and 1)",
     ),
 )

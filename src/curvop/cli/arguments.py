@@ -1,72 +1,64 @@
 """The arguments of the ``curvop`` command, and their checks."""
 
 import argparse
+import contextlib
+import importlib
 import math
 import os
 import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
+from curvop.cli.exit_codes import explained
 from curvop.cli.problem_loading import APPROXIMATIONS, MATRICES
 from curvop.cli.report import ENDS
 from curvop.operators.version import __version__
 
-__all__ = ["JOURNAL", "UsageError", "operator_settings", "parse"]
+__all__ = ["JOURNAL", "NUM_SMALLEST", "UsageError", "operator_settings", "parse"]
 
 JOURNAL = "journal"
 """Name of the first subfolder that a spectrum study creates in ``--out``. ``--resume`` requires this subfolder."""
 
-_DESCRIPTION = """\
-Compute extreme eigenvalues of a curvature matrix of the loss over the whole data set. The report contains the true
-residual of each eigenvalue, a comparison with the dense matrix (if the matrix is small enough), and the solution of a
-damped linear system with the block of the last layer. With --matrix jacobian, compute the largest singular values of
-the Jacobian of the predictions instead. PROBLEM is 'digits' (a small network trained on scikit-learn's handwritten
-digits), 'path/to/file.py:function' or 'package.module:function'. The function must return dict(model=...,
-loss_function=..., params=..., data=...)."""
+NUM_SMALLEST = 5
+"""Largest number of smallest eigenvalues that are computed without a request. There are often many zeros."""
 
-_EPILOG = """\
-exit codes: 0 success; 1 an eigenvalue or the linear system did not converge, or the eigenvalues differ from those of
-the dense matrix; 2 invalid argument or problem; 130 interrupted"""
+_PROBLEM = """PROBLEM is 'digits' (a small network trained on scikit-learn's handwritten digits),
+'path/to/file.py:function' or 'package.module:function'. The function must return dict(model=..., loss_function=...,
+params=..., data=...)."""
 
-
-_SOLVE_DESCRIPTION = """\
-Solve (B + damping I) x = g, where B is a curvature matrix or a block of a curvature matrix, and g is the gradient of
-the loss. The vector -x is a damped Newton step. The solver is conjugate gradients; if the damped matrix is found to be
-indefinite, the solver is MINRES. PROBLEM is the same as for 'curvop eigs'."""
-
-_SOLVE_EPILOG = """\
-exit codes: 0 success; 1 the true residual is too large, or the damped matrix is indefinite; 2 invalid argument or
-problem; 130 interrupted. If --maxiter or --seconds ends the solver, the solution so far is reported and saved."""
-
-
-_SPECTRUM_DESCRIPTION = """\
-Study the spectrum of a curvature matrix. Compute the largest eigenvalues with error bounds, the spectral density, for a
-Hessian the smallest eigenvalues, and the trace and the Frobenius norm with error bars; with --blocks, also study the
-block of each parameter. With --matrix kfac or ekfac, study an approximation of the Gauss-Newton matrix: compute exact
-values from its factors, and estimate the error of each block. With --out, save all products and results in a folder,
-and write report.html after each step. With --resume, continue the study in this folder, for example after the command
-was killed or reached its --deadline; if the folder is missing or empty, start one. With a larger --k, --steps or
---probes, --resume extends the study. The deadline is counted from the start of the command. The steps share the time in
-the above order, and the time that is left goes to the first steps that are not finished. Some steps are not interrupted
-and can exceed the deadline: loading the problem, computing the gradient, and one product with --probes vectors. PROBLEM
-is the same as for 'curvop eigs'."""
-
-_SPECTRUM_EPILOG = """\
-exit codes: 0 success; 1 an eigenvalue is not certified, or a step was not finished by the deadline; 2 invalid argument
-or problem; 130 interrupted"""
-
-_CHECK_DESCRIPTION = """\
-Check a problem before a long computation. Products must be finite, linear, symmetric and repeatable, and must agree
-with other methods in float64. The check also detects randomness, modules in training mode, shuffled data, and
-parameters that do not affect the loss. It takes about ten products, and suggests a remedy if a check fails. PROBLEM is
-the same as for 'curvop eigs'."""
-
-_CHECK_EPILOG = """\
-exit codes: 0 no check failed (there may be warnings); 1 a check failed; 2 invalid argument or problem;
-130 interrupted"""
+_DESCRIPTIONS = {
+    "eigs": f"""Compute extreme eigenvalues of a curvature matrix of the loss over the whole data set, and certify them:
+the report shows a bound for the error of each eigenvalue, and says whether an eigenvalue may be missing. With --matrix
+jacobian, compute the largest singular values of the Jacobian of the predictions and their residuals. With --check,
+also compare with the dense matrix, if it is small enough, and solve a damped linear system with the block of the last
+layer. To keep all products and to continue an interrupted run, use 'curvop spectrum --out'. {_PROBLEM}""",
+    "solve": f"""Solve (B + damping I) x = g, where B is a curvature matrix or a block of a curvature matrix, and g is
+the gradient of the loss. The vector -x is a damped Newton step. The solver is conjugate gradients; if the damped matrix
+is found to be indefinite, the solver is MINRES. {_PROBLEM}""",
+    "spectrum": f"""Study the spectrum of a curvature matrix. Compute the largest eigenvalues with error bounds, the
+spectral density, for a Hessian the smallest eigenvalues, and the trace and the Frobenius norm with error bars; with
+--blocks, also study the block of each parameter. With --matrix kfac or ekfac, study an approximation of the
+Gauss-Newton matrix: compute exact values from its factors, and estimate the error of each block. With --out, save all
+products and results in a folder, and write report.html after each step. With --resume, continue the study in this
+folder, for example after the command was killed or reached its --deadline; if the folder is missing or empty, start
+one. With a larger --k, --steps or --probes, --resume extends the study. The deadline is counted from the start of the
+command. The steps share the time in the above order, and the time that is left goes to the first steps that are not
+finished. Some steps are not interrupted and can exceed the deadline: loading the problem, computing the gradient, and
+one product with --probes vectors. The examples of a DataLoader that shuffles are read in the order of the data set.
+{_PROBLEM}""",
+    "check": f"""Check a problem before a long computation. Products must be finite, linear, symmetric and repeatable,
+and must agree with other methods in float64. The check also detects randomness, modules in training mode, shuffled
+data, and parameters that do not affect the loss. It takes about ten products, and suggests a remedy if a check fails.
+{_PROBLEM}""",
+}
 
 _DAMPING = "damping in (B + damping I) x = g (default: 0.01)"
+_TIME = "for example 90s, 30m, 2h or 1h30m"
 
 
 class UsageError(ValueError):
@@ -80,13 +72,15 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
+def parse(argv: Sequence[str], prog: str = "curvop") -> argparse.Namespace | None:
     """Parse and check the arguments.
 
     Parameters
     ----------
-    argv : sequence of str or None
-        The arguments, without the name of the command. If None, use ``sys.argv[1:]``.
+    argv : sequence of str
+        The arguments, without the name of the command.
+    prog : str
+        How the command was called, for example ``'curvop'``. The help shows this name.
 
     Returns
     -------
@@ -100,7 +94,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
     SystemExit
         If the arguments contain ``--help`` or ``--version``.
     """
-    parser = _parser()
+    parser = _parser(prog)
+    _complete(parser)
     options = parser.parse_args(argv)
     if options.command is None:
         parser.print_help()
@@ -114,47 +109,67 @@ def operator_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("dtype", "engine", "columns")}
 
 
-def _parser() -> _Parser:
+def _parser(prog: str) -> _Parser:
     parser = _Parser(
-        prog="curvop", description="Curvature matrices of PyTorch models as SciPy operators.", allow_abbrev=False
+        prog=prog,
+        description="Curvature matrices of PyTorch models as SciPy operators.",
+        epilog=explained(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"curvop {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    eigs = commands.add_parser(
-        "eigs",
-        help="compute extreme eigenvalues of a curvature matrix",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        allow_abbrev=False,
+
+    def add(name: str, summary: str, matrices: tuple[str, ...]) -> argparse.ArgumentParser:
+        width = shutil.get_terminal_size().columns - 2
+        command: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=summary,
+            description=textwrap.fill(_DESCRIPTIONS[name], width),
+            epilog=explained(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # the exit codes have a line each
+            allow_abbrev=False,
+        )
+        _common(command, matrices)
+        return command
+
+    eigs = add("eigs", "compute extreme eigenvalues of a curvature matrix", (*MATRICES, "jacobian"))
+    eigs.add_argument(
+        "--k",
+        type=_count,
+        default=10,
+        help="how many eigenvalues: the k largest, and for --matrix hessian also the "
+        f"min({NUM_SMALLEST}, k) smallest; with --which, k at this end; for a Jacobian, the k largest singular values "
+        "(default: 10)",
     )
-    _common(eigs, (*MATRICES, "jacobian"))
-    eigs.add_argument("--damping", type=_nonnegative, default=1e-2, help=_DAMPING)
-    eigs.add_argument("--k", type=_count, default=10, help="number of eigenvalues or singular values (default: 10)")
     eigs.add_argument(
         "--which",
         choices=tuple(ENDS),
-        help="which eigenvalues, as in scipy.sparse.linalg.eigsh; SM is slow (default: the k largest, and for a "
-        "Hessian also the min(5, k) smallest)",
+        help="only these eigenvalues, as in scipy.sparse.linalg.eigsh: "
+        + ", ".join(f"{which} {title}" for which, title in ENDS.items())
+        + "; SM is slow (default: see --k)",
     )
     eigs.add_argument(
         "--tol", type=_nonnegative, default=0.0, help="relative tolerance of the solver (default: 0, machine precision)"
     )
     eigs.add_argument(
-        "--maxiter", type=_count, help="maximum number of steps of the linear solver (default: 10 N, and at most 1000)"
+        "--maxiter", type=_count, help="maximum number of restarts at each end (default: 10 N, and at most 1000)"
     )
     eigs.add_argument(
-        "--seconds", type=_duration, metavar="TIME", help="time limit of the linear solver, for example 90s, 30m or 2h"
+        "--seconds",
+        type=_duration,
+        metavar="TIME",
+        help=f"time limit of the eigenvalues, {_TIME}; then report the eigenvalues so far",
     )
+    eigs.add_argument(
+        "--check",
+        action="store_true",
+        help="also compare with the dense matrix, if it is small enough, and solve a linear system with the last layer",
+    )
+    eigs.add_argument("--damping", type=_nonnegative, default=1e-2, help=f"with --check: {_DAMPING}")
     eigs.add_argument("--cost", action="store_true", help="measure the time and memory of one product")
     eigs.add_argument("--out", metavar="FILE.npz", type=Path, help="save eigenvalues and eigenvectors to this file")
-    solver = commands.add_parser(
-        "solve",
-        help="solve a damped linear system with a curvature matrix",
-        description=_SOLVE_DESCRIPTION,
-        epilog=_SOLVE_EPILOG,
-        allow_abbrev=False,
-    )
-    _common(solver, tuple(MATRICES))
+    solver = add("solve", "solve a damped linear system with a curvature matrix", tuple(MATRICES))
     solver.add_argument("--damping", type=_nonnegative, default=1e-2, help=_DAMPING)
     solver.add_argument("--rtol", type=_fraction, default=1e-5, help="relative residual to reach (default: 1e-5)")
     solver.add_argument(
@@ -166,19 +181,21 @@ def _parser() -> _Parser:
         help="a Kronecker-factored preconditioner, for ggn, ef and fisher; its error is estimated (default: none)",
     )
     solver.add_argument("--maxiter", type=_count, help="maximum number of steps (default: 10 N, and at most 1000)")
-    solver.add_argument(
-        "--seconds", type=_duration, metavar="TIME", help="time limit of the solver, for example 90s, 30m or 2h"
-    )
+    solver.add_argument("--seconds", type=_duration, metavar="TIME", help=f"time limit of the solver, {_TIME}")
     solver.add_argument("--out", metavar="FILE.npz", type=Path, help="save the solution and the gradient to this file")
-    spectrum = commands.add_parser(
-        "spectrum",
-        help="study the whole spectrum; can be stopped and resumed",
-        description=_SPECTRUM_DESCRIPTION,
-        epilog=_SPECTRUM_EPILOG,
-        allow_abbrev=False,
+    spectrum = add("spectrum", "study the whole spectrum; can be stopped and resumed", (*MATRICES, *APPROXIMATIONS))
+    spectrum.add_argument(
+        "--k",
+        type=_count,
+        default=10,
+        help="how many eigenvalues: the k largest, and for --matrix hessian also the "
+        f"min({NUM_SMALLEST}, k) smallest (default: 10)",
     )
-    _common(spectrum, (*MATRICES, *APPROXIMATIONS))
-    spectrum.add_argument("--k", type=_count, default=10, help="number of eigenvalues at each end (default: 10)")
+    spectrum.add_argument(
+        "--maxiter",
+        type=_count,
+        help="maximum number of restarts for the eigenvalues at each end (default: 10 N, and at most 1000)",
+    )
     spectrum.add_argument(
         "--probes", type=_count, default=8, help="number of random vectors of the density (default: 8)"
     )
@@ -186,29 +203,35 @@ def _parser() -> _Parser:
     spectrum.add_argument("--blocks", action="store_true", help="also study the block of each parameter")
     spectrum.add_argument(
         "--deadline",
+        "--seconds",
         type=_duration,
         metavar="TIME",
-        help="use this time, such as 90s, 30m, 2h or 1h30m, and then report the results so far",
+        help=f"use this time, {_TIME}, and then report the results so far",
     )
     spectrum.add_argument(
         "--out", metavar="DIR", type=Path, help="save results, pictures and report.html in this folder"
     )
     spectrum.add_argument("--resume", action="store_true", help="continue the study in --out, or start one")
-    check = commands.add_parser(
-        "check",
-        help="check a problem before a long computation",
-        description=_CHECK_DESCRIPTION,
-        epilog=_CHECK_EPILOG,
-        allow_abbrev=False,
-    )
-    _common(check, (*MATRICES, *APPROXIMATIONS, "jacobian"))
+    check = add("check", "check a problem before a long computation", (*MATRICES, *APPROXIMATIONS, "jacobian"))
     check.add_argument("--probes", type=_count, default=2, help="number of random vectors (default: 2)")
     return parser
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell, if it asks for the completion of a command line, and exit."""
+    if "_ARGCOMPLETE" in os.environ:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("argcomplete").autocomplete(parser)
 
 
 def _common(command: argparse.ArgumentParser, matrices: tuple[str, ...]) -> None:
     """Add the arguments that all subcommands have in common."""
     command.add_argument("problem", metavar="PROBLEM", help="digits, FILE.py:FUNCTION or MODULE:FUNCTION")
+    command.add_argument(
+        "--device",
+        type=_device,
+        help="compute there, for example cpu or cuda: move the model and the data (default: where the parameters are)",
+    )
     command.add_argument("--matrix", choices=matrices, default="hessian", help="which matrix (default: hessian)")
     command.add_argument(
         "--dtype", choices=("float32", "float64"), default="float64", help="dtype of the vectors (default: float64)"
@@ -253,6 +276,26 @@ def _columns(text: str) -> int | str:
         return _count(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"must be an integer >= 1 or 'auto', not {text!r}") from None
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device: pass cpu, cuda or cuda:1") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            found = f"{count} CUDA device{'s' * (count != 1)}" if count else "no CUDA device"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not available: torch finds {found}; leave it out, or pass cpu"
+            )
+        return device
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not available: pass cpu, cuda or cuda:1") from None
+    return device
 
 
 def _nonnegative(text: str) -> float:

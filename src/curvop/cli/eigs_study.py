@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, svds
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, svds
 
 from curvop.checks.dense_check import DenseCheck, accuracy, dense_check
 from curvop.cli.problem_loading import MATRICES, ProblemError, last_layer, wrap, wrap_jacobian
-from curvop.cli.report import Array, End, Result, Setup, Singular, Solve, Spectrum, StepCost
+from curvop.cli.report import Array, End, Result, Setup, Singular, Solve, StepCost
 from curvop.operators.engine_operator import NonFiniteProductError
 from curvop.operators.error_text import describe_error
 from curvop.solvers.linear_solve import solve
+from curvop.spectrum.counting import TimeUpError, deadline_after
 from curvop.spectrum.eigen import eigsh, without_verdicts
+from curvop.spectrum.eigen_result import NO_TIME, EigenResult
 from curvop.testing.functorch_reference import functorch_jacobian
 
 __all__ = ["evaluated", "singular_study", "study"]
@@ -43,12 +45,13 @@ def study(
     settings: dict[str, Any],
     cost: bool,
     block: Sequence[str] | None,
-    damping: float,
     bar: Any,
     maxiter: int | None = None,
     seconds: float | None = None,
+    check: bool = False,
+    damping: float = 0.0,
 ) -> Iterator[Result]:
-    """Compute extreme eigenvalues of a curvature matrix, check them, and solve a damped linear system.
+    """Compute extreme eigenvalues of a curvature matrix and certify them.
 
     Parameters
     ----------
@@ -66,17 +69,21 @@ def study(
         Whether to measure the cost of one product.
     block : sequence of str or None
         Names of the parameters of a block. If None, use the whole matrix.
-    damping : float
-        Damping of the linear system.
     bar : tqdm.tqdm
         Progress bar that counts products. Its description names the current step.
-    maxiter, seconds : int or None, float or None
-        Limits of the linear solver.
+    maxiter : int, optional
+        Argument `maxiter` for `curvop.spectrum.eigsh`.
+    seconds : float, optional
+        Time limit of all eigenvalues. An end gets the time that is left in proportion to its number of eigenvalues.
+    check : bool, optional
+        Whether to compare the eigenvalues with those of the dense matrix, and to solve a damped linear system.
+    damping : float, optional
+        Damping of this linear system.
 
     Yields
     ------
-    Setup, Spectrum, DenseCheck, Solve
-        One object of each type, in this order.
+    Setup, End, DenseCheck, Solve
+        A `Setup`, one `End` for each of `ends`, and if `check` is True, a `DenseCheck` and a `Solve`.
 
     Raises
     ------
@@ -85,22 +92,27 @@ def study(
     """
     whole, operator = wrap(problem, matrix, settings, block, bar)
     N, largest_k = operator.shape[0], max(k for _, k in ends)
-    if largest_k >= N:
-        raise ProblemError(f"--k = {largest_k} is too large: eigsh finds at most N - 1 eigenvalues, and here N = {N:,}")
+    if largest_k > N:
+        raise ProblemError(f"--k = {largest_k} is too large: pass at most {N:,}, the number of rows of the matrix")
     problem = {**problem, "params": _named_params(problem, whole)}
     setup = _first_pass(problem, whole, operator, block, cost)
     yield setup
 
-    precision = accuracy(setup.dtype, setup.model_dtype)
-    spectrum = _spectrum(operator, ends, tol, precision * setup.norm, bar)
-    yield spectrum
+    precision, until, found = accuracy(setup.dtype, setup.model_dtype), deadline_after(seconds), []
+    for index, (which, k) in enumerate(ends):
+        bar.set_description_str(f"eigsh {which}")
+        share = k / sum(count for _, count in ends[index:])
+        limit = None if seconds is None else share * max(0.0, until - time.monotonic())
+        end = _eigsh(operator, which, k, tol, maxiter, limit, precision * setup.norm)
+        found.append((which, k, end.result.values if end.result.converged else end.result.values[:0]))
+        yield end
+    if not check:
+        return
 
     bar.set_description_str("dense check")
-    converged = [(end.which, end.wanted, end.values) for end in spectrum.ends]
-    yield dense_check(problem, MATRICES[matrix].dense, list(setup.slices), converged, tol + precision)
-
-    part = operator if setup.block else whole.block(last_layer(list(setup.slices)))
-    yield _solve(part, damping, precision, bar, maxiter, seconds)
+    yield dense_check(problem, MATRICES[matrix].dense, list(setup.slices), found, tol + precision)
+    bar.set_description_str("solve")
+    yield _solve(operator if setup.block else whole.block(last_layer(list(setup.slices))), damping, precision)
 
 
 def singular_study(
@@ -112,8 +124,11 @@ def singular_study(
     cost: bool,
     block: Sequence[str] | None,
     bar: Any,
+    maxiter: int | None = None,
+    seconds: float | None = None,
+    check: bool = False,
 ) -> Iterator[Setup | Singular | DenseCheck]:
-    """Compute the largest singular values of the Jacobian of a problem's predictions, and check them.
+    """Compute the largest singular values of the Jacobian of a problem's predictions, and their residuals.
 
     Parameters
     ----------
@@ -131,11 +146,17 @@ def singular_study(
         Names of the parameters whose columns form a block. If None, use the whole matrix.
     bar : tqdm.tqdm
         Progress bar that counts products. Its description names the current step.
+    maxiter : int, optional
+        Maximum number of restarts of SciPy's ``svds``.
+    seconds : float, optional
+        Time limit. ``svds`` has no partial result.
+    check : bool, optional
+        Whether to compare the singular values with those of the dense matrix.
 
     Yields
     ------
     Setup, Singular, DenseCheck
-        One object of each type, in this order.
+        One object of each type, in this order, the last one only if `check` is True.
 
     Raises
     ------
@@ -152,8 +173,10 @@ def singular_study(
 
     precision = accuracy(setup.dtype, setup.model_dtype)
     bar.set_description_str("svds")
-    singular = _svds(operator, k, tol, precision * setup.norm)
+    singular = _svds(operator, k, tol, precision * setup.norm, maxiter, seconds)
     yield singular
+    if not check or singular.undone:
+        return
 
     bar.set_description_str("dense check")
     ends = [("LA", k, singular.values**2)]
@@ -249,68 +272,82 @@ def _setup(
     )
 
 
-def _spectrum(operator: Any, ends: Sequence[tuple[str, int]], tol: float, rounding: float, bar: Any) -> Spectrum:
-    """Compute the eigenpairs and their true residuals at all `ends` of the spectrum.
+def _eigsh(
+    operator: Any, which: str, k: int, tol: float, maxiter: int | None, seconds: float | None, rounding: float
+) -> End:
+    """Compute and certify the eigenpairs at one end of the spectrum.
 
-    `rounding` is the rounding error that is accepted in a residual. One block product gives the residuals of all
-    eigenpairs. `curvop.spectrum.certify` would take at least 8 more products for each end. Instead of computing error
-    bounds, the study compares the eigenvalues with those of the dense matrix, if the matrix is small enough.
+    `rounding` is the rounding error that is accepted in a residual. If time runs out and the solver has no partial
+    result, there are no eigenpairs.
     """
-    results = []
-    for which, wanted in ends:
-        bar.set_description_str(f"eigsh {which}")
-        with _timed(operator) as cost, without_verdicts():
-            result = eigsh(operator, wanted, which, tol=tol, certificate=False, side="parameters", progress=False)
-        results.append((result, cost))
-    bar.set_description_str("residuals")
-    with _timed(operator) as residual_cost:
-        images = operator @ np.concatenate([result.vectors for result, _ in results], axis=1)
-    studied, starts = [], np.cumsum([len(result.values) for result, _ in results])[:-1]
-    for (result, cost), image in zip(results, np.split(images, starts, axis=1), strict=True):
-        values, vectors = result.values, result.vectors
-        # The eigenvalues are in float64. A subtraction in float32 would add its own rounding error.
-        residuals = np.linalg.norm(image.astype(np.float64) - vectors * values, axis=0)
-        allowed = 2 * tol * np.abs(values) + rounding  # ARPACK compares an estimate of the residual with tol |lambda|
-        studied.append(End(result.which, result.wanted, values, vectors, residuals, allowed, cost))
-    return Spectrum(tuple(studied), residual_cost)
+    method = "arpack" if which == "SM" else "lanczos"  # the latter returns what it has when time runs out
+    limits: dict[str, Any] = {"maxiter": maxiter, "seconds": seconds}
+    with _timed(operator) as cost, without_verdicts():
+        try:
+            result = eigsh(operator, k, which, method=method, tol=tol, side="parameters", progress=False, **limits)
+        except TimeoutError:
+            if seconds is None:  # an error of the user's code
+                raise
+            nothing = np.zeros(0), np.zeros((operator.shape[0], 0))
+            result = EigenResult(*nothing, None, False, 0, method, which, k, NO_TIME, timed_out=True)
+    # The solver compares an estimate of the residual with tol |lambda|.
+    return End(result, 2 * tol * np.abs(result.values) + rounding, cost)
 
 
-def _solve(block: Any, damping: float, rtol: float, bar: Any, maxiter: int | None, seconds: float | None) -> Solve:
+def _solve(block: Any, damping: float, rtol: float) -> Solve:
     """Solve the damped linear system of a block. The right-hand side is the gradient for its parameters."""
-    bar.set_description_str("solve")
     gradient, _ = _finite_gradient(block)
     with _timed(block) as cost, without_verdicts():
-        result = solve(block, gradient, damping, rtol=rtol, maxiter=maxiter, seconds=seconds, progress=False)
+        result = solve(block, gradient, damping, rtol=rtol, progress=False)
     return Solve(tuple(block.params_slices), block.shape[0], damping, rtol, result, cost)
 
 
-def _svds(operator: Any, k: int, tol: float, rounding: float) -> Singular:
+def _svds(operator: Any, k: int, tol: float, rounding: float, maxiter: int | None, seconds: float | None) -> Singular:
     """Compute the largest singular values and vectors, with residuals in ``J v = sigma u`` and ``J' u = sigma v``."""
     rng = np.random.default_rng(0)
     v0 = rng.standard_normal(min(operator.shape)).astype(operator.dtype, copy=False)
     basis = max(2 * k + 1, _SVDS_BASIS)
+    undone = ""
     with _timed(operator) as cost:
-        start = time.perf_counter()
         try:
             left, values, right = svds(
-                operator,
+                operator if seconds is None else _limited(operator, deadline_after(seconds)),
                 k,
                 tol=tol,
                 v0=v0,
                 ncv=basis if basis < len(v0) else None,
-                maxiter=min(10 * len(v0), _SVDS_RESTARTS),
+                maxiter=maxiter or min(10 * len(v0), _SVDS_RESTARTS),
                 rng=rng,
             )
         except ArpackNoConvergence:
-            raise ProblemError(
-                f"svds did not converge in {time.perf_counter() - start:.0f} s: try a smaller --k"
-            ) from None
+            undone = "not converged: increase --maxiter, or decrease --k"
+        except TimeUpError:
+            undone = "not converged before time was up: increase --seconds, or decrease --k"
+        if undone:
+            N, P = operator.shape
+            left, values, right = np.zeros((N, 0)), np.zeros(0), np.zeros((0, P))
         order = np.argsort(-values, kind="stable")
         left, values, right = left[:, order], values[order].astype(np.float64), right[order].T
         right_residuals = np.linalg.norm((operator @ right).astype(np.float64) - left * values, axis=0)
         left_residuals = np.linalg.norm((operator.T @ left).astype(np.float64) - right * values, axis=0)
     residuals = np.hypot(right_residuals, left_residuals)
-    return Singular(k, values, left, right, residuals, 2 * tol * values + rounding, cost)
+    allowed = 2 * tol * values + rounding
+    return Singular(k, values, left, right, residuals, allowed, cost, undone, "time was up" in undone)
+
+
+def _limited(operator: Any, until: float) -> LinearOperator:
+    """Return an operator whose products raise a `TimeUpError` after a deadline."""
+
+    def limited(multiply: Callable[[Array], Array]) -> Callable[[Array], Array]:
+        def product(x: Array) -> Array:
+            if time.monotonic() >= until:
+                raise TimeUpError("time is up")
+            return multiply(x)
+
+        return product
+
+    products = {name: limited(getattr(operator, name)) for name in ("matvec", "rmatvec", "matmat", "rmatmat")}
+    return LinearOperator(operator.shape, dtype=operator.dtype, **products)
 
 
 def _gram(model: Any, loss_function: Any, params: dict[str, torch.Tensor], data: Any) -> torch.Tensor:

@@ -21,7 +21,7 @@ from curvop.spectrum.spectral_density import SpectralDensity
 from curvop.storage.fingerprint import listed
 from curvop.storage.result_files import FORMAT, appearing
 
-__all__ = ["StudyFiles", "StudyResults"]
+__all__ = ["StudyFiles", "StudyResults", "end_json", "number_json"]
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # levels of the quantiles of the density in the JSON output
 
@@ -151,13 +151,13 @@ class StudyResults:
         """
         names = ("problem", "title", "rows", "parameters", "names", "undone", "notes", "products", "seconds")
         return {"format": FORMAT, **{name: getattr(self, name) for name in (*names, "journal_bytes")}} | {
-            "loss": _number_json(self.loss),
-            "gradient_norm": _number_json(self.gradient_norm),
+            "loss": number_json(self.loss),
+            "gradient_norm": number_json(self.gradient_norm),
             "ok": self.ok,
             "trace": _estimate_json(self.trace),
             "frobenius_norm": _estimate_json(self.norm),
             "density": None if self.density is None else _density_json(self.density),
-            "ends": [_end_json(end) for end in self.ends],
+            "ends": [end_json(end) for end in self.ends],
             "blocks": None if self.blocks is None else _blocks_json(self.blocks, self.comparison),
             **({} if self.comparison is None else {"comparison": self.comparison.json()}),
         }
@@ -206,18 +206,19 @@ class StudyFiles:
         self._written = parts
 
 
-def _number_json(value: Any) -> float | None:
+def number_json(value: Any) -> float | None:
+    """Return a number as JSON can hold it: None if it is not finite."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _estimate_json(estimate: Estimate | None) -> dict[str, Any] | None:
     if estimate is None:
         return None
-    return {"value": _number_json(estimate.value), "error": _number_json(estimate.error)}
+    return {"value": number_json(estimate.value), "error": number_json(estimate.error)}
 
 
 def _quantile_json(quantile: BoundedEstimate) -> dict[str, Any]:
-    return {name: _number_json(getattr(quantile, name)) for name in ("value", "error", "low", "high")}
+    return {name: number_json(getattr(quantile, name)) for name in ("value", "error", "low", "high")}
 
 
 def _density_json(density: SpectralDensity) -> dict[str, Any]:
@@ -226,17 +227,18 @@ def _density_json(density: SpectralDensity) -> dict[str, Any]:
         "steps": density.num_steps,
         "exact": density.exact,
         "range": list(density.range),
-        "range_errors": [_number_json(error) for error in density.range_errors],
+        "range_errors": [number_json(error) for error in density.range_errors],
         "trace": _estimate_json(density.trace()),
         "quantiles": {str(share): _quantile_json(density.quantile(share)) for share in _QUANTILES},
     }
 
 
-def _end_json(end: EigenResult) -> dict[str, Any]:
+def end_json(end: EigenResult) -> dict[str, Any]:
+    """Return the eigenvalues of one end and their certificate as a JSON serializable dictionary, without vectors."""
     return {
         "which": end.which,
         "values": [float(value) for value in end.values],
-        "bounds": [] if end.certificate is None else [_number_json(bound) for bound in end.certificate.bounds],
+        "bounds": [] if end.certificate is None else [number_json(bound) for bound in end.certificate.bounds],
         "converged": end.num_converged,
         "ok": end.ok,
         "verdict": end.verdict,
@@ -251,8 +253,8 @@ def _blocks_json(study: BlockStudy, comparison: Comparison | None) -> dict[str, 
             "rows": density.size,
             "smallest": density.range[0],
             "largest": density.range[1],
-            "smallest_error": _number_json(density.range_errors[0]),
-            "largest_error": _number_json(density.range_errors[1]),
+            "smallest_error": number_json(density.range_errors[0]),
+            "largest_error": number_json(density.range_errors[1]),
             "trace": float(density.trace().value),
             "norm": norm,
             "density": _density_json(density),

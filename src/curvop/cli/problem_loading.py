@@ -39,6 +39,7 @@ __all__ = [
     "digits",
     "last_layer",
     "load",
+    "moved",
     "title_of",
     "wrap",
     "wrap_approximation",
@@ -182,6 +183,49 @@ def load(spec: str) -> dict[str, Any]:
     module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
     problem = _call(_find_function(module, name, source), spec)
     return _validated(problem, spec)
+
+
+def moved(problem: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the model, the loss function and the parameters of a problem to a device.
+
+    Modules are moved in place. Operators move each batch of the data.
+
+    Parameters
+    ----------
+    problem : dict
+        The problem, as returned by `load`.
+    device : torch.device
+        The device.
+
+    Returns
+    -------
+    dict
+        The problem on the device.
+    """
+    device = torch.empty(0, device=device).device  # with an index, as tensors have it
+    model = problem["model"]
+    names = {id(param): name for name, param in _own(model).items()}
+    for part in (model, problem["loss_function"]):
+        if isinstance(part, nn.Module):
+            part.to(device)
+    own = _own(model)  # depending on the device, the modules have new parameters
+
+    def move(value: Any) -> Any:
+        if id(value) in names:
+            return own[names[id(value)]]
+        if not isinstance(value, Tensor):
+            return value  # operators refuse it
+        return value.detach().to(device).requires_grad_(value.requires_grad)
+
+    params = problem["params"]
+    if isinstance(params, Mapping):
+        return problem | {"params": {name: move(value) for name, value in params.items()}}
+    return problem | {"params": [move(value) for value in params]}
+
+
+def _own(model: Any) -> dict[str, Any]:
+    """Return the parameters of a model by name. The dictionary is empty if the model is a function."""
+    return dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
 
 
 def last_layer(names: Sequence[str]) -> tuple[str, ...]:

@@ -13,9 +13,11 @@ import numpy.typing as npt
 
 from curvop.checks.compare import Comparison
 from curvop.checks.dense_check import DenseCheck
+from curvop.cli.html_report import end_json, number_json
 from curvop.cli.problem_loading import MATRICES
 from curvop.operators.engine_operator import Cost as ProductCost
 from curvop.solvers.linear_solve import SolveResult
+from curvop.spectrum.eigen_result import NO_TIME, EigenResult
 from curvop.storage.result_files import FORMAT, save_arrays
 
 __all__ = [
@@ -26,8 +28,8 @@ __all__ = [
     "Setup",
     "Singular",
     "Solve",
-    "Spectrum",
     "StepCost",
+    "eigen_arrays",
     "eigs_json",
     "eigs_report",
     "num_products",
@@ -106,55 +108,46 @@ class End:
 
     Attributes
     ----------
-    which : {'LA', 'SA', 'LM', 'SM', 'BE'}
-        End of the spectrum, as in `curvop.spectrum.eigsh`.
-    wanted : int
-        Number of eigenvalues requested.
-    values : ndarray, shape (n,)
-        The eigenvalues that have converged, in ascending order.
-    vectors : ndarray, shape (N, n)
-        The eigenvectors.
-    residuals : ndarray, shape (n,)
-        Norms of ``H v - lambda v``.
+    result : EigenResult
+        The eigenpairs and their certificate.
     allowed : ndarray, shape (n,)
-        Largest accepted residuals.
+        Largest residuals that are expected of converged eigenpairs. The key ``converged`` of the JSON output uses them.
     cost : StepCost
-        Cost of the solver.
+        Cost of the solver and of the certificate.
     """
 
-    which: str
-    wanted: int
-    values: Array
-    vectors: Array
-    residuals: Array
+    result: EigenResult
     allowed: Array
     cost: StepCost
 
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenvalues at all requested ends, and the cost of the block product for their residuals."""
-
-    ends: tuple[End, ...]
-    residual_cost: StepCost
-
     @property
     def ok(self) -> bool:
-        """True if all eigenvalues converged and no true residual is too large."""
-        return all(len(end.values) == end.wanted and (end.residuals <= end.allowed).all() for end in self.ends)
+        """True if the solver converged and the certificate reports no problem."""
+        return self.result.ok
 
     @property
-    def arrays(self) -> dict[str, Array]:
-        """Arrays of the eigenpairs of all ends, in ascending order. The keys are the names in the ``.npz`` file."""
-        arrays = {
-            "eigenvalues": np.concatenate([end.values for end in self.ends]),
-            "eigenvectors": np.concatenate([end.vectors for end in self.ends], axis=1),
-            "residuals": np.concatenate([end.residuals for end in self.ends]),
-            "allowed_residuals": np.concatenate([end.allowed for end in self.ends]),
-            "which": np.concatenate([np.full(len(end.values), end.which, dtype="U2") for end in self.ends]),
-        }
-        order = np.argsort(arrays["eigenvalues"], kind="stable")
-        return {name: array[..., order] for name, array in arrays.items()}
+    def timed_out(self) -> bool:
+        """True if time ran out before all eigenvalues were certified."""
+        return not self.ok and (self.result.timed_out or NO_TIME in self.result.note)
+
+    @property
+    def residuals(self) -> Array:
+        """Norms of ``H v - lambda v``, or NaN if there was no time to compute them."""
+        certificate = self.result.certificate
+        return np.full(len(self.result.values), np.nan) if certificate is None else certificate.residuals
+
+
+def eigen_arrays(ends: Sequence[End]) -> dict[str, Array]:
+    """Return arrays of the eigenpairs of all ends, in ascending order. The keys are the names in the ``.npz`` file."""
+    arrays = {
+        "eigenvalues": np.concatenate([end.result.values for end in ends]),
+        "eigenvectors": np.concatenate([end.result.vectors for end in ends], axis=1),
+        "residuals": np.concatenate([end.residuals for end in ends]),
+        "allowed_residuals": np.concatenate([end.allowed for end in ends]),
+        "which": np.concatenate([np.full(len(end.allowed), end.result.which, dtype="U2") for end in ends]),
+    }
+    order = np.argsort(arrays["eigenvalues"], kind="stable")
+    return {name: array[..., order] for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -177,6 +170,10 @@ class Singular:
         Largest accepted residuals.
     cost : StepCost
         Cost of the solver and of the residuals.
+    undone : str
+        The reason why the solver found no singular values, or an empty string.
+    timed_out : bool
+        Whether time ran out.
     """
 
     wanted: int
@@ -186,11 +183,13 @@ class Singular:
     residuals: Array
     allowed: Array
     cost: StepCost
+    undone: str = ""
+    timed_out: bool = False
 
     @property
     def ok(self) -> bool:
-        """True if no true residual is too large."""
-        return bool((self.residuals <= self.allowed).all())
+        """True if the solver converged and no true residual is too large."""
+        return not self.undone and bool((self.residuals <= self.allowed).all())
 
     @property
     def arrays(self) -> dict[str, Array]:
@@ -229,21 +228,27 @@ _NOT_CONVERGED = {
     "stagnation": "rounding errors prevent a smaller residual",
 }
 
-Result = Setup | Spectrum | Singular | DenseCheck | Solve
+Result = Setup | End | Singular | DenseCheck | Solve
 
 
-def save(path: Path, setup: Setup, spectrum: Spectrum | Singular, dense: DenseCheck) -> None:
+def save(path: Path, results: Sequence[Any]) -> None:
     """Save eigenpairs, or singular values and vectors, to an ``.npz`` file.
 
-    The file contains the arrays of `spectrum`, and the arrays of `param_arrays`, which tell which rows of the vectors
-    belong to which parameter. If the dense matrix was computed, the file also contains its eigenvalues as
+    The file contains the arrays of the results so far, and the arrays of `param_arrays`, which tell which rows of the
+    vectors belong to which parameter. If the dense matrix was computed, the file also contains its eigenvalues as
     ``dense_eigenvalues`` (for a Jacobian, the eigenvalues of J' J). The file contains no pickled objects. An existing
     file is replaced only after the new file is complete.
     """
-    arrays = {**spectrum.arrays, **param_arrays(setup.slices)}
-    if dense.values is not None:
-        arrays["dense_eigenvalues"] = dense.values
+    arrays = {**_spectrum(results), **param_arrays(results[0].slices)}
+    for dense in (result for result in results if isinstance(result, DenseCheck)):
+        if dense.values is not None:
+            arrays["dense_eigenvalues"] = dense.values
     save_arrays(path, **arrays)
+
+
+def _spectrum(results: Sequence[Any]) -> dict[str, Array]:
+    singular = [result for result in results if isinstance(result, Singular)]
+    return singular[0].arrays if singular else eigen_arrays([result for result in results if isinstance(result, End)])
 
 
 def param_arrays(slices: dict[str, slice]) -> dict[str, Array]:
@@ -256,10 +261,7 @@ def param_arrays(slices: dict[str, slice]) -> dict[str, Array]:
 
 def num_products(results: Sequence[Any]) -> int:
     """Return the total number of products that were computed for all results."""
-    costs = [result.cost for result in results if isinstance(result, Setup | Singular | Solve)]
-    for spectrum in (result for result in results if isinstance(result, Spectrum)):
-        costs += [spectrum.residual_cost, *(end.cost for end in spectrum.ends)]
-    return sum(cost.products for cost in costs)
+    return sum(result.cost.products for result in results if not isinstance(result, DenseCheck))
 
 
 def eigs_report(result: Result, options: argparse.Namespace) -> Iterator[str]:
@@ -279,12 +281,12 @@ def eigs_report(result: Result, options: argparse.Namespace) -> Iterator[str]:
         yield f"  first pass     {_cost_text(result.cost)}"
         if result.product:
             yield f"  cost           {result.product}"
-    elif isinstance(result, Spectrum):
-        for end in result.ends:
-            yield from _table(end)
-        if any(len(end.values) < end.wanted for end in result.ends):
+    elif isinstance(result, End):
+        yield str(result.result)
+        if not result.result.converged and not result.timed_out:
             yield "Clustered eigenvalues, such as the zeros of a singular matrix, converge slowly, or not at all."
-        yield f"residuals: {_cost_text(result.residual_cost)}"
+    elif isinstance(result, Singular) and result.undone:
+        yield f"{result.wanted} singular values: {result.undone}"
     elif isinstance(result, Singular):
         yield f"{result.wanted} singular values, largest: {_cost_text(result.cost)}"
         yield f"  {'':>4}  {'sigma':>18}  {'residual':>17}"
@@ -308,28 +310,48 @@ def eigs_report(result: Result, options: argparse.Namespace) -> Iterator[str]:
 def eigs_json(options: argparse.Namespace, results: Sequence[Any], seconds: float) -> dict[str, Any]:
     """Return the results of ``curvop eigs`` as a JSON serializable dictionary.
 
-    The eigenvalues of all ends are sorted together in ascending order, and their residuals have the same order.
-    Singular values are in descending order.
+    The eigenvalues of all ends are sorted together in ascending order, and their residuals have the same order. The
+    list ``ends`` has the error bounds and the verdict of each end. Singular values are in descending order. Without
+    ``--check``, ``dense`` and ``solve`` are None.
     """
-    setup, spectrum, dense, *solves = results
-    arrays = {name: array.tolist() for name, array in spectrum.arrays.items() if "vectors" not in name}
-    dense_json: dict[str, Any] = {"done": False, "reason": dense.reason}
-    if not dense.reason:
-        numbers = {name: getattr(dense, name) for name in ("difference", "allowed", "spectral_norm", "seconds")}
-        dense_json = {"done": True, "agrees": dense.ok, **numbers}
+    setup = results[0]
+    ends = [result for result in results if isinstance(result, End)]
+    arrays = {name: array.tolist() for name, array in _spectrum(results).items() if "vectors" not in name}
+    if ends:
+        arrays["residuals"] = [number_json(value) for value in arrays["residuals"]]
+    certified = {
+        "ok": all(result.ok for result in results),
+        **({"ends": [end_json(end.result) for end in ends]} if ends else {}),
+    }
+    dense = next((_dense_json(result) for result in results if isinstance(result, DenseCheck)), None)
+    solve = next((_solve_json(result) for result in results if isinstance(result, Solve)), None)
     return {
         "format": FORMAT,
         "problem": options.problem,
         "matrix": options.matrix,
         **{name: getattr(setup, name) for name in ("P", "N", "block", "dtype", "model_dtype", "loss", "gradient_norm")},
         **arrays,
-        "converged": spectrum.ok,
-        "dense": dense_json,
-        **({"solve": _solve_json(solves[0])} if solves else {}),
+        "converged": all(_has_converged(result) for result in results if isinstance(result, End | Singular)),
+        **certified,
+        "dense": dense,
+        **({"solve": solve} if ends else {}),
         "cost": asdict(setup.product) if setup.product else None,
         "products": num_products(results),
         "seconds": seconds,
     }
+
+
+def _has_converged(result: End | Singular) -> bool:
+    if isinstance(result, Singular):
+        return result.ok
+    return result.result.converged and bool((result.residuals <= result.allowed).all())
+
+
+def _dense_json(dense: DenseCheck) -> dict[str, Any]:
+    if dense.reason:
+        return {"done": False, "reason": dense.reason}
+    numbers = {name: getattr(dense, name) for name in ("difference", "allowed", "spectral_norm", "seconds")}
+    return {"done": True, "agrees": dense.ok, **numbers}
 
 
 def solve_report(
@@ -374,20 +396,11 @@ def _cost_text(cost: StepCost) -> str:
     return f"{cost.products:,} product{'s' * (cost.products != 1)} in {cost.seconds:.2f} s ({rate:,.0f} products/s)"
 
 
-def _table(end: End) -> Iterator[str]:
-    """Yield the lines of the table for one end of the spectrum."""
-    missing = end.wanted - len(end.values)
-    remark = f", {missing} of {end.wanted} NOT CONVERGED" if missing else ""
-    yield f"{end.wanted} eigenvalues, {ENDS[end.which]} ({end.which}){remark}: {_cost_text(end.cost)}"
-    yield f"  {'':>4}  {'lambda':>18}  {'||Hv - lambda v||':>17}"
-    yield from _rows(end)
-    yield ""
-
-
-def _rows(end: End | Singular) -> Iterator[str]:
-    for i, value in enumerate(end.values):
-        remark = "" if end.residuals[i] <= end.allowed[i] else f"  TOO LARGE (allowed: {end.allowed[i]:.1e})"
-        yield f"  {i + 1:>4}  {value:>18.10e}  {end.residuals[i]:>17.1e}{remark}"
+def _rows(singular: Singular) -> Iterator[str]:
+    for i, value in enumerate(singular.values):
+        allowed, residual = singular.allowed[i], singular.residuals[i]
+        remark = "" if residual <= allowed else f"  TOO LARGE (allowed: {allowed:.1e})"
+        yield f"  {i + 1:>4}  {value:>18.10e}  {residual:>17.1e}{remark}"
 
 
 def _solve_lines(result: SolveResult, rtol: float, damping: float) -> Iterator[str]:

@@ -23,8 +23,9 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
 from curvop.checks.compare import compare
-from curvop.cli.arguments import JOURNAL, operator_settings
+from curvop.cli.arguments import JOURNAL, NUM_SMALLEST, operator_settings
 from curvop.cli.closed_forms import add_closed_forms
+from curvop.cli.data_order import check_repeats
 from curvop.cli.eigs_study import evaluated
 from curvop.cli.html_report import StudyFiles, StudyResults
 from curvop.cli.problem_loading import APPROXIMATIONS, ProblemError, title_of, wrap, wrap_approximation
@@ -212,6 +213,8 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, start: 
             folder = _temporary_folder(A, options, stack) if out is None else out
             recorded = A
             if folder is not None:
+                if folder is out:
+                    check_repeats(problem["data"])
                 folder.mkdir(exist_ok=True)
                 recorded = stack.enter_context(JournaledLinearOperator(A, folder / JOURNAL))
             files = None if out is None else StudyFiles(out)
@@ -353,10 +356,11 @@ def _steps(
     folder: Path | None,
 ) -> dict[str, Step]:
     """Return a dictionary of the requested steps in order of execution. `exact` is the matrix that `A` approximates."""
+    smallest = min(NUM_SMALLEST, options.k)
     steps: dict[str, Step] = {
-        "eigenvalues LA": lambda limit: _eigenvalues(results, recorded, "LA", options.k, limit),
+        "eigenvalues LA": lambda limit: _eigenvalues(results, recorded, "LA", options.k, options.maxiter, limit),
         "density": lambda limit: _density(results, A, options, folder, limit),
-        "eigenvalues SA": lambda limit: _eigenvalues(results, recorded, "SA", min(5, options.k), limit),
+        "eigenvalues SA": lambda limit: _eigenvalues(results, recorded, "SA", smallest, options.maxiter, limit),
         "trace": lambda limit: _estimate(results, recorded, "trace", trace, 1, limit),
         "norm": lambda limit: _estimate(results, recorded, "norm", frobenius_norm, 2, limit),
         "comparison": lambda limit: _comparison(results, A, exact, limit),
@@ -381,7 +385,9 @@ def _closed_forms(results: StudyResults, A: KroneckerFactoredLinearOperator, opt
     return _Outcome()
 
 
-def _eigenvalues(results: StudyResults, A: LinearOperator, which: str, k: int, limit: float) -> _Outcome:
+def _eigenvalues(
+    results: StudyResults, A: LinearOperator, which: str, k: int, maxiter: int | None, limit: float
+) -> _Outcome:
     """Compute up to `k` eigenvalues at one end of the spectrum, within the time limit.
 
     The method is the same with and without a deadline, so that a resumed study finds its products in the journal. The
@@ -393,7 +399,8 @@ def _eigenvalues(results: StudyResults, A: LinearOperator, which: str, k: int, l
     answered = _num_answered(A)
 
     def run(B: LinearOperator, seconds: float | None) -> EigenResult:
-        return eigsh(B, k, which, method="lanczos", block=1, seconds=seconds, side="parameters")
+        limits: dict[str, Any] = {"maxiter": maxiter, "seconds": seconds}
+        return eigsh(B, k, which, method="lanczos", block=1, side="parameters", **limits)
 
     result = None
     with contextlib.suppress(TimeoutError), without_verdicts():  # a small matrix is formed: no partial result

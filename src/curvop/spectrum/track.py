@@ -621,6 +621,8 @@ class Tracker(Summary):
         from curvop.spectrum.plots import plot_track
 
         return plot_track(self, ax, learning_rate, label=label, color=color, **properties)
+
+
 class _NoOperator(LinearOperator):  # type: ignore[misc]
     """The operator of a tracker that was loaded without one. It has a shape, but no products."""
 
