@@ -25,7 +25,7 @@ def new_bar(desc: str, **settings: Any) -> tqdm[Any]:
 
     If stderr is neither a terminal nor a notebook, the bar is updated at most every ten seconds.
     """
-    notebook = "ipykernel" in sys.modules
+    notebook = _in_notebook()
     interactive = notebook or sys.stderr.isatty()
     return tqdm_auto(
         desc=desc,
@@ -34,6 +34,12 @@ def new_bar(desc: str, **settings: Any) -> tqdm[Any]:
         file=sys.stdout if notebook else None,  # notebooks show stderr as an error, on a red background
         **settings,
     )
+
+
+def _in_notebook() -> bool:
+    """Whether the code runs in a Jupyter kernel. A script that only imports ``ipykernel`` does not."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 @contextlib.contextmanager
