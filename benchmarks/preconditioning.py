@@ -55,7 +55,7 @@ MOST_ITERATIONS = 400  # of `lobpcg`
 WANTED = 4  # smallest eigenvalues
 MOST_IN_BLOCK = 128  # columns that `solve` solves together
 CONTENDERS = ("none", "KFAC", "EKFAC", "exact blocks", "nystrom", "KFAC, low rank", "auto")
-CANDIDATES = ("none", "EKFAC", "nystrom", "auto")
+CANDIDATES = ("none", "KFAC", "nystrom", "auto")
 
 Problem = dict[str, Any]
 

@@ -537,7 +537,7 @@ def two_devices(rank: int, size: int, folder: Path) -> dict[str, Any]:
                     found[f"{kind}, {cache}"] = {
                         "columns": W @ vectors(W.shape[0]),
                         "again": W @ vectors(W.shape[0])[:, 0],
-                        "block": W.block("second.weight", "first.bias") @ np.ones(5),
+                        "block": W.block("second.w*", ["first.b*"]) @ np.ones(5),
                         "gradient": W.gradient_and_loss()[0],
                     }
                     devices = {name: str(value.device) for name, value in W.unravel(np.ones(W.shape[0])).items()}

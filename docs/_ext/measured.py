@@ -519,18 +519,18 @@ def preconditioning() -> str:
             _automatic(rows["auto"]),
         ]
         for model, damping, columns, rows in _solve_rows()
-        if "KFAC" in rows
+        if "exact blocks" in rows
     ]
     return table(["model", "damping", "right-hand sides", *names, '"auto"'], lines)
 
 
 def automatic() -> str:
     """Tabulate the products of solves with several blocks of columns."""
-    names = ("none", "EKFAC", "nystrom")
+    names = ("none", "KFAC", "nystrom")
     lines = [
         [model, damping, *(_count(rows[name], name == "nystrom") for name in names), _automatic(rows["auto"])]
         for model, damping, _, rows in _solve_rows()
-        if "KFAC" not in rows
+        if "exact blocks" not in rows
     ]
     return table(["model", "damping", *names, '"auto"'], lines)
 
@@ -627,7 +627,7 @@ def _solves_of(layers: str) -> list[dict[str, Any]]:
     return [
         rows
         for model, *_, rows in _solve_rows()
-        if "KFAC" in rows and layers in ("any", "one" if model.startswith("wide layer") else "several")
+        if "exact blocks" in rows and layers in ("any", "one" if model.startswith("wide layer") else "several")
     ]
 
 
@@ -648,7 +648,7 @@ def _ratio_of_products(name: str, layers: str) -> str:
 
 def _automatic_share(choose: Callable[[Iterable[float]], float]) -> str:
     """Return the extreme share of the products of "auto" in those without a preconditioner, for several blocks."""
-    found = [rows for *_, rows in _solve_rows() if "KFAC" not in rows]
+    found = [rows for *_, rows in _solve_rows() if "exact blocks" not in rows]
     shares = [(rows["auto"]["products"] + rows["auto"]["construction"]) / rows["none"]["products"] for rows in found]
     return f"{choose(shares):.1%}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,7 @@ from curvop import (
 )
 from curvop.kernels import diagonal
 from curvop.kernels.errors import NonFiniteProductError
+from curvop.kernels.ggn_kernel import couples_examples
 from curvop.preconditioner import jacobi
 
 
@@ -99,6 +102,60 @@ def test_a_loss_that_is_not_convex() -> None:
     G = build(GGNLinearOperator, mlp_problem(lambda z, y: z.sin().square().sum(1).mean()))
     assert G.diagonal().min() < 0
     close(G.diagonal(), of_dense(G))
+
+
+SATURATED = {
+    "closed form": nn.CrossEntropyLoss(),
+    "function": lambda z, y: nn.functional.cross_entropy(z, y),
+    "smoothed": nn.CrossEntropyLoss(label_smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("loss", SATURATED)
+@pytest.mark.filterwarnings("ignore:the matrix is zero:RuntimeWarning")
+def test_saturated_predictions(loss: str, scale: float, dtype: torch.dtype) -> None:
+    """The probabilities are so close to 0 and 1 that products of the loss's Hessian are differences of like numbers."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 4, dtype=dtype)
+        with torch.no_grad():
+            model.weight.mul_(scale)
+        data = [(torch.randn(5, 3, dtype=dtype), torch.randint(4, (5,)))]
+        G = GGNLinearOperator(model, SATURATED[loss], dict(model.named_parameters()), data)
+        expected = of_dense(G)
+        np.testing.assert_allclose(G.diagonal(), expected, rtol=0, atol=1e-4 * expected.max() + torch.finfo(dtype).tiny)
+
+
+class TestCoupling:
+    """A Hessian of the loss is block-diagonal, up to the rounding errors of products."""
+
+    @pytest.mark.parametrize("first", range(7))
+    def test_any_two_coupled_examples_are_found(self, first: int) -> None:
+        for second in range(first):
+            hessian = torch.eye(14).double()
+            hessian[2 * first, 2 * second] = hessian[2 * second, 2 * first] = 1e-3
+            assert couples_examples(*self.of(hessian))
+        assert not couples_examples(*self.of(torch.eye(14).double()))
+
+    def test_blocks_below_the_rounding_errors_of_products(self) -> None:
+        hessian = torch.block_diag(*torch.full((7, 2, 2), 1e-20).double())
+        noise = lambda X: 1e-16 * (X != 0)  # noqa: E731
+        multiply, blocks = self.of(hessian)
+        assert not couples_examples(lambda X: multiply(X) + noise(X), blocks)
+        hessian[0, 3] = hessian[3, 0] = 1e-20
+        multiply, blocks = self.of(hessian)
+        assert couples_examples(lambda X: multiply(X) + noise(X), blocks)
+
+    def test_a_single_example(self) -> None:
+        assert not couples_examples(lambda X: X + 1e-3, torch.eye(2).double()[None])
+
+    def of(self, hessian: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """Return the product with a Hessian of examples with two outputs, and the sums of its blocks."""
+        multiply = lambda X: (hessian @ X.reshape(-1)).view_as(X)  # noqa: E731
+        units = torch.eye(2).double()
+        return multiply, torch.stack([multiply(unit.expand(len(hessian) // 2, 2)) for unit in units], -1)
 
 
 def coupled(z: Tensor, y: Tensor) -> Tensor:

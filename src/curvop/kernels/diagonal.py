@@ -19,7 +19,7 @@ from torch.func import vjp, vmap
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.batches import map_leaves
 from curvop.kernels.errors import NonFiniteProductError, not_finite
-from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, cut_off, outputs_of
+from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, couples_examples, cut_off, outputs_of
 from curvop.kernels.memory import out_of_memory
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.parameters import ParameterLayout
@@ -107,12 +107,8 @@ def _decompose(output_hessian: OutputHessian, z: Tensor, describe: Callable[[str
     units = torch.eye(outputs, dtype=z.dtype, device=z.device)
     blocks = torch.stack([multiply(unit.expand(count, outputs).contiguous()) for unit in units], dim=-1)
     _check_finite(blocks, "the curvature of the loss", describe)
-    probe = torch.linspace(1, 2, z.numel(), dtype=z.dtype, device=z.device).cos().view(count, outputs)
-    expected = torch.einsum("nij,nj->ni", blocks, probe)
-    # The tolerance is not relative to the product, because the product may be zero. For example, the blocks of a
-    # softmax map constant vectors to zero.
-    size = blocks.norm() * probe.norm()
-    _check_agreement(multiply(probe), expected, "the loss couples its examples", size)
+    if couples_examples(multiply, blocks):
+        raise _not_available("the loss couples its examples")
     eigenvalues, vectors = torch.linalg.eigh(blocks.double())
     eigenvalues, vectors = eigenvalues.to(z.dtype).T, vectors.to(z.dtype).permute(2, 0, 1)
     # Drop eigenvalues that are rounding errors. If a block is the outer product of one gradient with itself, only one
@@ -278,10 +274,10 @@ def over_examples(
         yield rows, results
 
 
-def _check_agreement(found: Tensor, expected: Tensor, reason: str, size: Tensor | None = None) -> None:
+def _check_agreement(found: Tensor, expected: Tensor, reason: str) -> None:
     found, expected = found.detach(), expected.detach()
     same = found == expected  # equal infinities (from a mask) have the difference NaN
-    size = expected.masked_fill(expected.isinf(), 0.0).norm() if size is None else size
+    size = expected.masked_fill(expected.isinf(), 0.0).norm()
     difference = (found - expected).masked_fill(same, 0.0).norm()
     if not difference <= torch.finfo(expected.dtype).eps ** 0.5 * size:
         raise _not_available(reason)

@@ -23,7 +23,7 @@ from torch import Tensor
 from curvop.kernels.batches import batch_size
 from curvop.kernels.errors import NonFiniteProductError, NotFactorableError
 from curvop.kernels.fisher_kernel import EmpiricalFisherKernel, OuterProducts, used_terms
-from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, Parts, cut_off
+from curvop.kernels.ggn_kernel import GGNLikeKernel, OutputHessian, Parts, couples_examples, cut_off
 from curvop.kernels.jacobian_kernel import JacobianKernel, RowMap
 from curvop.kernels.losses import Examples
 from curvop.kernels.model_objective import ModelObjective
@@ -182,9 +182,7 @@ def square_root(
             "the Hessian of the loss with respect to the prediction is not finite: look for NaN"
         )
     eps = torch.finfo(some.dtype).eps
-    probe = torch.linspace(1, 2, count * entries, dtype=some.dtype, device=some.device).cos().view(count, entries)
-    difference = multiply(probe) - torch.einsum("nij,nj->ni", blocks, probe)
-    if float(difference.norm()) > eps**0.5 * float(blocks.norm() * probe.norm()):
+    if couples_examples(multiply, blocks):
         raise NotFactorableError(
             "the loss couples its examples, so its Hessian has no square root per example: "
             + (remedy or "use the matrix itself (for eigsh, side='parameters')")

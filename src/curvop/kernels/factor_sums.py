@@ -45,6 +45,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from curvop.kernels.batches import batch_size, leaves
 from curvop.kernels.changes import random_state
+from curvop.kernels.data_axes import Positions, has_axis, is_separated, possible_positions, unit_scales
 from curvop.kernels.errors import NonDeterministicObjectiveError, NonFiniteProductError
 from curvop.kernels.factor_kernel import UNKNOWN_UNITS, item_count
 from curvop.kernels.ggn_kernel import GGNLikeKernel, Parts, cut_off, outputs_of
@@ -59,19 +60,7 @@ from curvop.kernels.layer_factors import (
     input_chunks,
     summed_inputs,
 )
-from curvop.kernels.layer_uses import (
-    NORM,
-    OTHER,
-    UNUSED,
-    Part,
-    Positions,
-    Use,
-    UseRecorder,
-    has_axis,
-    is_separated,
-    possible_positions,
-    unit_scales,
-)
+from curvop.kernels.layer_uses import NORM, OTHER, UNUSED, Part, Use, UseRecorder
 from curvop.kernels.memory import free_bytes, keep_freed_memory
 from curvop.kernels.output_columns import OutputColumns, output_columns
 from curvop.kernels.passes import precision, same

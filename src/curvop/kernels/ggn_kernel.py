@@ -26,7 +26,17 @@ from curvop.kernels.kernel import GraphLinearization, Kernel, Linearization
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchLoss, Buffers
 
-__all__ = ["JVP", "GGNKernel", "GGNLikeKernel", "OutputHessian", "Parts", "can_overwrite", "cut_off", "outputs_of"]
+__all__ = [
+    "JVP",
+    "GGNKernel",
+    "GGNLikeKernel",
+    "OutputHessian",
+    "Parts",
+    "can_overwrite",
+    "couples_examples",
+    "cut_off",
+    "outputs_of",
+]
 
 Parts = Sequence[Tensor | None]
 
@@ -239,6 +249,34 @@ def outputs_of(prediction: Any) -> list[Tensor]:
     This function raises the same exceptions as `cut_off`.
     """
     return _parts(prediction, lambda part: part)[1]
+
+
+def couples_examples(multiply: Callable[[Tensor], Tensor], blocks: Tensor) -> bool:
+    """Return True if the Hessian of a loss with respect to the prediction is not block-diagonal.
+
+    Parameters
+    ----------
+    multiply : callable
+        Product of the Hessian with a tensor of shape (n, c), for n examples with c outputs.
+    blocks : Tensor, shape (n, c, c)
+        The sums of the blocks of each example: column j is the product with the j-th unit vector of all examples.
+    """
+    count, outputs = blocks.shape[:2]
+    probe = torch.linspace(1, 2, count * outputs, dtype=blocks.dtype, device=blocks.device).cos().view(count, outputs)
+    # The tolerance is not relative to the product, because the product may be zero. For example, the blocks of a
+    # softmax map constant vectors to zero.
+    bound = torch.finfo(blocks.dtype).eps ** 0.5 * float(blocks.norm() * probe.norm())
+    if float((multiply(probe) - torch.einsum("nij,nj->ni", blocks, probe)).norm()) <= bound:
+        return False
+    # A product may be the difference of two numbers that are much larger than the blocks, as for a softmax with one
+    # probability near 1. It then has a large rounding error, but not at an example whose vector is zero. Any two
+    # examples differ in a bit of their numbers, and the Hessian is symmetric.
+    numbers = torch.arange(count, device=blocks.device)[:, None]
+    for bit in range((count - 1).bit_length()):
+        zero = (numbers >> bit) % 2 == 0
+        if not float(multiply(probe.masked_fill(zero, 0.0)).mul(zero).norm()) <= bound:
+            return True
+    return False
 
 
 def cut_off(prediction: Any) -> tuple[Any, list[Tensor]]:

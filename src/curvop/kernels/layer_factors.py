@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvop.kernels.data_axes import Positions
 from curvop.kernels.kronecker_factors import BlockLayout
-from curvop.kernels.layer_uses import Positions, Use
+from curvop.kernels.layer_uses import Use
 from curvop.kernels.nearest_kronecker import nearest_product_to_sum, normalized
 
 __all__ = [

@@ -166,10 +166,10 @@ def solve(
     if more than 1024 vectors or half of the free memory would be needed. This orthogonalization often halves the number
     of products. After m products, it takes O(N K m) operations per step.
 
-    With ``preconditioner='auto'``, `curvop.preconditioner.kfac` is used if it is almost the inverse, and
-    `curvop.preconditioner.nystrom` is constructed if at least eight blocks of columns remain. For a Gauss-Newton or
-    Fisher matrix, three steps with the first preconditioner are tried with one column: after the first block, or after
-    16 steps if there is only one block and all parameters have Kronecker factors. The trial fails if the relative
+    With ``preconditioner='auto'``, the inverse of `curvop.KFACLinearOperator` is used if it is almost the inverse of
+    the matrix, and `curvop.preconditioner.nystrom` is constructed if at least eight blocks of columns remain. For a
+    Gauss-Newton or Fisher matrix whose parameters all have Kronecker factors, three steps with KFAC are tried with one
+    column: after the first block, or after 16 steps if there is only one block. The trial fails if the relative
     residual is then above 0.01. It costs four products, and the passes over the data that compute the factors. For
     other matrices that have the method ``diagonal``, the inverse of the diagonal is measured, too. Each of these
     preconditioners solves one block. All other blocks are solved in the way that took the fewest products per column. A

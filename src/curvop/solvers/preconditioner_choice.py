@@ -1,7 +1,8 @@
 """Choose a preconditioner by a measurement, for ``solve(..., preconditioner="auto")``.
 
-The rule: a Kronecker-factored preconditioner is used if it is almost the inverse, which three steps with a single
-column show, and a Nystrom preconditioner is constructed if at least eight blocks of columns remain.
+The rule: a Kronecker-factored preconditioner is used if all parameters have Kronecker factors and it is almost the
+inverse, which three steps with a single column show. A Nystrom preconditioner is constructed if at least eight blocks
+of columns remain.
 
 The trial costs four products. Among the networks of ``benchmarks/preconditioning.py``, the residual after the trial is
 below 0.001 for an untrained linear layer, for which the preconditioner saves about a third of the products of a wide
@@ -34,7 +35,7 @@ from curvop.operators.curvature_operator import GGNLikeLinearOperator
 from curvop.operators.diagonal_operator import DiagonalLinearOperator
 from curvop.operators.kfac import KFACLinearOperator
 from curvop.solvers.damped_system import RowFunction, operator_multiplier
-from curvop.solvers.preconditioners import kfac, nystrom
+from curvop.solvers.preconditioners import nystrom
 
 if TYPE_CHECKING:
     from curvop.solvers.linear_solve import Solutions
@@ -167,8 +168,7 @@ def _solve_single_block(
         if steps != _TRIAL_AFTER:
             return
         try:
-            # The exact blocks of other parameters take one product for each entry, which the trial cannot save.
-            M = operator_multiplier(KFACLinearOperator.of(A, others="raise").inverse(damping))
+            M = operator_multiplier(_kfac(A, damping))
         except _UNSUITABLE:
             text = "none, because some parameters have no Kronecker factors, or the factors cannot be computed"
             return
@@ -202,9 +202,17 @@ def _candidates(
     if remaining >= _FEWEST_BLOCKS:
         yield f"nystrom({rank})", lambda: nystrom(A, rank, damping, rng=0)
     if isinstance(A, GGNLikeLinearOperator):
-        yield "kfac", lambda: kfac(A, damping)  # the exact diagonal takes one backward pass per example and output
+        yield "kfac", lambda: _kfac(A, damping)  # the exact diagonal takes one backward pass per example and output
     elif hasattr(A, "diagonal"):
         yield "jacobi", lambda: _jacobi(A, damping)
+
+
+def _kfac(A: GGNLikeLinearOperator, damping: float) -> LinearOperator:
+    """Return the preconditioner of KFAC, which takes no products. Raise a ``ValueError`` if parameters have no factors.
+
+    The exact blocks of these parameters would take one product for each entry, which the preconditioner cannot save.
+    """
+    return KFACLinearOperator.of(A, others="raise").inverse(damping)
 
 
 def _jacobi(A: LinearOperator, damping: float) -> DiagonalLinearOperator:
