@@ -70,8 +70,9 @@ class TransformersTracking(TrainingTracking, TrainerCallback):  # type: ignore[m
 
     Notes
     -----
-    Training is the same with and without the callback: parameters, gradients, buffers and random states are left as
-    they are. Eigenvalues that did not converge, or that are not known yet, are NaN in `tracker` and are not logged.
+    Training is the same with and without the callback, which does not change parameters, gradients, buffers and random
+    states. Between computations, the operator keeps no linearized batches in memory. Eigenvalues that did not converge,
+    or that are not known yet, are NaN in `tracker` and are not logged.
 
     The products are computed in the precision of the parameters, even if the trainer uses mixed precision
     (``bf16=True`` or ``fp16=True``).
