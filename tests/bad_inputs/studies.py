@@ -361,7 +361,7 @@ area(
         "mode is None, but must be 'eval'",
     ),
     (
-        "a callback for what is no operator",
+        "a callback for an array",
         lambda: callbacks.LightningTracking(np.eye(3), mode="eval"),
         TypeError,
         "operator is a ndarray",

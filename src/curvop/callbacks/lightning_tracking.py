@@ -25,7 +25,7 @@ class LightningTracking(TrainingTracking, Callback):  # type: ignore[misc]
 
     Pass the callback to the trainer of ``lightning.pytorch`` or ``pytorch_lightning``:
     ``Trainer(callbacks=[LightningTracking(...)])``. All loggers of the trainer (TensorBoard, Weights & Biases, CSV and
-    others) receive the eigenvalues, and `tracker` has them all.
+    others) receive the eigenvalues, and ``tracker`` has them all.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ class LightningTracking(TrainingTracking, Callback):  # type: ignore[misc]
     -----
     Training is the same with and without the callback, which does not change parameters, gradients, buffers and random
     states. Between computations, the operator keeps no linearized batches in memory. Eigenvalues that did not converge,
-    or that are not known yet, are NaN in `tracker` and are not logged.
+    or that are not known yet, are NaN in ``tracker`` and are not logged.
 
     The products are computed in the precision of the parameters, even if the trainer uses mixed precision
     (``precision="bf16-mixed"``).
