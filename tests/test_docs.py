@@ -66,6 +66,9 @@ def test_blocks_are_of_kinds_that_run(path: Path) -> None:
         before = block.language
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")  # of Lightning, as the next two
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.slow_cases("density", "solves", "eigenvalues", "layers", "start")
 @pages(lambda path: of(path, "python"))

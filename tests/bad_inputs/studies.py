@@ -25,6 +25,7 @@ from bad_inputs.rows import (
     mlp,
 )
 from curvop import (
+    callbacks,
     check,
     preconditioner,
     select,
@@ -375,6 +376,30 @@ area(
         "A is not symmetric",
     ),
     ("tracking what is no matrix", lambda: spectrum.track(3), TypeError, "A is a int"),
+    (
+        "a negative step number",
+        lambda: spectrum.track(DENSE).step(-1),
+        ValueError,
+        "number is -1, but must be an integer >= 0",
+    ),
+    (
+        "a callback without a mode",
+        lambda: callbacks.LightningTracking(H, mode=None),
+        ValueError,
+        "mode is None, but must be 'eval'",
+    ),
+    (
+        "a callback for an array",
+        lambda: callbacks.LightningTracking(np.eye(3), mode="eval"),
+        TypeError,
+        "operator is a ndarray",
+    ),
+    (
+        "a callback for a Hugging Face trainer without the trainer",
+        lambda: callbacks.TransformersTracking(H, H, mode="eval"),
+        TypeError,
+        "trainer is a HessianLinearOperator",
+    ),
     ("checking what is no operator", lambda: check(np.eye(3)), TypeError, "A is a ndarray"),
     ("checking without probes", lambda: check(DENSE, num_probes=0), ValueError, "num_probes is 0"),
 )

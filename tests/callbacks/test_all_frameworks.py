@@ -27,7 +27,7 @@ def test_importing_the_module_imports_no_framework() -> None:
 def test_a_missing_framework_is_named_with_its_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     framework = FRAMEWORKS[name]
     monkeypatch.delitem(sys.modules, f"curvop.callbacks.{framework}_tracking", raising=False)
-    for module in (framework, f"{framework}.pytorch"):
+    for module in (framework, f"{framework}.pytorch", f"pytorch_{framework}"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"{name} needs {framework}: pip install {framework}"):
         getattr(curvop.callbacks, name)

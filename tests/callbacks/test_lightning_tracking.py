@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
@@ -57,6 +60,21 @@ class Regression(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.parameters(), **self.options)
+
+
+class Plain(pytorch_lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return mse_loss(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class WithTwoOptimizers(Regression):
@@ -259,9 +277,44 @@ def test_several_optimizers(tmp_path) -> None:
         assert callback.tracker.largest[-1] == pytest.approx(rate * largest, rel=1e-4)
 
 
+def test_the_operator_keeps_no_memory_during_training(tmp_path) -> None:
+    operators, kept = [], []
+
+    def kept_operator(module: Regression) -> HessianLinearOperator:
+        operators.append(operator(module))
+        return operators[-1]
+
+    class Memory(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            kept.append(operators[0]._engine.kept()[0])
+
+    options = dict(operator=kept_operator, mode="eval", every=1)
+    trained(tmp_path, options, module=Regression(p=0.0), callbacks=[Memory()])
+    assert len(kept) == 12
+    assert not any(kept)
+    operators[0] @ np.ones(29)
+    assert operators[0]._engine.kept()[0] > 0  # as it would
+
+
 def test_parameters_of_another_module_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"not a parameter of the model that is trained.*pass a function"):
         trained(tmp_path, dict(operator=operator(Regression()), mode="eval"))
+
+
+def test_strategies_that_may_divide_the_parameters_are_refused() -> None:
+    trainer = SimpleNamespace(strategy=FSDPStrategy())  # a trainer with this strategy needs a GPU
+    with pytest.raises(ValueError, match=r"the trainer has a FSDPStrategy, but .* use strategy='ddp'"):
+        LightningTracking(operator, mode="eval").on_train_start(trainer, Regression())
+
+
+def test_the_other_name_of_the_package(tmp_path) -> None:
+    callback = LightningTracking(operator, mode="eval", every=1)
+    options = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    loader = DataLoader(TensorDataset(*inputs_and_targets()), batch_size=3)
+    pytorch_lightning.Trainer(max_steps=2, callbacks=[callback], default_root_dir=tmp_path, **options).fit(
+        Plain(), loader
+    )
+    assert callback.tracker.steps.tolist() == [0, 1, 2]
 
 
 def test_the_prefixes_of_two_callbacks_must_differ(tmp_path) -> None:

@@ -216,6 +216,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"not a parameter of the model that is trained.*pass a function"):
             trained(tmp_path, dict(mode="eval"), operator=hessian(bert()))
 
+    def test_parameters_that_are_divided_among_processes(self, tmp_path) -> None:
+        trainer, (callback,), _ = trained(tmp_path, dict(mode="eval"), max_steps=1)
+        trainer.is_fsdp_enabled = True
+        with pytest.raises(ValueError, match="the trainer uses FSDP or DeepSpeed, which divide"):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=None)
+
     def test_two_callbacks_with_the_same_names(self, tmp_path) -> None:
         with pytest.raises(ValueError, match="two callbacks have the prefix 'curvop'"):
             trained(tmp_path, dict(mode="eval"), dict(mode="eval", which="SA"))

@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 
 from curvop.callbacks.training_tracking import Row, TrainingTracking, check_batch_norm
 
+try:
+    from lightning.pytorch import Callback
+except ModuleNotFoundError:  # the package has two names, and both trainers accept the callbacks of either
+    from pytorch_lightning import Callback
+
 __all__ = ["LightningTracking"]
+
+#: The names of the strategies that keep a copy of the module in each process.
+_STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
 
 
 class LightningTracking(TrainingTracking, Callback):  # type: ignore[misc]
-    """Track extreme eigenvalues while a ``lightning.pytorch.Trainer`` trains, and log them to its loggers.
+    """Track extreme eigenvalues while a Lightning ``Trainer`` trains, and log them to its loggers.
 
-    Pass the callback to the trainer: ``Trainer(callbacks=[LightningTracking(...)])``. All loggers of the trainer
-    (TensorBoard, Weights & Biases, CSV and others) receive the eigenvalues, and `tracker` has them all.
+    Pass the callback to the trainer of ``lightning.pytorch`` or ``pytorch_lightning``:
+    ``Trainer(callbacks=[LightningTracking(...)])``. All loggers of the trainer (TensorBoard, Weights & Biases, CSV and
+    others) receive the eigenvalues, and ``tracker`` has them all.
 
     Parameters
     ----------
@@ -67,8 +74,9 @@ class LightningTracking(TrainingTracking, Callback):  # type: ignore[misc]
 
     Notes
     -----
-    Training is the same with and without the callback: parameters, gradients, buffers and random states are left as
-    they are. Eigenvalues that did not converge, or that are not known yet, are NaN in `tracker` and are not logged.
+    Training is the same with and without the callback, which does not change parameters, gradients, buffers and random
+    states. Between computations, the operator keeps no linearized batches in memory. Eigenvalues that did not converge,
+    or that are not known yet, are NaN in ``tracker`` and are not logged.
 
     The products are computed in the precision of the parameters, even if the trainer uses mixed precision
     (``precision="bf16-mixed"``).
@@ -103,9 +111,11 @@ class LightningTracking(TrainingTracking, Callback):  # type: ignore[misc]
     >>> def hessian(module):
     ...     return HessianLinearOperator(module.net, nn.MSELoss(), module.net.parameters(), [(X, y)])
     >>> callback = LightningTracking(hessian, mode="eval", every=5, k=2, preconditioned=True)
-    >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=4)  # doctest: +SKIP
-    >>> Trainer(max_steps=10, callbacks=[callback]).fit(Regression(), loader)  # doctest: +SKIP
-    >>> callback.tracker.to_frame()  # doctest: +SKIP
+    >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=4)
+    >>> trainer = Trainer(max_steps=10, callbacks=[callback])  # doctest: +SKIP
+    >>> trainer.fit(Regression(), loader)  # doctest: +SKIP
+    >>> callback.tracker.steps  # doctest: +SKIP
+    array([ 0,  5, 10])
     """
 
     _loaded: Sequence[Row] = ()  # the record of a checkpoint, until training starts
@@ -115,12 +125,12 @@ class LightningTracking(TrainingTracking, Callback):  # type: ignore[misc]
         """The name of the record in a checkpoint."""
         return f"{type(self).__name__}{{'prefix': {self.prefix!r}}}"
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Create the tracker. At the start of a new training, compute the eigenvalues of step 0."""
-        strategy = trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        names = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+        if _STRATEGIES.isdisjoint(names) or "DeepSpeedStrategy" in names:
             raise ValueError(
-                f"the trainer has a {type(strategy).__name__}, but eigenvalues are tracked only on a single device or "
+                f"the trainer has a {names[0]}, but eigenvalues are tracked only on a single device or "
                 "with DDP, because other strategies may divide the parameters among processes: use strategy='ddp'"
             )
         if trainer.world_size > 1:
@@ -130,7 +140,7 @@ class LightningTracking(TrainingTracking, Callback):  # type: ignore[misc]
             self._begin(pl_module, trainer.optimizers, trainer.global_step, rows)
             self._track(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Compute and log the eigenvalues if the number of optimizer steps is a multiple of `every`."""
         self._track(trainer, pl_module)
 
@@ -143,9 +153,9 @@ class LightningTracking(TrainingTracking, Callback):  # type: ignore[misc]
         self._loaded = state_dict["rows"]
 
     def _set_train_mode(self, model: nn.Module) -> None:
-        """Leave the modes as they are. Lightning preserves them, for example those of frozen submodules."""
+        """Keep the present modes. Lightning preserves them, for example those of frozen submodules."""
 
-    def _track(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _track(self, trainer: Any, pl_module: Any) -> None:
         if values := self._compute(pl_module, trainer.global_step):
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)

@@ -1,7 +1,7 @@
 """What the callbacks of all frameworks share: when to compute eigenvalues, and in which state of the model.
 
-Training is the same with and without a callback: the operators leave parameters, buffers, gradients and random states
-as they are, and the functions below restore the modes of all modules.
+Training is the same with and without a callback: the operators do not change parameters, buffers, gradients and random
+states, and the functions below restore the modes of all modules.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import nn
 from torch.optim import Optimizer
 
+from curvop.operators.engine_operator import EngineLinearOperator
 from curvop.operators.parameter_operator import ParameterVectors
 from curvop.operators.validation import integer
 from curvop.spectrum.track import Tracker, track
@@ -116,6 +117,8 @@ class TrainingTracking:
         _check_parameters(self._A, model)
         with torch.enable_grad(), self._evaluating(model), _in_full_precision(model):
             self.tracker.step(step)
+        if isinstance(self._A, EngineLinearOperator):
+            self._A.release_cache()  # training needs the memory, and changes the parameters
         values = {name: value for name, value in self.tracker.latest.items() if math.isfinite(value)}
         return {f"{self.prefix}/{name}": value for name, value in values.items()}
 

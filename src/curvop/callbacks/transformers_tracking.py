@@ -17,9 +17,10 @@ __all__ = ["TransformersTracking"]
 class TransformersTracking(TrainingTracking, TrainerCallback):  # type: ignore[misc]
     """Track extreme eigenvalues while a ``transformers.Trainer`` trains, and log them to its loggers.
 
-    Add the callback to the trainer after you have created the trainer: ``trainer.add_callback(TransformersTracking(
-    trainer, ...))``. It calls ``trainer.log``, so TensorBoard, Weights & Biases and the other integrations of
-    ``report_to`` receive the eigenvalues. They are also in ``trainer.state.log_history``, and `tracker` has them all.
+    Create the trainer first, and then add the callback:
+    ``trainer.add_callback(TransformersTracking(trainer, ...))``. The callback calls ``trainer.log``, so TensorBoard,
+    Weights & Biases and the other integrations of ``report_to`` receive the eigenvalues. They are also in
+    ``trainer.state.log_history``, and ``tracker`` has them all.
 
     Parameters
     ----------
@@ -70,8 +71,9 @@ class TransformersTracking(TrainingTracking, TrainerCallback):  # type: ignore[m
 
     Notes
     -----
-    Training is the same with and without the callback: parameters, gradients, buffers and random states are left as
-    they are. Eigenvalues that did not converge, or that are not known yet, are NaN in `tracker` and are not logged.
+    Training is the same with and without the callback, which does not change parameters, gradients, buffers and random
+    states. Between computations, the operator keeps no linearized batches in memory. Eigenvalues that did not converge,
+    or that are not known yet, are NaN in ``tracker`` and are not logged.
 
     The products are computed in the precision of the parameters, even if the trainer uses mixed precision
     (``bf16=True`` or ``fp16=True``).

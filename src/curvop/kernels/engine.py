@@ -104,7 +104,7 @@ class Engine:
                     return self._checked_sum(vectors, out, tick)
                 except DataReorderedError:
                     self._cache_enabled = False
-                    self._forget()
+                    self.forget()
                     message = REORDERED
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
@@ -127,7 +127,7 @@ class Engine:
         if not (self._budget.shrink() | self._columns.shrink()):  # `|`, not `or`: shrink both
             error.add_note("one column and one batch at a time do not fit: make data yield smaller batches")
             raise error
-        self._forget()
+        self.forget()
         self._recorder = Recorder(self.kernel.compiled)
         for device in self._objective.devices:
             free_unused(device)
@@ -153,12 +153,12 @@ class Engine:
         if not math.isfinite(out.sum().item()) and not torch.isfinite(out).all():
             finite = bool(torch.isfinite(vectors).all())
             if finite and self.kernel.move():
-                self._forget()
+                self.forget()
                 self._checked_sum(vectors, out, tick)
                 return
             message = self._locate_non_finite(vectors)
             if finite:
-                self._forget()  # later products must not reuse linearizations if a batch was read incorrectly
+                self.forget()  # later products must not reuse linearizations if a batch was read incorrectly
             raise NonFiniteProductError(message)
 
     def _sum(self, vectors: Tensor, out: Tensor, tick: Callable[[float], None] | None) -> None:
@@ -269,7 +269,7 @@ class Engine:
         """
         state = self._objective.state()
         if self._first is not None and self._first.stale(state):
-            self._forget()
+            self.forget()
         if self._first is None:
             self._multi_device = len(self._objective.devices) > 1
             return self._first_pass(state)
@@ -277,7 +277,7 @@ class Engine:
             return iter(self._first.kept.values())
         return self._next_pass(self._first)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Discard the cached linearizations, so that their memory is free before new ones are built."""
         self._first = None
 
