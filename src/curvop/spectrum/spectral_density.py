@@ -458,7 +458,7 @@ class SpectralDensity:
             Standard deviation of the normal distributions that replace the nodes, as in `pdf`, in the units of the
             eigenvalues.
         **properties
-            Properties of the curve, a `matplotlib.lines.Line2D`, for example ``linestyle="--"``.
+            Properties of the curve, a ``matplotlib.lines.Line2D``, for example ``linestyle="--"``.
 
         Returns
         -------
