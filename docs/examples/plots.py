@@ -36,11 +36,12 @@ plt.show()
 # Two densities
 # -------------
 #
-# Plot both on the same axes, with the same ``sigma``. The Hessian has negative eigenvalues; the GGN has none. A larger
-# ``sigma`` gives a smoother curve with a narrower band.
+# Plot both on the same axes, with the same ``sigma``. The outliers of the GGN are close to those of the Hessian, but a
+# little smaller. A larger ``sigma`` gives a smoother curve with a narrower band.
 
-axes = spectrum.density(H, rng=0, progress=False).plot(label="Hessian", sigma=0.005)
-spectrum.density(G, rng=0, progress=False).plot(axes, label="GGN", sigma=0.005, linestyle="--")
+hessian, ggn = (spectrum.density(A, rng=0, progress=False) for A in (H, G))
+axes = hessian.plot(label="Hessian", sigma=0.005)
+ggn.plot(axes, label="GGN", sigma=0.005, linestyle="--")
 plt.show()
 
 # %%
@@ -60,7 +61,7 @@ plt.show()
 # The rows are below the upper edge, so you can add them to a density. Here, the ticks show that each peak on the right
 # is a single eigenvalue.
 
-axes = spectrum.density(H, rng=0, progress=False).plot(label="density")
+axes = hessian.plot(label="density")
 tight.plot(axes, label="largest eigenvalues")
 plt.show()
 
@@ -73,9 +74,9 @@ plt.show()
 # values themselves.
 
 ends = spectrum.eigsh(H, 30, "BE", progress=False)
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+_, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 ends.plot(left, "scree", label="both ends")
-loose.plot(left, "scree", label="LOBPCG", marker="s", markerfacecolor="none", markersize=8)
+loose.plot(left, "scree", label="LOBPCG", marker="s", mfc="none", markersize=8)
 ends.plot(right, "scree", log=False, label="both ends")
 plt.show()
 
@@ -138,6 +139,6 @@ plt.show()
 
 with plt.rc_context({"font.size": 8}):
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(3.3, 4.6), layout="constrained")
-    spectrum.density(H, rng=0, progress=False).plot(upper, label="Hessian")
+    hessian.plot(upper, label="Hessian")
     study.plot_norms(lower, cmap="cividis")
 plt.show()

@@ -117,7 +117,7 @@ class LayerEigenvalues(TableSummary):
             One color for all layers, which then differ in the style of their lines. By default, each layer has its own
             color from a palette for color-blind readers.
         **properties
-            Properties of the lines, each a `matplotlib.lines.Line2D`, for example ``linewidth=2``.
+            Properties of the lines, each a ``matplotlib.lines.Line2D``, for example ``linewidth=2``.
 
         Returns
         -------

@@ -373,7 +373,7 @@ class BlockStudy(TableSummary):
         color : color, optional
             Color of the densities, gray by default.
         **properties
-            Properties of the dots at the extreme eigenvalues, each row of dots a `matplotlib.lines.Line2D`.
+            Properties of the dots at the extreme eigenvalues, each row of dots a ``matplotlib.lines.Line2D``.
 
         Returns
         -------
@@ -405,7 +405,7 @@ class BlockStudy(TableSummary):
         label : str, optional
             Title of the axes, "Frobenius norms of the blocks" by default.
         **properties
-            Properties of the `matplotlib.image.AxesImage`, for example ``cmap="cividis"``.
+            Properties of the ``matplotlib.image.AxesImage``, for example ``cmap="cividis"``.
 
         Returns
         -------

@@ -254,7 +254,7 @@ class EigenResult(Summary):
             The color of the markers and the error bars. The default is the next color of a palette for color-blind
             readers.
         **properties
-            Properties of the line that draws the markers, a `matplotlib.lines.Line2D`, for example ``linestyle="-"``.
+            Properties of the line that draws the markers, a ``matplotlib.lines.Line2D``, for example ``linestyle="-"``.
 
         Returns
         -------

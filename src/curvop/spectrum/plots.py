@@ -61,7 +61,7 @@ def plot_density(
         ``density.sigma``. The curve has at most 8192 points, which resolve values from 1/2700 of the width of
         ``density.range`` on.
     **properties
-        Properties of the curve, a `matplotlib.lines.Line2D`, for example ``linestyle="--"``.
+        Properties of the curve, a ``matplotlib.lines.Line2D``, for example ``linestyle="--"``.
 
     Returns
     -------
@@ -158,7 +158,7 @@ def plot_eigenvalues(
     color : color, optional
         The color of the markers and the error bars. The default is the next color of a palette for color-blind readers.
     **properties
-        Properties of the line that draws the markers, a `matplotlib.lines.Line2D`, for example ``linestyle="-"``.
+        Properties of the line that draws the markers, a ``matplotlib.lines.Line2D``, for example ``linestyle="-"``.
 
     Returns
     -------
@@ -267,7 +267,7 @@ def plot_blocks(
     color : color, optional
         The color of the densities. The default is gray.
     **properties
-        Properties of the dots at the extreme eigenvalues, each row of dots a `matplotlib.lines.Line2D`, for example
+        Properties of the dots at the extreme eigenvalues, each row of dots a ``matplotlib.lines.Line2D``, for example
         ``markersize=5``.
 
     Returns
@@ -387,7 +387,7 @@ def plot_norms(study: BlockStudy, ax: Any = None, *, label: str | None = None, *
     label : str, optional
         The title of the axes. The default is "Frobenius norms of the blocks".
     **properties
-        Properties of the `matplotlib.image.AxesImage`, as in ``ax.imshow``, for example ``cmap="cividis"``.
+        Properties of the ``matplotlib.image.AxesImage``, as in ``ax.imshow``, for example ``cmap="cividis"``.
 
     Returns
     -------
@@ -452,7 +452,7 @@ def plot_track(
     color : color, optional
         The color of all lines of this tracker. The default is the next color of a palette for color-blind readers.
     **properties
-        Properties of the lines of the eigenvalues, each a `matplotlib.lines.Line2D`, for example ``linewidth=2``.
+        Properties of the lines of the eigenvalues, each a ``matplotlib.lines.Line2D``, for example ``linewidth=2``.
 
     Returns
     -------

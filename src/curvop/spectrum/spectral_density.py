@@ -459,7 +459,7 @@ class SpectralDensity(Summary):
             Standard deviation of the normal distributions that replace the nodes, as in `pdf`, in the units of the
             eigenvalues.
         **properties
-            Properties of the curve, a `matplotlib.lines.Line2D`, for example ``linestyle="--"``.
+            Properties of the curve, a ``matplotlib.lines.Line2D``, for example ``linestyle="--"``.
 
         Returns
         -------

@@ -603,7 +603,7 @@ class Tracker(Summary):
         color : color, optional
             The color of all lines of this tracker. The default is the next color of a palette for color-blind readers.
         **properties
-            Properties of the lines of the eigenvalues, each a `matplotlib.lines.Line2D`, for example ``linewidth=2``.
+            Properties of the lines of the eigenvalues, each a ``matplotlib.lines.Line2D``, for example ``linewidth=2``.
 
         Returns
         -------
