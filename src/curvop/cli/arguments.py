@@ -230,7 +230,7 @@ def _common(command: argparse.ArgumentParser, matrices: tuple[str, ...]) -> None
     command.add_argument(
         "--device",
         type=_device,
-        help="compute there, for example cpu or cuda: move the model and the data (default: where the parameters are)",
+        help="move the model and the data to this device, for example cpu or cuda (default: that of the parameters)",
     )
     command.add_argument("--matrix", choices=matrices, default="hessian", help="which matrix (default: hessian)")
     command.add_argument(
