@@ -27,6 +27,7 @@ from curvop.cli.data_order import in_order
 from curvop.cli.exit_codes import ExitCode
 from curvop.cli.main import main
 from curvop.cli.problem_loading import moved
+from curvop.cli.process import resume_line
 from curvop.problems import load
 from curvop.spectrum import EigenResult, eigsh
 
@@ -226,7 +227,7 @@ class TestLimits:
 
     def test_a_deadline_prints_the_line_that_continues(self, run, spec, tmp_path) -> None:
         out = tmp_path / "a study"
-        argv = ["spectrum", spec("slow"), "--k", "2", "--deadline", "0.001s", "--out", str(out)]
+        argv = ["spectrum", spec("small"), "--k", "2", "--deadline", "0.001s", "--out", str(out)]
         code, _, err = run(*argv)
         assert code == ExitCode.TIME_UP
         line = err.splitlines()[-1].removeprefix("curvop: time is up; to continue: ")
@@ -272,15 +273,6 @@ class TestDevice:
         params = moved(load(spec("functional")), device)["params"]
         assert list(params) == ["0_weight", "0_bias", "2_weight", "2_bias"]
         assert all(param.device == device and param.requires_grad and param.is_leaf for param in params.values())
-
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    @pytest.mark.parametrize("name", ["listed_loss", "functional", "small"])
-    def test_the_gpu(self, run, spec, name) -> None:
-        here = json.loads(run("eigs", spec(name), "--k", 3, "--json")[1])
-        code, out, _ = run("eigs", spec(name), "--k", 3, "--device", "cuda", "--check", "--json")
-        assert code == 0
-        np.testing.assert_allclose(json.loads(out)["eigenvalues"], here["eigenvalues"], atol=1e-10)
-        assert "float64 on cuda:0" in run("eigs", spec(name), "--k", 3, "--device", "cuda")[1]
 
 
 class TestOrder:
@@ -354,13 +346,13 @@ class TestOrder:
 
 
 class TestSignals:
-    @pytest.mark.default_cases("ctrl-c")
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("number", "code", "word"),
         [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
         ids=["ctrl-c", "sigterm"],
     )
-    def test_a_study_prints_the_line_that_continues_it(self, run, spec, tmp_path, number, code, word) -> None:
+    def test_a_process_prints_the_line_that_continues_it(self, run, spec, tmp_path, number, code, word) -> None:
         out = tmp_path / "a study"
         argv = ["spectrum", spec("slow"), "--k", "2", "--probes", "2", "--steps", "20", "--out", str(out)]
         child = process(*argv, env=environment(CURVOP_TEST_NAP="0.003"))
@@ -379,13 +371,30 @@ class TestSignals:
         assert code == 0
         assert "continued" in text or "all steps are complete" in text
 
-    def test_without_a_folder_it_says_that_nothing_is_saved(self, run, spec, monkeypatch) -> None:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+    def test_the_last_line_says_how_to_continue(self, run, spec, tmp_path, monkeypatch, number) -> None:
         def interrupt(*args: object, **options: object) -> None:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
 
-        monkeypatch.setattr("curvop.cli.spectrum_study.density", interrupt)
-        code, _, err = run("spectrum", spec("small"), "--k", 1)
-        assert (code, err.splitlines()[-1]) == (130, "curvop: interrupted; nothing is saved without --out")
+        monkeypatch.setattr("curvop.cli.spectrum_study.frobenius_norm", interrupt)
+        argv = ["spectrum", spec("small"), "--k", "1"]
+        word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
+        code, _, err = run(*argv)
+        assert (code, err.splitlines()[-1]) == (128 + number, f"curvop: {word}; nothing is saved without --out")
+        argv += ["--out", str(tmp_path / "a study")]
+        code, _, err = run(*argv)
+        line = err.splitlines()[-1].removeprefix(f"curvop: {word}; to continue: curvop ")
+        assert (code, shlex.split(line)) == (128 + number, [*argv, "--resume"])
+        monkeypatch.undo()
+        code, text, _ = run(*shlex.split(line))
+        assert code == 0
+        assert "all steps are complete" in text
+
+    def test_options_end_at_two_dashes(self) -> None:
+        assert resume_line("curvop", ["spectrum", "--out", "x", "--", "p.py:f"]) == (
+            "curvop spectrum --out x --resume -- p.py:f"
+        )
+        assert resume_line("curvop", ["spectrum", "p.py:f", "--resume"]) == "curvop spectrum p.py:f --resume"
 
     def test_eigenvalues_that_were_found_before_are_saved(self, run, spec, tmp_path, monkeypatch) -> None:
         def second(A: Any, k: int, which: str, **options: Any) -> EigenResult:

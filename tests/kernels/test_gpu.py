@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 
 import numpy as np
@@ -473,6 +474,17 @@ class TestAround:
         assert (out / "report.html").exists()
         assert main(["check", f"{tmp_path / 'mine.py'}:problem"]) == 0
         assert "sound" in capsys.readouterr().out
+
+    def test_the_command_moves_a_problem(self, tmp_path, capsys) -> None:
+        (tmp_path / "mine.py").write_text(PROBLEM)
+        values = []
+        for device in ("cuda", "cpu"):
+            arguments = ["--which", "LA", "--k", "3", "--device", device]
+            assert main(["eigs", f"{tmp_path / 'mine.py'}:problem", *arguments, "--json"]) == 0
+            values.append(json.loads(capsys.readouterr().out)["eigenvalues"])
+            assert main(["eigs", f"{tmp_path / 'mine.py'}:problem", *arguments]) == 0
+            assert f"on {'cuda:0' if device == 'cuda' else 'cpu'})" in capsys.readouterr().out
+        np.testing.assert_allclose(*values, rtol=1e-3)  # a float32 model
 
     @pytest.mark.parametrize("engine", ENGINES)
     def test_memory_is_flat(self, engine: str) -> None:

@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import re
+import shlex
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -85,7 +86,8 @@ def parse(argv: Sequence[str], prog: str = "curvop") -> argparse.Namespace | Non
     Returns
     -------
     argparse.Namespace or None
-        The parsed arguments. If `argv` contains no subcommand, print the help and return None.
+        The parsed arguments, and the whole command line as ``command_line``, quoted for a shell. If `argv` contains no
+        subcommand, print the help and return None.
 
     Raises
     ------
@@ -101,6 +103,7 @@ def parse(argv: Sequence[str], prog: str = "curvop") -> argparse.Namespace | Non
         parser.print_help()
         return None
     _check(options)
+    options.command_line = f"{prog} {shlex.join(argv)}"
     return options
 
 
@@ -230,7 +233,7 @@ def _common(command: argparse.ArgumentParser, matrices: tuple[str, ...]) -> None
     command.add_argument(
         "--device",
         type=_device,
-        help="compute there, for example cpu or cuda: move the model and the data (default: where the parameters are)",
+        help="move the model and the data to this device, for example cpu or cuda (default: that of the parameters)",
     )
     command.add_argument("--matrix", choices=matrices, default="hessian", help="which matrix (default: hessian)")
     command.add_argument(

@@ -30,7 +30,7 @@ def in_order(data: Any) -> Any:
     -------
     object
         `data` itself, unless it is a ``DataLoader`` that shuffles. A ``DataLoader`` that draws a subset of the examples
-        is returned as it is. Operators refuse it.
+        is returned unchanged. Operators refuse it.
     """
     if type(data) is not DataLoader or type(data.batch_sampler) not in (BatchSampler, type(None)):
         return data

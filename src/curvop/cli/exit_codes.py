@@ -30,19 +30,19 @@ _MEANINGS = {
 _OF_COMMAND = {
     "eigs": {
         ExitCode.OK: "all eigenvalues are certified, and agree with the check if there is one",
-        ExitCode.FAILED: "an eigenvalue is not certified, or the check failed",
+        ExitCode.FAILED: "an eigenvalue is not certified, the check failed, or an error occurred",
     },
     "solve": {
         ExitCode.OK: "the true residual is as small as requested",
-        ExitCode.FAILED: "the true residual is too large, or the damped matrix is indefinite",
+        ExitCode.FAILED: "the residual is too large, the matrix is indefinite, or an error occurred",
     },
     "spectrum": {
         ExitCode.OK: "all steps are complete, and all eigenvalues are certified",
-        ExitCode.FAILED: "an eigenvalue is not certified",
+        ExitCode.FAILED: "an eigenvalue is not certified, or an error occurred",
     },
     "check": {
         ExitCode.OK: "no check failed (there may be warnings)",
-        ExitCode.FAILED: "a check failed",
+        ExitCode.FAILED: "a check failed, or an error occurred",
     },
 }
 

@@ -7,11 +7,11 @@ import dataclasses
 import html
 import importlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from curvop.checks.compare import Comparison
+from curvop.cli.report import end_json, number_json
 from curvop.operators.summaries import html_image, html_table, rendered, text_lines
 from curvop.operators.version import __version__
 from curvop.spectrum.blocks import BlockStudy
@@ -21,7 +21,7 @@ from curvop.spectrum.spectral_density import SpectralDensity
 from curvop.storage.fingerprint import listed
 from curvop.storage.result_files import FORMAT, appearing
 
-__all__ = ["StudyFiles", "StudyResults", "end_json", "number_json"]
+__all__ = ["StudyFiles", "StudyResults"]
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # levels of the quantiles of the density in the JSON output
 
@@ -206,11 +206,6 @@ class StudyFiles:
         self._written = parts
 
 
-def number_json(value: Any) -> float | None:
-    """Return a number as JSON can hold it: None if it is not finite."""
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
 def _estimate_json(estimate: Estimate | None) -> dict[str, Any] | None:
     if estimate is None:
         return None
@@ -230,18 +225,6 @@ def _density_json(density: SpectralDensity) -> dict[str, Any]:
         "range_errors": [number_json(error) for error in density.range_errors],
         "trace": _estimate_json(density.trace()),
         "quantiles": {str(share): _quantile_json(density.quantile(share)) for share in _QUANTILES},
-    }
-
-
-def end_json(end: EigenResult) -> dict[str, Any]:
-    """Return the eigenvalues of one end and their certificate as a JSON serializable dictionary, without vectors."""
-    return {
-        "which": end.which,
-        "values": [float(value) for value in end.values],
-        "bounds": [] if end.certificate is None else [number_json(bound) for bound in end.certificate.bounds],
-        "converged": end.num_converged,
-        "ok": end.ok,
-        "verdict": end.verdict,
     }
 
 

@@ -202,7 +202,7 @@ def moved(problem: dict[str, Any], device: torch.device) -> dict[str, Any]:
     dict
         The problem on the device.
     """
-    device = torch.empty(0, device=device).device  # with an index, as tensors have it
+    device = torch.empty(0, device=device).device  # tensors have an index: cuda:0, not cuda
     model = problem["model"]
     names = {id(param): name for name, param in _own(model).items()}
     for part in (model, problem["loss_function"]):

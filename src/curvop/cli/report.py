@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ import numpy.typing as npt
 
 from curvop.checks.compare import Comparison
 from curvop.checks.dense_check import DenseCheck
-from curvop.cli.html_report import end_json, number_json
 from curvop.cli.problem_loading import MATRICES
 from curvop.operators.engine_operator import Cost as ProductCost
 from curvop.solvers.linear_solve import SolveResult
@@ -32,7 +32,9 @@ __all__ = [
     "eigen_arrays",
     "eigs_json",
     "eigs_report",
+    "end_json",
     "num_products",
+    "number_json",
     "param_arrays",
     "save",
     "solve_json",
@@ -352,6 +354,23 @@ def _dense_json(dense: DenseCheck) -> dict[str, Any]:
         return {"done": False, "reason": dense.reason}
     numbers = {name: getattr(dense, name) for name in ("difference", "allowed", "spectral_norm", "seconds")}
     return {"done": True, "agrees": dense.ok, **numbers}
+
+
+def end_json(end: EigenResult) -> dict[str, Any]:
+    """Return the eigenvalues of one end and their certificate as a JSON serializable dictionary, without vectors."""
+    return {
+        "which": end.which,
+        "values": [float(value) for value in end.values],
+        "bounds": [] if end.certificate is None else [number_json(bound) for bound in end.certificate.bounds],
+        "converged": end.num_converged,
+        "ok": end.ok,
+        "verdict": end.verdict,
+    }
+
+
+def number_json(value: Any) -> float | None:
+    """Return a number as JSON can hold it: None if it is not finite."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def solve_report(
