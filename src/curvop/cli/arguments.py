@@ -4,6 +4,8 @@ import argparse
 import math
 import os
 import re
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -91,7 +93,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
     Returns
     -------
     argparse.Namespace or None
-        The parsed arguments. If `argv` contains no subcommand, print the help and return None.
+        The parsed arguments, and the whole command line as ``command_line``, quoted for a shell. If `argv` contains no
+        subcommand, print the help and return None.
 
     Raises
     ------
@@ -106,6 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace | None:
         parser.print_help()
         return None
     _check(options)
+    options.command_line = shlex.join(["curvop", *(sys.argv[1:] if argv is None else argv)])
     return options
 
 
