@@ -290,6 +290,12 @@ class TestFigures:
         ]
         assert "(LA)" not in page.text
 
+    def test_unfinished_steps_are_words(self, spec, tmp_path) -> None:
+        found, page = study(tmp_path / "study", spec.replace("small", "medium"), "--deadline", "0.001s")
+        assert "eigenvalues LA: not done by the deadline" in found["undone"]
+        assert "largest eigenvalues: not done by the deadline" in page.texts["p"]
+        assert not re.search(r"eigenvalues (LA|SA)\b", page.text)
+
     def test_estimates_are_rounded_to_their_errors(self, done) -> None:
         _, found, page = done
         for name, key in {"trace": "trace", "Frobenius norm": "frobenius_norm"}.items():

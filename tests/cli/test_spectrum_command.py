@@ -461,6 +461,10 @@ def test_some_blocks_of_a_run_that_was_killed(run, spec, tmp_path, monkeypatch) 
     assert "not studied, as time was up: 2.weight and 2.bias" in text
     assert "not studied, as time was up: 2.weight and 2.bias" in (out / "report.html").read_text()
     assert BlockStudy.load(out / "blocks.npz").names == ["0.weight", "0.bias"]
+    facts = json.loads((out / "spectrum.json").read_text())["provenance"]
+    assert [run["end"] for run in facts["runs"]] == ["killed", "finished"]
+    assert facts["products"] >= json.loads(whole)["products"] - 16  # those of the other two blocks, and their norms
+    assert facts["runs"][0]["seconds"] > 0.003 * facts["runs"][0]["products"] > 0
     _, text, _ = run(slow, "--k", 2, "--out", out, "--blocks", "--resume", "--json")
     for name, parsed in json.loads(text)["blocks"].items():
         assert figures(parsed) == pytest.approx(figures(json.loads(whole)["blocks"][name]), rel=1e-9, abs=1e-12)

@@ -64,7 +64,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 66em; margin: 2em auto; 
   background: var(--page) }
 h1 { font-size: 1.6em; line-height: 1.2; margin: 0 0 0.4em; overflow-wrap: anywhere }
 h2 { font-size: 1.2em; line-height: 1.3; margin: 2.2em 0 0.5em }
-a { color: var(--link) }
+p, a { overflow-wrap: anywhere } a { color: var(--link) }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: 0.2em 1.4em 0.2em 0; text-align: right; vertical-align: top; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
@@ -143,10 +143,13 @@ def html_page(results: StudyResults, pictures: Mapping[str, bytes], files: Seque
 
 def _state(results: StudyResults) -> list[str]:
     """Return paragraphs that state which steps are finished."""
+    undone = results.undone
+    for which, words in ENDS.items():
+        undone = [step.replace(f"eigenvalues {which}:", f"{words} eigenvalues:") for step in undone]
     good = [_paragraph("All steps are complete, and all eigenvalues are certified.", "good")] * results.ok
     return [
         *good,
-        *(_paragraph(step, "bad") for step in results.undone),
+        *(_paragraph(step, "bad") for step in undone),
         *(_paragraph(note) for note in results.notes),
     ]
 

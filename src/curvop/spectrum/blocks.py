@@ -327,7 +327,7 @@ class BlockStudy:
     def table(self) -> list[tuple[str, ...]]:
         """Cells of the printed table: a tuple of headings, followed by one tuple of strings for each block.
 
-        The error of an extreme eigenvalue is omitted if it is smaller than the last digit shown.
+        All numbers are rounded to their errors. An error is omitted if it is smaller than the last digit shown.
         """
         lines: list[tuple[str, ...]] = [("block", "rows", "smallest", "largest", "trace", "norm")]
         norms = zip(self.norms.diagonal(), self.norm_errors.diagonal(), strict=True)
