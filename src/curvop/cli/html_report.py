@@ -91,7 +91,8 @@ code span { display: inline-block; max-width: 100% }
   :root { color-scheme: light; --text: #000; --page: #fff; --soft: #444; --line: #999; --code: #fff; --good: #000;
     --bad: #000; --link: #000 }
   body { font-size: 9.5pt; max-width: none; margin: 0; padding: 0 }
-  img, .wide img { filter: none } .wide img { min-width: 0 } .scroll { overflow: visible }
+  img, .wide img { filter: none } .wide img { min-width: 0; width: auto; max-width: 100%; max-height: 20cm }
+  .scroll { overflow: visible }
   h2 { break-after: avoid } section, figure, tr, pre { break-inside: avoid } thead { display: table-header-group }
   td, th { padding-right: 0.9em } .blocks { font-size: 8pt }
 }

@@ -268,7 +268,7 @@ def _unlogged_run(directory: Path) -> list[Run]:
 
 def _name(item: Any) -> str:
     """Return the name of a function, or of the class of an object."""
-    return str(getattr(item, "__qualname__", type(item).__qualname__))
+    return str(getattr(item, "__name__", type(item).__name__))
 
 
 def _counted(count: int, one: str, many: str) -> str:
