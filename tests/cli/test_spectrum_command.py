@@ -149,7 +149,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs) -> None:
         self.scripts += tag == "script"
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        self.sources += [value for name, value in attrs if name == "src"]
         if tag not in ("img", "meta"):
             self.open.append(tag)
 
@@ -430,7 +430,7 @@ def test_no_deadline_takes_away_what_is_on_disk(run, spec, tmp_path) -> None:
     assert after["products"] == 0
     assert after["undone"] == []
     assert after["ends"] == before["ends"]
-    for name in before.keys() - {"seconds", "products"}:
+    for name in before.keys() - {"seconds", "products", "provenance"}:
         assert after[name] == before[name], name
 
 
@@ -461,6 +461,11 @@ def test_some_blocks_of_a_run_that_was_killed(run, spec, tmp_path, monkeypatch) 
     assert "not studied, as time was up: 2.weight and 2.bias" in text
     assert "not studied, as time was up: 2.weight and 2.bias" in (out / "report.html").read_text()
     assert BlockStudy.load(out / "blocks.npz").names == ["0.weight", "0.bias"]
+    facts = json.loads((out / "spectrum.json").read_text())["provenance"]
+    assert [run["end"] for run in facts["runs"]] == ["killed", "finished"]
+    others = 2 * (8 + 2)  # products of the other two blocks, and for their norms
+    assert facts["products"] >= json.loads(whole)["products"] - others
+    assert facts["runs"][0]["seconds"] > 0.003 * facts["runs"][0]["products"] > 0
     _, text, _ = run(slow, "--k", 2, "--out", out, "--blocks", "--resume", "--json")
     for name, parsed in json.loads(text)["blocks"].items():
         assert figures(parsed) == pytest.approx(figures(json.loads(whole)["blocks"][name]), rel=1e-9, abs=1e-12)

@@ -471,7 +471,7 @@ class TestAround:
         out = tmp_path / "study"
         arguments = ["--probes", "2", "--steps", "10", "--blocks", "--out", str(out)]
         assert main(["spectrum", f"{tmp_path / 'mine.py'}:problem", *arguments]) == 0
-        assert (out / "report.html").exists()
+        assert f"cuda:0 ({torch.cuda.get_device_name(0)})" in (out / "report.html").read_text()
         assert main(["check", f"{tmp_path / 'mine.py'}:problem"]) == 0
         assert "sound" in capsys.readouterr().out
 

@@ -365,7 +365,7 @@ class TestCommand:
 
 def lasting(tree: Any) -> Any:
     """Return a JSON value without costs, rounded sentences, and quantiles, which can jump at a step of the density."""
-    volatile = ("products", "seconds", "journal_bytes", "verdict", "quantiles")
+    volatile = ("products", "seconds", "journal_bytes", "verdict", "quantiles", "provenance")
     if isinstance(tree, dict):
         return {name: lasting(value) for name, value in tree.items() if name not in volatile}
     return [lasting(value) for value in tree] if isinstance(tree, list) else tree

@@ -20,7 +20,7 @@ from curvop.operators.parameter_operator import ParameterVectors
 from curvop.operators.progress import step_bar
 from curvop.operators.selection import parameter_groups
 from curvop.operators.submatrix_operator import SubmatrixLinearOperator
-from curvop.operators.summaries import TableSummary
+from curvop.operators.summaries import TableSummary, with_error
 from curvop.operators.validation import integer, random_generator, real_operator
 from curvop.spectrum.estimators import Estimate
 from curvop.spectrum.lanczos import device_of, multiply, product_precision
@@ -235,7 +235,7 @@ class Comparison(TableSummary):
         parts = [*self.blocks, *([self.diagonal, self.off_diagonal] if len(self.blocks) > 1 else []), self.whole]
         lines: list[tuple[str, ...]] = [("block", "rows", "norm", "approximate norm", "relative error", "share")]
         for part in parts:
-            norms = (_text(part.norm), _text(part.approximate_norm), _text(part.error))
+            norms = [with_error(*estimate, 4) for estimate in (part.norm, part.approximate_norm, part.error)]
             lines.append((part.name, f"{part.size:,}", *norms, f"{part.share:.1%}"))
         return lines
 
@@ -370,9 +370,3 @@ def _part(name: str, size: int, arrays: list[Array], squared_error: float, round
         error = Estimate(math.inf if difference > 0 else 0.0, 0.0)
     norms = root(exact, standard_error([1.0, 0.0, 0.0])), root(approximate, standard_error([0.0, 1.0, 0.0]))
     return PartError(name, size, *norms, error, float(difference) / squared_error if squared_error else 0.0)
-
-
-def _text(estimate: Estimate) -> str:
-    """Return the value of an estimate, and its error unless the error is smaller than the last digit shown."""
-    value, error = estimate
-    return f"{value:.4g}" if not error > 1e-4 * abs(value) else f"{value:.3g} +- {error:.1g}"

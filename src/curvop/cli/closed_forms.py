@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from curvop.checks.compare import groups_of
-from curvop.cli.html_report import StudyResults
+from curvop.cli.spectrum_results import StudyResults
 from curvop.operators.kronecker import KroneckerFactoredLinearOperator
 from curvop.spectrum.blocks import BlockStudy
 from curvop.spectrum.certificate import certify

@@ -1,324 +1,292 @@
-"""The results of ``curvop spectrum``, and how they are written to files: arrays, JSON, pictures and an HTML report."""
+"""The HTML report of ``curvop spectrum``: one page without scripts, which contains its pictures."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import html
-import importlib
-import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from curvop.checks.compare import Comparison
-from curvop.cli.report import end_json, number_json
-from curvop.operators.summaries import html_image, html_table, rendered, text_lines
-from curvop.operators.version import __version__
-from curvop.spectrum.blocks import BlockStudy
-from curvop.spectrum.eigen import EigenResult
-from curvop.spectrum.estimators import BoundedEstimate, Estimate
-from curvop.spectrum.spectral_density import SpectralDensity
+from curvop.cli.provenance import Run, duration, shown_date
+from curvop.cli.report import ENDS
+from curvop.operators.summaries import html_image, with_error
 from curvop.storage.fingerprint import listed
-from curvop.storage.result_files import FORMAT, appearing
 
-__all__ = ["StudyFiles", "StudyResults"]
+if TYPE_CHECKING:
+    from curvop.cli.spectrum_results import StudyResults
+    from curvop.spectrum.eigen import EigenResult
 
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # levels of the quantiles of the density in the JSON output
+__all__ = ["FILES", "html_page"]
+
+_PAIRS = "from curvop.spectrum import EigenResult\n{} = EigenResult.load('{}')"
+FILES: dict[str, tuple[str, str]] = {
+    "spectrum.json": (
+        "all figures of this page, and more digits",
+        "import json, pathlib\nresults = json.loads(pathlib.Path('spectrum.json').read_text())",
+    ),
+    "eigenpairs_LA.npz": (
+        "the largest eigenvalues, with their eigenvectors and error bounds",
+        _PAIRS.format("largest", "eigenpairs_LA.npz"),
+    ),
+    "eigenpairs_SA.npz": (
+        "the smallest eigenvalues, with their eigenvectors and error bounds",
+        _PAIRS.format("smallest", "eigenpairs_SA.npz"),
+    ),
+    "density.npz": (
+        "the spectral density",
+        "from curvop.spectrum import SpectralDensity\ndensity = SpectralDensity.load('density.npz')",
+    ),
+    "blocks.npz": (
+        "the densities and the norms of the blocks",
+        "from curvop.spectrum import BlockStudy\nblocks = BlockStudy.load('blocks.npz')",
+    ),
+    "runs.json": (
+        "the runs that computed these results",
+        "import json, pathlib\nruns = json.loads(pathlib.Path('runs.json').read_text())",
+    ),
+    "density.svg": ("the picture of the density, for a paper", ""),
+    "density.png": ("the same for a slide", ""),
+    "blocks.svg": ("the picture of the blocks, for a paper", ""),
+    "blocks.png": ("the same for a slide", ""),
+}
+"""The files in the folder of a study: their contents, and the lines of Python that load them, if there are any."""
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+:root { color-scheme: light dark; --text: #222; --page: #fff; --soft: #666; --line: #ccc; --code: #f3f3f1;
+  --good: #06603a; --bad: #a11; --link: #0b57a4 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ddd; --page: #161618; --soft: #a0a0a0; --line: #48484c; --code: #242427; --good: #6fcf97;
+    --bad: #ff8a80; --link: #8ab4f8 }
+  img { filter: invert(0.91) hue-rotate(180deg) }
+  .wide img { filter: brightness(0.88); border-radius: 6px }
+}
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66em; margin: 2em auto; padding: 0 1em; color: var(--text);
+  background: var(--page) }
+h1 { font-size: 1.6em; line-height: 1.2; margin: 0 0 0.4em; overflow-wrap: anywhere }
+h2 { font-size: 1.2em; line-height: 1.3; margin: 2.2em 0 0.5em }
+p, a { overflow-wrap: anywhere } a { color: var(--link) }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: 0.15em 0.9em 0.15em 0; text-align: right } td:first-child, th:first-child { text-align: left }
-th { border-bottom: 1px solid #999; font-weight: 600 }
-img { max-width: 100% } .good { color: #06603a } .bad { color: #a11 } footer { margin-top: 3em; color: #777 }
+th, td { padding: 0.2em 1.4em 0.2em 0; text-align: right; vertical-align: top; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+th:last-child, td:last-child { padding-right: 0 }
+thead th { border-bottom: 1px solid var(--line); font-weight: 600 }
+tbody th { font-weight: 400 }
+.facts th { color: var(--soft); width: 13em }
+.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere }
+.files th, .files td { text-align: left } .files td:nth-child(2) { white-space: normal; min-width: 13em }
+.scroll { overflow-x: auto; margin: 0.6em 0 }
+.scroll:focus-visible { outline: 2px solid var(--link) }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27em), 1fr)); gap: 0 3em }
+.pair > * { min-width: 0 }
+figure { margin: 0.6em 0 } figcaption { color: var(--soft) }
+img { display: block; max-width: 100%; height: auto } .wide img { max-width: none; width: 100%; min-width: 44em }
+code, pre { font: 0.88em/1.45 ui-monospace, monospace; background: var(--code); border-radius: 3px; margin: 0 }
+code { padding: 0.1em 0.3em } pre { padding: 0.35em 0.6em } pre code { padding: 0; font-size: 1em }
+code span { display: inline-block; max-width: 100% }
+.good { color: var(--good) } .bad { color: var(--bad) } .soft { color: var(--soft) }
+@media (max-width: 40em) {
+  th, td { padding-right: 0.8em } .facts th { width: 8em; white-space: normal }
+}
+@media print {
+  :root { color-scheme: light; --text: #000; --page: #fff; --soft: #444; --line: #999; --code: #fff; --good: #000;
+    --bad: #000; --link: #000 }
+  body { font-size: 9.5pt; max-width: none; margin: 0; padding: 0 }
+  img, .wide img { filter: none } .wide img { min-width: 0; width: auto; max-width: 100%; max-height: 20cm }
+  .scroll { overflow: visible }
+  h2 { break-after: avoid } section, figure, tr, pre { break-inside: avoid } thead { display: table-header-group }
+  td, th { padding-right: 0.9em } .blocks { font-size: 8pt }
+}
 """
 
 
-@dataclasses.dataclass(eq=False)
-class StudyResults:
-    """Results of a spectrum study.
+def html_page(results: StudyResults, pictures: Mapping[str, bytes], files: Sequence[str]) -> str:
+    """Return the report as an HTML page.
 
-    Attributes
-    ----------
-    problem, title : str
-        Name of the problem, and title of the matrix, for example "Hessian".
-    rows, parameters : int
-        Number of rows of the matrix, and number of parameters of the problem.
-    names : list of str
-        Names of the parameters to which the rows belong.
-    loss, gradient_norm : float
-        Loss of the whole data set, and norm of its gradient.
-    ends : list of EigenResult
-        Eigenvalues at each end of the spectrum.
-    trace, norm : Estimate or None
-        Estimates of the trace and the Frobenius norm.
-    density : SpectralDensity or None
-        The spectral density.
-    blocks : BlockStudy or None
-        The study of each parameter's block, or of each layer's block if the matrix is an approximation.
-    comparison : Comparison or None
-        The error of the matrix, if it is an approximation. Its blocks are those of `blocks`.
-    undone : list of str
-        Messages about steps that were not finished. If the attribute of a result is None, the step that computes the
-        result was not finished or not requested.
-    notes : list of str
-        Remarks about steps that were continued, or that use only a part of the records on disk.
-    products : int
-        Number of products that were computed, not counting those that were read from the journal.
-    seconds : float
-        Duration of the study.
-    journal_bytes : int or None
-        Size of the journal on disk.
-    """
-
-    problem: str
-    title: str
-    rows: int
-    parameters: int
-    names: list[str]
-    loss: float
-    gradient_norm: float
-    ends: list[EigenResult] = dataclasses.field(default_factory=list)
-    trace: Estimate | None = None
-    norm: Estimate | None = None
-    density: SpectralDensity | None = None
-    blocks: BlockStudy | None = None
-    comparison: Comparison | None = None
-    undone: list[str] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)
-    products: int = 0
-    seconds: float = 0.0
-    journal_bytes: int | None = None
-
-    @property
-    def ok(self) -> bool:
-        """True if all steps are finished and all eigenvalues are certified."""
-        return not self.undone and all(end.ok for end in self.ends)
-
-    @property
-    def facts(self) -> list[tuple[str, str]]:
-        """Scalar results of the study, as a list of (name, value) pairs."""
-        facts = [
-            ("parameters", f"{self.parameters:,}"),
-            ("rows", f"{self.rows:,}" + ("" if self.rows == self.parameters else f" ({', '.join(self.names)})")),
-            ("loss", f"{self.loss:.6g}"),
-            ("gradient norm", f"{self.gradient_norm:.3g}"),
-        ]
-        for name, estimate in (("trace", self.trace), ("Frobenius norm", self.norm)):
-            if estimate is not None:
-                exact = estimate.method == "closed form"
-                facts.append((name, f"{estimate.value:.6g} (exact)" if exact else str(estimate)))
-        if self.density is not None:
-            low, high = self.density.range
-            name = "range of the eigenvalues" if self.density.exact else "range of the Ritz values"
-            facts.append((name, f"{low:.6g} to {high:.6g}"))
-        cost = f"{self.products:,} in {self.seconds:.1f} s"
-        facts.append(("products computed", cost))
-        if self.journal_bytes is not None:
-            facts.append(("product journal on disk", f"{self.journal_bytes / 1e6:.3g} MB"))
-        return facts
-
-    @property
-    def block_table(self) -> list[tuple[str, ...]]:
-        """Cells of the table of blocks: headings, and one tuple of strings for each block.
-
-        If the matrix is an approximation, the last column is the relative error of each block.
-        """
-        table = [] if self.blocks is None else self.blocks.table
-        if self.comparison is None:
-            return table
-        found = {cells[0]: cells[4] for cells in self.comparison.table}
-        return [(*cells, found[cells[0]]) for cells in table]
-
-    def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.facts)
-        lines = [f"{self.title} of {self.problem}", *(f"  {name:<{width}}  {value}" for name, value in self.facts)]
-        for end in self.ends:
-            lines += ["", str(end)]
-        if self.blocks is not None:
-            unfinished = [f"not studied, as time was up: {listed(self.blocks.unfinished)}"] * (not self.blocks.complete)
-            lines += ["", *text_lines(self.block_table), *unfinished]
-        if self.comparison is not None:
-            lines += ["", "comparison with the exact matrix", str(self.comparison)]
-        return "\n".join([*lines, "", *self.notes, *(self.undone or ["all steps are complete"])])
-
-    def json(self) -> dict[str, Any]:
-        """Return the results as a JSON serializable dictionary.
-
-        The eigenvalues at each end of the spectrum are in ascending order, and their bounds have the same order.
-        Eigenvectors, the nodes of densities and the norms of off-diagonal blocks are only in the ``.npz`` files.
-        """
-        names = ("problem", "title", "rows", "parameters", "names", "undone", "notes", "products", "seconds")
-        return {"format": FORMAT, **{name: getattr(self, name) for name in (*names, "journal_bytes")}} | {
-            "loss": number_json(self.loss),
-            "gradient_norm": number_json(self.gradient_norm),
-            "ok": self.ok,
-            "trace": _estimate_json(self.trace),
-            "frobenius_norm": _estimate_json(self.norm),
-            "density": None if self.density is None else _density_json(self.density),
-            "ends": [end_json(end) for end in self.ends],
-            "blocks": None if self.blocks is None else _blocks_json(self.blocks, self.comparison),
-            **({} if self.comparison is None else {"comparison": self.comparison.json()}),
-        }
-
-
-class StudyFiles:
-    """Folder with the result files of a study.
-
-    An existing file is replaced only after the new file is complete. ``report.html`` does not refer to other files and
-    contains no scripts. If matplotlib is not installed, no pictures are written.
+    The page contains the pictures, and needs neither scripts nor other files. Its links lead to the files in the same
+    folder.
 
     Parameters
     ----------
-    directory : Path
-        The folder.
+    results : StudyResults
+        The results.
+    pictures : mapping of str to bytes
+        PNG pictures of the density and of the blocks, as far as they exist.
+    files : sequence of str
+        Names of the files in the folder, keys of `FILES`.
     """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._written: dict[str, Any] = {}
-        self._pictures: dict[str, bytes] = {}
-
-    @property
-    def exist(self) -> bool:
-        """True if the folder contains results of this run or an earlier run."""
-        return (self._directory / "spectrum.json").exists()
-
-    def prepare(self) -> None:
-        """Import matplotlib if it is installed, so that the first call of `write` takes as long as later calls."""
-        with contextlib.suppress(ImportError):
-            importlib.import_module("matplotlib.figure")
-
-    def write(self, results: StudyResults) -> None:
-        """Write all files. Omit arrays and pictures that have not changed since the last call."""
-        parts: dict[str, Any] = {f"eigenpairs_{end.which}": end for end in results.ends}
-        parts |= {name: getattr(results, name) for name in ("density", "blocks") if getattr(results, name) is not None}
-        changed = {name for name, part in parts.items() if self._written.get(name) is not part}
-        for name in sorted(changed):
-            parts[name].save(self._directory / f"{name}.npz")
-        _write(self._directory / "spectrum.json", (json.dumps(results.json(), indent=2) + "\n").encode())
-        for name, figure in _figures(results, changed).items():
-            self._pictures[name] = rendered(figure, "png")
-            for kind, content in (("png", self._pictures[name]), ("svg", rendered(figure, "svg"))):
-                _write(self._directory / f"{name}.{kind}", content)
-        _write(self._directory / "report.html", _html(results, self._pictures).encode())
-        self._written = parts
-
-
-def _estimate_json(estimate: Estimate | None) -> dict[str, Any] | None:
-    if estimate is None:
-        return None
-    return {"value": number_json(estimate.value), "error": number_json(estimate.error)}
-
-
-def _quantile_json(quantile: BoundedEstimate) -> dict[str, Any]:
-    return {name: number_json(getattr(quantile, name)) for name in ("value", "error", "low", "high")}
-
-
-def _density_json(density: SpectralDensity) -> dict[str, Any]:
-    return {
-        "probes": len(density.nodes),
-        "steps": density.num_steps,
-        "exact": density.exact,
-        "range": list(density.range),
-        "range_errors": [number_json(error) for error in density.range_errors],
-        "trace": _estimate_json(density.trace()),
-        "quantiles": {str(share): _quantile_json(density.quantile(share)) for share in _QUANTILES},
-    }
-
-
-def _blocks_json(study: BlockStudy, comparison: Comparison | None) -> dict[str, Any]:
-    parts = [] if comparison is None else comparison.blocks
-    errors = {part.name: {"error": _estimate_json(part.error)} for part in parts}
-    return {
-        name: {
-            "rows": density.size,
-            "smallest": density.range[0],
-            "largest": density.range[1],
-            "smallest_error": number_json(density.range_errors[0]),
-            "largest_error": number_json(density.range_errors[1]),
-            "trace": float(density.trace().value),
-            "norm": norm,
-            "density": _density_json(density),
-            **errors.get(name, {}),
-        }
-        for name, density, norm in zip(study.names, study.densities, study.norms.diagonal().tolist(), strict=True)
-    }
-
-
-def _figures(results: StudyResults, changed: set[str]) -> dict[str, Any]:
-    """Return a dictionary with new figures of the density and of the blocks.
-
-    A figure is omitted if its data have not changed. If matplotlib is not installed, the dictionary is empty.
-    """
-    if not changed & {"density", "blocks"}:
-        return {}
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return {}
-    figures = {}
-    if results.density is not None and "density" in changed:
-        figures["density"] = Figure(figsize=(9, 4.5), layout="constrained")
-        axes = figures["density"].add_subplot()
-        results.density.plot(axes)
-        for end in results.ends:
-            axes.plot(end.values, [axes.get_ylim()[0]] * len(end.values), "|", color="tab:red", markersize=14)
-        axes.set_title("spectral density (red: extreme eigenvalues)")
-    if results.blocks is not None and "blocks" in changed:
-        from curvop.spectrum.plots import blocks_size
-
-        figures["blocks"] = Figure(figsize=blocks_size(results.blocks), layout="constrained")
-        results.blocks.plot(figures["blocks"])
-    return figures
-
-
-def _write(path: Path, content: bytes) -> None:
-    with appearing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def _html(results: StudyResults, pictures: dict[str, bytes]) -> str:
-    """Return the report as an HTML page that contains the pictures."""
-    title = html.escape(f"{results.title} of {results.problem}")
-    parts = [f"<h1>{title}</h1>", html_table(results.facts)]
-    parts += [f"<p>{html.escape(note)}</p>" for note in results.notes]
-    parts += [f'<p class="bad">{html.escape(step)}</p>' for step in results.undone]
+    parts = [f"<h1>{html.escape(results.heading)}</h1>", *_state(results), _facts(results.facts, "Key figures")]
+    if results.provenance is not None:
+        last = results.provenance.runs[-1]
+        parts.insert(1, _paragraph(f"{shown_date(last.date)}, curvop {last.versions['curvop']}", "soft"))
     if "density" in pictures:
-        parts += ["<h2>Density</h2>", html_image(pictures["density"], "png", "the spectral density")]
-    for end in results.ends:
-        parts.append(f"<h2>Eigenvalues, {html.escape(end.which)}</h2>")
-        parts.append(f'<p class="{"good" if end.ok else "bad"}">{html.escape(end.verdict)}</p>')
-        parts.append(html_table(_eigenvalue_rows(end), ("", "eigenvalue", "residual", "error bound")))
+        parts += ["<h2>Density</h2>", _figure(pictures["density"], *_density_texts(results))]
+    if results.ends:
+        ends = "\n".join(_end(end) for end in results.ends)
+        parts.append(f'<div class="pair">\n{ends}\n</div>')
     if results.blocks is not None:
-        study = results.blocks
-        parts += ["<h2>Layer by layer</h2>"]
-        if study.unfinished:
-            parts.append(f'<p class="bad">not studied, as time was up: {html.escape(listed(study.unfinished))}</p>')
-        head, *rows = results.block_table
-        table = html_table(rows, head)
-        if "blocks" in pictures:
-            description = "eigenvalues, trace and density of each block, and the norms of all blocks"
-            parts.append(html_image(pictures["blocks"], "png", description))
-            table = f"<details><summary>The same as a table</summary>\n{table}\n</details>"
-        parts.append(table)
+        parts += _blocks(results, pictures)
     if results.comparison is not None:
         head, *rows = results.comparison.table
-        parts += ["<h2>Comparison with the exact matrix</h2>", html_table(rows, head)]
-    parts.append(f"<footer>curvop {__version__}</footer>")
+        parts += ["<h2>Comparison with the exact matrix</h2>", _table(rows, head, "Errors of the blocks")]
+    if files:
+        parts += _files(files)
+    if results.provenance is not None:
+        facts = results.provenance.facts
+        parts += ["<h2>How this was computed</h2>", _facts(facts, "Provenance"), *_runs(results.provenance.runs)]
     body = "\n".join(parts)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(results.heading)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
-def _eigenvalue_rows(end: EigenResult) -> list[tuple[str, ...]]:
+def _state(results: StudyResults) -> list[str]:
+    """Return paragraphs that state which steps are finished."""
+    undone = results.undone
+    for which, words in ENDS.items():
+        undone = [step.replace(f"eigenvalues {which}:", f"{words} eigenvalues:") for step in undone]
+    good = [_paragraph("All steps are complete, and all eigenvalues are certified.", "good")] * results.ok
+    return [
+        *good,
+        *(_paragraph(step, "bad") for step in undone),
+        *(_paragraph(note) for note in results.notes),
+    ]
+
+
+def _paragraph(text: str, kind: str = "") -> str:
+    return f"<p{_class(kind)}>{html.escape(text)}</p>"
+
+
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str], name: str, kind: str = "") -> str:
+    """Return a table in a container that scrolls if the table is too wide. The first cell of a row is its heading."""
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = map(html.escape, cells)
+        return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{_figures(cell)}</td>" for cell in others)}</tr>'
+
+    return _container(
+        f"<thead><tr>{''.join(_heading(cell) for cell in head)}</tr></thead>\n<tbody>\n"
+        + "\n".join(map(line, rows))
+        + "\n</tbody>",
+        name,
+        kind,
+    )
+
+
+def _heading(cell: str) -> str:
+    return f'<th scope="col">{html.escape(cell)}</th>' if cell else "<td></td>"
+
+
+def _figures(cell: str) -> str:
+    return cell.replace("+-", "±")
+
+
+def _container(content: str, name: str, kind: str) -> str:
+    label = html.escape(name)
+    return (
+        f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">\n<table{_class(kind)}>\n{content}\n'
+        "</table>\n</div>"
+    )
+
+
+def _class(kind: str) -> str:
+    return f' class="{kind}"' if kind else ""
+
+
+def _facts(facts: Sequence[tuple[str, str]], name: str) -> str:
+    """Return a table of names and values, whose values may break into several lines."""
+    rows = []
+    for fact, value in facts:
+        text = html.escape(value)
+        words = " ".join(f"<span>{word}</span>" for word in text.split(" "))  # no line break within a word
+        cell = f"<code>{words}</code>" if fact == "command" else _figures(text)
+        rows.append(f'<tr><th scope="row">{html.escape(fact)}</th><td>{cell}</td></tr>')
+    return f'<table class="facts" aria-label="{name}">\n<tbody>\n' + "\n".join(rows) + "\n</tbody>\n</table>"
+
+
+def _figure(picture: bytes, description: str, caption: str, kind: str = "scroll") -> str:
+    image = html_image(picture, "png", description)
+    return f'<figure>\n<div class="{kind}">{image}</div>\n<figcaption>{html.escape(caption)}</figcaption>\n</figure>'
+
+
+def _density_texts(results: StudyResults) -> tuple[str, str]:
+    """Return a description of the picture of the density, and its caption."""
+    density = results.density
+    if density is None:
+        return "The spectral density", ""
+    low, high = (f"{end:.3g}" for end in density.range)
+    description = f"Plot of the spectral density: {density.size:,} eigenvalues between {low} and {high}"
+    marks = "Red marks on the axis: the eigenvalues below." if results.ends else ""
+    if density.exact:
+        return description, f"All eigenvalues are known. {marks}".strip()
+    probes, steps = len(density.nodes), density.num_steps
+    caption = f"The density with its error band, from {probes} probes of {steps} Lanczos steps. {marks}"
+    return description, caption.strip()
+
+
+def _end(end: EigenResult) -> str:
+    """Return the section about one end of the spectrum."""
+    title = f"{ENDS[end.which]} eigenvalues".capitalize()
+    certificate = end.certificate
     rows: list[tuple[str, ...]] = []
     for index, value in enumerate(end.values):
-        residual, bound = "", ""
-        if end.certificate is not None:
-            residual, bound = f"{end.certificate.residuals[index]:.1e}", f"{end.certificate.bounds[index]:.1e}"
-        rows.append((str(index + 1), f"{value:.10g}", residual, bound))
-    return rows
+        number = str(index + 1)
+        if certificate is None:
+            rows.append((number, f"{value:.10g}"))
+        else:
+            bound, residual = certificate.bounds[index], certificate.residuals[index]
+            rows.append((number, with_error(value, bound, 10), f"{bound:.1e}", f"{residual:.1e}"))
+    head = ("", "eigenvalue") if certificate is None else ("", "eigenvalue", "error bound", "residual")
+    verdict = _paragraph(end.verdict, "good" if end.ok else "bad")
+    return f"<section>\n<h2>{title}</h2>\n{_table(rows, head, title)}\n{verdict}\n</section>"
+
+
+def _blocks(results: StudyResults, pictures: Mapping[str, bytes]) -> list[str]:
+    """Return the section about the blocks: picture, table, and the blocks that are missing."""
+    parts, study = ["<h2>Layer by layer</h2>"], results.blocks
+    if study is not None and study.unfinished:
+        parts.append(_paragraph(f"not studied, as time was up: {listed(study.unfinished)}", "bad"))
+    head, *rows = results.block_table
+    if "blocks" in pictures:
+        description = (
+            f"Plot of the {len(rows)} blocks: their eigenvalues, traces and densities, and the norms of all blocks "
+            "as an image"
+        )
+        caption = "Above: the density of each diagonal block. Below: the Frobenius norms of all blocks."
+        parts.append(_figure(pictures["blocks"], description, caption, "scroll wide"))
+    return [*parts, _table(rows, head, "Blocks", "blocks")]
+
+
+def _files(files: Sequence[str]) -> list[str]:
+    """Return the section about the files in the folder, with the lines that load them."""
+    rows = []
+    for name in files:
+        content, lines = FILES[name]
+        code = f"<pre><code>{html.escape(lines, quote=False)}</code></pre>" if lines else ""
+        rows.append(
+            f'<tr><th scope="row"><a href="{name}">{name}</a></th><td>{html.escape(content)}</td><td>{code}</td></tr>'
+        )
+    head = "".join(map(_heading, ("file", "content", "Python, in this folder")))
+    table = f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>"
+    return ["<h2>Files</h2>", _container(table, "Files", "files")]
+
+
+def _runs(runs: Sequence[Run]) -> list[str]:
+    """Return the table of runs, if there is more than one."""
+    if len(runs) < 2:
+        return []
+    rows = [
+        (
+            f"{index + 1}",
+            shown_date(run.date),
+            f"{run.products:,}",
+            duration(run.seconds),
+            run.end,
+            run.versions.get("curvop", "unknown"),
+        )
+        for index, run in enumerate(runs)
+    ]
+    head = ("run", "date", "products", "time", "end", "curvop")
+    return ["<h2>Runs</h2>", _table(rows, head, "Runs")]

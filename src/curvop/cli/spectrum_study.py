@@ -27,9 +27,10 @@ from curvop.cli.arguments import JOURNAL, NUM_SMALLEST, operator_settings
 from curvop.cli.closed_forms import add_closed_forms
 from curvop.cli.data_order import check_repeats
 from curvop.cli.eigs_study import evaluated
-from curvop.cli.html_report import StudyFiles, StudyResults
 from curvop.cli.problem_loading import APPROXIMATIONS, ProblemError, title_of, wrap, wrap_approximation
+from curvop.cli.provenance import FINISHED, INTERRUPTED, RUNNING, Provenance, Run, RunLog
 from curvop.cli.report import ENDS
+from curvop.cli.spectrum_results import StudyFiles, StudyResults
 from curvop.operators.error_text import describe_error, one_line
 from curvop.operators.kronecker import KroneckerFactoredLinearOperator
 from curvop.operators.progress import step_bar
@@ -59,6 +60,9 @@ _SHARES = {
     "blocks": 2.0,
 }
 """The steps in order of execution, and their shares of the time until a deadline."""
+
+_SEEDS = {"eigenvalues": 0, "density": 0, "trace": 1, "norm": 2, "comparison": 0, "blocks": 0}
+"""The seeds of the random vectors."""
 
 # Time reserved for writing the files after a step: the smaller of the following seconds and share of the deadline. Once
 # the files have been written after this step, the measured time is used instead, multiplied by the margin.
@@ -197,7 +201,9 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, start: 
         whole, A = wrap(problem, options.matrix, settings, options.block)
         exact = A
     _check_memory(A, options)
+    run = Run.starting(options.command_line, exact.device)
     gradient, loss = evaluated(exact)
+    provenance = Provenance.of(problem, A, exact, _SEEDS, run)
     results = StudyResults(
         problem=options.problem,
         title=title_of(options.matrix),
@@ -206,8 +212,10 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, start: 
         names=list(A.params_slices),
         loss=loss,
         gradient_norm=float(np.linalg.norm(gradient.astype(np.float64))),
+        provenance=provenance,
     )
     out: Path | None = options.out
+    log = RunLog(out, provenance)
     try:
         with contextlib.ExitStack() as stack:
             folder = _temporary_folder(A, options, stack) if out is None else out
@@ -222,7 +230,13 @@ def spectrum_study(problem: dict[str, Any], options: argparse.Namespace, start: 
                 files.prepare()
             steps = _steps(results, A, recorded, exact, options, folder)
             schedule = _Schedule(start, options.deadline, list(steps), writes=files is not None)
-            _run(results, A, steps, files, schedule, continuing=folder is not None)
+
+            def record(end: str = RUNNING) -> None:
+                products, seconds = results.products + A.num_products, time.monotonic() - start
+                log.record(products, seconds, _recorded(results, recorded), end)
+
+            _run(results, A, steps, files, schedule, record, continuing=folder is not None)
+            record(FINISHED)
             results.products, results.seconds = results.products + A.num_products, time.monotonic() - start
             if files is not None:
                 results.journal_bytes = recorded.num_bytes
@@ -281,11 +295,13 @@ def _run(
     steps: dict[str, Step],
     files: StudyFiles | None,
     schedule: _Schedule,
+    record: Callable[..., None],
     continuing: bool,
 ) -> None:
     """Run the steps, and then continue the unfinished steps until the time is up.
 
-    Write the files after each step except the last, and also if a step fails.
+    Write the files after each step except the last, and also if a step fails. Call `record` before, with the end of the
+    run if it ends early.
     """
 
     def num_products() -> int:
@@ -294,7 +310,8 @@ def _run(
     def state() -> tuple[int, int]:
         return num_products(), id(results.blocks)
 
-    def write(name: str, undone: list[str]) -> None:
+    def write(name: str, undone: list[str], end: str = RUNNING) -> None:
+        record(end)
         # If a resumed run has only read recorded products so far, keep the report of the earlier run, which is more
         # complete.
         if files is not None and (state() != first_state or not files.exist):
@@ -318,6 +335,7 @@ def _run(
                     f"{name}: continued, {outcome.reused} products on disk and {computed} new products"
                 )
 
+    record()
     try:
         for name in steps:
             attempt(name, schedule.limit(name))
@@ -334,8 +352,16 @@ def _run(
     except BaseException as error:  # includes Ctrl-C
         why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else describe_error(error)
         with contextlib.suppress(Exception):  # if this fails too, for example on a full disk, raise the first error
-            write(name, [*(f"{later}: not done" for later in remaining), f"the study ended early: {why}"])
+            undone = [f"{later}: not done" for later in remaining]
+            write(name, [*undone, f"the study ended early: {why}"], INTERRUPTED)
         raise
+
+
+def _recorded(results: StudyResults, A: LinearOperator) -> int:
+    """Return the number of products that the results and the journal account for, from all runs."""
+    parts = (results.density, results.blocks, results.comparison)
+    journal = A.num_recorded if isinstance(A, JournaledLinearOperator) else 0
+    return int(journal + sum(part.num_products for part in parts if part is not None))
 
 
 def _intermediate(results: StudyResults, A: Any, schedule: _Schedule, undone: list[str]) -> StudyResults:
@@ -361,8 +387,8 @@ def _steps(
         "eigenvalues LA": lambda limit: _eigenvalues(results, recorded, "LA", options.k, options.maxiter, limit),
         "density": lambda limit: _density(results, A, options, folder, limit),
         "eigenvalues SA": lambda limit: _eigenvalues(results, recorded, "SA", smallest, options.maxiter, limit),
-        "trace": lambda limit: _estimate(results, recorded, "trace", trace, 1, limit),
-        "norm": lambda limit: _estimate(results, recorded, "norm", frobenius_norm, 2, limit),
+        "trace": lambda limit: _estimate(results, recorded, "trace", trace, limit),
+        "norm": lambda limit: _estimate(results, recorded, "norm", frobenius_norm, limit),
         "comparison": lambda limit: _comparison(results, A, exact, limit),
         "blocks": lambda limit: _blocks(results, A, checkpoint, limit),
     }
@@ -399,8 +425,8 @@ def _eigenvalues(
     answered = _num_answered(A)
 
     def run(B: LinearOperator, seconds: float | None) -> EigenResult:
-        limits: dict[str, Any] = {"maxiter": maxiter, "seconds": seconds}
-        return eigsh(B, k, which, method="lanczos", block=1, side="parameters", **limits)
+        settings: dict[str, Any] = {"method": "lanczos", "block": 1, "side": "parameters", "rng": _SEEDS["eigenvalues"]}
+        return eigsh(B, k, which, maxiter=maxiter, seconds=seconds, **settings)
 
     result = None
     with contextlib.suppress(TimeoutError), without_verdicts():  # a small matrix is formed: no partial result
@@ -429,7 +455,7 @@ def _quality(result: EigenResult) -> tuple[Any, ...]:
     return result.ok, certificate is not None, result.num_converged, len(result.values), *certified
 
 
-def _estimate(results: StudyResults, A: LinearOperator, name: str, estimator: Any, seed: int, limit: float) -> _Outcome:
+def _estimate(results: StudyResults, A: LinearOperator, name: str, estimator: Any, limit: float) -> _Outcome:
     """Estimate the trace or the norm within the time limit."""
     answered = _num_answered(A)
 
@@ -437,7 +463,7 @@ def _estimate(results: StudyResults, A: LinearOperator, name: str, estimator: An
         count = _estimate_products(A)
         with step_bar(name, total=count) as bar:
             timed = TimedOperator(CountedOperator(A, bar), deadline_after(seconds))
-            result = estimator(timed, count, rng=seed, progress=False)
+            result = estimator(timed, count, rng=_SEEDS[name], progress=False)
             bar.total = bar.n  # a small matrix takes fewer products than expected
         return result
 
@@ -453,7 +479,7 @@ def _comparison(results: StudyResults, A: Any, exact: Any, limit: float) -> _Out
     if results.comparison is None:
         if time.monotonic() >= limit:
             return _Outcome("comparison: not done by the deadline", improvable=True)
-        results.comparison = compare(A, exact)
+        results.comparison = compare(A, exact, rng=_SEEDS["comparison"])
         results.products += results.comparison.num_products
     return _Outcome()
 
@@ -483,6 +509,7 @@ def _density(results: StudyResults, A: Any, options: argparse.Namespace, folder:
         A,
         num_probes=options.probes,
         num_steps=options.steps,
+        rng=_SEEDS["density"],
         checkpoint=checkpoint,
         seconds=_seconds_until(limit),
     )
@@ -503,14 +530,14 @@ def _density(results: StudyResults, A: Any, options: argparse.Namespace, folder:
 def _finished_blocks(results: StudyResults, A: Any, checkpoint: Path | None) -> None:
     """Add the blocks that an earlier run has finished to `results`, even if this run does not study blocks."""
     if checkpoint is not None and checkpoint.exists():
-        study = blocks(A, checkpoint=checkpoint, seconds=0, progress=False)
+        study = blocks(A, rng=_SEEDS["blocks"], checkpoint=checkpoint, seconds=0, progress=False)
         results.blocks = study if study.names else None
 
 
 def _blocks(results: StudyResults, A: Any, checkpoint: Path | None, limit: float) -> _Outcome:
     products_before = 0 if results.blocks is None else results.blocks.num_products
     try:
-        study = blocks(A, checkpoint=checkpoint, seconds=_seconds_until(limit))
+        study = blocks(A, rng=_SEEDS["blocks"], checkpoint=checkpoint, seconds=_seconds_until(limit))
     except BaseException:
         with contextlib.suppress(Exception):
             _finished_blocks(results, A, checkpoint)

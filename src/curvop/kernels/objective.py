@@ -131,6 +131,9 @@ class Objective(abc.ABC):
         Whether `data` is a list or tuple, which yields the batches in the same order in every pass.
     checks : FirstPassChecks
         Checks that are made in the first pass over the data, and the results of these checks.
+    data_size : tuple or None
+        Number of batches and number of examples, or None before the end of the first pass. The number of examples is
+        None if it is unknown.
     """
 
     def __init__(
@@ -164,6 +167,7 @@ class Objective(abc.ABC):
         self._part_weights: PartWeights | None = None
         self._kept_totals: Totals | None = None
         self.checks = FirstPassChecks()
+        self.data_size: tuple[int, int | None] | None = None
 
     def _set_modules(self, modules: Sequence[nn.Module]) -> None:
         """Set the modules whose state is restored after each evaluation, and whose changes are detected."""
@@ -181,7 +185,7 @@ class Objective(abc.ABC):
         """Return the same objective for other data. Checks that this objective has passed are not repeated."""
         other = copy.copy(self)
         other.data, other.ordered = data, isinstance(data, list | tuple)
-        other._feed = other._order = other._part_weights = other._kept_totals = None
+        other._feed = other._order = other._part_weights = other._kept_totals = other.data_size = None
         other.generators = Generators()
         other._set_modules(self.modules)
         other.guard.writes = self.guard.writes
@@ -300,15 +304,21 @@ class Objective(abc.ABC):
     def _checked_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Check each batch with `_check_batch`, then yield it.
 
-        In the first pass, also collect batches for `FirstPassChecks.verify_batching`.
+        In the first pass, also collect batches for `FirstPassChecks.verify_batching`, and count the examples.
         """
         pair = self.checks.start_pass(self)
+        sizes: list[int | None] = []
         try:
             for index, batch in enumerate(batches):
                 self._check_batch(index, batch)
                 if pair is not None:
                     pair.see(index, batch)
+                if self.data_size is None:
+                    sizes.append(batch_size_of(batch))
                 yield batch
+            if self.data_size is None:
+                known = [size for size in sizes if size is not None]
+                self.data_size = len(sizes), sum(known) if len(known) == len(sizes) else None
         except BaseException:  # including GeneratorExit, because the caller may stop a pass early
             self.checks.abandon_pass()
             raise

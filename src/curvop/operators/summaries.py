@@ -6,10 +6,11 @@ import base64
 import html
 import io
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Summary", "TableSummary", "abridged", "html_image", "html_table", "rendered", "text_lines"]
+__all__ = ["Summary", "TableSummary", "abridged", "html_image", "html_table", "rendered", "text_lines", "with_error"]
 
 Rows = Sequence[Sequence[str]]
 
@@ -152,3 +153,45 @@ def html_image(content: bytes, kind: str, text: str) -> str:
     media = {"png": "image/png", "svg": "image/svg+xml"}[kind]
     data = base64.b64encode(content).decode()
     return f'<img alt="{html.escape(text)}" src="data:{media};base64,{data}">'
+
+
+def with_error(value: float, error: float, digits: int = 6, sign: str = "+-") -> str:
+    """Return a value and its error as text. The value has no digits below the last digit of the error.
+
+    Parameters
+    ----------
+    value, error : float
+        The value, and its error, which is not negative. The error is rounded to one digit, or to two digits if the
+        first digit is 1.
+    digits : int
+        The largest number of significant digits of the value. If the error is smaller than the last digit, it is
+        omitted.
+    sign : str
+        The text between the value and the error.
+
+    Examples
+    --------
+    >>> with_error(1.234567, 0.01), with_error(1.234567, 0.0123), with_error(1.234567, 1e-9)
+    ('1.23 +- 0.01', '1.235 +- 0.012', '1.23457')
+    >>> with_error(1.234567e-7, 2e-9)
+    '(1.23 +- 0.02)e-07'
+    """
+    value, error = float(value), float(error)
+    plain = f"{value:.{digits}g}"
+    if error == 0 or not math.isfinite(value):
+        return plain
+    if not math.isfinite(error):
+        return f"{plain} {sign} {error}"
+    shown, exponent = f"{error:.1e}".split("e")
+    if shown[0] != "1" or shown == "1.0":
+        shown, exponent = f"{error:.0e}".split("e")
+    last = int(exponent) - len(shown.partition(".")[2])  # the power of ten of the last digit
+    first = int(f"{max(abs(value), error):e}".split("e")[1])
+    if last < first - digits + 1:
+        return f"{value:#.{digits}g}".rstrip(".")
+    if -5 < first < digits:
+        places, value, error = max(-last, 0), round(value, -last), round(error, -last)
+        return f"{value:z.{places}f} {sign} {error:.{places}f}"
+    places = max(first - last, 0)
+    value, error = value / 10.0**first, error / 10.0**first
+    return f"({value:z.{places}f} {sign} {error:.{places}f})e{first:+03d}"

@@ -24,7 +24,7 @@ from scipy.linalg import eigvalsh
 from curvop.operators.keywords import named_keywords
 from curvop.operators.parameter_operator import ParameterLinearOperator, ParameterVectors
 from curvop.operators.progress import step_bar
-from curvop.operators.summaries import TableSummary
+from curvop.operators.summaries import TableSummary, with_error
 from curvop.operators.validation import available_bytes, integer, random_generator
 from curvop.spectrum.checkpoint import make_directory, open_record_file
 from curvop.spectrum.counting import TimeUpError, deadline_after
@@ -43,7 +43,6 @@ Array = NDArray[Any]
 _BLOCK, _NORMS = b"block", b"norms"
 _FIELDS = [field.name for field in dataclasses.fields(SpectralDensity)]
 _MAX_PICTURED = 30  # blocks in the picture of a notebook
-_SHOWN_ERROR = 1e-4  # smallest relative error that the table shows
 _COLUMNS_AT_ONCE = 4  # columns per block product that estimates norms; small because each product has N rows
 
 
@@ -331,20 +330,14 @@ class BlockStudy(TableSummary):
     def table(self) -> list[tuple[str, ...]]:
         """Cells of the printed table: a tuple of headings, followed by one tuple of strings for each block.
 
-        The error of an extreme eigenvalue is omitted if it is smaller than the last digit shown.
+        All numbers are rounded to their errors. An error is omitted if it is smaller than the last digit shown.
         """
         lines: list[tuple[str, ...]] = [("block", "rows", "smallest", "largest", "trace", "norm")]
-        for name, block, norm in zip(self.names, self.densities, self.norms.diagonal(), strict=True):
-            ends, trace = [f"{end:.4g}" for end in block.range], str(block.trace())
-            if block.exact:
-                trace = f"{block.trace().value:.6g}"
-            else:
-                signed = zip(ends, "-+", block.range_errors, strict=True)
-                ends = [
-                    f"{end} {sign} {error:.1g}" if error > _SHOWN_ERROR * abs(float(end)) else end
-                    for end, sign, error in signed
-                ]
-            lines.append((name, f"{block.size:,}", *ends, trace, f"{norm:.4g}"))
+        norms = zip(self.norms.diagonal(), self.norm_errors.diagonal(), strict=True)
+        for name, block, norm in zip(self.names, self.densities, norms, strict=True):
+            ends = zip(block.range, block.range_errors, "-+", strict=True)
+            shown = [with_error(end, error, 4, sign) for end, error, sign in ends]
+            lines.append((name, f"{block.size:,}", *shown, with_error(*block.trace()), with_error(*norm, 4)))
         return lines
 
     def _summary_text(self) -> tuple[str, str]:

@@ -343,7 +343,7 @@ def _draw_table(study: BlockStudy, ax: Any, properties: dict[str, Any]) -> None:
         ax.hlines(rows, ends, beyond, color=color, linewidth=2.5, alpha=0.4)
     for name, ends, color in (("largest", study.largest, _LARGEST), ("smallest", study.smallest, _SMALLEST)):
         ax.plot(ends, rows, label=name, **style | {"color": color})
-    ax.set(yticks=range(-1, len(study.names)), ylim=(len(study.names) - 0.5, -1.5), xlabel="eigenvalue")
+    ax.set(yticks=range(-1, len(study.names)), ylim=(len(study.names) - 0.5, -1.5))
     ax.set_yticklabels(study.lines, fontsize=8, family="monospace", parse_math=False)
     ax.tick_params(axis="y", length=0, pad=10)
     ax.tick_params(axis="x", labelsize=8)
@@ -353,7 +353,7 @@ def _draw_table(study: BlockStudy, ax: Any, properties: dict[str, Any]) -> None:
 
 
 def _symmetric_log(ax: Any, low: float, high: float) -> Any:
-    """Set a symmetric logarithmic x axis for eigenvalues from `low` to `high`.
+    """Set a symmetric logarithmic x axis for eigenvalues from `low` to `high`, with a label that names the scale.
 
     Return an array of 600 points that are evenly spaced on this axis.
     """
@@ -372,6 +372,7 @@ def _symmetric_log(ax: Any, low: float, high: float) -> Any:
     powers = 10.0**exponents
     ax.xaxis.set_major_locator(FixedLocator([*-powers, 0.0, *powers]))
     ax.xaxis.set_minor_locator(FixedLocator([]))
+    ax.set_xlabel(f"eigenvalue (symmetric log scale, linear below {threshold:.1g})", fontsize=8)
     return points
 
 
