@@ -1,7 +1,7 @@
 """Insert the figure that the code of a page draws.
 
-The directive ``drawn`` runs the Python blocks of the page up to its own line, as ``tests/test_docs.py`` does, and inserts
-their last figure. Code and figure therefore cannot differ.
+The directive ``drawn`` runs the Python blocks of the page above its own line, as ``tests/test_docs.py`` does, and
+inserts their last figure. The figure is therefore always that of the code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 
-from pages import blocks  # noqa: E402
+from pages import blocks
 
 __all__ = ["setup"]
 
