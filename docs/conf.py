@@ -56,7 +56,7 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": False,
     "write_computation_times": False,
-    "download_all_examples": False,
+    "download_all_examples": True,
     "remove_config_comments": True,
 }
 
@@ -68,7 +68,8 @@ html_show_sourcelink = False
 html_theme_options = {
     "show_toc_level": 2,
     "navigation_with_keys": False,
-    "secondary_sidebar_items": {"**": ["page-toc"], "comparison": [], "index": []},
+    "secondary_sidebar_items": {"**": ["page-toc"]}
+    | dict.fromkeys(["comparison", "curvlinops", "eigenthings", "index", "pyhessian"], []),  # room for their tables
     "header_links_before_dropdown": 7,
     "navbar_persistent": ["search-button"],
     "footer_start": ["copyright"],
