@@ -25,6 +25,7 @@ extensions = [
     "numpydoc",
     "sphinx_gallery.gen_gallery",
     "mathml",
+    "drawn",
     "measured",
 ]
 exclude_patterns = ["_build", "_templates", "examples"]
@@ -55,7 +56,7 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": False,
     "write_computation_times": False,
-    "download_all_examples": False,
+    "download_all_examples": True,
     "remove_config_comments": True,
 }
 
@@ -67,7 +68,10 @@ html_show_sourcelink = False
 html_theme_options = {
     "show_toc_level": 2,
     "navigation_with_keys": False,
-    "secondary_sidebar_items": {"**": ["page-toc"], "comparison": [], "index": []},
+    "secondary_sidebar_items": {"**": ["page-toc"]}
+    | dict.fromkeys(["comparison", "curvlinops", "eigenthings", "index", "pyhessian"], []),  # room for their tables
+    "header_links_before_dropdown": 7,
+    "navbar_persistent": ["search-button"],
     "footer_start": ["copyright"],
     "footer_end": [],
     "show_prev_next": True,

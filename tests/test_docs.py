@@ -70,7 +70,7 @@ def test_blocks_are_of_kinds_that_run(path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
-@pytest.mark.slow_cases("density", "solves", "eigenvalues", "layers", "start")
+@pytest.mark.slow_cases("density", "solves", "eigenvalues", "layers", "start", "sharpness", "second_order")
 @pages(lambda path: of(path, "python"))
 def test_python_runs_and_prints_what_the_page_says(path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "0")  # as a launcher says it of the only process
