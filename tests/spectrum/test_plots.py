@@ -205,8 +205,13 @@ class TestEveryPlot:
         assert not plt.get_fignums()
 
     @pytest.mark.parametrize("plot", RESULTS, indirect=True)
-    def test_without_matplotlib(self, plot, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_pyplot(self, plot, ax, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+        assert plot(ax) is ax
+
+    @pytest.mark.parametrize("plot", RESULTS, indirect=True)
+    def test_without_matplotlib(self, plot, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
         with pytest.raises(ImportError, match=r'plots need matplotlib: pip install "curvop\[plot\]"'):
             plot(linewidth=2)
 

@@ -56,9 +56,11 @@ def axes_or_new(ax: Any, properties: Mapping[str, Any] | None = None, height: fl
         If a property has an invalid value, for example an unknown color.
     """
     try:
-        import matplotlib.pyplot as plt
         from matplotlib.axes import Axes
         from matplotlib.lines import Line2D
+
+        if ax is None:
+            import matplotlib.pyplot as plt  # a program without windows that passes axes does not need it
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "curvop[plot]"') from error
     if ax is not None and not isinstance(ax, Axes):
