@@ -69,7 +69,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "navigation_with_keys": False,
     "secondary_sidebar_items": {"**": ["page-toc"]}
-    | dict.fromkeys(["comparison", "curvlinops", "eigenthings", "index", "pyhessian"], []),  # room for their tables
+    | {page: [] for page in ("comparison", "curvlinops", "eigenthings", "index", "pyhessian")},  # room for their tables
     "header_links_before_dropdown": 7,
     "navbar_persistent": ["search-button"],
     "footer_start": ["copyright"],
