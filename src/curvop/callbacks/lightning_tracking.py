@@ -11,7 +11,7 @@ from curvop.callbacks.training_tracking import Row, TrainingTracking, check_batc
 
 try:
     from lightning.pytorch import Callback
-except ModuleNotFoundError:  # the package has two names, and both trainers accept the callbacks of either
+except ModuleNotFoundError:  # the other name of the package. From version 2.6, both accept callbacks of either.
     from pytorch_lightning import Callback
 
 __all__ = ["LightningTracking"]
