@@ -244,7 +244,7 @@ class TestDigits:
         assert "N = 2,080 (0.weight, 0.bias)" in out
         assert "10 of 10 eigenvalues (LA) of a 2,080 x 2,080 matrix" in out
         assert "5 of 5 eigenvalues (SA) of a 2,080 x 2,080 matrix" in out
-        assert len(re.findall(r"^ +\d+ +-?\d\.\d+ +\d\.\de-\d\d +\d\.\de-\d\d$", out, re.MULTILINE)) == 15
+        assert len(re.findall(r"^\d+ +-?\d\.\d+ +\d\.\de-\d\d +\d\.\de-\d\d$", out, re.MULTILINE)) == 15
         assert re.search(r"^  agrees$", out, re.MULTILINE)
         assert "B is the block of 0.weight, 0.bias" in out
         assert re.search(r"true relative residual  \d\.\de-1\d ", out)
