@@ -359,7 +359,7 @@ class ParameterVectors(TensorLinearOperator):
         TypeError, ValueError
             If ``groups`` is invalid, or if a name is unknown or repeated.
         """
-        return parameter_groups(self._layout.names, groups, complete)
+        return parameter_groups(self._layout.names, groups, complete, self._params)
 
     def _restricted(self, rows: Sequence[str] | None, cols: Sequence[str] | None) -> TensorLinearOperator:
         """Return the block of the named parameters. None selects all rows or all columns."""
