@@ -92,6 +92,8 @@ _HINTS = {
     "param_filter": ", for example the dict that curvop.select(model, patterns) returns",
     "largest": ", 'LA' for the largest eigenvalues or 'SA' for the smallest",
     "k": ", the number of eigenvalues to compute individually",
+    "shift": ", which has the opposite sign: SciPy subtracts shift * I, and damping * I is added",
+    "damp": ", which is added to the matrix and is not squared",
 }
 
 _FISHER = "use FisherLinearOperator(..., mc_samples=, rng=) for a matrix with sampled targets"
