@@ -216,7 +216,7 @@ def _draw_scree(
     order = np.argsort(-heights, kind="stable")
     index, heights, negative = np.arange(1, len(heights) + 1), heights[order], negative[order]
     style = line_properties(ax, properties, linestyle="none", marker="o", markersize=4)
-    if log:
+    if log and heights.any():  # a logarithmic axis cannot be drawn without a positive number
         ax.set_yscale("log")
     ax.errorbar(index, heights, yerr=None if bounds is None else bounds[order], **bars, **style)
     if log and negative.any():
