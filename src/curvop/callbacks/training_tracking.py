@@ -17,7 +17,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import nn
 from torch.optim import Optimizer
 
-from curvop.operators.engine_operator import EngineLinearOperator
+from curvop.operators.base import TensorLinearOperator
 from curvop.operators.parameter_operator import ParameterVectors
 from curvop.operators.validation import integer
 from curvop.spectrum.track import Tracker, track
@@ -117,7 +117,7 @@ class TrainingTracking:
         _check_parameters(self._A, model)
         with torch.enable_grad(), self._evaluating(model), _in_full_precision(model):
             self.tracker.step(step)
-        if isinstance(self._A, EngineLinearOperator):
+        if isinstance(self._A, TensorLinearOperator):
             self._A.release_cache()  # training needs the memory, and changes the parameters
         values = {name: value for name, value in self.tracker.latest.items() if math.isfinite(value)}
         return {f"{self.prefix}/{name}": value for name, value in values.items()}
