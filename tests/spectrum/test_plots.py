@@ -325,6 +325,13 @@ class TestEigenvalues:
         result.plot(ax, "scree", label="B")
         assert entries(ax) == ["A (bars: error bounds)", "B (bars: error bounds)", "negative eigenvalues"]
 
+    def test_a_logarithmic_axis_stays_one_of_magnitudes(self, ax) -> None:
+        result_of().plot(ax, "scree")
+        result_of().plot(ax, "scree", log=False)
+        assert ax.get_ylabel() == "|eigenvalue|"
+        first, _, second, _ = (line for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata()))
+        np.testing.assert_array_equal(first.get_xydata(), second.get_xydata())
+
     def test_a_scree_plot_of_zeros_has_a_linear_axis(self, ax) -> None:
         eigsh(np.zeros((5, 5)), 2, progress=False).plot(ax, "scree")
         ax.figure.draw_without_rendering()
