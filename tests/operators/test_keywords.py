@@ -121,7 +121,13 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         # SciPy and torch
         ("eigsh", "return_eigenvectors", r"leave it out: values, vectors = eigsh\(\.\.\.\) returns both"),
         ("eigsh", "sigma", "leave it out: eigenvalues inside the spectrum"),
+        ("density", "sigma", "pass it to the method pdf or plot of the density"),
         ("eigsh", "x0", "pass v0="),
+        # Advice for one function does not fit another.
+        ("track", "seed", "known are A, k, every"),
+        ("track", "sigma", "known are A, k, every"),
+        ("check", "tol", "known are A, "),
+        ("HessianLinearOperator", "tol", "known are model, "),
         ("eigsh", "niter", "pass maxiter="),
         ("eigsh", "largest", "pass which=, 'LA' for the largest"),
         ("solve", "M", "pass preconditioner="),
