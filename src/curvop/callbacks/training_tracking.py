@@ -18,8 +18,8 @@ from scipy.sparse.linalg import LinearOperator
 from torch import nn
 from torch.optim import Optimizer
 
-from curvop.kernels.errors import NonFiniteProductError
 from curvop.operators.base import TensorLinearOperator
+from curvop.operators.engine_operator import NonFiniteProductError
 from curvop.operators.parameter_operator import ParameterVectors
 from curvop.operators.validation import integer
 from curvop.spectrum.track import Tracker, track
