@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
@@ -277,12 +278,13 @@ def test_several_optimizers(tmp_path) -> None:
         assert callback.tracker.largest[-1] == pytest.approx(rate * largest, rel=1e-4)
 
 
-def test_the_operator_keeps_no_memory_during_training(tmp_path) -> None:
+@pytest.mark.parametrize("of", [lambda H: H, lambda H: 2 * H + H.damped(0.1)], ids=["Hessian", "sum"])
+def test_the_operator_keeps_no_memory_during_training(of: Any, tmp_path) -> None:
     operators, kept = [], []
 
-    def kept_operator(module: Regression) -> HessianLinearOperator:
+    def kept_operator(module: Regression) -> LinearOperator:
         operators.append(operator(module))
-        return operators[-1]
+        return of(operators[-1])
 
     class Memory(Callback):
         def on_train_batch_start(self, *args: Any) -> None:

@@ -203,6 +203,20 @@ def test_the_preconditioned_sharpness_uses_the_optimizer_of_the_trainer(tmp_path
     assert all(math.isfinite(value) for row in adam.state.log_history for value in row.values())
 
 
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_a_training_that_diverges_goes_on(preconditioned: bool, tmp_path) -> None:
+    options = dict(mode="eval", every=2, preconditioned=preconditioned)
+    with pytest.warns(RuntimeWarning, match=r"step \d: the eigenvalues are NaN, because the product is not finite at"):
+        trainer, (callback,), _ = trained(
+            tmp_path, options, learning_rate=1e30, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0
+        )
+    assert trainer.state.global_step == 6
+    assert callback.tracker.steps.tolist() == [0, 2, 4, 6]
+    assert np.isfinite(callback.tracker.largest).tolist() == [True, False, False, False]
+    assert list(logged(trainer, "curvop/largest_1")) == [0]
+    assert trainer.model.training
+
+
 def test_dropout_is_refused_in_training_mode(tmp_path) -> None:
     with pytest.raises(curvop.NonDeterministicObjectiveError):
         trained(tmp_path, dict(mode="train", every=1))

@@ -158,6 +158,7 @@ def sequential() -> dict[str, Any]:
     return {"model": model, "loss_function": LOSS, "params": dict(model.named_parameters()), "data": DATA}
 
 
+SEQUENTIAL = sequential()
 H = HessianLinearOperator(CLASSIFIER, LOSS, PARAMS, DATA)
 G = GGNLinearOperator(CLASSIFIER, LOSS, PARAMS, DATA)
 J = JacobianLinearOperator(CLASSIFIER, PARAMS, DATA)
@@ -178,9 +179,9 @@ OPERATORS = {
     "diagonal": DiagonalLinearOperator({name: torch.ones_like(value) for name, value in PARAMS.items()}, PARAMS),
     "block-diagonal": H.block_diagonal("layers"),
     "blocks of others": BlockDiagonalLinearOperator(list(H.blocks())),
-    "KFAC": KFACLinearOperator(**sequential()),
-    "EKFAC": EKFACLinearOperator(**sequential()),
-    "KFOC": KFOCLinearOperator(**sequential()),
+    "KFAC": KFACLinearOperator(**SEQUENTIAL),
+    "EKFAC": EKFACLinearOperator(**SEQUENTIAL),
+    "KFOC": KFOCLinearOperator(**SEQUENTIAL),
 }
 
 
@@ -188,7 +189,7 @@ class TestBlocksByName:
     @pytest.mark.parametrize("name", OPERATORS)
     def test_a_module_a_pattern_and_a_selection_are_the_same_block(self, name: str) -> None:
         A = OPERATORS[name]
-        model = CLASSIFIER if "body.0.weight" in A.params_slices else sequential()["model"]
+        model = CLASSIFIER if "body.0.weight" in A.params_slices else SEQUENTIAL["model"]
         exact = A.block(FC1)
         assert 12 in exact.shape
         for names in ("fc1", "fc1.*", ["fc1"], ["fc1.w*", "fc1.b*"], select(model, "fc1"), iter(FC1)):
@@ -210,6 +211,15 @@ class TestBlocksByName:
     def test_a_tied_parameter_is_found_by_any_name_in_a_selection(self) -> None:
         assert list(H.block(select(CLASSIFIER, "fc10")).params_slices) == ["fc1.weight", "fc10.bias"]
         assert list((H + G).block(select(CLASSIFIER, "fc10.weight")).params_slices) == ["fc1.weight"]
+
+    def test_a_selection_means_its_parameters_whatever_their_names(self) -> None:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+        H = HessianLinearOperator(model[1], LOSS, model[1].parameters(), [(torch.randn(4, 3), torch.randn(4, 3))])
+        assert list(H.block(select(model, "1")).params_slices) == ["0.weight", "0.bias"]
+        # The outer model has other parameters with the names of H.
+        for take in (H.block, lambda chosen: H.block_diagonal({"one": chosen})):
+            with pytest.raises(KeyError, match=r"'0\.weight' is not the parameter of this name in A"):
+                take(select(model, "0"))
 
     def test_a_parameter_wins_over_a_module_of_the_same_name(self) -> None:
         params = {"a": torch.ones(2).double(), "a.b": torch.ones(3).double()}

@@ -413,6 +413,10 @@ class TestOperators:
         assert text.endswith(">")
         assert "\n" not in text
 
+    def test_complex_factors_are_in_parentheses(self) -> None:
+        H = hessian()
+        assert ": HessianLinearOperator + (-1+2j) * HessianLinearOperator, " in repr(H + (-1 + 2j) * H)
+
     @pytest.mark.parametrize(("data", "part"), [(Unread(), ""), (Sized(), " 1,000 batches,"), (Broken(), "")])
     def test_no_data_are_read(self, data: Any, part: str) -> None:
         model, loss, params, _ = problem()

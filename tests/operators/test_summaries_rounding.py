@@ -30,6 +30,7 @@ from curvop.operators.summaries import with_error
         (1.5, float("inf"), "1.5 +- inf"),
         (1.5, float("nan"), "1.5 +- nan"),
         (float("nan"), 0.1, "nan"),
+        (5e-324, 5e-324, "4.94066e-324"),
     ],
 )
 def test_closed_forms(value: float, error: float, text: str) -> None:

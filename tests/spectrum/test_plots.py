@@ -325,6 +325,18 @@ class TestEigenvalues:
         result.plot(ax, "scree", label="B")
         assert entries(ax) == ["A (bars: error bounds)", "B (bars: error bounds)", "negative eigenvalues"]
 
+    def test_a_logarithmic_axis_stays_one_of_magnitudes(self, ax) -> None:
+        result_of().plot(ax, "scree")
+        result_of().plot(ax, "scree", log=False)
+        assert ax.get_ylabel() == "|eigenvalue|"
+        first, _, second, _ = (line for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata()))
+        np.testing.assert_array_equal(first.get_xydata(), second.get_xydata())
+
+    def test_a_scree_plot_of_zeros_has_a_linear_axis(self, ax) -> None:
+        eigsh(np.zeros((5, 5)), 2, progress=False).plot(ax, "scree")
+        ax.figure.draw_without_rendering()
+        assert ax.get_yscale() == "linear"
+
     def test_a_bar_beyond_zero_does_not_change_a_logarithmic_axis(self, loose, ax) -> None:
         bounds = np.full(4, 2 * loose.values.max())
         wide = with_certificate(loose, bounds=bounds)
@@ -428,6 +440,12 @@ class TestLayers:
         layers.plot(ax, color="black")
         styles = [line.get_linestyle() for line in ax.lines]
         assert len(set(styles)) == len(styles) == len(layers.layers)
+
+    def test_a_matrix_of_zeros(self, ax) -> None:
+        zeros = LayerEigenvalues.of_layers({"dead": np.zeros(3)})
+        zeros.plot(ax)
+        ax.figure.draw_without_rendering()
+        assert "<img" in zeros._repr_html_()
 
     def test_more_lines_than_colors_differ_in_style(self, ax) -> None:
         many = LayerEigenvalues.of_layers({f"layer {index}": np.arange(1.0, 4) for index in range(12)})

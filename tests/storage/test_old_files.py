@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import runpy
 import shutil
 import sys
@@ -304,6 +305,18 @@ class TestResults:
         assert (found.names, len(found.unfinished)) == (["0.weight"], 3)
         np.testing.assert_allclose(found.traces.value, expected["blocks traces"], **CLOSE)
         assert str(found)
+
+
+def test_pickled_operators_without_the_size_of_their_data() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1)
+    data = [(torch.ones(3, 2), torch.ones(3, 1))]
+    A = curvop.HessianLinearOperator(model, torch.nn.MSELoss(), model.parameters(), data)
+    state = vars(A._objective)
+    state.pop("data_size", None)  # commit 8eb6f66 had no such attribute
+    again = pickle.loads(pickle.dumps(A))
+    np.testing.assert_array_equal(again @ np.ones(3), A @ np.ones(3))
+    assert "1 batch" in repr(again)
 
 
 class TestCommand:

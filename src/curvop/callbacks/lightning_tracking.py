@@ -76,7 +76,8 @@ class LightningTracking(TrainingTracking, Callback):  # type: ignore[misc]
     -----
     Training is the same with and without the callback, which does not change parameters, gradients, buffers and random
     states. Between computations, the operator keeps no linearized batches in memory. Eigenvalues that did not converge,
-    or that are not known yet, are NaN in ``tracker`` and are not logged.
+    or that are not known yet, are NaN in ``tracker`` and are not logged. If a product is not finite, because training
+    has diverged, a ``RuntimeWarning`` names the place, the eigenvalues are NaN, and training goes on.
 
     The products are computed in the precision of the parameters, even if the trainer uses mixed precision
     (``precision="bf16-mixed"``).

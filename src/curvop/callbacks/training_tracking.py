@@ -7,6 +7,7 @@ states, and the functions below restore the modes of all modules.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,8 @@ from scipy.sparse.linalg import LinearOperator
 from torch import nn
 from torch.optim import Optimizer
 
-from curvop.operators.engine_operator import EngineLinearOperator
+from curvop.operators.base import TensorLinearOperator
+from curvop.operators.engine_operator import NonFiniteProductError
 from curvop.operators.parameter_operator import ParameterVectors
 from curvop.operators.validation import integer
 from curvop.spectrum.track import Tracker, track
@@ -107,7 +109,8 @@ class TrainingTracking:
     def _compute(self, model: nn.Module, step: int) -> dict[str, float]:
         """Return the logged values after `step` optimizer steps. The dict is empty if there is nothing to compute.
 
-        Values that are not finite are left out: the eigenvalues before the first step of Adam, for example.
+        Values that are not finite are left out: the eigenvalues before the first step of Adam, for example. If a
+        product is not finite, because training has diverged, the eigenvalues are NaN, and a warning names the place.
         """
         if self.tracker is None or step < self.tracker._next_step:
             return {}
@@ -115,9 +118,13 @@ class TrainingTracking:
             self.tracker.step(step)  # only counts
             return {}
         _check_parameters(self._A, model)
-        with torch.enable_grad(), self._evaluating(model), _in_full_precision(model):
-            self.tracker.step(step)
-        if isinstance(self._A, EngineLinearOperator):
+        try:
+            with torch.enable_grad(), self._evaluating(model), _in_full_precision(model):
+                self.tracker.step(step)
+        except NonFiniteProductError as error:  # a training that diverges does not end without the callback, either
+            self.tracker._history.append((step, np.full(self._k, np.nan), math.nan))
+            warnings.warn(f"step {step}: the eigenvalues are NaN, because {error}", RuntimeWarning, stacklevel=2)
+        if isinstance(self._A, TensorLinearOperator):
             self._A.release_cache()  # training needs the memory, and changes the parameters
         values = {name: value for name, value in self.tracker.latest.items() if math.isfinite(value)}
         return {f"{self.prefix}/{name}": value for name, value in values.items()}

@@ -136,6 +136,8 @@ class Objective(abc.ABC):
         None if it is unknown.
     """
 
+    data_size: tuple[int, int | None] | None = None  # operators that were pickled by version 0.1.0 do not have it
+
     def __init__(
         self,
         modules: Sequence[nn.Module],
@@ -167,7 +169,6 @@ class Objective(abc.ABC):
         self._part_weights: PartWeights | None = None
         self._kept_totals: Totals | None = None
         self.checks = FirstPassChecks()
-        self.data_size: tuple[int, int | None] | None = None
 
     def _set_modules(self, modules: Sequence[nn.Module]) -> None:
         """Set the modules whose state is restored after each evaluation, and whose changes are detected."""

@@ -125,6 +125,8 @@ class _ScaledLinearOperator(CompositeLinearOperator):
 
     def _formula(self) -> str:
         scale = "-" if self._alpha == -1 else f"{self._alpha:.6g} * "
+        if isinstance(self._alpha, complex):
+            scale = f"({self._alpha:.6g}) * "
         return f"{scale}{factor_formula(self._parts[0])}"
 
     def diagonal(self) -> NDArray[Any]:

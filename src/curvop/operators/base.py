@@ -114,6 +114,14 @@ class TensorLinearOperator(LinearOperator):  # type: ignore[misc]
         """Return the matrix as a formula, for ``repr`` of composite operators. The default is the name of the class."""
         return type(self).__name__
 
+    def release_cache(self) -> None:
+        """Free the memory of the batches that the operator, or its parts, keep between products.
+
+        Call this method if the memory is needed for other work before the next product, such as training. The next
+        product linearizes all batches again, as it does after a change of the parameters. The callbacks in
+        `curvop.callbacks` call this method after each computation.
+        """
+
     @property
     def num_products(self) -> int:
         """Number of products computed so far, including products with the adjoint.
@@ -717,6 +725,11 @@ class WrappingLinearOperator(TensorLinearOperator):
     def device(self) -> torch.device:
         """Device on which ``_A`` computes products. This is the CPU if ``_A`` is an operator of SciPy."""
         return self._A.device if isinstance(self._A, TensorLinearOperator) else super().device
+
+    def release_cache(self) -> None:
+        """Free the memory of the batches that are kept between products."""
+        if isinstance(self._A, TensorLinearOperator):
+            self._A.release_cache()
 
     def _details(self) -> list[str]:
         rows, cols = self._A.shape

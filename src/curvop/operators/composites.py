@@ -65,6 +65,11 @@ class CompositeLinearOperator(ParameterVectors):
             self._params |= getattr(part, "_params", {})  # the first operand that is not diagonal takes precedence
         self._symmetric: bool | None = None
 
+    def release_cache(self) -> None:
+        """Free the memory of the batches that are kept between products."""
+        for part in self._parts:
+            part.release_cache()
+
     def _details(self) -> list[str]:
         return [textwrap.shorten(self._formula(), _LONGEST_FORMULA, placeholder=" ..."), *super()._details()]
 

@@ -181,7 +181,8 @@ class CurvatureLinearOperator(EngineLinearOperator, ParameterLinearOperator):
         rows : str or iterable of str
             Names of the row parameters, in the order of the block. The name of a module, such as ``"fc1"``, stands for
             all its parameters. A glob pattern, such as ``"fc1.*"`` or ``"*.bias"``, stands for all parameters that it
-            matches. The dict that `curvop.select` returns is also accepted.
+            matches. The dict that `curvop.select` returns is also accepted. A tied parameter has one name in A
+            (``A.params_slices``), and only the dict also finds it by the name of another module that uses it.
         cols : str or iterable of str, optional
             Names of the column parameters. The default is ``rows``, which gives a symmetric block.
 

@@ -259,12 +259,7 @@ class EngineLinearOperator(TensorLinearOperator):
             return other_routes(self._engine.kernel, tensor, available_bytes(self.device))
 
     def release_cache(self) -> None:
-        """Free the memory of the batches that are kept between products.
-
-        Call this method if the memory is needed for other work before the next product, such as training. The next
-        product linearizes all batches again, as it does after a change of the parameters. The callbacks in
-        `curvop.callbacks` call this method after each computation.
-        """
+        """Free the memory of the batches that are kept between products."""
         for engine in (self._engine, self._adjoint_engine):
             engine.forget()
 

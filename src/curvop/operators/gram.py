@@ -204,6 +204,10 @@ class GramLinearOperator(TensorLinearOperator):
         self.shift = real_scalar("shift", shift)
         self.args = (factor, self.shift)  # SciPy's composite operators also have this attribute
 
+    def release_cache(self) -> None:
+        """Free the memory of the batches that are kept between products."""
+        self.factor.release_cache()
+
     def _details(self) -> list[str]:
         rows, cols = self.factor.shape
         shift = f" + {self.shift:.6g} * I" if self.shift else ""

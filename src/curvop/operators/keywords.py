@@ -92,30 +92,38 @@ _HINTS = {
     "param_filter": ", for example the dict that curvop.select(model, patterns) returns",
     "largest": ", 'LA' for the largest eigenvalues or 'SA' for the smallest",
     "k": ", the number of eigenvalues to compute individually",
+    "shift": ", which has the opposite sign: SciPy subtracts shift * I, and damping * I is added",
+    "damp": ", which is added to the matrix and is not squared",
 }
 
 _FISHER = "use FisherLinearOperator(..., mc_samples=, rng=) for a matrix with sampled targets"
 _ERROR_BAR = "leave it out: the result has an error bar, which decreases with the number of products"
 _DEVICE = "leave it out: products are computed on the device of the parameters"
 
-#: Advice for each keyword of another package that has no equivalent in this package.
+#: Maps keywords of other packages that have no equivalent in this package to pieces of advice. Each applies to the
+#: functions that have the keyword before it, and the advice of ``""`` to all functions.
 _NOT_NEEDED = {
-    "batch_size_fn": "leave it out: nothing is weighted here",
-    "num_data": "leave it out: batches are weighted by the loss's own divisor",
-    "num_per_example_loss_terms": "leave it out: batches are weighted by the loss's own divisor",
-    "check_deterministic": "leave it out: products check this at no extra cost, and curvop.check(A) checks more",
-    "block_sizes": "use A.block(names) for one block, or A.blocks() for the blocks of all parameters",
-    "fisher_type": "use GGNLinearOperator, EFLinearOperator or FisherLinearOperator",
-    "mc_samples": _FISHER,
-    "seed": _FISHER,
-    "tol": _ERROR_BAR,
-    "rtol": _ERROR_BAR,
-    "distribution": "leave it out: the distribution of the random vectors is fixed",
-    "return_eigenvectors": "leave it out: values, vectors = eigsh(...) returns both",
-    "sigma": "leave it out: eigenvalues inside the spectrum need a factorization; use which='LA', 'SA', 'LM' or 'BE'",
-    "device": _DEVICE,
-    "cuda": _DEVICE,
-    "use_gpu": _DEVICE,
+    "batch_size_fn": {"data": "leave it out: nothing is weighted here"},
+    "num_data": {"data": "leave it out: batches are weighted by the loss's own divisor"},
+    "num_per_example_loss_terms": {"data": "leave it out: batches are weighted by the loss's own divisor"},
+    "check_deterministic": {
+        "data": "leave it out: products check this at no extra cost, and curvop.check(A) checks more"
+    },
+    "block_sizes": {"": "use A.block(names) for one block, or A.blocks() for the blocks of all parameters"},
+    "fisher_type": {"data": "use GGNLinearOperator, EFLinearOperator or FisherLinearOperator"},
+    "mc_samples": {"data": _FISHER},
+    "seed": {"data": _FISHER},
+    "tol": {"num_products": _ERROR_BAR, "num_steps": _ERROR_BAR},
+    "rtol": {"num_products": _ERROR_BAR, "num_steps": _ERROR_BAR},
+    "distribution": {"rng": "leave it out: the distribution of the random vectors is fixed"},
+    "return_eigenvectors": {"ncv": "leave it out: values, vectors = eigsh(...) returns both"},
+    "sigma": {
+        "ncv": "leave it out: eigenvalues inside the spectrum need a factorization; use which='LA', 'SA', 'LM' or 'BE'",
+        "deflate": "pass it to the method pdf or plot of the density",
+    },
+    "device": {"": _DEVICE},
+    "cuda": {"": _DEVICE},
+    "use_gpu": {"": _DEVICE},
 }
 
 
@@ -155,8 +163,9 @@ def _callee(function: Callable[..., Any], owner: Any) -> str:
 def _remedy(name: str, known: list[str]) -> str:
     if (ours := next((ours for ours in _RENAMED.get(name, ()) if ours in known), None)) is not None:
         return f"pass {ours}={_HINTS.get(name, '')}"
-    if name in _NOT_NEEDED:
-        return _NOT_NEEDED[name]
+    for keyword, advice in _NOT_NEEDED.get(name, {}).items():
+        if keyword in ("", *known):
+            return advice
     if near := difflib.get_close_matches(name, known, n=1):
         return f"did you mean {near[0]}=?"
     return f"known are {', '.join(known)}"

@@ -148,6 +148,8 @@ class LayerEigenvalues(TableSummary):
             style = line_properties(ax, properties, linewidth=1.2, marker=marker, markersize=3)
             style = {"linestyle": next_linestyle(ax, style["color"])} | style
             ax.plot(ranks, values[ranks - 1], label=f"{before}{layer}", **style)
-        ax.set(xscale="log", yscale="log", xlabel="rank in the layer", ylabel="eigenvalue")
+        ax.set(xlabel="rank in the layer", ylabel="eigenvalue")
+        if self.values[-1] > 0:  # a logarithmic axis cannot be drawn without a positive number
+            ax.set(xscale="log", yscale="log")
         add_legend(ax)
         return ax

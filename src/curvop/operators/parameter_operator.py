@@ -161,8 +161,9 @@ class ParameterVectors(TensorLinearOperator):
         rows : str or iterable of str
             Names of the row parameters, in the order of the block. The name of a module, such as ``"fc1"``, stands for
             all its parameters. A glob pattern, such as ``"fc1.*"`` or ``"*.bias"``, stands for all parameters that it
-            matches. The dict that `curvop.select` returns is also accepted. If only the rows or only the columns of
-            the matrix are parameters, these are the parameters to keep.
+            matches. The dict that `curvop.select` returns is also accepted. A tied parameter has one name in A
+            (``A.params_slices``), and only the dict also finds it by the name of another module that uses it. If only
+            the rows or only the columns of the matrix are parameters, these are the parameters to keep.
         cols : str or iterable of str, optional
             Names of the column parameters. The default is ``rows``.
 
@@ -359,7 +360,7 @@ class ParameterVectors(TensorLinearOperator):
         TypeError, ValueError
             If ``groups`` is invalid, or if a name is unknown or repeated.
         """
-        return parameter_groups(self._layout.names, groups, complete)
+        return parameter_groups(self._layout.names, groups, complete, self._params)
 
     def _restricted(self, rows: Sequence[str] | None, cols: Sequence[str] | None) -> TensorLinearOperator:
         """Return the block of the named parameters. None selects all rows or all columns."""
@@ -497,7 +498,8 @@ class ParameterLinearOperator(ParameterVectors):
         rows : str or iterable of str
             Names of the row parameters, in the order of the block. The name of a module, such as ``"fc1"``, stands for
             all its parameters. A glob pattern, such as ``"fc1.*"`` or ``"*.bias"``, stands for all parameters that it
-            matches. The dict that `curvop.select` returns is also accepted.
+            matches. The dict that `curvop.select` returns is also accepted. A tied parameter has one name in A
+            (``A.params_slices``), and only the dict also finds it by the name of another module that uses it.
         cols : str or iterable of str, optional
             Names of the column parameters. The default is ``rows``.
 

@@ -159,17 +159,17 @@ def selected_names(
     what : str
         Name of the argument in error messages.
     selected : str or iterable of str
-        Names and patterns. In a dict of names to parameters, such as `select` returns, a tied parameter may have any of
-        its names.
+        Names and patterns. A dict of names to parameters, such as `select` returns, selects these parameters, which may
+        have other names in the operator: those of another module that contains them, or of a tied parameter.
     known : collection of str
         Names of the parameters of the operator.
     params : mapping of str to Tensor, optional
-        Parameters of the operator, for tied parameters.
+        Parameters of the operator. They are needed to find the parameters in a dict.
 
     Raises
     ------
     UnknownNameError
-        If a name or pattern selects no parameter.
+        If a name or pattern selects no parameter, or if a parameter in a dict is not a parameter of the operator.
     ValueError
         If no parameter is selected, or if one is selected twice.
     TypeError
@@ -178,10 +178,17 @@ def selected_names(
     if not isinstance(selected, Iterable):
         raise TypeError(f"{what} is a {type(selected).__name__}: pass the name of a parameter, or a sequence of names")
     names: dict[str, None] = {}
+    params = {} if params is None else params
     for pattern in (selected,) if isinstance(selected, str) else selected:
-        matches = _matches(pattern, known) if isinstance(pattern, str) else []
-        if not matches and isinstance(selected, Mapping) and params is not None:
-            matches = [name for name in known if params.get(name) is selected[pattern]]
+        value = selected[pattern] if isinstance(selected, Mapping) else None
+        matches = [name for name in known if value is not None and params.get(name) is value]
+        if not matches and isinstance(pattern, str):
+            if isinstance(value, nn.Parameter) and isinstance(params.get(pattern), nn.Parameter):
+                raise UnknownNameError(
+                    f"{what}: {pattern!r} is not the parameter of this name in A, but one of another module: select "
+                    "parameters of the same model, or pass a list of their names in A"
+                )
+            matches = _matches(pattern, known)
         if not matches:
             raise UnknownNameError(_unknown(what, pattern, known))
         if repeated := [name for name in matches if name in names]:
@@ -202,7 +209,10 @@ def _unknown(what: str, pattern: object, known: Collection[str]) -> str:
 
 
 def parameter_groups(
-    names: Sequence[str], groups: str | Mapping[str, str | Sequence[str]] | None, complete: bool = False
+    names: Sequence[str],
+    groups: str | Mapping[str, str | Sequence[str]] | None,
+    complete: bool = False,
+    params: Mapping[str, Tensor] | None = None,
 ) -> dict[str, list[str]]:
     """Return a dict that maps the name of each group to a list of parameter names.
 
@@ -216,6 +226,8 @@ def parameter_groups(
         directly to the model forms a separate group.
     complete : bool, default False
         Whether to raise a ``ValueError`` if a parameter is in no group.
+    params : mapping of str to Tensor, optional
+        Parameters of the operator, as for `selected_names`.
     """
     known = dict.fromkeys(names)
     if groups is None:
@@ -236,7 +248,8 @@ def parameter_groups(
     if not groups:
         raise ValueError("groups is empty: name parameters, or omit groups to make each parameter a block")
     members = {
-        name: list(selected_names(f"groups[{name!r}]", parameters, known)) for name, parameters in groups.items()
+        name: list(selected_names(f"groups[{name!r}]", parameters, known, params))
+        for name, parameters in groups.items()
     }
     flat = [name for parameters in members.values() for name in parameters]
     if repeated := [name for name in flat if flat.count(name) > 1]:

@@ -7,6 +7,7 @@ import html
 import io
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -178,7 +179,7 @@ def with_error(value: float, error: float, digits: int = 6, sign: str = "+-") ->
     """
     value, error = float(value), float(error)
     plain = f"{value:.{digits}g}"
-    if error == 0 or not math.isfinite(value):
+    if error < sys.float_info.min or not math.isfinite(value):  # smaller powers of ten may be 0
         return plain
     if not math.isfinite(error):
         return f"{plain} {sign} {error}"

@@ -247,7 +247,8 @@ class EigenResult(Summary):
             against their index, from the largest down.
         log : bool, optional
             Whether a scree plot shows magnitudes on a logarithmic axis. Negative eigenvalues are then open circles, and
-            zeros are not shown. If False, a scree plot shows the values. A spectrum ignores this argument.
+            zeros are not shown. If False, a scree plot shows the values, unless the axis of `ax` is logarithmic
+            already. A spectrum ignores this argument.
         label : str, optional
             The name of the result in the legend. The default is the number of eigenvalues and `which`.
         color : color, optional

@@ -151,7 +151,8 @@ def plot_eigenvalues(
         'scree', the eigenvalues are plotted against their index, from the largest down.
     log : bool, optional
         Whether a scree plot shows magnitudes on a logarithmic axis. Negative eigenvalues are then open circles, and
-        zeros are not shown. If False, a scree plot shows the values. A spectrum ignores this argument.
+        zeros are not shown. If False, a scree plot shows the values, unless the axis of `ax` is logarithmic already. A
+        spectrum ignores this argument.
     label : str, optional
         The name of the result in the legend. The default is the number of eigenvalues and `which`. The legend also
         says what the error bars are.
@@ -202,6 +203,7 @@ def plot_eigenvalues(
         ax.errorbar(values, np.full(len(values), free_row(ax)), xerr=bounds, transform=transform, **bars, **style)
         ax.set_xlabel("eigenvalue")
     else:
+        log = log or ax.get_yscale() == "log"  # a logarithmic axis would not show negative values
         _draw_scree(ax, np.abs(values) if log else values, bounds, values < 0, log, bars, properties)
     add_legend(ax, *_NOTES)
     return ax
@@ -216,7 +218,7 @@ def _draw_scree(
     order = np.argsort(-heights, kind="stable")
     index, heights, negative = np.arange(1, len(heights) + 1), heights[order], negative[order]
     style = line_properties(ax, properties, linestyle="none", marker="o", markersize=4)
-    if log:
+    if log and heights.any():  # a logarithmic axis cannot be drawn without a positive number
         ax.set_yscale("log")
     ax.errorbar(index, heights, yerr=None if bounds is None else bounds[order], **bars, **style)
     if log and negative.any():
