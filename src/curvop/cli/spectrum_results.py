@@ -254,14 +254,14 @@ def _figures(results: StudyResults, changed: set[str]) -> dict[str, Any]:
 
     A figure is omitted if its data have not changed. If matplotlib is not installed, the dictionary is empty.
     """
-    if not changed & {"density", "blocks"}:
+    if not changed:
         return {}
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return {}
     figures = {}
-    if results.density is not None and "density" in changed:
+    if results.density is not None and changed - {"blocks"}:  # the picture also shows the eigenvalues
         figures["density"] = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figures["density"].add_subplot()
         results.density.plot(axes)
