@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 import torch
 from test_cli import PROBLEMS
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import curvop
 from curvop.checks import dense_check
@@ -93,6 +101,21 @@ def listed_loss():
     loss_function = nn.CrossEntropyLoss(torch.ones(2).double())
     return problem | dict(params=list(problem["params"].values()), loss_function=loss_function)
 """
+
+
+class FirstHalf(RandomSampler):
+    """A sampler with the attributes of its base class, which draws other examples."""
+
+    def __iter__(self):
+        return iter(range(len(self.data_source) // 2))
+
+
+class FirstHalfOf(SubsetRandomSampler):
+    """A sampler with the attributes of its base class, which draws other examples."""
+
+    def __iter__(self):
+        return iter(self.indices[: len(self.indices) // 2])
+
 
 COMMANDS = ("eigs", "solve", "spectrum", "check")
 
@@ -339,6 +362,11 @@ class TestOrder:
             DataLoader(DATA, batch_size=4, shuffle=True, drop_last=True),
             DataLoader(DATA, batch_size=4, sampler=RandomSampler(DATA, replacement=True)),
             DataLoader(DATA, batch_size=4, sampler=RandomSampler(DATA, num_samples=8)),
+            DataLoader(DATA, batch_size=4, sampler=FirstHalf(DATA)),
+            DataLoader(DATA, batch_size=4, sampler=FirstHalfOf(range(10))),
+            DataLoader(DATA, batch_size=4, sampler=WeightedRandomSampler(torch.ones(10), 10)),
+            DataLoader(DATA, batch_size=4, sampler=DistributedSampler(DATA, num_replicas=2, rank=0)),
+            DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 4, drop_last=False)),
         ],
     )
     def test_other_data_stay_as_they_are(self, data) -> None:
