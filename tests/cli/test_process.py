@@ -92,6 +92,15 @@ def slow():
     problem["model"] = nn.Sequential(*problem["model"], Napping())
     return problem
 
+class Exits(nn.Module):
+    def forward(self, x):
+        raise SystemExit(0)
+
+def exits():
+    problem = network()
+    problem["model"] = nn.Sequential(*problem["model"], Exits())
+    return problem
+
 def warns():
     warnings.warn("this is\\n    an old model", UserWarning)
     return network()
@@ -221,6 +230,14 @@ class TestLimits:
         assert (code, found["eigenvalues"], found["ok"]) == (ExitCode.TIME_UP, [], False)
         assert "time was up" in found["ends"][0]["verdict"]
 
+    def test_products_without_a_result_are_counted(self, run, spec, monkeypatch) -> None:
+        monkeypatch.setenv("CURVOP_TEST_NAP", "0.004")
+        code, out, _ = run("eigs", spec("slow"), "--k", 2, "--which", "SM", "--seconds", "0.1s")
+        assert code == ExitCode.TIME_UP
+        first, solver, total = (int(count) for count in re.findall(r"(\d+) products?\b(?!/)", out))
+        assert first + solver == total
+        assert solver > 1
+
     @pytest.mark.parametrize(
         ("name", "limit", "code", "said"),
         [
@@ -278,8 +295,11 @@ class TestDevice:
         reason = "argument --device: 'cuda' is not available: torch finds no CUDA device"
         assert err == f"curvop: error: {reason}; leave it out, or pass cpu\n"
 
-    def test_a_device_without_values(self, run) -> None:
-        assert "argument --device: 'meta' is not available" in run("eigs", "digits", "--device", "meta")[2]
+    @pytest.mark.parametrize("device", ["meta", "hpu"])
+    def test_a_device_without_values_or_without_its_package(self, run, device) -> None:
+        code, _, err = run("eigs", "digits", "--device", device)
+        assert code == ExitCode.INVALID
+        assert f"argument --device: '{device}' is not available" in err
 
     @pytest.mark.parametrize("name", ["listed_loss", "functional"])
     @pytest.mark.parametrize("command", COMMANDS)
@@ -484,6 +504,17 @@ class TestHelp:
         out = run("eigs", "--help")[1]
         assert "the k largest, and for --matrix hessian also the min(5, k) smallest; with --which, k at this end" in out
         assert "the k largest, and for --matrix hessian also the min(5, k) smallest" in run("spectrum", "--help")[1]
+
+    def test_a_narrow_terminal(self, run, spec, monkeypatch) -> None:
+        monkeypatch.setenv("COLUMNS", "1")
+        assert run("eigs", "--help")[0] == 0
+        assert run("eigs", spec("small"), "--k", 1)[0] == 0
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_a_model_that_exits_is_no_success(self, run, spec, command) -> None:
+        code, out, err = run(command, spec("exits"))
+        assert (code, out) == (ExitCode.INVALID, "")
+        assert err.splitlines()[-1].startswith("curvop: error: the problem cannot be evaluated: SystemExit: 0 (")
 
     def test_python_m(self) -> None:
         child = process("eigs", "--help", env=environment())

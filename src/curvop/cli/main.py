@@ -78,8 +78,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "curvop") -> int:
             if code == ExitCode.TIME_UP:
                 _stopped("time is up", options, prog, arguments)
             return code
-    except SystemExit as stop:  # argparse exits after --help and --version
-        return int(stop.code or 0)
+    except SystemExit as stop:
+        if options is None:  # argparse exits after --help and --version
+            return int(stop.code or 0)
+        return _fail(f"the problem cannot be evaluated: {describe_error(stop)}", ExitCode.INVALID)
     except (UsageError, ProblemError) as error:
         return _fail(str(error), ExitCode.INVALID)
     except UNTRUSTED as error:  # the first pass over the data succeeded, but a later one failed
