@@ -505,6 +505,14 @@ class TestHelp:
         assert "the k largest, and for --matrix hessian also the min(5, k) smallest; with --which, k at this end" in out
         assert "the k largest, and for --matrix hessian also the min(5, k) smallest" in run("spectrum", "--help")[1]
 
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_the_order_of_the_data(self, run, monkeypatch, command) -> None:
+        monkeypatch.setenv("COLUMNS", "1000")
+        said = (
+            "examples of a DataLoader that shuffles are read in the order of the data set" in run(command, "--help")[1]
+        )
+        assert said == (command != "check")
+
     def test_a_narrow_terminal(self, run, spec, monkeypatch) -> None:
         monkeypatch.setenv("COLUMNS", "1")
         assert run("eigs", "--help")[0] == 0
