@@ -301,6 +301,14 @@ class TestFigures:
         assert "largest eigenvalues: not done by the deadline" in page.texts["p"]
         assert not re.search(r"eigenvalues (LA|SA)\b", page.text)
 
+    def test_the_report_says_at_its_top_that_an_eigenvalue_is_not_certified(self, spec, tmp_path, capsys) -> None:
+        argv = (spec.replace("small", "medium"), "--k", 12, "--maxiter", 1, "--steps", 2, "--probes", 1)
+        found, page = study(tmp_path / "study", *argv)
+        assert (found["ok"], found["undone"]) == (False, [])
+        state = "all steps are complete, but not all eigenvalues are certified"
+        assert state in page.texts["p"][:2]
+        assert capsys.readouterr().out.splitlines()[-1] == state
+
     def test_estimates_are_rounded_to_their_errors(self, done) -> None:
         _, found, page = done
         for name, key in {"trace": "trace", "Frobenius norm": "frobenius_norm"}.items():

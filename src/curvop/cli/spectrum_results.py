@@ -96,6 +96,13 @@ class StudyResults:
         return not self.undone and all(end.ok for end in self.ends)
 
     @property
+    def state(self) -> list[str]:
+        """Messages about steps that were not finished, or one message that all are."""
+        return self.undone or [
+            "all steps are complete" + ("" if self.ok else ", but not all eigenvalues are certified")
+        ]
+
+    @property
     def facts(self) -> list[tuple[str, str]]:
         """Scalar results of the study, as a list of (name, value) pairs."""
         facts = [
@@ -141,7 +148,7 @@ class StudyResults:
             lines += ["", *text_lines(self.block_table), *unfinished]
         if self.comparison is not None:
             lines += ["", "comparison with the exact matrix", str(self.comparison)]
-        return "\n".join([*lines, "", *self.notes, *(self.undone or ["all steps are complete"])])
+        return "\n".join([*lines, "", *self.notes, *self.state])
 
     def json(self) -> dict[str, Any]:
         """Return the results as a JSON serializable dictionary.
