@@ -148,7 +148,9 @@ def _eigs(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(eigs_json(options, results, seconds), indent=2))
     else:
-        print(f"total: {num_products(results):,} products, {seconds:.2f} s, including the time to load the problem")
+        count = num_products(results)
+        products = f"{count:,} product{'s' * (count != 1)}"
+        print(f"total: {products}, {seconds:.2f} s, including the time to load the problem")
         if options.out:
             print(f"eigenpairs: {options.out}")
     timed_out = any(result.timed_out for result in results if isinstance(result, End | Singular))
