@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 import torch
 from test_cli import PROBLEMS
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import curvop
 from curvop.checks import dense_check
@@ -84,6 +92,15 @@ def slow():
     problem["model"] = nn.Sequential(*problem["model"], Napping())
     return problem
 
+class Exits(nn.Module):
+    def forward(self, x):
+        raise SystemExit(0)
+
+def exits():
+    problem = network()
+    problem["model"] = nn.Sequential(*problem["model"], Exits())
+    return problem
+
 def warns():
     warnings.warn("this is\\n    an old model", UserWarning)
     return network()
@@ -93,6 +110,21 @@ def listed_loss():
     loss_function = nn.CrossEntropyLoss(torch.ones(2).double())
     return problem | dict(params=list(problem["params"].values()), loss_function=loss_function)
 """
+
+
+class FirstHalf(RandomSampler):
+    """A sampler with the attributes of its base class, which draws other examples."""
+
+    def __iter__(self):
+        return iter(range(len(self.data_source) // 2))
+
+
+class FirstHalfOf(SubsetRandomSampler):
+    """A sampler with the attributes of its base class, which draws other examples."""
+
+    def __iter__(self):
+        return iter(self.indices[: len(self.indices) // 2])
+
 
 COMMANDS = ("eigs", "solve", "spectrum", "check")
 
@@ -198,6 +230,14 @@ class TestLimits:
         assert (code, found["eigenvalues"], found["ok"]) == (ExitCode.TIME_UP, [], False)
         assert "time was up" in found["ends"][0]["verdict"]
 
+    def test_products_without_a_result_are_counted(self, run, spec, monkeypatch) -> None:
+        monkeypatch.setenv("CURVOP_TEST_NAP", "0.004")
+        code, out, _ = run("eigs", spec("slow"), "--k", 2, "--which", "SM", "--seconds", "0.1s")
+        assert code == ExitCode.TIME_UP
+        first, solver, total = (int(count) for count in re.findall(r"(\d+) products?\b(?!/)", out))
+        assert first + solver == total
+        assert solver > 1
+
     @pytest.mark.parametrize(
         ("name", "limit", "code", "said"),
         [
@@ -255,8 +295,11 @@ class TestDevice:
         reason = "argument --device: 'cuda' is not available: torch finds no CUDA device"
         assert err == f"curvop: error: {reason}; leave it out, or pass cpu\n"
 
-    def test_a_device_without_values(self, run) -> None:
-        assert "argument --device: 'meta' is not available" in run("eigs", "digits", "--device", "meta")[2]
+    @pytest.mark.parametrize("device", ["meta", "hpu"])
+    def test_a_device_without_values_or_without_its_package(self, run, device) -> None:
+        code, _, err = run("eigs", "digits", "--device", device)
+        assert code == ExitCode.INVALID
+        assert f"argument --device: '{device}' is not available" in err
 
     @pytest.mark.parametrize("name", ["listed_loss", "functional"])
     @pytest.mark.parametrize("command", COMMANDS)
@@ -339,6 +382,11 @@ class TestOrder:
             DataLoader(DATA, batch_size=4, shuffle=True, drop_last=True),
             DataLoader(DATA, batch_size=4, sampler=RandomSampler(DATA, replacement=True)),
             DataLoader(DATA, batch_size=4, sampler=RandomSampler(DATA, num_samples=8)),
+            DataLoader(DATA, batch_size=4, sampler=FirstHalf(DATA)),
+            DataLoader(DATA, batch_size=4, sampler=FirstHalfOf(range(10))),
+            DataLoader(DATA, batch_size=4, sampler=WeightedRandomSampler(torch.ones(10), 10)),
+            DataLoader(DATA, batch_size=4, sampler=DistributedSampler(DATA, num_replicas=2, rank=0)),
+            DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 4, drop_last=False)),
         ],
     )
     def test_other_data_stay_as_they_are(self, data) -> None:
@@ -456,6 +504,25 @@ class TestHelp:
         out = run("eigs", "--help")[1]
         assert "the k largest, and for --matrix hessian also the min(5, k) smallest; with --which, k at this end" in out
         assert "the k largest, and for --matrix hessian also the min(5, k) smallest" in run("spectrum", "--help")[1]
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_the_order_of_the_data(self, run, monkeypatch, command) -> None:
+        monkeypatch.setenv("COLUMNS", "1000")
+        said = (
+            "examples of a DataLoader that shuffles are read in the order of the data set" in run(command, "--help")[1]
+        )
+        assert said == (command != "check")
+
+    def test_a_narrow_terminal(self, run, spec, monkeypatch) -> None:
+        monkeypatch.setenv("COLUMNS", "1")
+        assert run("eigs", "--help")[0] == 0
+        assert run("eigs", spec("small"), "--k", 1)[0] == 0
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_a_model_that_exits_is_no_success(self, run, spec, command) -> None:
+        code, out, err = run(command, spec("exits"))
+        assert (code, out) == (ExitCode.INVALID, "")
+        assert err.splitlines()[-1].startswith("curvop: error: the problem cannot be evaluated: SystemExit: 0 (")
 
     def test_python_m(self) -> None:
         child = process("eigs", "--help", env=environment())

@@ -184,6 +184,9 @@ class TestProvenance:
         assert set(found) == old | {"provenance"}
 
 
+NO_TIME = dict(date=None, command=None, versions={}, device=None, seconds=None)
+
+
 class TestRuns:
     def test_products_and_time_add_up(self, spec, tmp_path, capsys) -> None:
         out = tmp_path / "study"
@@ -233,6 +236,8 @@ class TestRuns:
         for file in out.rglob("*"):
             os.utime(file, (now, now))
         os.utime(out / "journal" / "products.records", (now + 40, now + 40))
+        (out / "notes.txt").write_text("written days later")
+        os.utime(out / "notes.txt", (now + 4e5, now + 4e5))
         found, page = study(out, spec, "--k", 1, "--resume")
         facts = found["provenance"]
         assert [run["end"] for run in facts["runs"]] == ["killed", "finished"]
@@ -253,7 +258,7 @@ class TestRuns:
         found, _ = study(out, spec, "--k", 1, "--resume")
         assert found["provenance"]["runs"][0]["seconds"] == 2.0
 
-    @pytest.mark.parametrize("content", [None, "no JSON", '[{"unknown": 1}]'])
+    @pytest.mark.parametrize("content", [None, "no JSON", '[{"unknown": 1}]', json.dumps([NO_TIME])])
     def test_a_folder_of_an_earlier_version_is_resumed(self, spec, tmp_path, content) -> None:
         out = tmp_path / "study"
         first, _ = study(out, spec, "--k", 1)
@@ -295,6 +300,14 @@ class TestFigures:
         assert "eigenvalues LA: not done by the deadline" in found["undone"]
         assert "largest eigenvalues: not done by the deadline" in page.texts["p"]
         assert not re.search(r"eigenvalues (LA|SA)\b", page.text)
+
+    def test_the_report_says_at_its_top_that_an_eigenvalue_is_not_certified(self, spec, tmp_path, capsys) -> None:
+        argv = (spec.replace("small", "medium"), "--k", 12, "--maxiter", 1, "--steps", 2, "--probes", 1)
+        found, page = study(tmp_path / "study", *argv)
+        assert (found["ok"], found["undone"]) == (False, [])
+        state = "all steps are complete, but not all eigenvalues are certified"
+        assert state in page.texts["p"][:2]
+        assert capsys.readouterr().out.splitlines()[-1] == state
 
     def test_estimates_are_rounded_to_their_errors(self, done) -> None:
         _, found, page = done
@@ -339,6 +352,15 @@ class TestFigures:
         [ax] = _figures(results, {"density"})["density"].axes
         assert ax.get_yscale() == "log"
         assert ax.get_ylabel() == "density (log scale)"
+
+    def test_the_picture_of_the_density_marks_eigenvalues_that_were_computed_after_it(self, done) -> None:
+        folder, _, _ = done
+        ends = [EigenResult.load(folder / f"eigenpairs_{which}.npz") for which in ("LA", "SA")]
+        results = argparse.Namespace(density=SpectralDensity.load(folder / "density.npz"), ends=ends, blocks=None)
+        [ax] = _figures(results, {"eigenpairs_SA"})["density"].axes
+        marked = [line.get_xdata() for line in ax.lines if line.get_marker() == "|"]
+        np.testing.assert_array_equal(np.concatenate(marked), np.concatenate([end.values for end in ends]))
+        assert not _figures(results, {"blocks"})
 
 
 class TestFiles:

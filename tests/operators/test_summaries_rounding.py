@@ -30,7 +30,11 @@ from curvop.operators.summaries import with_error
         (1.5, float("inf"), "1.5 +- inf"),
         (1.5, float("nan"), "1.5 +- nan"),
         (float("nan"), 0.1, "nan"),
+        (-0.0, 0.0, "0"),
+        (9.994e-6, 1e-8, "(9.99 +- 0.01)e-06"),
+        (9.996e-6, 1e-7, "(1.00 +- 0.01)e-05"),
         (5e-324, 5e-324, "4.94066e-324"),
+        (1.7e308, 9.9e307, "(2 +- 1)e+308"),
     ],
 )
 def test_closed_forms(value: float, error: float, text: str) -> None:

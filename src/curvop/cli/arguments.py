@@ -32,15 +32,17 @@ _PROBLEM = """PROBLEM is 'digits' (a small network trained on scikit-learn's han
 'path/to/file.py:function' or 'package.module:function'. The function must return dict(model=..., loss_function=...,
 params=..., data=...)."""
 
+_ORDER = "The examples of a DataLoader that shuffles are read in the order of the data set."
+
 _DESCRIPTIONS = {
     "eigs": f"""Compute extreme eigenvalues of a curvature matrix of the loss over the whole data set, and certify them:
 the report shows a bound for the error of each eigenvalue, and says whether an eigenvalue may be missing. With --matrix
 jacobian, compute the largest singular values of the Jacobian of the predictions and their residuals. With --check,
 also compare with the dense matrix, if it is small enough, and solve a damped linear system with the block of the last
-layer. To keep all products and to continue an interrupted run, use 'curvop spectrum --out'. {_PROBLEM}""",
+layer. To keep all products and to continue an interrupted run, use 'curvop spectrum --out'. {_ORDER} {_PROBLEM}""",
     "solve": f"""Solve (B + damping I) x = g, where B is a curvature matrix or a block of a curvature matrix, and g is
 the gradient of the loss. The vector -x is a damped Newton step. The solver is conjugate gradients; if the damped matrix
-is found to be indefinite, the solver is MINRES. {_PROBLEM}""",
+is found to be indefinite, the solver is MINRES. {_ORDER} {_PROBLEM}""",
     "spectrum": f"""Study the spectrum of a curvature matrix. Compute the largest eigenvalues with error bounds, the
 spectral density, for a Hessian the smallest eigenvalues, and the trace and the Frobenius norm with error bars; with
 --blocks, also study the block of each parameter. With --matrix kfac or ekfac, study an approximation of the
@@ -50,8 +52,7 @@ folder, for example after the command was killed or reached its --deadline; if t
 one. With a larger --k, --steps or --probes, --resume extends the study. The deadline is counted from the start of the
 command. The steps share the time in the above order, and the time that is left goes to the first steps that are not
 finished. Some steps are not interrupted and can exceed the deadline: loading the problem, computing the gradient, and
-one product with --probes vectors. The examples of a DataLoader that shuffles are read in the order of the data set.
-{_PROBLEM}""",
+one product with --probes vectors. {_ORDER} {_PROBLEM}""",
     "check": f"""Check a problem before a long computation. Products must be finite, linear, symmetric and repeatable,
 and must agree with other methods in float64. The check also detects randomness, modules in training mode, shuffled
 data, and parameters that do not affect the loss. It takes about ten products, and suggests a remedy if a check fails.
@@ -124,7 +125,7 @@ def _parser(prog: str) -> _Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(name: str, summary: str, matrices: tuple[str, ...]) -> argparse.ArgumentParser:
-        width = shutil.get_terminal_size().columns - 2
+        width = max(11, shutil.get_terminal_size().columns - 2)  # as argparse does
         command: argparse.ArgumentParser = commands.add_parser(
             name,
             help=summary,
@@ -257,7 +258,8 @@ def _common(command: argparse.ArgumentParser, matrices: tuple[str, ...]) -> None
         "--block",
         metavar="NAME",
         action="append",
-        help="restrict the matrix to this parameter, or to the parameters of this module; can be repeated",
+        help="restrict the matrix to this parameter, to the parameters of this module, or to those that match a "
+        "pattern such as '*.bias'; can be repeated",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of the report")
 
@@ -296,7 +298,7 @@ def _device(text: str) -> torch.device:
         return device
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except Exception:  # some devices need a package that is not installed
         raise argparse.ArgumentTypeError(f"{text!r} is not available: pass cpu, cuda or cuda:1") from None
     return device
 

@@ -29,17 +29,18 @@ def in_order(data: Any) -> Any:
     Returns
     -------
     object
-        `data` itself, unless it is a ``DataLoader`` that shuffles. A ``DataLoader`` that draws a subset of the examples
-        is returned unchanged. Operators refuse it.
+        `data` itself, unless it is a ``DataLoader`` that shuffles. A ``DataLoader`` that draws other examples in each
+        pass is returned unchanged. Operators warn of it, and `check_repeats` refuses it.
     """
     if type(data) is not DataLoader or type(data.batch_sampler) not in (BatchSampler, type(None)):
         return data
     sampler: Any = data.sampler
     batches: Any = data.batch_sampler
-    if isinstance(sampler, RandomSampler) and not sampler.replacement:
+    # A subclass may draw other examples than its base class. Operators and `check_repeats` see what it draws.
+    if type(sampler) is RandomSampler and not sampler.replacement:
         times, rest = divmod(len(sampler), len(sampler.data_source))  # num_samples can be a multiple
         order = list(range(len(sampler.data_source))) * times
-    elif isinstance(sampler, SubsetRandomSampler):
+    elif type(sampler) is SubsetRandomSampler:
         order, rest = list(sampler.indices), 0
     else:
         return data

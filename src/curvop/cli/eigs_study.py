@@ -282,6 +282,7 @@ def _eigsh(
     """
     method = "arpack" if which == "SM" else "lanczos"  # the latter returns what it has when time runs out
     limits: dict[str, Any] = {"maxiter": maxiter, "seconds": seconds}
+    before = operator.num_products
     with _timed(operator) as cost, without_verdicts():
         try:
             result = eigsh(operator, k, which, method=method, tol=tol, side="parameters", progress=False, **limits)
@@ -289,7 +290,8 @@ def _eigsh(
             if seconds is None:  # an error of the user's code
                 raise
             nothing = np.zeros(0), np.zeros((operator.shape[0], 0))
-            result = EigenResult(*nothing, None, False, 0, method, which, k, NO_TIME, timed_out=True)
+            products = operator.num_products - before
+            result = EigenResult(*nothing, None, False, products, method, which, k, NO_TIME, timed_out=True)
     # The solver compares an estimate of the residual with tol |lambda|.
     return End(result, 2 * tol * np.abs(result.values) + rounding, cost)
 

@@ -144,15 +144,13 @@ def html_page(results: StudyResults, pictures: Mapping[str, bytes], files: Seque
 
 def _state(results: StudyResults) -> list[str]:
     """Return paragraphs that state which steps are finished."""
-    undone = results.undone
+    notes = [_paragraph(note) for note in results.notes]
+    if results.ok:
+        return [_paragraph("All steps are complete, and all eigenvalues are certified.", "good"), *notes]
+    state = results.state
     for which, words in ENDS.items():
-        undone = [step.replace(f"eigenvalues {which}:", f"{words} eigenvalues:") for step in undone]
-    good = [_paragraph("All steps are complete, and all eigenvalues are certified.", "good")] * results.ok
-    return [
-        *good,
-        *(_paragraph(step, "bad") for step in undone),
-        *(_paragraph(note) for note in results.notes),
-    ]
+        state = [step.replace(f"eigenvalues {which}:", f"{words} eigenvalues:") for step in state]
+    return [*(_paragraph(step, "bad") for step in state), *notes]
 
 
 def _paragraph(text: str, kind: str = "") -> str:

@@ -78,8 +78,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "curvop") -> int:
             if code == ExitCode.TIME_UP:
                 _stopped("time is up", options, prog, arguments)
             return code
-    except SystemExit as stop:  # argparse exits after --help and --version
-        return int(stop.code or 0)
+    except SystemExit as stop:
+        if options is None:  # argparse exits after --help and --version
+            return int(stop.code or 0)
+        return _fail(f"the problem cannot be evaluated: {describe_error(stop)}", ExitCode.INVALID)
     except (UsageError, ProblemError) as error:
         return _fail(str(error), ExitCode.INVALID)
     except UNTRUSTED as error:  # the first pass over the data succeeded, but a later one failed
@@ -146,7 +148,9 @@ def _eigs(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(eigs_json(options, results, seconds), indent=2))
     else:
-        print(f"total: {num_products(results):,} products, {seconds:.2f} s, including the time to load the problem")
+        count = num_products(results)
+        products = f"{count:,} product{'s' * (count != 1)}"
+        print(f"total: {products}, {seconds:.2f} s, including the time to load the problem")
         if options.out:
             print(f"eigenpairs: {options.out}")
     timed_out = any(result.timed_out for result in results if isinstance(result, End | Singular))

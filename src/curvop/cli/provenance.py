@@ -206,7 +206,7 @@ class RunLog:
     """The file ``runs.json`` in the folder of a study, which lists the runs of the command.
 
     The file is written at the start of a run and after each step. If a run was killed, its record has the end
-    'running', which the next run replaces by 'killed'. The time of a killed run lasts until the last change of a file.
+    'running', which the next run replaces by 'killed'. The time of a killed run lasts until its last recorded product.
 
     Parameters
     ----------
@@ -247,13 +247,16 @@ class RunLog:
 def _earlier_runs(path: Path) -> list[Run]:
     try:
         runs = [Run(**content) for content in json.loads(path.read_text())]
+        for run in runs:
+            run.products, run.seconds, run.versions = int(run.products), float(run.seconds), dict(run.versions)
     except (OSError, ValueError, TypeError):  # the file is missing or damaged
         return _unlogged_run(path.parent)
     if runs and runs[-1].end == RUNNING:
         runs[-1].end = KILLED
-        # Compare two files of the folder, so that a copy of the folder with new dates adds no time.
-        changes = [file.stat().st_mtime for file in path.parent.rglob("*") if file.is_file()]
-        runs[-1].seconds += max(changes) - path.stat().st_mtime
+        # Compare two files of the folder, so that a copy of the folder with new dates adds no time. Other files can be
+        # newer than the run, for example notes, or the results of a computation with the eigenvectors.
+        written = path.stat().st_mtime
+        runs[-1].seconds += max(file.stat().st_mtime for file in [path, *path.parent.rglob("*.records")]) - written
     return runs
 
 

@@ -16,6 +16,7 @@ from curvop.checks.compare import Comparison
 from curvop.checks.dense_check import DenseCheck
 from curvop.cli.problem_loading import MATRICES
 from curvop.operators.engine_operator import Cost as ProductCost
+from curvop.operators.summaries import with_error
 from curvop.solvers.linear_solve import SolveResult
 from curvop.spectrum.eigen_result import NO_TIME, EigenResult
 from curvop.storage.result_files import FORMAT, save_arrays
@@ -382,8 +383,8 @@ def solve_report(
     yield f"  loss                    {loss:.6g}"
     yield f"solve (B + {options.damping:g} I) x = g, where g is the gradient"
     if comparison is not None:
-        (value, error), count = comparison.whole.error, comparison.num_products
-        text = f"relative error {value:.3g} +- {error:.1g} (from {count:,} products)"
+        count = comparison.num_products
+        text = f"relative error {with_error(*comparison.whole.error)} (from {count:,} product{'s' * (count != 1)})"
         yield f"  preconditioner          {options.preconditioner.upper()}, {text}"
     if options.rank:
         yield f"  preconditioner          Nystrom of rank {options.rank}, {options.rank} products"

@@ -96,6 +96,13 @@ class StudyResults:
         return not self.undone and all(end.ok for end in self.ends)
 
     @property
+    def state(self) -> list[str]:
+        """Messages about steps that were not finished, or one message that all are."""
+        return self.undone or [
+            "all steps are complete" + ("" if self.ok else ", but not all eigenvalues are certified")
+        ]
+
+    @property
     def facts(self) -> list[tuple[str, str]]:
         """Scalar results of the study, as a list of (name, value) pairs."""
         facts = [
@@ -141,7 +148,7 @@ class StudyResults:
             lines += ["", *text_lines(self.block_table), *unfinished]
         if self.comparison is not None:
             lines += ["", "comparison with the exact matrix", str(self.comparison)]
-        return "\n".join([*lines, "", *self.notes, *(self.undone or ["all steps are complete"])])
+        return "\n".join([*lines, "", *self.notes, *self.state])
 
     def json(self) -> dict[str, Any]:
         """Return the results as a JSON serializable dictionary.
@@ -254,14 +261,14 @@ def _figures(results: StudyResults, changed: set[str]) -> dict[str, Any]:
 
     A figure is omitted if its data have not changed. If matplotlib is not installed, the dictionary is empty.
     """
-    if not changed & {"density", "blocks"}:
+    if not changed:
         return {}
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return {}
     figures = {}
-    if results.density is not None and "density" in changed:
+    if results.density is not None and changed - {"blocks"}:  # the picture also shows the eigenvalues
         figures["density"] = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figures["density"].add_subplot()
         results.density.plot(axes)

@@ -178,8 +178,8 @@ def with_error(value: float, error: float, digits: int = 6, sign: str = "+-") ->
     '(1.23 +- 0.02)e-07'
     """
     value, error = float(value), float(error)
-    plain = f"{value:.{digits}g}"
-    if error < sys.float_info.min or not math.isfinite(value):  # smaller powers of ten may be 0
+    plain = f"{value:z.{digits}g}"
+    if 0 <= error < sys.float_info.min or not math.isfinite(value):  # subnormal numbers count as 0
         return plain
     if not math.isfinite(error):
         return f"{plain} {sign} {error}"
@@ -187,7 +187,9 @@ def with_error(value: float, error: float, digits: int = 6, sign: str = "+-") ->
     if shown[0] != "1" or shown == "1.0":
         shown, exponent = f"{error:.0e}".split("e")
     last = int(exponent) - len(shown.partition(".")[2])  # the power of ten of the last digit
-    first = int(f"{max(abs(value), error):e}".split("e")[1])
+    largest = max(abs(value), error)
+    first = int(f"{largest:e}".split("e")[1])
+    first = int(f"{largest:.{max(first - last, 0)}e}".split("e")[1])  # 9.96 with the error 0.1 is 10.0
     if last < first - digits + 1:
         return f"{value:#.{digits}g}".rstrip(".")
     if -5 < first < digits:
