@@ -60,6 +60,9 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
 }
 
+#: Pages without a list of their sections, because their tables need its room.
+WIDE = ["comparison", "curvlinops", "eigenthings", "index", "pyhessian"]
+
 html_theme = "pydata_sphinx_theme"
 html_title = "curvop"
 html_static_path = ["_static"]
@@ -68,8 +71,7 @@ html_show_sourcelink = False
 html_theme_options = {
     "show_toc_level": 2,
     "navigation_with_keys": False,
-    "secondary_sidebar_items": {"**": ["page-toc"]}
-    | {page: [] for page in ("comparison", "curvlinops", "eigenthings", "index", "pyhessian")},  # room for their tables
+    "secondary_sidebar_items": {"**": ["page-toc"]} | {page: [] for page in WIDE},
     "header_links_before_dropdown": 7,
     "navbar_persistent": ["search-button"],
     "footer_start": ["copyright"],

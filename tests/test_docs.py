@@ -170,12 +170,59 @@ def test_every_public_name_is_in_the_reference(module: Any) -> None:
             assert f"{owner}.{name}" in listed
 
 
-def measured() -> Any:
-    spec = importlib.util.spec_from_file_location("measured", ROOT / "docs" / "_ext" / "measured.py")
+def extension(name: str) -> Any:
+    """Return an extension of the site as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "_ext" / f"{name}.py")
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def measured() -> Any:
+    return extension("measured")
+
+
+def toctree(name: str) -> list[str]:
+    """Return the pages that the last table of contents of a page lists."""
+    listed = (ROOT / "docs" / f"{name}.rst").read_text().rpartition(".. toctree::")[2].split("\n\n", 1)[1]
+    return [line.split()[-1].strip("<>") for line in listed.split("\n") if line.strip()]
+
+
+QUESTIONS = {
+    "sharpness": "How sharp is my minimum?",
+    "indefinite": "Is my Hessian indefinite, and how much?",
+    "harmful_examples": "Which training examples hurt?",
+    "second_order": "How do I train with second order?",
+    "large_model": "My model is too large",
+}
+
+
+class TestTasks:
+    @pytest.mark.parametrize("name", QUESTIONS)
+    def test_a_page_has_a_question_code_a_figure_pitfalls_and_links(self, name: str) -> None:
+        page = (ROOT / "docs" / f"{name}.rst").read_text()
+        parts = QUESTIONS[name], ".. code-block:: python", ".. drawn::", "What can go wrong\n", "Where to go on\n"
+        places = [page.index(part) for part in parts]
+        assert places == sorted(places)
+        assert page.startswith(QUESTIONS[name])
+
+    def test_the_start_page_leads_to_the_questions(self) -> None:
+        page = (ROOT / "docs" / "index.rst").read_text()
+        assert [name for name in re.findall(":doc:`(.+?)`", page) if name in QUESTIONS] == list(QUESTIONS)
+
+    def test_the_pages_are_a_path(self) -> None:
+        path = ["start", "tasks", "topics", "gallery/index", "api/index", "coming_from", "project"]
+        assert toctree("index") == path
+        assert toctree("tasks") == list(QUESTIONS)
+        assert toctree("coming_from") == ["curvlinops", "pyhessian", "eigenthings"]
+
+    def test_a_figure_is_that_of_the_code_above_it(self, tmp_path) -> None:
+        page = tmp_path / "page.rst"
+        above = ".. code-block:: python\n\n    import matplotlib.pyplot as plt\n    plt.figure(figsize=(2, 1))\n\n"
+        page.write_text(above + ".. drawn::\n\n.. code-block:: python\n\n    raise ValueError\n")
+        extension("drawn").draw(page, 7, tmp_path / "drawn" / "page.svg")
+        assert "<svg" in (tmp_path / "drawn" / "page.svg").read_text()
 
 
 class TestFigures:

@@ -66,12 +66,6 @@ for learning_rate in (0.008, 0.012, 0.02):
         axis.plot(tracker.steps, tracker.largest, linewidth=1.2, label=label)
     axes[2].semilogy(losses, linewidth=0.8, label=label)
 
-# %%
-# The largest eigenvalue of the Hessian itself does not show the edge of stability: this eigenvalue is about the same
-# for all learning rates.
-#
-# To plot a single tracker with its threshold, call ``tracker.plot()``.
-
 axes[0].axhline(threshold, color="black", linestyle="--", linewidth=1, label="threshold")
 axes[0].set(title="largest eigenvalue, preconditioned")
 axes[1].set(title="largest eigenvalue of H", ylim=(0, None))
@@ -80,3 +74,9 @@ for axis in axes:
     axis.set(xlabel="step")
 axes[0].legend(frameon=False, fontsize=8, loc="lower right")
 plt.show()
+
+# %%
+# The largest eigenvalue of the Hessian itself does not show the edge of stability: this eigenvalue is about the same
+# for all learning rates.
+#
+# To plot a single tracker with its threshold, call ``tracker.plot()``.
