@@ -276,7 +276,10 @@ def test_seeds(estimator) -> None:
 
 class TestEstimate:
     def test_it_prints_as_a_number(self) -> None:
-        assert str(Estimate(1234.5678, 0.0123)) == "1234.57 +- 0.012"
+        assert str(Estimate(1234.5678, 0.0123)) == "1234.568 +- 0.012"
+        assert str(Estimate(np.float64(40.9618), np.float64(5.63))) == "41 +- 6"  # no digits below those of the error
+        assert str(Estimate(1.5, math.nan)) == "1.5 +- nan"
+        assert str(Estimate(2.0, 0.0)) == "2 +- 0"
 
     def test_it_is_a_pair(self) -> None:
         estimate = trace(aslinearoperator(matrix(np.linspace(0, 1, 20))), 4, rng=0)

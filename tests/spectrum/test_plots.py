@@ -303,6 +303,22 @@ class TestEigenvalues:
         assert low < expected.min() < expected.max() < high
         assert entries(ax) == ["4 eigenvalues (LA)\n(bars: error bounds)"]
 
+    def test_the_axis_of_a_single_eigenvalue_starts_at_zero(self) -> None:
+        # The width of the axis was that of the error bar, so the ticks were labeled 0.1, 0.2, ... with the offset 5.
+        for which, certificate in (("LA", True), ("SA", True), ("LA", False)):
+            ax = result_of(which, 1, certificate=certificate).plot(Figure().add_subplot())
+            low, high = ax.get_xlim()
+            assert low <= 0 <= high
+            assert high - low < 6
+            assert entries(ax)[0].startswith(f"1 eigenvalue ({which})")
+
+    def test_zero_is_not_added_if_the_eigenvalues_differ_or_the_axes_have_a_density(self, found, ax) -> None:
+        assert result_of("LA", 3).plot(Figure().add_subplot()).get_xlim()[0] > 1
+        found.plot(ax)
+        before = ax.get_xlim()
+        result_of("LA", 1).plot(ax)
+        assert ax.get_xlim() == before
+
     def test_a_scree_plot_of_values(self, loose, ax) -> None:
         loose.plot(ax, kind="scree", log=False)
         (line,) = (line for line in ax.lines if line.get_marker() == "o")

@@ -17,6 +17,7 @@ from scipy.special import ndtr
 from torch import nn
 
 from curvop import HessianLinearOperator
+from curvop.operators.summaries import with_error
 from curvop.problems import digits
 from curvop.spectrum import BlockStudy, BoundedEstimate, SpectralDensity, blocks, density
 
@@ -239,7 +240,7 @@ def test_estimates_unpack_and_copies_keep_the_bounds() -> None:
         assert isinstance(other, BoundedEstimate)
         assert (other, other.low, other.high) == (found, found.low, found.high)
     assert "high=" in repr(found)
-    assert str(found) == f"{value:.6g} +- {error:.2g}"
+    assert str(found) == with_error(value, error, 10)
 
 
 def test_a_saved_density_gives_the_same_answers(tmp_path) -> None:

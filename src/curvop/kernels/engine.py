@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -34,6 +33,7 @@ from curvop.kernels.memory import (
     out_of_memory,
 )
 from curvop.kernels.passes import REORDERED, DataReorderedError, Pass, precision, same
+from curvop.kernels.user_warnings import warn_user
 
 __all__ = ["Columns", "Engine", "add_sums", "apply_in_one_pass", "set_sums"]
 
@@ -111,7 +111,7 @@ class Engine:
                         raise
                     message = self.release_memory(error)
                 if message:
-                    warnings.warn(message, RuntimeWarning, stacklevel=2)
+                    warn_user(message)
 
     def release_memory(self, error: Exception) -> str:
         """After an out-of-memory error, shrink the cache and reduce the number of columns that are processed at once.

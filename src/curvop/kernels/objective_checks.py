@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRand
 from curvop.kernels.batches import batch_size, joined, to_device
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.graph import nodes
+from curvop.kernels.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from curvop.kernels.objective import Objective
@@ -222,7 +222,7 @@ class FirstPassChecks:
         found = _mode_cautions(objective.modules, batches, objective.autocast() if lower else None)
         found |= self._other_cautions(objective)
         if aloud and (new := [found[kind] for kind in found if kind not in self.warned]):
-            warnings.warn("; ".join(new), RuntimeWarning, stacklevel=2)
+            warn_user("; ".join(new))
         self.warned.update(found)
 
     def _other_cautions(self, objective: Objective) -> dict[str, str]:

@@ -26,7 +26,6 @@ import functools
 import itertools
 import math
 import numbers
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -37,6 +36,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvop.kernels.parameters import ParameterLayout
+from curvop.kernels.user_warnings import warn_user
 from curvop.operators.base import Composites, Rows, TensorLinearOperator
 from curvop.operators.composites import (
     CompositeLinearOperator,
@@ -614,9 +614,7 @@ def _warn_if_different(what: str, a: ParameterLayout | None, b: ParameterLayout 
     (name, shape), (other, other_shape) = next(
         (x, y) for x, y in itertools.zip_longest(first, second, fillvalue=("nothing", ())) if x != y
     )
-    warnings.warn(
+    warn_user(
         f"{what} are different parameters: the first difference is {name!r} of shape {shape} and {other!r} of shape "
-        f"{other_shape}. Entries are combined in their order: select the same parameters in the same order",
-        RuntimeWarning,
-        stacklevel=4,
+        f"{other_shape}. Entries are combined in their order: select the same parameters in the same order"
     )

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeVar, cast
 
@@ -33,6 +32,7 @@ from curvop.kernels.objective_fingerprint import digest, objective_parts, object
 from curvop.kernels.parameters import Layout
 from curvop.kernels.precision import Precision
 from curvop.kernels.reference import Route, other_routes
+from curvop.kernels.user_warnings import warn_user
 from curvop.operators.base import Rows, TensorLinearOperator
 from curvop.operators.progress import Progress
 from curvop.operators.summaries import Summary
@@ -300,7 +300,7 @@ class EngineLinearOperator(TensorLinearOperator):
         # Try again outside the ``except`` block. Within the block, the traceback keeps the tensors of the first attempt
         # in memory.
         if message:
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warn_user(message)
         return compute()
 
     def _adjoint(self) -> Self:

@@ -1,4 +1,4 @@
-"""One-line descriptions of exceptions, with the location in the user's code."""
+"""Descriptions of exceptions and warnings, with the location in the user's code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-__all__ = ["describe_error", "one_line"]
+from curvop.kernels.user_warnings import warn_user
+
+__all__ = ["describe_error", "one_line", "warn_user"]
 
 
 def describe_error(error: BaseException) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, cast
 
@@ -22,6 +20,7 @@ from curvop.kernels.layer_uses import NORM, OTHER, UNUSED
 from curvop.kernels.losses import Likelihood
 from curvop.kernels.model_objective import ModelObjective
 from curvop.kernels.objective import BatchWeight
+from curvop.kernels.user_warnings import warn_user
 from curvop.operators.curvature_operator import GGNLikeLinearOperator
 from curvop.operators.engine_operator import Settings
 from curvop.operators.fisher import EFLinearOperator, FisherLinearOperator, GradientCovarianceLinearOperator
@@ -459,7 +458,7 @@ class KFACLinearOperator(KroneckerFactoredLinearOperator):
             return self._diagonals(ordered) if ordered else {}
         except NotImplementedError as error:
             if not warned:
-                _warn_user(
+                warn_user(
                     f"the diagonals of {_listed(ordered)} are estimates, because {_reason(error)}: leave these "
                     "parameters out of params, or call model.eval() if the model has batch normalization"
                 )
@@ -483,7 +482,7 @@ class KFACLinearOperator(KroneckerFactoredLinearOperator):
         parts = [f"exact blocks: {_listed(exact)}"] * bool(exact)
         parts += [f"exact diagonals: {_listed(diagonal)}"] * bool(diagonal)
         if parts:
-            _warn_user(
+            warn_user(
                 "some parameters have no Kronecker factors, because other operations use them or data items share "
                 f"their outputs ({'; '.join(parts)})"
             )
@@ -700,11 +699,3 @@ def _listed(names: Sequence[str]) -> str:
 def _reason(error: NotImplementedError) -> str:
     """Return why the exact diagonal is not available, without the details."""
     return str(error).partition(" because ")[2].partition(":")[0]
-
-
-def _warn_user(message: str) -> None:
-    """Issue a warning that points at the line that called this package."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "curvop":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, RuntimeWarning, stacklevel=level)

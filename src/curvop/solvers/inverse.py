@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from curvop.operators.base import Rows, TensorLinearOperator
 from curvop.operators.composites import CompositeLinearOperator, layouts_of
+from curvop.operators.error_text import warn_user
 from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
 from curvop.operators.validation import real_operator, real_scalar
@@ -205,4 +205,4 @@ class InverseLinearOperator(CompositeLinearOperator):
         texts = [text for result in self.last if (text := result.problem(rtol))]
         if texts:
             more = f" (and {len(texts) - 1} other columns)" if len(texts) > 1 else ""
-            warnings.warn(texts[0] + more, RuntimeWarning, stacklevel=5)
+            warn_user(texts[0] + more)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 from tqdm import tqdm
 
+from curvop.operators.error_text import warn_user
 from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
 from curvop.operators.summaries import Summary, abridged
@@ -240,7 +240,7 @@ def solve(
             found = solve_rows(A, sides.rows, damping, rtol, multiplier, maxiter, start, until, restored, bar)
         result = found.result(sides)
     if text := result.problem(rtol):
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        warn_user(text)
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from curvop.operators.base import Rows, TensorLinearOperator
 from curvop.operators.diagonal_operator import DiagonalLinearOperator
+from curvop.operators.error_text import warn_user
 from curvop.operators.kfac import EKFACLinearOperator, KFACLinearOperator
 from curvop.operators.kronecker import KroneckerFactoredLinearOperator
 from curvop.operators.validation import available_bytes, integer, random_generator, real_operator, real_scalar
@@ -128,11 +128,9 @@ def nystrom(
             break
         if rank == most:
             sketch.error(M)
-            warnings.warn(
+            warn_user(
                 f"rank='auto' stopped at {rank}, because more columns do not fit into memory: the estimated error "
-                f"{M.error:.3g} of the approximation is larger than the damping {damping:.3g}",
-                RuntimeWarning,
-                stacklevel=2,
+                f"{M.error:.3g} of the approximation is larger than the damping {damping:.3g}"
             )
             break
         rank = min(2 * rank, most)

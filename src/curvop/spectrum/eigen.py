@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, lobpcg
 from scipy.sparse.linalg import eigsh as scipy_eigsh
 
+from curvop.operators.error_text import warn_user
 from curvop.operators.gram import GramLinearOperator
 from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
@@ -238,7 +239,7 @@ def eigsh(
     """
     until = deadline_after(seconds)
     if method == "device":
-        warnings.warn("method='device' is now method='lanczos'", DeprecationWarning, stacklevel=2)
+        warn_user("method='device' is now method='lanczos'", DeprecationWarning)
         method = "lanczos"
     A = symmetric_operator(A)
     k, start = _validate(A, k, which, method, tol, maxiter, ncv, block, v0)
@@ -257,7 +258,7 @@ def eigsh(
                 raise
             result = _solve(A, None, request)
     if not result.ok and (certificate or not result.converged):
-        warnings.warn(result.verdict, RuntimeWarning, stacklevel=2)
+        warn_user(result.verdict)
     return result
 
 

@@ -223,6 +223,7 @@ class EigenResult(Summary):
         return abridged(list(zip(numbers, *columns, strict=True)))  # the wanted end may be either
 
     def _draw_summary(self, figure: Any) -> bool:
+        figure.set_size_inches(6, 1.6)  # one row of markers
         return len(self.values) > 0 and super()._draw_summary(figure)
 
     def plot(

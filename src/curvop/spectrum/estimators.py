@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
+from curvop.operators.summaries import with_error
 from curvop.operators.validation import integer, random_generator, real_operator
 from curvop.spectrum.lanczos import device_of, multiply, product_precision
 from curvop.spectrum.norms import column_norms, row_norms, tensor_norm
@@ -451,7 +452,7 @@ class Estimate(_Pair):
     >>> from curvop.spectrum import Estimate
     >>> estimate = Estimate(1234.5678, 0.0123)
     >>> print(estimate)
-    1234.57 +- 0.012
+    1234.568 +- 0.012
     >>> value, error = estimate
     >>> float(estimate)
     1234.5678
@@ -485,7 +486,9 @@ class Estimate(_Pair):
             return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     def __str__(self) -> str:
-        return f"{self.value:.6g} +- {self.error:.2g}" if np.ndim(self.value) == 0 else repr(self)
+        if np.ndim(self.value):
+            return repr(self)
+        return with_error(self.value, self.error, 10) if self.error else f"{self.value:.6g} +- 0"
 
 
 class BoundedEstimate(Estimate):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvop.operators.base import unsupported_layout
+from curvop.operators.error_text import warn_user
 from curvop.operators.keywords import named_keywords
 from curvop.operators.progress import step_bar
 from curvop.operators.summaries import Summary, abridged
@@ -240,7 +240,7 @@ def apply(
                 remedy += ", or use a float64 model"
         else:
             remedy = "pass b in float64, because the result is rounded to the dtype of b, or increase rtol"
-        warnings.warn(f"{result}, but rtol is {rtol:g}: {remedy}", RuntimeWarning, stacklevel=2)
+        warn_user(f"{result}, but rtol is {rtol:g}: {remedy}")
     return result
 
 

@@ -193,14 +193,19 @@ def plot_eigenvalues(
         remarks = [f"bars: error bounds{infinite}"]
         remarks += ["some missed"] if result.certificate.missed is not None else []
     remarks += [] if result.converged else ["not converged"]
-    name = f"{len(values)} eigenvalues ({result.which})" if label is None else label
+    name = f"{len(values)} eigenvalue{'s' * (len(values) > 1)} ({result.which})" if label is None else label
     bars = {"label": _entry(name, ", ".join(remarks)), "capsize": 2, "elinewidth": 1}
     if kind == "spectrum":
-        if not ax.has_data():
+        alone = not ax.has_data()
+        if alone:
             ax.yaxis.set_visible(False)
         style = line_properties(ax, properties, linestyle="none", marker="|", markersize=9)
         transform = ax.get_xaxis_transform()
         ax.errorbar(values, np.full(len(values), free_row(ax)), xerr=bounds, transform=transform, **bars, **style)
+        widest = 0.0 if bounds is None else 2 * np.nan_to_num(bounds).max()
+        if alone and np.ptp(values) <= widest:  # without zero, the axis would show only the width of the error bars
+            ax.update_datalim([(0, 0)], updatey=False)
+            ax.autoscale_view(scaley=False)
         ax.set_xlabel("eigenvalue")
     else:
         log = log or ax.get_yscale() == "log"  # a logarithmic axis would not show negative values

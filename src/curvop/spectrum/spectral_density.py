@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaincinv, ndtr
 
-from curvop.operators.summaries import Summary
+from curvop.operators.summaries import Summary, with_error
 from curvop.operators.validation import (
     real_scalar,
 )
@@ -558,11 +558,10 @@ class SpectralDensity(Summary):
             f"{len(self.nodes)} probes of {self.num_steps} steps, {self.num_products:,} products"
         )
 
-    def _summary_table(self) -> list[tuple[str, str, str]]:
-        errors, trace = self.range_errors, self.trace()
-        ends = zip(("smallest eigenvalue", "largest eigenvalue"), self.range, errors, strict=True)
-        rows = [(name, f"{value:.4g}", f"{error:.1g}") for name, value, error in ends]
-        return [("", "estimate", "error"), *rows, ("trace", f"{trace.value:.6g}", f"{trace.error:.2g}")]
+    def _summary_table(self) -> list[tuple[str, str]]:
+        ends = zip(("smallest eigenvalue", "largest eigenvalue"), self.range, self.range_errors, strict=True)
+        rows = [(name, with_error(value, error)) for name, value, error in ends]
+        return [("", "estimate"), *rows, ("trace", str(self.trace()))]
 
     def _times_size(self, mean: BoundedEstimate) -> BoundedEstimate:
         """Convert an estimate of the mean over all eigenvalues into an estimate of the sum."""

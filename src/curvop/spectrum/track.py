@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from curvop.operators.error_text import warn_user
 from curvop.operators.keywords import named_keywords
 from curvop.operators.summaries import Summary, abridged
 from curvop.operators.validation import integer, real_scalar
@@ -407,7 +407,7 @@ class Tracker(Summary):
             if result.converged:
                 values, self.vectors = np.asarray(result.values, dtype=np.float64), np.asarray(result.vectors)
             else:
-                warnings.warn(f"step {step}: the eigenvalues did not converge", RuntimeWarning, stacklevel=2)
+                warn_user(f"step {step}: the eigenvalues did not converge")
         self._history.append((step, values, threshold))
         return values
 
