@@ -366,7 +366,7 @@ OPERATORS: dict[str, tuple[Callable[[], Any], str]] = {
         "<64x67 PerExampleGradientLinearOperator with dtype=float64: 4 parameters",
     ),
     "preconditioner": (
-        lambda: preconditioner.nystrom(hessian(), damping=2.0, rank=5),
+        lambda: preconditioner.nystrom(GGNLinearOperator(*problem()), damping=2.0, rank=5),
         "<67x67 NystromPreconditioner with dtype=float64: rank 5, damping 2, on cpu>",
     ),
     "diagonal": (
