@@ -58,6 +58,8 @@ the whole matrix::
     True
 """
 
+from typing import TYPE_CHECKING
+
 from curvop import callbacks, distributed, huggingface, preconditioner, spectrum
 from curvop.checks.check_report import CheckReport
 from curvop.checks.compare import Comparison, compare
@@ -126,3 +128,11 @@ __all__ = [
 def __dir__() -> list[str]:
     """Return the public names, for tab completion."""
     return [*__all__, "__version__"]
+
+
+if not TYPE_CHECKING:  # otherwise, type checkers would accept any name
+
+    def __getattr__(name: str) -> object:
+        """Raise an ``AttributeError`` that says where the name is, if `curvop.spectrum` has it."""
+        place = f": use curvop.spectrum.{name}" if name in spectrum.__all__ else ""
+        raise AttributeError(f"module 'curvop' has no attribute {name!r}{place}")

@@ -241,7 +241,10 @@ class TestOptions:
 
     def test_the_number_of_steps(self) -> None:
         A, b = matrix(np.logspace(-6, 1, 200)), sides(200, 3)
-        with pytest.warns(RuntimeWarning, match="not converged.*reached maxiter: increase maxiter"):
+        with pytest.warns(
+            RuntimeWarning,
+            match=r"not converged: .* \(rtol is 1e-10\) after 15 products.*reached maxiter: increase maxiter",
+        ):
             result = solve(A, b, 1e-6, rtol=1e-10, maxiter=4, progress=False)
         assert result.products.tolist() == [5, 5, 5]
         assert result.status == "maxiter"

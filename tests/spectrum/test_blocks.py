@@ -83,7 +83,7 @@ def test_groups(H, dense) -> None:
 
 
 def test_combinations_of_matrices(H, dense) -> None:
-    found = blocks(2 * H + H.damped(0.5), groups="layers", **OPTIONS)
+    found = blocks(2 * H + H.damped(0.5), "layers", **OPTIONS)  # as in H.blocks("layers")
     layers = H.parameter_groups("layers")
     assert found.names == list(layers)
     for name, block in zip(found.names, found.densities, strict=True):

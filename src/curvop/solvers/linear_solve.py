@@ -331,7 +331,7 @@ class SolveResult(Summary):
         converged = np.all(self.converged)
         if converged and self.solver == "cg":
             return ""
-        text = str(self) if converged else f"{self}, but rtol is {rtol:g}"
+        text = str(self) if converged else self._text(f" (rtol is {rtol:g})")
         if self.solver == "minres":
             text += "; use a larger damping to make it positive definite"
             if self.negative_curvature is not None:
@@ -341,6 +341,10 @@ class SolveResult(Summary):
         return text if converged else f"{text}; {_VERDICTS[self.status]}"
 
     def __str__(self) -> str:
+        return self._text()
+
+    def _text(self, remark: str = "") -> str:
+        """Return the result in one line, with a remark after the residual."""
         count, done = np.size(self.converged), int(np.sum(self.converged))
         if np.ndim(self.residual):
             some = f"{count - done} of {count} columns " if 0 < count - done < count else ""
@@ -348,7 +352,7 @@ class SolveResult(Summary):
         else:
             some, residual = "", f"relative residual {self.residual:.2e}"
         verdict = "converged" if done == count else f"{some}not converged"
-        text = f"{verdict}: {residual} after {np.sum(self.products)} products ({self.solver})"
+        text = f"{verdict}: {residual}{remark} after {np.sum(self.products)} products ({self.solver})"
         if self.negative_curvature is not None:
             text += f"; the damped matrix is indefinite (smallest eigenvalue <= {self.negative_curvature:.3g})"
         elif self.solver == "minres":

@@ -49,8 +49,8 @@ _COLUMNS_AT_ONCE = 4  # columns per block product that estimates norms; small be
 @named_keywords
 def blocks(
     A: ParameterVectors,
-    *,
     groups: str | Mapping[str, str | Sequence[str]] | None = None,
+    *,
     num_probes: int = 4,
     num_steps: int = 40,
     norm_products: int = 16,

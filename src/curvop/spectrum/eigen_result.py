@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,14 @@ _TITLES = {
     "lanczos": "thick-restart Lanczos",
     "device": "thick-restart Lanczos",  # the old name of "lanczos", in results saved by earlier versions
     "dense": "dense",
+}
+
+#: Where to find what people look for under another name.
+_ELSEWHERE = {
+    "eigenvalues": "values",
+    "eigenvectors": "vectors",
+    **dict.fromkeys(("bound", "bounds", "error", "errors"), "certificate.bounds"),
+    **dict.fromkeys(("residual", "residuals"), "certificate.residuals"),
 }
 
 
@@ -98,6 +106,14 @@ class EigenResult(Summary):
     ...
     ValueError: which is 'LA', so the smallest eigenvalue of A need not be in the result: pass which='SA' or 'BE'
     """
+
+    if not TYPE_CHECKING:  # otherwise, type checkers would accept any attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Raise an ``AttributeError``. Python calls this method only if there is no attribute of this name."""
+            if name in _ELSEWHERE:
+                raise AttributeError(f"an EigenResult has no attribute {name!r}: use {_ELSEWHERE[name]}")
+            return object.__getattribute__(self, name)
 
     values: Array
     vectors: Array
