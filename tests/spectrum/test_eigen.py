@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 import time
 import warnings
 
@@ -627,7 +628,8 @@ class TestModels:
         assert result.products == H.num_products - before
         assert (np.abs(result.values - expected(dense, 10, which)) <= result.certificate.bounds + 1e-14).all()
         assert result.certificate.bounds.max() < 1e-9
-        assert "none " in result.verdict
+        # How far the search reaches into the spectrum depends on rounding errors of the processor.
+        assert re.search(r"none missed|no eigenvalue .* is missing \(with probability", result.verdict)
 
     @pytest.mark.slow
     def test_a_certificate_on_digits_takes_few_products(self, hessian) -> None:
