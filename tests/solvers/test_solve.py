@@ -225,7 +225,7 @@ class TestDefaultLimit:
 class TestReports:
     def test_too_few_products(self) -> None:
         A, b = matrix(np.logspace(-6, 0, 50)), right_side(50)
-        with pytest.warns(RuntimeWarning, match=r"not converged: relative residual .* rtol is 1e-10"):
+        with pytest.warns(RuntimeWarning, match=r"not converged: relative residual .* \(rtol is 1e-10\)"):
             result = quietly(A, b, damping=1e-8, rtol=1e-10, maxiter=5)
         assert not result.converged
         assert result.products <= 7
