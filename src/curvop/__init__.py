@@ -133,6 +133,6 @@ def __dir__() -> list[str]:
 if not TYPE_CHECKING:  # otherwise, type checkers would accept any name
 
     def __getattr__(name: str) -> object:
-        """Raise an ``AttributeError`` that says where the name is, if `curvop.spectrum` has it."""
+        """Raise an ``AttributeError`` that names the right place, if `curvop.spectrum` has it."""
         place = f": use curvop.spectrum.{name}" if name in spectrum.__all__ else ""
         raise AttributeError(f"module 'curvop' has no attribute {name!r}{place}")
