@@ -166,6 +166,37 @@ def test_what_cannot_be_batched_goes_column_by_column() -> None:
     np.testing.assert_allclose(H @ np.eye(P), 4 / 18 * (hessian(once) @ np.eye(P)), rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("cache", [0, "auto"])
+@pytest.mark.parametrize(("batch", "columns"), [(1, 2), (3, 2), (3, 8)])
+def test_operations_that_torch_batches_wrongly_go_column_by_column(batch: int, columns: int, cache: object) -> None:
+    """For these shapes, the second derivative of GroupNorm is wrong for several vectors at once (torch 2.13)."""
+    torch.manual_seed(0)
+    layers = nn.Conv1d(4, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(9, 1)
+    model = nn.Sequential(*layers).double()
+    X, y = torch.randn(batch, 4, 3).double(), torch.randn(batch, 1).double()
+    params = {name: value for name, value in model.named_parameters() if name.startswith("0.")}
+    [gradient] = (
+        torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, params.values(), create_graph=True)])
+        for loss in [nn.functional.mse_loss(model(X), y)]
+    )
+    rows = [torch.autograd.grad(entry, params.values(), retain_graph=True) for entry in gradient]
+    dense = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows]).numpy()
+    H = HessianLinearOperator(model, nn.MSELoss(), params, [(X, y)], columns=columns, cache=cache)
+    for _ in range(3):
+        np.testing.assert_allclose(H @ np.eye(len(dense)), dense, rtol=1e-10, atol=1e-12)
+
+
+def test_each_number_of_columns_is_checked_once() -> None:
+    problem = loss_problem("ce")
+    H = hessian(problem, columns=8)
+    A, calls = H._engine, [0]
+    original = A._verify
+    A._verify = lambda *arguments: calls.append(1) or original(*arguments)
+    for columns in (8, 8, 16, 3, 3):
+        H @ np.ones((P, columns))
+    assert len(calls) - 1 == 2 * len(problem.data)  # 8 and 3 columns at once
+
+
 @pytest.mark.parametrize("columns", [0, -1, 2.5, "all", None])
 def test_the_setting_is_checked(columns) -> None:
     with pytest.raises(ValueError, match=r"columns is .* but must be a number of columns"):
