@@ -10,26 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import scipy
 import torch
 
-from curvop.operators.version import __version__
+from curvop.storage.journal import library_versions
 from curvop.storage.result_files import appearing
 
 __all__ = ["FINISHED", "INTERRUPTED", "RUNNING", "Provenance", "Run", "RunLog", "duration", "shown_date"]
 
 FINISHED, INTERRUPTED, RUNNING, KILLED = "finished", "interrupted", "running", "killed"
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "curvop": __version__,
-        "torch": torch.__version__,
-        "scipy": scipy.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _now() -> str:
@@ -80,7 +68,7 @@ class Run:
     @classmethod
     def starting(cls, command: str, device: torch.device) -> Run:
         """Return a run that starts now."""
-        return cls(_now(), command, _versions(), _device_name(device))
+        return cls(_now(), command, library_versions() | {"python": platform.python_version()}, _device_name(device))
 
 
 @dataclasses.dataclass

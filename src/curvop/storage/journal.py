@@ -31,7 +31,7 @@ from curvop.operators.version import __version__
 from curvop.storage.fingerprint import OtherProblemError, differing, fingerprint, listed, state
 from curvop.storage.records import RecordFile
 
-__all__ = ["KEY_BYTES", "JournaledLinearOperator", "ProductStore", "UnrecordedError"]
+__all__ = ["KEY_BYTES", "JournaledLinearOperator", "ProductStore", "UnrecordedError", "library_versions"]
 
 KEY_BYTES = 16
 _FINGERPRINT_FILE, _PRODUCTS_FILE = "fingerprint.json", "products.records"
@@ -409,7 +409,7 @@ class ProductStore:
 
     def _check_fingerprint(self) -> None:
         """Raise an error if the journal belongs to another problem. If the journal is new, write its fingerprint."""
-        path, versions = self.directory / _FINGERPRINT_FILE, _library_versions()
+        path, versions = self.directory / _FINGERPRINT_FILE, library_versions()
         advice = "pass another directory, or delete it"
         if not path.exists():
             if len(self.file):
@@ -474,7 +474,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _library_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Return the versions of this package and of the packages that compute."""
     return {
         "curvop": __version__,
         "torch": torch.__version__,
