@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvop import HessianLinearOperator
-from curvop.kernels.differentiable import TwiceDifferentiable
+from curvop.kernels.differentiable import TwiceDifferentiable, _gradient
 
 CASES: dict[str, tuple[Callable[..., Tensor], Sequence[tuple[int, ...]]]] = {
     "strided": (lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1), [(2, 3, 5, 5), (4, 3, 3, 3), (4,)]),
@@ -109,6 +110,24 @@ def test_a_block_of_weights_or_of_biases() -> None:
         np.testing.assert_allclose(
             block @ np.eye(block.shape[1]), matrix[where[rows], where[cols]], rtol=1e-10, atol=1e-14
         )
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:])
+def test_only_the_wanted_gradients_are_returned(wanted: tuple[bool, bool, bool]) -> None:
+    """For a bias alone, torch also returns a gradient of the weight, here in the wrong shape (3, 4, 1, 3)."""
+
+    @seeded
+    def made() -> list[Tensor]:
+        return [torch.randn(2, 3, 3).float().mT, torch.randn(2, 3, 4).float().mT, torch.randn(3, 4, 3).float()]
+
+    grad, x, weight = made()
+    found = _gradient(grad, x, weight, ([1], [1], [1], False, [0], 1), wanted)
+    assert [part is not None for part in found] == list(wanted)
+    inputs = [x.requires_grad_(), weight.requires_grad_(), torch.zeros(3, requires_grad=True, dtype=torch.float32)]
+    expected = torch.autograd.grad(F.conv1d(*inputs, padding=1), inputs, grad)
+    for part, other in zip(found, expected, strict=True):
+        if part is not None:
+            torch.testing.assert_close(part, other)
 
 
 class Checkpointed(nn.Module):

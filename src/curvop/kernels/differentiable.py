@@ -399,8 +399,10 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, settings: _Settings, want
 def _gradient(grad: Tensor, x: Tensor, weight: Tensor, settings: _Settings, wanted: tuple[bool, bool, bool]) -> _Parts:
     *_, transposed, _, groups = settings
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    parts: _Parts = torch.ops.aten.convolution_backward(grad, x, weight, [channels], *settings, list(wanted))
-    return parts
+    parts = torch.ops.aten.convolution_backward(grad, x, weight, [channels], *settings, list(wanted))
+    # Torch may also return a gradient that is not wanted. In float32, that of a 1-d convolution has a wrong shape.
+    u, v, b = (part if needed else None for part, needed in zip(parts, wanted, strict=True))
+    return u, v, b
 
 
 def _convolve(function: Callable[..., Any], dimensions: int, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
