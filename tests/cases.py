@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections import UserDict, namedtuple
 from dataclasses import dataclass, field
@@ -259,3 +260,4 @@ def record_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "__init__", records)
     monkeypatch.setattr(recorded, "_SECONDS_PER_NODE", 0.0)
     monkeypatch.setattr(recorded, "_PRODUCTS", 1e-9)
+    monkeypatch.setattr(recorded, "_PATIENCE", math.inf)  # nothing is recorded for single vectors

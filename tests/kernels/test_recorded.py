@@ -119,6 +119,125 @@ def test_nothing_is_recorded_before_products_have_taken_as_long_as_recording(
     assert runs["graph"] > 0
 
 
+class TestSingleVectors:
+    """Programs for single vectors run the operations of the graph, and give the same digits."""
+
+    @pytest.fixture(autouse=True)
+    def single(self, monkeypatch) -> None:
+        monkeypatch.setattr(recorded, "_PATIENCE", 0)
+        monkeypatch.setattr(recorded, "_GAIN", np.inf)
+
+    @pytest.mark.default_cases("conv-*", "layer-norm-*", "attention-fused-*", "embedding-*", "gru-*")
+    @pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator])
+    @pytest.mark.parametrize("name", ARCHITECTURES)
+    def test_all_digits_are_equal(self, cls, name, runs, monkeypatch) -> None:
+        problem = architecture_problem(name)
+        A = built(cls, problem)
+        X = np.random.default_rng(0).standard_normal((A.shape[1], 3))
+        first = A @ X[:, 0]
+        with_program = [first, *(A @ x for x in X.T[1:])]
+        assert runs["program"] > 0
+        monkeypatch.setattr(recorded, "_PATIENCE", np.inf)
+        B = built(cls, problem)
+        runs["program"] = 0
+        assert all(np.array_equal(B @ x, product) for x, product in zip(X.T, with_program, strict=True))
+        assert not runs["program"]
+
+    def test_a_product_takes_one_run_of_a_program_per_batch(self, runs) -> None:
+        problem = loss_problem("ce")
+        H, x = built(HessianLinearOperator, problem), np.ones(P)
+        H @ x  # linearizes, multiplies, records and verifies
+        runs.update(program=0)
+        H @ x
+        assert runs["program"] == len(problem.data)
+
+    def test_a_program_that_is_not_faster_is_not_used(self, runs, monkeypatch) -> None:
+        monkeypatch.setattr(recorded, "_GAIN", 0.0)
+        H, x = built(HessianLinearOperator, loss_problem("ce")), np.ones(P)
+        H @ x
+        verified = runs["program"]
+        assert verified > 0
+        for _ in range(3):
+            H @ x
+        assert runs["program"] == verified
+
+    def test_nothing_is_recorded_before_many_products(self, runs, monkeypatch) -> None:
+        monkeypatch.setattr(recorded, "_PATIENCE", 1e6)
+        monkeypatch.setattr(recorded, "_SECONDS_PER_NODE", 1.0)
+        H, x = built(HessianLinearOperator, loss_problem("ce")), np.ones(P)
+        for _ in range(20):
+            H @ x
+        assert runs["program"] == 0
+
+    def test_vectors_and_blocks_in_turns(self, runs) -> None:
+        problem = loss_problem("ce")
+        H = built(HessianLinearOperator, problem)
+        dense = functorch_hessian(problem.model, problem.loss_function, problem.params, problem.data).numpy()
+        for seed in range(6):
+            X = np.random.default_rng(seed).standard_normal((P, 4))
+            for block in (X[:, 0], X, np.asfortranarray(X), X[:, ::2], X[::-1, 1][::-1]):
+                np.testing.assert_allclose(H @ block, dense @ block, rtol=0, atol=1e-11 * np.linalg.norm(dense))
+        assert runs["program"] > 0
+        assert not runs["gave up"]
+
+    def test_another_memory_layout_uses_the_graph(self, runs) -> None:
+        theta = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        gradient = torch.autograd.grad((theta @ theta.T).sin().sum(), theta, create_graph=True)
+        product, products = LinearMap(gradient, [theta]), recorded.RecordedProducts()
+        x = torch.randn(4, 3, dtype=torch.float64)
+        [expected] = product([x])
+        for _ in range(3):
+            assert torch.equal(products.one(product, product.roots, [x])[0], expected)
+        runs["program"] = 0
+        transposed = x.T.contiguous().T
+        torch.testing.assert_close(products.one(product, product.roots, [transposed])[0], expected)
+        assert runs["program"] == 0
+
+    def test_a_constant_that_changes_raises_the_error_of_autograd(self, runs) -> None:
+        theta = torch.ones(5, dtype=torch.float64, requires_grad=True)
+        gradient = torch.autograd.grad(theta.pow(4).sum(), theta, create_graph=True)
+        product, products, x = LinearMap(gradient, [theta]), recorded.RecordedProducts(), [torch.ones(5).double()]
+        for _ in range(3):
+            assert torch.equal(products.one(product, product.roots, x)[0], 12 * x[0])
+        assert runs["program"] > 0
+        with torch.no_grad():
+            theta.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            products.one(product, product.roots, x)
+
+    def test_a_backward_pass_of_the_user_runs_in_every_product(self, runs) -> None:
+        theta, X = torch.randn(6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+        data = [(X, torch.randn(4, dtype=torch.float64))]
+        H = HessianLinearOperator(lambda p, X: Counted.apply(X @ p["t"]), nn.MSELoss(), {"t": theta}, data)
+        for _ in range(4):
+            before = Counted.calls
+            H @ np.ones(6)
+            assert Counted.calls > before
+        assert runs["program"] == 0
+
+    def test_parameters_that_change(self, runs) -> None:
+        problem = loss_problem("mse")
+        H = built(HessianLinearOperator, problem)
+        for scale in (0.5, 2.0):
+            with torch.no_grad():
+                for param in problem.params.values():
+                    param.mul_(scale)
+            dense = functorch_hessian(problem.model, problem.loss_function, problem.params, problem.data).numpy()
+            for x in np.eye(P)[:4]:
+                np.testing.assert_allclose(H @ x, dense @ x, rtol=1e-10, atol=1e-12)
+        assert runs["program"] > 0
+
+    def test_a_model_that_draws_random_numbers_in_its_backward_pass(self, runs) -> None:
+        """The operation cannot be recorded."""
+        theta = torch.ones(5, dtype=torch.float64, requires_grad=True)
+        gradient = torch.autograd.grad(theta.pow(3).sum(), theta, create_graph=True)
+        gradient[0].register_hook(lambda grad: grad * torch.rand(5, dtype=torch.float64).ceil())
+        product, products, x = LinearMap(gradient, [theta]), recorded.RecordedProducts(), [torch.ones(5).double()]
+        for _ in range(3):
+            assert torch.equal(products.one(product, product.roots, x)[0], 6 * x[0])
+        assert runs["program"] == 0
+
+
 class Counted(torch.autograd.Function):
     """The square of a tensor. The backward pass counts its calls."""
 

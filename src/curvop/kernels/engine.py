@@ -309,6 +309,7 @@ class Engine:
         keep_freed_memory(max(self.kernel.rows.size, self.kernel.cols.size) * self._objective.dtype.itemsize)
         first = Pass(state, leaves=self._objective.leaves({*self.kernel.rows.names, *self.kernel.cols.names}))
         caching = self._cache_enabled and self._budget.open(self._objective.device)
+        self.kernel.is_kept = caching
         for index, batch in self._objective.batches():
             count, loss = self._measure(first.leaves, index, batch) if caching else (None, None)
             before = random_state(self._objective.devices) if loss is None else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = [
@@ -11,7 +10,7 @@ __all__ = [
     "NonFiniteProductError",
     "NotFactorableError",
     "UnknownNameError",
-    "arrays_explained",
+    "explain_arrays",
     "first_line",
     "not_finite",
 ]
@@ -75,23 +74,17 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-@contextlib.contextmanager
-def arrays_explained(batch: Any) -> Iterator[None]:
-    """If the user's code fails on a batch that contains a NumPy array, raise a TypeError that suggests a remedy.
+def explain_arrays(error: Exception, batch: Any) -> None:
+    """If `batch` contains a NumPy array that may have caused `error`, raise a TypeError that suggests a remedy.
 
-    Code that converts arrays to tensors is not affected, because such code does not fail. Unrelated errors, such as
-    running out of memory, are re-raised unchanged.
+    Call this function if the user's code has failed. Code that converts arrays to tensors does not fail.
     """
-    try:
-        yield
-    except Exception as error:
-        array = isinstance(error, TypeError | AttributeError) or "numpy" in str(error)
-        if array and (where := _first_array("the batch", batch)) is not None:
-            raise TypeError(
-                f"{where} is a NumPy array, and the model or the loss fails with it: make data yield tensors, such as "
-                f"torch.from_numpy(array) (the error was {type(error).__name__}: {error})"
-            ) from error
-        raise
+    array = isinstance(error, TypeError | AttributeError) or "numpy" in str(error)
+    if array and (where := _first_array("the batch", batch)) is not None:
+        raise TypeError(
+            f"{where} is a NumPy array, and the model or the loss fails with it: make data yield tensors, such as "
+            f"torch.from_numpy(array) (the error was {type(error).__name__}: {error})"
+        ) from error
 
 
 def _first_array(where: str, tree: Any) -> str | None:

@@ -34,7 +34,7 @@ def gradient_and_loss(objective: Objective, names: Sequence[str], out: Tensor) -
     totals, unit = objective.totals(), 0.0
     with objective.slow_backends():
         for index, batch in objective.batches():
-            loss = objective.evaluate_for_gradient(leaves, index, batch)
+            loss = objective.evaluate_once(leaves, index, batch)
             totals.add(loss.value, loss.weight, *leaves.values())
             add = add_sums if unit else set_sums  # overwriting is cheaper than adding to zero
             unit = unit or loss.weight  # equal weights need no multiplication
@@ -94,7 +94,7 @@ def _locate_non_finite(objective: Objective, leaves: Mapping[str, Tensor], layou
     """
     selected = [leaves[name] for name in layout.names]
     for index, batch in objective.batches():
-        loss = objective.evaluate_for_gradient(leaves, index, batch)
+        loss = objective.evaluate_once(leaves, index, batch)
         value = float(loss.value) if loss.weight else 0.0
         for number, part in enumerate(loss.gradient(selected)):
             if part is not None and not part.isfinite().all():

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 
 from curvop.kernels.batches import leaves, map_leaves
+from curvop.kernels.pure_modules import are_pure, have_hooks
 
 __all__ = [
     "Guard",
@@ -82,7 +83,8 @@ class Guard:
     def keeping_record(self) -> Iterator[None]:
         """Within a ``with`` block, record the attributes of the modules only if they have changed since the last run.
 
-        At the end of the block, the record is discarded, because it keeps tensors in memory.
+        At the end of the block, the record is discarded, because it keeps tensors in memory. The record of pure modules
+        is kept, because it refers to little more than their parameters.
         """
         outer = self._keeps_record
         self._keeps_record = True
@@ -90,13 +92,14 @@ class Guard:
             yield
         finally:
             self._keeps_record = outer
-            if not outer:
+            if not (outer or (self._record is not None and self._record.is_pure)):
                 self._record = None
 
     def record(self) -> Record:
         """Return a record of the current attributes of the modules."""
         record = self._record
         if record is None or not record.places.are_unchanged():
+            self._record = None  # so that its tensors can be freed
             record = Record(self._modules, self._params)
             self._record = record if self._keeps_record else None
         return record
@@ -132,6 +135,27 @@ class Guard:
         result, wrote = self._watched(function, batch, swaps, hold, record or self.record())
         return self._watched(function, batch, swaps, hold, self.record())[0] if wrote else result
 
+    def run_pure(self, function: Callable[[], T], replacements: Replacements, *, hold: bool, record: Record) -> T:
+        """Return ``function()`` for a function that has no side effects; see `Record.is_pure`.
+
+        The arguments are those of the method `run`. Nothing is saved, and only the replaced tensors are put back.
+        """
+        places = record.places
+        slots = places.slots_of(replacements)
+        constant = _variables(record.parameters, replacements) if hold else []
+        try:
+            try:
+                places.replace(slots)
+                _hold_constant(constant)
+                return function()
+            finally:
+                places.put_back(slots, is_pure=True)
+                _put_back_flags((tensor, True) for tensor in constant)
+        except BaseException:  # Ctrl-C may have interrupted `put_back`
+            places.put_back(slots)
+            _put_back_flags((tensor, True) for tensor in constant)
+            raise
+
     def _watched(
         self, function: Callable[[Any], T], batch: Any, swaps: dict[int, Tensor], hold: bool, record: Record
     ) -> tuple[T, bool]:
@@ -150,11 +174,7 @@ class Guard:
         if copied:
             swaps = _copies(copied) | swaps
         slots = places.slots_of(swaps)
-        constant = [
-            value
-            for value in (parameters if hold else ())
-            if id(value) not in swaps and value.requires_grad and value.is_leaf
-        ]
+        constant = _variables(parameters, swaps) if hold else []
         wrote = [False]
 
         def put_back() -> None:
@@ -362,8 +382,9 @@ class Record:
     derived: Any = None
 
     def __init__(self, modules: Iterable[nn.Module], params: Iterable[Tensor]) -> None:
-        parts = parts_of(modules)
+        self._parts = parts = parts_of(modules)
         self.places = _Places(parts)
+        self._are_pure = are_pure(parts)
         own = (value for part in parts for _, value in part._parameters.items() if value is not None)
         self.parameters = list({id(value): value for value in (*own, *params)}.values())
         self.is_training = any(
@@ -374,6 +395,11 @@ class Record:
         self._buffers = [buffer for key, buffer in buffers.items() if key not in parameters]
         others = {id(tensor): tensor for tensor in self.places.tensors() if not _is_no_state(tensor)}
         self._others = [tensor for key, tensor in others.items() if key not in parameters and key not in buffers]
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether calls of the modules have no side effects; see `curvop.kernels.pure_modules`."""
+        return self._are_pure and not have_hooks(self._parts)
 
     def state(self) -> list[Tensor]:
         """Return a list of the buffers and other tensors of the modules, without parameters and duplicates.
@@ -503,12 +529,15 @@ class _Places:
         for container, slot, _, new in slots:
             container[slot] = new
 
-    def put_back(self, slots: Iterable[_Slot]) -> None:
-        """Restore the recorded contents of all containers after `replace`."""
+    def put_back(self, slots: Iterable[_Slot], is_pure: bool = False) -> None:
+        """Restore the recorded contents of all containers after `replace`.
+
+        If `is_pure` is True, nothing but the replaced tensors has changed.
+        """
         with contextlib.suppress(Exception):  # for example if the code has removed entries from a list
             for container, slot, old, _ in slots:
                 container[slot] = old
-        if not self.are_unchanged():
+        if not (is_pure or self.are_unchanged()):
             for container, contents in self._saved:
                 _fill(container, contents)
 
@@ -644,6 +673,11 @@ def _put_back_flags(flags: Iterable[tuple[Tensor, bool]]) -> None:
     for tensor, flag in flags:
         if tensor.requires_grad != flag and tensor.is_leaf:
             tensor.requires_grad_(flag)
+
+
+def _variables(parameters: Iterable[Tensor], replacements: Replacements) -> list[Tensor]:
+    """Return a list of the leaves that require grad and are not replaced."""
+    return [value for value in parameters if id(value) not in replacements and value.requires_grad and value.is_leaf]
 
 
 def _hold_constant(parameters: Iterable[Tensor]) -> None:

@@ -46,7 +46,8 @@ class HessianKernel(Kernel):
 
     def linearize(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> Linearization:
         """Return a linearization of batch number `index` that retains the graph of the gradient."""
-        loss = self.objective.evaluate(leaves, index, batch)
+        evaluate = self.objective.evaluate if self.is_kept else self.objective.evaluate_once
+        loss = evaluate(leaves, index, batch)
         gradient = loss.gradient(self.cols.of(leaves), create_graph=True)
         product = LinearMap(gradient, self.rows.of(leaves))
         return _RetainedGraph(loss, product if self.is_checked else product.check_differentiable())

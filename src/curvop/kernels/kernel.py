@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import copy
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +47,7 @@ class Linearization(abc.ABC):
 
     @property
     def seconds(self) -> float:
-        """Time spent on preparing products with several vectors, in seconds."""
+        """Time spent on preparing products, in seconds."""
         return 0.0
 
     @property
@@ -57,7 +56,7 @@ class Linearization(abc.ABC):
         return True
 
     def keep(self) -> None:  # noqa: B027  # optional
-        """Prepare products with several vectors as soon as this is likely to save time, because the batch is cached."""
+        """Prepare more products as soon as this is likely to save time, because the batch is cached."""
 
     @abc.abstractmethod
     def apply(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -108,10 +107,7 @@ class GraphLinearization(Linearization):
         """Apply the matrix to one vector."""
         if self._recorded is None:
             return self._apply(tangents, batched=False)
-        began = time.perf_counter()
-        product = self._apply(tangents, batched=False)
-        self._recorded.count(time.perf_counter() - began)
-        return product
+        return self._recorded.one(self._apply, self.roots, tangents)
 
     def apply_many(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Apply the matrix to several vectors at once."""
@@ -144,6 +140,8 @@ class Kernel(abc.ABC):
     #: Whether an earlier pass over the same batches, in the same state of the objective, has checked that all gradients
     #: can be differentiated. The engine sets this attribute.
     is_checked = False
+    #: Whether linearizations are cached, and thus applied to many vectors. The engine sets this attribute.
+    is_kept = True
 
     def __init__(self, objective: Objective, rows: Sequence[str], cols: Sequence[str]) -> None:
         self.objective = objective

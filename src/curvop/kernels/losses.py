@@ -310,19 +310,19 @@ _CLASS_SETTINGS = ("weight", "ignore_index", "label_smoothing")
 def loss_value(loss_function: Callable[..., Any], prediction: Any, y: Any) -> Any:
     """Return ``loss_function(prediction, y)``, and save memory if the loss is the cross-entropy of large logits."""
     if (
-        loss_kind(loss_function) is not nn.CrossEntropyLoss
+        not (type(prediction) is Tensor and type(y) is Tensor)
+        or len(list(chunks(prediction))) == 1
+        or loss_kind(loss_function) is not nn.CrossEntropyLoss
         or _is_customised(loss_function)
-        or not (type(prediction) is Tensor and type(y) is Tensor)
-        or prediction.ndim < 2
     ):
         return loss_function(prediction, y)
     logits = prediction.movedim(1, -1)
     targets = y.movedim(1, -1) if y.shape == prediction.shape else y
-    if targets.shape not in (logits.shape, logits.shape[:-1]) or len(parts := list(chunks(logits))) == 1:
+    if targets.shape not in (logits.shape, logits.shape[:-1]):
         return loss_function(prediction, y)
     settings = {name: loss_setting(loss_function, name, _SETTINGS[name]) for name in _CLASS_SETTINGS}
     losses = []
-    for at in parts:
+    for at in chunks(logits):
         own, aims = logits[at].flatten(0, -2), targets[at]
         aims = aims.flatten() if aims.ndim < logits[at].ndim else aims.flatten(0, -2)
         losses.append(functional.cross_entropy(own, aims, reduction="sum", **settings))
@@ -378,14 +378,16 @@ def _cross_entropy(setting: Setting, z: Tensor, y: Tensor, divisor: float) -> Cl
     axis = min(1, z.ndim - 1)
     index, weights, _ = row_weights(setting, z, y)
     weights = weights / divisor
-    logits = z.movedim(axis, -1)
+    is_last = axis == z.ndim - 1  # views take time, also in each product
+    logits = z if is_last else z.movedim(axis, -1)
 
     def rows(out: Tensor | None) -> Tensor | None:
         return None if out is None else out.movedim(axis, -1)
 
     def first(out: Tensor | None) -> Tensor:
         if index is not None and not setting("label_smoothing", 0.0):
-            return hard_residual(logits, index, weights, rows(out)).movedim(-1, axis)
+            residual = hard_residual(logits, index, weights, rows(out))
+            return residual if is_last else residual.movedim(-1, axis)
         targets = class_targets(setting, z, y).detach() / divisor
         return (z.softmax(axis) * targets.sum(axis, keepdim=True) - targets).to(z.dtype)
 

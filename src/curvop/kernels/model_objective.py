@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from curvop.kernels.batches import at_batch
 from curvop.kernels.batches import leaves as leaves_of
-from curvop.kernels.guard import modules_of, own_batch, replaced
+from curvop.kernels.guard import Record, modules_of, own_batch, replaced
 from curvop.kernels.losses import (
     check_classes,
     loss_derivative,
@@ -102,6 +102,10 @@ class ModelObjective(Objective):
         modules = list(dict.fromkeys(modules))
         Objective.__init__(self, modules, checked_params(model, params), data, reduction, batch_weight)
         self._has_state = isinstance(loss_function, nn.Module)
+        # Whether no code but that of the modules and of a function of this package or of PyTorch computes the loss.
+        self._is_standard = isinstance(model, nn.Module) and (
+            self._has_state or loss_kind(loss_function) is not None or hasattr(loss_function, "stands_in")
+        )
         self._divisor = loss_divisor(loss_function)
         self._derivative = loss_derivative(loss_function)
 
@@ -202,7 +206,7 @@ class ModelObjective(Objective):
         with self._evaluating(self._apart):
             return self._criterion(self._predict(leaves, X), X, y)
 
-    def _loss_for_gradient(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
+    def _loss_once(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
         X, y = self.pair(batch)
         with self._evaluating(self._apart):
             prediction = self._predict(leaves, X)
@@ -291,6 +295,9 @@ class ModelObjective(Objective):
         own = self.loss_function
         settings = [value for value in vars(own).values() if isinstance(value, _SETTINGS)] if self._has_state else ()
         return *super().state(), settings
+
+    def _is_pure(self, record: Record, batch: Any) -> bool:
+        return self._is_standard and all(type(part) is Tensor for part in batch) and record.is_pure
 
     def _check_result(self, result: Any, leaves: Mapping[str, Tensor]) -> None:
         if isinstance(result, _Split):
@@ -531,7 +538,7 @@ def _without_mode(*values: Any) -> AbstractContextManager[None]:
     Within the mode, reading a property of a tensor takes as long as an operation. The mode is not disabled if `values`
     contain anything but plain tensors, or if the user has enabled another mode.
     """
-    if all(type(value) is Tensor for value in values) and torch._C._len_torch_function_stack() == 1:
+    if torch._C._len_torch_function_stack() == 1 and all(type(value) is Tensor for value in values):
         return torch._C.DisableTorchFunction()
     return contextlib.nullcontext()
 

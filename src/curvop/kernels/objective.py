@@ -32,7 +32,8 @@ from curvop.kernels.batches import Feed, at_batch, batch_size_of, numbered_error
 from curvop.kernels.batches import leaves as leaves_of
 from curvop.kernels.changes import ChangeDetector, Fingerprint, Generators, settings_of
 from curvop.kernels.differentiable import Evaluator, slow_backends
-from curvop.kernels.errors import NonDeterministicObjectiveError, arrays_explained
+from curvop.kernels.errors import NonDeterministicObjectiveError, explain_arrays
+from curvop.kernels.graph import run_backward
 from curvop.kernels.guard import Guard, Record, modules_of, own_batch, parts_of, replaced
 from curvop.kernels.losses import ClosedForm, check_loss, checked_weight, loss_reduction
 from curvop.kernels.objective_checks import FirstPassChecks, suspects
@@ -97,7 +98,8 @@ class BatchLoss:
         if not self.weight or not self.output.requires_grad:
             return [None] * len(params)
         seed = None if self.closed_form is None else self.closed_form.first(None)
-        return torch.autograd.grad(self.output, params, seed, create_graph=create_graph, allow_unused=True)
+        seed = torch.ones_like(self.output) if seed is None else seed
+        return run_backward((self.output,), tuple(params), (seed,), create_graph, create_graph)
 
 
 @dataclasses.dataclass
@@ -214,10 +216,10 @@ class Objective(abc.ABC):
     def _loss(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
         """Return ``(loss, divisor, output, closed_form)`` for a batch; see `EvaluatedLoss`."""
 
-    def _loss_for_gradient(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
-        """Return the same as `_loss`, for a loss that is differentiated only once.
+    def _loss_once(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
+        """Return the same as `_loss`, for a loss whose gradient is differentiated at most once.
 
-        If predictions are small, a closed form of the derivative saves time only if the derivative is differentiated.
+        If predictions are small, a closed form of the derivative saves time only if it is used for many products.
         """
         return self._loss(leaves, batch)
 
@@ -389,7 +391,7 @@ class Objective(abc.ABC):
         def run(leaves: Mapping[str, Tensor], keeps_flags: bool, record: Record | None = None) -> T:
             return self._run_once(function, leaves, batch, what, keeps_flags, record or self.guard.record())
 
-        with arrays_explained(batch):
+        try:
             self.checks.begin_search(what)
             record = self.guard.record()
             if self.checks.flags_matter is None and _flags_differ(leaves, self._seams(record).others):
@@ -402,6 +404,9 @@ class Objective(abc.ABC):
                     leaf.requires_grad_()
                 record = self.guard.record()
             return run(leaves, bool(self.checks.flags_matter), record)
+        except Exception as error:
+            explain_arrays(error, batch)
+            raise
 
     def _run_once(
         self,
@@ -413,6 +418,12 @@ class Objective(abc.ABC):
         record: Record,
     ) -> T:
         searched = self.checks.is_searched(what)
+        if (searched or self.checks.depends) and self._is_pure(record, batch):  # PyTorch's modules use only the leaves
+            pure = functools.partial(function, leaves, batch)
+            with torch.enable_grad():
+                return self.guard.run_pure(
+                    pure, self._replacements(leaves, record), hold=not keeps_flags, record=record
+                )
         originals = {} if searched else self._seams(record).originals
 
         def run(own: Any) -> T:
@@ -430,6 +441,10 @@ class Objective(abc.ABC):
             if self.evaluator.accepts(result, searched):
                 return result
             record = self.guard.record()
+
+    def _is_pure(self, record: Record, batch: Any) -> bool:
+        """Return True if evaluating a batch has no side effects, and calls no function that the evaluator replaces."""
+        return False
 
     def _check_result(self, result: Any, leaves: Mapping[str, Tensor]) -> None:  # noqa: B027  # most accept any
         """Raise an error if `result` depends on `leaves` in a way that the objective does not support."""
@@ -544,10 +559,10 @@ class Objective(abc.ABC):
             evaluated = self._run(self._loss, leaves, batch, "loss")
         return self._batch_loss(evaluated, index, batch)
 
-    def evaluate_for_gradient(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> BatchLoss:
-        """Return the same as `evaluate`, for a loss that is differentiated only once."""
+    def evaluate_once(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> BatchLoss:
+        """Return the same as `evaluate`, for a loss whose gradient is differentiated at most once."""
         with at_batch(index):
-            evaluated = self._run(self._loss_for_gradient, leaves, batch, "loss for a gradient")
+            evaluated = self._run(self._loss_once, leaves, batch, "loss used once")
         return self._batch_loss(evaluated, index, batch)
 
     def _batch_loss(self, evaluated: EvaluatedLoss, index: int, batch: Any) -> BatchLoss:

@@ -79,6 +79,8 @@ class FirstPassChecks:
     curved : bool or None
         Whether the second derivative of the loss with respect to the prediction is nonzero. None if this derivative was
         not evaluated.
+    depends : bool
+        Whether the loss of a batch is known to depend on a parameter.
     flags_matter : bool or None
         Whether the result of the user's code depends on the ``requires_grad`` flags of the parameters. None if this is
         not yet known.
@@ -91,7 +93,7 @@ class FirstPassChecks:
         self.curved: bool | None = None
         self.flags_matter: bool | None = None
         self._pair: BatchPair | None = BatchPair()
-        self._depends = False
+        self.depends = False
         self._searching: set[str] = set()
         self._searched: set[str] = set()
 
@@ -133,15 +135,15 @@ class FirstPassChecks:
         outputs = list(leaves_of(result))
         if direct := reached(outputs, originals):
             raise ValueError(objective.reached_directly(min(direct, key=list(originals).index)))
-        self._depends = self._depends or bool(reached(outputs, {name: [leaf] for name, leaf in leaves.items()}))
+        self.depends = self.depends or bool(reached(outputs, {name: [leaf] for name, leaf in leaves.items()}))
 
     def depends_on_params(self, objective: Objective) -> bool:
         """Return True if the loss of at least one batch depends on at least one parameter."""
-        for index, batch in objective.batches() if not self._depends else ():
+        for index, batch in objective.batches() if not self.depends else ():
             objective.evaluate(objective.leaves(objective.params), index, batch)
-            if self._depends:
+            if self.depends:
                 break
-        return self._depends
+        return self.depends
 
     def compare_flags(
         self,
