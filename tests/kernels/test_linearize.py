@@ -614,7 +614,7 @@ class TestRandomness:
             return torch.func.functional_call(model, params, (X + 0 * torch.rand(()),))
 
         H = hessian(Problem(drawing, problem.loss_function, problem.data, problem.params), cache=0)
-        np.testing.assert_array_equal(H @ np.ones(43), hessian(problem) @ np.ones(43))
+        np.testing.assert_array_equal(H @ np.ones(43), hessian(problem, cache=0) @ np.ones(43))
 
     def test_one_batch_that_changes_from_pass_to_pass_is_named(self) -> None:
         """One batch's loss grows as another's falls, so the sum does not change."""

@@ -5,11 +5,12 @@ Products are compared with double backward through the user's module.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import warnings
 from collections import OrderedDict, UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,20 @@ from curvop import (
     SubmatrixLinearOperator,
     TransposedJacobianLinearOperator,
 )
-from curvop.kernels.errors import arrays_explained
+from curvop.kernels.errors import explain_arrays
 
 LOSS = nn.MSELoss()
 MATRICES = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator, GradientCovarianceLinearOperator]
 ENGINES = ["autograd", pytest.param("compiled", marks=pytest.mark.nightly)]
+
+
+@contextlib.contextmanager
+def explained(batch: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        explain_arrays(error, batch)
+        raise
 
 
 def network() -> nn.Sequential:
@@ -218,21 +228,21 @@ class TestArraysInBatches:
         ],
     )
     def test_a_failure_names_them_and_the_remedy(self, batch: Any, where: str) -> None:
-        with pytest.raises(TypeError, match=rf"^{where} is a NumPy array.*torch\.from_numpy"), arrays_explained(batch):
+        with pytest.raises(TypeError, match=rf"^{where} is a NumPy array.*torch\.from_numpy"), explained(batch):
             LOSS(MODEL(batch[0]), batch[1])
 
     def test_a_loss_of_arithmetic_fails_by_a_runtime_error(self) -> None:
         X, y = DATA[0][0], DATA[0][1].numpy()
         with (
             pytest.raises(TypeError, match=r"torch\.from_numpy.*RuntimeError: Can't call numpy"),
-            arrays_explained((X, y)),
+            explained((X, y)),
         ):
             ((MODEL(X) - y) ** 2).mean()
 
     def test_other_failures_keep_their_type(self) -> None:
-        with pytest.raises(TypeError, match=r"^mine$"), arrays_explained(DATA[0]):
+        with pytest.raises(TypeError, match=r"^mine$"), explained(DATA[0]):
             raise TypeError("mine")
-        with pytest.raises(ValueError, match=r"^mine$"), arrays_explained((np.ones(3), 1)):
+        with pytest.raises(ValueError, match=r"^mine$"), explained((np.ones(3), 1)):
             raise ValueError("mine")
 
 
