@@ -65,6 +65,7 @@ class ModelObjective(Objective):
 
     #: The name of the loss function in error messages.
     loss_name = "loss_function"
+    _is_standard = False  # operators that were pickled by version 0.2.0 do not have it
 
     def __init__(
         self,

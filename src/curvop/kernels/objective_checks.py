@@ -86,6 +86,8 @@ class FirstPassChecks:
         not yet known.
     """
 
+    depends = False  # operators that were pickled by version 0.2.0 do not have it
+
     def __init__(self) -> None:
         self.warned: set[str] = set()
         self.batching: str | None = None
