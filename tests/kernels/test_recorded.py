@@ -227,14 +227,31 @@ class TestSingleVectors:
                 np.testing.assert_allclose(H @ x, dense @ x, rtol=1e-10, atol=1e-12)
         assert runs["program"] > 0
 
-    def test_a_model_that_draws_random_numbers_in_its_backward_pass(self, runs) -> None:
-        """The operation cannot be recorded."""
+    @pytest.mark.parametrize("draws", [False, True])
+    def test_a_hook_of_the_user_runs_in_every_product(self, draws, runs) -> None:
+        factor = [2.0]
+
+        def scaled(grad: Tensor) -> Tensor:
+            return grad * factor[0] * (torch.rand(5).double().ceil() if draws else 1)
+
         theta = torch.ones(5, dtype=torch.float64, requires_grad=True)
         gradient = torch.autograd.grad(theta.pow(3).sum(), theta, create_graph=True)
-        gradient[0].register_hook(lambda grad: grad * torch.rand(5, dtype=torch.float64).ceil())
+        gradient[0].register_hook(scaled)
         product, products, x = LinearMap(gradient, [theta]), recorded.RecordedProducts(), [torch.ones(5).double()]
-        for _ in range(3):
-            assert torch.equal(products.one(product, product.roots, x)[0], 6 * x[0])
+        for _ in range(5):
+            assert torch.equal(products.one(product, product.roots, x)[0], 6 * factor[0] * x[0])
+            factor[0] += 1
+        assert runs["program"] == 0
+
+    def test_a_hook_of_the_user_runs_in_every_block(self, runs) -> None:
+        factor = [2.0]
+        theta = torch.ones(5, dtype=torch.float64, requires_grad=True)
+        gradient = torch.autograd.grad(theta.pow(3).sum(), theta, create_graph=True)
+        gradient[0].register_hook(lambda grad: grad * factor[0])
+        product, products, X = LinearMap(gradient, [theta]), recorded.RecordedProducts(), [torch.eye(5).double()[:3]]
+        for _ in range(5):
+            assert torch.equal(products(product, product.roots, X)[0], 6 * factor[0] * X[0])
+            factor[0] += 1
         assert runs["program"] == 0
 
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import sys
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -166,7 +168,7 @@ class RecordedProducts:
             self._is_one_settled = True
             began = time.perf_counter()
             try:
-                program = self._single or _Program.record(lambda parts: apply(parts, False), _probes(tangents)[0])[0]
+                program = self._single or _recorded(apply, _probes(tangents)[0])
                 if program.fits(tangents) and _is_faster(program, tangents, product, _GAIN * self.fastest):
                     self._one = program
             except Exception:  # an operation cannot be recorded
@@ -178,7 +180,7 @@ class RecordedProducts:
         if self._single is None:
             began = time.perf_counter()
             first, second = _probes([part[0] for part in tangents])
-            single = self._one or _Program.record(lambda parts: apply(parts, False), first)[0]
+            single = self._one or _recorded(apply, first)
             # Compare with another vector, and also check that torch batches the operations correctly.
             pairs = single.batched([torch.stack(parts) for parts in zip(first, second, strict=True)])
             for number, vector in enumerate((first, second)):
@@ -277,6 +279,20 @@ def _is_faster(program: _Program, tangents: Sequence[Tensor], product: Parts, se
     return taken < seconds
 
 
+def _recorded(apply: Apply, vector: Sequence[Tensor]) -> _Program:
+    """Record a program for the product of a graph with one vector.
+
+    Raises
+    ------
+    _NotRecordableError
+        If an operation cannot be recorded, or if code of the user runs, such as a hook on a tensor.
+    """
+    program, _ = _Program.record(lambda parts: apply(parts, False), vector)
+    if program.runs_user_code:
+        raise _NotRecordableError("the graph runs code of the user, which may do something else in the next product")
+    return program
+
+
 def _runs_user_code(node: Node) -> bool:
     """Return whether the backward pass of a node is a function of the user, which may do more than compute tensors."""
     return isinstance(node, BackwardCFunction) and not type(node)._forward_cls.__module__.startswith("curvop.")
@@ -301,6 +317,8 @@ class _Program:
         Number of parts of a product.
     tensors : sequence of Tensor
         The arguments with which the operations were recorded.
+    runs_user_code : bool
+        Whether a recorded operation was called by code outside of torch and this package.
 
     Attributes
     ----------
@@ -315,6 +333,7 @@ class _Program:
         positions: list[int],
         parts: int,
         tensors: Sequence[Tensor],
+        runs_user_code: bool,
     ) -> None:
         self._function = function
         self._constants = constants
@@ -322,6 +341,7 @@ class _Program:
         self._positions = positions
         self._parts = parts
         self._layout = _layout(tensors)
+        self.runs_user_code = runs_user_code
         self.verified = False
 
     @classmethod
@@ -332,7 +352,7 @@ class _Program:
         positions = [position for position, part in enumerate(parts) if part is not None]
         # Outside of the mode, because detaching a tensor within the mode would give it a new version counter.
         steps, constants = recorder.finish([cast("Tensor", parts[position]) for position in positions])
-        return cls(steps, constants, positions, len(parts), tensors), parts
+        return cls(steps, constants, positions, len(parts), tensors, recorder.runs_user_code), parts
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Return True if tensors have the memory layout of those with which the operations were recorded."""
@@ -385,6 +405,7 @@ class _Recorder(TorchDispatchMode):
         self._views: dict[tuple[object, ...], fx.Node] = {}
         self._viewed: set[fx.Node] = set()  # the nodes whose tensors have views
         self._inputs = []
+        self.runs_user_code = False
         for number, tensor in enumerate(tensors):
             self._nodes[tensor] = node = self._graph.placeholder(f"tensor_{number}")
             self._inputs.append(node)
@@ -394,6 +415,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run and record an operation."""
+        self.runs_user_code = self.runs_user_code or _is_called_by_user(sys._getframe(1))
         kwargs = dict(kwargs or {})
         is_alias = any(part.alias_info is not None for part in func._schema.returns) and isinstance(args[0], Tensor)
         if func._schema.is_mutable:
@@ -471,6 +493,16 @@ class _Recorder(TorchDispatchMode):
         if node is not root:
             self._viewed.add(root)
         self._views.setdefault(_view_key(root, tensor), node)
+
+
+def _is_called_by_user(frame: types.FrameType | None) -> bool:
+    """Return True if the innermost function that is not of torch or Python's library is not of this package either."""
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package != "torch" and package not in sys.stdlib_module_names:
+            return package != __name__.partition(".")[0]
+        frame = frame.f_back
+    return False
 
 
 def _has_integers(indices: Sequence[Tensor | None]) -> bool:
