@@ -6,6 +6,7 @@ The reference for products is double backward through the user's own module, cal
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,14 +21,13 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
 
-from curvop import HessianLinearOperator
-from curvop.kernels import differentiable, pure_modules
+from curvop import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
+from curvop.kernels import differentiable, losses, pure_modules
 from curvop.kernels.guard import Guard
-from curvop.kernels.pure_modules import are_pure, have_hooks
+from curvop.kernels.pure_modules import are_pure, runs_user_code
 
 ARGUMENTS: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.Linear: (4, 4),
-    nn.Bilinear: (4, 4, 3),
     nn.Embedding: (5, 3),
     nn.Unflatten: (1, (2, 2)),
     nn.Softmax: (1,),
@@ -56,8 +56,6 @@ def inputs(kind: type[nn.Module]) -> tuple[Tensor, ...]:
         return X, torch.randint(0, 4, (3,)) if kind in (nn.CrossEntropyLoss, nn.NLLLoss) else torch.rand(3, 4)
     if kind is nn.Embedding:
         return (torch.randint(0, 5, (3, 2)),)
-    if kind is nn.Bilinear:
-        return X, X.clone()
     return (torch.randn(2, 3, 4, 4),) if kind in (nn.MaxPool2d, nn.AvgPool2d) else (X,)
 
 
@@ -67,7 +65,7 @@ def test_pure_modules_only_compute(kind: type[nn.Module], training: bool) -> Non
     torch.manual_seed(0)
     part, args = kind(*ARGUMENTS.get(kind, ())).train(training), inputs(kind)
     assert are_pure([part])
-    assert not have_hooks([part])
+    assert not runs_user_code([part])
     attributes, tensors = dict(vars(part)), [*part.parameters(), *part.buffers(), *args]
     values, versions = copy.deepcopy([tensor.detach() for tensor in tensors]), [tensor._version for tensor in tensors]
     with Handled() as handled:
@@ -77,6 +75,21 @@ def test_pure_modules_only_compute(kind: type[nn.Module], training: bool) -> Non
     assert [tensor._version for tensor in tensors] == versions
     assert all(map(torch.equal, tensors, values))
     assert isinstance(result, Tensor)
+
+
+@pytest.mark.parametrize("function", losses._FUNCTIONS, ids=lambda function: function.__name__)
+def test_functional_losses_call_no_function_that_is_replaced(function: Callable[..., Tensor]) -> None:
+    z, y = inputs(losses._FUNCTIONS[function]) if losses._FUNCTIONS[function] in LOSSES else (torch.rand(3, 4),) * 2
+    before = z.clone(), y.clone()
+    with Handled() as handled:
+        function(z, y, reduction="sum")
+    assert handled.found == []
+    assert torch.equal(z, before[0])
+    assert torch.equal(y, before[1])
+
+
+class Marked(nn.Parameter):
+    """A tensor subclass, whose ``__torch_function__`` may do anything."""
 
 
 class Subclass(nn.Sequential):
@@ -93,6 +106,17 @@ def patched() -> nn.Module:
     layer = nn.Linear(4, 5)
     layer.forward = lambda X: F.linear(X, layer.weight, layer.bias).sin()  # type: ignore[method-assign]
     return layer
+
+
+def with_parameter(parameter: nn.Parameter) -> nn.Module:
+    layer = nn.Linear(4, 5)
+    layer.bias = parameter
+    return layer
+
+
+def inference_parameter() -> nn.Parameter:
+    with torch.inference_mode():
+        return nn.Parameter(torch.randn(5), requires_grad=False)
 
 
 def parametrized() -> nn.Module:
@@ -116,6 +140,8 @@ def parametrized() -> nn.Module:
         parametrized(),
         parametrizations.weight_norm(nn.Linear(4, 5)),
         nn.DataParallel(nn.Linear(4, 5)),
+        with_parameter(Marked(torch.zeros(5))),
+        with_parameter(inference_parameter()),
     ],
     ids=lambda part: type(part).__name__,
 )
@@ -131,16 +157,16 @@ HOOKS += ["register_full_backward_hook", "register_full_backward_pre_hook"]
 def test_hooks_are_seen(register: str) -> None:
     part = nn.Linear(4, 5)
     handle = getattr(part, register)(lambda *_: None)
-    assert have_hooks([part])
+    assert runs_user_code([part])
     handle.remove()
-    assert not have_hooks([part])
+    assert not runs_user_code([part])
 
 
 def test_hooks_of_all_modules_are_seen() -> None:
     handle = register_module_forward_hook(lambda *_: None)
-    assert have_hooks([nn.Linear(4, 5)])
+    assert runs_user_code([nn.Linear(4, 5)])
     handle.remove()
-    assert not have_hooks([nn.Linear(4, 5)])
+    assert not runs_user_code([nn.Linear(4, 5)])
 
 
 @seeded
@@ -182,6 +208,116 @@ def test_products_and_gradients_of_pure_models(loss: Any, monkeypatch: pytest.Mo
     for _ in range(2):
         close(A.gradient_and_loss()[0], torch.cat([part.reshape(-1) for part in gradient]))
     assert (count[0] > 0) == (loss is not None)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, functools.partial], ids=["module", "partial"])
+def test_losses_with_weights(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, weight = counted(monkeypatch), torch.tensor([1.0, 3.0], dtype=torch.float64)
+    model, data = problem()
+    data = [(X, y.argmax(1)) for X, y in data]
+    own = functools.partial(F.cross_entropy, weight=weight) if loss is functools.partial else loss(weight=weight)
+    A = operator(model, data, own)
+    joined = [(torch.cat([X for X, _ in data]), torch.cat([y for _, y in data]))]
+    expected = by_hand(model, own, joined)
+    for _ in range(3):
+        close(A @ np.eye(A.shape[1]), expected)
+    assert count[0] > 0
+
+
+def test_tied_weights_and_parameters_that_are_not_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = counted(monkeypatch)
+
+    @seeded
+    def made() -> tuple[nn.Sequential, list[Any]]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        model[2].weight = model[0].weight
+        return model, cut(torch.randn(12, 4), torch.randn(12, 4), (4, 4, 4))
+
+    model, data = made()
+    params = {name: value.detach() * 1.5 for name, value in model.named_parameters()}
+    A = HessianLinearOperator(model, nn.MSELoss(), params, data, cache=0)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for value in other.parameters():
+            value.mul_(1.5)
+    expected = by_hand(other, F.mse_loss, data)
+    for _ in range(3):
+        close(A @ np.eye(A.shape[1]), expected)
+    assert count[0] > 0
+    assert model[2].weight is model[0].weight
+
+
+@pytest.mark.parametrize("cls", [HessianLinearOperator, GGNLinearOperator, EFLinearOperator])
+def test_a_loss_that_holds_a_parameter_is_refused(cls: Any) -> None:
+    """The parameter in the loss is not replaced, so a part of the curvature would be missing."""
+    model, data = problem()
+    loss = functools.partial(F.mse_loss, weight=model[2].bias.expand(4, 2))
+    A = cls(model, loss, dict(model.named_parameters()), data, cache=0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"params\['2\.bias'\] is reached directly"):
+            A.gradient_and_loss()
+        with pytest.raises(ValueError, match=r"params\['2\.bias'\] is reached directly"):
+            A @ np.ones(A.shape[1])
+
+
+def test_constants_created_in_inference_mode() -> None:
+    model, data = problem()
+    with torch.inference_mode():
+        frozen = copy.deepcopy(model)
+    frozen[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    A = HessianLinearOperator(frozen, nn.MSELoss(), {"0.weight": frozen[0].weight}, data, cache=0)
+    expected = by_hand(model, F.mse_loss, data, {"0.weight"})
+    for _ in range(3):
+        close(A @ np.eye(12), expected)
+
+
+def test_a_function_mode_of_the_user_is_active_in_every_pass() -> None:
+    class Doubled(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            return 2 * result if func is F.mse_loss else result
+
+    model, data = problem()
+    A = operator(model, data)
+    expected = 2 * by_hand(model, F.mse_loss, data)
+    with Doubled():
+        for _ in range(3):
+            close(A @ np.eye(A.shape[1]), expected)
+
+
+def test_a_class_that_is_set_later() -> None:
+    class Counting(nn.Tanh):
+        calls = 0
+
+        def forward(self, X: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(X) ** 2
+
+    model, data = problem()
+    A = operator(model, data)
+    A @ np.ones(A.shape[1])
+    model[1].__class__ = Counting
+    with torch.no_grad():
+        model[0].bias.add_(0.1)
+    expected = by_hand(copy.deepcopy(model), F.mse_loss, data)
+    close(A @ np.eye(A.shape[1]), expected)
+    assert "calls" not in vars(model[1])
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, data = problem()
+    params = {name: value for name, value in model.named_parameters() if name.startswith("0.")}
+    A = HessianLinearOperator(model, nn.MSELoss(), params, data, cache=0)
+    A @ np.ones(A.shape[1])
+    own = list(model.parameters())
+    monkeypatch.setattr(nn.MSELoss, "__call__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        A @ np.ones(A.shape[1])
+    assert all(value is before for value, before in zip(model.parameters(), own, strict=True))
+    assert all(value.requires_grad for value in own)
 
 
 def test_frozen_parameters_are_constants(monkeypatch: pytest.MonkeyPatch) -> None:

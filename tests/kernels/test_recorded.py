@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import gc
 import weakref
 
@@ -226,6 +227,28 @@ class TestSingleVectors:
             for x in np.eye(P)[:4]:
                 np.testing.assert_allclose(H @ x, dense @ x, rtol=1e-10, atol=1e-12)
         assert runs["program"] > 0
+
+    def test_a_hook_that_only_counts_runs_in_every_product(self, runs) -> None:
+        calls = []
+        theta = torch.ones(5, dtype=torch.float64, requires_grad=True)
+        gradient = torch.autograd.grad(theta.pow(3).sum(), theta, create_graph=True)
+        gradient[0].register_hook(lambda grad: calls.append(grad.shape))
+        product, products, x = LinearMap(gradient, [theta]), recorded.RecordedProducts(), [torch.ones(5).double()]
+        for _ in range(5):
+            before = len(calls)
+            products.one(product, product.roots, x)
+            assert len(calls) > before
+        assert runs["program"] == 0
+
+    def test_nothing_is_recorded_while_a_profiler_is_active(self, runs) -> None:
+        H = built(HessianLinearOperator, loss_problem("ce"))
+        profiler = cProfile.Profile()
+        profiler.enable()
+        for _ in range(3):
+            H @ np.ones(P)
+        profiler.disable()
+        assert runs["program"] == 0
+        assert profiler.getstats()
 
     @pytest.mark.parametrize("draws", [False, True])
     def test_a_hook_of_the_user_runs_in_every_product(self, draws, runs) -> None:

@@ -84,7 +84,7 @@ class LinearMap:
         if not edges:
             return [None] * len(self._inputs)
         if not batched:
-            return run_backward(edges, self._inputs, seeds, True, False)
+            return run_backward(edges, self._inputs, seeds, keep_graph=True, create_graph=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")  # the engine measures the speed
             return torch.autograd.grad(
@@ -105,6 +105,7 @@ def run_backward(
     outputs: tuple[Tensor | GradientEdge, ...],
     inputs: tuple[Tensor, ...],
     seeds: tuple[Tensor, ...],
+    *,
     keep_graph: bool,
     create_graph: bool,
 ) -> Sequence[Tensor | None]:

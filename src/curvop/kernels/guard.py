@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 
 from curvop.kernels.batches import leaves, map_leaves
-from curvop.kernels.pure_modules import are_pure, have_hooks
+from curvop.kernels.pure_modules import are_pure, runs_user_code
 
 __all__ = [
     "Guard",
@@ -42,7 +42,7 @@ Replacements = Mapping[int, Tensor]
 class Guard:
     """Run the user's code and undo its changes to modules and batches.
 
-    After every run, the guard restores
+    After every run (but for `run_pure`, whose code changes nothing), the guard restores
 
     - parameters, buffers, submodules and plain attributes of the modules, including the contents of nested lists,
       dicts, sets and deques,
@@ -140,19 +140,20 @@ class Guard:
 
         The arguments are those of the method `run`. Nothing is saved, and only the replaced tensors are put back.
         """
-        places = record.places
-        slots = places.slots_of(replacements)
+        slots = record.places.slots_of(replacements)
         constant = _variables(record.parameters, replacements) if hold else []
         try:
             try:
-                places.replace(slots)
+                for container, slot, _, new in slots:
+                    container[slot] = new
                 _hold_constant(constant)
                 return function()
             finally:
-                places.put_back(slots, is_pure=True)
+                for container, slot, old, _ in slots:
+                    container[slot] = old
                 _put_back_flags((tensor, True) for tensor in constant)
-        except BaseException:  # Ctrl-C may have interrupted `put_back`
-            places.put_back(slots)
+        except BaseException:  # Ctrl-C may have interrupted the block above
+            record.places.put_back(slots)
             _put_back_flags((tensor, True) for tensor in constant)
             raise
 
@@ -399,7 +400,7 @@ class Record:
     @property
     def is_pure(self) -> bool:
         """Whether calls of the modules have no side effects; see `curvop.kernels.pure_modules`."""
-        return self._are_pure and not have_hooks(self._parts)
+        return self._are_pure and not runs_user_code(self._parts)
 
     def state(self) -> list[Tensor]:
         """Return a list of the buffers and other tensors of the modules, without parameters and duplicates.
@@ -529,15 +530,12 @@ class _Places:
         for container, slot, _, new in slots:
             container[slot] = new
 
-    def put_back(self, slots: Iterable[_Slot], is_pure: bool = False) -> None:
-        """Restore the recorded contents of all containers after `replace`.
-
-        If `is_pure` is True, nothing but the replaced tensors has changed.
-        """
+    def put_back(self, slots: Iterable[_Slot]) -> None:
+        """Restore the recorded contents of all containers after `replace`."""
         with contextlib.suppress(Exception):  # for example if the code has removed entries from a list
             for container, slot, old, _ in slots:
                 container[slot] = old
-        if not (is_pure or self.are_unchanged()):
+        if not self.are_unchanged():
             for container, contents in self._saved:
                 _fill(container, contents)
 

@@ -140,7 +140,7 @@ class Kernel(abc.ABC):
     #: Whether an earlier pass over the same batches, in the same state of the objective, has checked that all gradients
     #: can be differentiated. The engine sets this attribute.
     is_checked = False
-    #: Whether linearizations are cached, and thus applied to many vectors. The engine sets this attribute.
+    #: Whether linearizations are cached for later products. The engine sets this attribute.
     is_kept = True
 
     def __init__(self, objective: Objective, rows: Sequence[str], cols: Sequence[str]) -> None:

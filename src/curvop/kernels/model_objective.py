@@ -103,9 +103,11 @@ class ModelObjective(Objective):
         modules = list(dict.fromkeys(modules))
         Objective.__init__(self, modules, checked_params(model, params), data, reduction, batch_weight)
         self._has_state = isinstance(loss_function, nn.Module)
-        # Whether no code but that of the modules and of a function of this package or of PyTorch computes the loss.
+        # True if the model is a module, and the loss function is a module or a known function.
         self._is_standard = isinstance(model, nn.Module) and (
-            self._has_state or loss_kind(loss_function) is not None or hasattr(loss_function, "stands_in")
+            self._has_state
+            or loss_kind(loss_function) is not None
+            or getattr(loss_function, "stands_in", False) is True
         )
         self._divisor = loss_divisor(loss_function)
         self._derivative = loss_derivative(loss_function)
@@ -212,8 +214,10 @@ class ModelObjective(Objective):
         with self._evaluating(self._apart):
             prediction = self._predict(leaves, X)
             with _without_mode(prediction):
-                large = isinstance(prediction, Tensor) and prediction.numel() >= _LARGE
-            return (self._criterion if large else self._autograd_criterion)(prediction, X, y)
+                # With a coarse dtype, autograd would round each step.
+                is_tensor = isinstance(prediction, Tensor)
+                closed = is_tensor and (prediction.numel() >= _LARGE or prediction.dtype.itemsize < 4)
+            return (self._criterion if closed else self._autograd_criterion)(prediction, X, y)
 
     def _prediction(self, leaves: Mapping[str, Tensor], batch: Any) -> Any:
         with self._evaluating(self._apart):
@@ -298,7 +302,12 @@ class ModelObjective(Objective):
         return *super().state(), settings
 
     def _is_pure(self, record: Record, batch: Any) -> bool:
-        return self._is_standard and all(type(part) is Tensor for part in batch) and record.is_pure
+        return (
+            self._is_standard
+            and all(type(part) is Tensor and not part.requires_grad for part in batch)
+            and torch._C._len_torch_function_stack() == 0  # the user's modes need not be pure
+            and record.is_pure
+        )
 
     def _check_result(self, result: Any, leaves: Mapping[str, Tensor]) -> None:
         if isinstance(result, _Split):

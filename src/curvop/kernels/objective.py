@@ -95,11 +95,11 @@ class BatchLoss:
         A gradient is None if the loss does not depend on the parameter. If the batch has weight 0, all gradients are
         None, because the loss may be undefined (0/0 if all targets of the batch are ignored).
         """
-        if not self.weight or not self.output.requires_grad:
+        if not (self.weight and self.output.requires_grad and params):
             return [None] * len(params)
         seed = None if self.closed_form is None else self.closed_form.first(None)
         seed = torch.ones_like(self.output) if seed is None else seed
-        return run_backward((self.output,), tuple(params), (seed,), create_graph, create_graph)
+        return run_backward((self.output,), tuple(params), (seed,), keep_graph=create_graph, create_graph=create_graph)
 
 
 @dataclasses.dataclass
@@ -217,7 +217,7 @@ class Objective(abc.ABC):
         """Return ``(loss, divisor, output, closed_form)`` for a batch; see `EvaluatedLoss`."""
 
     def _loss_once(self, leaves: Mapping[str, Tensor], batch: Any) -> EvaluatedLoss:
-        """Return the same as `_loss`, for a loss whose gradient is differentiated at most once.
+        """Return the same as `_loss`, for a loss whose graph is used for a gradient or for few products.
 
         If predictions are small, a closed form of the derivative saves time only if it is used for many products.
         """
@@ -378,10 +378,10 @@ class Objective(abc.ABC):
     ) -> T:
         """Return ``function(leaves, batch)``, evaluated with the parameters replaced by `leaves`.
 
-        Afterwards, the modules and the batch are restored. `what` is a name for the result, such as ``"loss"``. In the
-        first pass over the data that computes a result of this name, the autograd graph of the result is also searched
-        for the user's parameters. If the graph contains one, an error is raised, because the user's code then uses a
-        parameter directly instead of the leaf that replaces the parameter.
+        Afterwards, the modules and the batch are restored, unless the code is known to change nothing. `what` is a name
+        for the result, such as ``"loss"``. In the first pass over the data that computes a result of this name, the
+        autograd graph of the result is also searched for the user's parameters. If the graph contains one, an error is
+        raised, because the user's code then uses a parameter directly instead of the leaf that replaces the parameter.
 
         If it is not known whether the result depends on the ``requires_grad`` flags of the parameters, the function is
         evaluated twice to find out. If `compares_flags` is False and all leaves require grad, it is evaluated once,
@@ -418,8 +418,10 @@ class Objective(abc.ABC):
         record: Record,
     ) -> T:
         searched = self.checks.is_searched(what)
-        if (searched or self.checks.depends) and self._is_pure(record, batch):  # PyTorch's modules use only the leaves
-            pure = functools.partial(function, leaves, batch)
+        # All batches depend on the parameters in the same way if the modules are pure, so one search is enough.
+        if (searched or self.checks.has_found_leaves(what)) and self._is_pure(record, batch):
+            # Graphs do not refer to the user's own tensors, whose data may be replaced.
+            pure = functools.partial(function, leaves, tuple([part.detach() for part in batch]))
             with torch.enable_grad():
                 return self.guard.run_pure(
                     pure, self._replacements(leaves, record), hold=not keeps_flags, record=record
@@ -431,7 +433,7 @@ class Objective(abc.ABC):
             result = self.evaluator(function, leaves, own)
             if originals:
                 self._check_result(result, leaves)
-                self.checks.search(self, result, originals, leaves)
+                self.checks.search(self, what, result, originals, leaves)
             return result
 
         while True:
@@ -560,7 +562,7 @@ class Objective(abc.ABC):
         return self._batch_loss(evaluated, index, batch)
 
     def evaluate_once(self, leaves: Mapping[str, Tensor], index: int, batch: Any) -> BatchLoss:
-        """Return the same as `evaluate`, for a loss whose gradient is differentiated at most once."""
+        """Return the same as `evaluate`, for a loss whose graph is used for a gradient or for few products."""
         with at_batch(index):
             evaluated = self._run(self._loss_once, leaves, batch, "loss used once")
         return self._batch_loss(evaluated, index, batch)

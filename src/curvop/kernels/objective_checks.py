@@ -79,14 +79,12 @@ class FirstPassChecks:
     curved : bool or None
         Whether the second derivative of the loss with respect to the prediction is nonzero. None if this derivative was
         not evaluated.
-    depends : bool
-        Whether the loss of a batch is known to depend on a parameter.
     flags_matter : bool or None
         Whether the result of the user's code depends on the ``requires_grad`` flags of the parameters. None if this is
         not yet known.
     """
 
-    depends = False  # operators that were pickled by version 0.2.0 do not have it
+    _with_leaves: frozenset[str] = frozenset()  # operators that were pickled by earlier versions do not have it
 
     def __init__(self) -> None:
         self.warned: set[str] = set()
@@ -95,7 +93,7 @@ class FirstPassChecks:
         self.curved: bool | None = None
         self.flags_matter: bool | None = None
         self._pair: BatchPair | None = BatchPair()
-        self.depends = False
+        self._depends = False
         self._searching: set[str] = set()
         self._searched: set[str] = set()
 
@@ -120,32 +118,40 @@ class FirstPassChecks:
         self._searched, self._searching = self._searched | self._searching, set()
 
     def is_searched(self, what: str) -> bool:
-        """Return True if a complete pass over the data has searched the graphs of the results named `what`."""
+        """Return True if the graphs of the results named `what` have been searched in a complete pass over the data."""
         return what in self._searched
+
+    def has_found_leaves(self, what: str) -> bool:
+        """Return True if a result named `what` has been searched, and its graph contains leaves."""
+        return what in self._with_leaves
 
     def search(
         self,
         objective: Objective,
+        what: str,
         result: Any,
         originals: Mapping[str, Sequence[Tensor]],
         leaves: Mapping[str, Tensor],
     ) -> None:
         """Raise a ValueError if the graph of `result` contains any of `originals`, the tensors that `leaves` replace.
 
-        In addition, record whether the graph contains any of `leaves`. The method `depends_on_params` uses this record.
+        In addition, record whether the graph contains any of `leaves`. The methods `has_found_leaves` and
+        `depends_on_params` use this record. `what` is the name of the result.
         """
         outputs = list(leaves_of(result))
         if direct := reached(outputs, originals):
             raise ValueError(objective.reached_directly(min(direct, key=list(originals).index)))
-        self.depends = self.depends or bool(reached(outputs, {name: [leaf] for name, leaf in leaves.items()}))
+        if reached(outputs, {name: [leaf] for name, leaf in leaves.items()}):
+            self._depends = True
+            self._with_leaves |= {what}
 
     def depends_on_params(self, objective: Objective) -> bool:
         """Return True if the loss of at least one batch depends on at least one parameter."""
-        for index, batch in objective.batches() if not self.depends else ():
+        for index, batch in objective.batches() if not self._depends else ():
             objective.evaluate(objective.leaves(objective.params), index, batch)
-            if self.depends:
+            if self._depends:
                 break
-        return self.depends
+        return self._depends
 
     def compare_flags(
         self,

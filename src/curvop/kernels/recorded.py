@@ -13,6 +13,7 @@ model is small, this work takes a third to a half of the time.
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import operator
 import sys
@@ -46,7 +47,7 @@ _PRODUCTS = 7
 # Number of products of the graph that take as long as the products with which a program for single vectors is recorded
 # and verified. This program is recorded after the products have taken several times as long as recording takes, because
 # it may turn out not to be faster.
-_PRODUCTS_OF_ONE, _PATIENCE = 3, 4
+_PRODUCTS_FOR_VECTORS, _PATIENCE = 3, 4
 
 # The program for single vectors is used if it takes less than this fraction of the graph's time. Measured times vary.
 _GAIN = 0.95
@@ -58,10 +59,10 @@ _MAX_PROGRAMS = 4
 class RecordedProducts:
     """The products of one linearization with one vector, and with several vectors at once.
 
-    At first, the autograd graph computes the products. As soon as the products have taken as long as recording takes,
-    a program is recorded for each layout of the vectors. In this way, recording at most doubles the total time, even if
-    no further product follows. The program for single vectors is used only if its results equal those of the graph bit
-    by bit. In this way, the time of recording does not affect any digit.
+    At first, the autograd graph computes the products. For several vectors, a program is recorded for each layout of
+    the vectors as soon as the products have taken as long as recording takes. In this way, recording at most doubles
+    the total time, even if no further product follows. For single vectors, a program is recorded later. It is used only
+    if it is faster and gives the same digits, so that no digit depends on measured times.
 
     Attributes
     ----------
@@ -82,22 +83,22 @@ class RecordedProducts:
         self.is_settled = False
         self._nodes = 0
         self._gave_up = False
-        self._one: _Program | None = None  # used for single vectors
-        self._is_one_settled = False  # whether it is decided how products with single vectors are computed
-        self._single: _Program | None = None  # used for several vectors
+        self._vector_program: _Program | None = None  # used for single vectors
+        self._has_tried_vectors = False  # whether nothing more will be recorded for single vectors
+        self._block_program: _Program | None = None  # used for several vectors
         self._programs: dict[object, _Program] = {}
 
     def one(self, apply: Apply, roots: Sequence[Node], tangents: Sequence[Tensor]) -> Parts:
         """Return the product with one vector. The arguments are those of `__call__`, with one tensor per parameter."""
-        if self._one is not None and self._one.fits(tangents) and self._one.is_valid():
-            return self._one(tangents)
+        if self._vector_program is not None and self._vector_program.fits(tangents) and self._vector_program.is_valid():
+            return self._vector_program(tangents)
         began = time.perf_counter()
         product = apply(tangents, False)
         seconds = time.perf_counter() - began
         self.spent += seconds
         self.fastest = min(self.fastest, seconds)
-        if not self._is_one_settled:
-            self._consider_one(apply, roots, tangents, product)
+        if not self._has_tried_vectors:
+            self._consider_recording(apply, roots, tangents, product)
         return product
 
     def __call__(self, apply: Apply, roots: Sequence[Node], tangents: Sequence[Tensor]) -> Parts:
@@ -135,15 +136,15 @@ class RecordedProducts:
         layout = _layout(tangents)
         program = self._programs.get(layout)
         try:
-            if self._single is None or self._single.is_valid():
+            if self._block_program is None or self._block_program.is_valid():
                 if program is None:
                     return self._record(apply, layout, tangents)
                 self.is_settled = program.verified
                 return program(tangents) if program.verified else self._verified(apply, program, tangents)
         except Exception:  # if the graph itself causes the error, `apply` raises it again
             pass
-        self._gave_up = self.is_settled = True
-        self._single = None
+        self._gave_up = self.is_settled = self._has_tried_vectors = True
+        self._vector_program = self._block_program = None
         self._programs.clear()
         return None
 
@@ -154,47 +155,54 @@ class RecordedProducts:
             self._nodes = len(graph)
             self._gave_up = tangents[0].device.type != "cpu" or any(map(_runs_user_code, graph))
 
-    def _consider_one(self, apply: Apply, roots: Sequence[Node], tangents: Sequence[Tensor], product: Parts) -> None:
+    def _consider_recording(
+        self, apply: Apply, roots: Sequence[Node], tangents: Sequence[Tensor], product: Parts
+    ) -> None:
         """Record a program for single vectors if enough products make it likely that this saves time.
 
         `product` is the product of the graph with `tangents`.
         """
-        if self.spent < _PATIENCE * _PRODUCTS_OF_ONE * self.fastest:
+        if self.spent < _PATIENCE * _PRODUCTS_FOR_VECTORS * self.fastest:
             return
         self._examine(roots, tangents)
         if self._gave_up or torch.is_autocast_enabled("cpu"):
-            self._is_one_settled = True
-        elif self.spent > _PATIENCE * (_SECONDS_PER_NODE * self._nodes + _PRODUCTS_OF_ONE * self.fastest):
-            self._is_one_settled = True
+            self._has_tried_vectors = True
+        elif self.spent > _PATIENCE * (_SECONDS_PER_NODE * self._nodes + _PRODUCTS_FOR_VECTORS * self.fastest):
+            self._has_tried_vectors = True
             began = time.perf_counter()
             try:
-                program = self._single or _recorded(apply, _probes(tangents)[0])
-                if program.fits(tangents) and _is_faster(program, tangents, product, _GAIN * self.fastest):
-                    self._one = program
+                probe = _probes(tangents)[0]
+                program, expected = _recorded(apply, probe)
+                is_equal = _are_equal(program(probe), expected)  # the first run takes longer than later runs
+                start = time.perf_counter()
+                found = program(tangents)
+                is_faster = time.perf_counter() - start < _GAIN * self.fastest
+                if is_faster and is_equal and _are_equal(found, product):
+                    self._vector_program = program
             except Exception:  # an operation cannot be recorded
                 pass
             self.seconds += time.perf_counter() - began
 
     def _record(self, apply: Apply, layout: object, tangents: Sequence[Tensor]) -> Parts:
         """Compute the products, and record a program that computes products of other vectors with the same layout."""
-        if self._single is None:
+        if self._block_program is None:
             began = time.perf_counter()
             first, second = _probes([part[0] for part in tangents])
-            single = self._one or _recorded(apply, first)
+            single = _recorded(apply, first)[0]
             # Compare with another vector, and also check that torch batches the operations correctly.
             pairs = single.batched([torch.stack(parts) for parts in zip(first, second, strict=True)])
             for number, vector in enumerate((first, second)):
                 found = [None if pair is None else pair[number] for pair in pairs]
                 if not _is_product(lambda parts: apply(parts, False), vector, found):
                     raise _NotRecordableError("the products differ")
-            self._single = single
+            self._block_program = single
             self.seconds += time.perf_counter() - began
         elif len(self._programs) == _MAX_PROGRAMS:
             self.is_settled = True
         elif self.spent > self._cost * (2 + len(self._programs)):
-            self._programs[layout], products = _Program.record(self._single.batched, tangents)
+            self._programs[layout], products = _Program.record(self._block_program.batched, tangents)
             return products
-        return self._single.batched(tangents)
+        return self._block_program.batched(tangents)
 
     def _verified(self, apply: Apply, program: _Program, tangents: Sequence[Tensor]) -> Parts:
         """Compute the products, and compare their weighted sum with the product of the weighted sum of the vectors."""
@@ -265,32 +273,47 @@ def agree(
     return True
 
 
-def _is_faster(program: _Program, tangents: Sequence[Tensor], product: Parts, seconds: float) -> bool:
-    """Return True if a program computes `product` bit by bit, in less than the given time. The first run warms up."""
-    for _ in range(2):
-        began = time.perf_counter()
-        found = program(tangents)
-        taken = time.perf_counter() - began
-        if not all(
-            part is expected or (part is not None and expected is not None and torch.equal(part, expected))
-            for part, expected in zip(found, product, strict=True)
-        ):
-            return False
-    return taken < seconds
+def _are_equal(product: Parts, reference: Parts) -> bool:
+    """Return True if two products have the same digits."""
+    return all(
+        part is expected or (part is not None and expected is not None and torch.equal(part, expected))
+        for part, expected in zip(product, reference, strict=True)
+    )
 
 
-def _recorded(apply: Apply, vector: Sequence[Tensor]) -> _Program:
-    """Record a program for the product of a graph with one vector.
+def _recorded(apply: Apply, vector: Sequence[Tensor]) -> tuple[_Program, Parts]:
+    """Record a program for the product of a graph with one vector, and return ``(program, product)``.
 
     Raises
     ------
     _NotRecordableError
-        If an operation cannot be recorded, or if code of the user runs, such as a hook on a tensor.
+        If an operation cannot be recorded, or if code of the user runs, such as a hook on a tensor. To find such code,
+        all Python functions that run are examined. This is not possible while a profiler examines them.
     """
-    program, _ = _Program.record(lambda parts: apply(parts, False), vector)
-    if program.runs_user_code:
-        raise _NotRecordableError("the graph runs code of the user, which may do something else in the next product")
-    return program
+    users: set[str] = set()
+
+    def examine(frame: types.FrameType, event: str, _: object) -> None:
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if event == "call" and package not in _OWN and package not in sys.stdlib_module_names:
+            users.add(frame.f_code.co_qualname)
+
+    if sys.getprofile() is not None:
+        raise _NotRecordableError("a profiler is active")
+    collects_garbage = gc.isenabled()
+    gc.disable()  # callbacks and finalizers are no part of the product
+    sys.setprofile(examine)
+    try:
+        program, product = _Program.record(lambda parts: apply(parts, False), vector)
+    finally:
+        sys.setprofile(None)
+        if collects_garbage:
+            gc.enable()
+    if users:
+        raise _NotRecordableError(f"{min(users)} may do something else in the next product")
+    return program, product
+
+
+_OWN = {"torch", __name__.partition(".")[0]}
 
 
 def _runs_user_code(node: Node) -> bool:
@@ -317,8 +340,6 @@ class _Program:
         Number of parts of a product.
     tensors : sequence of Tensor
         The arguments with which the operations were recorded.
-    runs_user_code : bool
-        Whether a recorded operation was called by code outside of torch and this package.
 
     Attributes
     ----------
@@ -333,7 +354,6 @@ class _Program:
         positions: list[int],
         parts: int,
         tensors: Sequence[Tensor],
-        runs_user_code: bool,
     ) -> None:
         self._function = function
         self._constants = constants
@@ -341,7 +361,6 @@ class _Program:
         self._positions = positions
         self._parts = parts
         self._layout = _layout(tensors)
-        self.runs_user_code = runs_user_code
         self.verified = False
 
     @classmethod
@@ -352,7 +371,7 @@ class _Program:
         positions = [position for position, part in enumerate(parts) if part is not None]
         # Outside of the mode, because detaching a tensor within the mode would give it a new version counter.
         steps, constants = recorder.finish([cast("Tensor", parts[position]) for position in positions])
-        return cls(steps, constants, positions, len(parts), tensors, recorder.runs_user_code), parts
+        return cls(steps, constants, positions, len(parts), tensors), parts
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Return True if tensors have the memory layout of those with which the operations were recorded."""
@@ -405,7 +424,6 @@ class _Recorder(TorchDispatchMode):
         self._views: dict[tuple[object, ...], fx.Node] = {}
         self._viewed: set[fx.Node] = set()  # the nodes whose tensors have views
         self._inputs = []
-        self.runs_user_code = False
         for number, tensor in enumerate(tensors):
             self._nodes[tensor] = node = self._graph.placeholder(f"tensor_{number}")
             self._inputs.append(node)
@@ -415,7 +433,6 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run and record an operation."""
-        self.runs_user_code = self.runs_user_code or _is_called_by_user(sys._getframe(1))
         kwargs = dict(kwargs or {})
         is_alias = any(part.alias_info is not None for part in func._schema.returns) and isinstance(args[0], Tensor)
         if func._schema.is_mutable:
@@ -493,16 +510,6 @@ class _Recorder(TorchDispatchMode):
         if node is not root:
             self._viewed.add(root)
         self._views.setdefault(_view_key(root, tensor), node)
-
-
-def _is_called_by_user(frame: types.FrameType | None) -> bool:
-    """Return True if the innermost function that is not of torch or Python's library is not of this package either."""
-    while frame is not None:
-        package = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if package != "torch" and package not in sys.stdlib_module_names:
-            return package != __name__.partition(".")[0]
-        frame = frame.f_back
-    return False
 
 
 def _has_integers(indices: Sequence[Tensor | None]) -> bool:
