@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import cProfile
 import gc
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -118,6 +120,17 @@ def test_nothing_is_recorded_before_products_have_taken_as_long_as_recording(
         H @ np.eye(P)
     assert (runs["program"] > 0) == (seconds_per_node < 1)
     assert runs["graph"] > 0
+
+
+def test_recording_does_not_import_the_compiler_of_torch() -> None:
+    """The import takes longer than thousands of products of a small model."""
+    code = """
+import sys, torch
+from curvop.kernels.recorded import _Program
+_Program.record(lambda parts: [parts[0].sin() * parts[1]], [torch.ones(3), torch.ones(3)])
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class TestSingleVectors:

@@ -429,6 +429,11 @@ class _Recorder(TorchDispatchMode):
             self._inputs.append(node)
             self._note_view(node, node, tensor)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False, so that torch does not import its compiler, which takes a second."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
