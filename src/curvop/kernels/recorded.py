@@ -62,7 +62,7 @@ class RecordedProducts:
     At first, the autograd graph computes the products. For several vectors, a program is recorded for each layout of
     the vectors as soon as the products have taken as long as recording takes. In this way, recording at most doubles
     the total time, even if no further product follows. For single vectors, a program is recorded later. It is used only
-    if it is faster and gives the same digits, so that no digit depends on measured times.
+    if it is faster and gives the same digits. No digit therefore depends on measured times.
 
     Attributes
     ----------
