@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -398,3 +399,57 @@ def test_the_model_is_as_before_if_the_loss_fails() -> None:
         A.gradient_and_loss()
     assert all(value is before for value, before in zip(model.parameters(), own, strict=True))
     assert all(value.requires_grad for value in own)
+
+
+class Watched(nn.Sequential):
+    """The same model for which nothing is assumed."""
+
+
+# Torch has no second derivative of Hardsigmoid.
+OTHERS = ("Sequential", "Linear", "Embedding", "Flatten", "Unflatten", "Hardsigmoid", "Loss", "1d", "2d")
+ACTIVATIONS = [kind for kind in pure_modules._PURE if not kind.__name__.endswith(OTHERS)]
+
+
+@seeded
+def random_network(seed: int) -> tuple[list[nn.Module], Callable[..., Tensor], list[Any]]:
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    layers: list[nn.Module] = [nn.Linear(4, 5)]
+    data = [torch.randn(size, 4) for size in (3, 4, 2)]
+    if draw.random() < 0.3:
+        layers = [nn.Embedding(7, 2), nn.Flatten(), nn.Linear(6, 5)]
+        data = [torch.randint(0, 7, (size, 3)) for size in (3, 4, 2)]
+    for _ in range(draw.randint(1, 3)):
+        kind = draw.choice(ACTIVATIONS)
+        layers += [kind(*ARGUMENTS.get(kind, ())), nn.Linear(5, 5)]
+    layers = [nn.Sequential(*layers), nn.Linear(5, 3)]
+    loss = draw.choice([nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1), nn.MSELoss(), F.cross_entropy])
+    if isinstance(loss, nn.MSELoss):
+        return layers, loss, [(X, torch.randn(len(X), 3)) for X in data]
+    return layers, loss, [(X, torch.randint(0, 3, (len(X),))) for X in data]
+
+
+@pytest.mark.default_cases("[0-7]")
+@pytest.mark.parametrize("seed", range(60))
+def test_pure_models_agree_with_watched_models(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = counted(monkeypatch)
+    layers, loss, data = random_network(seed)
+    models = nn.Sequential(*layers).eval(), Watched(*layers).eval()
+    params = [dict(model.named_parameters()) for model in models]
+    for cls in (HessianLinearOperator, GGNLinearOperator, EFLinearOperator):
+        for cache in (0, "auto"):
+            pure, watched = (
+                cls(model, loss, own, data, cache=cache) for model, own in zip(models, params, strict=True)
+            )
+            before = count[0]
+            eye = np.eye(pure.shape[1])[:, ::7]
+            matrix = pure @ eye
+            gradient, value = pure.gradient_and_loss()
+            assert count[0] > before
+            before = count[0]
+            close(matrix, watched @ eye)
+            close(matrix, pure @ eye)
+            expected, expected_value = watched.gradient_and_loss()
+            close(gradient, expected)
+            close(value, expected_value)
+    assert all(value is own for value, own in zip(models[0].parameters(), params[0].values(), strict=True))
