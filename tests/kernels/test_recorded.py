@@ -150,7 +150,8 @@ class TestSingleVectors:
         X = np.random.default_rng(0).standard_normal((A.shape[1], 3))
         first = A @ X[:, 0]
         with_program = [first, *(A @ x for x in X.T[1:])]
-        assert runs["program"] > 0
+        # The second derivative of group_norm unsqueezes a tensor in place, which cannot be recorded.
+        assert (runs["program"] > 0) == ((name, cls) != ("group-norm-silu", HessianLinearOperator))
         monkeypatch.setattr(recorded, "_PATIENCE", np.inf)
         B = built(cls, problem)
         runs["program"] = 0

@@ -83,6 +83,7 @@ class RecordedProducts:
         self.is_settled = False
         self._nodes = 0
         self._gave_up = False
+        self._vectors = 0  # number of products of the graph with single vectors
         self._vector_program: _Program | None = None  # used for single vectors
         self._has_tried_vectors = False  # whether nothing more will be recorded for single vectors
         self._block_program: _Program | None = None  # used for several vectors
@@ -97,6 +98,7 @@ class RecordedProducts:
         seconds = time.perf_counter() - began
         self.spent += seconds
         self.fastest = min(self.fastest, seconds)
+        self._vectors += 1
         if not self._has_tried_vectors:
             self._consider_recording(apply, roots, tangents, product)
         return product
@@ -162,12 +164,14 @@ class RecordedProducts:
 
         `product` is the product of the graph with `tangents`.
         """
-        if self.spent < _PATIENCE * _PRODUCTS_FOR_VECTORS * self.fastest:
+        if self._vectors < _PATIENCE * _PRODUCTS_FOR_VECTORS:
             return
         self._examine(roots, tangents)
         if self._gave_up or torch.is_autocast_enabled("cpu"):
             self._has_tried_vectors = True
-        elif self.spent > _PATIENCE * (_SECONDS_PER_NODE * self._nodes + _PRODUCTS_FOR_VECTORS * self.fastest):
+            return
+        cost = _SECONDS_PER_NODE * self._nodes + _PRODUCTS_FOR_VECTORS * self.fastest
+        if self._vectors * self.fastest > _PATIENCE * cost:  # the first products take longer than later ones
             self._has_tried_vectors = True
             began = time.perf_counter()
             try:
