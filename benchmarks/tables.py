@@ -99,6 +99,7 @@ Fisher: to forward and reverse mode). "wrong": above \
 {results["wrong"]:g} and above twice the error of double backward by hand (eigenpairs, whose error is their residual: \
 above {results["wrong_eigenpairs"]:g}), not timed. \
 "gradient" and "whole" are yardsticks, not judged. "eigsh" takes the operator's construction in, but no compilation. \
+Other times take in no linearization, no compilation and no recording of operations. \
 Vectors are float32 from 10 million entries on, float64 below. SciPy's BLAS has one thread. \
 Left out: {"; ".join(results["left_out"])}.
 
