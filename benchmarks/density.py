@@ -35,6 +35,8 @@ from curvop.spectrum.lanczos import Lanczos
 RESULTS = Path(__file__).resolve().parent / "results" / "density.json"
 MODELS = ("MLP 784-512-512-10", "GPT 4 layers, d = 128", "CNN 32x32")
 PROBES, STEPS = 8, 64
+#: Peers that do not finish, and why.
+LEFT_OUT = {("CNN 32x32", "curvlinops compiled"): "each product takes 54 MB more memory, 27 GB in all"}
 WRONG, WRONG_TF32 = 1e-5, 1e-2  # relative errors of a product
 
 
@@ -120,6 +122,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     vector = np.random.default_rng(0).standard_normal(size)
     reference, errors, failed = exact(problem, vector), {}, {}
     for peer, make in PEERS.items():
+        if (name, peer) in LEFT_OUT:
+            failed[peer] = LEFT_OUT[name, peer]
+            continue
         try:
             multiply, compute = make(problem, ends)
             product = multiply(tensor_like(problem, vector)).numpy(force=True)
@@ -155,6 +160,7 @@ def main() -> None:
     parser.add_argument("--engine", nargs="+", default=["autograd", "compiled"], help="of ours, autograd among them")
     parser.add_argument("--probes", type=int, default=PROBES, help="start vectors; 8")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each probe; 64")
+    parser.add_argument("--add", action="store_true", help="keep the results of the file that this run does not repeat")
     add_device_options(parser)
     parser.add_argument("--out", type=Path, default=RESULTS, help="results; benchmarks/results/density.json")
     options = parser.parse_args()
@@ -165,7 +171,7 @@ def main() -> None:
         "tf32": options.tf32,
         "probes": options.probes,
         "steps": options.steps,
-        "models": {},
+        "models": json.loads(options.out.read_text())["models"] if options.add else {},
     }
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         for name in options.model or MODELS:
