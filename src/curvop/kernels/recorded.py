@@ -175,7 +175,7 @@ class RecordedProducts:
             self._has_tried_vectors = True
             began = time.perf_counter()
             try:
-                probe = _probes(tangents)[0]
+                probe = _probe(tangents, 1)
                 program, expected = _recorded(apply, probe)
                 is_equal = _are_equal(program(probe), expected)  # the first run takes longer than later runs
                 start = time.perf_counter()
@@ -191,7 +191,7 @@ class RecordedProducts:
         """Compute the products, and record a program that computes products of other vectors with the same layout."""
         if self._block_program is None:
             began = time.perf_counter()
-            first, second = _probes([part[0] for part in tangents])
+            first, second = (_probe([part[0] for part in tangents], start) for start in (1, 2))
             single = _recorded(apply, first)[0]
             # Compare with another vector, and also check that torch batches the operations correctly.
             pairs = single.batched([torch.stack(parts) for parts in zip(first, second, strict=True)])
@@ -654,12 +654,10 @@ def _layout(tensors: Sequence[Tensor]) -> tuple[object, ...]:
     return tuple([(part.shape, part.stride()) for part in tensors])
 
 
-def _probes(tangents: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return two vectors without zeros, with the memory layout of `tangents`."""
-    return [_probe(part, 1) for part in tangents], [_probe(part, 2) for part in tangents]
-
-
-def _probe(like: Tensor, start: int) -> Tensor:
-    """Return a tensor without zeros, with the shape, the strides and the dtype of `like`."""
-    numbers = torch.arange(start, like.numel() + start, dtype=torch.float32).sin()
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).copy_(numbers.view(like.shape))
+def _probe(tangents: Sequence[Tensor], start: int) -> list[Tensor]:
+    """Return a vector without zeros, with the memory layout and the dtype of `tangents`."""
+    vector = []
+    for part in tangents:
+        numbers = torch.arange(start, part.numel() + start, dtype=torch.float32).sin()
+        vector.append(torch.empty_strided(part.shape, part.stride(), dtype=part.dtype).copy_(numbers.view(part.shape)))
+    return vector
