@@ -15,9 +15,15 @@ from cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrices import matrix
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
+from curvop import HessianLinearOperator
+from curvop.operators.base import WrappingLinearOperator
 from curvop.spectrum import eigsh
 from curvop.spectrum.counting import TimeUpError
+from curvop.spectrum.lanczos import multiply
 from curvop.spectrum.thick_restart import KrylovBasis, thick_restart
 
 #: A triple eigenvalue at the top, of which ARPACK misses a member in 27 of 40 runs (scipy#26112).
@@ -154,6 +160,48 @@ class TestEigenvalues:
         assert found.num_converged == 3
         np.testing.assert_allclose(found.values, [3, 2, 2], atol=1e-5)
 
+    @pytest.mark.parametrize(
+        ("dtype", "tol", "precision"),
+        [
+            (np.float64, 1e-3, torch.float32),
+            (np.float64, 1e-5, torch.float64),
+            (np.float32, 1e-3, torch.float32),
+            (np.float32, 1e-5, torch.float64),
+        ],
+    )
+    def test_the_precision_of_the_basis(self, dtype: type, tol: float, precision: torch.dtype) -> None:
+        """The products are accurate to single precision, the eigenvectors are orthonormal in double precision."""
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 30), torch.nn.Tanh(), torch.nn.Linear(30, 3))
+        data = [(torch.randn(50, 6), torch.randn(50, 3))]
+        H = HessianLinearOperator(model, torch.nn.MSELoss(), model.parameters(), data, dtype=dtype)
+        seen = set()
+
+        class Watched(WrappingLinearOperator):
+            def __init__(self) -> None:
+                super().__init__(H.dtype, H.shape)
+                self._A = H
+
+            def _apply(self, rows):
+                seen.add(rows.dtype)
+                return multiply(self._A, rows)
+
+        result = eigsh(Watched(), 4, method="lanczos", tol=tol, certificate=False, progress=False)
+        assert (seen, result.vectors.dtype, result.converged) == ({precision}, np.float64, True)
+        np.testing.assert_allclose(result.vectors.T @ result.vectors, np.eye(4), atol=1e-14)
+        dense = np.linalg.eigvalsh(H.to_dense().astype(np.float64))[-4:]
+        np.testing.assert_allclose(result.values, dense, rtol=max(tol, 1e-5))
+        residuals = np.linalg.norm(H @ result.vectors - result.vectors * result.values, axis=0)
+        assert (residuals <= 2 * max(tol, 1e-5) * result.values).all()
+
+    def test_long_vectors_of_single_precision(self) -> None:
+        """The CPU adds the terms of an inner product one by one, which would leave errors of 5e-5."""
+        scales = torch.linspace(0, 1, 10**6) ** 9
+        krylov = KrylovBasis(lambda rows: rows * scales, torch.ones(1, 10**6), 12)
+        krylov.grow(12)
+        rows = krylov.vectors.double()
+        np.testing.assert_allclose(rows @ rows.T, np.eye(12), atol=5e-6)
+
     def test_a_given_starting_vector_is_the_first_of_the_block(self) -> None:
         """The other vectors are random, so that a start in an invariant subspace does not hide any eigenvalue."""
         A = np.diag([*np.arange(99.0), 200.0])
@@ -182,8 +230,8 @@ class TestProducts:
         by_default, two, one = (eigsh(A, 3, **options, **block).products for block in ({}, {"block": 2}, {"block": 1}))
         assert by_default == one < two
 
-    def test_single_vectors_take_the_products_of_earlier_versions(self) -> None:
-        """Old journals contain them. The counts are those of commit 4254f4c.
+    def test_single_vectors_take_few_products(self) -> None:
+        """As many as when each step orthogonalized the vector twice (commit 4254f4c).
 
         All eigenvalues are simple and far apart, so that the counts do not depend on the processor.
         """
@@ -191,6 +239,36 @@ class TestProducts:
         for k, which, ncv, count in ((5, "LA", 12, 48), (5, "LM", 12, 32), (5, "SA", 12, 52), (2, "LA", 6, 54)):
             result = eigsh(A, k, which, method="lanczos", block=1, ncv=ncv, certificate=False, progress=False)
             assert result.products == count
+
+    @pytest.mark.parametrize("block", [1, 3])
+    def test_a_step_orthogonalizes_once(self, block: int) -> None:
+        """A second pass over the basis is needed only if the first one cancels most of a vector."""
+        A = matrix(np.random.default_rng(0).standard_normal(2000))
+        krylov = KrylovBasis(Products(A), starts(block, 2000), 60)
+        krylov.grow(30)
+        with FlopCounterMode(display=False) as counter:
+            krylov.grow(60)
+        # The inner products of a pass. The counter does not count in-place operations, such as the subtraction.
+        one_pass = sum(2 * block * 2000 * count for count in range(30 + block, 61, block))
+        products = 2 * 2000 * 2000 * 30
+        assert one_pass <= counter.get_total_flops() - products <= 1.4 * one_pass
+        assert_relation(krylov, A)
+
+    def test_a_restart_copies_no_large_part_of_the_basis(self) -> None:
+        krylov = KrylovBasis(lambda rows: rows * torch.linspace(0, 1, 10**6), torch.ones(1, 10**6), 12)
+        krylov.grow(12)
+        values, S = np.linalg.eigh(krylov.projected)
+        basis, sizes = krylov.vectors.untyped_storage().data_ptr(), []
+
+        class Results(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                sizes.extend(x.numel() for x in tree_leaves(result) if x.untyped_storage().data_ptr() != basis)
+                return result
+
+        with Results():
+            krylov.restart(values[-6:], S[:, -6:])
+        assert max(sizes) == 10**6  # a copy of the next block
 
     @pytest.mark.parametrize("most", [0, 2, 21, 30, 31, 44])
     def test_time_is_up_between_two_blocks(self, most: int) -> None:

@@ -416,16 +416,15 @@ def _eigenvalues(
 ) -> _Outcome:
     """Compute up to `k` eigenvalues at one end of the spectrum, within the time limit.
 
-    The method is the same with and without a deadline, so that a resumed study finds its products in the journal. The
-    journals of earlier versions contain products with single vectors. If the step has run before, the better result is
-    kept.
+    The method is the same with and without a deadline, so that a resumed study finds its products in the journal. If
+    the step has run before, the better result is kept.
     """
     k = min(k, results.rows)
     before = next((end for end in results.ends if end.which == which), None)
     answered = _num_answered(A)
 
     def run(B: LinearOperator, seconds: float | None) -> EigenResult:
-        settings: dict[str, Any] = {"method": "lanczos", "block": 1, "side": "parameters", "rng": _SEEDS["eigenvalues"]}
+        settings: dict[str, Any] = {"method": "lanczos", "side": "parameters", "rng": _SEEDS["eigenvalues"]}
         return eigsh(B, k, which, maxiter=maxiter, seconds=seconds, **settings)
 
     result = None

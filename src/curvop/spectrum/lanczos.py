@@ -37,9 +37,9 @@ from scipy.linalg.lapack import dstebz
 from torch import Tensor
 
 from curvop.operators.base import TensorLinearOperator
-from curvop.operators.transfer import LINE, aligned
+from curvop.operators.transfer import aligned, host_tensor
 from curvop.operators.validation import available_bytes, check_fits
-from curvop.spectrum.norms import column_norms, row_dots, row_norms
+from curvop.spectrum.norms import column_norms, inner_products, row_dots, row_norms
 
 __all__ = [
     "Lanczos",
@@ -53,11 +53,10 @@ __all__ = [
     "resolution",
     "rounding_left",
     "runs_at_once",
+    "zeros",
 ]
 
 Array = NDArray[Any]
-
-_SECTION = 16384  # largest number of terms that the CPU sums sequentially in the precision of the basis
 
 # Thresholds of `OrthogonalityBound`. _CLEAN: computed loss of orthogonality above which a vector is orthogonalized,
 # relative to the largest allowed loss. _FRESH: loss of orthogonality in a vector that was just orthogonalized, in units
@@ -107,7 +106,7 @@ class Lanczos:
         (count, size), dtype = starts.shape, product_dtype(A)
         self._A = A
         self._deflated = None if deflated is None else deflated.to(dtype)
-        self.basis = _zeros((count, num_steps + 1, size), dtype, starts.device)
+        self.basis = zeros((count, num_steps + 1, size), dtype, starts.device)
         self.basis[:, 0] = starts / torch.linalg.vector_norm(starts, dim=1, keepdim=True, dtype=torch.float64)
         self.alphas, self.betas = np.zeros((count, num_steps)), np.zeros((count, num_steps))
         self.lengths = np.zeros(count, dtype=np.int64)
@@ -197,7 +196,7 @@ class Lanczos:
         measured = (norms > 0) & ~self._bound.is_low(group, at + 1, bounds, samples)
         if not measured.any():
             return alphas, norms
-        overlaps = _overlaps(basis, W)
+        overlaps = inner_products(basis, W[:, :, None])[:, :, 0]
         losses = _losses(overlaps, units)
         cleaned = self._bound.needs_cleaning(group, at + 1, bounds, losses, units, measured)
         while cleaned.any():
@@ -212,7 +211,7 @@ class Lanczos:
             repeated = (norms <= 0.5 * before) | self._bound.remains(losses)
             cleaned &= repeated & (norms > self._eps * np.abs(alphas))
             if cleaned.any():
-                overlaps = _overlaps(basis, W)
+                overlaps = inner_products(basis, W[:, :, None])[:, :, 0]
                 losses = _losses(overlaps, np.where(norms > 0, norms, 1.0))
         return alphas, norms
 
@@ -371,33 +370,11 @@ def _ends(alphas: Array, betas: Array) -> tuple[float, float]:
     return least - 1e-3 * norm, largest + 1e-3 * norm
 
 
-def _overlaps(basis: Tensor, W: Tensor) -> Tensor:
-    """Return the inner products ``(g, m)`` of each row of `W` ``(g, N)`` with its own basis ``(g, m, N)``.
-
-    The CPU sums sequentially. Therefore, long vectors are split into sections whose sums are added in float64.
-    Otherwise, rounding errors would grow in every step if the matrix has large eigenvalues. A GPU sums in a tree and
-    needs no sections.
-    """
-    size = W.shape[1]
-    section = _SECTION if basis.device.type == "cpu" else size
-    total = torch.zeros(basis.shape[:2], dtype=torch.float64, device=basis.device)
-    for start in range(0, size, section):
-        entries = slice(start, start + section)
-        total += torch.bmm(basis[:, :, entries], W[:, entries, None])[:, :, 0]
-    return total.to(W.dtype)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of zeros.
-
-    On the CPU, NumPy allocates the memory. This is four times as fast as ``torch.zeros``, because NumPy uses huge pages
-    for large arrays.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    buffer = torch.from_numpy(np.zeros(size + LINE, np.uint8))
-    return buffer[-buffer.data_ptr() % LINE :][:size].view(dtype).view(shape)  # aligned like the result of `aligned`
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of zeros."""
+    return (
+        host_tensor(shape, dtype, np.zeros) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+    )
 
 
 def gauss_rules(alphas: Array, betas: Array, lengths: Array) -> tuple[Array, Array]:

@@ -9,13 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["binary_exponent", "column_norms", "norm", "row_dots", "row_norms", "tensor_norm"]
+__all__ = ["binary_exponent", "column_norms", "inner_products", "norm", "row_dots", "row_norms", "tensor_norm"]
 
 Array = NDArray[Any]
 
 # Norms in this range are computed without scaling, because sums of squares neither underflow nor overflow.
 _SAFE_NORMS = {torch.float32: (1e-14, 1e14), torch.float64: (1e-140, 1e140)}
-_SECTION = 4096  # number of products that are summed in the precision of the tensor
+# Number of products that are summed in the precision of the tensors: by `row_dots`, and by `inner_products` on the CPU.
+_SECTION, _LONG_SECTION = 4096, 16384
 
 
 def binary_exponent(array: Array) -> int:
@@ -79,3 +80,29 @@ def row_dots(left: Tensor, right: Tensor) -> Tensor:
             product = torch.bmm(left_part, right_part.mT)  # with this memory layout, MKL is ten times faster
             sums.append(product.reshape(len(left), -1))
     return torch.cat([*sums, left.new_zeros(len(left), 1)], 1).sum(1, dtype=torch.float64)
+
+
+def inner_products(bases: Tensor, vectors: Tensor) -> Tensor:
+    """Return the inner products of each row of ``bases[i]`` with each column of ``vectors[i]``.
+
+    The CPU sums sequentially. Therefore, long vectors are split into sections whose sums are added in float64.
+    Otherwise, rounding errors would grow in every step of a Lanczos process if the matrix has large eigenvalues. A GPU
+    sums in a tree and needs no sections.
+
+    Parameters
+    ----------
+    bases : Tensor, shape (K, m, N)
+    vectors : Tensor, shape (K, N, b)
+
+    Returns
+    -------
+    Tensor, shape (K, m, b)
+        The inner products, in the dtype of `vectors`.
+    """
+    size = bases.shape[2]
+    section = _LONG_SECTION if bases.device.type == "cpu" else size
+    total = torch.zeros(*bases.shape[:2], vectors.shape[2], dtype=torch.float64, device=bases.device)
+    for start in range(0, size, section):
+        entries = slice(start, start + section)
+        total += torch.bmm(bases[:, :, entries], vectors[:, entries])
+    return total.to(vectors.dtype)

@@ -101,8 +101,7 @@ class EigenRepair:
 
         size, k = Q.shape
         products_left = self._last - A.products - _MOST
-        # Lanczos runs next to eight copies of the eigenvectors. A restart copies half of the basis.
-        fitting = int((self._memory // (8 * size) - 8 * (k + _MOST)) / 1.5)
+        fitting = self._memory // (8 * size) - 8 * (k + _MOST)  # Lanczos runs next to eight copies of the eigenvectors
         basis = min(_MAX_BASIS, fitting, size - k - 1, products_left)
         if basis < _MIN_BASIS:
             return start[:, :0], products[:, :0]

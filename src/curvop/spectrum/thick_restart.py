@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvop.spectrum.counting import TimeUpError
-from curvop.spectrum.lanczos import rounding_left
-from curvop.spectrum.norms import column_norms, row_norms, tensor_norm
+from curvop.spectrum.lanczos import rounding_left, zeros
+from curvop.spectrum.norms import column_norms, inner_products, row_norms, tensor_norm
 
 __all__ = ["KrylovBasis", "RitzPairs", "thick_restart"]
 
 Array = NDArray[Any]
 
+_SECTION = 2**16  # number of columns of the basis that a restart combines at once
 _CANCELLED = 0.1  # a vector whose norm shrinks by this factor within its block is orthogonalized to the basis again
 
 
@@ -158,9 +159,8 @@ class KrylovBasis:
         self.count, self.scale = 0, 0.0
         self._multiply = multiply
         self._locked = 0 if deflated is None else len(deflated)
-        self._rows = torch.empty(
-            self._locked + size + self.width, length, dtype=starts.dtype, device=starts.device
-        )  # the deflated vectors, the basis, and the next block
+        # The deflated vectors, the basis, and the next block.
+        self._rows = zeros((self._locked + size + self.width, length), starts.dtype, starts.device)
         self._rounding = rounding_left(starts.dtype, length)
         self._H = np.zeros((size + self.width, size + self.width))
         self._generator = torch.Generator().manual_seed(0)
@@ -168,7 +168,7 @@ class KrylovBasis:
         if deflated is not None:
             self._rows[: self._locked] = deflated
             _orthogonalize(self._rows[: self._locked], starts)
-        self._append_orthonormalized(starts, 0.0)
+        self._append_orthonormalized(starts, row_norms(starts), 0.0)
 
     @property
     def vectors(self) -> Tensor:
@@ -200,20 +200,21 @@ class KrylovBasis:
         """Multiply A with the next block, append this block to the basis, and compute a new block."""
         W = self._multiply(self.block).to(self._rows.dtype)
         start, stop = self.count, self.count + self.width
-        coefficients = _orthogonalize(self._rows[: self._locked + stop], W)[:, self._locked + start :]
-        own = coefficients.cpu().numpy().astype(np.float64)
-        norms = row_norms(W)
+        coefficients, norms = _orthogonalize(self._rows[: self._locked + stop], W, 2 * self.width)
+        own = coefficients[:, self._locked + start :].cpu().numpy().astype(np.float64)
         self.scale = max(self.scale, float((np.abs(np.diag(own)) + norms).max()))
         self._H[start:stop, start:stop] = (own + own.T) / 2
         self.count = stop
-        coupling = self._append_orthonormalized(W, self._rounding * self.scale)
+        coupling = self._append_orthonormalized(W, norms, self._rounding * self.scale)
         self._H[stop : stop + self.width, start:stop] = coupling
         self._H[start:stop, stop : stop + self.width] = coupling.T
 
     def restart(self, values: Array, S: Array) -> None:
         """Replace the basis by Ritz vectors, given by their Ritz values and coefficients S ``(count, kept)``."""
         kept, coupling, block = len(values), self.coupling @ S, self.block.clone()
-        self._rows[self._locked : self._locked + kept] = self.combine(S)
+        weights = self._weights(S)
+        for part in self.vectors.split(_SECTION, 1):  # a product with all columns at once would copy half of the basis
+            part[:kept] = weights @ part
         self.count = kept
         self.block[:] = block
         self._H[:] = 0
@@ -223,24 +224,26 @@ class KrylovBasis:
 
     def combine(self, coefficients: Array) -> Tensor:
         """Return linear combinations of the basis vectors, as rows, for coefficients of shape ``(count, n)``."""
-        weights = torch.from_numpy(np.ascontiguousarray(coefficients.T))
-        return weights.to(self._rows.device, self._rows.dtype) @ self.vectors
+        return self._weights(coefficients) @ self.vectors
 
-    def _append_orthonormalized(self, W: Tensor, tiny: float) -> Array:
+    def _weights(self, coefficients: Array) -> Tensor:
+        weights = torch.from_numpy(np.ascontiguousarray(coefficients.T))
+        return weights.to(self._rows.device, self._rows.dtype)
+
+    def _append_orthonormalized(self, W: Tensor, norms: Array, tiny: float) -> Array:
         """Store an orthonormal basis Q of the rows of W as the next block. Return ``Q @ W.T``, of shape ``(b, b)``.
 
-        W is overwritten. Its rows must be orthogonal to the basis. Norms of up to `tiny` are considered zero.
+        The rows of W must be orthogonal to the basis. `norms` are their norms. W and `norms` are overwritten. Norms of
+        up to `tiny` are considered zero.
         """
         start = self._locked + self.count
         coupling, left = np.zeros((self.width, self.width)), list(range(self.width))
-        norms = row_norms(W)
         first_norms = norms.copy()
         for index in range(self.width):
             before, row = self._rows[: start + index], left.pop(int(np.argmax(norms[left])))
             w, length = W[row], float(norms[row])
             if tiny < length < _CANCELLED * first_norms[row]:
-                _orthogonalize(before, W[row : row + 1])
-                length = tensor_norm(w)
+                length = float(_orthogonalize(before, W[row : row + 1])[1][0])
             if length <= tiny:
                 length = 0.0
                 w = torch.randn(len(w), generator=self._generator, dtype=w.dtype).to(w.device)
@@ -255,18 +258,37 @@ class KrylovBasis:
         return coupling
 
 
-def _orthogonalize(V: Tensor, W: Tensor) -> Tensor:
-    """Orthogonalize the rows of W ``(b, N)`` in place against the rows of V ``(m, N)``, in two passes.
+def _orthogonalize(V: Tensor, W: Tensor, nearest: int = 0) -> tuple[Tensor, Array]:
+    """Orthogonalize the rows of W ``(b, N)`` in place against the orthonormal rows of V ``(m, N)``.
 
-    Return the sum of the coefficients of both passes, of shape ``(b, m)``.
+    A pass over V leaves rounding errors, which are relative to the norms before the pass. The pass is therefore
+    repeated if it halves a norm (Daniel, Gragg, Kaufman, Stewart, "Reorthogonalization and stable algorithms for
+    updating the Gram-Schmidt QR factorization", Math. Comp. 30(136), 1976, doi:10.1090/S0025-5718-1976-0431641-8).
+    Products with A have large components only along the last two blocks. If the components along the `nearest` last
+    rows are subtracted first, a single pass over V usually suffices.
+
+    Returns
+    -------
+    coefficients : Tensor, shape (b, m)
+        The components that were subtracted.
+    norms : ndarray, shape (b,)
+        The norms of the remaining vectors.
     """
-    total = torch.zeros(len(W), len(V), dtype=V.dtype, device=V.device)
+    total = W.new_zeros(len(W), len(V))
+    if nearest:
+        total[:, -nearest:] = _subtract_components(V[-nearest:], W)
+    norms = row_norms(W)
     for _ in range(2):
-        if len(W) == 1:  # rounded as in earlier versions, whose journals record the products with these vectors
-            coefficients = (V @ W[0])[None]
-            W[0].addmv_(V.T, coefficients[0], alpha=-1.0)
-        else:
-            coefficients = W @ V.T
-            W.addmm_(coefficients, V, alpha=-1.0)
-        total += coefficients
-    return total
+        before = norms
+        total += _subtract_components(V, W)
+        norms = row_norms(W)
+        if (norms > 0.5 * before).all():
+            break
+    return total, norms
+
+
+def _subtract_components(V: Tensor, W: Tensor) -> Tensor:
+    """Subtract the components of the rows of W ``(b, N)`` along the rows of V ``(m, N)``. Return them ``(b, m)``."""
+    components = inner_products(V[None], W.T[None])[0].T
+    W.addmm_(components, V, alpha=-1.0)
+    return components
