@@ -24,6 +24,9 @@ __all__ = ["CONTENDERS", "WORK", "Contender", "Work", "curvlinops_operator"]
 
 Problem = dict[str, Any]
 
+#: How many Lanczos steps of hessian-eigenthings suffice, by the number of parameters.
+EIGENTHINGS_STEPS: dict[int, int] = {}
+
 WHOLE = ("product", "nothing kept", "block of 8", "dense")
 BLOCKS = ("last layer", "off diagonal", "slice")
 GGN = ("Gauss-Newton", "Gauss-Newton, block of 8")
@@ -86,6 +89,18 @@ def curvop(problem: Problem, work: Work, engine: str = "autograd") -> Any:
     elif work.rows:
         H = H.block(work.rows, work.cols)
     return H if work.kind == "eigsh" else H.__matmul__
+
+
+def curvop_lanczos(problem: Problem, work: Work, engine: str = "autograd") -> Any:
+    """Solve with this package, not with SciPy."""
+    H = curvop(problem, work, engine)
+
+    def solve(v0: np.ndarray, k: int, tol: float) -> tuple[np.ndarray, np.ndarray]:
+        options = {"method": "lanczos", "ncv": 2 * k + 1, "certificate": False, "progress": False}
+        result = curvop_package.spectrum.eigsh(H, k, "LA", tol=tol, v0=v0, **options)
+        return result.values, result.vectors
+
+    return solve
 
 
 def curvop_tensors(problem: Problem, work: Work, engine: str = "autograd") -> Any:
@@ -180,15 +195,34 @@ def curvlinops_compiled(problem: Problem, work: Work) -> Any:
 
 
 def eigenthings(problem: Problem, work: Work) -> Any:
+    return for_scipy(by_column(problem, eigenthings_operator(problem, work).matvec), work)
+
+
+def eigenthings_lanczos(problem: Problem, work: Work) -> Any:
+    """Solve with the package itself, which does not restart. The first call finds the number of steps."""
+    import hessian_eigenthings as package
+
+    A = eigenthings_operator(problem, work)
+
+    def solve(_: np.ndarray, k: int, tol: float) -> tuple[np.ndarray, np.ndarray]:
+        for steps in range(EIGENTHINGS_STEPS.get(A.size, 2 * k), A.size, k // 2):
+            found = package.lanczos(A, k=k, max_iter=steps, tol=tol, reorthogonalize=True, which="LA", seed=0)
+            if found.converged.all():
+                EIGENTHINGS_STEPS[A.size] = steps
+                break
+        return found.eigenvalues.numpy(force=True), found.eigenvectors.T.numpy(force=True)
+
+    return solve
+
+
+def eigenthings_operator(problem: Problem, work: Work) -> Any:
     import hessian_eigenthings as package
 
     model, loss_function, data = problem["model"], problem["loss_function"], problem["data"]
     if work.matrix == "Gauss-Newton":
         loss_of_output = package.supervised_loss_of_output(loss_function)
-        A = package.GGNOperator(model, data, package.supervised_forward, loss_of_output)
-    else:
-        A = package.HessianOperator(model, data, package.supervised_loss(loss_function))
-    return for_scipy(by_column(problem, A.matvec), work)
+        return package.GGNOperator(model, data, package.supervised_forward, loss_of_output)
+    return package.HessianOperator(model, data, package.supervised_loss(loss_function))
 
 
 # PyHessian. It works on the gradients that the model's parameters hold, hence a copy of the model.
@@ -297,6 +331,7 @@ def own(engine: str) -> dict[str, Contender]:
 
     return {
         name: contender(curvop, *WHOLE, *BLOCKS, "eigsh", *GGN, "empirical Fisher"),
+        f"{name}, lanczos": contender(curvop_lanczos, "eigsh"),
         f"{name}, tensors": contender(curvop_tensors, "product", "block of 8"),
         f"{name}, one batch": contender(curvop_one_batch, "product", "block of 8", "eigsh"),
         f"{name}, restricted": contender(curvop_restricted, "slice"),
@@ -311,6 +346,7 @@ CONTENDERS: dict[str, Contender] = {
     "curvlinops eager": Contender(curvlinops_eager, WHOLE),
     "curvlinops compiled": Contender(curvlinops_compiled, ["product", "block of 8", "eigsh", *GGN], compiled=True),
     "eigenthings": Contender(eigenthings, [*WHOLE, "eigsh", *GGN]),
+    "eigenthings lanczos": Contender(eigenthings_lanczos, ["eigsh"]),
     "PyHessian single": Contender(pyhessian_single, ["product", "block of 8", "dense", "eigsh"]),
     "PyHessian loader": Contender(pyhessian_loader, WHOLE),
     "by hand": Contender(by_hand, [*WHOLE, *BLOCKS]),

@@ -12,7 +12,7 @@ __all__ = ["GOALS", "PEERS", "Goal", "reached"]
 
 #: The other packages, with NumPy vectors and the batches as they are. PyHessian's retained single batch is compared
 #: with this package's operators on one batch.
-PEERS = ("curvlinops to_scipy", "curvlinops compiled", "eigenthings", "PyHessian loader")
+PEERS = ("curvlinops to_scipy", "curvlinops compiled", "eigenthings", "eigenthings lanczos", "PyHessian loader")
 #: Models with several batches. With a single one, PyHessian's retained batch is a peer like any other.
 SEVERAL = [
     "tutorial MLP 7-5-5-3",
@@ -91,6 +91,7 @@ def goals() -> list[Goal]:
         whole, restricted = f"{name}, whole", f"{name}, restricted"
         found += [
             Goal("eigsh(k=10) against the fastest peer", "eigsh", PEERS, name, 2.0, models=SEVERAL),
+            Goal("eigsh(k=10) against the fastest peer", "eigsh", PEERS, f"{name}, lanczos", 2.0, models=SEVERAL),
             Goal("the last layer's block against curvlinops' submatrix", "last layer", scipy, name, 100.0, models=DEEP),
             Goal("a sliced submatrix against the restricted operator", "slice", name, restricted, 1.1, at_most=True),
             Goal("the tutorial's first weight, against curvlinops'", "slice", scipy, restricted, 30.0, models=TUTORIAL),

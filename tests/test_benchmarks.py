@@ -79,6 +79,25 @@ def test_the_peers_multiply_with_the_same_matrix(kind: str) -> None:
         assert np.linalg.norm(product - expected) < WRONG * np.linalg.norm(expected), name
 
 
+@pytest.mark.peers
+@pytest.mark.filterwarnings("default")
+def test_all_eigensolvers_find_the_same_eigenvalues() -> None:
+    from contenders import CONTENDERS
+    from models import mlp, problem
+    from peers import solve, work_of
+    from reference import exact
+
+    torch.manual_seed(0)
+    own = problem(mlp(5, 14, 10), (5,), 6, 2)
+    work = work_of("eigsh", own)
+    expected = np.linalg.eigvalsh(exact(own, np.eye(len(work.vectors))))[-10:]
+    names = ["curvop", "curvop, lanczos", "eigenthings", "eigenthings lanczos", "curvlinops to_scipy"]
+    for name in names:
+        values, vectors = solve(CONTENDERS[name].build(own, work), work)
+        np.testing.assert_allclose(np.sort(values), expected, rtol=1e-3, err_msg=name)
+        assert vectors.shape == (len(work.vectors), 10)
+
+
 class TestPreconditioning:
     @pytest.fixture
     def small(self) -> dict[str, Any]:
