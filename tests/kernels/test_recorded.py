@@ -13,6 +13,8 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, architecture_problem
 from cases import Problem, loss_problem, record_at_once
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from curvop import EFLinearOperator, GGNLinearOperator, HessianLinearOperator, JacobianLinearOperator
@@ -21,6 +23,18 @@ from curvop.kernels.graph import LinearMap
 from curvop.testing.functorch_reference import functorch_ggn, functorch_hessian
 
 P = 43
+STEPS = {
+    "sum": lambda x, y: x + y,
+    "twice": lambda x, y: x * 2,
+    "zeros": lambda x, y: torch.zeros_like(x),
+    "transposed": lambda x, y: x.t(),
+    "same": lambda x, y: x.view(3, 3),
+    "added to": lambda x, y: x.add_(y),
+    "scaled": lambda x, y: x.mul_(3),
+    "shifted": lambda x, y: x.add_(1),
+    "filled": lambda x, y: (x, x[1:].copy_(y[:2]))[0],
+    "shifted rows": lambda x, y: torch.cat([y[:2].add_(1), x[:1]]),
+}
 COMPLEX = torch.complex(torch.ones(3), torch.ones(3))
 
 
@@ -501,6 +515,59 @@ class TestRecorder:
         X = torch.randn(5, 3)
         assert torch.equal(program.batched([X])[0], torch.addcmul(X, X, constant) * 2)
         assert not capfd.readouterr().err
+
+    def test_zeros_are_not_added(self) -> None:
+        constant = torch.ones(3, 3)
+        program, _ = self.record(lambda x: [(x * 2 + torch.zeros_like(x)) + constant.new_zeros(3, 3).t()], constant)
+        assert self.functions(program) == [torch.mul]
+        into_zeros, _ = self.record(lambda x: [torch.zeros(3, 3).add_(x * 2).mul_(3)], constant)
+        assert self.functions(into_zeros) == [torch.mul, torch.mul]
+
+    def test_views_of_a_sum_with_zeros_are_not_views_of_other_rows(self) -> None:
+        def function(x: Tensor) -> list[Tensor]:
+            y = x * 2
+            first_rows, last_rows = y[:2].view(6), y[1:] + torch.zeros(2, 3)
+            return [first_rows, last_rows.view(6)]
+
+        program, _ = self.record(function, torch.ones(3, 3))
+        x = torch.arange(9.0).view(3, 3)
+        assert all(map(torch.equal, program([x]), function(x)))
+
+    def test_the_second_derivative_of_relu_is_not_added(self) -> None:
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        H = HessianLinearOperator(model, nn.MSELoss(), model.parameters(), [(torch.randn(9, 3), torch.randn(9, 2))])
+        for _ in range(4):
+            H @ np.eye(26)[:, :8]
+        (kept,) = H._engine._first.kept.values()
+        names = {str(function) for function in self.functions(next(iter(kept._recorded._programs.values())))}
+        assert any("threshold" in name for name in names)
+        assert not any("zeros" in name for name in names)
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=14
+        )
+    )
+    def test_random_programs(self, steps: list[tuple[str, int, int]]) -> None:
+        """Sums with zeros, views and modified tensors: a program is right, or it cannot be recorded."""
+
+        def function(x: Tensor) -> list[Tensor]:
+            made = [x * 2, torch.zeros_like(x)]
+            for step, first, second in steps:
+                made.append(STEPS[step](made[first % len(made)], made[second % len(made)]))
+            return made
+
+        x = torch.arange(1.0, 10.0).view(3, 3)
+        try:
+            expected = function(x)
+        except RuntimeError:  # the tensors overlap
+            reject()
+        try:
+            program, _ = self.record(function, torch.ones(3, 3))
+        except recorded._NotRecordableError:
+            return
+        assert all(map(torch.equal, program([x]), expected))
 
     @pytest.mark.parametrize(
         "function",
