@@ -20,12 +20,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import curvop as curvop_package
 from curvop import HessianLinearOperator
 
-__all__ = ["CONTENDERS", "WORK", "Contender", "Work", "curvlinops_operator"]
+__all__ = ["CONTENDERS", "EIGENTHINGS_SEED", "WORK", "Contender", "Work", "curvlinops_operator"]
 
 Problem = dict[str, Any]
 
 #: How many Lanczos steps of hessian-eigenthings suffice, by the number of parameters.
 EIGENTHINGS_STEPS: dict[int, int] = {}
+EIGENTHINGS_SEED = 0
 
 WHOLE = ("product", "nothing kept", "block of 8", "dense")
 BLOCKS = ("last layer", "off diagonal", "slice")
@@ -206,7 +207,9 @@ def eigenthings_lanczos(problem: Problem, work: Work) -> Any:
 
     def solve(_: np.ndarray, k: int, tol: float) -> tuple[np.ndarray, np.ndarray]:
         for steps in range(EIGENTHINGS_STEPS.get(A.size, 2 * k), A.size, k // 2):
-            found = package.lanczos(A, k=k, max_iter=steps, tol=tol, reorthogonalize=True, which="LA", seed=0)
+            found = package.lanczos(
+                A, k=k, max_iter=steps, tol=tol, reorthogonalize=True, which="LA", seed=EIGENTHINGS_SEED
+            )
             if found.converged.all():
                 EIGENTHINGS_STEPS[A.size] = steps
                 break

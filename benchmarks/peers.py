@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import CONTENDERS, WORK, Work
+from contenders import CONTENDERS, EIGENTHINGS_SEED, WORK, Work
 from environment import add_device_options, environment, peak_mb, set_tf32
 from goals import AHEAD, GOALS, PEERS, reached
 from models import PEER_PROBLEMS, on_device
@@ -137,8 +137,13 @@ def work_of(kind: str, problem: Problem) -> Work:
 
 
 def solve(operator: Any, work: Work) -> tuple[np.ndarray, np.ndarray]:
-    """Return eigenpairs by SciPy's solver, or by the solver of a package if `operator` is a function."""
-    v0 = np.ones(len(work.vectors), work.dtype)
+    """Return eigenpairs by SciPy's solver, or by the solver of a package if `operator` is a function.
+
+    The starting vector is that of hessian-eigenthings' solver, which takes no other. It has much influence on the
+    number of products.
+    """
+    generator = torch.Generator().manual_seed(EIGENTHINGS_SEED)
+    v0 = torch.randn(len(work.vectors), generator=generator).numpy().astype(work.dtype)
     if not isinstance(operator, LinearOperator):
         return operator(v0, 10, TOL)
     return eigsh(operator, k=10, which="LA", tol=TOL, v0=v0)

@@ -194,6 +194,16 @@ class TestEigenvalues:
         residuals = np.linalg.norm(H @ result.vectors - result.vectors * result.values, axis=0)
         assert (residuals <= 2 * max(tol, 1e-5) * result.values).all()
 
+    @pytest.mark.parametrize("method", ["lanczos", "arpack"])
+    @pytest.mark.parametrize("scale", [1e-60, 1e200])
+    def test_a_starting_vector_outside_the_range_of_single_precision(self, method: str, scale: float) -> None:
+        A = matrix(np.arange(60.0)).astype(np.float32)
+        options = {"method": method, "tol": 1e-3, "ncv": 20, "certificate": False, "progress": False}
+        v0 = np.random.default_rng(0).standard_normal(60)
+        expected = eigsh(A, 2, v0=v0, **options)
+        scaled = np.ldexp(v0, round(math.log2(scale)))
+        np.testing.assert_array_equal(eigsh(A, 2, v0=scaled, **options).values, expected.values)
+
     def test_long_vectors_of_single_precision(self) -> None:
         """The CPU adds the terms of an inner product one by one, which would leave errors of 5e-5."""
         scales = torch.linspace(0, 1, 10**6) ** 9

@@ -365,7 +365,8 @@ def _solve(A: LinearOperator, gram: GramLinearOperator | None, request: _Request
         solved.reserved = k + NUM_PRODUCTS if request.certificate and has_partial_result else 0
     with step_bar("eigsh", request.progress) as bar:
         counted = CountedOperator(solved, bar, _vector_dtype(solved, request))
-        start = None if start is None else start.astype(counted.dtype)
+        if start is not None:  # a large or small number may not be representable in float32
+            start = np.ldexp(start, -binary_exponent(start)).astype(counted.dtype)
         changed = {"A": counted, "available": available, "v0": start, "ncv": ncv}
         problem = _Problem(**{**vars(request), **changed})
         try:
