@@ -68,7 +68,8 @@ PACKAGES = ("curvlinops-for-pytorch", "hessian-eigenthings", "PyHessian")
 MANY = 10**7
 TINY = ("tutorial MLP 7-5-5-3",)
 #: What would take many minutes more, to compile or to run: the Hessian of curvlinops is wrong for the GPT, and products
-#: with the ResNet are faster with other peers.
+#: with the ResNet are faster with other peers. The solver of hessian-eigenthings does not restart, so that its first
+#: call tries many numbers of steps.
 LEFT_OUT = {
     ("GPT 4 layers, d = 128", "block of 8"): ("curvlinops compiled",),
     ("GPT 4 layers, d = 128", "eigsh"): ("curvlinops compiled", "curvop compiled, one batch"),

@@ -151,10 +151,11 @@ def others(row: dict[str, Any]) -> Iterator[tuple[float, str, str]]:
 
 def peaks() -> str:
     """Tabulate the peak memory of two products."""
-    names = {key: CONTENDERS[key] for key in CONTENDERS if key != "gradient"}
-    names |= {"curvop, nothing kept": "curvop, nothing cached"}
+    rows = results("peers")["peaks"]
+    names = CONTENDERS | {"curvop, nothing kept": "curvop, nothing cached"}
+    names = {key: name for key, name in names.items() if any(key in row["peak_mb"] for row in rows)}
     lines = []
-    for row in results("peers")["peaks"]:
+    for row in rows:
         sizes = [row["peak_mb"].get(key) for key in names]
         lines.append([row["model"], *(mb(size) if isinstance(size, float) else "" for size in sizes)])
     return table(["model", *names.values()], lines)

@@ -333,6 +333,16 @@ class TestSpectrum:
         assert found.ok
         close(found.values, expected.values)
 
+    def test_thick_restarts_in_single_precision(self) -> None:
+        torch.manual_seed(0)
+        model, data = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5)), torch.randn(64, 20)
+        here = hessian(Problem(model, nn.CrossEntropyLoss(), [(data, torch.arange(64) % 5)]))
+        there = hessian(Problem(copy.deepcopy(model).cuda(), nn.CrossEntropyLoss(), [(data, torch.arange(64) % 5)]))
+        found = eigsh(there, 3, "LA", method="lanczos", tol=1e-3, progress=False)
+        assert found.ok
+        np.testing.assert_allclose(found.values, eigsh(here, 3, "LA", progress=False).values, rtol=1e-3)
+        np.testing.assert_allclose(found.vectors.T @ found.vectors, np.eye(3), atol=1e-14)
+
     def test_exact_diagonals(self) -> None:
         problem = architecture_problem("conv")
         expected = GGNLinearOperator(problem.model, problem.loss_function, problem.params, problem.data).diagonal()

@@ -32,7 +32,7 @@ STEPS = {
     "added to": lambda x, y: x.add_(y),
     "scaled": lambda x, y: x.mul_(3),
     "shifted": lambda x, y: x.add_(1),
-    "filled": lambda x, y: (x, x[1:].copy_(y[:2]))[0],
+    "filled": lambda x, y: (x, x[1:].copy_(y[:2].clone()))[0],
     "shifted rows": lambda x, y: torch.cat([y[:2].add_(1), x[:1]]),
 }
 COMPLEX = torch.complex(torch.ones(3), torch.ones(3))
@@ -568,6 +568,12 @@ class TestRecorder:
         except recorded._NotRecordableError:
             return
         assert all(map(torch.equal, program([x]), expected))
+        try:
+            batched = program.batched([torch.stack([x, x.t() - 3])])
+        except RuntimeError:  # torch cannot add several tensors to a single one in place
+            return
+        for rows, *both in zip(batched, expected, function(x.t() - 3), strict=True):
+            assert torch.equal(rows, torch.stack(both))
 
     @pytest.mark.parametrize(
         "function",

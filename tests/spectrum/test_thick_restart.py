@@ -48,6 +48,13 @@ def starts(block: int, size: int, dtype: torch.dtype = torch.float64, seed: int 
     return torch.from_numpy(np.random.default_rng(seed).standard_normal((block, size))).to(dtype)
 
 
+def single_precision_hessian(dtype: type = np.float64) -> HessianLinearOperator:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 30), torch.nn.Tanh(), torch.nn.Linear(30, 3))
+    data = [(torch.randn(50, 6), torch.randn(50, 3))]
+    return HessianLinearOperator(model, torch.nn.MSELoss(), model.parameters(), data, dtype=dtype)
+
+
 def largest(values: np.ndarray, count: int) -> np.ndarray:
     return np.arange(len(values))[::-1][:count]
 
@@ -161,26 +168,28 @@ class TestEigenvalues:
         np.testing.assert_allclose(found.values, [3, 2, 2], atol=1e-5)
 
     @pytest.mark.parametrize(
-        ("dtype", "tol", "precision"),
+        ("dtype", "tol", "eps", "precision"),
         [
-            (np.float64, 1e-3, torch.float32),
-            (np.float64, 1e-5, torch.float64),
-            (np.float32, 1e-3, torch.float32),
-            (np.float32, 1e-5, torch.float64),
+            (np.float64, 1e-3, 2**-23, torch.float32),
+            (np.float64, 1e-5, 2**-23, torch.float64),
+            (np.float32, 1e-3, 2**-23, torch.float32),
+            (np.float32, 1e-5, 2**-23, torch.float64),
+            (np.float64, 1e-3, 2**-10, torch.float64),
         ],
+        ids=["loose", "tight", "loose, single", "tight, single", "loose, TF32"],
     )
-    def test_the_precision_of_the_basis(self, dtype: type, tol: float, precision: torch.dtype) -> None:
-        """The products are accurate to single precision, the eigenvectors are orthonormal in double precision."""
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(6, 30), torch.nn.Tanh(), torch.nn.Linear(30, 3))
-        data = [(torch.randn(50, 6), torch.randn(50, 3))]
-        H = HessianLinearOperator(model, torch.nn.MSELoss(), model.parameters(), data, dtype=dtype)
-        seen = set()
+    def test_the_precision_of_the_basis(self, dtype: type, tol: float, eps: float, precision: torch.dtype) -> None:
+        """It depends on the precision of the products. The eigenvectors are orthonormal in double precision."""
+        H, seen = single_precision_hessian(dtype), set()
 
         class Watched(WrappingLinearOperator):
             def __init__(self) -> None:
                 super().__init__(H.dtype, H.shape)
                 self._A = H
+
+            @property
+            def epsilon(self) -> float:
+                return eps
 
             def _apply(self, rows):
                 seen.add(rows.dtype)
@@ -203,6 +212,29 @@ class TestEigenvalues:
         expected = eigsh(A, 2, v0=v0, **options)
         scaled = np.ldexp(v0, round(math.log2(scale)))
         np.testing.assert_array_equal(eigsh(A, 2, v0=scaled, **options).values, expected.values)
+
+    def test_small_eigenvalues_in_single_precision(self) -> None:
+        """Residuals are relative to the eigenvalues, rounding errors to the norm."""
+        eigenvalues = np.r_[1.0, 0.9, np.linspace(0, 0.5, 395), -0.01, -0.011, -0.013]
+        A = matrix(eigenvalues).astype(np.float32)
+        options = {"method": "lanczos", "certificate": False, "progress": False}
+        result = eigsh(A, 3, "SA", tol=1e-4, **options)
+        np.testing.assert_allclose(result.values, eigenvalues[:-4:-1], rtol=1e-4)
+        residuals = np.linalg.norm(A @ result.vectors - result.vectors * result.values, axis=0)
+        assert residuals.max() < 2e-6
+
+    @pytest.mark.parametrize("scale", [1e60, 1e-36, 1e-60])
+    def test_products_outside_the_range_of_single_precision(self, scale: float) -> None:
+        H = single_precision_hessian()
+        result = eigsh(scale * H, 3, method="lanczos", tol=1e-3, certificate=False, progress=False)
+        np.testing.assert_allclose(result.values / scale, np.linalg.eigvalsh(H.to_dense())[-3:], rtol=1e-5)
+
+    def test_more_memory_for_the_final_vectors_than_for_the_basis(self) -> None:
+        A, k = matrix(np.linspace(1, 2, 300) ** 8).astype(np.float32), 40
+        options = {"method": "lanczos", "tol": 1e-3, "ncv": 42, "certificate": False, "progress": False}
+        assert eigsh(A, k, memory=3 * k * 300 * 4, **options).converged
+        with pytest.raises(MemoryError):
+            eigsh(A, k, memory=3 * k * 300 * 4 - 1, **options)
 
     def test_long_vectors_of_single_precision(self) -> None:
         """The CPU adds the terms of an inner product one by one, which would leave errors of 5e-5."""
@@ -264,8 +296,11 @@ class TestProducts:
         assert one_pass <= counter.get_total_flops() - products <= 1.4 * one_pass
         assert_relation(krylov, A)
 
-    def test_a_restart_copies_no_large_part_of_the_basis(self) -> None:
-        krylov = KrylovBasis(lambda rows: rows * torch.linspace(0, 1, 10**6), torch.ones(1, 10**6), 12)
+    @pytest.mark.parametrize("block", [1, 3])
+    def test_a_restart_copies_no_large_part_of_the_basis(self, block: int) -> None:
+        """The relation holds after it, in all sections of the vectors."""
+        scales = torch.linspace(0, 1, 10**6, dtype=torch.float64) ** 9
+        krylov = KrylovBasis(lambda rows: rows * scales, starts(block, 10**6), 12)
         krylov.grow(12)
         values, S = np.linalg.eigh(krylov.projected)
         basis, sizes = krylov.vectors.untyped_storage().data_ptr(), []
@@ -278,7 +313,11 @@ class TestProducts:
 
         with Results():
             krylov.restart(values[-6:], S[:, -6:])
-        assert max(sizes) == 10**6  # a copy of the next block
+        assert max(sizes) == block * 10**6  # a copy of the next block
+        rows = torch.cat([krylov.vectors, krylov.block])
+        np.testing.assert_allclose(rows @ rows.T, np.eye(6 + block), atol=1e-12)
+        relation = np.hstack([krylov.projected, krylov.coupling.T])
+        np.testing.assert_allclose(krylov.vectors * scales, torch.from_numpy(relation) @ rows, atol=1e-12)
 
     @pytest.mark.parametrize("most", [0, 2, 21, 30, 31, 44])
     def test_time_is_up_between_two_blocks(self, most: int) -> None:

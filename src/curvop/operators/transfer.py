@@ -23,6 +23,9 @@ LINE = 64
 # pinned memory, which is slower.
 _MAX_PINNED_BYTES = 2**29
 
+# Size in bytes from which NumPy asks for huge pages.
+_HUGE = 2**22
+
 # Number of entries that `packed` transposes at once. They fit into the cache of the processor.
 _BLOCK = 2**18
 
@@ -57,7 +60,7 @@ def packed(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if rows.is_contiguous():
         return aligned(rows.to(dtype))
-    is_large = rows.numel() > _BLOCK  # for small tensors, `host_tensor` is slower than ``torch.empty``
+    is_large = rows.numel() * dtype.itemsize >= _HUGE  # for small tensors, `host_tensor` is slower than ``torch.empty``
     result = host_tensor(rows.shape, dtype) if is_large else torch.empty(rows.shape, dtype=dtype)
     length = max(1, _BLOCK // len(rows))
     for target, source in zip(result.split(length, 1), rows.split(length, 1), strict=True):

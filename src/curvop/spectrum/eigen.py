@@ -40,13 +40,13 @@ from curvop.operators.validation import available_bytes, check_fits, integer, ra
 from curvop.spectrum.certificate import WHICH, Certificate, Evidence, certify_within
 from curvop.spectrum.counting import CountedOperator, TimedOperator, TimeUpError, deadline_after, symmetric_operator
 from curvop.spectrum.eigen_result import NO_TIME, EigenResult
-from curvop.spectrum.lanczos import device_of, product_dtype
+from curvop.spectrum.lanczos import device_of, product_dtype, product_precision
 from curvop.spectrum.missed_search import search_missed
 from curvop.spectrum.noise import NUM_PRODUCTS, measure_noise
 from curvop.spectrum.norms import binary_exponent
 from curvop.spectrum.repair import EigenRepair
 from curvop.spectrum.smaller_side import UNSUITABLE, fits, lifted, smaller_side, solve_formed
-from curvop.spectrum.thick_restart import thick_restart
+from curvop.spectrum.thick_restart import RitzPairs, thick_restart
 
 __all__ = ["EigenResult", "eigsh", "without_verdicts"]
 
@@ -58,7 +58,9 @@ _MIN_ARPACK_BASIS = 30  # SciPy's default of 20 vectors takes twice as many prod
 _MIN_LANCZOS_BASIS = 40  # Hessian of `digits`, which="SA": 652 products with 40 vectors, 1,187 with 30
 _ARPACK_ATTEMPTS = 3
 _DENSE_SIZE = 2000  # up to this many rows, forming the matrix is a good replacement for LOBPCG
-_SINGLE_TOL = 1e-4  # rounding errors of float32 vectors lead to residuals of up to 4e-5
+_SINGLE_TOL = 1e-4  # rounding errors of float32 vectors change residuals by about 1e-6 of the norm of the operator
+_SINGLE_SMALLEST = 1e-25  # eigenvalues below may underflow in float32
+_SECTION = 2**16  # number of columns that are orthonormalized at once
 _LOBPCG_GUARDS = 2  # extra vectors in LOBPCG's block, because the last vectors of a block converge slowly
 _LOBPCG_CHUNK = 40  # LOBPCG iterations between two convergence checks
 _LOBPCG_BLOCKS = 16  # peak memory of LOBPCG in blocks of vectors (measured)
@@ -105,16 +107,16 @@ def eigsh(
         The eigensolver.
 
         - 'arpack' is implicitly restarted Lanczos (SciPy's ``eigsh``). It applies the operator to one vector at a time
-          and takes the fewest products. Start with this method.
+          and takes the fewest products. Start with this method, or with 'lanczos' if A has more than 100,000 rows.
         - 'lobpcg' is SciPy's ``lobpcg``, for 'LA' and 'SA' only. It applies the operator to blocks of ``k + 2`` vectors
           and takes more products in total than 'arpack'. Use 'lobpcg' if a block product is much cheaper than
           ``k + 2`` single products, for example if the data are slow to read or a single product does not keep the
           device busy.
         - 'lanczos' is thick-restart block Lanczos, for all values of `which` except 'SM'. The basis stays on the device
-          of the operator, so only the final eigenvectors are copied from a GPU to the host. This method stores half as
-          many vectors as 'arpack'. If the products are accurate to single precision only and `tol` is at least 1e-4,
-          the basis has dtype float32, and the eigenvectors are orthonormalized in float64 at the end. With more than
-          100,000 rows, 'lanczos' is usually faster than 'arpack'.
+          of the operator, so only the final eigenvectors are copied from a GPU to the host. For the same `ncv`, this
+          method stores half as many vectors as 'arpack'. If the products are accurate to single precision only and
+          `tol` is at least 1e-4, the basis has dtype float32, and the eigenvectors are orthonormalized in float64 at
+          the end. Rounding errors then change the residuals by about 1e-6 of the norm of A.
         - 'dense' forms the matrix from N products and computes all its eigenvalues. The other methods switch to 'dense'
           if the matrix is so small that an iteration would not be cheaper.
     tol : float, optional
@@ -415,8 +417,9 @@ def _vector_dtype(A: LinearOperator, request: _Request) -> Any:
     """Return the dtype of the solver's vectors, or None to use the dtype of A."""
     if request.method == "arpack":
         return None
-    is_single = request.method == "lanczos" and request.tol >= _SINGLE_TOL and product_dtype(A) == torch.float32
-    return np.float32 if is_single else np.float64
+    # If products are less accurate than float32, for example because of TF32, the solver's operations would be, too.
+    is_single = product_dtype(A) == torch.float32 and product_precision(A) <= torch.finfo(torch.float32).eps
+    return np.float32 if is_single and request.method == "lanczos" and request.tol >= _SINGLE_TOL else np.float64
 
 
 def _solve_formed(A: LinearOperator, gram: GramLinearOperator, request: _Request, available: int) -> EigenResult:
@@ -600,7 +603,10 @@ def _lobpcg(problem: _Problem) -> _Eigenpairs:
 
 
 def _lanczos(problem: _Problem) -> _Eigenpairs:
-    """Run thick-restart block Lanczos. The basis is stored on the device of the operator."""
+    """Run thick-restart block Lanczos. The basis is stored on the device of the operator.
+
+    If numbers overflow or underflow in float32, the iteration starts again in float64.
+    """
     size, k = problem.size, problem.k
     block = problem.block or 1
     default = -(-max(2 * k + 1, k + 2 * block, _MIN_LANCZOS_BASIS) // block) * block
@@ -614,25 +620,30 @@ def _lanczos(problem: _Problem) -> _Eigenpairs:
     def select(values: Array, count: int) -> Array:
         return _select(values, problem.which, count)
 
-    pairs = thick_restart(
-        problem.A.multiply_rows,
-        aligned(torch.from_numpy(starts)).to(problem.A.device),
-        k,
-        basis,
-        problem.tol,
-        problem.max_restarts,
-        select,
-    )
+    is_single = problem.A.dtype == np.float32
+    rows = aligned(torch.from_numpy(starts)).to(problem.A.device)
+    pairs: RitzPairs | None
+    try:
+        pairs = thick_restart(problem.A.multiply_rows, rows, k, basis, problem.tol, problem.max_restarts, select)
+    except ValueError:  # a product is not finite
+        if not is_single:
+            raise
+        pairs = None
+    underflows = is_single and pairs is not None and not pairs.timed_out and abs(pairs.values).max() < _SINGLE_SMALLEST
+    if pairs is None or underflows:
+        problem.A.dtype = np.dtype(np.float64)
+        return _lanczos(problem)
     note = note if pairs.values.any() or pairs.timed_out else "the matrix is zero"
     vectors = _orthonormalized(pairs.vectors.double()).T.cpu().numpy()
     return _Eigenpairs(pairs.values, vectors, pairs.num_converged, "lanczos", note, pairs.timed_out)
 
 
 def _orthonormalized(rows: Tensor) -> Tensor:
-    """Return orthonormal rows that differ from the given rows ``(n, N)`` only by their loss of orthogonality."""
+    """Orthonormalize rows ``(n, N)`` in place that are almost orthonormal."""
     factor = torch.linalg.cholesky(rows @ rows.T)
-    result: Tensor = torch.linalg.solve_triangular(factor, rows, upper=False)
-    return result
+    for part in rows.split(_SECTION, 1):
+        part.copy_(torch.linalg.solve_triangular(factor, part, upper=False))
+    return rows
 
 
 def _dense(problem: _Problem, note: str = "") -> _Eigenpairs:
@@ -675,7 +686,7 @@ def _fit_basis(problem: _Problem, basis: int, owner: str, copies: int, block: in
     if problem.ncv is None and fitting < basis:
         basis, note = fitting, f"ncv was reduced to {fitting} to fit into memory"
     check_fits(
-        (copies * basis + others) * vector,
+        max(copies * basis + others, 3 * problem.k) * vector,  # at the end, float32 vectors are copied to float64
         problem.available,
         f"{owner} basis of {basis} vectors of {problem.size:,} numbers",
         "use a smaller k or ncv, method='lobpcg', or a block of the matrix",
