@@ -511,7 +511,7 @@ class _Recorder(TorchDispatchMode):
         return written
 
     def _merge_sum_with_zero(self, args: tuple[Any, ...], result: Any) -> bool:
-        """If a term of a sum is zero, let the node of the other term stand for the sum, too. Return whether it is zero.
+        """If a term of a sum is zero, use the node of the other term for the sum as well, and return True.
 
         Such terms are the second derivatives of ReLU and of other piecewise linear functions.
         """
