@@ -29,7 +29,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, lobpcg
 from scipy.sparse.linalg import eigsh as scipy_eigsh
-from torch import Tensor
 
 from curvop.operators.error_text import warn_user
 from curvop.operators.gram import GramLinearOperator
@@ -46,7 +45,7 @@ from curvop.spectrum.noise import NUM_PRODUCTS, measure_noise
 from curvop.spectrum.norms import binary_exponent
 from curvop.spectrum.repair import EigenRepair
 from curvop.spectrum.smaller_side import UNSUITABLE, fits, lifted, smaller_side, solve_formed
-from curvop.spectrum.thick_restart import RitzPairs, thick_restart
+from curvop.spectrum.thick_restart import RitzPairs, orthonormalized, thick_restart
 
 __all__ = ["EigenResult", "eigsh", "without_verdicts"]
 
@@ -60,7 +59,6 @@ _ARPACK_ATTEMPTS = 3
 _DENSE_SIZE = 2000  # up to this many rows, forming the matrix is a good replacement for LOBPCG
 _SINGLE_TOL = 1e-4  # rounding errors of float32 vectors change residuals by about 1e-6 of the norm of the operator
 _SINGLE_SMALLEST = 1e-25  # eigenvalues below may underflow in float32
-_SECTION = 2**16  # number of columns that are orthonormalized at once
 _LOBPCG_GUARDS = 2  # extra vectors in LOBPCG's block, because the last vectors of a block converge slowly
 _LOBPCG_CHUNK = 40  # LOBPCG iterations between two convergence checks
 _LOBPCG_BLOCKS = 16  # peak memory of LOBPCG in blocks of vectors (measured)
@@ -634,16 +632,8 @@ def _lanczos(problem: _Problem) -> _Eigenpairs:
         problem.A.dtype = np.dtype(np.float64)
         return _lanczos(problem)
     note = note if pairs.values.any() or pairs.timed_out else "the matrix is zero"
-    vectors = _orthonormalized(pairs.vectors.double()).T.cpu().numpy()
+    vectors = orthonormalized(pairs.vectors.double()).T.cpu().numpy()
     return _Eigenpairs(pairs.values, vectors, pairs.num_converged, "lanczos", note, pairs.timed_out)
-
-
-def _orthonormalized(rows: Tensor) -> Tensor:
-    """Orthonormalize rows ``(n, N)`` in place that are almost orthonormal."""
-    factor = torch.linalg.cholesky(rows @ rows.T)
-    for part in rows.split(_SECTION, 1):
-        part.copy_(torch.linalg.solve_triangular(factor, part, upper=False))
-    return rows
 
 
 def _dense(problem: _Problem, note: str = "") -> _Eigenpairs:

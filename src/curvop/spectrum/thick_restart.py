@@ -27,11 +27,11 @@ from curvop.spectrum.counting import TimeUpError
 from curvop.spectrum.lanczos import rounding_left, zeros
 from curvop.spectrum.norms import column_norms, inner_products, row_norms, tensor_norm
 
-__all__ = ["KrylovBasis", "RitzPairs", "thick_restart"]
+__all__ = ["KrylovBasis", "RitzPairs", "orthonormalized", "thick_restart"]
 
 Array = NDArray[Any]
 
-_SECTION = 2**16  # number of columns of the basis that a restart combines at once
+_SECTION = 2**16  # number of columns of the basis that are combined at once
 _CANCELLED = 0.1  # a vector whose norm shrinks by this factor within its block is orthogonalized to the basis again
 
 
@@ -256,6 +256,14 @@ class KrylovBasis:
                 coupling[index, left] = np.where(norms[left] > tiny, along.cpu().numpy(), 0.0)
                 norms[left] = row_norms(W[left])
         return coupling
+
+
+def orthonormalized(rows: Tensor) -> Tensor:
+    """Orthonormalize rows ``(n, N)`` in place that are almost orthonormal."""
+    factor = torch.linalg.cholesky(rows @ rows.T)
+    for part in rows.split(_SECTION, 1):
+        part.copy_(torch.linalg.solve_triangular(factor, part, upper=False))
+    return rows
 
 
 def _orthogonalize(V: Tensor, W: Tensor, nearest: int = 0) -> tuple[Tensor, Array]:
